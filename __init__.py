@@ -1,0 +1,35 @@
+"""DSVL: vision-language models with multi-modal causal attention, composed, trained and shared the Hugging Face way."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+from . import migration
+from .composition import compose, save_checkpoint
+from .configuration_dsvl import DSVLConfig
+from .modeling_dsvl import DSVLForConditionalGeneration, DSVLModel
+from .processing_dsvl import DSVLProcessor
+
+# Where this package is installed, the Auto classes use it rather than the copy in a checkpoint ...
+AutoConfig.register(DSVLConfig.model_type, DSVLConfig, exist_ok=True)
+AutoProcessor.register(DSVLConfig, DSVLProcessor, exist_ok=True)
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    _auto_class.register(DSVLConfig, DSVLForConditionalGeneration, exist_ok=True)
+# ... and every checkpoint that it saves takes a copy along.
+DSVLConfig.register_for_auto_class()
+DSVLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+DSVLProcessor.register_for_auto_class()
+
+__all__ = [
+    "DSVLConfig",
+    "DSVLForConditionalGeneration",
+    "DSVLModel",
+    "DSVLProcessor",
+    "compose",
+    "migration",
+    "save_checkpoint",
+]

@@ -1,0 +1,542 @@
+"""Multi-modal causal attention (MMCA): what a query may see, and the attention functions that compute it.
+
+Every token is text or image. For query i let T(i) be the text keys and I(i) the image keys that the decoder's own mask
+lets it see (causal, unpadded, inside the window and the packed document). Then (DeepSpeed-VisualChat, arXiv 2309.14327)
+
+    text query   softmax over T(i) . V  +  softmax over I(i) . V      an empty set adds 0
+    image query  its own value
+
+No decoder is changed. transformers' mask builders say what is visible (`visibilities`), this file adds the modality, and
+the attention modules of the decoder find our functions because the configuration they see is a `RoutedConfig`. Two ways
+compute the same thing:
+
+* `MultimodalMask`, for many queries: text queries are gathered once, and the chosen backend (eager, sdpa, flex_attention)
+  runs twice, over the gathered text keys and over the gathered image keys. Image queries take part in no product.
+* a tensor of codes, for a decode step and for `"mmca_reference"`: one product, two softmaxes.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_masks_for_generate,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+HIDDEN, TEXT, IMAGE = -1, 0, 1  # the modality of a key; text and image as in `mm_token_type_ids`
+
+# Bits of a code: the key takes part in the text softmax, in the image softmax, and ...
+IN_TEXT, IN_IMAGE = 1, 2
+# ... the row's text (image) softmax is uniform over the keys that take part in it ("mmca_reference" only).
+UNIFORM_TEXT, UNIFORM_IMAGE = 4, 8
+
+BACKENDS = ("eager", "sdpa", "flex_attention")
+
+# The names are registered in tables that all models of a process share, and the remote code of two checkpoints may be
+# two versions of this file: each copy registers under its own module's name.
+_CAPTURE = f"dsvl_visibility:{__name__}"
+
+
+def _routed_name(backend: str) -> str:
+    return f"mmca_{backend}:{__name__}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Routing: the decoder's attention modules see a configuration that names our functions.
+
+
+class RoutedConfig:
+    """A live view of a decoder's configuration that names another attention implementation.
+
+    Everything else is read from and written to the configuration behind it, so `set_attn_implementation`, deepcopy and
+    pickle need no special case, and config.json never contains our names.
+    """
+
+    def __init__(self, text_config: PreTrainedConfig, dsvl_config: PreTrainedConfig) -> None:
+        self.__dict__.update(_text_config=text_config, _dsvl_config=dsvl_config)
+
+    @property
+    def _attn_implementation(self) -> str:
+        backend = self._text_config._attn_implementation or "eager"
+        if self._dsvl_config.multimodal_attention == "causal":
+            return backend
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"attn_implementation={backend!r} cannot compute multimodal_attention="
+                f"{self._dsvl_config.multimodal_attention!r}; choose one of {', '.join(map(repr, BACKENDS))}."
+            )
+        return _routed_name(backend)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_text_config" not in self.__dict__:  # during copy and unpickling
+            raise AttributeError(name)
+        return getattr(self.__dict__["_text_config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._text_config, name, value)
+
+
+class _CapturingConfig(RoutedConfig):
+    """The view that makes transformers' mask builders hand over what they know instead of building a mask."""
+
+    _attn_implementation = _CAPTURE
+
+    def __init__(self, text_config: PreTrainedConfig) -> None:
+        super().__init__(text_config, text_config)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> "_CapturingConfig":
+        return self
+
+
+def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) -> None:
+    """Let every self-attention module of a decoder find the MMCA functions.
+
+    Raises:
+        ValueError: if the decoder does not route all of its attention through transformers' `AttentionInterface`.
+    """
+    modules = [
+        module
+        for module in language_model.modules()
+        if all(hasattr(module, name) for name in ("config", "layer_idx", "is_causal"))
+        and not isinstance(getattr(module, "is_causal"), nn.Module)
+    ]
+    layers = dsvl_config.text_config.num_hidden_layers
+    if not getattr(language_model, "_supports_attention_backend", False) or len(modules) != layers:
+        raise ValueError(
+            f"{type(language_model).__name__} cannot carry multimodal_attention={dsvl_config.multimodal_attention!r}: "
+            f"{len(modules)} of its {layers} layers route attention through transformers' AttentionInterface; choose "
+            "another decoder (Llama, Qwen, Mistral, Gemma, Phi3 ... do), or multimodal_attention='causal'."
+        )
+    for module in modules:
+        module.config = RoutedConfig(language_model.config, dsvl_config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Visibility: what transformers' own mask builders know about one kind of decoder layer.
+
+
+@dataclass
+class Visibility:
+    """Which key a query may see, modality aside. Positions are absolute: they count from the start of the sequence."""
+
+    mask_function: Callable  # (batch, head, query position, key position) -> bool, elementwise on tensors
+    batch_size: int
+    q_length: int
+    kv_length: int
+    q_offset: int | torch.Tensor  # position of the first query
+    kv_offset: int  # position of the first key (a sliding cache forgets)
+    padding: torch.Tensor | None  # (batch, positions), False where padded
+    is_causal: bool  # nothing but causality and padding hides a key
+    device: torch.device
+
+    def key_types(self, token_types: torch.Tensor) -> torch.Tensor:
+        """The modality of every key, `HIDDEN` where padded or not yet written: (batch, keys)."""
+        end = self.kv_offset + self.kv_length
+        types = token_types
+        if self.padding is not None:
+            if self.padding.shape[1] < types.shape[1]:
+                raise ValueError(
+                    f"attention_mask covers {self.padding.shape[1]} tokens, but {types.shape[1]} are seen, cached ones "
+                    "included; pass the mask of the whole sequence."
+                )
+            types = types.masked_fill(~self.padding[:, : types.shape[1]], HIDDEN)
+        if types.shape[1] < end:
+            types = nn.functional.pad(types, (0, end - types.shape[1]), value=HIDDEN)
+        return types[:, self.kv_offset : end]
+
+    def dense(self) -> torch.Tensor:
+        """Everything as one boolean tensor: (batch, 1, queries, keys)."""
+        return sdpa_mask(
+            batch_size=self.batch_size,
+            q_length=self.q_length,
+            kv_length=self.kv_length,
+            q_offset=self.q_offset,
+            kv_offset=self.kv_offset,
+            mask_function=self.mask_function,
+            attention_mask=self.padding,
+            allow_is_causal_skip=False,
+            device=self.device,
+        )
+
+
+def _capture_visibility(
+    mask_function: Callable,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Visibility:
+    return Visibility(
+        mask_function=mask_function,
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        padding=attention_mask,
+        is_causal=allow_is_causal_skip and (local_size is None or kv_length <= local_size),
+        device=torch.device(device),
+    )
+
+
+AttentionMaskInterface.register(_CAPTURE, _capture_visibility)
+
+
+def visibilities(
+    text_config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Any,
+    position_ids: torch.Tensor | None,
+) -> dict[str | None, Visibility]:
+    """Ask transformers' mask builders what is visible: one answer for each layer type, or one under the key None."""
+    built = create_masks_for_generate(
+        config=_CapturingConfig(text_config),
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+    )
+    return built if isinstance(built, dict) else {None: built}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def mmca_codes(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
+    """`"mmca"` as a dense tensor of codes: (batch, 1, queries, keys), int8."""
+    keys = visibility.key_types(token_types)[:, None, None, :]
+    visible, own = visibility.dense(), _own_key(visibility)
+    codes = (visible & (keys == TEXT)) * IN_TEXT + (visible & (keys == IMAGE)) * IN_IMAGE
+    is_image = (_query_types(visibility, token_types) == IMAGE)[:, None, :, None]
+    return torch.where(is_image, own * IN_IMAGE, codes).to(torch.int8)
+
+
+def mmca_reference_codes(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
+    """`"mmca_reference"` as a dense tensor of codes: (batch, 1, queries, keys), int8.
+
+    The released code adds `finfo.min` once for causality and once for modality. Where a set is empty, every key that was
+    hidden once is left with the same score, so the softmax is uniform over the keys j <= i of any kind, padding included,
+    and the future keys of the set's own kind. An image query replaces its image softmax by itself, not its text softmax.
+    """
+    keys = visibility.key_types(token_types)[:, None, None, :]
+    visible, own = visibility.dense(), _own_key(visibility)
+    past = _positions(visibility, queries=True)[:, None] >= _positions(visibility, queries=False)
+    codes = torch.zeros(1, dtype=torch.int8, device=keys.device)
+    for kind, bit, uniform_bit in ((TEXT, IN_TEXT, UNIFORM_TEXT), (IMAGE, IN_IMAGE, UNIFORM_IMAGE)):
+        members = visible & (keys == kind)
+        empty = ~members.any(-1, keepdim=True)
+        codes = codes + torch.where(empty, (past | (keys == kind)) * (bit + uniform_bit), members * bit)
+    is_image = (_query_types(visibility, token_types) == IMAGE)[:, None, :, None]
+    return torch.where(is_image, (codes & (IN_TEXT | UNIFORM_TEXT)) + own * IN_IMAGE, codes).to(torch.int8)
+
+
+def _positions(visibility: Visibility, queries: bool) -> torch.Tensor:
+    if queries:
+        return torch.arange(visibility.q_length, device=visibility.device) + visibility.q_offset
+    return torch.arange(visibility.kv_length, device=visibility.device) + visibility.kv_offset
+
+
+def _own_key(visibility: Visibility) -> torch.Tensor:
+    return _positions(visibility, queries=True)[:, None] == _positions(visibility, queries=False)
+
+
+def _query_types(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
+    return token_types[:, token_types.shape[1] - visibility.q_length :]
+
+
+@dataclass
+class MultimodalMask:
+    """`"mmca"` for many queries: where text and image tokens are, and the backend's masks over the gathered tokens.
+
+    Queries and keys are those of one forward call. Slots past a row's own count are filled with other tokens of the row:
+    as queries their result is thrown away, as keys the masks hide them.
+    """
+
+    text_queries: torch.Tensor  # (batch, text queries) index of each gathered query
+    text_keys: torch.Tensor  # (batch, text keys)
+    image_keys: torch.Tensor  # (batch, image keys)
+    text_slot: torch.Tensor  # (batch, queries) where each text query stands among the gathered ones
+    is_text: torch.Tensor  # (batch, queries)
+    is_image: torch.Tensor  # (batch, queries)
+    own_key: torch.Tensor  # (queries,) index of each query's own key
+    text_mask: Any  # what the backend takes; None where it is plainly causal
+    image_mask: Any
+    sees_image: torch.Tensor | None  # (batch, text queries, 1, 1); None where the backend itself gives 0 for no key
+
+    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "MultimodalMask":
+        """Move every tensor: a model spread over devices by accelerate calls this."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                value = value.to(device, non_blocking=non_blocking)
+            elif hasattr(value, "to"):  # a BlockMask
+                value = value.to(device)
+            moved[field.name] = value
+        return MultimodalMask(**moved)
+
+
+def multimodal_mask(
+    visibility: Visibility, token_types: torch.Tensor, backend: str, dtype: torch.dtype
+) -> MultimodalMask:
+    """Gather the modalities of one forward call and build the backend's masks over them.
+
+    Args:
+        visibility: what transformers lets a query see.
+        token_types: (batch, positions up to the last query), 1 = image.
+        backend: one of `BACKENDS`.
+        dtype: the dtype of the attention scores (an additive mask has it).
+    """
+    key_types = visibility.key_types(token_types)
+    q_types = _query_types(visibility, token_types)
+    if visibility.padding is not None:
+        q_padding = visibility.padding[:, token_types.shape[1] - visibility.q_length : token_types.shape[1]]
+        q_types = q_types.masked_fill(~q_padding, HIDDEN)
+    is_text, is_image = q_types == TEXT, q_types == IMAGE
+    text_queries, _ = _gather_index(is_text)
+    text_keys, has_text_key = _gather_index(key_types == TEXT)
+    image_keys, has_image_key = _gather_index(key_types == IMAGE)
+    q_positions, kv_positions = text_queries + visibility.q_offset, text_keys + visibility.kv_offset
+    image_positions = image_keys + visibility.kv_offset
+
+    def sees_text(batch, head, q, k):
+        seen = visibility.mask_function(batch, head, q_positions[batch, q], kv_positions[batch, k])
+        return seen & has_text_key[batch, k]
+
+    def sees_image(batch, head, q, k):
+        seen = visibility.mask_function(batch, head, q_positions[batch, q], image_positions[batch, k])
+        return seen & has_image_key[batch, k]
+
+    def build(function: Callable, keys: torch.Tensor, is_causal: bool) -> Any:
+        return ALL_MASK_ATTENTION_FUNCTIONS[backend](
+            batch_size=visibility.batch_size,
+            q_length=text_queries.shape[1],
+            kv_length=keys.shape[1],
+            mask_function=function,
+            attention_mask=None,
+            allow_is_causal_skip=is_causal,
+            dtype=dtype,
+            device=visibility.device,
+        )
+
+    # With nothing cached, the gathered text queries and keys are the same tokens in the same order: among themselves
+    # they are causal. (In an unwritten static cache, keys past the queries are hidden and so never gathered.)
+    starts_empty = isinstance(visibility.q_offset, int) and visibility.q_offset == 0
+    same_text = starts_empty and text_queries.shape == text_keys.shape
+    text_mask = build(sees_text, text_keys, is_causal=visibility.is_causal and same_text)
+    image_mask, any_image = build(sees_image, image_keys, is_causal=False), None
+    if backend == "sdpa":
+        any_image = image_mask.any(-1, keepdim=True)
+        image_mask = image_mask | ~any_image  # a row without a key is NaN in some kernels; its result is not used
+    elif backend == "eager":
+        any_image = (image_mask == 0).any(-1, keepdim=True)
+    return MultimodalMask(
+        text_queries=text_queries,
+        text_keys=text_keys,
+        image_keys=image_keys,
+        text_slot=(is_text.cumsum(-1) - 1).clamp(min=0),
+        is_text=is_text,
+        is_image=is_image,
+        own_key=_positions(visibility, queries=True) - visibility.kv_offset,
+        text_mask=text_mask,
+        image_mask=image_mask,
+        sees_image=None if any_image is None else any_image.transpose(1, 2),
+    )
+
+
+def _gather_index(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices of each row's members, in order, and which of these slots are filled: both (batch, slots)."""
+    counts = members.sum(-1)
+    # A compiled graph cannot ask how many there are, so it gets a slot for each token.
+    slots = members.shape[1] if torch.compiler.is_compiling() else max(int(counts.max()), 1)
+    index = members.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :slots]
+    return index, torch.arange(slots, device=members.device) < counts[:, None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention functions
+
+
+def _attention(backend: str) -> Callable:
+    """The attention function that the decoder's modules find under the name of `backend`."""
+
+    def mmca_attention_forward(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        multimodal_masks: dict[str | None, MultimodalMask] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        codes = attention_mask is not None and getattr(attention_mask, "dtype", None) == torch.int8
+        if not codes:  # no picture in sight: the decoder's own attention, to the bit
+            return _plain_attention(backend, module)(module, query, key, value, attention_mask, **kwargs)
+        for unsupported in ("s_aux", "position_bias"):
+            if kwargs.get(unsupported) is not None:
+                raise ValueError(
+                    f"{type(module).__name__} uses {unsupported} in its attention, which MMCA does not define; choose "
+                    "another decoder, or multimodal_attention='causal'."
+                )
+        if multimodal_masks is None:
+            output, weights = _coded_attention(module, query, key, value, attention_mask, **kwargs)
+            return output, weights if backend == "eager" else None
+        layer_types = getattr(module.config, "layer_types", None)
+        mask = multimodal_masks[layer_types[module.layer_idx] if layer_types else None]
+        return _gathered_attention(backend, module, query, key, value, mask, **kwargs)
+
+    return mmca_attention_forward
+
+
+def _plain_attention(backend: str, module: nn.Module) -> Callable:
+    if backend != "eager":
+        return ALL_ATTENTION_FUNCTIONS[backend]
+    # Each decoder has an eager function of its own, which it hands to the interface as the default.
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _gathered_attention(
+    backend: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: MultimodalMask,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """MMCA by two calls of a backend over gathered tokens.
+
+    Args:
+        query: (batch, heads, queries, head_dim); key, value: (batch, key-value heads, keys, head_dim).
+
+    Returns:
+        (batch, queries, heads, head_dim), and for the eager backend the weights (batch, heads, queries, keys).
+    """
+    attend = _eager_attention if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
+    text_query = _take(query, mask.text_queries)
+
+    def branch(keys: torch.Tensor, branch_mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return attend(module, text_query, _take(key, keys), _take(value, keys), branch_mask, **kwargs)
+
+    output, text_weights = branch(mask.text_keys, mask.text_mask)
+    image_output, image_weights = branch(mask.image_keys, mask.image_mask)
+    if mask.sees_image is not None:
+        image_output = torch.where(mask.sees_image, image_output, 0)
+    output = _spread(output + image_output, mask.text_slot)
+
+    own = value.index_select(2, mask.own_key).transpose(1, 2)
+    own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=2)
+    output = torch.where(mask.is_text[:, :, None, None], output, own * mask.is_image[:, :, None, None])
+
+    if backend != "eager":
+        return output, None
+    image_weights = torch.where(mask.sees_image.transpose(1, 2), image_weights, 0)
+    return output, _dense_weights(mask, key.shape[2], text_weights, image_weights)
+
+
+def _take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Tokens of (batch, heads, tokens, head_dim) by their (batch, slots) index."""
+    return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
+def _spread(states: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """(batch, slots, heads, head_dim) back to the tokens that the slots came from: (batch, tokens, heads, head_dim)."""
+    return states.gather(1, slot[:, :, None, None].expand(-1, -1, *states.shape[2:]))
+
+
+def _dense_weights(
+    mask: MultimodalMask, keys: int, text_weights: torch.Tensor, image_weights: torch.Tensor
+) -> torch.Tensor:
+    """The two branches' weights in one (batch, heads, queries, keys) tensor, for `output_attentions`."""
+    batch, heads, slots, _ = text_weights.shape
+    weights = text_weights.new_zeros(batch, heads, slots, keys)
+    for index, branch in ((mask.text_keys, text_weights), (mask.image_keys, image_weights)):
+        weights = weights.scatter_add(3, index[:, None, None, :].expand(-1, heads, slots, -1), branch)
+    weights = _spread(weights.transpose(1, 2), mask.text_slot).transpose(1, 2)
+    own = torch.zeros(mask.own_key.shape[0], keys, dtype=weights.dtype, device=weights.device)
+    own = own.scatter(1, mask.own_key[:, None], 1.0)
+    is_text, is_image = mask.is_text[:, None, :, None], mask.is_image[:, None, :, None]
+    return torch.where(is_text, weights, own * is_image)
+
+
+def _eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = _softmax(_scores(query, key, scaling, softcap) + _grouped(mask, key), query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return _weighted_values(weights, value)
+
+
+def _coded_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    codes: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One product, two softmaxes: the sum of the text and the image branch, by a (batch, 1, queries, keys) of codes."""
+    scores, codes = _scores(query, key, scaling, softcap), _grouped(codes, key)
+    weights = 0
+    for member_bit, uniform_bit in ((IN_TEXT, UNIFORM_TEXT), (IN_IMAGE, UNIFORM_IMAGE)):
+        members, uniform = (codes & member_bit).bool(), (codes & uniform_bit).bool()
+        any_member = members.any(-1, keepdim=True)
+        # The released code's uniform rows pass the softmax's gradient on, hence not a plain constant.
+        branch = torch.where(uniform, scores - scores.detach(), scores)
+        branch = branch.masked_fill(~members & any_member, -torch.inf)
+        branch = torch.where(any_member, _softmax(branch, query.dtype), 0)
+        weights = weights + nn.functional.dropout(branch, p=dropout, training=module.training)
+    return _weighted_values(weights, value)
+
+
+# Scores and weights are kept as (batch, key-value heads, query heads of each, queries, keys): a key-value head is never
+# copied for the queries that share it.
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
+    query = query.unflatten(1, (key.shape[1], -1))
+    scores = torch.matmul(query, key[:, :, None].transpose(-1, -2)) * scaling
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _grouped(mask: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return mask[:, :, None, :, : key.shape[2]]
+
+
+def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
+
+
+def _weighted_values(weights: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    output = torch.matmul(weights, value[:, :, None])
+    return output.flatten(1, 2).transpose(1, 2).contiguous(), weights.flatten(1, 2)
+
+
+for _backend in BACKENDS:
+    AttentionInterface.register(_routed_name(_backend), _attention(_backend))

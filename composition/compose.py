@@ -1,0 +1,185 @@
+"""Vision tower + language model + tokenizer -> one DSVL model and its processor."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    PreTrainedModel,
+)
+
+from ..attention_dsvl import route_attention
+from ..configuration_dsvl import DSVLConfig
+from ..modeling_dsvl import DSVLForConditionalGeneration
+from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor, extend_tokenizer
+
+logger = logging.getLogger(__name__)
+
+VOCABULARY_MULTIPLE = 64  # rows of the embedding table: what matrix units like
+
+
+def compose(
+    vision: str | Path | PreTrainedModel,
+    language: str | Path | PreTrainedModel,
+    *,
+    projector_type: str = "linear",
+    multimodal_attention: str = "mmca",
+    vision_feature_layer: int = -1,
+    vision_feature_select_strategy: str = "full",
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    number_after: bool = False,
+    dtype: torch.dtype | str = "auto",
+) -> tuple[DSVLForConditionalGeneration, DSVLProcessor]:
+    """Compose a vision tower and a language model into a DSVL model with a fresh projector.
+
+    The tokenizer is extended with `<image>` (and a padding token if it has none), the embeddings are resized to a multiple
+    of 64, new rows being the mean of the old ones, and the head stays tied or untied as the language model has it. Loaded
+    models are taken over, not copied.
+
+    Args:
+        vision: name or directory of a CLIP model or CLIP vision tower, or a loaded one.
+        language: name or directory of a causal language model, or a loaded one.
+        projector_type, multimodal_attention, vision_feature_layer, vision_feature_select_strategy: see `DSVLConfig`.
+        tokenizer: the language model's tokenizer; read from `language` by default.
+        image_processor: the tower's image processor; read from `vision` by default, or made for its `image_size`.
+        number_after: see `DSVLProcessor`.
+        dtype: of the whole model; "auto" is the language model's own.
+
+    Returns:
+        The model, in evaluation mode and with every parameter trainable (see `set_trainable`), and its processor.
+
+    Raises:
+        ValueError: if the parts do not go together; the message names the remedy.
+    """
+    image_processor = image_processor or _image_processor(vision)
+    tokenizer = tokenizer or _tokenizer(language)
+    tower = _vision_tower(vision)
+    decoder = _causal_lm(language, dtype)
+    dtype = decoder.dtype
+
+    extend_tokenizer(tokenizer)
+    _resize_embeddings(decoder, len(tokenizer), new_ids=_new_ids(tokenizer, decoder))
+    for part in (tower.config, decoder.config):
+        if Path(part.name_or_path).exists():  # a directory of this machine means nothing in a checkpoint
+            part.name_or_path = ""
+    text_config = decoder.config
+    text_config.pad_token_id = tokenizer.pad_token_id
+    text_config.bos_token_id, text_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config = DSVLConfig(
+        vision_config=tower.config,
+        text_config=text_config,
+        projector_type=projector_type,
+        multimodal_attention=multimodal_attention,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=vision_feature_select_strategy,
+        dtype=dtype,
+    )
+    with torch.device("meta"):  # the parts exist already; only the projector is new
+        model = DSVLForConditionalGeneration(config)
+    model.model.vision_tower = tower.to(dtype)
+    model.model.language_model = decoder.base_model
+    model.lm_head = decoder.get_output_embeddings()
+    if multimodal_attention != "causal":
+        route_attention(model.model.language_model, config)
+    projector = model.model.multi_modal_projector.to_empty(device=decoder.device)
+    for module in projector.modules():
+        model.model._init_weights(module)
+    projector.to(dtype)
+    model.tie_weights()
+
+    model.generation_config = decoder.generation_config
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    # Rows past the vocabulary exist only to round its size up.
+    padding_rows = list(range(len(tokenizer), text_config.vocab_size))
+    model.generation_config.suppress_tokens = padding_rows or None
+
+    tokenizer.padding_side = "left"  # generation continues at the right
+    processor = DSVLProcessor(
+        image_processor, tokenizer, image_seq_length=config.image_seq_length, number_after=number_after
+    )
+    return model.eval(), processor
+
+
+def _vision_tower(vision: str | Path | PreTrainedModel) -> PreTrainedModel:
+    if not isinstance(vision, PreTrainedModel):
+        model_type = AutoConfig.from_pretrained(vision).model_type
+        if model_type not in ("clip", "clip_vision_model"):
+            raise ValueError(
+                f"vision={str(vision)!r} is a model of type {model_type!r}; pass a CLIP model or a CLIP vision tower."
+            )
+        return CLIPVisionModel.from_pretrained(vision)
+    tower = getattr(vision, "vision_model", vision)
+    if not isinstance(tower, CLIPVisionModel):
+        raise ValueError(f"vision is a {type(vision).__name__}; pass a CLIPModel or a CLIPVisionModel.")
+    return tower
+
+
+def _causal_lm(language: str | Path | PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedModel:
+    if isinstance(language, PreTrainedModel):
+        decoder = language if dtype == "auto" else language.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    else:
+        decoder = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
+    head = decoder.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or decoder.base_model is decoder:
+        raise ValueError(
+            f"language is a {type(decoder).__name__} without a language modelling head; pass a causal language model "
+            "(AutoModelForCausalLM)."
+        )
+    if head.bias is not None:
+        raise ValueError(
+            f"The head of {type(decoder).__name__} has a bias, which DSVL has no place for; choose another language model."
+        )
+    return decoder
+
+
+def _tokenizer(language: str | Path | PreTrainedModel) -> Any:
+    source = language.name_or_path if isinstance(language, PreTrainedModel) else language
+    if not source:
+        raise ValueError("language is a model that was not loaded from a name or directory; pass tokenizer=.")
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _image_processor(vision: str | Path | PreTrainedModel) -> Any:
+    source = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
+    try:
+        if source:
+            return AutoImageProcessor.from_pretrained(source)
+    except OSError:
+        logger.info("%s has no image processor; CLIP's default is used at the tower's size.", source)
+    config = vision.config if isinstance(vision, PreTrainedModel) else AutoConfig.from_pretrained(vision)
+    size = getattr(config, "vision_config", config).image_size
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def _new_ids(tokenizer: Any, decoder: PreTrainedModel) -> list[int]:
+    """Tokens that the language model has not learnt: `<image>`, and whatever lies past its table."""
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    known = decoder.config.vocab_size if decoder.config.vocab_size < rows else rows
+    new = {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), *range(known, len(tokenizer))}
+    return sorted(new)
+
+
+@torch.no_grad()
+def _resize_embeddings(decoder: PreTrainedModel, vocabulary: int, new_ids: list[int]) -> None:
+    """Make room for the vocabulary, in both tables; new rows are the mean of the old ones."""
+    old = decoder.get_input_embeddings().weight.shape[0]
+    size = max(old, vocabulary)
+    size += -size % VOCABULARY_MULTIPLE
+    if size != old:
+        decoder.resize_token_embeddings(size, mean_resizing=False)
+    tables = {id(m.weight): m.weight for m in (decoder.get_input_embeddings(), decoder.get_output_embeddings())}
+    rows = sorted({*new_ids, *range(min(old, size), size)})
+    for table in tables.values():
+        table[rows] = table[:old].float().mean(0).to(table.dtype)

@@ -1,0 +1,711 @@
+"""The DSVL model: picture features are projected and scattered into a causal language model that attends by MMCA."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .attention_dsvl import (
+    mmca_codes,
+    mmca_reference_codes,
+    multimodal_mask,
+    route_attention,
+    visibilities,
+)
+from .configuration_dsvl import PERCEIVER_GRID_SIZE, PERCEIVER_HEAD_DIM, DSVLConfig
+
+logger = logging.get_logger(__name__)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Projectors: the tower's features (pictures, tokens, tower width) to (pictures, image_seq_length, decoder width).
+
+
+class DSVLLinearProjector(nn.Module):
+    """Linear and LayerNorm: the original's `baseline`."""
+
+    def __init__(self, config: DSVLConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear = nn.Linear(config.vision_config.hidden_size, width)
+        self.layer_norm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.layer_norm(self.linear(features))
+
+
+class DSVLVitProjector(DSVLLinearProjector):
+    """One CLIP encoder layer, then Linear and LayerNorm: the original's `vit`."""
+
+    def __init__(self, config: DSVLConfig) -> None:
+        super().__init__(config)
+        self.encoder_layer = CLIPEncoderLayer(config.vision_config)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.encoder_layer(features, attention_mask=None))
+
+
+class DSVLPerceiverProjector(nn.Module):
+    """Learned queries that read the grid of patches by cross-attention, then LayerNorm and Linear: the original's
+    `perceiver`, which is Qwen-VL's resampler. A CLS token before the grid is dropped."""
+
+    def __init__(self, config: DSVLConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.num_patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        self.num_heads = max(width // PERCEIVER_HEAD_DIM, 1)
+        self.query = nn.Parameter(torch.empty(PERCEIVER_GRID_SIZE**2, width))
+        self.position_embedding = nn.Parameter(torch.empty(PERCEIVER_GRID_SIZE**2, width))
+        self.kv_proj = nn.Linear(config.vision_config.hidden_size, width)
+        self.query_norm = nn.LayerNorm(width, eps=1e-12)
+        self.kv_norm = nn.LayerNorm(width, eps=1e-12)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.layer_norm = nn.LayerNorm(width, eps=1e-12)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        values = self.kv_norm(self.kv_proj(features[:, -self.num_patches :]))
+        keys = values + _resize_grid(self.position_embedding, self.num_patches)
+        queries = (self.query_norm(self.query) + self.position_embedding).expand(len(values), -1, -1)
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, states in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
+        )
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.linear(self.layer_norm(self.out_proj(attended.transpose(1, 2).flatten(2))))
+
+
+def _resize_grid(table: torch.Tensor, positions: int) -> torch.Tensor:
+    """A square grid's position table (cells, width) as one of `positions` cells, interpolated bicubically."""
+    if len(table) == positions:
+        return table
+    side, target = int(len(table) ** 0.5), int(positions**0.5)
+    grid = table.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+    grid = nn.functional.interpolate(grid, size=(target, target), mode="bicubic", align_corners=False)
+    return grid[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
+
+
+def sincos_position_table(grid_size: int, width: int) -> torch.Tensor:
+    """2-D sine-cosine positions (grid_size ** 2, width), row by row; first half of the width for the column, second for
+    the row (MAE, arXiv 2111.06377, as in Qwen-VL)."""
+    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    rows, columns = torch.meshgrid(*[torch.arange(grid_size, dtype=torch.float64)] * 2, indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in (columns, rows)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=-1).float()
+
+
+PROJECTORS = {"linear": DSVLLinearProjector, "vit": DSVLVitProjector, "perceiver": DSVLPerceiverProjector}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Outputs
+
+
+@dataclass
+class DSVLModelOutputWithPast(ModelOutput):
+    """Output of `DSVLModel`.
+
+    Attributes:
+        last_hidden_state: (batch, tokens, hidden).
+        past_key_values: the cache, if one was used.
+        hidden_states: on request, (layers + 1) tensors of (batch, tokens, hidden).
+        attentions: on request (eager), a (batch, heads, queries, keys) tensor per layer; under MMCA the sum of both
+            branches, so that a text query's row sums to 2 where it sees text and pictures.
+        image_hidden_states: the projected pictures, (pictures, image_seq_length, hidden), in reading order.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class DSVLCausalLMOutputWithPast(ModelOutput):
+    """Output of `DSVLForConditionalGeneration`: as `DSVLModelOutputWithPast`, with `loss` (a scalar) and `logits`
+    (batch, tokens, vocabulary), which is None where `skip_logits` applied."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class DSVLPreTrainedModel(PreTrainedModel):
+    config: DSVLConfig
+    config_class = DSVLConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    # A flash kernel takes no mask that could tell the modalities apart.
+    _supports_flash_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DSVLPerceiverProjector):
+            init.trunc_normal_(module.query, std=0.02)
+            init.copy_(module.position_embedding, sincos_position_table(PERCEIVER_GRID_SIZE, module.query.shape[1]))
+
+
+class DSVLModel(DSVLPreTrainedModel):
+    """Vision tower, projector and language model without its head.
+
+    `language_model` is an unmodified decoder of transformers; only the configuration that its attention modules read is
+    replaced by a view that leads them to the MMCA functions (see attention_dsvl.py).
+    """
+
+    def __init__(self, config: DSVLConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = PROJECTORS[config.projector_type](config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        if config.multimodal_attention != "causal":
+            route_attention(self.language_model, config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode and project pictures.
+
+        A tower with nothing to learn runs without a graph.
+
+        Args:
+            pixel_values: (pictures, 3, height, width), any float dtype.
+
+        Returns:
+            `pooler_output`: a list with one (image_seq_length, decoder width) tensor for each picture, ready to be passed
+            back as `mm_encoder_outputs={"image": ...}`; `last_hidden_state`: the tower's features before projection.
+        """
+        config = self.config
+        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        last = config.vision_feature_layer == -1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            tower = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=not last)
+            features = tower.last_hidden_state if last else tower.hidden_states[config.vision_feature_layer]
+        if config.vision_feature_select_strategy == "default":
+            features = features[:, config.num_prefix_tokens :]
+        projected = self.multi_modal_projector(features)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> DSVLModelOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: (batch, tokens); every picture holds `image_seq_length` copies of `image_token_id`.
+            pixel_values: (pictures of the whole batch, 3, height, width), in reading order.
+            attention_mask: (batch, tokens, cached ones included), 0 where padded. Four-dimensional int8 tensors of codes,
+                and transformers' own masks where no picture is in sight, are handed through.
+            mm_token_type_ids: (batch, tokens), 1 for image tokens; of the new tokens or of the whole sequence. Told from
+                `input_ids` if absent; required with `inputs_embeds` unless `multimodal_attention` is "causal".
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`.
+            kwargs: what the decoder takes (`use_cache`, `output_hidden_states`, `output_attentions`, ...).
+
+        Raises:
+            ValueError: if pictures and placeholders do not match, or a token's modality cannot be told.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("Pass pixel_values or mm_encoder_outputs, not both: they are the same pictures.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        images = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and len(pixel_values) > 0:
+            images = self.get_image_features(pixel_values)
+        image_hidden_states = None
+        if images is not None:
+            image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+        inputs_embeds = self._scatter_pictures(input_ids, inputs_embeds, mm_token_type_ids, image_hidden_states)
+
+        if self.config.multimodal_attention != "causal":
+            attention_mask, kwargs["multimodal_masks"] = self._modal_masks(
+                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, mm_token_type_ids
+            )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **(kwargs | {"return_dict": True}),
+        )
+        if image_hidden_states is not None and len(image_hidden_states) % self.config.image_seq_length == 0:
+            image_hidden_states = image_hidden_states.unflatten(0, (-1, self.config.image_seq_length))
+        return DSVLModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_hidden_states,
+        )
+
+    def _scatter_pictures(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None,
+        features: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Put the pictures' embeddings (image tokens, hidden) where their placeholders are."""
+        tokens = inputs_embeds.shape[1]
+        if input_ids is not None:
+            placeholders = input_ids == self.config.image_token_id
+        elif features is None:
+            return inputs_embeds  # embeddings that already hold their pictures
+        elif mm_token_type_ids is None:
+            raise ValueError(
+                "Pictures beside inputs_embeds need mm_token_type_ids, which says where they go; pass it, or input_ids."
+            )
+        else:
+            placeholders = mm_token_type_ids[:, -tokens:] == 1
+        if torch.compiler.is_compiling():
+            if features is None:
+                return inputs_embeds
+        else:
+            self._check_placeholders(placeholders, 0 if features is None else len(features))
+            if features is None:
+                return inputs_embeds
+        return inputs_embeds.masked_scatter(placeholders[..., None].to(inputs_embeds.device), features)
+
+    def _check_placeholders(self, placeholders: torch.Tensor, features: int) -> None:
+        """Every sample must hold whole pictures, and all samples together as many as there are."""
+        per_picture = self.config.image_seq_length
+        if features == 0 and placeholders.shape[1] == 1:
+            return  # a decode step: nothing to check, and nothing worth waiting for the device
+        counts = placeholders.sum(-1).tolist()
+        if sum(counts) != features:
+            raise ValueError(
+                f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {features} picture embeddings "
+                f"({features / per_picture:g} pictures of {per_picture}); pass as many pictures as the texts name, in "
+                "reading order, and do not truncate image tokens."
+            )
+
+    # -- modality ------------------------------------------------------------------------------------------------------
+
+    def _modal_masks(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        mm_token_type_ids: torch.Tensor | None,
+    ) -> tuple[Any, dict | None]:
+        """The decoder's attention_mask and the `multimodal_masks` beside it (see attention_dsvl.py)."""
+        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
+            return self._check_ready_mask(attention_mask, input_ids, mm_token_type_ids), None
+        token_types = self.token_types(inputs_embeds.shape[1], input_ids, mm_token_type_ids, past_key_values)
+        reference = self.config.multimodal_attention == "mmca_reference"
+        if not reference and not _sees_pictures(token_types, past_key_values):
+            return attention_mask, None
+        token_types = token_types.to(inputs_embeds.device)
+        visible = visibilities(
+            self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids
+        )
+        if reference:
+            return _by_layer_type({k: mmca_reference_codes(v, token_types) for k, v in visible.items()}), None
+        if inputs_embeds.shape[1] == 1:
+            return _by_layer_type({k: mmca_codes(v, token_types) for k, v in visible.items()}), None
+        backend = self.language_model.config._attn_implementation
+        masks = {k: multimodal_mask(v, token_types, backend, inputs_embeds.dtype) for k, v in visible.items()}
+        # A four-dimensional mask keeps the decoder from building its own; the modality of the keys is short and true.
+        keys = {k: (v.key_types(token_types) + 1)[:, None, None].to(torch.int8) for k, v in visible.items()}
+        return _by_layer_type(keys), masks
+
+    def _check_ready_mask(
+        self,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor],
+        input_ids: torch.Tensor | None,
+        mm_token_type_ids: torch.Tensor | None,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        masks = attention_mask.values() if isinstance(attention_mask, dict) else [attention_mask]
+        if torch.compiler.is_compiling() or all(getattr(mask, "dtype", None) == torch.int8 for mask in masks):
+            return attention_mask
+        types = mm_token_type_ids if mm_token_type_ids is not None else input_ids == self.config.image_token_id
+        if isinstance(types, torch.Tensor) and bool((types == 1).any()):
+            raise ValueError(
+                f"A four-dimensional attention_mask of {[getattr(m, 'dtype', type(m)) for m in masks]} does not tell text "
+                f"from pictures, as multimodal_attention={self.config.multimodal_attention!r} must; pass the "
+                "two-dimensional mask and mm_token_type_ids."
+            )
+        return attention_mask
+
+    def token_types(
+        self,
+        new_tokens: int,
+        input_ids: torch.Tensor | None,
+        mm_token_type_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """The modality of the whole sequence, cached tokens included: (batch, positions), 1 = image.
+
+        A cache remembers the modality of what it holds, so that a loop that feeds new tokens alone need not pass it.
+        """
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        types = mm_token_type_ids
+        if types is None:
+            if input_ids is None:
+                raise ValueError(
+                    "inputs_embeds do not tell text from pictures; pass mm_token_type_ids (batch, tokens), 1 for image "
+                    "tokens and 0 for text."
+                )
+            types = (input_ids == self.config.image_token_id).long()
+        if types.shape[1] == new_tokens and past > 0:
+            known = getattr(past_key_values, "mm_token_type_ids", None)
+            if known is None or len(known) != len(types) or known.shape[1] < past:
+                raise ValueError(
+                    f"The cache holds {past} tokens of unknown modality; pass mm_token_type_ids of the whole sequence, "
+                    f"(batch, {past + new_tokens}), or fill the cache by this model."
+                )
+            types = torch.cat([known[:, :past].to(types.device), types], dim=1)
+        if types.shape[1] < past + new_tokens:
+            raise ValueError(
+                f"mm_token_type_ids covers {types.shape[1]} tokens; expected {new_tokens} (the new ones) or "
+                f"{past + new_tokens} (with the {past} cached ones)."
+            )
+        types = types[:, : past + new_tokens]
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            past_key_values.mm_token_type_ids = types
+        return types
+
+
+def _sees_pictures(token_types: torch.Tensor, past_key_values: Cache | None) -> bool:
+    """Whether any key is an image token; what a cache already knows is not asked of the device again."""
+    if torch.compiler.is_compiling():
+        return True
+    known = getattr(past_key_values, "sees_pictures", None)
+    seen = known is True or bool((token_types == 1).any())
+    if past_key_values is not None:
+        past_key_values.sees_pictures = seen
+    return seen
+
+
+def _by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
+    """Decoders with layer types take a dict of masks, the others one tensor."""
+    return masks[None] if None in masks else masks
+
+
+class NoImageToken(LogitsProcessor):
+    """Keeps the image token from being generated, whatever a generation configuration says."""
+
+    def __init__(self, image_token_id: int) -> None:
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()
+        scores[:, self.image_token_id] = -torch.inf
+        return scores
+
+
+class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
+    """A DSVL model with its language modelling head: training, generation, sharing.
+
+    `model` is the `DSVLModel`, `lm_head` the head, tied to the embeddings exactly if the language model ties its own.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: DSVLConfig) -> None:
+        super().__init__(config)
+        self.model = DSVLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a checkpoint; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: if the checkpoint holds a `DSVLModel` alone, whose head would be made up at random.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if "lm_head.weight" in info["missing_keys"] and not model.config.tie_word_embeddings:
+            raise ValueError(
+                f"{args[0] if args else kwargs.get('pretrained_model_name_or_path')!r} holds no lm_head.weight: it is the "
+                "body of a model (saved from DSVLModel). Load it by DSVLModel.from_pretrained, or save the whole "
+                "DSVLForConditionalGeneration."
+            )
+        return (model, info) if output_loading_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode and project pictures; see `DSVLModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def set_trainable(
+        self,
+        projector: bool = True,
+        embeddings: bool = True,
+        vision_tower: bool = False,
+        language_model: bool = False,
+        lm_head: bool = False,
+    ) -> "DSVLForConditionalGeneration":
+        """Say which parts learn, and freeze the rest. The default is DeepSpeed-VisualChat's: projector and embeddings.
+
+        Args:
+            projector: the projector.
+            embeddings: the decoder's token embeddings (and a head that is tied to them).
+            vision_tower: the vision tower; frozen, it runs without a graph.
+            language_model: the decoder's layers and norms, without its embeddings.
+            lm_head: the head.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: if a tied head should learn without the embeddings that it is.
+        """
+        table, head = self.get_input_embeddings().weight, self.lm_head.weight
+        if head is table and lm_head and not embeddings:
+            raise ValueError(
+                "lm_head=True with embeddings=False: this model's head is tied to its embeddings and is the same tensor; "
+                "pass embeddings=True."
+            )
+        self.model.language_model.requires_grad_(language_model)
+        self.lm_head.requires_grad_(lm_head)
+        table.requires_grad_(embeddings)  # last: a tied head is this tensor
+        self.model.vision_tower.requires_grad_(vision_tower)
+        self.model.multi_modal_projector.requires_grad_(projector)
+        return self
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> DSVLCausalLMOutputWithPast:
+        """Run the model; inputs as in `DSVLModel.forward`, and:
+
+        Args:
+            labels: (batch, tokens), the ids to learn, -100 where nothing is. The loss is the mean over supervised tokens,
+                or their sum over `num_items_in_batch` if that is passed, so that it does not depend on how a batch is
+                split. With nothing supervised it is 0, with a graph.
+            logits_to_keep: compute logits for the last so many tokens only (0: all), or for these indices.
+            skip_logits: with labels, compute no logits but those of supervised tokens, and return none. Defaults to True
+                in training mode, except in a compiled graph, whose shapes cannot depend on the labels.
+        """
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if skip_logits is None:
+            skip_logits = self.training and not torch.compiler.is_compiling()
+
+        loss = logits = None
+        if labels is not None and skip_logits:
+            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # token t learns to say token t + 1
+            supervised = (targets != -100).to(hidden.device)
+            loss = self._loss(
+                self._logits(hidden[supervised]), targets.to(hidden.device)[supervised], num_items_in_batch
+            )
+            if not supervised.any():
+                loss = loss + hidden.sum() * 0  # a graph, for the ranks that wait for this one's gradients
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            logits = self._logits(hidden[:, logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept])
+            if labels is not None:
+                targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+                loss = self._loss(logits, targets, num_items_in_batch)
+        return DSVLCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head, and what the composed decoder's own causal model does to its logits."""
+        text = self.config.text_config
+        logits = self.lm_head(hidden)
+        if getattr(text, "logits_scaling", None) is not None:  # Granite
+            logits = logits / text.logits_scaling
+        if getattr(text, "logit_scale", None) is not None:  # Cohere
+            logits = logits * text.logit_scale
+        if getattr(text, "final_logit_softcapping", None) is not None:  # Gemma 2
+            logits = torch.tanh(logits / text.final_logit_softcapping) * text.final_logit_softcapping
+        return logits
+
+    def _loss(
+        self, logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Cross-entropy of logits (..., vocabulary) and targets (...), -100 where nothing is supervised."""
+        targets = targets.to(logits.device)
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != -100).sum()
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        return self.loss_function(
+            logits=logits,
+            labels=None,
+            shift_labels=targets.contiguous(),
+            vocab_size=self.config.text_config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, *args: Any, logits_processor: LogitsProcessorList | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate text; see `GenerationMixin.generate`. The image token is never generated: it stands for a picture."""
+        processors = LogitsProcessorList([*(logits_processor or []), NoImageToken(self.config.image_token_id)])
+        return super().generate(*args, logits_processor=processors, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one generation step: the modality of the whole sequence, and the pictures that are not cached yet."""
+        if mm_token_type_ids is None and inputs_embeds is None and input_ids is not None:
+            mm_token_type_ids = (input_ids == self.config.image_token_id).long()
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            pixel_values=pixel_values,
+            **kwargs,
+        )
+        if inputs.get("pixel_values") is not None and inputs.get("input_ids") is not None:
+            inputs["pixel_values"] = self._new_pictures(input_ids, inputs["input_ids"], inputs["pixel_values"])
+        if self.config.multimodal_attention == "causal" or mm_token_type_ids is None:
+            return inputs
+        total = attention_mask.shape[1] if attention_mask is not None else input_ids.shape[1]
+        missing = total - mm_token_type_ids.shape[1]
+        if missing > 0 and input_ids.shape[1] == total:
+            # Assisted decoding passes the prompt's modality alone; what was generated since is text.
+            mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, missing))
+        inputs["mm_token_type_ids"] = mm_token_type_ids
+        tokens = (inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]).shape[1]
+        if getattr(past_key_values, "is_compileable", False) and tokens == 1:
+            self._prepare_static_step(inputs, attention_mask, total)
+        return inputs
+
+    def _prepare_static_step(self, inputs: dict[str, Any], attention_mask: torch.Tensor | None, total: int) -> None:
+        """Build a decode step's mask here, in a fixed shape, so that a compiled step sees nothing that grows."""
+        types, cache = inputs.pop("mm_token_type_ids"), inputs["past_key_values"]
+        known = getattr(cache, "mm_token_type_ids", None)
+        if types.shape[1] < total and known is not None:  # new tokens alone, after a cache
+            types = torch.cat([known[:, : total - types.shape[1]].to(types.device), types], dim=1)
+        cache.mm_token_type_ids = types
+        embeds = torch.empty((len(types), 1, 0), dtype=self.dtype, device=types.device)
+        position_ids = inputs.get("position_ids")
+        config = self.model.language_model.config
+        reference = self.config.multimodal_attention == "mmca_reference"
+        if reference or _sees_pictures(types, cache):
+            codes = mmca_reference_codes if reference else mmca_codes
+            visible = visibilities(config, embeds, attention_mask, cache, position_ids)
+            inputs["attention_mask"] = _by_layer_type({k: codes(v, types) for k, v in visible.items()})
+        else:
+            inputs["attention_mask"] = create_masks_for_generate(
+                config, embeds, attention_mask, cache, position_ids=position_ids
+            )
+
+    @property
+    def create_masks_for_generate(self) -> Callable:
+        """What `GenerationMixin` calls for a static cache; under MMCA masks are built elsewhere, with the modality."""
+        if self.config.multimodal_attention == "causal":
+            return create_masks_for_generate
+        return lambda *args, attention_mask=None, **kwargs: attention_mask
+
+    def _new_pictures(
+        self, input_ids: torch.Tensor, new_ids: torch.Tensor, pixel_values: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Of the pictures of a whole conversation, those whose tokens are not in the cache yet."""
+        if new_ids.shape[1] == input_ids.shape[1]:
+            return pixel_values
+        image, per_picture = self.config.image_token_id, self.config.image_seq_length
+        total = [count // per_picture for count in (input_ids == image).sum(-1).tolist()]
+        new = [count // per_picture for count in (new_ids == image).sum(-1).tolist()]
+        if len(pixel_values) != sum(total):
+            return pixel_values  # the new pictures alone (anything else is refused when they are placed)
+        rows = pixel_values.split(total)
+        kept = torch.cat([row[len(row) - count :] for row, count in zip(rows, new, strict=True)])
+        return kept if len(kept) else None
+
+
+__all__ = ["DSVLForConditionalGeneration", "DSVLModel", "DSVLPreTrainedModel"]

@@ -1,0 +1,249 @@
+"""The DSVL processor: pictures and conversations to model inputs."""
+
+from typing import Any
+
+import torch
+from tokenizers.normalizers import Replace, Sequence
+from transformers import AddedToken, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.processing_utils import MultiModalData
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+
+# DeepSpeed-VisualChat's prompt format. A round's pictures stand before its question, numbered across the conversation;
+# a picture in the middle of a sentence leaves its name there. `number_after` repeats the number behind each picture: under
+# MMCA a picture's tokens cannot see the number before them.
+CHAT_TEMPLATE = """\
+{%- set system = "You are a helpful language and vision assistant. You are able to understand the visual content that \
+the user provides, and assist the user with a variety of tasks using natural language." -%}
+{%- set state = namespace(pictures=0, pictured=false, text="", system=system) -%}
+{%- macro read(content) -%}
+  {%- if content is string -%}{{- content -}}
+  {%- else -%}
+    {%- for part in content -%}
+      {%- if part.type == "text" -%}{{- part.text -}}
+      {%- else -%}{{- raise_exception("Only a user's message can hold a part of type " ~ part.type) -}}{%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- if messages[0].role == "system" -%}
+  {%- set state.system = read(messages[0].content) -%}
+  {%- set messages = messages[1:] -%}
+{%- endif -%}
+{{- state.system + "\\n\\n" -}}
+{%- for message in messages -%}
+  {%- if message.role == "user" -%}
+    {%- set parts = [{"type": "text", "text": message.content}] if message.content is string else message.content -%}
+    {%- set state.text = "" -%}
+    {%- set state.pictured = false -%}
+    {%- for part in parts -%}
+      {%- if part.type == "image" -%}
+        {%- set state.pictures = state.pictures + 1 -%}
+        {%- set state.pictured = true -%}
+        {{- "### Image " ~ state.pictures ~ ":\\n<image>\\n" -}}
+        {%- if number_after -%}{{- "(image " ~ state.pictures ~ ")\\n" -}}{%- endif -%}
+        {%- if state.text and parts[loop.index:] | selectattr("type", "equalto", "text") | list -%}
+          {%- set state.text = state.text ~ "Image " ~ state.pictures -%}
+        {%- endif -%}
+      {%- elif part.type == "text" -%}
+        {%- set state.text = state.text ~ part.text -%}
+      {%- else -%}
+        {{- raise_exception("A message can hold parts of type text and image, not " ~ part.type) -}}
+      {%- endif -%}
+    {%- endfor -%}
+    {{- ("\\n" if state.pictured else "") ~ "### Question:\\n" ~ state.text ~ "\\n\\n" -}}
+  {%- elif message.role == "assistant" -%}
+    {{- "### Answer:\\n" -}}
+    {%- generation -%}{{- read(message.content) ~ eos_token -}}{%- endgeneration -%}
+  {%- else -%}
+    {{- raise_exception("Roles are user and assistant, after at most one system message; got " ~ message.role) -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "### Answer:\\n" -}}{%- endif -%}
+"""
+
+# Put into a special token that a user typed, so that the tokenizer does not take it for one; its normalizer drops the mark
+# again and the model reads the user's characters. A noncharacter: Unicode reserves it for use inside a program.
+MARK = "\ufdd0"
+
+
+def extend_tokenizer(tokenizer: Any) -> Any:
+    """Give a tokenizer what DSVL needs, in place: `<image>`, a padding token, and special tokens that text cannot forge.
+
+    Returns:
+        The tokenizer; unchanged if it had all of it.
+
+    Raises:
+        ValueError: for a tokenizer without the `tokenizers` backend, which alone tells where in a text a token stood.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not backed by the `tokenizers` library, so the assistant's tokens cannot be told "
+            "from the user's; load its fast version (use_fast=True)."
+        )
+    special = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if IMAGE_TOKEN not in special:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [AddedToken(IMAGE_TOKEN, special=True, normalized=False)]},
+            replace_extra_special_tokens=False,
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
+    # A token matched after normalization would be found again once the mark is gone.
+    late = [AddedToken(text, special=True, normalized=False) for text, token in special.items() if token.normalized]
+    if late:
+        tokenizer.add_tokens(late, special_tokens=True)
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is None or backend.normalizer.normalize_str(MARK) != backend.normalizer.normalize_str(""):
+        drop_mark = Replace(MARK, "")
+        backend.normalizer = Sequence([drop_mark] + ([backend.normalizer] if backend.normalizer else []))
+    return tokenizer
+
+
+class DSVLProcessor(ProcessorMixin):
+    """Pictures and conversations to model inputs, and generated ids back to text.
+
+    Args:
+        image_processor: the vision tower's (`CLIPImageProcessor`); with torchvision or without.
+        tokenizer: the language model's, backed by `tokenizers`. Extended in place (`extend_tokenizer`).
+        image_seq_length: how many image tokens one picture takes (`DSVLConfig.image_seq_length`).
+        number_after: repeat a picture's number behind it in the prompt (see `CHAT_TEMPLATE`).
+        chat_template: a Jinja template; DeepSpeed-VisualChat's format by default.
+    """
+
+    return_mm_token_type_ids = True
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_length: int = 257,
+        number_after: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.image_seq_length = image_seq_length
+        self.number_after = number_after
+        self.image_token = IMAGE_TOKEN
+        extend_tokenizer(tokenizer)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, "mm_token_type_ids", *self.image_processor.model_input_names]
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """Render a conversation, or a batch of them, and turn it into model inputs if `tokenize=True`.
+
+        Args:
+            conversation: messages `{"role", "content"}`; content is a text, or a list of parts
+                `{"type": "text", "text"}` and `{"type": "image", "image" | "path" | "url" | "base64"}` in reading order.
+            kwargs: see `ProcessorMixin.apply_chat_template`.
+
+        A special token in a message's text is text: it never becomes a picture or the end of an answer.
+        """
+        if isinstance(conversation, dict) and "messages" in conversation:
+            conversation = conversation["messages"]
+        if "number_after" in self._resolve_chat_template(chat_template):
+            kwargs.setdefault("number_after", self.number_after)
+        return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
+
+    def _protect(self, part: Any) -> Any:
+        """Mark the special tokens in the texts of a conversation, see `MARK`."""
+        if isinstance(part, (list, tuple)):
+            return [self._protect(element) for element in part]
+        if not isinstance(part, dict):
+            return part
+        marked = dict(part)
+        for key in ("content", "text"):
+            if isinstance(part.get(key), str):
+                text = part[key].replace(MARK, "")
+                for token in self._special_tokens():
+                    text = text.replace(token, token[0] + MARK + token[1:])
+                marked[key] = text
+            elif key in part:
+                marked[key] = self._protect(part[key])
+        return marked
+
+    def _special_tokens(self) -> list[str]:
+        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
+        """Load the pictures and hold each sample's against its placeholders, before anything is expanded."""
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+        if images is not None:
+            samples = _by_sample(images)
+            images = [_load(image, number) for number, image in enumerate(sum(samples, []))] or None
+            if text is not None:
+                self._check_counts(samples, text)
+        elif text is not None:
+            self._check_counts([], text)
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def _check_counts(self, samples: list[list], text: list[str]) -> None:
+        placeholders = [sample.count(self.image_token) for sample in text]
+        pictures = [len(sample) for sample in samples]
+        if len(samples) != len(text):  # a flat list of pictures for a batch: only the total can be told
+            pictures, named = [sum(pictures)], [sum(placeholders)]
+        else:
+            named = placeholders
+        if pictures != named:
+            raise ValueError(
+                f"The texts name {placeholders} pictures ({self.image_token}), but {pictures} were given; pass the pictures "
+                "of each text as a list of their own, in reading order, as many as it names."
+            )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        return self.image_token * self.image_seq_length
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        """Truncation must not cut a picture."""
+        expected = [sample.count(self.image_token) for sample in text]
+        kept = [int((torch.as_tensor(row) == self.image_token_id).sum()) for row in text_inputs["input_ids"]]
+        if kept != expected:
+            raise ValueError(
+                f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} a picture), which cuts a picture; "
+                "raise max_length, drop whole rounds, or pass truncation=False."
+            )
+
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
+        """Placeholder tokens for pictures of these sizes (height, width): the same for all, as each is resized."""
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+
+def _by_sample(images: Any) -> list[list]:
+    """Pictures as one list for each sample; a single picture or a flat list belongs to one sample."""
+    if isinstance(images, (list, tuple)):
+        if any(isinstance(element, (list, tuple)) for element in images):
+            return [list(element) if isinstance(element, (list, tuple)) else [element] for element in images]
+        return [list(images)]
+    if getattr(images, "ndim", 0) == 4:
+        return [list(images)]
+    return [[images]]
+
+
+def _load(image: Any, number: int) -> Any:
+    """One decoded picture; an error names which one cannot be."""
+    if getattr(image, "ndim", 0) in (2, 3):
+        return image
+    try:
+        image = load_image(image)
+        image.load()
+    except (OSError, SyntaxError, TypeError, ValueError) as error:  # SyntaxError: Pillow, for a broken PNG
+        source = image if isinstance(image, str) and len(image) < 300 else type(image).__name__
+        raise ValueError(
+            f"Picture {number} of the batch ({source}) cannot be decoded: {error}. Pass a PIL image, an array of shape "
+            "(height, width, 3), or a path to a picture file."
+        ) from error
+    return image
+
+
+__all__ = ["DSVLProcessor"]
