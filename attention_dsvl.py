@@ -105,7 +105,7 @@ def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) ->
         module
         for module in language_model.modules()
         if all(hasattr(module, name) for name in ("config", "layer_idx", "is_causal"))
-        and not isinstance(getattr(module, "is_causal"), nn.Module)
+        and not isinstance(module.is_causal, nn.Module)
     ]
     layers = dsvl_config.text_config.num_hidden_layers
     if not getattr(language_model, "_supports_attention_backend", False) or len(modules) != layers:
@@ -291,9 +291,7 @@ class MultimodalMask:
         return MultimodalMask(**moved)
 
 
-def multimodal_mask(
-    visibility: Visibility, token_types: torch.Tensor, backend: str, dtype: torch.dtype
-) -> MultimodalMask:
+def multimodal_mask(visibility: Visibility, token_types: torch.Tensor, backend: str, dtype: torch.dtype) -> MultimodalMask:
     """Gather the modalities of one forward call and build the backend's masks over them.
 
     Args:
@@ -459,9 +457,7 @@ def _spread(states: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     return states.gather(1, slot[:, :, None, None].expand(-1, -1, *states.shape[2:]))
 
 
-def _dense_weights(
-    mask: MultimodalMask, keys: int, text_weights: torch.Tensor, image_weights: torch.Tensor
-) -> torch.Tensor:
+def _dense_weights(mask: MultimodalMask, keys: int, text_weights: torch.Tensor, image_weights: torch.Tensor) -> torch.Tensor:
     """The two branches' weights in one (batch, heads, queries, keys) tensor, for `output_attentions`."""
     batch, heads, slots, _ = text_weights.shape
     weights = text_weights.new_zeros(batch, heads, slots, keys)

@@ -54,9 +54,7 @@ def _compose(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
     )
     base_models = [arguments.vision, arguments.language]
-    out = save_checkpoint(
-        model, processor, arguments.out, base_models=base_models, max_shard_size=arguments.max_shard_size
-    )
+    out = save_checkpoint(model, processor, arguments.out, base_models=base_models, max_shard_size=arguments.max_shard_size)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens a picture")
 

@@ -340,9 +340,7 @@ class DSVLModel(DSVLPreTrainedModel):
         if not reference and not _sees_pictures(token_types, past_key_values):
             return attention_mask, None
         token_types = token_types.to(inputs_embeds.device)
-        visible = visibilities(
-            self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids
-        )
+        visible = visibilities(self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if reference:
             return _by_layer_type({k: mmca_reference_codes(v, token_types) for k, v in visible.items()}), None
         if inputs_embeds.shape[1] == 1:
@@ -423,7 +421,7 @@ def _sees_pictures(token_types: torch.Tensor, past_key_values: Cache | None) -> 
 
 def _by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
     """Decoders with layer types take a dict of masks, the others one tensor."""
-    return masks[None] if None in masks else masks
+    return masks.get(None, masks)
 
 
 class NoImageToken(LogitsProcessor):
@@ -567,9 +565,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
         if labels is not None and skip_logits:
             targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # token t learns to say token t + 1
             supervised = (targets != -100).to(hidden.device)
-            loss = self._loss(
-                self._logits(hidden[supervised]), targets.to(hidden.device)[supervised], num_items_in_batch
-            )
+            loss = self._loss(self._logits(hidden[supervised]), targets.to(hidden.device)[supervised], num_items_in_batch)
             if not supervised.any():
                 loss = loss + hidden.sum() * 0  # a graph, for the ranks that wait for this one's gradients
         else:
@@ -618,11 +614,15 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
-    def generate(
-        self, *args: Any, logits_processor: LogitsProcessorList | None = None, **kwargs: Any
-    ) -> Any:
-        """Generate text; see `GenerationMixin.generate`. The image token is never generated: it stands for a picture."""
-        processors = LogitsProcessorList([*(logits_processor or []), NoImageToken(self.config.image_token_id)])
+    def generate(self, *args: Any, logits_processor: LogitsProcessorList | None = None, **kwargs: Any) -> Any:
+        """Generate text; see `GenerationMixin.generate`.
+
+        The image token is never generated, as it stands for a picture; except under "mmca_reference", whose results are
+        compared with the released code, which does not prevent it.
+        """
+        processors = LogitsProcessorList(logits_processor or [])
+        if self.config.multimodal_attention != "mmca_reference":
+            processors.append(NoImageToken(self.config.image_token_id))
         return super().generate(*args, logits_processor=processors, **kwargs)
 
     def prepare_inputs_for_generation(

@@ -80,8 +80,8 @@ def extend_tokenizer(tokenizer: Any) -> Any:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(tokenizer).__name__} is not backed by the `tokenizers` library, so the assistant's tokens cannot be told "
-            "from the user's; load its fast version (use_fast=True)."
+            f"{type(tokenizer).__name__} is not backed by the `tokenizers` library, so the assistant's tokens cannot "
+            "be told from the user's; load its fast version (use_fast=True)."
         )
     special = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
     if IMAGE_TOKEN not in special:
@@ -206,8 +206,8 @@ class DSVLProcessor(ProcessorMixin):
         kept = [int((torch.as_tensor(row) == self.image_token_id).sum()) for row in text_inputs["input_ids"]]
         if kept != expected:
             raise ValueError(
-                f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} a picture), which cuts a picture; "
-                "raise max_length, drop whole rounds, or pass truncation=False."
+                f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} a picture), which cuts "
+                "a picture; raise max_length, drop whole rounds, or pass truncation=False."
             )
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:

@@ -25,6 +25,4 @@ def render_card(config: DSVLConfig, base_models: list[str]) -> str:
     )
     template = files(__package__).joinpath("model_card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
-    return environment.from_string(template).render(
-        metadata=metadata.to_yaml(), config=config, base_models=on_hub
-    )
+    return environment.from_string(template).render(metadata=metadata.to_yaml(), config=config, base_models=on_hub)

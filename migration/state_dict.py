@@ -41,10 +41,7 @@ _LANGUAGE = {
     "lang_embed.weight": "model.language_model.embed_tokens.weight",
     "lang_decoder.lm_head.weight": "lm_head.weight",
     "lang_decoder.model.norm.weight": "model.language_model.norm.weight",
-    **{
-        f"lang_decoder.model.layers.{{n}}.{name}": f"model.language_model.layers.{{n}}.{name}"
-        for name in _LLAMA_LAYER
-    },
+    **{f"lang_decoder.model.layers.{{n}}.{name}": f"model.language_model.layers.{{n}}.{name}" for name in _LLAMA_LAYER},
 }
 _OURS = "model.multi_modal_projector."
 

@@ -1,0 +1,151 @@
+"""Tiny random models and batches that the tests share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLProcessor
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig
+
+REFERENCE = Path(__file__).parent / "reference"
+VOCABULARY, IMAGE_ID, PAD_ID, EOS_ID = 96, 90, 0, 2
+IMAGE_SIZE, PER_PICTURE = 8, 5  # 2 x 2 patches of 4 pixels, and CLS
+WINDOW = 8  # of the decoders that have one: shorter than most test sequences
+
+_COMMON = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.3,  # far from uniform attention
+    pad_token_id=PAD_ID,
+    bos_token_id=1,
+    eos_token_id=EOS_ID,
+)
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**_COMMON),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **_COMMON, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**_COMMON, head_dim=8),
+    "mistral": lambda: transformers.MistralConfig(**_COMMON, sliding_window=WINDOW, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_COMMON,
+        sliding_window=WINDOW,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **_COMMON, sliding_window=WINDOW, head_dim=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi3": lambda: transformers.Phi3Config(**_COMMON, sliding_window=WINDOW),
+}
+
+
+def tiny_vision_config() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=4,
+        initializer_factor=4.0,
+    )
+
+
+def tiny_model(
+    family: str = "llama",
+    attention: str = "mmca",
+    backend: str | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **text_overrides: Any,
+) -> DSVLForConditionalGeneration:
+    """A random model in evaluation mode; the same seed gives the same weights under every attention."""
+    text = FAMILIES[family]()
+    for name, value in text_overrides.items():
+        setattr(text, name, value)
+    config = DSVLConfig(tiny_vision_config(), text, multimodal_attention=attention, image_token_id=IMAGE_ID)
+    torch.manual_seed(seed)
+    model = DSVLForConditionalGeneration(config).to(dtype).eval()
+    # The tower keeps sdpa: transformers' eager attention takes its softmax in float32 and would blur the comparison.
+    if backend is not None:
+        model.set_attn_implementation({"text_config": backend})
+    model.generation_config.eos_token_id = None  # random models may say it at once
+    return model
+
+
+def rows(*layouts: str, seed: int = 0) -> list[list[int]]:
+    """Token ids of layouts such as "ttIt": t is a random text token, I a whole picture."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = []
+    for layout in layouts:
+        row: list[int] = []
+        for symbol in layout:
+            token = int(torch.randint(3, IMAGE_ID, (), generator=generator))
+            row += [IMAGE_ID] * PER_PICTURE if symbol == "I" else [token]
+        ids.append(row)
+    return ids
+
+
+def pictures(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def batch(*layouts: str, side: str = "left", dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
+    """Model inputs of several layouts, padded on one side."""
+    ids = rows(*layouts, seed=seed)
+    longest = max(map(len, ids))
+
+    def pad(row: list[int], value: int) -> list[int]:
+        padding = [value] * (longest - len(row))
+        return padding + row if side == "left" else row + padding
+
+    input_ids = torch.tensor([pad(row, PAD_ID) for row in ids])
+    count = sum(layout.count("I") for layout in layouts)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in ids]),
+        "mm_token_type_ids": (input_ids == IMAGE_ID).long(),
+        "pixel_values": pictures(count, dtype) if count else None,
+    }
+
+
+@pytest.fixture
+def uncompiled() -> Any:
+    """Run compiled functions as they are written: flex_attention has no compiled kernel for float64 on a CPU."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(REFERENCE / "tokenizer")
+
+
+@pytest.fixture
+def processor(tokenizer: Any) -> DSVLProcessor:
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    return DSVLProcessor(image_processor, tokenizer, image_seq_length=PER_PICTURE)
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Image.Image]:
+    """Real photographs, of different shapes."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    arrays = [data.astronaut(), data.coffee(), data.chelsea(), *load_sample_images().images]
+    return [Image.fromarray(array) for array in arrays]

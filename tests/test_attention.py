@@ -1,0 +1,163 @@
+"""MMCA computes what its definition says, in every backend and decoder."""
+
+import pytest
+import torch
+from conftest import FAMILIES, IMAGE_ID, batch, pictures, rows, tiny_model
+from plain_loop import PlainLoop, run_by_loop
+
+LAYOUTS = ("tttItttIIttt", "Itt", "ttttttttttttt", "tI", "IItItttttttI", "ttttttttttttttttIt")
+
+
+def backends(family: str) -> list[str]:
+    return ["eager", "flex_attention"] if family == "gemma2" else ["eager", "sdpa", "flex_attention"]
+
+
+def close(backend: str) -> dict[str, float]:
+    """Where one side has no picture, it is the decoder's own attention; transformers' eager one computes in float32."""
+    tolerance = 1e-5 if backend == "eager" else 1e-9
+    return {"atol": tolerance, "rtol": tolerance}
+
+
+CASES = [(family, backend) for family in FAMILIES for backend in backends(family)]
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_equals_the_plain_loop(family, backend, side, uncompiled):
+    inputs = batch(*LAYOUTS, side=side)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        ours = tiny_model(family, backend=backend)(**inputs).logits
+        loop = PlainLoop(inputs["mm_token_type_ids"], real)
+        expected = run_by_loop(tiny_model(family, "causal"), inputs, loop).logits
+    torch.testing.assert_close(ours[real], expected[real], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loop_itself_is_causal_attention_when_told_so(family):
+    # In float32: transformers' eager attention (Gemma 2) takes its softmax in it and gives NaN on float64's lowest number.
+    inputs = batch(*LAYOUTS, side="right", dtype=torch.float32)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        loop = PlainLoop(inputs["mm_token_type_ids"], real, kind="causal")
+        by_loop = run_by_loop(tiny_model(family, "causal", dtype=torch.float32), inputs, loop).logits
+        by_transformers = tiny_model(family, "causal", dtype=torch.float32)(**inputs).logits
+    torch.testing.assert_close(by_loop[real], by_transformers[real], atol=1e-4, rtol=1e-4)
+
+
+def packed(*layouts: str):
+    """Documents in one row without padding: positions restart, and no attention mask is passed."""
+    ids = rows(*layouts)
+    input_ids = torch.tensor([sum(ids, [])])
+    position_ids = torch.tensor([sum((list(range(len(row))) for row in ids), [])])
+    count = sum(layout.count("I") for layout in layouts)
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "pixel_values": pictures(count)}
+    return inputs, [len(row) for row in ids]
+
+
+@pytest.mark.parametrize("attention", ["mmca", "causal"])
+@pytest.mark.parametrize(("family", "backend"), CASES)
+def test_packed_documents_equal_the_documents_apart(family, backend, attention, uncompiled):
+    model = tiny_model(family, attention, backend)
+    layouts = ("Itttt", "ttttttttttt", "ttIIt", "tttttI")
+    inputs, lengths = packed(*layouts)
+    with torch.no_grad():
+        together = model(**inputs, use_cache=False).logits[0].split(lengths)
+        first = 0
+        for length, layout, start in zip(lengths, layouts, torch.tensor([0, *lengths]).cumsum(0).tolist(), strict=False):
+            pixels = inputs["pixel_values"][first : first + layout.count("I")]
+            first += layout.count("I")
+            alone = model(
+                input_ids=inputs["input_ids"][:, start : start + length], pixel_values=pixels if len(pixels) else None
+            ).logits[0]
+            torch.testing.assert_close(together[layouts.index(layout)], alone, **close(backend))
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+def test_a_left_padded_batch_equals_its_samples_alone(family, backend, uncompiled):
+    model = tiny_model(family, backend=backend)
+    inputs = batch(*LAYOUTS)
+    first = 0
+    with torch.no_grad():
+        # Positions count from a sample's own start, as generate() makes them.
+        together = model(**inputs, position_ids=(inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)).logits
+        for row, layout in enumerate(LAYOUTS):
+            real = inputs["attention_mask"][row].bool()
+            pixels = inputs["pixel_values"][first : first + layout.count("I")]
+            first += layout.count("I")
+            alone = model(
+                input_ids=inputs["input_ids"][row : row + 1, real], pixel_values=pixels if len(pixels) else None
+            ).logits[0]
+            torch.testing.assert_close(together[row, real], alone, **close(backend))
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+def test_text_alone_is_the_language_model_to_the_bit(family, backend, uncompiled):
+    import transformers
+
+    model = tiny_model(family, backend=backend, dtype=torch.float32)
+    text = transformers.AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    text.base_model.load_state_dict(model.model.language_model.state_dict())
+    text.lm_head.load_state_dict(model.lm_head.state_dict())
+    text.set_attn_implementation(backend)
+    inputs = batch("ttttttttttttt", "ttttt")
+    inputs.pop("pixel_values")
+    types = inputs.pop("mm_token_type_ids")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, mm_token_type_ids=types).logits, text(**inputs).logits)
+        ours = model.generate(**inputs, mm_token_type_ids=types, max_new_tokens=8, do_sample=False)
+        theirs = text.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=[IMAGE_ID], eos_token_id=None)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+def test_a_later_picture_changes_no_earlier_logit(family, backend, uncompiled):
+    model = tiny_model(family, backend=backend)
+    inputs = batch("tttItttItt")
+    other = dict(inputs, pixel_values=torch.cat([inputs["pixel_values"][:1], pictures(1, seed=9)]))
+    with torch.no_grad():
+        one, two = model(**inputs).logits[0], model(**other).logits[0]
+    second = 3 + 5 + 3  # where the second picture begins
+    torch.testing.assert_close(one[:second], two[:second], atol=1e-12, rtol=0)
+    assert (one[second:] - two[second:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+def test_an_image_token_depends_on_its_picture_alone(family, backend, uncompiled):
+    model = tiny_model(family, backend=backend)
+    alone, among = batch("I"), batch("ttttIttt", seed=3)
+    among["pixel_values"] = alone["pixel_values"]
+    with torch.no_grad():
+        one = model.model(**alone).last_hidden_state[0]
+        two = model.model(**among).last_hidden_state[0, 4:9]
+    torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
+
+
+# flex_attention has no backward on a CPU; tests/test_gpu.py holds its gradients against sdpa's.
+@pytest.mark.parametrize(("family", "backend"), [case for case in CASES if case[1] != "flex_attention"])
+def test_gradients_equal_the_plain_loops(family, backend):
+    inputs = batch(*LAYOUTS, side="right")
+    labels = torch.where(inputs["attention_mask"].bool() & (inputs["mm_token_type_ids"] == 0), inputs["input_ids"], -100)
+    ours, plain = tiny_model(family, backend=backend), tiny_model(family, "causal")
+    ours(**inputs, labels=labels).loss.backward()
+    loop = PlainLoop(inputs["mm_token_type_ids"], inputs["attention_mask"].bool())
+    run_by_loop(plain, inputs, loop, labels=labels).loss.backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if expected[name].grad is not None:
+            scale = expected[name].grad.abs().max().clamp(min=1e-3)
+            torch.testing.assert_close(parameter.grad / scale, expected[name].grad / scale, atol=1e-4, rtol=0, msg=name)
+
+
+def test_eager_returns_the_weights_it_used():
+    model = tiny_model(backend="eager")
+    inputs = batch("ttIttIt", "Ittt")
+    with torch.no_grad():
+        outputs = model(**inputs, output_attentions=True, output_hidden_states=True)
+    assert len(outputs.attentions) == 2 and len(outputs.hidden_states) == 3
+    weights = outputs.attentions[0]
+    assert weights.shape == (2, 4, inputs["input_ids"].shape[1], inputs["input_ids"].shape[1])
+    sums = weights.sum(-1)[:, 0]
+    # left padding 0; text before a picture 1; after it 2; an image token its own value alone
+    torch.testing.assert_close(sums[0], torch.tensor([1.0] * 7 + [2, 2] + [1] * 5 + [2], dtype=torch.float64))
+    torch.testing.assert_close(sums[1], torch.tensor([0.0] * 7 + [1] * 5 + [2] * 3, dtype=torch.float64))
