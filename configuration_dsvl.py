@@ -154,6 +154,11 @@ class DSVLConfig(PreTrainedConfig):
                 f"image_token_id={self.image_token_id} lies outside text_config.vocab_size={text.vocab_size}; extend the "
                 "vocabulary (dsvl.compose does) or name a token that exists."
             )
+        if self.multimodal_attention == "mmca_reference" and getattr(text, "sliding_window", None) is not None:
+            raise ValueError(
+                f"multimodal_attention='mmca_reference' compares with the released code, whose decoder has no window, but "
+                f"text_config.sliding_window is {text.sliding_window}; choose 'mmca', or set sliding_window=None."
+            )
         unknown = sorted(set(getattr(text, "layer_types", None) or ()) - set(ATTENTION_LAYER_TYPES))
         if unknown and self.multimodal_attention != "causal":
             raise ValueError(

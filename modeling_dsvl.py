@@ -419,6 +419,19 @@ def _sees_pictures(token_types: torch.Tensor, past_key_values: Cache | None) -> 
     return seen
 
 
+def _whole_types(types: torch.Tensor, input_ids: torch.Tensor, known: torch.Tensor | None, total: int) -> torch.Tensor:
+    """The modality of all `total` tokens of a generation step, from what `generate` was given for `input_ids`.
+
+    `input_ids` is the whole sequence, or what came after a cache; assisted decoding passes the prompt's modality alone,
+    and what was generated since is text.
+    """
+    types = nn.functional.pad(types, (0, max(input_ids.shape[1] - types.shape[1], 0)))
+    missing = total - types.shape[1]
+    if missing > 0 and known is not None:
+        types = torch.cat([known[:, :missing].to(types.device), types], dim=1)
+    return types[:, :total]
+
+
 def _by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
     """Decoders with layer types take a dict of masks, the others one tensor."""
     return masks.get(None, masks)
@@ -614,16 +627,56 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
-    def generate(self, *args: Any, logits_processor: LogitsProcessorList | None = None, **kwargs: Any) -> Any:
-        """Generate text; see `GenerationMixin.generate`.
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate text; see `GenerationMixin.generate`. Inputs are those of `forward`.
+
+        With `past_key_values` of earlier rounds, pass the whole conversation: pictures whose tokens are cached are not
+        encoded again (the new pictures alone may be passed as well).
 
         The image token is never generated, as it stands for a picture; except under "mmca_reference", whose results are
         compared with the released code, which does not prevent it.
         """
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is not None:
+            if kwargs.get("mm_token_type_ids") is None:  # of the prompt: whatever is generated is text
+                kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
+            if kwargs.get("pixel_values") is not None and kwargs.get("past_key_values") is not None:
+                kwargs["pixel_values"] = self._new_pictures(input_ids, kwargs["pixel_values"], kwargs["past_key_values"])
+        if kwargs.get("pixel_values") is None:
+            kwargs.pop("pixel_values", None)
+        assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
+        if "pixel_values" in kwargs and hasattr(assistant, "get_image_features"):
+            # An assistant sees by its own tower, but is handed what its main model got: both go there, it picks its own.
+            pixel_values = kwargs.pop("pixel_values")
+            seen_by = {"image": self, "assistant": assistant}
+            kwargs["mm_encoder_outputs"] = {key: model.get_image_features(pixel_values) for key, model in seen_by.items()}
+        elif "assistant" in encoded:
+            kwargs["mm_encoder_outputs"] = {"image": encoded["assistant"]}
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.multimodal_attention != "mmca_reference":
             processors.append(NoImageToken(self.config.image_token_id))
-        return super().generate(*args, logits_processor=processors, **kwargs)
+        return super().generate(inputs, *args, logits_processor=processors, **kwargs)
+
+    def _new_pictures(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, past_key_values: Cache
+    ) -> torch.Tensor | None:
+        """Of the pictures of a whole conversation, those whose tokens are not in the cache yet."""
+
+        def pictures(ids: torch.Tensor) -> list[int]:
+            return ((ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length).tolist()
+
+        total, new = pictures(input_ids), pictures(input_ids[:, int(past_key_values.get_seq_length()) :])
+        if len(pixel_values) == sum(total):
+            samples = pixel_values.split(total)
+            pixel_values = torch.cat([s[len(s) - count :] for s, count in zip(samples, new, strict=True)])
+        return pixel_values if len(pixel_values) else None
 
     def prepare_inputs_for_generation(
         self,
@@ -634,12 +687,10 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         is_first_iteration: bool | None = False,
         mm_token_type_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of one generation step: the modality of the whole sequence, and the pictures that are not cached yet."""
-        if mm_token_type_ids is None and inputs_embeds is None and input_ids is not None:
-            mm_token_type_ids = (input_ids == self.config.image_token_id).long()
+        """Inputs of one generation step, with the modality of the whole sequence."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -647,43 +698,46 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
-            pixel_values=pixel_values,
             **kwargs,
         )
-        if inputs.get("pixel_values") is not None and inputs.get("input_ids") is not None:
-            inputs["pixel_values"] = self._new_pictures(input_ids, inputs["input_ids"], inputs["pixel_values"])
+        new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        if mm_encoder_outputs and (is_first_iteration or new.shape[1] == input_ids.shape[1]):
+            # An assistant starts from an empty cache in what transformers does not call a first iteration.
+            inputs["mm_encoder_outputs"] = mm_encoder_outputs
         if self.config.multimodal_attention == "causal" or mm_token_type_ids is None:
             return inputs
-        total = attention_mask.shape[1] if attention_mask is not None else input_ids.shape[1]
-        missing = total - mm_token_type_ids.shape[1]
-        if missing > 0 and input_ids.shape[1] == total:
-            # Assisted decoding passes the prompt's modality alone; what was generated since is text.
-            mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, missing))
-        inputs["mm_token_type_ids"] = mm_token_type_ids
-        tokens = (inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]).shape[1]
-        if getattr(past_key_values, "is_compileable", False) and tokens == 1:
-            self._prepare_static_step(inputs, attention_mask, total)
+        static = getattr(past_key_values, "is_compileable", False)
+        known = getattr(past_key_values, "mm_token_type_ids", None)
+        if static and not is_first_iteration and known is not None:
+            past = known.shape[1]  # a static cache keeps its length on the device; asking would wait for it
+        else:
+            past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        types = _whole_types(mm_token_type_ids, input_ids, known, past + new.shape[1])
+        inputs["mm_token_type_ids"] = types
+        if static and new.shape[1] == 1:
+            # A decode step's mask is built here, in a fixed shape: a compiled step sees nothing that grows.
+            del inputs["mm_token_type_ids"]
+            past_key_values.mm_token_type_ids = types
+            inputs["attention_mask"] = self._static_step_mask(
+                types, attention_mask, past_key_values, inputs.get("position_ids")
+            )
         return inputs
 
-    def _prepare_static_step(self, inputs: dict[str, Any], attention_mask: torch.Tensor | None, total: int) -> None:
-        """Build a decode step's mask here, in a fixed shape, so that a compiled step sees nothing that grows."""
-        types, cache = inputs.pop("mm_token_type_ids"), inputs["past_key_values"]
-        known = getattr(cache, "mm_token_type_ids", None)
-        if types.shape[1] < total and known is not None:  # new tokens alone, after a cache
-            types = torch.cat([known[:, : total - types.shape[1]].to(types.device), types], dim=1)
-        cache.mm_token_type_ids = types
-        embeds = torch.empty((len(types), 1, 0), dtype=self.dtype, device=types.device)
-        position_ids = inputs.get("position_ids")
+    def _static_step_mask(
+        self,
+        token_types: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         config = self.model.language_model.config
+        embeds = torch.empty((len(token_types), 1, 0), dtype=self.dtype, device=token_types.device)
         reference = self.config.multimodal_attention == "mmca_reference"
-        if reference or _sees_pictures(types, cache):
-            codes = mmca_reference_codes if reference else mmca_codes
-            visible = visibilities(config, embeds, attention_mask, cache, position_ids)
-            inputs["attention_mask"] = _by_layer_type({k: codes(v, types) for k, v in visible.items()})
-        else:
-            inputs["attention_mask"] = create_masks_for_generate(
-                config, embeds, attention_mask, cache, position_ids=position_ids
-            )
+        if not reference and not _sees_pictures(token_types, past_key_values):
+            return create_masks_for_generate(config, embeds, attention_mask, past_key_values, position_ids=position_ids)
+        codes = mmca_reference_codes if reference else mmca_codes
+        visible = visibilities(config, embeds, attention_mask, past_key_values, position_ids)
+        return _by_layer_type({k: codes(v, token_types) for k, v in visible.items()})
 
     @property
     def create_masks_for_generate(self) -> Callable:
@@ -691,21 +745,6 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
         if self.config.multimodal_attention == "causal":
             return create_masks_for_generate
         return lambda *args, attention_mask=None, **kwargs: attention_mask
-
-    def _new_pictures(
-        self, input_ids: torch.Tensor, new_ids: torch.Tensor, pixel_values: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Of the pictures of a whole conversation, those whose tokens are not in the cache yet."""
-        if new_ids.shape[1] == input_ids.shape[1]:
-            return pixel_values
-        image, per_picture = self.config.image_token_id, self.config.image_seq_length
-        total = [count // per_picture for count in (input_ids == image).sum(-1).tolist()]
-        new = [count // per_picture for count in (new_ids == image).sum(-1).tolist()]
-        if len(pixel_values) != sum(total):
-            return pixel_values  # the new pictures alone (anything else is refused when they are placed)
-        rows = pixel_values.split(total)
-        kept = torch.cat([row[len(row) - count :] for row, count in zip(rows, new, strict=True)])
-        return kept if len(kept) else None
 
 
 __all__ = ["DSVLForConditionalGeneration", "DSVLModel", "DSVLPreTrainedModel"]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLProcessor
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig
+
+from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLProcessor
 
 REFERENCE = Path(__file__).parent / "reference"
 VOCABULARY, IMAGE_ID, PAD_ID, EOS_ID = 96, 90, 0, 2

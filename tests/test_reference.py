@@ -61,9 +61,9 @@ def test_greedy_generation(name, run, switch, attention, backend):
     model, inputs = case.model(attention, backend), case.batch(run)
     inputs.pop("labels")
     prompt = inputs["input_ids"].shape[1]
-    generated = model.generate(
-        **inputs, max_new_tokens=case.config["gen_max_new_tokens"], do_sample=False, pad_token_id=2
-    )[0, prompt:].tolist()
+    generated = model.generate(**inputs, max_new_tokens=case.config["gen_max_new_tokens"], do_sample=False, pad_token_id=2)[
+        0, prompt:
+    ].tolist()
     assert expected[0] == 1  # the original's output begins with the token that its decoding started from
     assert generated == expected[1:]
 
