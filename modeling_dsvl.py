@@ -659,6 +659,8 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
             kwargs["mm_encoder_outputs"] = {key: model.get_image_features(pixel_values) for key, model in seen_by.items()}
         elif "assistant" in encoded:
             kwargs["mm_encoder_outputs"] = {"image": encoded["assistant"]}
+        if assistant is not None and not hasattr(assistant, "get_image_features") and input_ids is not None:
+            del kwargs["mm_token_type_ids"]  # a language model alone refuses it, and here it follows from the ids
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.multimodal_attention != "mmca_reference":
             processors.append(NoImageToken(self.config.image_token_id))

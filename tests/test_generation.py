@@ -223,8 +223,6 @@ def test_chunked_prefill_gives_the_same_tokens(chunk):
 @pytest.mark.parametrize("new_alone", [False, True])
 def test_a_conversation_continues_from_its_cache(family, kind, new_alone):
     """The second round sees the first one's pictures, which are not encoded again."""
-    if family in ("qwen2", "mistral", "gemma2", "gemma3_text", "phi3") and kind == "static":
-        pytest.skip("transformers' static sliding window layers cannot be continued by more than one token exactly")
     model, first = tiny_model(family), batch("ttItttIt")
     cache = StaticCache(config=model.config.text_config, max_cache_len=128) if kind == "static" else None
     kwargs = {"past_key_values": cache} if cache is not None else {}
