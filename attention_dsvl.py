@@ -115,7 +115,7 @@ def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) ->
             "another decoder (Llama, Qwen, Mistral, Gemma, Phi3 ... do), or multimodal_attention='causal'."
         )
     for module in modules:
-        module.config = RoutedConfig(language_model.config, dsvl_config)
+        setattr(module, "config", RoutedConfig(language_model.config, dsvl_config))  # noqa: B010 (an attribute of no Module)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,11 +312,11 @@ def multimodal_mask(visibility: Visibility, token_types: torch.Tensor, backend: 
     q_positions, kv_positions = text_queries + visibility.q_offset, text_keys + visibility.kv_offset
     image_positions = image_keys + visibility.kv_offset
 
-    def sees_text(batch, head, q, k):
+    def sees_text(batch: Any, head: Any, q: Any, k: Any) -> torch.Tensor:
         seen = visibility.mask_function(batch, head, q_positions[batch, q], kv_positions[batch, k])
         return seen & has_text_key[batch, k]
 
-    def sees_image(batch, head, q, k):
+    def sees_image(batch: Any, head: Any, q: Any, k: Any) -> torch.Tensor:
         seen = visibility.mask_function(batch, head, q_positions[batch, q], image_positions[batch, k])
         return seen & has_image_key[batch, k]
 
@@ -382,8 +382,8 @@ def _attention(backend: str) -> Callable:
         multimodal_masks: dict[str | None, MultimodalMask] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        codes = attention_mask is not None and getattr(attention_mask, "dtype", None) == torch.int8
-        if not codes:  # no picture in sight: the decoder's own attention, to the bit
+        # No picture in sight: the decoder's own attention, to the bit.
+        if attention_mask is None or getattr(attention_mask, "dtype", None) != torch.int8:
             return _plain_attention(backend, module)(module, query, key, value, attention_mask, **kwargs)
         for unsupported in ("s_aux", "position_bias"):
             if kwargs.get(unsupported) is not None:
@@ -435,15 +435,16 @@ def _gathered_attention(
     image_output, image_weights = branch(mask.image_keys, mask.image_mask)
     if mask.sees_image is not None:
         image_output = torch.where(mask.sees_image, image_output, 0)
+        if image_weights is not None:
+            image_weights = torch.where(mask.sees_image.transpose(1, 2), image_weights, 0)
     output = _spread(output + image_output, mask.text_slot)
 
     own = value.index_select(2, mask.own_key).transpose(1, 2)
     own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=2)
     output = torch.where(mask.is_text[:, :, None, None], output, own * mask.is_image[:, :, None, None])
 
-    if backend != "eager":
+    if backend != "eager" or text_weights is None or image_weights is None:
         return output, None
-    image_weights = torch.where(mask.sees_image.transpose(1, 2), image_weights, 0)
     return output, _dense_weights(mask, key.shape[2], text_weights, image_weights)
 
 
@@ -499,7 +500,7 @@ def _coded_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One product, two softmaxes: the sum of the text and the image branch, by a (batch, 1, queries, keys) of codes."""
     scores, codes = _scores(query, key, scaling, softcap), _grouped(codes, key)
-    weights = 0
+    weights = torch.zeros((), dtype=query.dtype, device=query.device)
     for member_bit, uniform_bit in ((IN_TEXT, UNIFORM_TEXT), (IN_IMAGE, UNIFORM_IMAGE)):
         members, uniform = (codes & member_bit).bool(), (codes & uniform_bit).bool()
         any_member = members.any(-1, keepdim=True)

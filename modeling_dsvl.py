@@ -126,11 +126,11 @@ class DSVLModelOutputWithPast(ModelOutput):
         image_hidden_states: the projected pictures, (pictures, image_seq_length, hidden), in reading order.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
+    last_hidden_state: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -138,12 +138,12 @@ class DSVLCausalLMOutputWithPast(ModelOutput):
     """Output of `DSVLForConditionalGeneration`: as `DSVLModelOutputWithPast`, with `loss` (a scalar) and `logits`
     (batch, tokens, vocabulary), which is None where `skip_logits` applied."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,13 +219,13 @@ class DSVLModel(DSVLPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> DSVLModelOutputWithPast:
@@ -443,7 +443,7 @@ class NoImageToken(LogitsProcessor):
     def __init__(self, image_token_id: int) -> None:
         self.image_token_id = image_token_id
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         scores[:, self.image_token_id] = -torch.inf
         return scores
@@ -455,13 +455,15 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
     `model` is the `DSVLModel`, `lm_head` the head, tied to the embeddings exactly if the language model ties its own.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: DSVLConfig) -> None:
         super().__init__(config)
         self.model = DSVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        table = self.get_input_embeddings().weight  # which decoders call by different names
+        name = next(name for name, parameter in self.model.named_parameters() if parameter is table)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}"}
         self.post_init()
 
     @classmethod
@@ -489,7 +491,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -535,15 +537,15 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         **kwargs: Any,
@@ -647,15 +649,17 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
         if input_ids is not None:
             if kwargs.get("mm_token_type_ids") is None:  # of the prompt: whatever is generated is text
                 kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
-            if kwargs.get("pixel_values") is not None and kwargs.get("past_key_values") is not None:
-                kwargs["pixel_values"] = self._new_pictures(input_ids, kwargs["pixel_values"], kwargs["past_key_values"])
+            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            whole = mask is None or mask.shape[1] == input_ids.shape[1]  # else the new tokens alone, as transformers has it
+            if kwargs.get("pixel_values") is not None and cache is not None and whole:
+                kwargs["pixel_values"] = self._new_pictures(input_ids, kwargs["pixel_values"], cache)
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)
         assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
-        if "pixel_values" in kwargs and hasattr(assistant, "get_image_features"):
+        if "pixel_values" in kwargs and assistant is not None and hasattr(assistant, "get_image_features"):
             # An assistant sees by its own tower, but is handed what its main model got: both go there, it picks its own.
             pixel_values = kwargs.pop("pixel_values")
-            seen_by = {"image": self, "assistant": assistant}
+            seen_by: dict[str, Any] = {"image": self, "assistant": assistant}
             kwargs["mm_encoder_outputs"] = {key: model.get_image_features(pixel_values) for key, model in seen_by.items()}
         elif "assistant" in encoded:
             kwargs["mm_encoder_outputs"] = {"image": encoded["assistant"]}
@@ -682,13 +686,13 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -708,7 +712,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
         if self.config.multimodal_attention == "causal" or mm_token_type_ids is None:
             return inputs
-        static = getattr(past_key_values, "is_compileable", False)
+        static = past_key_values is not None and past_key_values.is_compileable
         known = getattr(past_key_values, "mm_token_type_ids", None)
         if static and not is_first_iteration and known is not None:
             past = known.shape[1]  # a static cache keeps its length on the device; asking would wait for it
@@ -716,7 +720,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
             past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         types = _whole_types(mm_token_type_ids, input_ids, known, past + new.shape[1])
         inputs["mm_token_type_ids"] = types
-        if static and new.shape[1] == 1:
+        if past_key_values is not None and static and new.shape[1] == 1:
             # A decode step's mask is built here, in a fixed shape: a compiled step sees nothing that grows.
             del inputs["mm_token_type_ids"]
             past_key_values.mm_token_type_ids = types

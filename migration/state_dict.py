@@ -102,7 +102,9 @@ def convert_state_dict(original: Mapping[str, torch.Tensor]) -> dict[str, torch.
     """
     rules = _VISION | _LANGUAGE | _PROJECTORS[_projector_type(original)]
     converted: dict[str, torch.Tensor] = {}
-    unknown, numbers, used = [], {}, set()
+    unknown: list[str] = []
+    used: set[str] = set()
+    numbers: dict[str, set[int]] = {}
     for name, tensor in original.items():
         if _COMPUTED.fullmatch(name):
             continue

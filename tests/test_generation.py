@@ -246,6 +246,21 @@ def test_a_conversation_continues_from_its_cache(family, kind, new_alone):
     assert encoded == [1]
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_conversation_continues_from_its_new_tokens_alone(kind):
+    model, first = tiny_model(), batch("ttItttIt")
+    answer = model.generate(
+        **first, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, past_key_values=make_cache(kind, model)
+    )
+    new = batch("ttIttt", seed=7)
+    tail = answer.sequences[:, -1:]  # said, but not in the cache yet
+    ids = torch.cat([tail, new["input_ids"]], 1)
+    whole = torch.cat([answer.sequences, new["input_ids"]], 1)
+    expected = greedy(model, {"input_ids": whole, "pixel_values": torch.cat([first["pixel_values"], new["pixel_values"]])})
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(whole), "pixel_values": new["pixel_values"]}
+    assert greedy(model, inputs, past_key_values=answer.past_key_values).equal(expected)
+
+
 def test_a_cache_of_unknown_modality_is_refused():
     model, inputs = tiny_model(), batch("ttIttt")
     cache = DynamicCache(config=model.config.text_config)

@@ -1,0 +1,117 @@
+"""A configuration says what it is, and refuses what does not go together."""
+
+import json
+
+import pytest
+import torch
+from conftest import FAMILIES, PER_PICTURE, tiny_vision_config
+from transformers import (
+    AutoConfig,
+    BloomConfig,
+    CLIPConfig,
+    JambaConfig,
+    LlamaConfig,
+    MambaConfig,
+    SiglipVisionConfig,
+    T5Config,
+)
+
+from dsvl import DSVLConfig, DSVLForConditionalGeneration
+
+
+def config(**kwargs):
+    return DSVLConfig(
+        **({"vision_config": tiny_vision_config(), "text_config": FAMILIES["llama"](), "image_token_id": 90} | kwargs)
+    )
+
+
+def test_how_many_embeddings_a_picture_becomes():
+    assert config().image_seq_length == PER_PICTURE
+    assert config(vision_feature_select_strategy="default").image_seq_length == PER_PICTURE - 1
+    assert config(projector_type="vit").image_seq_length == PER_PICTURE
+    assert config(projector_type="perceiver").image_seq_length == 256
+    assert DSVLConfig().image_seq_length == 257  # CLIP ViT-L/14 at 224 pixels, with CLS
+
+
+@pytest.mark.parametrize("projector_type", ["linear", "vit", "perceiver"])
+@pytest.mark.parametrize("strategy", ["full", "default"])
+@pytest.mark.parametrize("layer", [-1, -2, 0])
+def test_the_model_makes_as_many(projector_type, strategy, layer):
+    model = DSVLForConditionalGeneration(
+        config(projector_type=projector_type, vision_feature_select_strategy=strategy, vision_feature_layer=layer)
+    )
+    features = model.get_image_features(torch.zeros(2, 3, 8, 8)).pooler_output
+    assert [f.shape for f in features] == [(model.config.image_seq_length, 32)] * 2
+
+
+def test_survives_a_round_trip(tmp_path):
+    original = config(projector_type="perceiver", multimodal_attention="causal", vision_feature_layer=-2)
+    original.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() | {"_name_or_path": ""} == original.to_dict()
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert set(written["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageTextToText",
+        "AutoModelForCausalLM",
+        "AutoProcessor",
+    }
+    assert DSVLConfig(**written).to_dict() == original.to_dict()
+
+
+def llama(**kwargs):
+    return LlamaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **kwargs)
+
+
+REFUSED = {
+    "projector": ({"projector_type": "mlp"}, "projector_type='mlp' is not known; choose one of 'linear', 'vit'"),
+    "attention": ({"multimodal_attention": "full"}, "multimodal_attention='full' is not known; choose one of 'mmca'"),
+    "strategy": ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy='cls' is not known"),
+    "layer": ({"vision_feature_layer": 7}, "vision_feature_layer=7 does not exist: the tower has 2 layers.*from -3 to 2"),
+    "layers": ({"vision_feature_layer": [1, 2]}, r"vision_feature_layer=\[1, 2\] does not exist"),
+    "image token": ({"image_token_id": 96}, "image_token_id=96 lies outside text_config.vocab_size=96; extend"),
+    "full CLIP": ({"vision_config": CLIPConfig()}, "model_type='clip' is not a vision tower; pass its vision_config"),
+    "tower": ({"vision_config": SiglipVisionConfig()}, "'siglip_vision_model' is not a vision tower; use .*clip_vision"),
+    "no patch": ({"vision_config": {"model_type": "clip_vision_model", "image_size": 8}}, "image_size=8 is smaller"),
+    "no type": ({"text_config": {"hidden_size": 32}}, "text_config is a dict without 'model_type'.*add it"),
+    "encoder": ({"text_config": T5Config(vocab_size=96)}, "model_type='t5' is not a plain causal decoder; pass"),
+    "width": (
+        {"projector_type": "perceiver", "text_config": LlamaConfig(vocab_size=96, hidden_size=30, num_attention_heads=3)},
+        "hidden_size must be a multiple of 4, but it is 30; choose",
+    ),
+    "window": (
+        {"multimodal_attention": "mmca_reference", "text_config": FAMILIES["mistral"]()},
+        "mmca_reference.*text_config.sliding_window is 8; choose 'mmca'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_combinations_are_refused(case):
+    values, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        config(**values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
+        JambaConfig(
+            vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, num_experts=2
+        ),
+        MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2),
+    ],
+    ids=lambda text: text.model_type,
+)
+def test_a_decoder_that_cannot_carry_mmca_is_refused(text):
+    with pytest.raises(ValueError, match="cannot (carry|be carried).*multimodal_attention='causal'"):
+        DSVLForConditionalGeneration(config(text_config=text))
+
+
+def test_softcapping_is_refused_where_it_would_be_ignored():
+    model = DSVLForConditionalGeneration(config(text_config=FAMILIES["gemma2"]()))
+    assert model.model.language_model.config._attn_implementation == "eager"  # transformers' own choice for it
+    with pytest.raises(ValueError, match="eager"):
+        model.set_attn_implementation("sdpa")
