@@ -1,0 +1,109 @@
+"""What a CPU cannot show: flex_attention's gradients and memory, compiled decoding, half precision on a GPU."""
+
+import pytest
+import torch
+from conftest import FAMILIES, IMAGE_ID, batch, tiny_model
+from transformers import StaticCache
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+LAYOUTS = ("tttItttIIttt", "Itt", "ttttttttttttt", "IItItttttttI", "tt" * 60 + "I" + "t" * 40)
+
+
+def on_gpu(inputs):
+    return {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def gradients(model, inputs, labels):
+    model.zero_grad()
+    model(**inputs, labels=labels, use_cache=False).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flex_attention_agrees_with_eager_in_outputs_and_gradients(family):
+    """Heads as wide as a kernel wants them; the sequences are longer than one of its blocks."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    wide = {"head_dim": 32} if family != "phi3" else {}
+    wide |= {"hidden_size": 128} if family in ("phi3", "qwen2", "llama") else {}
+    inputs = on_gpu(batch(*LAYOUTS, side="right", dtype=torch.float32))
+    real = inputs["attention_mask"].bool()
+    labels = torch.where(real & (inputs["input_ids"] != IMAGE_ID), inputs["input_ids"], -100)
+    results = []
+    for backend in ("eager", "flex_attention"):
+        model = tiny_model(family, backend=backend, dtype=torch.float32, initializer_range=0.1, **wide).cuda()
+        with torch.no_grad():
+            logits = model(**inputs).logits[real]
+        results.append((logits, gradients(model, inputs, labels)))
+    (expected, expected_gradients), (got, got_gradients) = results
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+    for name, gradient in expected_gradients.items():
+        scale = gradient.abs().max().clamp(min=1e-4)
+        torch.testing.assert_close(got_gradients[name] / scale, gradient / scale, atol=1e-2, rtol=0, msg=name)
+
+
+def test_flex_attention_builds_nothing_as_large_as_tokens_squared():
+    model = tiny_model(
+        backend="flex_attention", dtype=torch.bfloat16, hidden_size=64, head_dim=16, max_position_embeddings=32768
+    )
+    model = model.cuda()
+    picture_and_text = "I" * 20 + "t" * 100
+    peaks = {}
+    for repeats in (40, 80):
+        inputs = on_gpu(batch(picture_and_text * repeats, dtype=torch.bfloat16))
+        tokens = inputs["input_ids"].shape[1]
+        with torch.no_grad():
+            model.model(**inputs, use_cache=False)  # compiles
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model.model(**inputs, use_cache=False)
+        peaks[tokens] = torch.cuda.max_memory_allocated() - before
+    (short, small), (long, large) = peaks.items()
+    assert long > 1.9 * short
+    assert large < 2.5 * small, peaks  # linear, not fourfold
+    assert large < long**2, peaks  # less than one byte for each pair
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_compiled_static_decoding_gives_the_tokens_of_the_dynamic_cache(family):
+    model = tiny_model(family, dtype=torch.float32).cuda()
+    inputs = on_gpu(batch("ttItttIIttttttIttt", "tttItt", dtype=torch.float32))
+    torch._dynamo.reset()
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    got = model.generate(**inputs, max_new_tokens=12, do_sample=False, cache_implementation="static")
+    assert "_compiled_call" in model.__dict__, "nothing was compiled"
+    assert got.equal(expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
+def test_bfloat16_stays_near_the_whole(backend):
+    inputs = on_gpu(batch(*LAYOUTS, dtype=torch.float32))
+    real = inputs["attention_mask"].bool()
+    overrides = dict(hidden_size=128, head_dim=32, initializer_range=0.05)
+    half = tiny_model(backend=backend, dtype=torch.bfloat16, **overrides).cuda()
+    whole = tiny_model(backend="eager", dtype=torch.float32, **overrides).cuda()
+    with torch.no_grad():
+        got, expected = half(**inputs).logits[real].float(), whole(**inputs).logits[real]
+    assert (got - expected).norm() / expected.norm() < 0.05
+
+
+def test_a_static_cache_step_waits_for_nothing():
+    """Between the host and the device nothing synchronizes in a decode step's preparation and forward pass."""
+    model = tiny_model(dtype=torch.float32).cuda()
+    inputs = on_gpu(batch("ttIttt", dtype=torch.float32))
+    cache = StaticCache(config=model.config.text_config, max_cache_len=32)
+    ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        ids, types = torch.cat([ids, ids[:, :1]], 1), torch.nn.functional.pad(types, (0, 1))
+        mask = torch.ones_like(ids)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step = model.prepare_inputs_for_generation(
+                ids, next_sequence_length=1, past_key_values=cache, attention_mask=mask, mm_token_type_ids=types
+            )
+            model(**step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
