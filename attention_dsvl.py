@@ -267,12 +267,10 @@ class MultimodalMask:
     as queries their result is thrown away, as keys the masks hide them.
     """
 
-    text_queries: torch.Tensor  # (batch, text queries) index of each gathered query
-    text_keys: torch.Tensor  # (batch, text keys)
+    text_queries: torch.Tensor  # (batch, text queries) the gathered queries, as rows of the flattened (batch x queries)
+    text_keys: torch.Tensor  # (batch, text keys) as rows of (batch x keys)
     image_keys: torch.Tensor  # (batch, image keys)
-    text_slot: torch.Tensor  # (batch, queries) where each text query stands among the gathered ones
-    is_text: torch.Tensor  # (batch, queries)
-    is_image: torch.Tensor  # (batch, queries)
+    is_text: torch.Tensor  # (batch, queries); all others, padding too, have their own value
     own_key: torch.Tensor  # (queries,) index of each query's own key
     text_mask: Any  # what the backend takes; None where it is plainly causal
     image_mask: Any
@@ -305,7 +303,7 @@ def multimodal_mask(visibility: Visibility, token_types: torch.Tensor, backend: 
     if visibility.padding is not None:
         q_padding = visibility.padding[:, token_types.shape[1] - visibility.q_length : token_types.shape[1]]
         q_types = q_types.masked_fill(~q_padding, HIDDEN)
-    is_text, is_image = q_types == TEXT, q_types == IMAGE
+    is_text = q_types == TEXT
     text_queries, _ = _gather_index(is_text)
     text_keys, has_text_key = _gather_index(key_types == TEXT)
     image_keys, has_image_key = _gather_index(key_types == IMAGE)
@@ -343,13 +341,12 @@ def multimodal_mask(visibility: Visibility, token_types: torch.Tensor, backend: 
         image_mask = image_mask | ~any_image  # a row without a key is NaN in some kernels; its result is not used
     elif backend == "eager":
         any_image = (image_mask == 0).any(-1, keepdim=True)
+    first_row = torch.arange(visibility.batch_size, device=visibility.device)[:, None]
     return MultimodalMask(
-        text_queries=text_queries,
-        text_keys=text_keys,
-        image_keys=image_keys,
-        text_slot=(is_text.cumsum(-1) - 1).clamp(min=0),
+        text_queries=text_queries + first_row * visibility.q_length,
+        text_keys=text_keys + first_row * visibility.kv_length,
+        image_keys=image_keys + first_row * visibility.kv_length,
         is_text=is_text,
-        is_image=is_image,
         own_key=_positions(visibility, queries=True) - visibility.kv_offset,
         text_mask=text_mask,
         image_mask=image_mask,
@@ -358,7 +355,10 @@ def multimodal_mask(visibility: Visibility, token_types: torch.Tensor, backend: 
 
 
 def _gather_index(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The indices of each row's members, in order, and which of these slots are filled: both (batch, slots)."""
+    """The indices of each row's members, in order, and which of these slots are filled: both (batch, slots).
+
+    A slot that is not filled holds some other index of the row, and none twice.
+    """
     counts = members.sum(-1)
     # A compiled graph cannot ask how many there are, so it gets a slot for each token.
     slots = members.shape[1] if torch.compiler.is_compiling() else max(int(counts.max()), 1)
@@ -437,38 +437,57 @@ def _gathered_attention(
         image_output = torch.where(mask.sees_image, image_output, 0)
         if image_weights is not None:
             image_weights = torch.where(mask.sees_image.transpose(1, 2), image_weights, 0)
-    output = _spread(output + image_output, mask.text_slot)
-
-    own = value.index_select(2, mask.own_key).transpose(1, 2)
-    own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=2)
-    output = torch.where(mask.is_text[:, :, None, None], output, own * mask.is_image[:, :, None, None])
-
+    own = (value if value.shape[2] == query.shape[2] else value.index_select(2, mask.own_key)).transpose(1, 2)
+    if query.shape[1] != value.shape[1]:
+        own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=2)
+    spread = _put(output + image_output, mask.text_queries, query.shape[2])
+    output = torch.where(mask.is_text[:, :, None, None], spread, own)
     if backend != "eager" or text_weights is None or image_weights is None:
         return output, None
     return output, _dense_weights(mask, key.shape[2], text_weights, image_weights)
 
 
-def _take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Tokens of (batch, heads, tokens, head_dim) by their (batch, slots) index."""
-    return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+class _TakeRows(torch.autograd.Function):
+    """`rows[index]` of (rows, ...) for an index that names no row twice, so that its backward adds nothing up.
+
+    Autograd's own backward of `index_select` adds atomically, which costs more than the attention.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy(0, index, gradient), None
 
 
-def _spread(states: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """(batch, slots, heads, head_dim) back to the tokens that the slots came from: (batch, tokens, heads, head_dim)."""
-    return states.gather(1, slot[:, :, None, None].expand(-1, -1, *states.shape[2:]))
+def _take(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Tokens of (batch, heads, tokens, head_dim) by their (batch, slots) rows: (batch, heads, slots, head_dim)."""
+    tokens = states.transpose(1, 2).flatten(0, 1)  # as a decoder's projections lie in memory
+    return _TakeRows.apply(tokens, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
+
+
+def _put(states: torch.Tensor, rows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(batch, slots, heads, head_dim) back to the tokens that they were taken from: (batch, tokens, heads, head_dim)."""
+    out = states.new_zeros(states.shape[0] * tokens, *states.shape[2:])
+    return out.index_copy(0, rows.flatten(), states.flatten(0, 1)).unflatten(0, (-1, tokens))
 
 
 def _dense_weights(mask: MultimodalMask, keys: int, text_weights: torch.Tensor, image_weights: torch.Tensor) -> torch.Tensor:
     """The two branches' weights in one (batch, heads, queries, keys) tensor, for `output_attentions`."""
     batch, heads, slots, _ = text_weights.shape
     weights = text_weights.new_zeros(batch, heads, slots, keys)
-    for index, branch in ((mask.text_keys, text_weights), (mask.image_keys, image_weights)):
-        weights = weights.scatter_add(3, index[:, None, None, :].expand(-1, heads, slots, -1), branch)
-    weights = _spread(weights.transpose(1, 2), mask.text_slot).transpose(1, 2)
-    own = torch.zeros(mask.own_key.shape[0], keys, dtype=weights.dtype, device=weights.device)
-    own = own.scatter(1, mask.own_key[:, None], 1.0)
-    is_text, is_image = mask.is_text[:, None, :, None], mask.is_image[:, None, :, None]
-    return torch.where(is_text, weights, own * is_image)
+    for rows, branch in ((mask.text_keys, text_weights), (mask.image_keys, image_weights)):
+        index = (rows % keys)[:, None, None, :].expand(-1, heads, slots, -1)
+        weights = weights.scatter_add(3, index, branch)
+    queries = mask.is_text.shape[1]
+    weights = _put(weights.transpose(1, 2), mask.text_queries, queries).transpose(1, 2)
+    own = weights.new_zeros(queries, keys).scatter(1, mask.own_key[:, None], 1.0)
+    return torch.where(mask.is_text[:, None, :, None], weights, own)
 
 
 def _eager_attention(

@@ -38,8 +38,9 @@ def token_types(batch: int, tokens: int, pictures: int) -> torch.Tensor:
 def measure(batch: int, tokens: int, pictures: int, backends: list[str]) -> dict:
     config = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=32, attn_implementation="sdpa")
     layer = Layer(config)
-    shape = (batch, config.num_attention_heads, tokens, 128)
-    query, key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    shape = (batch, tokens, config.num_attention_heads, 128)  # in memory, as a decoder's projections leave them
+    states = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3)]
+    query, key, value = states
     gradient = torch.randn(batch, tokens, config.num_attention_heads, 128, device="cuda", dtype=torch.bfloat16)
     embeds = torch.empty(batch, tokens, 0, device="cuda", dtype=torch.bfloat16)
     types = token_types(batch, tokens, pictures)

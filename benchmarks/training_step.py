@@ -45,7 +45,11 @@ def dsvl(attention: str, backend: str, layers: int):
 def llava(layers: int):
     vision, text = configs(layers)
     config = LlavaConfig(
-        vision, text, image_token_id=IMAGE_ID, vision_feature_select_strategy="full", vision_feature_layer=-1
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_ID,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
     )
     model = build(LlavaForConditionalGeneration, config)
     model.requires_grad_(False)

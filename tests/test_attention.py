@@ -158,6 +158,6 @@ def test_eager_returns_the_weights_it_used():
     weights = outputs.attentions[0]
     assert weights.shape == (2, 4, inputs["input_ids"].shape[1], inputs["input_ids"].shape[1])
     sums = weights.sum(-1)[:, 0]
-    # left padding 0; text before a picture 1; after it 2; an image token its own value alone
+    # text before a picture 1; after it 2; an image token, like padding, its own value alone
     torch.testing.assert_close(sums[0], torch.tensor([1.0] * 7 + [2, 2] + [1] * 5 + [2], dtype=torch.float64))
-    torch.testing.assert_close(sums[1], torch.tensor([0.0] * 7 + [1] * 5 + [2] * 3, dtype=torch.float64))
+    torch.testing.assert_close(sums[1], torch.tensor([1.0] * 7 + [1] * 5 + [2] * 3, dtype=torch.float64))

@@ -43,26 +43,31 @@ def test_flex_attention_agrees_with_eager_in_outputs_and_gradients(family):
 
 
 def test_flex_attention_builds_nothing_as_large_as_tokens_squared():
+    """Nor falls back to a kernel that does after batches of many shapes."""
     model = tiny_model(
         backend="flex_attention", dtype=torch.bfloat16, hidden_size=64, head_dim=16, max_position_embeddings=32768
     )
     model = model.cuda()
-    picture_and_text = "I" * 20 + "t" * 100
-    peaks = {}
-    for repeats in (40, 80):
-        inputs = on_gpu(batch(picture_and_text * repeats, dtype=torch.bfloat16))
-        tokens = inputs["input_ids"].shape[1]
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+
+    def peak(pictures: int, text: int) -> tuple[int, int]:
+        symbols = "I" * pictures + "t" * text
+        layout = "".join(symbols[i] for i in torch.randperm(len(symbols), generator=generator).tolist())
+        inputs = on_gpu(batch(layout, layout, dtype=torch.bfloat16))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         with torch.no_grad():
-            model.model(**inputs, use_cache=False)  # compiles
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
             model.model(**inputs, use_cache=False)
-        peaks[tokens] = torch.cuda.max_memory_allocated() - before
-    (short, small), (long, large) = peaks.items()
-    assert long > 1.9 * short
-    assert large < 2.5 * small, peaks  # linear, not fourfold
-    assert large < long**2, peaks  # less than one byte for each pair
+        return inputs["input_ids"].shape[1], torch.cuda.max_memory_allocated() - before
+
+    for step in range(12):
+        peak(100 + 37 * step, 500 + 91 * step)
+    (short, small), (long, large) = peak(800, 4000), peak(1600, 8000)
+    assert long == 2 * short
+    assert large < 2.5 * small, (short, small, long, large)  # linear, not fourfold
+    assert large < long**2, (long, large)  # less than one byte for each pair
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
