@@ -272,7 +272,7 @@ class MultimodalMask:
     image_keys: torch.Tensor  # (batch, image keys)
     is_text: torch.Tensor  # (batch, queries); all others, padding too, have their own value
     own_key: torch.Tensor  # (queries,) index of each query's own key
-    text_mask: Any  # what the backend takes; None where it is plainly causal
+    text_mask: Any  # what the backend takes; None where it is plainly causal, for which sdpa has the fastest kernels
     image_mask: Any
     sees_image: torch.Tensor | None  # (batch, text queries, 1, 1); None where the backend itself gives 0 for no key
 
@@ -289,7 +289,9 @@ class MultimodalMask:
         return MultimodalMask(**moved)
 
 
-def multimodal_mask(visibility: Visibility, token_types: torch.Tensor, backend: str, dtype: torch.dtype) -> MultimodalMask:
+def multimodal_mask(
+    visibility: Visibility, token_types: torch.Tensor, backend: str, dtype: torch.dtype, softcapped: bool = False
+) -> MultimodalMask:
     """Gather the modalities of one forward call and build the backend's masks over them.
 
     Args:
@@ -297,6 +299,7 @@ def multimodal_mask(visibility: Visibility, token_types: torch.Tensor, backend: 
         token_types: (batch, positions up to the last query), 1 = image.
         backend: one of `BACKENDS`.
         dtype: the dtype of the attention scores (an additive mask has it).
+        softcapped: whether the decoder caps its scores, which no causal kernel of sdpa does.
     """
     key_types = visibility.key_types(token_types)
     q_types = _query_types(visibility, token_types)
@@ -318,14 +321,14 @@ def multimodal_mask(visibility: Visibility, token_types: torch.Tensor, backend: 
         seen = visibility.mask_function(batch, head, q_positions[batch, q], image_positions[batch, k])
         return seen & has_image_key[batch, k]
 
-    def build(function: Callable, keys: torch.Tensor, is_causal: bool) -> Any:
+    def build(function: Callable, keys: torch.Tensor) -> Any:
         return ALL_MASK_ATTENTION_FUNCTIONS[backend](
             batch_size=visibility.batch_size,
             q_length=text_queries.shape[1],
             kv_length=keys.shape[1],
             mask_function=function,
             attention_mask=None,
-            allow_is_causal_skip=is_causal,
+            allow_is_causal_skip=False,
             dtype=dtype,
             device=visibility.device,
         )
@@ -334,8 +337,9 @@ def multimodal_mask(visibility: Visibility, token_types: torch.Tensor, backend: 
     # they are causal. (In an unwritten static cache, keys past the queries are hidden and so never gathered.)
     starts_empty = isinstance(visibility.q_offset, int) and visibility.q_offset == 0
     same_text = starts_empty and text_queries.shape == text_keys.shape
-    text_mask = build(sees_text, text_keys, is_causal=visibility.is_causal and same_text)
-    image_mask, any_image = build(sees_image, image_keys, is_causal=False), None
+    plainly_causal = visibility.is_causal and same_text and backend != "eager" and not softcapped
+    text_mask = None if plainly_causal else build(sees_text, text_keys)
+    image_mask, any_image = build(sees_image, image_keys), None
     if backend == "sdpa":
         any_image = image_mask.any(-1, keepdim=True)
         image_mask = image_mask | ~any_image  # a row without a key is NaN in some kernels; its result is not used
@@ -425,10 +429,13 @@ def _gathered_attention(
     Returns:
         (batch, queries, heads, head_dim), and for the eager backend the weights (batch, heads, queries, keys).
     """
-    attend = _eager_attention if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
     text_query = _take(query, mask.text_queries)
 
     def branch(keys: torch.Tensor, branch_mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if backend == "eager":
+            attend = _eager_attention
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa" if branch_mask is None else backend]
         return attend(module, text_query, _take(key, keys), _take(value, keys), branch_mask, **kwargs)
 
     output, text_weights = branch(mask.text_keys, mask.text_mask)

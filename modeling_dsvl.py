@@ -253,6 +253,7 @@ class DSVLModel(DSVLPreTrainedModel):
 
         images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and len(pixel_values) > 0:
+            self.check_whole_pictures(input_ids)
             images = self.get_image_features(pixel_values)
         image_hidden_states = None
         if images is not None:
@@ -308,8 +309,19 @@ class DSVLModel(DSVLPreTrainedModel):
                 return inputs_embeds
         return inputs_embeds.masked_scatter(placeholders[..., None].to(inputs_embeds.device), features)
 
+    def check_whole_pictures(self, input_ids: torch.Tensor | None) -> None:
+        """Refuse samples of which some hold a part of a picture, though all together may hold as many as there are."""
+        if input_ids is None or torch.compiler.is_compiling():
+            return
+        counts = (input_ids == self.config.image_token_id).sum(-1).tolist()
+        if any(count % self.config.image_seq_length for count in counts):
+            raise ValueError(
+                f"The samples hold {counts} image tokens, but a picture takes {self.config.image_seq_length}: some "
+                "picture is cut or mixed up; do not truncate image tokens, and use the processor saved with this model."
+            )
+
     def _check_placeholders(self, placeholders: torch.Tensor, features: int) -> None:
-        """Every sample must hold whole pictures, and all samples together as many as there are."""
+        """All samples together must hold as many image tokens as there are embeddings."""
         per_picture = self.config.image_seq_length
         if features == 0 and placeholders.shape[1] == 1:
             return  # a decode step: nothing to check, and nothing worth waiting for the device
@@ -345,8 +357,12 @@ class DSVLModel(DSVLPreTrainedModel):
             return _by_layer_type({k: mmca_reference_codes(v, token_types) for k, v in visible.items()}), None
         if inputs_embeds.shape[1] == 1:
             return _by_layer_type({k: mmca_codes(v, token_types) for k, v in visible.items()}), None
-        backend = self.language_model.config._attn_implementation
-        masks = {k: multimodal_mask(v, token_types, backend, inputs_embeds.dtype) for k, v in visible.items()}
+        text = self.language_model.config
+        softcapped = getattr(text, "attn_logit_softcapping", None) is not None
+        masks = {
+            k: multimodal_mask(v, token_types, text._attn_implementation, inputs_embeds.dtype, softcapped)
+            for k, v in visible.items()
+        }
         # A four-dimensional mask keeps the decoder from building its own; the modality of the keys is short and true.
         keys = {k: (v.key_types(token_types) + 1)[:, None, None].to(torch.int8) for k, v in visible.items()}
         return _by_layer_type(keys), masks
@@ -649,6 +665,8 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
         if input_ids is not None:
             if kwargs.get("mm_token_type_ids") is None:  # of the prompt: whatever is generated is text
                 kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
+            if kwargs.get("pixel_values") is not None:
+                self.model.check_whole_pictures(input_ids)
             cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
             whole = mask is None or mask.shape[1] == input_ids.shape[1]  # else the new tokens alone, as transformers has it
             if kwargs.get("pixel_values") is not None and cache is not None and whole:

@@ -108,6 +108,16 @@ def test_loaded_models_of_every_family_compose(family, tmp_path):
     assert (generated[:, inputs["input_ids"].shape[1] :] < len(processor.tokenizer)).all()
 
 
+def test_half_precision_is_kept(parts, tmp_path):
+    model, processor = dsvl.compose(parts / "clip", parts / "llama")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    dsvl.save_checkpoint(model, processor, tmp_path / "out")
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    inputs = processor(text="<image> hello", images=torch.zeros(3, 28, 28), return_tensors="pt")
+    assert loaded.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
 def compose_by_command(parts: Path, out: Path, *options: str) -> int:
     return main(
         ["compose", "--vision", str(parts / "clip"), "--language", str(parts / "llama"), "--out", str(out), *options]
@@ -208,7 +218,7 @@ for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
     answers.append(said)
 pipe = pipeline("image-text-to-text", model=directory, **trust)
 said = pipe(text=messages, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
-answers.append(said)
+answers.append(said.strip())  # cut out of the whole text, where its first word has a space before it
 model.save_pretrained(again)
 processor.save_pretrained(again)
 answers.append(answer(again, AutoModelForImageTextToText)[2])

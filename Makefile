@@ -1,0 +1,33 @@
+# Two commands are all that a fresh machine needs: `make demo` and `make test`. Each makes its own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Threads beyond the cores slow small models down.
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test test-slow bench-gpu clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m dsvl.demo
+
+test: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	BIN=$(abspath $(BIN)) sh tests/typecheck.sh
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+# On a machine with an NVIDIA GPU, in an environment of its own: `pip install -e .` and then this, with BIN naming its bin.
+bench-gpu:
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/training_step.py
+
+$(VENV)/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_output build *.egg-info

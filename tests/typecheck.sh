@@ -1,0 +1,10 @@
+#!/bin/sh
+# mypy over the package. The checkout may have any name, but the package in it is called dsvl: it is seen through a link.
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd)
+link=$(mktemp -d)
+trap 'rm -rf "$link"' EXIT
+ln -s "$root" "$link/dsvl"
+cd "$link"
+exec_path="${BIN:-$root/.venv/bin}"
+"$exec_path/mypy" --config-file dsvl/pyproject.toml dsvl/*.py dsvl/composition dsvl/demo dsvl/hub_card dsvl/migration
