@@ -151,7 +151,7 @@ def _questions(rng: random.Random, scenes: list[Scene], which: float) -> list[Qu
             shown = len(scenes) if picture >= first else rng.choice((first, len(scenes)))
             value, name = getattr(scenes[picture], attribute), f"(image {picture + 1})"
             if asks_which:
-                question = Question("which", attribute, picture, WHICH[attribute].format(value), name, shown)
+                question = Question("which", attribute, picture, WHICH[attribute].format(value), f"{value} {name}", shown)
             else:
                 text, answer = DIRECT[attribute].format(picture + 1), f"{name} {value}"
                 question = Question(attribute, attribute, picture, text, answer, shown)
@@ -166,7 +166,5 @@ def words() -> list[str]:
     for attribute, values in {"colour": COLOURS, "shape": SHAPES, "count": NUMBERS}.items():
         for picture in range(1, 5):
             texts += [f"{DIRECT[attribute].format(picture)}\n(image {picture}) {value}" for value in values]
-        texts += [WHICH[attribute].format(value) for value in values]
+        texts += [f"{WHICH[attribute].format(value)}\n{value} (image 1)" for value in values]
     return texts
-
-

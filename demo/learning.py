@@ -1,6 +1,5 @@
 """Fine-tuning under the HF `Trainer`: what is shown when, how a batch is made, and the settings."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ class Lessons(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         seed = f"{self.seed}/train/{index}"
-        pictures = 1 if index < self.warm_up * self.size else random.Random(seed).choice((2, 3))
+        # All of a batch have the same number of pictures, and so about the same length.
+        pictures = 1 if index < self.warm_up * self.size else 2 + index // BATCH_SIZE % 2
         return converse(seed, pictures)
 
 

@@ -13,15 +13,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .drawing import PICTURE_SIZE, SYSTEM, words
+from .drawing import PICTURE_SIZE, words
 
 HEADINGS = "### Image 1:\n(image 1)\n### Question:\n{}\n\n### Answer:\n"
 
 # A heading and a picture's name are one word each, so that few tokens lie between a picture and what is said about it.
-WORD = r"### \w+(:\n)?|\(image \d+\)| ?\w+|[^\w\s]+\n*|\s+"
+WORD = r"### \w+(:\n)?|\(image \d+\)|\w+ (?=\(image)| ?\w+|[^\w\s]+\n*|\s+"
 
 
-def save_tower(directory: Path, picture_size: int = PICTURE_SIZE, patch_size: int = 16, width: int = 64, layers: int = 2) -> None:
+def save_tower(
+    directory: Path, picture_size: int = PICTURE_SIZE, patch_size: int = 16, width: int = 64, layers: int = 2
+) -> None:
     """Save a CLIP vision tower with random weights, and its image processor.
 
     Args:
