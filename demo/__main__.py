@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from .. import save_checkpoint
 from ..cli import main as dsvl
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="a new directory (default demo_output)")
     parser.add_argument("--overwrite", action="store_true", help="remove the output directory of an earlier run first")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1000, help="of the optimizer")
+    parser.add_argument("--steps", type=int, default=1300, help="of the optimizer")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     output: Path = arguments.output
@@ -45,6 +46,7 @@ def main() -> int:
         print(f"{output} is not empty; choose another --output, or pass --overwrite after a complete run.", file=sys.stderr)
         return 2
     torch.set_num_threads(arguments.threads)
+    logging.disable_progress_bar()  # of loading and saving; training shows its own
     started, started_cpu = time.monotonic(), time.process_time()
 
     _step("A small CLIP tower, and a small LLaMA with a tokenizer of the demo's words")

@@ -15,25 +15,26 @@ BATCH_SIZE = 32
 class Lessons(Dataset):
     """The training conversations in the order in which they are shown, each drawn when it is asked for.
 
-    The first of them are about one picture, where nothing has to be told apart, so that the tower learns to see.
+    The first of them are about one picture, where nothing has to be told apart, so that the tower learns to see. "Which
+    image ..." is learnt last, since it compares what all of them show, and so it is asked more often in the second half.
 
     Args:
         seed: decides every conversation.
         size: how many conversations.
-        warm_up: the share of those about one picture.
     """
 
-    def __init__(self, seed: int, size: int, warm_up: float = 0.08) -> None:
-        self.seed, self.size, self.warm_up = seed, size, warm_up
+    def __init__(self, seed: int, size: int) -> None:
+        self.seed, self.size = seed, size
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         seed = f"{self.seed}/train/{index}"
+        if index < 0.08 * self.size:
+            return converse(seed, pictures=1)
         # All of a batch have the same number of pictures, and so about the same length.
-        pictures = 1 if index < self.warm_up * self.size else 2 + index // BATCH_SIZE % 2
-        return converse(seed, pictures)
+        return converse(seed, pictures=2 + index // BATCH_SIZE % 2, which=0.5 if index < 0.5 * self.size else 0.75)
 
 
 class Collator:
