@@ -111,11 +111,16 @@ def converse(seed: str, pictures: int, held_out: bool = False, which: float = 0.
     Returns:
         `messages` (content parts {"type": "image", "image"} and {"type": "text", "text"}), `images` in reading order,
         `scenes`, and `questions`, one `Question` for each round.
+
+    Raises:
+        ValueError: for a number of pictures that cannot be drawn, or a single held-out one.
     """
+    if held_out and pictures < 2:
+        raise ValueError("Single pictures are never held out; ask for 2 pictures or more.")
     rng = random.Random(seed)
-    scenes = _scenes(rng, pictures)
+    scenes = draw_scenes(rng, pictures)
     while is_held_out(scenes) != held_out:
-        scenes = _scenes(rng, pictures)
+        scenes = draw_scenes(rng, pictures)
     questions = _questions(rng, scenes, which)
     while max(question.pictures for question in questions) < pictures:  # the last picture never came
         questions = _questions(rng, scenes, which)
@@ -134,7 +139,14 @@ def assemble(images: list[Image.Image], scenes: list[Scene], questions: list[Que
     return {"messages": messages, "images": images[:shown], "scenes": scenes[:shown], "questions": questions}
 
 
-def _scenes(rng: random.Random, pictures: int) -> list[Scene]:
+def draw_scenes(rng: random.Random, pictures: int) -> list[Scene]:
+    """Scenes that all differ in colour, in shape and in count.
+
+    Raises:
+        ValueError: if there are not enough counts for so many pictures.
+    """
+    if not 1 <= pictures <= len(NUMBERS):
+        raise ValueError(f"pictures={pictures} cannot all differ; choose 1 to {len(NUMBERS)}.")
     values = zip(
         rng.sample(list(COLOURS), pictures), rng.sample(SHAPES, pictures), rng.sample(NUMBERS, pictures), strict=True
     )

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -99,8 +98,3 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         padding_side="left",  # generation continues at the right
         clean_up_tokenization_spaces=False,
     )
-
-
-def seeded(seed: int) -> None:
-    """Make the parts' random weights repeatable."""
-    torch.manual_seed(seed)

@@ -1,22 +1,22 @@
 """Exact answers on held-out conversations: each kind, with the pictures swapped, and with blank ones."""
 
 import random
-from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image
 
-from .drawing import BACKGROUND, KINDS, PICTURE_SIZE, Question, converse
+from .drawing import BACKGROUND, KINDS, PICTURE_SIZE, Question, converse, draw_scenes, render
 
 
 @dataclass
 class Score:
     """Exact answers and answers, of each kind."""
 
-    right: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    asked: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    right: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    asked: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
 
     def add(self, question: Question, answer: str) -> None:
         """Count one answer: right if it is the true one, to the letter."""
@@ -25,7 +25,7 @@ class Score:
 
     def share(self, *kinds: str) -> float:
         """The share of exact answers among questions of these kinds, or of all."""
-        kinds = kinds or tuple(self.asked)
+        kinds = kinds or KINDS
         return sum(self.right[kind] for kind in kinds) / max(sum(self.asked[kind] for kind in kinds), 1)
 
 
@@ -43,6 +43,18 @@ def swapped(images: list[Image.Image]) -> list[Image.Image]:
 def blank(images: list[Image.Image]) -> list[Image.Image]:
     """Pictures that show nothing."""
     return [Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), BACKGROUND) for _ in images]
+
+
+def others(images: list[Image.Image]) -> list[Image.Image]:
+    """As many pictures of something else: what is right all the same was guessed, or told by the text."""
+    rng = random.Random(b"".join(image.tobytes() for image in images))
+    return [render(scene, rng) for scene in draw_scenes(rng, len(images))]
+
+
+def chance_of_which(conversations: list[dict[str, Any]]) -> float:
+    """How often "Which image ..." is answered rightly by naming any picture that has been shown."""
+    shown = [question.pictures for talk in conversations for question in talk["questions"] if question.kind == "which"]
+    return sum(1 / pictures for pictures in shown) / len(shown)
 
 
 def rounds_of(conversation: dict[str, Any], images: list[Image.Image]) -> list[tuple[list[dict[str, Any]], Question]]:
@@ -82,17 +94,17 @@ def answers(model: Any, processor: Any, prompts: list[list[dict[str, Any]]], bat
     return [text.strip() for text in texts]
 
 
-def score(model: Any, processor: Any, conversations: list[dict[str, Any]], change: Any = list) -> Score:
+def score(model: Any, processor: Any, conversations: list[dict[str, Any]], change: Callable = list) -> Score:
     """Ask every question of every conversation.
 
     Args:
         conversations: as `converse` returns them.
-        change: what is shown instead of a conversation's pictures: `swapped`, `blank`, or by default themselves. The
-            answers that count as right stay those about the pictures themselves.
+        change: what is shown instead of a conversation's pictures: `swapped`, `blank`, `others`, or by default
+            themselves. The answers that count as right stay those about the pictures themselves.
     """
     rounds = [pair for talk in conversations for pair in rounds_of(talk, change(talk["images"]))]
     rounds.sort(key=lambda pair: len(pair[0]))  # of about the same length in a batch
-    result = Score(asked=defaultdict(int, dict.fromkeys(KINDS, 0)))
+    result = Score()
     for (_, question), answer in zip(rounds, answers(model, processor, [prompt for prompt, _ in rounds]), strict=True):
         result.add(question, answer)
     return result

@@ -5,7 +5,8 @@ Copy this file anywhere and run it:
     python talk.py CHECKPOINT CONVERSATION.json
 
 The checkpoint brings its own code along (`trust_remote_code=True`), so the script refuses to run where a package `dsvl`
-could be imported instead. CONVERSATION.json lists the rounds: `{"pictures": [file, ...], "question": ..., "truth": ...}`.
+could be imported instead. CONVERSATION.json holds `{"system": ..., "rounds": [...]}`, a round being
+`{"pictures": [file, ...], "question": ..., "truth": ...}`.
 """
 
 import importlib.util
@@ -29,12 +30,12 @@ def refuse_installed_package() -> None:
         )
 
 
-def talk(checkpoint: Path, rounds: list[dict[str, Any]], folder: Path) -> list[str]:
+def talk(checkpoint: Path, conversation: dict[str, Any], folder: Path) -> list[str]:
     """Load a checkpoint and hold a conversation, each answer of the model being part of what it reads next.
 
     Args:
         checkpoint: its directory.
-        rounds: as in CONVERSATION.json.
+        conversation: as in CONVERSATION.json.
         folder: where the pictures are.
 
     Returns:
@@ -49,9 +50,9 @@ def talk(checkpoint: Path, rounds: list[dict[str, Any]], folder: Path) -> list[s
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True).eval()
     print(f"  {type(model).__name__} comes from {type(model).__module__.split('.')[0]}, as the checkpoint has it.")
 
-    messages: list[dict[str, Any]] = [{"role": "system", "content": rounds[0]["system"]}] if "system" in rounds[0] else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": conversation["system"]}]
     answers = []
-    for turn in rounds:
+    for turn in conversation["rounds"]:
         pictures = [{"type": "image", "image": Image.open(folder / name)} for name in turn["pictures"]]
         messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": turn["question"]}]})
         inputs = processor.apply_chat_template(

@@ -21,7 +21,7 @@ TALK = Path(demo.__file__).with_name("talk.py")
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("parts")
-    parts.seeded(0)
+    torch.manual_seed(0)
     parts.save_tower(directory / "tower")
     parts.save_language_model(directory / "language_model")
     return dsvl.compose(directory / "tower", directory / "language_model", number_after=True)
@@ -159,6 +159,18 @@ def test_swapping_makes_every_direct_answer_wrong():
             assert there.colour != here.colour and there.shape != here.shape and there.count != here.count
 
 
+def test_other_pictures_are_as_many_and_always_the_same_ones():
+    images = converse("a", 3)["images"]
+    first, again = scoring.others(images), scoring.others(images)
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in again] and len(first) == 3
+    assert not {image.tobytes() for image in first} & {image.tobytes() for image in images}
+
+
+def test_the_chance_of_which_is_one_in_the_pictures_shown():
+    conversation = {"questions": [Question("which", "shape", 0, "", "", shown) for shown in (2, 4)]}
+    assert scoring.chance_of_which([conversation]) == 0.375
+
+
 def test_blank_pictures_show_nothing():
     (colours,) = [image.getcolors() for image in scoring.blank([Image.new("RGB", (5, 5))])]
     assert [colour for _, colour in colours] == [drawing.BACKGROUND]
@@ -215,7 +227,7 @@ def test_a_checkpoint_talks_in_a_process_without_the_package(composed, tmp_path,
     printed = capfd.readouterr().out
     assert "No package dsvl can be imported in this process." in printed
     assert "comes from transformers_modules" in printed
-    for turn in json.loads(conversation.read_text()):
+    for turn in json.loads(conversation.read_text())["rounds"]:
         assert turn["question"] in printed and turn["truth"] in printed
 
 
