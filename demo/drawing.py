@@ -1,8 +1,9 @@
 """Pictures of coloured shapes, and conversations of several rounds about several of them, drawn from a seed.
 
-No answer can be told from the text alone: whatever an earlier round said about a picture is not asked again, and one
-conversation asks for an attribute either directly ("What colour is image 2?") or the other way round ("Which image shows
-the colour red?"). Within a conversation all pictures differ in colour, in shape and in count.
+Within a conversation all pictures differ in colour, in shape and in count, so that every question has one answer and
+another picture always has another. The text gives no answer away: a conversation asks for an attribute either directly, of
+two pictures ("What colour is image 2?", "(image 2) red"), or once the other way round ("Which image shows the colour
+red?", "red (image 2)"). An answer starts by repeating what was asked about, and the rest is looked up from there.
 """
 
 import random
@@ -158,16 +159,20 @@ def _questions(rng: random.Random, scenes: list[Scene], which: float) -> list[Qu
     first = len(scenes) - (len(scenes) > 2 and rng.random() < 0.3)
     questions = []
     for attribute in DIRECT:
-        asks_which = len(scenes) > 1 and rng.random() < which
-        for picture in rng.sample(range(len(scenes)), 1 if asks_which else min(len(scenes), 2)):
+        if len(scenes) > 1 and rng.random() < which:
+            shown = rng.choice((first, len(scenes)))
+            picture = rng.randrange(shown)  # any of those shown is as likely
+            value = getattr(scenes[picture], attribute)
+            text, answer = WHICH[attribute].format(value), f"{value} (image {picture + 1})"
+            questions.append(Question("which", attribute, picture, text, answer, shown))
+            continue
+        for picture in rng.sample(range(len(scenes)), min(len(scenes), 2)):
             shown = len(scenes) if picture >= first else rng.choice((first, len(scenes)))
-            value, name = getattr(scenes[picture], attribute), f"(image {picture + 1})"
-            if asks_which:
-                question = Question("which", attribute, picture, WHICH[attribute].format(value), f"{value} {name}", shown)
-            else:
-                text, answer = DIRECT[attribute].format(picture + 1), f"{name} {value}"
-                question = Question(attribute, attribute, picture, text, answer, shown)
-            questions.append(question)
+            text, answer = (
+                DIRECT[attribute].format(picture + 1),
+                f"(image {picture + 1}) {getattr(scenes[picture], attribute)}",
+            )
+            questions.append(Question(attribute, attribute, picture, text, answer, shown))
     rng.shuffle(questions)
     return sorted(questions, key=lambda question: question.pictures)  # stable
 

@@ -47,6 +47,7 @@ def run_without_dsvl(script: Path, *arguments: str | Path) -> None:
             "PYTHONPATH": os.pathsep.join(map(str, views)),
             "HF_MODULES_CACHE": str(folder / "modules"),
             "HF_HUB_OFFLINE": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",  # see __main__.py
         }
         # -S: no site directories, so no .pth file brings an editable install back; -s: none of the user's either.
         command = [sys.executable, "-S", "-s", str(copied), *(str(Path(argument).absolute()) for argument in arguments)]

@@ -41,11 +41,9 @@ def talk(checkpoint: Path, conversation: dict[str, Any], folder: Path) -> list[s
     Returns:
         The answers.
     """
-    import torch
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    torch.set_num_threads(2)
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True).eval()
     print(f"  {type(model).__name__} comes from {type(model).__module__.split('.')[0]}, as the checkpoint has it.")
