@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="a new directory (default demo_output)")
     parser.add_argument("--overwrite", action="store_true", help="remove the output of an earlier run first")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of every conversation")
-    parser.add_argument("--steps", type=int, default=1300, help="of the optimizer")
+    parser.add_argument("--steps", type=int, default=1100, help="of the optimizer")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     output: Path = arguments.output

@@ -56,7 +56,7 @@ class Collator:
         return dict(batch)
 
 
-def fine_tune(model: Any, processor: Any, directory: Path, seed: int = 0, steps: int = 1300) -> dict[str, float]:
+def fine_tune(model: Any, processor: Any, directory: Path, seed: int = 0, steps: int = 1100) -> dict[str, float]:
     """Train every part of a freshly composed model.
 
     Args:
