@@ -1,0 +1,78 @@
+"""The same pipeline on real photographs: compose, load, a conversation of two rounds about four of them.
+
+The weights are random and nothing is trained here, so what the model says means nothing. What is shown: pictures of any
+size go through a tower of CLIP ViT-L/14's shape of input (224 pixels in patches of 14, 257 tokens a picture), several in
+a conversation, and change what is said.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..cli import main as dsvl
+from . import parts
+
+
+def photographs() -> dict[str, Image.Image]:
+    """Sample photographs of scikit-image and scikit-learn, under their names."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    arrays = {"astronaut": data.astronaut(), "coffee": data.coffee(), "cat": data.chelsea()}
+    samples = load_sample_images()
+    arrays |= {Path(name).stem: image for name, image in zip(samples.filenames, samples.images, strict=True)}
+    return {name: Image.fromarray(array) for name, array in arrays.items()}
+
+
+def show_photographs(directory: Path) -> None:
+    """Compose a model in `directory` and let it speak about photographs.
+
+    Raises:
+        RuntimeError: if the command fails, or what the model says does not depend on the pictures and their order.
+    """
+    parts.save_tower(directory / "tower", picture_size=224, patch_size=14)
+    parts.save_language_model(directory / "language_model")
+    arguments = ["compose", "--vision", directory / "tower", "--language", directory / "language_model"]
+    if dsvl([*map(str, arguments), "--out", str(directory / "composed"), "--number-after"]):
+        raise RuntimeError("dsvl compose failed; its message is above.")
+    model = AutoModelForImageTextToText.from_pretrained(directory / "composed").eval()
+    processor = AutoProcessor.from_pretrained(directory / "composed")
+
+    images = photographs()
+    print("  The weights are random, so what it says means nothing; that it depends on the pictures is what is shown.")
+    names = list(images)
+    messages: list[dict[str, Any]] = []
+    for shown, question in ((names[:3], "What is in image 2?"), (names[3:4], "Which image shows a cat?")):
+        messages.append(_question([images[name] for name in shown], question))
+        inputs = _inputs(processor, messages)
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+        sizes = ", ".join(f"{name} {images[name].width} x {images[name].height}" for name in shown)
+        print(f"  {sizes}: {inputs['input_ids'].shape[1]} tokens by now\n  question: {question}\n  answer:   {answer!r}")
+
+    order = [images[name] for name in names]
+    scores = [_next_word(model, processor, pictures) for pictures in (order, order[::-1], order)]
+    if torch.allclose(scores[0], scores[1], atol=1e-4) or not torch.allclose(scores[0], scores[2], atol=1e-4):
+        raise RuntimeError("The scores of the next word must depend on the order of the photographs, and on nothing else.")
+    change = (scores[0] - scores[1]).abs().max().item()
+    print(f"  {len(order)} photographs in reverse order change the next word's scores by up to {change:.3f}.")
+
+
+def _question(pictures: list[Image.Image], text: str) -> dict[str, Any]:
+    parts_of_it = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": "user", "content": [*parts_of_it, {"type": "text", "text": text}]}
+
+
+def _inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
+    return processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+
+
+@torch.inference_mode()
+def _next_word(model: Any, processor: Any, pictures: list[Image.Image]) -> torch.Tensor:
+    return model(**_inputs(processor, [_question(pictures, "What is in image 1?")]), logits_to_keep=1).logits[0, -1]
