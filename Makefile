@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Threads beyond the cores slow small models down.
-export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+# Threads that wait busily slow small models down beside anything else.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-slow bench-gpu clean
 
 demo: $(VENV)/ready
-	$(BIN)/python -m dsvl.demo
+	$(BIN)/python -m dsvl.demo --overwrite
 
 test: $(VENV)/ready
 	$(BIN)/ruff format --check .

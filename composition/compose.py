@@ -105,7 +105,8 @@ def compose(
     padding_rows = list(range(len(tokenizer), text_config.vocab_size))
     model.generation_config.suppress_tokens = padding_rows or None
 
-    tokenizer.padding_side = "left"  # generation continues at the right
+    # Generation continues at the right. The attribute alone is not saved with a tokenizer that was made without it.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     processor = DSVLProcessor(
         image_processor, tokenizer, image_seq_length=config.image_seq_length, number_after=number_after
     )

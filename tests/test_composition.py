@@ -76,7 +76,7 @@ def test_the_parts_keep_their_weights(parts, vision, language, projector_type):
     assert not model.training
 
 
-def test_the_vocabulary_grows_to_a_multiple_of_64_by_the_mean(parts):
+def test_the_vocabulary_grows_to_a_multiple_of_64_by_the_mean(parts, tmp_path):
     model, processor = dsvl.compose(parts / "clip", parts / "llama", dtype=torch.float32)
     decoder = LlamaForCausalLM.from_pretrained(parts / "llama", dtype=torch.float32)
     assert model.config.text_config.vocab_size == 448 and len(processor.tokenizer) == 402
@@ -88,6 +88,8 @@ def test_the_vocabulary_grows_to_a_multiple_of_64_by_the_mean(parts):
         torch.testing.assert_close(ours[400:], theirs.mean(0).expand(48, -1))
     assert processor.image_seq_length == model.config.image_seq_length == 5
     assert processor.tokenizer.padding_side == "left"
+    processor.save_pretrained(tmp_path)
+    assert dsvl.DSVLProcessor.from_pretrained(tmp_path).tokenizer.padding_side == "left"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

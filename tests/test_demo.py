@@ -7,13 +7,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import dsvl
 import pytest
 import torch
+from PIL import Image
+
+import dsvl
 from dsvl.demo import __main__ as demo
 from dsvl.demo import drawing, fresh_process, learning, parts, scoring
 from dsvl.demo.drawing import COLOURS, NUMBERS, SHAPES, Question, Scene, converse
-from PIL import Image
 
 TALK = Path(demo.__file__).with_name("talk.py")
 
