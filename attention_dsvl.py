@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     create_masks_for_generate,
@@ -257,6 +257,22 @@ def _own_key(visibility: Visibility) -> torch.Tensor:
 
 def _query_types(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
     return token_types[:, token_types.shape[1] - visibility.q_length :]
+
+
+def sees_pictures(token_types: torch.Tensor, past_key_values: Cache | None) -> bool:
+    """Whether any key is an image token; what a cache already knows is not asked of the device again."""
+    if torch.compiler.is_compiling():
+        return True
+    known = getattr(past_key_values, "sees_pictures", None)
+    seen = known is True or bool((token_types == 1).any())
+    if past_key_values is not None:
+        past_key_values.sees_pictures = seen
+    return seen
+
+
+def by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
+    """Decoders with layer types take a dict of masks, the others one tensor."""
+    return masks.get(None, masks)
 
 
 @dataclass

@@ -1,113 +1,26 @@
 """The DSVL model: picture features are projected and scattered into a causal language model that attends by MMCA."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers import initialization as init
-from transformers.masking_utils import create_masks_for_generate
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .attention_dsvl import (
+    by_layer_type,
     mmca_codes,
     mmca_reference_codes,
     multimodal_mask,
     route_attention,
+    sees_pictures,
     visibilities,
 )
-from .configuration_dsvl import PERCEIVER_GRID_SIZE, PERCEIVER_HEAD_DIM, DSVLConfig
-
-logger = logging.get_logger(__name__)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Projectors: the tower's features (pictures, tokens, tower width) to (pictures, image_seq_length, decoder width).
-
-
-class DSVLLinearProjector(nn.Module):
-    """Linear and LayerNorm: the original's `baseline`."""
-
-    def __init__(self, config: DSVLConfig) -> None:
-        super().__init__()
-        width = config.text_config.hidden_size
-        self.linear = nn.Linear(config.vision_config.hidden_size, width)
-        self.layer_norm = nn.LayerNorm(width, eps=1e-12)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.layer_norm(self.linear(features))
-
-
-class DSVLVitProjector(DSVLLinearProjector):
-    """One CLIP encoder layer, then Linear and LayerNorm: the original's `vit`."""
-
-    def __init__(self, config: DSVLConfig) -> None:
-        super().__init__(config)
-        self.encoder_layer = CLIPEncoderLayer(config.vision_config)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.encoder_layer(features, attention_mask=None))
-
-
-class DSVLPerceiverProjector(nn.Module):
-    """Learned queries that read the grid of patches by cross-attention, then LayerNorm and Linear: the original's
-    `perceiver`, which is Qwen-VL's resampler. A CLS token before the grid is dropped."""
-
-    def __init__(self, config: DSVLConfig) -> None:
-        super().__init__()
-        width = config.text_config.hidden_size
-        self.num_patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-        self.num_heads = max(width // PERCEIVER_HEAD_DIM, 1)
-        self.query = nn.Parameter(torch.empty(PERCEIVER_GRID_SIZE**2, width))
-        self.position_embedding = nn.Parameter(torch.empty(PERCEIVER_GRID_SIZE**2, width))
-        self.kv_proj = nn.Linear(config.vision_config.hidden_size, width)
-        self.query_norm = nn.LayerNorm(width, eps=1e-12)
-        self.kv_norm = nn.LayerNorm(width, eps=1e-12)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-        self.layer_norm = nn.LayerNorm(width, eps=1e-12)
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        values = self.kv_norm(self.kv_proj(features[:, -self.num_patches :]))
-        keys = values + _resize_grid(self.position_embedding, self.num_patches)
-        queries = (self.query_norm(self.query) + self.position_embedding).expand(len(values), -1, -1)
-        query, key, value = (
-            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection, states in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
-        )
-        attended = nn.functional.scaled_dot_product_attention(query, key, value)
-        return self.linear(self.layer_norm(self.out_proj(attended.transpose(1, 2).flatten(2))))
-
-
-def _resize_grid(table: torch.Tensor, positions: int) -> torch.Tensor:
-    """A square grid's position table (cells, width) as one of `positions` cells, interpolated bicubically."""
-    if len(table) == positions:
-        return table
-    side, target = int(len(table) ** 0.5), int(positions**0.5)
-    grid = table.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
-    grid = nn.functional.interpolate(grid, size=(target, target), mode="bicubic", align_corners=False)
-    return grid[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
-
-
-def sincos_position_table(grid_size: int, width: int) -> torch.Tensor:
-    """2-D sine-cosine positions (grid_size ** 2, width), row by row; first half of the width for the column, second for
-    the row (MAE, arXiv 2111.06377, as in Qwen-VL)."""
-    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    rows, columns = torch.meshgrid(*[torch.arange(grid_size, dtype=torch.float64)] * 2, indexing="ij")
-    angles = [axis.flatten()[:, None] * frequencies for axis in (columns, rows)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=-1).float()
-
-
-PROJECTORS = {"linear": DSVLLinearProjector, "vit": DSVLVitProjector, "perceiver": DSVLPerceiverProjector}
-
+from .configuration_dsvl import DSVLConfig
+from .generation_dsvl import DSVLGenerationMixin
+from .projectors_dsvl import PROJECTORS, DSVLPerceiverProjector
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Outputs
@@ -168,8 +81,7 @@ class DSVLPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DSVLPerceiverProjector):
-            init.trunc_normal_(module.query, std=0.02)
-            init.copy_(module.position_embedding, sincos_position_table(PERCEIVER_GRID_SIZE, module.query.shape[1]))
+            module.init_weights()
 
 
 class DSVLModel(DSVLPreTrainedModel):
@@ -349,14 +261,14 @@ class DSVLModel(DSVLPreTrainedModel):
             return self._check_ready_mask(attention_mask, input_ids, mm_token_type_ids), None
         token_types = self.token_types(inputs_embeds.shape[1], input_ids, mm_token_type_ids, past_key_values)
         reference = self.config.multimodal_attention == "mmca_reference"
-        if not reference and not _sees_pictures(token_types, past_key_values):
+        if not reference and not sees_pictures(token_types, past_key_values):
             return attention_mask, None
         token_types = token_types.to(inputs_embeds.device)
         visible = visibilities(self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if reference:
-            return _by_layer_type({k: mmca_reference_codes(v, token_types) for k, v in visible.items()}), None
+            return by_layer_type({k: mmca_reference_codes(v, token_types) for k, v in visible.items()}), None
         if inputs_embeds.shape[1] == 1:
-            return _by_layer_type({k: mmca_codes(v, token_types) for k, v in visible.items()}), None
+            return by_layer_type({k: mmca_codes(v, token_types) for k, v in visible.items()}), None
         text = self.language_model.config
         softcapped = getattr(text, "attn_logit_softcapping", None) is not None
         masks = {
@@ -365,7 +277,7 @@ class DSVLModel(DSVLPreTrainedModel):
         }
         # A four-dimensional mask keeps the decoder from building its own; the modality of the keys is short and true.
         keys = {k: (v.key_types(token_types) + 1)[:, None, None].to(torch.int8) for k, v in visible.items()}
-        return _by_layer_type(keys), masks
+        return by_layer_type(keys), masks
 
     def _check_ready_mask(
         self,
@@ -424,48 +336,7 @@ class DSVLModel(DSVLPreTrainedModel):
         return types
 
 
-def _sees_pictures(token_types: torch.Tensor, past_key_values: Cache | None) -> bool:
-    """Whether any key is an image token; what a cache already knows is not asked of the device again."""
-    if torch.compiler.is_compiling():
-        return True
-    known = getattr(past_key_values, "sees_pictures", None)
-    seen = known is True or bool((token_types == 1).any())
-    if past_key_values is not None:
-        past_key_values.sees_pictures = seen
-    return seen
-
-
-def _whole_types(types: torch.Tensor, input_ids: torch.Tensor, known: torch.Tensor | None, total: int) -> torch.Tensor:
-    """The modality of all `total` tokens of a generation step, from what `generate` was given for `input_ids`.
-
-    `input_ids` is the whole sequence, or what came after a cache; assisted decoding passes the prompt's modality alone,
-    and what was generated since is text.
-    """
-    types = nn.functional.pad(types, (0, max(input_ids.shape[1] - types.shape[1], 0)))
-    missing = total - types.shape[1]
-    if missing > 0 and known is not None:
-        types = torch.cat([known[:, :missing].to(types.device), types], dim=1)
-    return types[:, :total]
-
-
-def _by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
-    """Decoders with layer types take a dict of masks, the others one tensor."""
-    return masks.get(None, masks)
-
-
-class NoImageToken(LogitsProcessor):
-    """Keeps the image token from being generated, whatever a generation configuration says."""
-
-    def __init__(self, image_token_id: int) -> None:
-        self.image_token_id = image_token_id
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()
-        scores[:, self.image_token_id] = -torch.inf
-        return scores
-
-
-class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
+class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
     """A DSVL model with its language modelling head: training, generation, sharing.
 
     `model` is the `DSVLModel`, `lm_head` the head, tied to the embeddings exactly if the language model ties its own.
@@ -642,133 +513,6 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, GenerationMixin):
             vocab_size=self.config.text_config.vocab_size,
             num_items_in_batch=num_items_in_batch,
         )
-
-    # -- generation ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        *args: Any,
-        logits_processor: LogitsProcessorList | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Generate text; see `GenerationMixin.generate`. Inputs are those of `forward`.
-
-        With `past_key_values` of earlier rounds, pass the whole conversation: pictures whose tokens are cached are not
-        encoded again (the new pictures alone may be passed as well).
-
-        The image token is never generated, as it stands for a picture; except under "mmca_reference", whose results are
-        compared with the released code, which does not prevent it.
-        """
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is not None:
-            if kwargs.get("mm_token_type_ids") is None:  # of the prompt: whatever is generated is text
-                kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
-            if kwargs.get("pixel_values") is not None:
-                self.model.check_whole_pictures(input_ids)
-            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-            whole = mask is None or mask.shape[1] == input_ids.shape[1]  # else the new tokens alone, as transformers has it
-            if kwargs.get("pixel_values") is not None and cache is not None and whole:
-                kwargs["pixel_values"] = self._new_pictures(input_ids, kwargs["pixel_values"], cache)
-        if kwargs.get("pixel_values") is None:
-            kwargs.pop("pixel_values", None)
-        assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
-        if "pixel_values" in kwargs and assistant is not None and hasattr(assistant, "get_image_features"):
-            # An assistant sees by its own tower, but is handed what its main model got: both go there, it picks its own.
-            pixel_values = kwargs.pop("pixel_values")
-            seen_by: dict[str, Any] = {"image": self, "assistant": assistant}
-            kwargs["mm_encoder_outputs"] = {key: model.get_image_features(pixel_values) for key, model in seen_by.items()}
-        elif "assistant" in encoded:
-            kwargs["mm_encoder_outputs"] = {"image": encoded["assistant"]}
-        if assistant is not None and not hasattr(assistant, "get_image_features") and input_ids is not None:
-            del kwargs["mm_token_type_ids"]  # a language model alone refuses it, and here it follows from the ids
-        processors = LogitsProcessorList(logits_processor or [])
-        if self.config.multimodal_attention != "mmca_reference":
-            processors.append(NoImageToken(self.config.image_token_id))
-        return super().generate(inputs, *args, logits_processor=processors, **kwargs)
-
-    def _new_pictures(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, past_key_values: Cache
-    ) -> torch.Tensor | None:
-        """Of the pictures of a whole conversation, those whose tokens are not in the cache yet."""
-
-        def pictures(ids: torch.Tensor) -> list[int]:
-            return ((ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length).tolist()
-
-        total, new = pictures(input_ids), pictures(input_ids[:, int(past_key_values.get_seq_length()) :])
-        if len(pixel_values) == sum(total):
-            samples = pixel_values.split(total)
-            pixel_values = torch.cat([s[len(s) - count :] for s, count in zip(samples, new, strict=True)])
-        return pixel_values if len(pixel_values) else None
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        mm_token_type_ids: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Inputs of one generation step, with the modality of the whole sequence."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        if mm_encoder_outputs and (is_first_iteration or new.shape[1] == input_ids.shape[1]):
-            # An assistant starts from an empty cache in what transformers does not call a first iteration.
-            inputs["mm_encoder_outputs"] = mm_encoder_outputs
-        if self.config.multimodal_attention == "causal" or mm_token_type_ids is None:
-            return inputs
-        static = past_key_values is not None and past_key_values.is_compileable
-        known = getattr(past_key_values, "mm_token_type_ids", None)
-        if static and not is_first_iteration and known is not None:
-            past = known.shape[1]  # a static cache keeps its length on the device; asking would wait for it
-        else:
-            past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        types = _whole_types(mm_token_type_ids, input_ids, known, past + new.shape[1])
-        inputs["mm_token_type_ids"] = types
-        if past_key_values is not None and static and new.shape[1] == 1:
-            # A decode step's mask is built here, in a fixed shape: a compiled step sees nothing that grows.
-            del inputs["mm_token_type_ids"]
-            past_key_values.mm_token_type_ids = types
-            inputs["attention_mask"] = self._static_step_mask(
-                types, attention_mask, past_key_values, inputs.get("position_ids")
-            )
-        return inputs
-
-    def _static_step_mask(
-        self,
-        token_types: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache,
-        position_ids: torch.Tensor | None,
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        config = self.model.language_model.config
-        embeds = torch.empty((len(token_types), 1, 0), dtype=self.dtype, device=token_types.device)
-        reference = self.config.multimodal_attention == "mmca_reference"
-        if not reference and not _sees_pictures(token_types, past_key_values):
-            return create_masks_for_generate(config, embeds, attention_mask, past_key_values, position_ids=position_ids)
-        codes = mmca_reference_codes if reference else mmca_codes
-        visible = visibilities(config, embeds, attention_mask, past_key_values, position_ids)
-        return _by_layer_type({k: codes(v, token_types) for k, v in visible.items()})
-
-    @property
-    def create_masks_for_generate(self) -> Callable:
-        """What `GenerationMixin` calls for a static cache; under MMCA masks are built elsewhere, with the modality."""
-        if self.config.multimodal_attention == "causal":
-            return create_masks_for_generate
-        return lambda *args, attention_mask=None, **kwargs: attention_mask
 
 
 __all__ = ["DSVLForConditionalGeneration", "DSVLModel", "DSVLPreTrainedModel"]

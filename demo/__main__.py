@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,15 @@ def measure(model: Any, processor: Any, seed: int) -> dict[str, float]:
         "colour, swapped" and so on.
     """
     conversations = scoring.held_out_conversations(seed, HELD_OUT)
-    changes = {"exact": list, "swapped": scoring.swapped, "others": scoring.others, "blank": scoring.blank}
+    changes: dict[str, Callable] = {
+        "exact": list,
+        "swapped": scoring.swapped,
+        "others": scoring.others,
+        "blank": scoring.blank,
+    }
     scores = {name: scoring.score(model, processor, conversations, change) for name, change in changes.items()}
     print(f"  {'':10}{'answers':>8}" + "".join(f"{name:>9}" for name in scores))
-    figures = {}
+    figures: dict[str, float] = {}
     for label, kinds in [*((kind, [kind]) for kind in KINDS), ("over all", KINDS)]:
         shares = {name: score.share(*kinds) for name, score in scores.items()}
         figures |= {label if name == "exact" else f"{label}, {name}": share for name, share in shares.items()}
@@ -136,10 +142,11 @@ def write_talk(folder: Path, seed: int) -> Path:
     folder.mkdir(parents=True)
     for attempt in itertools.count():
         talk = converse(f"{seed}/talk/{attempt}", pictures=2, held_out=True)
-        first = next((question for question in talk["questions"] if question.kind != "which"), None)
-        second = next((question for question in talk["questions"] if question.kind == "which"), None)
-        if first and second:
+        direct = [question for question in talk["questions"] if question.kind != "which"]
+        which = [question for question in talk["questions"] if question.kind == "which"]
+        if direct and which:
             break
+    first, second = direct[0], which[0]
     names = ["picture 1.png", "picture 2.png"]
     for name, image in zip(names, talk["images"], strict=True):
         image.save(folder / name)

@@ -64,7 +64,8 @@ def rounds_of(conversation: dict[str, Any], images: list[Image.Image]) -> list[t
         conversation: as `converse` returns it.
         images: the pictures to show in the place of its own.
     """
-    queue, messages, rounds = list(images), [], []
+    queue, rounds = list(images), []
+    messages: list[dict[str, Any]] = []
     questions = iter(conversation["questions"])
     for message in conversation["messages"]:
         if message["role"] == "user":

@@ -26,6 +26,9 @@ import dsvl
 from dsvl.cli import main
 from dsvl.composition import checkpoint
 
+REMOTE_CODE = [
+    f"{name}_dsvl.py" for name in ("attention", "configuration", "generation", "modeling", "processing", "projectors")
+]
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
 
@@ -137,14 +140,11 @@ def test_the_command_writes_a_complete_checkpoint(composed):
     files = {path.name for path in composed.iterdir()}
     assert files >= {
         "README.md",
-        "attention_dsvl.py",
+        *REMOTE_CODE,
         "chat_template.jinja",
         "config.json",
-        "configuration_dsvl.py",
         "generation_config.json",
         "model.safetensors.index.json",
-        "modeling_dsvl.py",
-        "processing_dsvl.py",
         "processor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -248,7 +248,7 @@ def test_a_fresh_process_needs_the_directory_alone(composed, tmp_path):
     assert "trust_remote_code=True" in result["refusal"]
     config, again = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("moved", "again"))
     assert again["auto_map"] == config["auto_map"] and len(config["auto_map"]) == 5
-    for name in ("modeling_dsvl.py", "configuration_dsvl.py", "attention_dsvl.py", "processing_dsvl.py"):
+    for name in REMOTE_CODE:
         assert (tmp_path / "again" / name).read_text() == (Path(dsvl.__file__).parent / name).read_text()
 
 
@@ -257,8 +257,8 @@ def test_remote_code_imports_nothing_but_torch_transformers_and_each_other():
 
     # tokenizers is a dependency of transformers itself
     allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "tokenizers"}
-    for name in ("configuration_dsvl", "attention_dsvl", "modeling_dsvl", "processing_dsvl"):
-        tree = ast.parse((Path(dsvl.__file__).parent / f"{name}.py").read_text())
+    for name in REMOTE_CODE:
+        tree = ast.parse((Path(dsvl.__file__).parent / name).read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 assert all(alias.name.split(".")[0] in allowed for alias in node.names), name

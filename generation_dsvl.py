@@ -1,0 +1,169 @@
+"""Generation: every step knows the modality of the whole sequence, cached tokens included."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .attention_dsvl import by_layer_type, mmca_codes, mmca_reference_codes, sees_pictures, visibilities
+
+
+class NoImageToken(LogitsProcessor):
+    """Keeps the image token from being generated, whatever a generation configuration says."""
+
+    def __init__(self, image_token_id: int) -> None:
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, self.image_token_id] = -torch.inf
+        return scores
+
+
+class DSVLGenerationMixin(GenerationMixin):
+    """What `GenerationMixin` does not know: pictures, and that a key has a modality."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate text; see `GenerationMixin.generate`. Inputs are those of `forward`.
+
+        With `past_key_values` of earlier rounds, pass the whole conversation: pictures whose tokens are cached are not
+        encoded again (the new pictures alone may be passed as well).
+
+        The image token is never generated, as it stands for a picture; except under "mmca_reference", whose results are
+        compared with the released code, which does not prevent it.
+        """
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is not None:
+            if kwargs.get("mm_token_type_ids") is None:  # of the prompt: whatever is generated is text
+                kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
+            if kwargs.get("pixel_values") is not None:
+                self.model.check_whole_pictures(input_ids)
+            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            whole = mask is None or mask.shape[1] == input_ids.shape[1]  # else the new tokens alone, as transformers has it
+            if kwargs.get("pixel_values") is not None and cache is not None and whole:
+                kwargs["pixel_values"] = self._new_pictures(input_ids, kwargs["pixel_values"], cache)
+        if kwargs.get("pixel_values") is None:
+            kwargs.pop("pixel_values", None)
+        assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
+        if "pixel_values" in kwargs and assistant is not None and hasattr(assistant, "get_image_features"):
+            # An assistant sees by its own tower, but is handed what its main model got: both go there, it picks its own.
+            pixel_values = kwargs.pop("pixel_values")
+            seen_by: dict[str, Any] = {"image": self, "assistant": assistant}
+            kwargs["mm_encoder_outputs"] = {key: model.get_image_features(pixel_values) for key, model in seen_by.items()}
+        elif "assistant" in encoded:
+            kwargs["mm_encoder_outputs"] = {"image": encoded["assistant"]}
+        if assistant is not None and not hasattr(assistant, "get_image_features") and input_ids is not None:
+            del kwargs["mm_token_type_ids"]  # a language model alone refuses it, and here it follows from the ids
+        processors = LogitsProcessorList(logits_processor or [])
+        if self.config.multimodal_attention != "mmca_reference":
+            processors.append(NoImageToken(self.config.image_token_id))
+        return super().generate(inputs, *args, logits_processor=processors, **kwargs)
+
+    def _new_pictures(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, past_key_values: Cache
+    ) -> torch.Tensor | None:
+        """Of the pictures of a whole conversation, those whose tokens are not in the cache yet."""
+
+        def pictures(ids: torch.Tensor) -> list[int]:
+            return ((ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length).tolist()
+
+        total, new = pictures(input_ids), pictures(input_ids[:, int(past_key_values.get_seq_length()) :])
+        if len(pixel_values) == sum(total):
+            samples = pixel_values.split(total)
+            pixel_values = torch.cat([s[len(s) - count :] for s, count in zip(samples, new, strict=True)])
+        return pixel_values if len(pixel_values) else None
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        mm_token_type_ids: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one generation step, with the modality of the whole sequence."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        if mm_encoder_outputs and (is_first_iteration or new.shape[1] == input_ids.shape[1]):
+            # An assistant starts from an empty cache in what transformers does not call a first iteration.
+            inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        if self.config.multimodal_attention == "causal" or mm_token_type_ids is None:
+            return inputs
+        static = past_key_values is not None and past_key_values.is_compileable
+        known = getattr(past_key_values, "mm_token_type_ids", None)
+        if static and not is_first_iteration and known is not None:
+            past = known.shape[1]  # a static cache keeps its length on the device; asking would wait for it
+        else:
+            past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        types = _whole_types(mm_token_type_ids, input_ids, known, past + new.shape[1])
+        inputs["mm_token_type_ids"] = types
+        if past_key_values is not None and static and new.shape[1] == 1:
+            # A decode step's mask is built here, in a fixed shape: a compiled step sees nothing that grows.
+            del inputs["mm_token_type_ids"]
+            past_key_values.mm_token_type_ids = types
+            inputs["attention_mask"] = self._static_step_mask(
+                types, attention_mask, past_key_values, inputs.get("position_ids")
+            )
+        return inputs
+
+    def _static_step_mask(
+        self,
+        token_types: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        config = self.model.language_model.config
+        embeds = torch.empty((len(token_types), 1, 0), dtype=self.dtype, device=token_types.device)
+        reference = self.config.multimodal_attention == "mmca_reference"
+        if not reference and not sees_pictures(token_types, past_key_values):
+            return create_masks_for_generate(config, embeds, attention_mask, past_key_values, position_ids=position_ids)
+        codes = mmca_reference_codes if reference else mmca_codes
+        visible = visibilities(config, embeds, attention_mask, past_key_values, position_ids)
+        return by_layer_type({k: codes(v, token_types) for k, v in visible.items()})
+
+    @property
+    def create_masks_for_generate(self) -> Callable:
+        """What `GenerationMixin` calls for a static cache; under MMCA masks are built elsewhere, with the modality."""
+        if self.config.multimodal_attention == "causal":
+            return create_masks_for_generate
+        return lambda *args, attention_mask=None, **kwargs: attention_mask
+
+
+def _whole_types(types: torch.Tensor, input_ids: torch.Tensor, known: torch.Tensor | None, total: int) -> torch.Tensor:
+    """The modality of all `total` tokens of a generation step, from what `generate` was given for `input_ids`.
+
+    `input_ids` is the whole sequence, or what came after a cache; assisted decoding passes the prompt's modality alone,
+    and what was generated since is text.
+    """
+    types = nn.functional.pad(types, (0, max(input_ids.shape[1] - types.shape[1], 0)))
+    missing = total - types.shape[1]
+    if missing > 0 and known is not None:
+        types = torch.cat([known[:, :missing].to(types.device), types], dim=1)
+    return types[:, :total]
+
+
+__all__ = ["DSVLGenerationMixin"]
