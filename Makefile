@@ -14,10 +14,10 @@ test: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	BIN=$(abspath $(BIN)) sh tests/typecheck.sh
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow"
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest tests -m slow
 
 # On a machine with an NVIDIA GPU, in an environment of its own: `pip install -e .` and then this, with BIN naming its bin.
 bench-gpu:
