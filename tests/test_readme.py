@@ -1,0 +1,49 @@
+"""The README's Python runs as it stands, with tiny models in the place of the real ones."""
+
+import re
+from pathlib import Path
+
+import torch
+from conftest import REFERENCE
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+import dsvl
+from dsvl.cli import main
+
+README = (Path(dsvl.__file__).parent / "README.md").read_text()
+
+
+def test_every_example_runs_in_order(tmp_path, monkeypatch, photographs):
+    load, compose, fine_tune = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    command = re.search(r"^dsvl (compose .*)$", README, re.MULTILINE)[1]
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for name in ("openai/clip-vit-large-patch14", "meta-llama/Llama-2-7b-hf", "Qwen/Qwen3-0.6B"):
+        assert name in command + compose
+    tower = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    CLIPVisionModel(tower).save_pretrained("openai/clip-vit-large-patch14")
+    decoder = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    for name in ("meta-llama/Llama-2-7b-hf", "Qwen/Qwen3-0.6B"):
+        LlamaForCausalLM(decoder).save_pretrained(name)
+        AutoTokenizer.from_pretrained(REFERENCE / "tokenizer").save_pretrained(name)
+    for name, image in zip(("one.jpg", "two.jpg"), photographs, strict=False):
+        image.save(name)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    assert main(command.split()) == 0
+    exec(load, {})
+    Path("my-model").rename("composed by command")
+    for block in (compose, fine_tune):
+        exec(block, {})
+    trained = dsvl.DSVLForConditionalGeneration.from_pretrained("my-tuned-model").model.multi_modal_projector
+    untrained = dsvl.DSVLForConditionalGeneration.from_pretrained("my-model").model.multi_modal_projector
+    assert not trained.linear.weight.equal(untrained.linear.weight)
