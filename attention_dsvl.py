@@ -44,7 +44,8 @@ BACKENDS = ("eager", "sdpa", "flex_attention")
 _CAPTURE = f"dsvl_visibility:{__name__}"
 
 
-def _routed_name(backend: str) -> str:
+def routed_name(backend: str) -> str:
+    """The name under which the decoder's modules find the MMCA function of a backend."""
     return f"mmca_{backend}:{__name__}"
 
 
@@ -72,7 +73,7 @@ class RoutedConfig:
                 f"attn_implementation={backend!r} cannot compute multimodal_attention="
                 f"{self._dsvl_config.multimodal_attention!r}; choose one of {', '.join(map(repr, BACKENDS))}."
             )
-        return _routed_name(backend)
+        return routed_name(backend)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_text_config" not in self.__dict__:  # during copy and unpickling
@@ -105,7 +106,6 @@ def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) ->
         module
         for module in language_model.modules()
         if all(hasattr(module, name) for name in ("config", "layer_idx", "is_causal"))
-        and not isinstance(module.is_causal, nn.Module)
     ]
     layers = dsvl_config.text_config.num_hidden_layers
     if not getattr(language_model, "_supports_attention_backend", False) or len(modules) != layers:
@@ -115,7 +115,7 @@ def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) ->
             "another decoder (Llama, Qwen, Mistral, Gemma, Phi3 ... do), or multimodal_attention='causal'."
         )
     for module in modules:
-        setattr(module, "config", RoutedConfig(language_model.config, dsvl_config))  # noqa: B010 (an attribute of no Module)
+        module.__dict__["config"] = RoutedConfig(language_model.config, dsvl_config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,6 +268,14 @@ def sees_pictures(token_types: torch.Tensor, past_key_values: Cache | None) -> b
     if past_key_values is not None:
         past_key_values.sees_pictures = seen
     return seen
+
+
+def coded_masks(
+    visible: dict[str | None, Visibility], token_types: torch.Tensor, multimodal_attention: str
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The codes of a forward call, as a decoder takes its `attention_mask`: a tensor, or one for each layer type."""
+    codes = mmca_reference_codes if multimodal_attention == "mmca_reference" else mmca_codes
+    return by_layer_type({layer_type: codes(v, token_types) for layer_type, v in visible.items()})
 
 
 def by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
@@ -578,4 +586,4 @@ def _weighted_values(weights: torch.Tensor, value: torch.Tensor) -> tuple[torch.
 
 
 for _backend in BACKENDS:
-    AttentionInterface.register(_routed_name(_backend), _attention(_backend))
+    AttentionInterface.register(routed_name(_backend), _attention(_backend))

@@ -9,7 +9,7 @@ from transformers import Cache, GenerationMixin, LogitsProcessor, LogitsProcesso
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .attention_dsvl import by_layer_type, mmca_codes, mmca_reference_codes, sees_pictures, visibilities
+from .attention_dsvl import coded_masks, sees_pictures, visibilities
 
 
 class NoImageToken(LogitsProcessor):
@@ -48,11 +48,11 @@ class DSVLGenerationMixin(GenerationMixin):
             if kwargs.get("mm_token_type_ids") is None:  # of the prompt: whatever is generated is text
                 kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
             if kwargs.get("pixel_values") is not None:
-                self.model.check_whole_pictures(input_ids)
-            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-            whole = mask is None or mask.shape[1] == input_ids.shape[1]  # else the new tokens alone, as transformers has it
-            if kwargs.get("pixel_values") is not None and cache is not None and whole:
-                kwargs["pixel_values"] = self._new_pictures(input_ids, kwargs["pixel_values"], cache)
+                self.model.check_placeholders(input_ids == self.config.image_token_id, whole_pictures=True)
+                cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+                # A mask that is longer than the ids comes with the new tokens alone, as transformers has it.
+                if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
+                    kwargs["pixel_values"] = self._new_pictures(input_ids, kwargs["pixel_values"], cache)
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)
         assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
@@ -138,12 +138,11 @@ class DSVLGenerationMixin(GenerationMixin):
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         config = self.model.language_model.config
         embeds = torch.empty((len(token_types), 1, 0), dtype=self.dtype, device=token_types.device)
-        reference = self.config.multimodal_attention == "mmca_reference"
-        if not reference and not sees_pictures(token_types, past_key_values):
+        attention = self.config.multimodal_attention
+        if attention == "mmca" and not sees_pictures(token_types, past_key_values):
             return create_masks_for_generate(config, embeds, attention_mask, past_key_values, position_ids=position_ids)
-        codes = mmca_reference_codes if reference else mmca_codes
         visible = visibilities(config, embeds, attention_mask, past_key_values, position_ids)
-        return by_layer_type({k: codes(v, token_types) for k, v in visible.items()})
+        return coded_masks(visible, token_types, attention)
 
     @property
     def create_masks_for_generate(self) -> Callable:

@@ -11,8 +11,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention_dsvl import (
     by_layer_type,
-    mmca_codes,
-    mmca_reference_codes,
+    coded_masks,
     multimodal_mask,
     route_attention,
     sees_pictures,
@@ -165,12 +164,14 @@ class DSVLModel(DSVLPreTrainedModel):
 
         images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and len(pixel_values) > 0:
-            self.check_whole_pictures(input_ids)
             images = self.get_image_features(pixel_values)
         image_hidden_states = None
         if images is not None:
             image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-        inputs_embeds = self._scatter_pictures(input_ids, inputs_embeds, mm_token_type_ids, image_hidden_states)
+        # Features that were passed in may be those of a chunk, which may begin or end inside a picture.
+        inputs_embeds = self._scatter_pictures(
+            input_ids, inputs_embeds, mm_token_type_ids, image_hidden_states, whole_pictures=pixel_values is not None
+        )
 
         if self.config.multimodal_attention != "causal":
             attention_mask, kwargs["multimodal_masks"] = self._modal_masks(
@@ -199,6 +200,7 @@ class DSVLModel(DSVLPreTrainedModel):
         inputs_embeds: torch.Tensor,
         mm_token_type_ids: torch.Tensor | None,
         features: torch.Tensor | None,
+        whole_pictures: bool,
     ) -> torch.Tensor:
         """Put the pictures' embeddings (image tokens, hidden) where their placeholders are."""
         tokens = inputs_embeds.shape[1]
@@ -212,37 +214,37 @@ class DSVLModel(DSVLPreTrainedModel):
             )
         else:
             placeholders = mm_token_type_ids[:, -tokens:] == 1
-        if torch.compiler.is_compiling():
-            if features is None:
-                return inputs_embeds
-        else:
-            self._check_placeholders(placeholders, 0 if features is None else len(features))
-            if features is None:
-                return inputs_embeds
+        # A decode step has nothing to check, and nothing worth waiting for the device.
+        if not torch.compiler.is_compiling() and (features is not None or tokens > 1):
+            self.check_placeholders(placeholders, 0 if features is None else len(features), whole_pictures)
+        if features is None:
+            return inputs_embeds
         return inputs_embeds.masked_scatter(placeholders[..., None].to(inputs_embeds.device), features)
 
-    def check_whole_pictures(self, input_ids: torch.Tensor | None) -> None:
-        """Refuse samples of which some hold a part of a picture, though all together may hold as many as there are."""
-        if input_ids is None or torch.compiler.is_compiling():
-            return
-        counts = (input_ids == self.config.image_token_id).sum(-1).tolist()
-        if any(count % self.config.image_seq_length for count in counts):
-            raise ValueError(
-                f"The samples hold {counts} image tokens, but a picture takes {self.config.image_seq_length}: some "
-                "picture is cut or mixed up; do not truncate image tokens, and use the processor saved with this model."
-            )
+    def check_placeholders(
+        self, placeholders: torch.Tensor, features: int | None = None, whole_pictures: bool = False
+    ) -> None:
+        """Hold the samples' image tokens against the pictures.
 
-    def _check_placeholders(self, placeholders: torch.Tensor, features: int) -> None:
-        """All samples together must hold as many image tokens as there are embeddings."""
-        per_picture = self.config.image_seq_length
-        if features == 0 and placeholders.shape[1] == 1:
-            return  # a decode step: nothing to check, and nothing worth waiting for the device
-        counts = placeholders.sum(-1).tolist()
-        if sum(counts) != features:
+        Args:
+            placeholders: (batch, tokens), True for image tokens.
+            features: how many embeddings there are to fill them all; None if that is not known yet.
+            whole_pictures: whether every sample must hold whole pictures.
+
+        Raises:
+            ValueError: if they do not match.
+        """
+        counts, per_picture = placeholders.sum(-1).tolist(), self.config.image_seq_length
+        if features is not None and sum(counts) != features:
             raise ValueError(
                 f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {features} picture embeddings "
                 f"({features / per_picture:g} pictures of {per_picture}); pass as many pictures as the texts name, in "
                 "reading order, and do not truncate image tokens."
+            )
+        if whole_pictures and any(count % per_picture for count in counts):
+            raise ValueError(
+                f"The samples hold {counts} image tokens, but a picture takes {per_picture}: some picture is cut or mixed "
+                "up; do not truncate image tokens, and use the processor saved with this model."
             )
 
     # -- modality ------------------------------------------------------------------------------------------------------
@@ -260,15 +262,13 @@ class DSVLModel(DSVLPreTrainedModel):
         if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
             return self._check_ready_mask(attention_mask, input_ids, mm_token_type_ids), None
         token_types = self.token_types(inputs_embeds.shape[1], input_ids, mm_token_type_ids, past_key_values)
-        reference = self.config.multimodal_attention == "mmca_reference"
-        if not reference and not sees_pictures(token_types, past_key_values):
+        attention = self.config.multimodal_attention
+        if attention == "mmca" and not sees_pictures(token_types, past_key_values):
             return attention_mask, None
         token_types = token_types.to(inputs_embeds.device)
         visible = visibilities(self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        if reference:
-            return by_layer_type({k: mmca_reference_codes(v, token_types) for k, v in visible.items()}), None
-        if inputs_embeds.shape[1] == 1:
-            return by_layer_type({k: mmca_codes(v, token_types) for k, v in visible.items()}), None
+        if attention == "mmca_reference" or inputs_embeds.shape[1] == 1:
+            return coded_masks(visible, token_types, attention), None
         text = self.language_model.config
         softcapped = getattr(text, "attn_logit_softcapping", None) is not None
         masks = {
@@ -463,18 +463,19 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and not torch.compiler.is_compiling()
 
-        loss = logits = None
-        if labels is not None and skip_logits:
-            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # token t learns to say token t + 1
-            supervised = (targets != -100).to(hidden.device)
-            loss = self._loss(self._logits(hidden[supervised]), targets.to(hidden.device)[supervised], num_items_in_batch)
+        loss = logits = targets = None
+        if labels is not None:
+            # Token t learns to say token t + 1.
+            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].to(hidden.device)
+        if targets is not None and skip_logits:
+            supervised = targets != -100
+            loss = self._loss(self._logits(hidden[supervised]), targets[supervised], num_items_in_batch)
             if not supervised.any():
                 loss = loss + hidden.sum() * 0  # a graph, for the ranks that wait for this one's gradients
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             logits = self._logits(hidden[:, logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept])
-            if labels is not None:
-                targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            if targets is not None:
                 loss = self._loss(logits, targets, num_items_in_batch)
         return DSVLCausalLMOutputWithPast(
             loss=loss,

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dsvl.attention_dsvl import BACKENDS, _routed_name, multimodal_mask, visibilities
+from dsvl.attention_dsvl import BACKENDS, multimodal_mask, routed_name, visibilities
 
 PER_PICTURE = 257
 
@@ -52,7 +52,7 @@ def measure(batch: int, tokens: int, pictures: int, backends: list[str]) -> dict
     def mmca(backend: str):
         visible = visibilities(config, embeds, None, None, None)
         masks = {None: multimodal_mask(visible[None], types, backend, torch.bfloat16)}
-        function = ALL_ATTENTION_FUNCTIONS[_routed_name(backend)]
+        function = ALL_ATTENTION_FUNCTIONS[routed_name(backend)]
         # As in the model, the masks are built once for all layers and are not part of a layer's time.
         return lambda: function(layer, query, key, value, codes, multimodal_masks=masks, scaling=128**-0.5)[0]
 

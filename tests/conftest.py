@@ -86,6 +86,28 @@ def tiny_model(
     return model
 
 
+def tiny_tower_config() -> CLIPVisionConfig:
+    """A tower for photographs: 28 pixels in patches of 14, so that a picture takes 5 tokens as well."""
+    return CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14
+    )
+
+
+def save_tiny_llama(directory: Path | str, dtype: torch.dtype = torch.float32, **overrides: Any) -> None:
+    """A LLaMA and the reference's tokenizer of 400 tokens, as a directory to compose from."""
+    config = transformers.LlamaConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **overrides,
+    )
+    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(REFERENCE / "tokenizer").save_pretrained(directory)
+
+
 def rows(*layouts: str, seed: int = 0) -> list[list[int]]:
     """Token ids of layouts such as "ttIt": t is a random text token, I a whole picture."""
     generator = torch.Generator().manual_seed(seed)

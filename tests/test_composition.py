@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, REFERENCE
+from conftest import FAMILIES, REFERENCE, save_tiny_llama, tiny_tower_config
 from safetensors import safe_open
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
-    CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -29,7 +28,6 @@ from dsvl.composition import checkpoint
 REMOTE_CODE = [
     f"{name}_dsvl.py" for name in ("attention", "configuration", "generation", "modeling", "processing", "projectors")
 ]
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
 
 
@@ -39,24 +37,18 @@ def parts(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("parts")
     clip = CLIPModel(
-        CLIPConfig(vision_config=VISION, text_config=TEXT | {"bos_token_id": 1, "eos_token_id": 2}, projection_dim=16)
+        CLIPConfig(
+            vision_config=tiny_tower_config().to_dict(),
+            text_config=TEXT | {"bos_token_id": 1, "eos_token_id": 2},
+            projection_dim=16,
+        )
     )
     clip.save_pretrained(root / "clip")
     clip.vision_model.save_pretrained(root / "tower")
     for folder in ("clip", "tower"):
         CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(root / folder)
     for name, tied in (("llama", False), ("tied", True)):
-        config = LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=400,
-            tie_word_embeddings=tied,
-        )
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(root / name)
-        AutoTokenizer.from_pretrained(REFERENCE / "tokenizer").save_pretrained(root / name)
+        save_tiny_llama(root / name, torch.bfloat16, tie_word_embeddings=tied)
     return root
 
 
@@ -100,7 +92,7 @@ def test_loaded_models_of_every_family_compose(family, tmp_path):
     text = FAMILIES[family]()
     text.vocab_size = 400
     decoder = transformers.AutoModelForCausalLM.from_config(text)
-    tower = CLIPVisionModel(CLIPVisionConfig(**VISION))
+    tower = CLIPVisionModel(tiny_tower_config())
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE / "tokenizer")
     model, processor = dsvl.compose(tower, decoder, tokenizer=tokenizer)
     assert model.model.vision_tower is tower and model.model.language_model is decoder.model

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import torch
-from conftest import REFERENCE
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from conftest import save_tiny_llama, tiny_tower_config
+from transformers import CLIPVisionModel
 
 import dsvl
 from dsvl.cli import main
@@ -20,21 +20,9 @@ def test_every_example_runs_in_order(tmp_path, monkeypatch, photographs):
     torch.manual_seed(0)
     for name in ("openai/clip-vit-large-patch14", "meta-llama/Llama-2-7b-hf", "Qwen/Qwen3-0.6B"):
         assert name in command + compose
-    tower = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
-    )
-    CLIPVisionModel(tower).save_pretrained("openai/clip-vit-large-patch14")
-    decoder = LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-    )
+    CLIPVisionModel(tiny_tower_config()).save_pretrained("openai/clip-vit-large-patch14")
     for name in ("meta-llama/Llama-2-7b-hf", "Qwen/Qwen3-0.6B"):
-        LlamaForCausalLM(decoder).save_pretrained(name)
-        AutoTokenizer.from_pretrained(REFERENCE / "tokenizer").save_pretrained(name)
+        save_tiny_llama(name)
     for name, image in zip(("one.jpg", "two.jpg"), photographs, strict=False):
         image.save(name)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
