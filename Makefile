@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 # Threads that wait busily slow small models down beside anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow bench-gpu clean
+.PHONY: demo demo-deepspeed test test-slow bench-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m dsvl.demo --overwrite
+
+# The same model, trained by `dsvl train` under `deepspeed` in two processes.
+demo-deepspeed: $(VENV)/ready
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m dsvl.demo --deepspeed --overwrite
 
 test: $(VENV)/ready
 	$(BIN)/ruff format --check .
@@ -23,6 +27,7 @@ test-slow: $(VENV)/ready
 bench-gpu:
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/fine_tuning.py
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -5,17 +5,28 @@ import sys
 from collections.abc import Sequence
 
 from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
+from .training import plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="dsvl", description="Compose, train and share vision-language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_compose(commands)
-    arguments = parser.parse_args(argv)
+    # Its flags are those of three dataclasses, and reading them takes transformers: only when they are asked for.
+    commands.add_parser(
+        "train", help="fine-tune a checkpoint; also python -m dsvl.training under a launcher", add_help=False
+    )
+    _add_merge(commands)
+    plan.add_parser(commands)
+    if argv[:1] == ["train"]:
+        arguments = argparse.Namespace(command="train", run=_train, argv=argv[1:])
+    else:
+        arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError) as error:  # what a user can mend; anything else is ours, and shows where it is
+    except (ValueError, OSError, ImportError) as error:  # what a user can mend; anything else is ours, and shows where it is
         print(f"dsvl {arguments.command}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -57,6 +68,33 @@ def _compose(arguments: argparse.Namespace) -> None:
     out = save_checkpoint(model, processor, arguments.out, base_models=base_models, max_shard_size=arguments.max_shard_size)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens a picture")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from .training.run import main as train
+
+    train(arguments.argv)
+
+
+def _add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("merge", help="a checkpoint + trained adapters -> one checkpoint directory")
+    parser.add_argument("--model", required=True, help="the checkpoint that was trained")
+    parser.add_argument("--adapters", required=True, help="directory of its adapters")
+    parser.add_argument("--out", required=True, help="new directory for the checkpoint")
+    parser.set_defaults(run=_merge)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from transformers import AutoProcessor
+
+    from .composition import save_checkpoint
+    from .composition.checkpoint import check_new
+    from .training import merge_adapters
+
+    check_new(arguments.out)
+    model = merge_adapters(arguments.model, arguments.adapters)
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    print(save_checkpoint(model, processor, arguments.out, base_models=[arguments.model]))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -55,6 +56,11 @@ class DSVLGenerationMixin(GenerationMixin):
                     kwargs["pixel_values"] = self._new_pictures(input_ids, kwargs["pixel_values"], cache)
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)
+        if "pixel_values" not in kwargs and kwargs.get("mm_encoder_outputs") is None and is_deepspeed_zero3_enabled():
+            # Pictures are encoded before the first step. Processes that have some wait here, at every layer of the tower,
+            # for those that have none.
+            self.model.encode_blank_picture()
+            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[])}
         assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
         if "pixel_values" in kwargs and assistant is not None and hasattr(assistant, "get_image_features"):
             # An assistant sees by its own tower, but is handed what its main model got: both go there, it picks its own.

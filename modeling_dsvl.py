@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -128,6 +129,16 @@ class DSVLModel(DSVLPreTrainedModel):
         projected = self.multi_modal_projector(features)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
 
+    def unused_tower_modules(self) -> dict[str, nn.Module]:
+        """The tower's modules, by name, on which the features do not depend: CLIP's norm of its pooled output, and layers
+        behind `vision_feature_layer`."""
+        layer, layers = self.config.vision_feature_layer, self.config.vision_config.num_hidden_layers
+        used = layer if layer >= 0 else layers + 1 + layer
+        behind = tuple(f"encoder.layers.{index}" for index in range(used, layers))
+        return {
+            name: module for name, module in self.vision_tower.named_modules() if name.endswith(("post_layernorm", *behind))
+        }
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -166,12 +177,14 @@ class DSVLModel(DSVLPreTrainedModel):
         if pixel_values is not None and len(pixel_values) > 0:
             images = self.get_image_features(pixel_values)
         image_hidden_states = None
-        if images is not None:
+        if images is not None and images.pooler_output:
             image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         # Features that were passed in may be those of a chunk, which may begin or end inside a picture.
         inputs_embeds = self._scatter_pictures(
             input_ids, inputs_embeds, mm_token_type_ids, image_hidden_states, whole_pictures=pixel_values is not None
         )
+        if images is None and self._others_may_see_pictures(past_key_values):
+            inputs_embeds = inputs_embeds + self.encode_blank_picture().to(inputs_embeds.device, inputs_embeds.dtype)
 
         if self.config.multimodal_attention != "causal":
             attention_mask, kwargs["multimodal_masks"] = self._modal_masks(
@@ -220,6 +233,28 @@ class DSVLModel(DSVLPreTrainedModel):
         if features is None:
             return inputs_embeds
         return inputs_embeds.masked_scatter(placeholders[..., None].to(inputs_embeds.device), features)
+
+    def _others_may_see_pictures(self, past_key_values: Cache | None) -> bool:
+        """Whether a batch of texts must run the tower and the projector as well.
+
+        In training, other processes may have pictures where this one has none, and wait for its gradients of the projector;
+        under ZeRO-3 they wait for it at every layer of tower and projector, in evaluation too. Alone, a text-only batch is
+        then one of zero gradients, rather than one without a graph.
+        """
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return False  # a decode step, which sees pictures nowhere
+        if is_deepspeed_zero3_enabled():
+            return True
+        parts = (self.multi_modal_projector, self.vision_tower)
+        return (
+            self.training and torch.is_grad_enabled() and any(p.requires_grad for part in parts for p in part.parameters())
+        )
+
+    def encode_blank_picture(self) -> torch.Tensor:
+        """Zero, by way of tower and projector: what a process without pictures does where others encode theirs."""
+        size = self.config.vision_config.image_size
+        blank = torch.zeros((1, 3, size, size), dtype=self.vision_tower.dtype, device=self.vision_tower.device)
+        return self.get_image_features(blank).pooler_output[0].sum() * 0
 
     def check_placeholders(
         self, placeholders: torch.Tensor, features: int | None = None, whole_pictures: bool = False
@@ -367,6 +402,10 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
                 "body of a model (saved from DSVLModel). Load it by DSVLModel.from_pretrained, or save the whole "
                 "DSVLForConditionalGeneration."
             )
+        # Under ZeRO-3 transformers keeps the key renamings of every sub-model, also those that this checkpoint's keys had no
+        # need of, and reverts them when it saves: the saved keys would not be this model's.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
         return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -398,7 +437,8 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         Args:
             projector: the projector.
             embeddings: the decoder's token embeddings (and a head that is tied to them).
-            vision_tower: the vision tower; frozen, it runs without a graph.
+            vision_tower: the vision tower, but for modules on which its features do not depend; frozen, it runs without a
+                graph.
             language_model: the decoder's layers and norms, without its embeddings.
             lm_head: the head.
 
@@ -418,6 +458,8 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         self.lm_head.requires_grad_(lm_head)
         table.requires_grad_(embeddings)  # last: a tied head is this tensor
         self.model.vision_tower.requires_grad_(vision_tower)
+        for module in self.model.unused_tower_modules().values():  # no gradient reaches them, for which DDP would wait
+            module.requires_grad_(False)
         self.model.multi_modal_projector.requires_grad_(projector)
         return self
 

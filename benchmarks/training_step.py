@@ -11,66 +11,7 @@ import gc
 
 import torch
 from measure import in_turns, report, write
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-from dsvl import DSVLConfig, DSVLForConditionalGeneration
-
-IMAGE_ID = 32000
-
-
-def configs(layers: int) -> tuple[CLIPVisionConfig, LlamaConfig]:
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=224
-    )
-    return vision, LlamaConfig(vocab_size=32064, num_hidden_layers=layers)
-
-
-def build(cls, config):
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = cls(config).train()
-    torch.set_default_dtype(torch.float32)
-    return model
-
-
-def dsvl(attention: str, backend: str, layers: int):
-    vision, text = configs(layers)
-    config = DSVLConfig(vision, text, multimodal_attention=attention, image_token_id=IMAGE_ID)
-    model = build(DSVLForConditionalGeneration, config).set_trainable()
-    model.set_attn_implementation({"text_config": backend})
-    return model
-
-
-def llava(layers: int):
-    vision, text = configs(layers)
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE_ID,
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-    )
-    model = build(LlavaForConditionalGeneration, config)
-    model.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
-    model.get_input_embeddings().requires_grad_(True)
-    return model
-
-
-def inputs(batch: int, tokens: int, pictures: int) -> dict[str, torch.Tensor]:
-    """Pictures spread evenly; the last quarter of the text between two pictures is an answer."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, IMAGE_ID, (batch, tokens), generator=generator)
-    labels = torch.full_like(ids, -100)
-    for number in range(pictures):
-        start, end = 1 + number * (tokens // pictures), (number + 1) * (tokens // pictures)
-        ids[:, start : start + 257] = IMAGE_ID
-        answer = (end - start - 257) // 4
-        labels[:, end - answer : end] = ids[:, end - answer : end]
-    pixels = torch.randn(batch * pictures, 3, 224, 224, generator=generator, dtype=torch.float32)
-    made = {"input_ids": ids, "labels": labels, "pixel_values": pixels.to(torch.bfloat16)}
-    return {key: tensor.cuda() for key, tensor in made.items()}
+from models import Shape, dsvl, inputs, llava
 
 
 def step(model, batch: dict[str, torch.Tensor]):
@@ -97,8 +38,9 @@ def attending(model, batch: dict[str, torch.Tensor], attention: str, backend: st
 
 
 def compare(options: argparse.Namespace, checkpointing: bool) -> dict[str, dict[str, float]]:
-    batch = inputs(options.batch, options.tokens, options.pictures)
-    ours, theirs = dsvl("mmca", "sdpa", options.layers), llava(options.layers)
+    shape = Shape(batch=options.batch, tokens=options.tokens, pictures=options.pictures, layers=options.layers)
+    batch = inputs(shape)
+    ours, theirs = dsvl(shape, "mmca", "sdpa"), llava(shape)
     if checkpointing:
         for model in (ours, theirs):
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,6 +1,6 @@
 """The whole path in five minutes: parts, `dsvl compose`, Trainer, scores on held-out conversations, a fresh process.
 
-python -m dsvl.demo [--output demo_output] [--seed 0]
+python -m dsvl.demo [--output demo_output] [--seed 0] [--deepspeed]
 """
 
 import argparse
@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from ..cli import main as dsvl
 from . import parts, scoring
 from .drawing import KINDS, SYSTEM, converse
 from .fresh_process import run_without_dsvl
-from .learning import fine_tune
+from .learning import BATCH_SIZE, Lessons, deepspeed_command, fine_tune, write_lessons
 from .photographs import show_photographs
 
 HELD_OUT = 300  # conversations
@@ -45,6 +46,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of every conversation")
     parser.add_argument("--steps", type=int, default=1100, help="of the optimizer")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--deepspeed", action="store_true", help="train by dsvl train under deepspeed: two processes, ZeRO-2"
+    )
     arguments = parser.parse_args()
     output: Path = arguments.output
     if arguments.overwrite and (output / MARKER).exists():
@@ -69,10 +73,13 @@ def main() -> int:
     if dsvl(command):
         return 1
 
-    _step("Fine-tuning with the Trainer")
-    model = AutoModelForImageTextToText.from_pretrained(output / "composed")
-    processor = AutoProcessor.from_pretrained(output / "composed")
-    fine_tune(model, processor, output / "training", arguments.seed, arguments.steps)
+    if arguments.deepspeed:
+        model, processor = _fine_tune_by_deepspeed(output, arguments.seed, arguments.steps)
+    else:
+        _step("Fine-tuning with the Trainer")
+        model = AutoModelForImageTextToText.from_pretrained(output / "composed")
+        processor = AutoProcessor.from_pretrained(output / "composed")
+        fine_tune(model, processor, output / "training", arguments.seed, arguments.steps)
 
     _step(f"Exact answers in {HELD_OUT} held-out conversations")
     figures = measure(model, processor, arguments.seed)
@@ -93,6 +100,18 @@ def main() -> int:
     for sentence in missed:
         print(sentence, file=sys.stderr)
     return 1 if missed else 0
+
+
+def _fine_tune_by_deepspeed(output: Path, seed: int, steps: int) -> tuple[Any, Any]:
+    lessons = Lessons(seed, steps * BATCH_SIZE)
+    _step(f"{len(lessons):,} conversations, as JSON lines beside their pictures")
+    path = write_lessons(output / "lessons", lessons)
+    command = deepspeed_command(output / "composed", path, output / "training", seed, steps, processes=2)
+    _step(" ".join(command))
+    subprocess.run(command, check=True, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+    model = AutoModelForImageTextToText.from_pretrained(output / "training").eval()
+    model.set_attn_implementation("eager")
+    return model, AutoProcessor.from_pretrained(output / "training")
 
 
 def measure(model: Any, processor: Any, seed: int) -> dict[str, float]:

@@ -1,12 +1,15 @@
 """Fine-tuning under the HF `Trainer`: what is shown when, how a batch is made, and the settings."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from ..training import ConversationCollator
 from .drawing import converse
 
 BATCH_SIZE = 32
@@ -37,23 +40,23 @@ class Lessons(Dataset):
         return converse(seed, pictures=2 + index // BATCH_SIZE % 2, which=0.5 if index < 0.5 * self.size else 0.75)
 
 
-class Collator:
-    """Conversations to a batch of model inputs, by the processor's chat template; labels are the assistant's tokens."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, conversations: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.processor.apply_chat_template(
-            [conversation["messages"] for conversation in conversations],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            processor_kwargs={"padding": True},
-        )
-        batch = batch.convert_to_tensors("pt")
-        batch["labels"] = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
-        return dict(batch)
+def settings(seed: int, steps: int) -> dict[str, Any]:
+    """The fields of `TrainingArguments`, but for those that say where and in how many processes."""
+    return {
+        "seed": seed,
+        "max_steps": steps,
+        "train_sampling_strategy": "sequential",  # lessons come in an order
+        "optim": "adamw_torch_fused",
+        "learning_rate": 3e-3,
+        "adam_beta2": 0.98,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 50,
+        "max_grad_norm": 1.0,
+        "logging_steps": 50,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+    }
 
 
 def fine_tune(model: Any, processor: Any, directory: Path, seed: int = 0, steps: int = 1100) -> dict[str, float]:
@@ -74,25 +77,56 @@ def fine_tune(model: Any, processor: Any, directory: Path, seed: int = 0, steps:
     model.set_attn_implementation("eager")  # for sequences this short, the fastest on a CPU
     arguments = TrainingArguments(
         output_dir=str(directory),
-        seed=seed,
-        max_steps=steps,
         per_device_train_batch_size=BATCH_SIZE,
-        train_sampling_strategy="sequential",  # lessons come in an order
         remove_unused_columns=False,
-        optim="adamw_torch_fused",
-        learning_rate=3e-3,
-        adam_beta2=0.98,
-        lr_scheduler_type="cosine",
-        warmup_steps=50,
-        max_grad_norm=1.0,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
+        **settings(seed, steps),
     )
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=Lessons(seed, steps * BATCH_SIZE), data_collator=Collator(processor)
-    )
+    lessons = Lessons(seed, steps * BATCH_SIZE)
+    trainer = Trainer(model=model, args=arguments, train_dataset=lessons, data_collator=ConversationCollator(processor))
     metrics = trainer.train().metrics
     model.eval()
     return metrics
+
+
+def write_lessons(folder: Path, lessons: Lessons) -> Path:
+    """Write the lessons as JSON lines beside a folder of pictures, as anybody's conversations are."""
+    (folder / "pictures").mkdir(parents=True)
+    path = folder / "lessons.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(len(lessons)):
+            messages, number = lessons[index]["messages"], 0
+            for message in messages:
+                for part in message["content"] if isinstance(message["content"], list) else []:
+                    if part["type"] == "image":
+                        name = f"pictures/{index}-{number}.png"
+                        part.pop("image").save(folder / name)
+                        part["path"], number = name, number + 1
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def deepspeed_command(checkpoint: Path, lessons: Path, output: Path, seed: int, steps: int, processes: int) -> list[str]:
+    """`dsvl train` with the same settings under the `deepspeed` launcher: ZeRO-2, the batch shared by the processes.
+
+    Args:
+        checkpoint: the composed model.
+        lessons: as `write_lessons` wrote them.
+        output: for the trained model.
+        seed, steps: as in `fine_tune`.
+        processes: how many, on this machine.
+    """
+    values = {
+        "model": str(checkpoint),
+        "data": str(lessons),
+        "output": str(output),
+        "train": ["projector", "embeddings", "vision", "language", "head"],
+        "attn_implementation": "eager",
+        "per_device_train_batch_size": BATCH_SIZE // processes,
+        "dataloader_num_workers": 1,
+        "deepspeed": "zero2",
+        **settings(seed, steps),
+    }
+    run = lessons.with_name("run.yaml")
+    run.write_text(yaml.safe_dump(values), encoding="utf-8")
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(processes)]
+    return [*launcher, "--module", "dsvl.training", str(run)]

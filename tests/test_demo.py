@@ -15,6 +15,7 @@ import dsvl
 from dsvl.demo import __main__ as demo
 from dsvl.demo import drawing, fresh_process, learning, parts, scoring
 from dsvl.demo.drawing import COLOURS, NUMBERS, SHAPES, Question, Scene, converse
+from dsvl.training import ConversationCollator
 
 TALK = Path(demo.__file__).with_name("talk.py")
 
@@ -122,7 +123,7 @@ def test_training_and_held_out_conversations_share_no_sequence_of_pictures():
 def test_labels_are_the_answers_and_their_ends(composed):
     _, processor = composed
     conversations = [converse("a", 2), converse("b", 3)]
-    batch = learning.Collator(processor)(conversations)
+    batch = ConversationCollator(processor)(conversations)
     assert len(batch["pixel_values"]) == 5
     for labels, ids, conversation in zip(batch["labels"], batch["input_ids"], conversations, strict=True):
         supervised = labels != -100

@@ -15,7 +15,10 @@ README = (Path(dsvl.__file__).parent / "README.md").read_text()
 
 def test_every_example_runs_in_order(tmp_path, monkeypatch, photographs):
     load, compose, fine_tune = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    command = re.search(r"^dsvl (compose .*)$", README, re.MULTILINE)[1]
+    command, train, plan = (
+        re.search(rf"^dsvl ({name} .*)$", README, re.MULTILINE)[1] for name in ("compose", "train", "plan")
+    )
+    (conversation,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     for name in ("openai/clip-vit-large-patch14", "meta-llama/Llama-2-7b-hf", "Qwen/Qwen3-0.6B"):
@@ -32,6 +35,10 @@ def test_every_example_runs_in_order(tmp_path, monkeypatch, photographs):
     Path("my-model").rename("composed by command")
     for block in (compose, fine_tune):
         exec(block, {})
-    trained = dsvl.DSVLForConditionalGeneration.from_pretrained("my-tuned-model").model.multi_modal_projector
+    Path("conversations.jsonl").write_text(conversation)
+    assert main(train.split()) == 0
+    assert main(plan.split()) == 0
     untrained = dsvl.DSVLForConditionalGeneration.from_pretrained("my-model").model.multi_modal_projector
-    assert not trained.linear.weight.equal(untrained.linear.weight)
+    for name in ("my-tuned-model", "my-trained-model"):
+        trained = dsvl.DSVLForConditionalGeneration.from_pretrained(name).model.multi_modal_projector
+        assert not trained.linear.weight.equal(untrained.linear.weight)

@@ -1,0 +1,417 @@
+"""Whole training steps at CLIP ViT-L/14 + LLaMA-7B size, bf16: DSVL beside transformers' Llava, with and without DeepSpeed.
+
+    python benchmarks/fine_tuning.py [--rows llava zero2/dsvl+liger] [--attention-backend sdpa] [--out fine_tuning.json]
+    DS_ACCELERATOR=cpu python benchmarks/fine_tuning.py --tiny    # does every row run? The numbers mean nothing
+
+A step is forward, backward and AdamW's step. Projector and embeddings learn, tower and decoder are frozen; with LoRA
+adapters learn beside them. A row is named by what it is, `[lora/][zero2/|zero3/][checkpointing/]MODEL[+liger][+everyN]`:
+
+    lora           adapters at every linear map of the decoder
+    zero2, zero3   a DeepSpeed engine of one process, with the bucket sizes that transformers fills in for "auto"
+    checkpointing  every layer is recomputed in the backward, as Trainer's `activation_checkpointing` has it
+    MODEL          llava (by sdpa) or dsvl (MMCA, by --attention-backend)
+    +liger         Liger's kernels: in the decoder, and for Llava its fused loss too (DSVL has supervised logits only)
+    +everyN        only every Nth layer is recomputed
+
+Each row is a process of its own, since the memory that an engine leaves behind would be counted to the next. Its numbers are
+over the timed steps: median, lowest and highest time; tokens of the batch a second; MFU by flops.py; the peak of allocated
+memory in all and above the model's bf16 weights; speed and peak relative to plain Llava of the same setup (speed above 1 is
+faster, memory below 1 is less); and the peak that `dsvl plan` expects. The first row is repeated at the end, to show how
+much the machine drifted.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flops import peak_tflops, step_flops, supervised_tokens
+from models import Shape, dsvl, inputs, llava
+
+# The rows that answer the question come first: a run that is cut short still has them. A baseline comes before its row.
+ROWS = (
+    "llava",
+    "dsvl",
+    "dsvl+liger",
+    "dsvl+liger+every4",
+    "llava+liger",
+    "zero2/llava",
+    "zero2/dsvl",
+    "zero2/dsvl+liger+every4",
+    "zero3/llava",
+    "zero3/dsvl",
+    "zero3/dsvl+liger+every4",
+    "lora/zero2/llava",
+    "lora/zero2/dsvl",
+    "lora/zero2/dsvl+liger+every4",
+    "checkpointing/llava",
+    "checkpointing/dsvl",
+    "checkpointing/dsvl+liger",
+    "lora/llava",
+    "lora/dsvl+liger",
+)
+TINY = Shape(
+    tokens=128,
+    pictures=2,
+    layers=4,
+    hidden=64,
+    intermediate=96,
+    heads=4,
+    vocabulary=320,
+    vision_layers=4,
+    vision_hidden=32,
+    vision_intermediate=48,
+    vision_heads=2,
+    image_size=56,
+)
+LORA_RANK = 16
+LEARNING_RATE = 1e-3  # large enough to move bf16 weights, so that the loss shows that the steps are whole
+WARM_UP = 3  # steps: kernels are compiled, the optimizer's state exists, ZeRO-3 knows the order of its weights
+ROW_TIMEOUT = 180  # seconds: a row that hangs must not cost the others their place
+REPEATED = " (again)"
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    lora: bool
+    zero_stage: int
+    checkpoint_every: int  # layers; 0 keeps all activations
+    liger: bool
+    baseline: str  # the name of Llava's row in the same setup
+
+    @classmethod
+    def parse(cls, name: str) -> "Row":
+        match = re.fullmatch(
+            r"((lora/)?(?:zero([23])/)?(checkpointing/)?)(llava|dsvl)(\+liger)?(?:\+every([1-9]\d*))?", name
+        )
+        if match is None:
+            raise ValueError(
+                f"{name!r} names no row; expected [lora/][zero2/|zero3/][checkpointing/]llava|dsvl[+liger][+everyN], "
+                f"such as {', '.join(ROWS)}."
+            )
+        setup, lora, stage, checkpointing, model, liger, every = match.groups()
+        if checkpointing and every:
+            raise ValueError(f"{name!r} asks for every layer and for every {every}th to be recomputed; name one of them.")
+        return cls(
+            model=model,
+            lora=lora is not None,
+            zero_stage=int(stage or 0),
+            checkpoint_every=1 if checkpointing else int(every or 0),
+            liger=liger is not None,
+            baseline=f"{setup}llava",
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One row, in a process of its own
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build(row: Row, shape: Shape, backend: str) -> torch.nn.Module:
+    """The row's model on the device, with its kernels, checkpointing and adapters."""
+    device = device_type()
+    model: Any = dsvl(shape, "mmca", backend, device) if row.model == "dsvl" else llava(shape, device)
+    if row.liger and row.model == "dsvl":
+        from dsvl.training.kernels import use_liger
+
+        use_liger(model)
+    elif row.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model)
+    if row.checkpoint_every:
+        # On the whole model, as Trainer does. Llava's frozen tower then has a graph, and is recomputed as well; DSVL's runs
+        # without one in any case.
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=row.checkpoint_every)
+    if row.lora:
+        from peft import LoraConfig, get_peft_model
+
+        adapters = LoraConfig(
+            r=LORA_RANK,
+            lora_alpha=2 * LORA_RANK,
+            target_modules=r".*\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
+            modules_to_save=["multi_modal_projector", "embed_tokens"],
+        )
+        # In bf16, as DeepSpeed casts them: peft's float32 would have every adapter's input copied to float32.
+        model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+    return model
+
+
+def zero_config(stage: int, shape: Shape) -> dict[str, Any]:
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": shape.hidden**2,
+    }
+    if stage == 3:
+        zero["stage3_prefetch_bucket_size"] = int(0.9 * shape.hidden**2)
+        zero["stage3_param_persistence_threshold"] = 10 * shape.hidden
+    return {
+        "train_micro_batch_size_per_gpu": shape.batch,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled first
+    }
+
+
+def join_alone() -> None:
+    """A process group of one, as a launcher would describe it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in group.items()})
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if device_type() == "cuda" else "gloo")
+
+
+def training_step(row: Row, model: torch.nn.Module, shape: Shape, batch: dict) -> Callable[[], torch.Tensor]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=device_type() == "cuda")
+    if not row.zero_stage:
+
+        def plain() -> torch.Tensor:
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        return plain
+    join_alone()
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config(row.zero_stage, shape))
+
+    def by_engine() -> torch.Tensor:
+        loss = engine(**batch, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return by_engine
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_gib() -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+
+
+def planned_gib(row: Row, shape: Shape, supervised: int) -> float | None:
+    """What `dsvl plan` expects of a row; it knows neither Liger's kernels nor the recomputation of some layers."""
+    if row.model != "dsvl" or row.liger or row.checkpoint_every > 1:
+        return None
+    from dsvl import DSVLConfig
+    from dsvl.training.plan import plan
+
+    vision, text = shape.configs()
+    text_tokens = shape.batch * (shape.tokens - shape.pictures * shape.per_picture)
+    planned = plan(
+        DSVLConfig(vision, text, image_token_id=shape.image_token_id),
+        micro_batch=shape.batch,
+        deepspeed=f"zero{row.zero_stage}" if row.zero_stage else None,
+        sequence_length=shape.tokens,
+        pictures=shape.pictures,
+        lora_rank=LORA_RANK if row.lora else 0,
+        activation_checkpointing=row.checkpoint_every == 1,
+        supervised_share=supervised / text_tokens,
+        dtype="bfloat16",
+    )
+    return planned.total / 2**30
+
+
+def measure(name: str, shape: Shape, backend: str, rounds: int) -> dict[str, Any]:
+    """Build, warm up and time one row."""
+    row = Row.parse(name)
+    batch = inputs(shape, device_type())
+    model = build(row, shape, backend)
+    # Before an engine takes them apart. A tied weight is counted once.
+    weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers())) / 2**30
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run = training_step(row, model, shape, batch)
+    losses = [run() for _ in range(WARM_UP)]
+    gc.collect()
+    synchronize()
+    starting_peak = peak_gib()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(rounds):
+        synchronize()
+        start = time.perf_counter()
+        losses.append(run())
+        synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    first, last = float(losses[0]), float(losses[-1])
+    if not (math.isfinite(first) and math.isfinite(last)) or first == last:
+        raise RuntimeError(f"{name}: the loss went from {first} to {last}, so these steps learn nothing.")
+    supervised = supervised_tokens(batch["labels"])
+    flops = step_flops(shape, supervised, LORA_RANK if row.lora else 0)
+    ms, peak = statistics.median(times), peak_gib()
+    return {
+        "ms": ms,
+        "ms_low": min(times),
+        "ms_high": max(times),
+        "tokens_per_second": 1000 * shape.batch * shape.tokens / ms,
+        "tflop_per_second": flops / ms / 1e9,
+        "peak_gib": peak,
+        "planned_gib": planned_gib(row, shape, supervised),
+        "peak_gib_above_weights": None if peak is None else peak - weights,
+        "peak_gib_at_start": starting_peak,  # of building, the engine's start and the first steps
+        "weights_gib": weights,
+        "trained_parameters": trained,
+        "losses": [first, last],
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+    }
+
+
+def measure_alone(name: str, options: argparse.Namespace, shape: Shape) -> None:
+    """What the process of a row does."""
+    backend = options.attention_backend or ("flex_attention" if torch.cuda.is_available() else "sdpa")
+    result = measure(name, shape, backend, options.rounds) | {"attention_backend": backend}
+    Path(options.out).write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All rows
+
+
+def in_own_process(name: str, timeout: float) -> dict[str, Any]:
+    """The row's figures, or `skipped` or `error` with the reason."""
+    # Triton can interpret kernels on a CPU, but not in bf16: the hidden states become NaN.
+    if Row.parse(name).liger and not torch.cuda.is_available():
+        return {"skipped": "Liger's kernels need a GPU"}
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "row.json"
+        command = [sys.executable, __file__, *sys.argv[1:], "--row", name, "--out", str(out)]
+        try:
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"took more than {timeout:.0f} s"}
+        if out.exists():  # whatever happened on the way out
+            return json.loads(out.read_text())
+    said = [line for line in done.stdout.splitlines() if line.strip()]
+    return {"error": said[-1] if said else f"exit status {done.returncode}", "log": said[-60:]}
+
+
+def describe(name: str, result: dict[str, Any], baseline: dict[str, Any] | None, peak: float | None) -> str:
+    """One line of the table."""
+    for reason in ("skipped", "error"):
+        if reason in result:
+            return f"{name:30}{reason}: {result[reason]}"
+
+    def number(value: float | None, width: int, form: str) -> str:
+        return f"{'-':>{width}}" if value is None else f"{value:{width}{form}}"
+
+    speed = memory = None
+    if baseline is not None and "ms" in baseline:
+        speed = baseline["ms"] / result["ms"]
+        if result["peak_gib"] is not None:
+            memory = result["peak_gib"] / baseline["peak_gib"]
+    mfu = None if peak is None else result["tflop_per_second"] / peak
+    return (
+        f"{name:30}{result['ms']:9.1f}{result['ms_low']:9.1f}{result['ms_high']:9.1f}{result['tokens_per_second']:10.0f}"
+        f"{number(mfu, 8, '.1%')}{number(result['peak_gib'], 10, '.2f')}{number(result['peak_gib_above_weights'], 9, '.2f')}"
+        f"{number(speed, 8, '.3f')}{number(memory, 8, '.3f')}{number(result['planned_gib'], 9, '.2f')}"
+    )
+
+
+HEADER = (
+    f"{'':30}{'ms':>9}{'low':>9}{'high':>9}{'tokens/s':>10}{'MFU':>8}"
+    f"{'peak GiB':>10}{'-weights':>9}{'speed':>8}{'memory':>8}{'planned':>9}"
+)
+
+
+def measure_all(names: list[str], options: argparse.Namespace, shape: Shape) -> bool:
+    """Measure rows while the budget lasts; print each as it comes. Returns whether all of them ran."""
+    began, longest = time.monotonic(), 0.0
+    queue = [*names, names[0] + REPEATED] if len(names) > 1 else list(names)
+    results: dict[str, dict[str, Any]] = {}
+    print(
+        f"{shape.batch} x {shape.tokens} tokens, {shape.pictures} pictures of {shape.per_picture} a sample\n\n{HEADER}",
+        flush=True,
+    )
+    for label in queue:
+        name = label.removesuffix(REPEATED)
+        left = options.budget - (time.monotonic() - began)
+        # Room is kept for the repeated row, without which the others say less.
+        if left < longest * (1 if label == queue[-1] else 2):
+            results[label] = {"skipped": f"the budget of {options.budget:.0f} s is nearly spent; --rows {name}"}
+        else:
+            start = time.monotonic()
+            results[label] = in_own_process(name, timeout=min(max(left, 60), ROW_TIMEOUT))
+            results[label]["process_seconds"] = time.monotonic() - start
+            longest = max(longest, time.monotonic() - start)
+        peak = options.peak_tflops or peak_tflops(results[label].get("device", ""))
+        print(describe(label, results[label], results.get(Row.parse(name).baseline), peak), flush=True)
+        if options.out:
+            Path(options.out).write_text(
+                json.dumps({"shape": asdict(shape), "peak_tflops": peak, "rows": results}, indent=1)
+            )
+    ran = [result for result in results.values() if "ms" in result]
+    if ran:
+        print(f"\n{ran[0]['device']}, torch {ran[0]['torch']}, {time.monotonic() - began:.0f} s in all")
+    return not any("error" in result for result in results.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="by name, in this order")
+    parser.add_argument("--tiny", action="store_true", help="a small shape, to see that every row runs")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--pictures", type=int, help="a sample")
+    parser.add_argument("--layers", type=int, help="of the decoder; fewer for a smaller GPU")
+    parser.add_argument(
+        "--attention-backend", choices=["sdpa", "flex_attention"], help="DSVL's; the default is flex on a GPU"
+    )
+    parser.add_argument("--rounds", type=int, default=8, help="timed steps of a row")
+    parser.add_argument("--budget", type=float, default=520, help="seconds, after which no row is started")
+    parser.add_argument("--peak-tflops", type=float, help="of a device that flops.py does not know")
+    parser.add_argument("--out", help="write the figures as JSON")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    given = {key: getattr(options, key) for key in ("batch", "tokens", "pictures", "layers")}
+    shape = replace(TINY if options.tiny else Shape(), **{key: value for key, value in given.items() if value is not None})
+    if options.row is not None:
+        measure_alone(options.row, options, shape)
+        return
+    for name in options.rows:
+        Row.parse(name)
+    sys.exit(0 if measure_all(options.rows, options, shape) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The two models that are measured, at one shape with random weights, and the batch that both are given.
+
+Projector and embeddings learn, tower and decoder are frozen, as DeepSpeed-VisualChat trains.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from dsvl import DSVLConfig, DSVLForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Shape:
+    """CLIP ViT-L/14 with LLaMA-7B, whose vocabulary has room for `<image>`; lengths are in tokens, widths in channels."""
+
+    batch: int = 2
+    tokens: int = 4096
+    pictures: int = 8  # a sample
+
+    layers: int = 32
+    hidden: int = 4096
+    intermediate: int = 11008
+    heads: int = 32
+    vocabulary: int = 32064
+
+    vision_layers: int = 24
+    vision_hidden: int = 1024
+    vision_intermediate: int = 4096
+    vision_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def per_picture(self) -> int:
+        return self.patches + 1
+
+    @property
+    def image_token_id(self) -> int:
+        return self.vocabulary - 64
+
+    def configs(self) -> tuple[CLIPVisionConfig, LlamaConfig]:
+        vision = CLIPVisionConfig(
+            hidden_size=self.vision_hidden,
+            intermediate_size=self.vision_intermediate,
+            num_hidden_layers=self.vision_layers,
+            num_attention_heads=self.vision_heads,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+        )
+        text = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            max_position_embeddings=max(self.tokens, 2048),
+        )
+        return vision, text
+
+
+def _build(cls, config, device: str):
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = cls(config).train()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def dsvl(shape: Shape, attention: str, backend: str, device: str = "cuda") -> DSVLForConditionalGeneration:
+    vision, text = shape.configs()
+    config = DSVLConfig(vision, text, multimodal_attention=attention, image_token_id=shape.image_token_id)
+    model = _build(DSVLForConditionalGeneration, config, device).set_trainable()
+    model.set_attn_implementation({"text_config": backend})
+    return model
+
+
+def llava(shape: Shape, device: str = "cuda") -> LlavaForConditionalGeneration:
+    """transformers' own, with sdpa (its default), all 257 tokens of a picture and the same parts frozen."""
+    vision, text = shape.configs()
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=shape.image_token_id,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    model = _build(LlavaForConditionalGeneration, config, device)
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    model.get_input_embeddings().requires_grad_(True)
+    return model
+
+
+def inputs(shape: Shape, device: str = "cuda") -> dict[str, torch.Tensor]:
+    """Pictures spread evenly; the last quarter of the text between two pictures is an answer."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, shape.image_token_id, (shape.batch, shape.tokens), generator=generator)
+    labels = torch.full_like(ids, -100)
+    stride = shape.tokens // shape.pictures
+    for number in range(shape.pictures):
+        start, end = 1 + number * stride, (number + 1) * stride
+        ids[:, start : start + shape.per_picture] = shape.image_token_id
+        answer = (end - start - shape.per_picture) // 4
+        labels[:, end - answer : end] = ids[:, end - answer : end]
+    size = (shape.batch * shape.pictures, 3, shape.image_size, shape.image_size)
+    pixels = torch.randn(size, generator=generator, dtype=torch.float32)
+    made = {"input_ids": ids, "labels": labels, "pixel_values": pixels.to(torch.bfloat16)}
+    return {key: tensor.to(device) for key, tensor in made.items()}

@@ -1,0 +1,85 @@
+"""`dsvl train` that is killed at a chosen moment: python killed_training.py MOMENT STEP flags...
+
+A signal that no process can catch ends it: within a step, or within the writing of a checkpoint, whose files it leaves cut.
+"""
+
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+
+from dsvl.cli import main
+from dsvl.training import checkpoints
+
+moment, step = sys.argv[1], int(sys.argv[2])
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_time(trainer):
+    return trainer.state.global_step == step
+
+
+if moment == "in a step":
+    compute_loss = Trainer.compute_loss
+
+    def between_forward_and_backward(self, *args, **kwargs):
+        loss = compute_loss(self, *args, **kwargs)
+        if is_time(self):
+            die()
+        return loss
+
+    Trainer.compute_loss = between_forward_and_backward
+elif moment == "in the weights":
+    save = Trainer._save
+
+    def half_of_the_weights(self, output_dir=None, state_dict=None):
+        save(self, output_dir, state_dict)
+        if is_time(self):
+            for path in Path(output_dir).glob("*.safetensors"):
+                os.truncate(path, path.stat().st_size // 2)
+            die()
+
+    Trainer._save = half_of_the_weights
+elif moment == "in the optimizer":
+    save_state = Trainer._save_optimizer_and_scheduler
+
+    def half_of_the_optimizer(self, output_dir):
+        if is_time(self):
+            written = io.BytesIO()
+            torch.save(self.optimizer.state_dict(), written)
+            Path(output_dir, "optimizer.pt").write_bytes(written.getvalue()[: written.tell() // 2])
+            die()
+        save_state(self, output_dir)
+
+    Trainer._save_optimizer_and_scheduler = half_of_the_optimizer
+elif moment == "before the mark":
+    mark = checkpoints.mark_complete
+
+    def not_marked(checkpoint):
+        if checkpoint.name == f"checkpoint-{step}":
+            die()
+        mark(checkpoint)
+
+    checkpoints.mark_complete = not_marked
+elif moment == "in the trained model":
+    from dsvl.training import run
+
+    move = run._move
+
+    def not_moved(partial, output):
+        if step:
+            die()
+        move(partial, output)
+
+    run._move = not_moved
+else:
+    sys.exit(f"no such moment: {moment}")
+
+sys.exit(main(["train", *sys.argv[3:]]))

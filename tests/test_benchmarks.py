@@ -1,0 +1,55 @@
+"""What the GPU benchmarks are made of, as far as a CPU can tell."""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsvl.training.kernels import use_liger
+
+
+@pytest.fixture
+def fine_tuning(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("fine_tuning")
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_a_steps_operations_are_those_that_torch_counts(fine_tuning, rank):
+    if rank:
+        pytest.importorskip("peft")
+    shape = replace(fine_tuning.TINY, tokens=64, layers=2)
+    row = fine_tuning.Row.parse("lora/dsvl" if rank else "dsvl")
+    model = fine_tuning.build(row, shape, "eager")
+    model.config.multimodal_attention = "causal"
+    model.set_attn_implementation("eager")  # matrix products, which the counter knows
+    batch = fine_tuning.inputs(shape, fine_tuning.device_type())
+    with FlopCounterMode(display=False) as counter:
+        model(**batch, use_cache=False).loss.backward()
+    worth = fine_tuning.step_flops(shape, fine_tuning.supervised_tokens(batch["labels"]), rank)
+    # Eager attention computes the pairs that causality hides, too.
+    hidden_pairs = shape.batch * shape.tokens * (shape.tokens - 1) // 2
+    assert counter.get_total_flops() == worth + 2 * 3 * shape.layers * hidden_pairs * 2 * shape.hidden
+
+
+def test_a_row_is_named_by_what_it_is(fine_tuning):
+    row = fine_tuning.Row.parse("lora/zero2/dsvl+liger+every4")
+    assert row == fine_tuning.Row("dsvl", True, 2, 4, True, baseline="lora/zero2/llava")
+    assert fine_tuning.Row.parse("checkpointing/llava").checkpoint_every == 1
+    with pytest.raises(ValueError, match="'zero1/llava' names no row"):
+        fine_tuning.Row.parse("zero1/llava")
+
+
+def test_every_baseline_comes_before_its_rows(fine_tuning):
+    for position, name in enumerate(fine_tuning.ROWS):
+        assert fine_tuning.Row.parse(name).baseline in fine_tuning.ROWS[: position + 1]
+
+
+def test_liger_that_is_not_installed_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
+    with pytest.raises(ImportError, match="pip install liger-kernel"):
+        use_liger(tiny_model())

@@ -1,0 +1,342 @@
+"""What a batch holds, what of it is learnt, and what happens to conversations that do not fit or are broken."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PER_PICTURE, REFERENCE
+from torch.utils.data import DataLoader
+from training_runs import make_checkpoint
+from transformers import AutoTokenizer
+
+from dsvl import DSVLForConditionalGeneration
+from dsvl.data import complete_messages
+from dsvl.data.conversations import NAMED
+from dsvl.training.collator import ConversationCollator
+
+EOS = "</s>"
+
+
+def user(*parts):
+    """Texts, pictures, and paths of pictures."""
+
+    def part(value):
+        if isinstance(value, str):
+            return {"type": "text", "text": value}
+        return {"type": "image"} | ({"path": str(value)} if isinstance(value, Path) else {"image": value})
+
+    return {"role": "user", "content": [part(value) for value in parts]}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def supervised(batch, row=0):
+    """The texts of the spans that are learnt, in order; each label stands where its token is."""
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE / "tokenizer")
+    ids, labels = batch["input_ids"][row].tolist(), batch["labels"][row].tolist()
+    spans, previous = [], -100
+    for token, label in zip(ids, labels, strict=True):
+        if label != -100:
+            assert label == token
+            if previous == -100:
+                spans.append([])
+            spans[-1].append(label)
+        previous = label
+    return [tokenizer.decode(span) for span in spans]
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(one[key].equal(other[key]) for key in one)
+
+
+@pytest.fixture
+def collator(processor):
+    return ConversationCollator(processor)
+
+
+@pytest.fixture
+def rounds(photographs):
+    """Three rounds; the second has two pictures."""
+    return [
+        user(photographs[0], "What is red?"),
+        assistant("One cup."),
+        user(photographs[1], "Is ", photographs[2], " blue?"),
+        assistant("Two are blue."),
+        user("And green?"),
+        assistant("No."),
+    ]
+
+
+def damaged(folder, name="damaged.png"):
+    path = folder / name
+    path.write_text("not a picture")
+    return path
+
+
+# -- what is learnt ----------------------------------------------------------------------------------------------------
+
+
+def test_the_answers_and_their_ends_are_learnt_and_nothing_else(collator, rounds):
+    batch = collator([{"messages": rounds}, [user("Hello?"), assistant("A cat")]])
+    assert supervised(batch, 0) == ["One cup." + EOS, "Two are blue." + EOS, "No." + EOS]
+    assert supervised(batch, 1) == ["A cat" + EOS]
+    assert batch["labels"].dtype == torch.int64
+    assert (batch["labels"][batch["mm_token_type_ids"] == 1] == -100).all()
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_answers_in_a_row_are_each_learnt(collator):
+    batch = collator([[user("One"), user("Two?"), assistant("red"), assistant("blue"), user("?"), assistant("cat")]])
+    assert supervised(batch) == ["red" + EOS, "blue" + EOS, "cat" + EOS]
+
+
+def test_an_answer_in_parts_is_learnt_as_one(collator):
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}, {"type": "text", "text": " and a dog"}]}
+    assert_equal(collator([[user("?"), parts]]), collator([[user("?"), assistant("a cat and a dog")]]))
+
+
+def test_typed_special_tokens_are_text(collator, processor, photographs):
+    """They end no answer, start no picture, and are not learnt where a user typed them."""
+    typed = f"What does {EOS} mean, <image> or <pad>?"
+    batch = collator([[user(photographs[0], typed), assistant(f"An <image> is no {EOS}, but")]])
+    ids = batch["input_ids"][0]
+    ends = ids == processor.tokenizer.eos_token_id
+    assert ends.sum() == 1 and batch["labels"][0][ends] == processor.tokenizer.eos_token_id
+    assert (ids == processor.image_token_id).sum() == batch["mm_token_type_ids"].sum() == PER_PICTURE
+    assert len(batch["pixel_values"]) == 1
+    assert supervised(batch) == [f"An <image> is no {EOS}, but{EOS}"]
+    assert typed in processor.decode(ids)
+
+
+# -- the batch ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_padded_to_a_multiple_of_eight(collator, processor, rounds):
+    widths = set()
+    for extra in range(12):
+        text = [user("red " * extra + "?"), assistant("b")]
+        batch = collator([text, rounds[4:]])
+        tokens, longest = batch["input_ids"].shape[1], batch["attention_mask"].sum(1).max()
+        assert tokens % 8 == 0 and tokens - longest < 8
+        assert batch["attention_mask"].sum(1).tolist() == [collator.length(text), collator.length(rounds[4:])]
+        assert (batch["input_ids"][batch["attention_mask"] == 0] == processor.tokenizer.pad_token_id).all()
+        assert {batch[key].shape for key in batch if key != "pixel_values"} == {(2, tokens)}
+        widths.add(tokens)
+    assert len(widths) > 1
+
+
+def test_token_types_mark_the_pictures(collator, processor, rounds):
+    batch = collator([rounds, rounds[4:], rounds[:2]])
+    types = batch["mm_token_type_ids"]
+    assert types.equal((batch["input_ids"] == processor.image_token_id).long())
+    assert types.sum(1).tolist() == [3 * PER_PICTURE, 0, PER_PICTURE]
+    assert batch["pixel_values"].shape == (4, 3, 28, 28)
+    assert "pixel_values" not in collator([rounds[4:]])
+
+
+def test_pictures_beside_the_messages_are_those_inside_them(collator, rounds, photographs, tmp_path):
+    path = str(tmp_path / "picture.png")
+    photographs[0].save(path)
+    inline = collator([{"messages": rounds}])
+    bare = [
+        message
+        if isinstance(message["content"], str)
+        else message | {"content": [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]}
+        for message in rounds
+    ]
+    for first in (photographs[0], path, (tmp_path / "picture.png").read_bytes()):
+        assert_equal(collator([{"messages": bare, "images": [first, *photographs[1:3]]}]), inline)
+    swapped = collator([{"messages": bare, "images": photographs[2::-1]}])
+    assert swapped["pixel_values"].equal(inline["pixel_values"].flip(0))
+
+
+def test_the_length_is_that_of_the_batch(collator, rounds):
+    for end in (2, 4, 6):
+        batch = collator([rounds[:end]])
+        assert batch["attention_mask"].sum() == collator.length(rounds[:end])
+
+
+# -- conversations that do not fit -------------------------------------------------------------------------------------
+
+
+def test_whole_rounds_are_dropped_from_the_end(processor, collator, rounds):
+    lengths = [collator.length(rounds[:end]) for end in (2, 4, 6)]
+    for kept, length in zip((2, 4, 6), lengths, strict=True):
+        for slack in (0, 1):
+            limited = ConversationCollator(processor, max_length=length + slack)
+            assert_equal(limited([rounds]), collator([rounds[:kept]]))
+            assert limited.counts.tolist() == [1, 0, int(kept < 6)]
+    for kept, length in zip((2, 4), lengths[1:], strict=True):  # one token short
+        assert_equal(ConversationCollator(processor, max_length=length - 1)([rounds]), collator([rounds[:kept]]))
+
+
+def test_no_picture_is_cut_whatever_the_limit(processor, collator, rounds):
+    for limit in range(collator.length(rounds[:2]), collator.length(rounds) + 1, 3):
+        batch = ConversationCollator(processor, limit)([rounds])
+        assert batch["attention_mask"].sum() <= limit
+        assert batch["mm_token_type_ids"].sum() == PER_PICTURE * len(batch["pixel_values"])
+        assert supervised(batch)[-1].endswith(EOS)
+
+
+def test_a_round_ends_with_its_last_answer(processor, collator):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        user("One"),
+        user("Two?"),
+        assistant("red"),
+        assistant("blue"),
+        user("Three?"),
+        assistant("cat"),
+        assistant("dog"),
+    ]
+    whole, first = collator.length(messages), collator.length(messages[:5])
+    assert ConversationCollator(processor, whole).shorten(messages) == messages
+    for limit in (whole - 1, first):  # never the cat without the dog
+        assert ConversationCollator(processor, limit).shorten(messages) == messages[:5]
+    with pytest.raises(ValueError, match=rf"takes {first} tokens"):  # never the red without the blue
+        ConversationCollator(processor, first - 1).shorten(messages)
+    assert collator.shorten(messages) is messages
+
+
+def test_pictures_of_dropped_rounds_are_not_decoded(processor, collator, rounds, tmp_path):
+    broken = [*rounds[:2], user(damaged(tmp_path), "?"), assistant("!")]
+    limited = ConversationCollator(processor, max_length=collator.length(rounds[:2]))
+    assert_equal(limited([broken]), collator([rounds[:2]]))
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        collator([broken])
+
+
+def test_a_first_round_that_is_too_long_is_an_error_with_both_lengths(processor, collator, rounds):
+    length = collator.length(rounds[:2])
+    expected = (
+        rf"^The first round of a conversation takes {length} tokens, more than max_length={length - 1} "
+        r"\('What is red\?'\); raise max_length\. Or leave such conversations out"
+    )
+    with pytest.raises(ValueError, match=expected):
+        ConversationCollator(processor, length - 1)([rounds])
+
+
+def test_a_first_round_that_is_too_long_can_be_left_out(processor, collator, rounds, caplog):
+    short = [user("?"), assistant("!")]
+    limited = ConversationCollator(processor, collator.length(short), "skip")
+    with caplog.at_level(logging.WARNING, "dsvl"):
+        batch = limited([rounds, short, rounds])
+    assert_equal(batch, collator([short]))
+    assert limited.counts.tolist() == [3, 2, 0]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2 and all(text.startswith("Left out: The first round") for text in messages)
+
+
+@pytest.mark.parametrize("options", [{"max_length": 0}, {"max_length": -5}, {"on_bad_sample": "ignore"}])
+def test_senseless_options_are_refused(processor, options):
+    (name, value) = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        ConversationCollator(processor, **options)
+
+
+# -- pictures that are broken ------------------------------------------------------------------------------------------
+
+
+def broken_samples(folder, photograph):
+    bare = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}, assistant("!")]
+    path = folder / "half.png"
+    photograph.resize((64, 64)).save(path)
+    half = path.read_bytes()[:2000]
+    path.write_bytes(half)
+    return {
+        "file": [user(damaged(folder), "?"), assistant("!")],
+        "half a file": [user(path, "?"), assistant("!")],
+        "no file": [user(folder / "gone.png", "?"), assistant("!")],
+        "bytes": {"messages": bare, "images": [b"no picture"]},
+        "half the bytes": {"messages": bare, "images": [half]},
+        "stored": {"messages": bare, "images": [{"bytes": b"no picture", "path": None}]},
+        "number": {"messages": bare, "images": [5]},
+    }
+
+
+KINDS = ["file", "half a file", "no file", "bytes", "half the bytes", "stored", "number"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_picture_is_an_error(collator, photographs, tmp_path, kind):
+    sample = broken_samples(tmp_path, photographs[0])[kind]
+    with pytest.raises(ValueError, match=r"(?i)picture .* cannot be decoded: .*Or leave such conversations out"):
+        collator([sample])
+    if "file" in kind:
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            collator([sample])
+
+
+def test_broken_pictures_can_be_left_out(processor, collator, rounds, photographs, tmp_path, caplog):
+    broken = broken_samples(tmp_path, photographs[0])
+    assert list(broken) == KINDS
+    skipping = ConversationCollator(processor, on_bad_sample="skip")
+    with caplog.at_level(logging.WARNING, "dsvl"):
+        batch = skipping([rounds, *broken.values(), rounds[:2]])
+    assert_equal(batch, collator([rounds, rounds[:2]]))
+    assert skipping.counts.tolist() == [len(KINDS) + 2, len(KINDS), 0]
+    assert [record.getMessage()[:10] for record in caplog.records] == ["Left out: "] * len(KINDS)
+
+
+def test_many_broken_pictures_do_not_flood_the_log(processor, tmp_path, caplog):
+    skipping = ConversationCollator(processor, on_bad_sample="skip")
+    sample = [user(damaged(tmp_path), "?"), assistant("!")]
+    with caplog.at_level(logging.WARNING, "dsvl"):
+        skipping([sample] * (NAMED + 10))
+    assert skipping.counts.tolist() == [NAMED + 10, NAMED + 10, 0] and len(caplog.records) == NAMED
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return DSVLForConditionalGeneration.from_pretrained(make_checkpoint(tmp_path_factory.mktemp("collator")))
+
+
+def test_a_batch_that_loses_everything_has_nothing_to_learn(processor, model, tmp_path):
+    skipping = ConversationCollator(processor, on_bad_sample="skip")
+    batch = skipping([[user(damaged(tmp_path), "?"), assistant("!")]] * 2)
+    assert skipping.counts.tolist() == [2, 2, 0]
+    assert (batch["labels"] == -100).all() and batch["input_ids"].shape == (1, 8)
+    model.train()
+    model.set_trainable(projector=True, embeddings=True, vision_tower=True, language_model=True, lm_head=True)
+    loss = model(**batch).loss
+    assert loss.item() == 0
+    loss.backward()  # the other ranks wait for its gradients
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {"model.multi_modal_projector.linear.weight", "model.language_model.embed_tokens.weight"} <= with_gradient
+    assert with_gradient <= learning
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+
+
+def test_a_conversation_left_out_leaves_the_loss_as_without_it(processor, model, collator, rounds, tmp_path):
+    skipping = ConversationCollator(processor, on_bad_sample="skip")
+    batch = skipping([[user(damaged(tmp_path), "?"), assistant("!")], rounds])
+    with torch.no_grad():
+        assert model.eval()(**batch).loss == model(**collator([rounds])).loss > 0
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+def test_counts_of_workers_reach_the_parent(processor, collator, tmp_path):
+    good = [user("One?"), assistant("Two."), user("Three?"), assistant("Four.")]
+    samples = [good, [user(damaged(tmp_path), "?"), assistant("!")], good[:2]] * 4
+    counting = ConversationCollator(processor, collator.length(good[:2]), "skip")
+    loader = DataLoader(samples, batch_size=3, collate_fn=counting, num_workers=2, multiprocessing_context="fork")
+    batches = list(loader)
+    assert len(batches) == 4
+    assert counting.counts.tolist() == [12, 4, 4]
+    for batch in batches:
+        assert_equal(batch, collator([good[:2], good[:2]]))
+
+
+def test_a_sample_is_unchanged_by_being_put_into_a_batch(collator, rounds):
+    messages = complete_messages(rounds)
+    copy = [dict(message) for message in messages]
+    collator([rounds])
+    assert messages == copy == rounds

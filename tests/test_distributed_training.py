@@ -1,0 +1,160 @@
+"""Two processes learn what one does: DDP and every ZeRO stage, with what makes them differ."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from training_runs import BATCH, STEPS, furthest, losses, make_checkpoint, make_conversations, run, weights
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import dsvl.training
+
+pytest.importorskip("deepspeed")
+
+ZERO = {"ddp": [], "zero1": ["--deepspeed", "zero1"], "zero2": ["--deepspeed", "zero2"], "zero3": ["--deepspeed", "zero3"]}
+# One process takes the batches of both: with this layout the second of two has texts alone, every second step.
+LAYOUT = "ppttpppp" * 3
+IN_ORDER = ["--train-sampling-strategy", "sequential"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    make_checkpoint(folder)
+    make_conversations(folder, layout=LAYOUT)
+    make_conversations(folder, "held_out.jsonl", layout="ptppt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Runs of one process, by their flags; each is made once."""
+    made = {}
+
+    def get(*flags):
+        if flags not in made:
+            output = folder / f"alone{len(made)}"
+            run("--model", folder / "model", "--data", folder / "data.jsonl", "--output", output, BATCH, 4, *STEPS, *flags)
+            made[flags] = output
+        return made[flags]
+
+    return get
+
+
+def train_by_two(folder, output, *flags, **start):
+    base = ["--model", folder / "model", "--data", folder / "data.jsonl", "--output", output, BATCH, 2, *STEPS]
+    return run(*base, *flags, processes=2, **start)
+
+
+def assert_as_alone(output, single):
+    assert losses(output) == pytest.approx(losses(single), abs=1e-5)
+    assert len(losses(output)) == 4
+    assert furthest(weights(output), weights(single)) < 1e-5
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_two_processes_equal_one_where_one_of_them_has_no_pictures(folder, tmp_path, alone, stage):
+    """With activation checkpointing beside it, evaluated, saved, loaded, and resumed."""
+    evaluate = ["--eval-data", folder / "held_out.jsonl", "--eval-exact-match", "--eval-max-new-tokens", "3"]
+    flags = [*IN_ORDER, "--activation-checkpointing", "true"]
+    output = tmp_path / "output"
+    train_by_two(folder, output, *ZERO[stage], *flags, *evaluate)
+    single = alone(*IN_ORDER)
+    assert_as_alone(output, single)
+
+    loaded, info = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    AutoProcessor.from_pretrained(output, trust_remote_code=True)
+    composed = AutoModelForImageTextToText.from_pretrained(folder / "model", trust_remote_code=True)
+    trained, before = loaded.model.multi_modal_projector.linear.weight, composed.model.multi_modal_projector.linear.weight
+    assert not torch.equal(trained, before)
+
+    final, kept = weights(output), losses(output)
+    shutil.rmtree(output / "checkpoint-4")
+    resumed = train_by_two(folder, output, *ZERO[stage], *flags, *evaluate)
+    assert f"Resuming from {output / 'checkpoint-2'}" in resumed.stderr
+    assert losses(output) == kept
+    assert furthest(weights(output), final) == 0
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_evaluations_of_two_processes_equal_those_of_one(folder, tmp_path, stage):
+    flags = ["--eval-data", folder / "held_out.jsonl", "--eval-exact-match", "--eval-max-new-tokens", "3"]
+    flags += ["--per-device-eval-batch-size", "2", *IN_ORDER]
+    base = ["--model", folder / "model", "--data", folder / "data.jsonl", *STEPS, *flags]
+    run(*base, "--output", tmp_path / "one", BATCH, 4)
+    run(*base, "--output", tmp_path / "two", BATCH, 2, *ZERO[stage], processes=2)
+
+    def evaluations(output):
+        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        return [(entry["eval_loss"], entry["eval_exact_match"]) for entry in history if "eval_loss" in entry]
+
+    one, two = evaluations(tmp_path / "one"), evaluations(tmp_path / "two")
+    assert len(one) == len(two) >= 2
+    for first, second in zip(one, two, strict=True):
+        assert second == pytest.approx(first, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_adapters_learn_the_same_in_two_processes(folder, tmp_path, alone, stage):
+    flags = [*IN_ORDER, "--lora-rank", "4", "--lora-vision"]
+    output = tmp_path / "output"
+    train_by_two(folder, output, *ZERO[stage], *flags)
+    assert_as_alone(output, alone(*flags))
+    final = weights(output)
+    shutil.rmtree(output / "checkpoint-4")
+    train_by_two(folder, output, *ZERO[stage], *flags)
+    assert furthest(weights(output), final) == 0
+
+
+def test_zero3_with_everything_offloaded_equals_one_process(folder, tmp_path, alone):
+    output = tmp_path / "output"
+    train_by_two(folder, output, "--deepspeed", "zero3-offload", *IN_ORDER)
+    assert_as_alone(output, alone(*IN_ORDER))
+
+
+def test_what_zero_to_fp32_makes_of_partitions_is_what_was_saved(folder, tmp_path):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    output = tmp_path / "output"
+    train_by_two(folder, output, "--deepspeed", "zero3")
+    consolidated = weights(output / "checkpoint-4")
+    gathered = get_fp32_state_dict_from_zero_checkpoint(str(output / "checkpoint-4"))
+    assert furthest({key: gathered[key] for key in gathered}, consolidated) == 0
+    assert furthest(weights(output), consolidated) == 0
+
+
+def test_the_deepspeed_launcher_starts_it_from_a_file(folder, tmp_path, alone):
+    output = tmp_path / "output"
+    zero2 = json.loads((Path(dsvl.training.__file__).with_name("zero2.json")).read_text())
+    values = {"model": str(folder / "model"), "data": str(folder / "data.jsonl"), "output": str(output), "deepspeed": zero2}
+    values |= {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": "1e-2"}
+    values |= {"per_device_train_batch_size": 16, "train_sampling_strategy": "sequential"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    run(tmp_path / "run.yaml", BATCH, 2, processes=2, launcher="deepspeed")  # a flag overrides the file
+    assert_as_alone(output, alone(*IN_ORDER))
+
+
+def test_accelerate_launch_starts_it(folder, tmp_path, alone):
+    """One process, as accelerate starts several on CPUs by MPI only; its environment must not turn DeepSpeed off."""
+    output = tmp_path / "output"
+    base = ["--model", folder / "model", "--data", folder / "data.jsonl", "--output", output, BATCH, 4, *STEPS, *IN_ORDER]
+    run(*base, "--deepspeed", "zero2", launcher="accelerate")
+    assert (output / "checkpoint-4" / "latest").is_file()  # DeepSpeed's
+    assert_as_alone(output, alone(*IN_ORDER))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "4"], ["--activation-checkpointing", "true"]], ids=" ".join)
+@pytest.mark.parametrize("train", ["projector", "projector embeddings vision language head"])
+@pytest.mark.parametrize("stage", [*ZERO, "zero3-offload"])
+def test_the_whole_matrix(folder, tmp_path, alone, stage, train, flags):
+    if flags[:1] == ["--lora-rank"] and "language" in train:
+        train = "projector embeddings vision head"
+    chosen = [*IN_ORDER, *flags, "--train", *train.split()]
+    output = tmp_path / "output"
+    train_by_two(folder, output, *ZERO.get(stage, ["--deepspeed", stage]), *chosen)
+    assert losses(output) == pytest.approx(losses(alone(*chosen)), abs=1e-5)

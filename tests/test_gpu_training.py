@@ -1,0 +1,60 @@
+"""`dsvl train` on an NVIDIA GPU: bf16, Liger's kernels, DeepSpeed, resumed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from training_runs import BATCH, STEPS, losses, make_checkpoint, make_conversations
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    make_checkpoint(folder)
+    make_conversations(folder)
+    make_conversations(folder, "held_out.jsonl", layout="ptppt")
+    return folder
+
+
+def train(folder, output, *flags):
+    command = [sys.executable, "-m", "dsvl.training", "--model", folder / "model", "--data", folder / "data.jsonl"]
+    command += ["--output", output, BATCH, 4, *STEPS, *flags]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "DS_ACCELERATOR")}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+SETUPS = {
+    "float32": [],
+    "bf16": ["--bf16"],
+    "flex": ["--bf16", "--attn-implementation", "flex_attention"],
+    "liger": ["--bf16", "--use-liger-kernel", "--activation-checkpointing", "true"],
+    "adapters": ["--bf16", "--lora-rank", "8", "--lora-vision"],
+    "zero2": ["--bf16", "--deepspeed", "zero2"],
+    "zero3": ["--bf16", "--deepspeed", "zero3", "--activation-checkpointing", "true"],
+    "zero3 with adapters": ["--bf16", "--deepspeed", "zero3", "--lora-rank", "8"],
+}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_run_learns_and_resumes(folder, tmp_path, setup):
+    if setup == "liger":
+        pytest.importorskip("liger_kernel")
+    if "zero" in setup:
+        pytest.importorskip("deepspeed")
+    output = tmp_path / "output"
+    flags = [*SETUPS[setup], "--eval-data", folder / "held_out.jsonl", "--eval-exact-match", "--eval-max-new-tokens", "3"]
+    train(folder, output, *flags)
+    whole = losses(output)
+    assert whole[-1] < whole[0] - 0.1
+    shutil.rmtree(output / "checkpoint-4")
+    assert "Resuming from" in train(folder, output, *flags).stderr
+    assert losses(output) == pytest.approx(whole, abs=0.02)  # sums on a GPU come in any order
+    assert "eval_exact_match" in json.dumps(json.loads((output / "trainer_state.json").read_text())["log_history"])

@@ -1,0 +1,394 @@
+"""`dsvl plan`: what the tracer counts is what a real step holds, ZeRO's shares come out by hand, and the command says so."""
+
+import json
+import math
+import weakref
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_vision_config
+from transformers import CLIPVisionConfig, LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dsvl import DSVLConfig, DSVLForConditionalGeneration
+from dsvl.cli import main
+from dsvl.training.model_states import Memory, Sizes, arriving_gradients, model_states
+from dsvl.training.parts import PARTS
+from dsvl.training.plan import GIB, Planner, largest_micro_batch, plan, usable
+from dsvl.training.trace import ALLOCATION, Ledger, StepTracer, Trace, _planning_attention
+
+DEFAULT = ("projector", "embeddings")
+
+
+def small_config(layers=2, projector_type="linear", **text):
+    """Wide enough that the allocator's rounding does not matter, narrow enough for a real step on a CPU."""
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
+    )
+    values = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
+    text_config = LlamaConfig(**(values | dict(num_hidden_layers=layers) | text))
+    return DSVLConfig(vision, text_config, projector_type=projector_type, multimodal_attention="causal", image_token_id=511)
+
+
+def llama_7b():
+    """CLIP ViT-L/14 and LLaMA-7B, as benchmarks/training_step.py makes them."""
+    return DSVLConfig(None, LlamaConfig(vocab_size=32064))
+
+
+def headline():
+    """70 and 2 billion parameters: DeepSpeed-VisualChat's largest model."""
+    vision = CLIPVisionConfig(
+        hidden_size=1664, intermediate_size=8192, num_hidden_layers=48, num_attention_heads=16, image_size=448, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=32064,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    )
+    return DSVLConfig(vision, text)
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_storage_counts_once_while_anything_refers_to_it():
+    weight = torch.zeros(256)  # 1 KiB
+    with Ledger([weight]) as ledger:
+        doubled = weight * 2
+        view, _ = doubled[:3], weight[3:]
+        assert ledger.live == 1024
+        del doubled
+        assert ledger.live == 1024
+        more = torch.zeros(1)
+        assert ledger.live == 1024 + ALLOCATION
+        del view
+        assert (ledger.live, ledger.peak) == (ALLOCATION, 1024 + ALLOCATION)
+        del more
+    assert ledger.live == 0
+
+
+def real_saved_bytes(config, train, tokens, labelled):
+    """What autograd keeps of a real model's forward, weights and inputs left out."""
+    torch.manual_seed(0)
+    model = DSVLForConditionalGeneration(config).train().set_trainable(**{PARTS[part]: part in train for part in PARTS})
+    input_ids = torch.randint(0, 500, (2, tokens))
+    input_ids[:, : config.image_seq_length] = config.image_token_id
+    labels = torch.full_like(input_ids, -100)
+    labels[:, -labelled:] = input_ids[:, -labelled:]
+    pixel_values = torch.randn(2, 3, 28, 28)
+    known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), input_ids, labels, pixel_values]}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = (-(-storage.nbytes() // ALLOCATION) * ALLOCATION, weakref.ref(storage))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=input_ids, pixel_values=pixel_values, labels=labels, use_cache=False).loss
+    assert loss.requires_grad
+    return sum(size for size, storage in saved.values() if storage() is not None)
+
+
+@pytest.mark.parametrize("train", [DEFAULT, ("projector", "embeddings", "language"), ("vision",)])
+def test_the_trace_holds_after_forward_what_autograd_keeps_of_a_real_one(train):
+    config, tokens, labelled = small_config(), 256, 64
+    tracer = StepTracer(config, train, dtype=torch.float32)
+    with torch.device("meta"):
+        inputs = (
+            torch.zeros(2, tokens, dtype=torch.long),
+            torch.zeros(2, tokens, 1, dtype=torch.bool),
+            torch.zeros(2 * labelled, dtype=torch.long),
+            torch.zeros(2, 3, 28, 28),
+        )
+    with _planning_attention(), Ledger([*tracer.model.parameters(), *tracer.model.buffers(), *inputs]) as ledger:
+        loss = tracer._forward(*inputs)
+    assert loss.requires_grad
+    assert ledger.live == pytest.approx(real_saved_bytes(config, train, tokens, labelled), rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("projector_type", ["linear", "vit", "perceiver"])
+def test_a_real_step_on_a_cpu_peaks_where_the_meta_device_says(projector_type, checkpointing):
+    tracer = StepTracer(
+        small_config(projector_type=projector_type), DEFAULT, activation_checkpointing=checkpointing, dtype=torch.float32
+    )
+    step = dict(micro_batch=2, sequence_length=128, pictures=2, supervised=40)
+    meta = tracer.trace(**step)
+    tracer.model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*tracer.model.parameters(), *tracer.model.buffers()]:
+            tensor.zero_()
+    real = tracer.trace(**step)
+    assert real.peak == pytest.approx(meta.peak, rel=0.02)
+    assert real.gradients == meta.gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_decoder_can_be_planned(family):
+    config = DSVLConfig(tiny_vision_config(), FAMILIES[family](), image_token_id=90)
+    made = plan(config, sequence_length=24, pictures=2, train=("projector", "embeddings", "language"))
+    assert made.forward_backward.activations > 0
+
+
+def test_activations_grow_evenly_with_depth_and_micro_batch():
+    def peak(layers, micro_batch):
+        tracer = StepTracer(small_config(layers), DEFAULT)
+        return tracer.trace(micro_batch, 256, 1, 20 * micro_batch).peak
+
+    assert peak(12, 2) == peak(4, 2) + 4 * (peak(6, 2) - peak(4, 2))
+    assert peak(4, 12) == pytest.approx(peak(4, 4) + 4 * (peak(4, 6) - peak(4, 4)), rel=1e-3)
+
+
+def test_a_trace_leaves_no_trace():
+    config = small_config()
+    before, attentions = config.to_dict(), dict(ALL_ATTENTION_FUNCTIONS)
+    tracer = StepTracer(config, DEFAULT)
+    first, second = (tracer.trace(1, 64, 1, 8) for _ in range(2))
+    assert first == second
+    assert config.to_dict() == before and config.text_config._attn_implementation != "dsvl_memory_plan"
+    assert dict(ALL_ATTENTION_FUNCTIONS) == attentions
+    assert all(parameter.grad is None for parameter in tracer.model.parameters())
+    assert torch.get_default_dtype() == torch.float32
+
+
+# -- measured on a GPU -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("checkpointing", "measured"), [(False, 33.0), (True, 3.6)])
+def test_a_7b_step_needs_what_was_measured_on_a_gpu(checkpointing, measured):
+    """README, "In a whole training step": an H200, bf16, DSVL "causal", GiB above the weights."""
+    made = plan(
+        llama_7b(), micro_batch=2, sequence_length=4096, pictures=8, activation_checkpointing=checkpointing
+    ).forward_backward
+    assert (made.gradients + made.activations) / GIB == pytest.approx(measured, rel=0.02)
+
+
+def test_70b_and_2b_are_planned_without_a_weight():
+    planner = Planner(headline(), world_size=8, deepspeed="zero3", activation_checkpointing=True)
+    made = planner.plan(1)
+    assert all(parameter.is_meta for parameter in planner._tracer.model.parameters())
+    assert made.parameters == pytest.approx(70.8e9, rel=0.01)
+    assert made.forward_backward.weights == pytest.approx(2 * made.parameters / 8, rel=0.01)
+    assert 16 * GIB < made.total < usable(80 * GIB)
+    assert plan(headline(), deepspeed="zero2", world_size=8, activation_checkpointing=True).total > 130 * GIB
+
+
+# -- what learns -------------------------------------------------------------------------------------------------------
+
+STEP = dict(sequence_length=128, pictures=1)
+
+
+def test_frozen_parts_cost_no_gradients_and_no_optimizer_states():
+    made = plan(small_config(), train=("projector",), dtype="bfloat16", **STEP)
+    projector = 64 * 128 + 3 * 128
+    assert made.trained == projector
+    assert made.optimizer_step.gradients == 2 * projector
+    assert made.optimizer_step.optimizer == 2 * 2 * projector  # AdamW's two states in bfloat16
+    assert made.optimizer_step.weights == 2 * made.parameters
+
+
+def test_a_frozen_tower_keeps_no_graph():
+    without, with_tower = (plan(small_config(), train=train, **STEP) for train in (["projector"], ["projector", "vision"]))
+    assert with_tower.trained > without.trained
+    assert with_tower.forward_backward.activations > without.forward_backward.activations
+
+
+def test_adapters_learn_beside_the_parts_that_peft_copies():
+    rank, hidden, layers = 4, 128, 2
+    made, plain = (plan(small_config(), lora_rank=lora_rank, **STEP) for lora_rank in (rank, 0))
+    # q and o are hidden x hidden, k and v have half the heads, the MLP is twice as wide: (in + out) x rank each.
+    widths = 2 * (hidden + hidden) + 2 * (hidden + hidden // 2) + 3 * (hidden + 2 * hidden)
+    adapters = layers * rank * widths
+    assert made.trained == plain.trained + adapters
+    assert made.parameters == plain.parameters + adapters + plain.trained
+
+
+def test_tied_weights_count_once():
+    tied, untied = (plan(small_config(tie_word_embeddings=tie), **STEP) for tie in (True, False))
+    assert untied.parameters - tied.parameters == 512 * 128
+
+
+def test_activation_checkpointing_holds_less():
+    plain, recomputed = (plan(small_config(8), activation_checkpointing=on, **STEP).forward_backward for on in (False, True))
+    assert recomputed.activations < plain.activations / 2
+    assert recomputed.weights == plain.weights
+
+
+def test_accumulated_gradients_outlive_a_forward():
+    parts = ("projector", "embeddings", "language")
+    one, several = (plan(small_config(), train=parts, gradient_accumulation=on, **STEP) for on in (False, True))
+    assert several.forward_backward.gradients == 2 * several.trained
+    assert several.total >= one.total
+
+
+def test_more_supervised_tokens_need_more_logits():
+    few, many = (plan(small_config(vocab_size=8192), supervised_share=share, **STEP).total for share in (0.1, 0.9))
+    assert many > few
+
+
+# -- DeepSpeed's arithmetic, by hand -----------------------------------------------------------------------------------
+
+# 1,000 frozen and 240 trained elements in bfloat16; 4 GPUs, so partitions of 60. "auto" buckets hold 10 * 10 elements.
+SIZES = Sizes(parameters=(1000, 40, 150, 50), trained=(40, 150, 50), largest_module=1000, hidden=10, element=2)
+TRACE = Trace(peak=5000, gradients=0)
+
+
+def test_without_deepspeed_each_gpu_holds_everything():
+    forward, step, cpu = model_states(SIZES, Trace(peak=5000, gradients=100))
+    assert forward == Memory(weights=2480, gradients=100, optimizer=960, activations=4900, buffers=0)
+    assert step == Memory(weights=2480, gradients=480, optimizer=960, activations=0, buffers=0)
+    assert cpu == 0
+
+
+def test_data_parallelism_copies_gradients_into_buckets():
+    forward, step, _ = model_states(SIZES, TRACE, world_size=4)
+    assert forward.buffers == step.buffers == 480
+
+
+def test_zero_2_partitions_gradients_and_optimizer_states():
+    forward, step, cpu = model_states(SIZES, Trace(peak=5400, gradients=400), "zero2", world_size=4)
+    # The 150 lie across the cuts at 60, 120 and 180: the first GPU holds them and the 40 whole, the last and the third less.
+    held = arriving_gradients(SIZES, "zero2", 4, accumulation=False)
+    assert held == 2 * (150 + 50)
+    assert forward == Memory(weights=2480, gradients=held, optimizer=12 * 60, activations=5000, buffers=3 * 2 * 100)
+    # The partition flattened and in float32, or one gradient in float64: 6 x 60 or 8 x 60.
+    assert step == Memory(weights=2480, gradients=held, optimizer=720, activations=0, buffers=600 + 480)
+    assert cpu == 0
+
+
+def test_zero_1_keeps_the_large_gradients_of_others_too():
+    # Of 40, 150, 120 and 30 the first of two GPUs owns 40 and 130 of the 150; the 120 are larger than a bucket and stay.
+    sizes = Sizes(parameters=(40, 150, 120, 30), trained=(40, 150, 120, 30), largest_module=150, hidden=10, element=2)
+    assert arriving_gradients(sizes, "zero2", 2, accumulation=False) == 2 * max(40 + 150, 150 + 120 + 30)
+    assert arriving_gradients(sizes, "zero1", 2, accumulation=False) == 2 * (150 + 120 + 40)
+    assert model_states(sizes, TRACE, "zero1", 2)[1].gradients == 2 * 300  # released before the step
+
+
+@pytest.mark.parametrize(
+    ("zero", "there", "arriving"), [(None, 480, 0), ("zero1", 480, 400), ("zero2", 400, 400), ("zero3", 2 * 61, 0)]
+)
+def test_accumulation_keeps_the_gradients_of_earlier_micro_batches(zero, there, arriving):
+    forward, _, _ = model_states(SIZES, TRACE, zero, world_size=4, accumulation=True)
+    assert forward.gradients == there
+    assert arriving_gradients(SIZES, zero, 4, accumulation=True) == arriving
+
+
+def test_zero_3_partitions_the_weights_too():
+    forward, step, cpu = model_states(SIZES, TRACE, "zero3", world_size=4)
+    # Partitions of 250, 10, 38 and 13; 40 and 50 elements are few enough (10 x 10) to stay on every GPU as well.
+    assert forward.weights == 2 * (250 + 10 + 38 + 13) + 2 * (40 + 50)
+    assert forward.gradients == 2 * (10 + 38 + 13)
+    assert forward.optimizer == 12 * (10 + 38 + 13)
+    assert forward.buffers == 2 * (1000 + 150) + 3 * 2 * 100  # so small a model is gathered whole
+    assert step.buffers == 600 + (2 + 4) * 61
+    assert cpu == 0
+
+
+def test_offloading_moves_everything_but_the_work_to_main_memory():
+    forward, _, cpu = model_states(SIZES, TRACE, "zero3-offload", world_size=4)
+    assert (forward.weights, forward.gradients, forward.optimizer) == (2 * (40 + 50), 0, 0)
+    assert cpu == 2 * (250 + 61) + 2 * 61 + (12 + 4) * 61
+
+
+def test_more_gpus_never_need_more_each():
+    totals = [
+        plan(small_config(), train=("projector", "embeddings", "language"), world_size=n, deepspeed="zero3", **STEP).total
+        for n in (1, 2, 8)
+    ]
+    assert totals == sorted(totals, reverse=True)
+
+
+# -- the largest micro-batch -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_largest_micro_batch_fits_and_the_next_does_not(checkpointing):
+    planner = Planner(small_config(4), activation_checkpointing=checkpointing, **STEP)
+    gpu = 2.5 * GIB
+    largest = planner.largest_micro_batch(gpu)
+    assert largest > 1
+    assert planner.plan(largest).total <= usable(gpu) < planner.plan(largest + 1).total
+
+
+def test_where_one_sample_does_not_fit_the_largest_micro_batch_is_zero():
+    assert largest_micro_batch(small_config(), 2 * GIB, **STEP) == 0
+
+
+# -- errors and the command --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(world_size=0), r"world_size=0 is too small; pass 1 or more"),
+        (dict(micro_batch=0), r"micro_batch=0 is too small; pass 1 or more"),
+        (dict(pictures=-1), r"pictures=-1 is too small; pass 0 or more"),
+        (dict(lora_rank=-4), r"lora_rank=-4 is too small; pass 0 or more"),
+        (dict(deepspeed="zero4"), r"deepspeed='zero4' is unknown; choose from zero1, zero2, zero3, zero3-offload"),
+        (dict(train=["eyes"]), r"train='eyes' is unknown; choose from projector, embeddings, vision, language, head"),
+        (dict(train=[]), r"names nothing that learns; name parts .*, or pass a lora_rank"),
+        (dict(train=["language"], lora_rank=4), r"lora_rank=4 freezes .* train names 'language'; leave one out"),
+        (dict(sequence_length=34, pictures=2), r"sequence_length=34 is too short: 2 pictures take 34 .* at least 35"),
+        (dict(supervised_share=0), r"supervised_share=0 is no share of the text; pass a number above 0, at most 1"),
+        (dict(dtype="int8"), r"dtype='int8' is unknown; choose from bfloat16, float16, float32"),
+    ],
+)
+def test_an_error_says_what_was_wrong_and_what_to_do(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(small_config(), **options)
+
+
+def test_a_tied_head_does_not_learn_alone():
+    with pytest.raises(ValueError, match="tied to its embeddings.*pass embeddings=True"):
+        plan(small_config(tie_word_embeddings=True), train=["head"])
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A directory with a configuration and nothing else."""
+    small_config().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".py"] == ["config.json"]
+    return str(tmp_path)
+
+
+def test_the_command_prints_a_table_and_the_largest_micro_batch(checkpoint, capsys):
+    assert main(["plan", "--model", checkpoint, "--sequence-length", "64", "--gpu-memory", "2.2"]) == 0
+    out = capsys.readouterr().out
+    rows = {line[:20].strip(): line[20:].split() for line in out.splitlines()}
+    assert rows["GiB"] == ["forward", "+", "backward", "optimizer", "step"]
+    parts = ("weights", "gradients", "optimizer states", "activations", "buffers")
+    for column in (0, 1):
+        total = sum(float(rows[part][column]) for part in parts)
+        assert float(rows["total per GPU"][column]) == pytest.approx(total, abs=0.03)
+    last = out.splitlines()[-1]
+    assert last.startswith("largest micro-batch for a GPU of 2.2 GiB: ")
+    assert int(last.rpartition(" ")[2]) == largest_micro_batch(small_config(), 2.2 * GIB, sequence_length=64)
+
+
+def test_the_command_says_what_to_do_where_nothing_fits(checkpoint, capsys):
+    arguments = ["plan", "--model", checkpoint, "--gpu-memory", "1", "--deepspeed", "zero3-offload", "--world-size", "2"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "main memory, for each GPU: 0.00 GiB" in out
+    assert out.splitlines()[-1] == (
+        "not even a micro-batch of 1 fits a GPU of 1 GiB; try --activation-checkpointing or a shorter --sequence-length."
+    )
+
+
+def test_the_command_refuses_what_is_no_dsvl(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert main(["plan", "--model", str(tmp_path)]) == 1
+    assert "holds a configuration of model_type 'llama', not 'dsvl'" in capsys.readouterr().err
+    assert main(["plan", "--model", str(tmp_path / "nothing")]) == 1
+    assert "is neither a directory with a config.json nor a model on the Hub" in capsys.readouterr().err
+
+
+def test_the_plan_rounds_like_the_allocator():
+    with Ledger() as ledger:
+        kept = torch.empty(129, dtype=torch.float32, device="meta")
+    assert ledger.peak == math.ceil(129 * 4 / ALLOCATION) * ALLOCATION and kept.is_meta

@@ -1,0 +1,392 @@
+"""`dsvl train` before any weights are loaded: its arguments, its YAML files, and errors of one sentence."""
+
+import importlib.util
+import json
+import logging
+import os
+
+import pytest
+import torch.distributed as dist
+from conftest import save_tiny_llama, tiny_tower_config
+from training_runs import make_checkpoint
+from transformers import CLIPVisionModel
+
+from dsvl import DSVLForConditionalGeneration
+from dsvl.cli import main
+from dsvl.training import arguments as arguments_module
+from dsvl.training import run
+from dsvl.training.arguments import check_options, parse, zero_stage
+
+CONVERSATION = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("command"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(CONVERSATION) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def fresh_log(monkeypatch):
+    """A command logs to the standard error of its process, which is another one in each test."""
+    logger = logging.getLogger("dsvl")
+    monkeypatch.setattr(logger, "handlers", [])
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, checkpoint, data, tmp_path):
+    """Run the command, which must stop before it loads weights; its one sentence."""
+
+    def no_weights(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(DSVLForConditionalGeneration, "from_pretrained", no_weights)
+
+    def call(*flags, model=checkpoint, data=data, output=tmp_path / "output"):
+        argv = ["train", "--model", model, "--data", data, "--use-cpu", *flags]
+        argv += [] if output is None else ["--output", output]
+        environment = dict(os.environ)
+        assert main([str(argument) for argument in argv]) == 1
+        said = capsys.readouterr()
+        assert not dist.is_initialized() and dict(os.environ) == environment
+        (sentence,) = [line for line in said.err.splitlines() if line.startswith("dsvl train: ")]
+        assert said.err.rstrip().endswith(sentence) and "Traceback" not in said.err and said.out == ""
+        assert output is None or not output.exists()
+        return sentence.removeprefix("dsvl train: ")
+
+    return call
+
+
+# -- what does not go together -----------------------------------------------------------------------------------------
+
+
+def test_an_unknown_part_is_refused(refused):
+    expected = "--train decoder tower: there is no such part; choose from projector, embeddings, vision, language, head."
+    assert refused("--train", "projector", "decoder", "tower") == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--lora-vision", "--dora", "--qlora", "--lora-alpha 8", "--lora-targets q_proj v_proj"],
+)
+def test_options_of_adapters_need_a_rank(refused, flags):
+    assert refused(*flags.split()) == f"{flags.split()[0]} without adapters; pass --lora-rank too (16, say)."
+
+
+def test_options_of_adapters_are_named_together(refused):
+    assert refused("--qlora", "--lora_alpha", 8, "--dora").startswith("--dora, --qlora, --lora-alpha without adapters;")
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--train language", "--train language learns in full what --lora-rank would freeze and adapt; leave language out"),
+        ("--train projector vision --lora-vision", "--train vision learns in full what --lora-rank would freeze and adapt;"),
+        ("--lora-language false", "--lora-rank with nothing to adapt; leave --lora-language on, or pass --lora-vision."),
+    ],
+)
+def test_adapters_and_what_learns_in_full_are_held_apart(refused, flags, sentence):
+    assert refused("--lora-rank", 4, *flags.split()).startswith(sentence)
+
+
+def test_a_negative_rank_is_refused(refused):
+    assert refused("--lora-rank", -4) == "--lora-rank -4: pass a positive rank, or 0 for no adapters."
+
+
+def test_a_run_in_which_nothing_learns_is_refused(refused):
+    assert refused("--train") == "--train names nothing to learn."
+
+
+def test_adapters_may_learn_alone():
+    model_arguments, _, _ = parsed("--train", "--lora-rank", 4)
+    assert model_arguments.train == [] and model_arguments.lora_rank == 4
+
+
+@pytest.mark.parametrize("name", ["zero4", "no/such/file.json"])
+def test_an_unknown_deepspeed_configuration_is_refused(refused, name):
+    expected = f"--deepspeed {name} is no file; choose from zero1, zero2, zero3, zero3-offload, or pass the path of one."
+    assert refused("--deepspeed", name) == expected
+
+
+def test_a_deepspeed_configuration_that_is_no_json_is_refused(refused, tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text("{'stage': 2}")
+    assert refused("--deepspeed", path).startswith(f"--deepspeed {path} is not JSON: Expecting property name")
+
+
+def test_four_bits_cannot_be_partitioned(refused, tmp_path):
+    expected = "--qlora with ZeRO-3: 4-bit weights cannot be partitioned; choose --deepspeed zero2."
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    for name in ("zero3", "zero3-offload", own):
+        assert refused("--qlora", "--lora-rank", 4, "--deepspeed", name) == expected
+
+
+def test_four_bits_need_bitsandbytes(refused, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        arguments_module.importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a)
+    )
+    assert refused("--qlora", "--lora-rank", 4) == (
+        "--qlora needs bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out."
+    )
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero3-offload"])
+def test_compiling_and_deepspeed_do_not_go_together(refused, stage):
+    expected = "--torch-compile with --deepspeed: their hooks do not go together; choose one of them."
+    assert refused("--torch-compile", "--deepspeed", stage) == expected
+
+
+def test_evaluations_need_held_out_data(refused):
+    expected = "--early-stopping-patience has nothing to watch; pass --eval-data."
+    assert refused("--early-stopping-patience", 2) == expected
+    assert refused("--eval-exact-match") == "--eval-exact-match has no questions; pass --eval-data."
+
+
+def test_an_output_is_needed(refused):
+    assert refused(output=None) == "No output directory; pass --output DIR."
+
+
+def test_an_unknown_flag_ends_with_the_usage(refused, capsys):
+    with pytest.raises(SystemExit) as exit:
+        refused("--no-such-flag", "1")
+    said = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert said.startswith("usage: dsvl train [RUN.yaml]") and "--no-such-flag" in said
+
+
+# -- what is not there, or broken --------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_dsvl_is_refused(refused, tmp_path):
+    save_tiny_llama(tmp_path / "llama")
+    CLIPVisionModel(tiny_tower_config()).save_pretrained(tmp_path / "clip")
+    for name, kind in (("llama", "llama"), ("clip", "clip_vision_model")):
+        expected = f"--model {tmp_path / name} is of type '{kind}', not a DSVL checkpoint; compose one"
+        assert refused(model=tmp_path / name).startswith(expected)
+
+
+def test_a_directory_without_a_model_is_refused(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused(model=tmp_path / "empty")
+
+
+@pytest.mark.parametrize("flag", ["data", "eval_data"])
+def test_data_that_is_not_there_is_named(refused, tmp_path, flag):
+    path = tmp_path / "gone.jsonl"
+    expected = f"{path} is not a file; pass a JSON lines file, a Parquet file or a data set's name."
+    if flag == "data":
+        assert refused(data=path) == expected
+    else:
+        assert refused("--eval-data", path) == expected
+
+
+@pytest.mark.parametrize("flag", ["data", "eval_data"])
+def test_a_broken_line_is_named(refused, tmp_path, flag):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(json.dumps(CONVERSATION) + '\n\n{"messages": [}\n')
+    sentence = refused(data=path) if flag == "data" else refused("--eval-data", path)
+    assert sentence.startswith(f"{path}, line 3: is not JSON (Expecting value: line 1 column 15")
+    assert sentence.endswith("Mend it, or leave such samples out (--on-bad-sample skip).")
+
+
+def test_a_missing_picture_is_named(refused, tmp_path):
+    content = [{"type": "image", "path": "gone.png"}, {"type": "text", "text": "?"}]
+    path = tmp_path / "pictures.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": content}, CONVERSATION["messages"][1]]}))
+    assert refused(data=path).startswith(f"{path}, line 1: the picture {tmp_path / 'gone.png'} does not exist. ")
+    assert refused("--on-bad-sample", "skip", data=path).startswith(f"{path} holds no conversation to learn from (1 were")
+
+
+def test_unknown_ways_to_treat_bad_samples_are_refused(refused):
+    assert refused("--on-bad-sample", "ignore").startswith("on_bad_sample='ignore' is not known; choose from 'error'")
+
+
+def test_a_senseless_length_is_refused(refused):
+    assert refused("--max-length", 0).startswith("max_length=0 leaves no token")
+
+
+def test_a_sound_run_goes_on_to_the_weights(checkpoint, data, tmp_path, monkeypatch):
+    """So that the tests above do not pass for another reason."""
+
+    class Reached(Exception):
+        pass
+
+    def reached(model_arguments, training_arguments):
+        raise Reached
+
+    monkeypatch.setattr(run, "load_model", reached)
+    with pytest.raises(Reached):
+        main(["train", "--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "output"), "--use-cpu"])
+
+
+# -- arguments and YAML ------------------------------------------------------------------------------------------------
+
+NEEDED = ["--model", "m", "--data", "d", "--output", "o", "--use-cpu"]
+
+
+def parsed(*flags):
+    return parse([*NEEDED, *map(str, flags)])
+
+
+def plain(three):
+    """Arguments that can be compared; the time in a folder's name aside."""
+    return [vars(one) if number < 2 else one.to_dict() | {"logging_dir": None} for number, one in enumerate(three)]
+
+
+def from_yaml(tmp_path, text, *flags):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return parse([str(path), *map(str, flags)])
+
+
+YAML = """
+model: m
+data: d
+output: o
+use_cpu: true
+train: [projector, vision]
+max-length: 77
+learning_rate: 1e-4   # a text in YAML 1.1
+weight_decay: 0.1
+embeddings_learning_rate: 2.5e-3
+lr_scheduler_kwargs: {num_cycles: 0.25}
+lora_targets:
+report_to: [none]
+activation_checkpointing: false
+seed: 7
+"""
+
+
+def test_a_yaml_file_says_what_flags_say(tmp_path):
+    flags = ["--train", "projector", "vision", "--max-length", 77, "--learning-rate", 1e-4, "--weight-decay", 0.1]
+    flags += ["--embeddings-learning-rate", "2.5e-3", "--lr-scheduler-kwargs", '{"num_cycles": 0.25}']
+    flags += ["--report-to", "none", "--activation-checkpointing", "false", "--seed", 7]
+    model_arguments, data_arguments, training = three = from_yaml(tmp_path, YAML)
+    assert plain(three) == plain(parsed(*flags))
+    assert model_arguments.train == ["projector", "vision"] and model_arguments.lora_targets is None
+    assert data_arguments.max_length == 77
+    assert (training.learning_rate, training.embeddings_learning_rate, training.weight_decay) == (1e-4, 2.5e-3, 0.1)
+    assert training.lr_scheduler_kwargs == {"num_cycles": 0.25} and training.report_to == []
+    assert training.output_dir == "o" and training.seed == 7 and training.activation_checkpointing is False
+
+
+def test_flags_override_the_file(tmp_path):
+    model_arguments, data_arguments, training = from_yaml(
+        tmp_path, YAML, "--train", "head", "--learning-rate", "3e-5", "--max_length", 9, "--output", "elsewhere"
+    )
+    assert model_arguments.train == ["head"] and data_arguments.max_length == 9
+    assert training.learning_rate == 3e-5 and training.output_dir == "elsewhere" and training.seed == 7
+
+
+def test_an_empty_list_is_one(tmp_path):
+    assert from_yaml(tmp_path, YAML, "--train", "--lora-rank", 4)[0].train == []
+    yaml = YAML.replace("[projector, vision]", "[]") + "lora_rank: 4\n"
+    assert from_yaml(tmp_path, yaml)[0].train == []
+
+
+def test_an_unknown_key_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        from_yaml(tmp_path, YAML + "learning_rat: 1\n")
+    assert exit.value.code == 2 and "--learning_rat" in capsys.readouterr().err
+
+
+def test_a_value_of_the_wrong_type_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        from_yaml(tmp_path, YAML + "lora_rank: many\n")
+    assert "invalid int value: 'many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, kind", [("- a\n- b\n", "list"), ("", "NoneType"), ("just text", "str")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, kind):
+    with pytest.raises(ValueError, match=rf"run.yaml holds {kind}; expected lines such as `model: my-model`\."):
+        from_yaml(tmp_path, text)
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"gone\.yml does not exist; pass a YAML file of arguments, or flags\."):
+        parse([str(tmp_path / "gone.yml"), *NEEDED])
+    with pytest.raises(ValueError, match=r"run\.yaml is not YAML: "):
+        from_yaml(tmp_path, "model: [")
+    assert main(["train", str(tmp_path / "gone.yml")]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"dsvl train: {tmp_path / 'gone.yml'} does not exist; pass a YAML file of arguments, " + ("or flags.\n")
+    )
+
+
+def test_the_deepspeed_launchers_rank_may_stand_before_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML)
+    assert plain(parse(["--local_rank=0", str(path)]))[:2] == plain(from_yaml(tmp_path, YAML))[:2]
+
+
+# -- defaults ----------------------------------------------------------------------------------------------------------
+
+
+def test_defaults():
+    model_arguments, data_arguments, training = parsed()
+    assert model_arguments.train == ["projector", "embeddings"] and model_arguments.lora_rank == 0
+    assert data_arguments.on_bad_sample == "error" and data_arguments.max_length is None
+    assert training.lr_scheduler_type == "cosine" and training.warmup_steps == 0.03
+    assert training.get_warmup_steps(1000) == 30
+    assert training.remove_unused_columns is False
+    assert training.eval_strategy == "no" and training.load_best_model_at_end is False
+    assert training.deepspeed is None and training.output_dir == "o"
+
+
+@pytest.mark.parametrize("strategy, steps", [("steps", 30), ("epoch", 500)])
+def test_held_out_data_is_watched_whenever_a_checkpoint_is_written(strategy, steps):
+    flags = ["--save-strategy", strategy] + (["--save-steps", steps] if strategy == "steps" else [])
+    training = parsed("--eval-data", "e", *flags)[2]
+    assert training.eval_strategy == training.save_strategy == strategy
+    assert training.load_best_model_at_end is True
+    assert training.metric_for_best_model == "loss" and training.greater_is_better is False
+    if strategy == "steps":
+        assert training.eval_steps == training.save_steps == steps
+
+
+def test_explicit_flags_about_evaluation_win(tmp_path):
+    training = parsed("--eval-data", "e", "--eval-strategy", "epoch")[2]  # saved by steps: the best may not be written
+    assert training.eval_strategy == "epoch" and training.load_best_model_at_end is False
+    training = parsed("--eval-data", "e", "--eval_steps=250")[2]
+    assert training.eval_steps == 250 and training.save_steps == 500 and training.load_best_model_at_end is True
+    assert parsed("--eval-data", "e", "--load-best-model-at-end", "false")[2].load_best_model_at_end is False
+    training = parsed("--eval-data", "e", "--save-strategy", "no")[2]
+    assert training.eval_strategy == "no" and training.load_best_model_at_end is False
+    training = from_yaml(tmp_path, YAML + "eval_data: e\neval_strategy: epoch\nsave_strategy: steps\n")[2]
+    assert training.eval_strategy == "epoch" and training.load_best_model_at_end is False
+
+
+def test_zero_stages():
+    stages = {name: zero_stage(name) for name in ("zero1", "zero2", "zero3", "zero3-offload")}
+    assert stages == {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
+    assert zero_stage(None) is None and zero_stage({}) == 0 and zero_stage({"zero_optimization": {"stage": 2}}) == 2
+
+
+def test_sound_combinations_pass_the_check():
+    values = dict(
+        train=["projector"], lora_rank=0, lora_language=True, lora_vision=False, qlora=False, eval_exact_match=False
+    )
+    check_options(values)
+    check_options(values | dict(train=["vision", "language", "head"]))
+    check_options(values | dict(train=["vision"], lora_rank=8))
+    check_options(values | dict(train=["language"], lora_rank=8, lora_language=False, lora_vision=True))
+    check_options(values | dict(deepspeed="zero3", eval_data="e", eval_exact_match=True, early_stopping_patience=2))
+
+
+def test_the_help_names_every_kind_of_flag(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert exit.value.code == 0 and all(f in said for f in ("--lora_rank", "--max_length", "--output"))

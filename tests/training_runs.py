@@ -1,0 +1,116 @@
+"""A tiny checkpoint, conversations, and `dsvl train` as the processes that a user would start."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import save_tiny_llama, tiny_tower_config
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor, CLIPVisionModel
+
+import dsvl
+
+WORDS = ["red", "green", "blue", "circle", "square", "one", "two", "three", "cup", "dog", "cat"]
+STEPS = ["--max-steps", "4", "--save-steps", "2", "--logging-steps", "1", "--learning-rate", "1e-2"]
+BATCH = "--per-device-train-batch-size"
+
+
+def make_checkpoint(folder: Path, name: str = "model", **llama: Any) -> Path:
+    """Compose a tiny random model with the reference's tokenizer; 5 tokens a picture of 28 pixels."""
+    torch.manual_seed(0)
+    CLIPVisionModel(tiny_tower_config()).save_pretrained(folder / "tower")
+    side = {"height": 28, "width": 28}
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=side).save_pretrained(folder / "tower")
+    save_tiny_llama(folder / "llama", **llama)
+    model, processor = dsvl.compose(folder / "tower", folder / "llama")
+    return dsvl.save_checkpoint(model, processor, folder / name)
+
+
+def make_conversations(folder: Path, name: str = "data.jsonl", layout: str = "ppt" * 6) -> Path:
+    """Conversations of one to three rounds: with pictures (p), or texts alone (t)."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    rng = random.Random(0)
+    lines = []
+    for index, kind in enumerate(layout):
+        messages: list[dict[str, Any]] = []
+        for number in range(rng.randint(1, 3)):
+            content: list[dict[str, str]] = []
+            if kind == "p" and number < 2:
+                path = f"pictures/{index}_{number}.png"
+                pixels = np.random.default_rng(10 * index + number).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / path)
+                content.append({"type": "image", "path": path})
+            content.append({"type": "text", "text": " ".join(rng.choices(WORDS, k=rng.randint(2, 6))) + "?"})
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": " ".join(rng.choices(WORDS, k=2))})
+        lines.append(json.dumps({"messages": messages}))
+    path = folder / name
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def command(*flags: str, processes: int = 1, launcher: str = "torchrun", module: str = "-m dsvl.training") -> list[str]:
+    """What a user types to start a training."""
+    bin_folder = Path(sys.executable).parent
+    script = module.split()
+    if launcher == "deepspeed":
+        module_flag = ["--module", script[1]] if script[0] == "-m" else script
+        return [
+            str(bin_folder / "deepspeed"),
+            "--num_gpus",
+            str(processes),
+            f"--master_port={_port()}",
+            *module_flag,
+            *flags,
+        ]
+    if launcher == "accelerate":
+        start = ["launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+        start += ["--dynamo_backend", "no", f"--main_process_port={_port()}"]
+        return [str(bin_folder / "accelerate"), *start, *script, *flags]
+    if processes == 1:
+        return [sys.executable, *script, *flags]
+    return [str(bin_folder / "torchrun"), f"--nproc-per-node={processes}", f"--master-port={_port()}", *script, *flags]
+
+
+def environment() -> dict[str, str]:
+    # One thread each: two processes on two cores, and sums in the same order.
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return kept | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+
+
+def run(*flags: str | Path, check: bool = True, **start: Any) -> "subprocess.CompletedProcess[str]":
+    """Train in processes of their own; a failure shows what they said."""
+    done = subprocess.run(command(*map(str, flags), **start), env=environment(), capture_output=True, text=True, timeout=400)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def losses(output: Path) -> list[float]:
+    """The logged losses of a finished run, one a step."""
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model.safetensors")
+
+
+def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two sets of weights, of the same names."""
+    assert one.keys() == other.keys()
+    return max((one[key] - other[key]).abs().max().item() for key in one)
+
+
+def _port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

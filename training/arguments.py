@@ -1,0 +1,239 @@
+"""The arguments of `dsvl train`: as flags, or from a YAML file whose values flags override."""
+
+import argparse
+import importlib.util
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .model_states import ZERO
+from .parts import PARTS
+
+
+@dataclass
+class ModelArguments:
+    """What learns, and how."""
+
+    model: str = field(metadata={"help": "directory or Hub name of a DSVL checkpoint"})
+    train: list[str] = field(
+        default_factory=lambda: ["projector", "embeddings"], metadata={"help": f"what learns: {', '.join(PARTS)}"}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "the decoder's attention: sdpa, eager or flex_attention"}
+    )
+    lora_rank: int = field(default=0, metadata={"help": "rank of LoRA adapters; 0 for none"})
+    lora_alpha: int | None = field(
+        default=None,
+        metadata={"help": "adapters are scaled by alpha / rank. Default: twice the rank; DeepSpeed-VisualChat's scale is 1"},
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "in front of the adapters"})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "last names of the linear layers to adapt, q_proj and so on. Default: all of them"}
+    )
+    lora_language: bool = field(default=True, metadata={"help": "adapt the decoder"})
+    lora_vision: bool = field(default=False, metadata={"help": "adapt the vision tower"})
+    dora: bool = field(default=False, metadata={"help": "weight-decomposed adapters"})
+    qlora: bool = field(default=False, metadata={"help": "load the frozen weights in 4 bits (needs bitsandbytes)"})
+
+
+@dataclass
+class DataArguments:
+    """What it learns from."""
+
+    data: str = field(metadata={"help": "conversations: a JSON lines or Parquet file, a directory, or a name on the Hub"})
+    eval_data: str | None = field(default=None, metadata={"help": "held-out conversations, of the same forms"})
+    max_length: int | None = field(
+        default=None, metadata={"help": "tokens of a conversation, pictures included; whole rounds beyond it are left out"}
+    )
+    on_bad_sample: str = field(
+        default="error", metadata={"help": "error or skip: a broken line, a missing picture, a first round that is too long"}
+    )
+
+
+@dataclass
+class DSVLTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with this model's defaults, and what they do not know."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "for the trained model", "aliases": ["--output"]})
+    deepspeed: dict | str | None = field(
+        default=None, metadata={"help": f"{', '.join(ZERO)}, or a DeepSpeed configuration: its path, or a mapping in YAML"}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "the learning rate's course"})
+    warmup_steps: float = field(default=0.03, metadata={"help": "steps, or a share of all if less than 1"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "the collator reads the conversations themselves"})
+    embeddings_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the token embeddings (learning_rate_pretraining_components). Default: the same"}
+    )
+    eval_exact_match: bool = field(
+        default=False, metadata={"help": "answer each held-out question, and count the exact answers (eval_exact_match)"}
+    )
+    eval_max_new_tokens: int = field(default=64, metadata={"help": "of such an answer"})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "stop after so many evaluations without a better metric_for_best_model"}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("No output directory; pass --output DIR.")
+        if isinstance(self.deepspeed, str) and not self.deepspeed.startswith("{"):
+            self.deepspeed = str(zero_configuration(self.deepspeed))
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.deepspeed is not None:
+            _start_deepspeed(on_cpu=self.use_cpu)
+        super().__post_init__()
+
+
+def zero_configuration(name: str) -> Path:
+    """The DeepSpeed configuration of this name, or at this path.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    path = Path(__file__).with_name(f"{name}.json") if name in ZERO else Path(name)
+    if not path.is_file():
+        raise ValueError(f"--deepspeed {name} is no file; choose from {', '.join(ZERO)}, or pass the path of one.")
+    return path
+
+
+def _start_deepspeed(on_cpu: bool) -> None:
+    """Start DeepSpeed's communication; without a launcher, for one process."""
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        # With it accelerate would choose DDP, without a word.
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise ValueError("--deepspeed needs DeepSpeed; pip install 'dsvl[train]'.") from error
+        # Before accelerate does, which would not know that the processes have no accelerator.
+        deepspeed.init_distributed(dist_backend="gloo")
+
+
+def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrainingArguments]:
+    """Read the arguments.
+
+    Args:
+        argv: flags; a YAML file of them may stand first.
+
+    Raises:
+        ValueError: if they do not go together, before anything is loaded.
+        SystemExit: for an unknown flag.
+    """
+    argv = list(argv)
+    # The launcher of DeepSpeed puts --local_rank=N before everything.
+    place = 1 if argv[:1] and argv[0].startswith("--local_rank") else 0
+    if argv[place : place + 1] and argv[place].endswith((".yaml", ".yml")):
+        argv[place : place + 1] = _flags(Path(argv[place]))
+    types: list[Any] = [ModelArguments, DataArguments, DSVLTrainingArguments]
+    parser = HfArgumentParser(
+        types,
+        prog="dsvl train",
+        description="Fine-tune a DSVL checkpoint. RUN.yaml holds flags without their dashes; every TrainingArguments field "
+        "is one as well.",
+        usage="dsvl train [RUN.yaml] --model DIR --data FILE --output DIR [flags]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    next(action for action in parser._actions if action.dest == "train").nargs = "*"  # adapters may learn alone
+    values = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if values.get("eval_data"):
+        # Evaluate whenever a checkpoint is written, and keep the best: what held-out data is for.
+        given = {flag.lstrip("-").split("=")[0].replace("-", "_") for flag in argv if flag.startswith("--")}
+        values |= {} if "eval_strategy" in given else {"eval_strategy": values["save_strategy"]}
+        values |= {} if "eval_steps" in given else {"eval_steps": values["save_steps"]}
+        if "load_best_model_at_end" not in given and values["save_strategy"] != "no":
+            values["load_best_model_at_end"] = values["eval_strategy"] == values["save_strategy"]
+    check_options(values)
+    return parser.parse_dict(values)
+
+
+def _flags(path: Path) -> list[str]:
+    """A YAML file's values as flags."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; pass a YAML file of arguments, or flags.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; expected lines such as `model: my-model`.")
+    flags = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        flags.append(f"--{key}")
+        if isinstance(value, list):
+            flags += [str(element) for element in value]
+        else:
+            flags.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return flags
+
+
+def check_options(values: dict[str, Any]) -> None:
+    """Refuse arguments that do not go together.
+
+    Args:
+        values: the fields of the three argument classes, by name.
+
+    Raises:
+        ValueError: naming the arguments and the remedy.
+    """
+    unknown = [part for part in values["train"] if part not in PARTS]
+    if unknown:
+        raise ValueError(f"--train {' '.join(unknown)}: there is no such part; choose from {', '.join(PARTS)}.")
+    rank, adapters = values["lora_rank"], values["lora_rank"] > 0
+    if rank < 0:
+        raise ValueError(f"--lora-rank {rank}: pass a positive rank, or 0 for no adapters.")
+    asked = [name for name in ("lora_vision", "dora", "qlora", "lora_targets", "lora_alpha") if values.get(name)]
+    if asked and not adapters:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise ValueError(f"{flags} without adapters; pass --lora-rank too (16, say).")
+    for part, flag in (("language", "lora_language"), ("vision", "lora_vision")):
+        if adapters and part in values["train"] and values[flag]:
+            remedy = f"leave {part} out of --train, or pass --{flag.replace('_', '-')} false"
+            raise ValueError(f"--train {part} learns in full what --lora-rank would freeze and adapt; {remedy}.")
+    if adapters and not (values["lora_language"] or values["lora_vision"]):
+        raise ValueError("--lora-rank with nothing to adapt; leave --lora-language on, or pass --lora-vision.")
+    if not adapters and not values["train"]:
+        raise ValueError("--train names nothing to learn.")
+    stage = zero_stage(values.get("deepspeed"))
+    if values["qlora"] and stage == 3:
+        raise ValueError("--qlora with ZeRO-3: 4-bit weights cannot be partitioned; choose --deepspeed zero2.")
+    if values["qlora"] and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--qlora needs bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out.")
+    if stage is not None and values.get("torch_compile"):
+        raise ValueError("--torch-compile with --deepspeed: their hooks do not go together; choose one of them.")
+    if values.get("early_stopping_patience") and not values.get("eval_data"):
+        raise ValueError("--early-stopping-patience has nothing to watch; pass --eval-data.")
+    if values["eval_exact_match"] and not values.get("eval_data"):
+        raise ValueError("--eval-exact-match has no questions; pass --eval-data.")
+
+
+def zero_stage(deepspeed: Any) -> int | None:
+    """The ZeRO stage of a `--deepspeed` argument; None without DeepSpeed."""
+    if deepspeed is None:
+        return None
+    if isinstance(deepspeed, str):
+        written = deepspeed if deepspeed.startswith("{") else zero_configuration(deepspeed).read_text(encoding="utf-8")
+        try:
+            deepspeed = json.loads(written)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--deepspeed {deepspeed} is not JSON: {error}.") from error
+    return int(deepspeed.get("zero_optimization", {}).get("stage", 0))

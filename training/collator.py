@@ -1,0 +1,160 @@
+"""Conversations to a batch that a DSVL model learns from."""
+
+import logging
+from typing import Any
+
+import torch
+from transformers.image_utils import load_image
+
+from ..data import complete_messages
+from ..data.conversations import NAMED, ON_BAD_SAMPLE
+
+logger = logging.getLogger(__name__)
+
+MULTIPLE = 8  # tokens: what matrix units like
+WORKERS = 256  # of a data loader, and the process itself
+
+
+class ConversationCollator:
+    """Renders conversations with the chat template; the assistant's tokens, the end of each answer included, are learnt.
+
+    A conversation of more than `max_length` tokens loses whole rounds from its end, never a part of a picture.
+
+    Args:
+        processor: the model's `DSVLProcessor`.
+        max_length: in tokens, image tokens included; None for no limit.
+        on_bad_sample: what happens if the first round does not fit, or a picture cannot be decoded: "error", or "skip" to
+            leave the conversation out of its batch. A batch that loses all of them has nothing to learn.
+
+    """
+
+    def __init__(self, processor: Any, max_length: int | None = None, on_bad_sample: str = "error") -> None:
+        if on_bad_sample not in ON_BAD_SAMPLE:
+            raise ValueError(f"on_bad_sample={on_bad_sample!r} is not known; choose from {ON_BAD_SAMPLE}.")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length} leaves no token; pass at least 1, or None for no limit.")
+        self.processor, self.max_length, self.on_bad_sample = processor, max_length, on_bad_sample
+        # Shared with the data loader's workers, a row for each, as they count at the same time.
+        self._counts = torch.zeros(WORKERS, 3, dtype=torch.int64).share_memory_()
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """How many conversations were seen, left out, and shortened, by all workers: (3,), int64."""
+        return self._counts.sum(0)
+
+    def __call__(self, samples: list[Any]) -> dict[str, torch.Tensor]:
+        """Make a batch.
+
+        Args:
+            samples: `{"messages": ...}` with or without `"images"` (see dsvl.data), or lists of messages.
+
+        Returns:
+            `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (-100 where nothing is learnt), int64 of (batch,
+            tokens), tokens a multiple of 8; and `pixel_values` (pictures, 3, height, width) if there are pictures.
+
+        Raises:
+            ValueError: as asked for by `on_bad_sample`.
+        """
+        worker = torch.utils.data.get_worker_info()
+        counts = self._counts[0 if worker is None else 1 + worker.id % (WORKERS - 1)]
+        conversations = []
+        for sample in samples:
+            counts[0] += 1
+            try:
+                messages = complete_messages(sample)
+                kept = self.shorten(messages)
+                conversations.append(self.decode(kept))
+                counts[2] += len(kept) < len(messages)
+            except ValueError as error:
+                if self.on_bad_sample == "error":
+                    raise ValueError(f"{error} Or leave such conversations out (--on-bad-sample skip).") from error
+                counts[1] += 1
+                if counts[1] <= NAMED:
+                    logger.warning("Left out: %s", error)
+        if not conversations:
+            return self._nothing()
+        batch = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"padding": True, "pad_to_multiple_of": MULTIPLE},
+        )
+        # As lists: with return_tensors="pt" the mask is made by walking tensors element by element, four times slower.
+        batch = batch.convert_to_tensors("pt")
+        batch["labels"] = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
+        return dict(batch)
+
+    def shorten(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages without the last rounds, as many as do not fit into `max_length`.
+
+        Raises:
+            ValueError: if not even the first round fits.
+        """
+        if self.max_length is None:
+            return messages
+        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+        # A round ends with its last answer.
+        ends = [end for end in ends if end == len(messages) or messages[end]["role"] == "user"]
+        for end in reversed(ends):
+            length = self.length(messages[:end])
+            if length <= self.max_length:
+                return messages[:end]
+        question = next(message["content"] for message in messages if message["role"] == "user")
+        raise ValueError(
+            f"The first round of a conversation takes {length} tokens, more than max_length={self.max_length} "
+            f"({_text(question)!r}); raise max_length."
+        )
+
+    def length(self, messages: list[dict[str, Any]]) -> int:
+        """How many tokens a conversation takes, its image tokens included; no picture is looked at."""
+        text = self.processor.apply_chat_template(messages, tokenize=False)
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return len(ids) + ids.count(self.processor.image_token_id) * (self.processor.image_seq_length - 1)
+
+    def decode(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with their pictures decoded, so that one that cannot be is told by itself.
+
+        Raises:
+            ValueError: naming that picture.
+        """
+        return [
+            message
+            if isinstance(message["content"], str)
+            else message | {"content": [_decoded(part) for part in message["content"]]}
+            for message in messages
+        ]
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        """A batch of one token with nothing to learn, for a rank that others wait for."""
+        tokenizer = self.processor.tokenizer
+        ids = torch.full((1, MULTIPLE), tokenizer.pad_token_id)
+        ids[0, -1] = tokenizer.eos_token_id
+        mask = torch.zeros_like(ids)
+        mask[0, -1] = 1
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "mm_token_type_ids": torch.zeros_like(ids),
+            "labels": torch.full_like(ids, -100),
+        }
+
+
+def _decoded(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] != "image":
+        return part
+    (source,) = (value for key, value in part.items() if key != "type")
+    if getattr(source, "ndim", 0) in (2, 3):
+        return part  # an array
+    try:
+        picture = load_image(source)
+        picture.load()
+    except (OSError, SyntaxError, TypeError, ValueError) as error:  # SyntaxError: Pillow, for a broken PNG
+        name = source if isinstance(source, str) and len(source) < 300 else type(source).__name__
+        raise ValueError(f"The picture {name} cannot be decoded: {error}.") from error
+    return {"type": "image", "image": picture}
+
+
+def _text(content: Any) -> str:
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+    return " ".join(texts)[:60]

@@ -1,0 +1,358 @@
+"""A training run, from arguments to a complete checkpoint."""
+
+import contextlib
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import DistributedType
+from transformers import AutoProcessor, EarlyStoppingCallback, PreTrainedConfig, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from ..data import complete_messages, load_conversations
+from ..hub_card import render_card
+from ..modeling_dsvl import DSVLForConditionalGeneration
+from .adapters import lora_config, merge_adapters
+from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments, parse
+from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
+from .collator import ConversationCollator
+from .kernels import use_liger
+from .parts import PARTS
+from .trainer import DSVLTrainer, count_parameters
+
+logger = logging.getLogger(__name__)
+
+ADAPTERS = "adapters"  # the folder of a LoRA run's adapters in its output directory
+MEASURED = 256  # conversations whose length is measured before training
+
+
+def main(argv: list[str]) -> None:
+    """Run `dsvl train`."""
+    # DeepSpeed calls functions that torch renames, several times a step: that would bury the progress bar.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    model_arguments, data_arguments, arguments = parse(argv)
+    _log_to_console(arguments)
+    try:
+        train(model_arguments, data_arguments, arguments)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(
+    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: DSVLTrainingArguments
+) -> dict[str, float]:
+    """Fine-tune a checkpoint, resuming where an earlier run of the same output directory was interrupted.
+
+    At the end `arguments.output_dir` is a complete DSVL checkpoint; adapters are merged into it, and lie in `adapters/`.
+
+    Returns:
+        The metrics of the training and of the last evaluation.
+
+    Raises:
+        ValueError: for arguments or data that do not work; where possible, before weights are loaded.
+    """
+    set_seed(arguments.seed)
+    check_is_dsvl(model_arguments.model)
+    train_data = load_conversations(data_arguments.data, data_arguments.on_bad_sample)
+    eval_data = None
+    if data_arguments.eval_data is not None:
+        eval_data = load_conversations(data_arguments.eval_data, data_arguments.on_bad_sample)
+
+    processor = AutoProcessor.from_pretrained(model_arguments.model)
+    collator = ConversationCollator(processor, data_arguments.max_length, data_arguments.on_bad_sample)
+    model = load_model(model_arguments, arguments)
+
+    callbacks: list[Any] = [CompleteCheckpoints(arguments.save_total_limit)]
+    arguments.save_total_limit = None  # kept by the callback
+    if arguments.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
+    trainer = DSVLTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    kind = trainer.accelerator.distributed_type
+    if arguments.deepspeed is not None and kind != DistributedType.DEEPSPEED:
+        raise RuntimeError(f"--deepspeed was asked for, but accelerate has chosen {kind.value}; look at its environment.")
+    for line in describe(trainer, collator, arguments):
+        logger.info(line)
+    checkpoint = None
+    if arguments.resume_from_checkpoint:
+        checkpoint = arguments.resume_from_checkpoint
+    else:
+        with arguments.main_process_first(local=False, desc="looking for checkpoints"):
+            checkpoint = last_complete_checkpoint(str(arguments.output_dir), put_aside=trainer.is_world_process_zero())
+    if checkpoint is not None:
+        logger.info("Resuming from %s.", checkpoint)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    _report_counts(collator, train_data)
+    if eval_data is not None:
+        metrics |= trainer.evaluate()
+    save_trained(trainer, model_arguments, data_arguments, metrics, len(train_data))
+    return metrics
+
+
+def check_is_dsvl(name: str) -> None:
+    """Refuse a model that is not a DSVL checkpoint, by its configuration alone."""
+    config, _ = PreTrainedConfig.get_config_dict(name)
+    if config.get("model_type") != "dsvl":
+        raise ValueError(
+            f"--model {name} is of type {config.get('model_type')!r}, not a DSVL checkpoint; compose one of a vision tower "
+            "and a language model (dsvl compose), or pass its directory."
+        )
+
+
+def precision(arguments: DSVLTrainingArguments) -> torch.dtype:
+    """Of the weights that do not learn, and of all in the end."""
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+
+
+def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments) -> Any:
+    """Load the model in the precision to train in, and say what learns.
+
+    Under `--bf16` (`--fp16`) weights are loaded in it. Without DeepSpeed, which keeps copies in float32 itself, what learns
+    is float32, so that small updates are not rounded away.
+    """
+    dtype = precision(arguments)
+    options: dict[str, Any] = {"dtype": dtype}
+    if model_arguments.attn_implementation is not None:
+        options["attn_implementation"] = {"text_config": model_arguments.attn_implementation}
+    if model_arguments.qlora:
+        options["quantization_config"] = _four_bits(dtype)
+    model = DSVLForConditionalGeneration.from_pretrained(model_arguments.model, **options)
+    model.config.text_config.use_cache = False
+    if arguments.use_liger_kernel:
+        use_liger(model)
+        arguments.use_liger_kernel = False  # it is in place; the Trainer would look for kernels of the type "dsvl"
+    if model_arguments.lora_rank > 0:
+        from peft import get_peft_model
+
+        config = lora_config(
+            model,
+            model_arguments.lora_rank,
+            model_arguments.lora_alpha,
+            train=model_arguments.train,
+            targets=model_arguments.lora_targets,
+            language=model_arguments.lora_language,
+            vision=model_arguments.lora_vision,
+            dropout=model_arguments.lora_dropout,
+            dora=model_arguments.dora,
+        )
+        set_seed(arguments.seed)  # the same adapters to begin with, however much chance loading took
+        model = get_peft_model(model, config, autocast_adapter_dtype=arguments.deepspeed is None)
+    else:
+        model.set_trainable(**{argument: part in model_arguments.train for part, argument in PARTS.items()})
+    if arguments.deepspeed is None and dtype != torch.float32:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if "language" not in model_arguments.train:  # a frozen decoder computes in its own precision
+            model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))
+    return model
+
+
+def _four_bits(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    # What learns in full, and what is too small or too delicate to quantize, stays as it is.
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.multi_modal_projector", "model.vision_tower", "lm_head"],
+    )
+
+
+def describe(trainer: DSVLTrainer, collator: ConversationCollator, arguments: DSVLTrainingArguments) -> list[str]:
+    """What a run will do, a line each: parameters, tokens, optimizer memory."""
+    trained, total = count_parameters(trainer.model)
+    data = trainer.train_dataset
+    places = range(0, len(data), max(len(data) // MEASURED, 1))
+    lengths = []
+    for place in places:
+        with contextlib.suppress(ValueError):  # told when its batch is made
+            lengths.append(collator.length(collator.shorten(complete_messages(data[place]))))
+    tokens = sum(lengths) / len(places) * len(data)
+    about = "" if len(places) == len(data) else "about "
+    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
+    # AdamW's two moments in float32; DeepSpeed's copy of the weights beside them when they are of 16 bits.
+    each = 8 + (4 if stage is not None and (arguments.bf16 or arguments.fp16) else 0)
+    share = arguments.world_size if stage else 1
+    where = f"1/{share} of it, ZeRO-{stage}" if share > 1 else "all of it"
+    return [
+        f"Parameters: {trained:,} of {total:,} are trained ({trained / total:.2%}).",
+        f"Tokens: {about}{tokens:,.0f} an epoch, in {len(data):,} conversations.",
+        f"Optimizer: {trained * each / share / 2**30:.3f} GiB in each of {arguments.world_size} processes ({where}).",
+    ]
+
+
+def save_trained(
+    trainer: DSVLTrainer,
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    metrics: dict[str, float],
+    conversations: int,
+) -> None:
+    """Make the output directory a complete checkpoint: weights, configuration, code, processor, card.
+
+    Everything is written beside it first; an interrupted call leaves the checkpoints to resume from.
+    """
+    arguments = trainer.args
+    output = Path(arguments.output_dir)
+    partial = output / ".trained.partial"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    adapted = model_arguments.lora_rank > 0
+    config = trainer.model.config
+    config.text_config.use_cache = True
+    config.__dict__.pop("use_cache", None)  # the Trainer's, for the time of the training
+    if not adapted and not trainer.is_deepspeed_enabled:
+        trainer.model.to(precision(arguments))  # what learnt was float32
+    trainer.save_model(str(partial / ADAPTERS if adapted else partial))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        if adapted:
+            with _whole_weights():
+                merged = merge_adapters(model_arguments.model, partial / ADAPTERS)
+            merged.save_pretrained(partial)
+            trainer.processing_class.save_pretrained(partial)
+        else:
+            check_keys(trainer.model, partial)
+        trainer.state.save_to_json(str(partial / "trainer_state.json"))
+        card = render_card(
+            config,
+            [model_arguments.model],
+            training=_facts(trainer, model_arguments, data_arguments, metrics, conversations),
+        )
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        _move(partial, output)
+        logger.info("The trained model is in %s.", output)
+    trainer.accelerator.wait_for_everyone()
+
+
+def check_keys(model: DSVLForConditionalGeneration, directory: Path) -> None:
+    """Hold the keys of saved weights against the model's own.
+
+    Raises:
+        RuntimeError: if they differ; the directory would load with parts made up at random.
+    """
+    from safetensors import safe_open
+
+    saved: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            saved |= set(file.keys())
+    own = set(model.state_dict())
+    tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
+    if saved - own or own - saved - tied:
+        raise RuntimeError(
+            f"The saved weights are not the model's own: unknown are {sorted(saved - own)[:3]}, missing "
+            f"{sorted(own - saved - tied)[:3]}."
+        )
+
+
+@contextlib.contextmanager
+def _whole_weights() -> Iterator[None]:
+    """Load weights as they are, though ZeRO-3 is on."""
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref() if is_deepspeed_zero3_enabled() else None
+    if kept is not None:
+        unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if kept is not None:
+            set_hf_deepspeed_config(kept)
+
+
+def _move(partial: Path, output: Path) -> None:
+    """Move what was written into its place, the configuration last: without it nothing is taken for a checkpoint."""
+    (output / "config.json").unlink(missing_ok=True)
+    for stale in [*output.glob("*.safetensors"), *output.glob("*.safetensors.index.json")]:
+        stale.unlink()
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        target = output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    partial.rmdir()
+
+
+def _facts(
+    trainer: DSVLTrainer,
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    metrics: dict[str, float],
+    conversations: int,
+) -> dict[str, Any]:
+    """What the card says of a training."""
+    arguments = trainer.args
+    settings: dict[str, Any] = {
+        "trained parts": ", ".join(model_arguments.train),
+        "learning rate": arguments.learning_rate,
+        "learning rate of the embeddings": arguments.embeddings_learning_rate or arguments.learning_rate,
+        "schedule": f"{arguments.lr_scheduler_type.value}, {arguments.warmup_steps:g} warm-up",
+        "weight decay": arguments.weight_decay,
+        "conversations a step": arguments.per_device_train_batch_size
+        * arguments.gradient_accumulation_steps
+        * arguments.world_size,
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0, 2),
+        "seed": arguments.seed,
+        "precision": str(precision(arguments)).removeprefix("torch."),
+        "processes": arguments.world_size,
+    }
+    if model_arguments.lora_rank > 0:
+        config = trainer.model.peft_config["default"]
+        settings["adapters"] = f"{'DoRA' if config.use_dora else 'LoRA'}, rank {config.r}, alpha {config.lora_alpha}"
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    results = {"last logged training loss": losses[-1]} if losses else {}
+    results |= {name: value for name, value in metrics.items() if name in ("eval_loss", "eval_exact_match")}
+    return {
+        "data": Path(data_arguments.data).name if Path(data_arguments.data).exists() else data_arguments.data,
+        "conversations": conversations,
+        "settings": settings,
+        "results": results,
+    }
+
+
+def _report_counts(collator: ConversationCollator, data: Any) -> None:
+    counts = collator.counts
+    if dist.is_initialized():
+        total = counts.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(total)
+        counts = total.cpu()
+    seen, left_out, shortened = counts.tolist()
+    if left_out or shortened or data.skipped:
+        logger.warning(
+            "Of %d conversations put into batches, %d were left out and %d lost rounds that did not fit; %d samples of %s "
+            "were broken.",
+            seen,
+            left_out,
+            shortened,
+            data.skipped,
+            data.source,
+        )
+
+
+def _log_to_console(arguments: DSVLTrainingArguments) -> None:
+    package = logging.getLogger(__package__.partition(".")[0])
+    if not package.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package.addHandler(handler)
+    package.setLevel(logging.INFO if arguments.process_index == 0 else logging.ERROR)

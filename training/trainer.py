@@ -1,0 +1,106 @@
+"""The Trainer: which parameters decay, which learn at their own rate, and evaluations that do not depend on the batches."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_parameter_names
+from transformers.trainer_utils import EvalLoopOutput
+
+from .evaluation import exact_match
+
+# As in Trainer.get_decay_parameter_names; "embed" beside the modules for what is a parameter of its own (CLIP's CLS token).
+NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)", r"embed", r"(?:^|\.)query$"]
+
+
+class DSVLTrainer(Trainer):
+    """`Trainer` with DSVL's parameter groups, and its evaluations.
+
+    `eval_loss` is the mean over all supervised tokens, so that it does not depend on batches and processes (the Trainer's is
+    a mean of means, in which the last batch's repetitions count). Under `eval_exact_match` an evaluation also answers the
+    held-out questions.
+    """
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """The optimizer's class and arguments; `params` holds the groups, unless the optimizer makes its own."""
+        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if model is not None and not {"params", "model", "optimizer_dict"} & set(kwargs):
+            kwargs["params"] = parameter_groups(model, args.weight_decay, getattr(args, "embeddings_learning_rate", None))
+        return optimizer, kwargs
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, which would train one step more when it resumes from a checkpoint of the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """As `Trainer.prediction_step`, and counts the loss of every sample once."""
+        labels = inputs["labels"] = inputs["labels"].clone()
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:  # the processes share so many; what follows are repetitions
+            own = state.remainder - self.accelerator.process_index * self.args.eval_batch_size
+            labels[max(own, 0) :] = -100
+        outputs = super().prediction_step(model, inputs, *args, **kwargs)
+        tokens = (labels[:, 1:] != -100).sum().to(self.args.device)
+        # Each process returns its sum over the mean number of tokens in a process.
+        mean = self.accelerator.reduce(outputs[0].float(), "mean")
+        tokens = self.accelerator.reduce(tokens, "sum")
+        self._eval_loss += torch.stack([mean * tokens, tokens]).double().cpu()
+        return outputs
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`, with `eval_loss` over tokens, and `eval_exact_match` if it is asked for."""
+        self._eval_loss = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = (self._eval_loss[0] / self._eval_loss[1].clamp(min=1)).item()
+        if getattr(self.args, "eval_exact_match", False):
+            with self.accelerator.autocast():  # generate() does not pass by what accelerate put around the model
+                share = exact_match(
+                    self.model,
+                    self.data_collator,
+                    self.eval_dataset,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    max_new_tokens=self.args.eval_max_new_tokens,
+                )
+            output.metrics[f"{metric_key_prefix}_exact_match"] = share
+        return output
+
+
+def parameter_groups(model: Any, weight_decay: float, embeddings_learning_rate: float | None = None) -> list[dict[str, Any]]:
+    """What learns, in groups: no decay on norms, biases and embeddings; embeddings at their own rate.
+
+    Args:
+        model: any model whose `get_input_embeddings` names its token embeddings; adapters of PEFT may be on it.
+        weight_decay: of all other parameters.
+        embeddings_learning_rate: None for the optimizer's own.
+
+    Returns:
+        Non-empty groups for a torch optimizer, every trained parameter in exactly one of them.
+    """
+    decaying = set(get_parameter_names(model, [nn.LayerNorm, nn.Embedding], NO_DECAY))
+    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in embeddings, name in decaying), []).append(parameter)
+    made = []
+    for (is_embedding, decays), parameters in groups.items():
+        group: dict[str, Any] = {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        if is_embedding and embeddings_learning_rate is not None:
+            group["lr"] = embeddings_learning_rate
+        made.append(group)
+    return made
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are; partitioned ones (ZeRO-3) in full."""
+
+    def size(parameter: torch.Tensor) -> int:
+        return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+    parameters = list(model.parameters())
+    return sum(size(p) for p in parameters if p.requires_grad), sum(map(size, parameters))
