@@ -241,14 +241,13 @@ class DSVLModel(DSVLPreTrainedModel):
         under ZeRO-3 they wait for it at every layer of tower and projector, in evaluation too. Alone, a text-only batch is
         then one of zero gradients, rather than one without a graph.
         """
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            return False  # a decode step, which sees pictures nowhere
-        if is_deepspeed_zero3_enabled():
-            return True
         parts = (self.multi_modal_projector, self.vision_tower)
-        return (
+        waited_for = is_deepspeed_zero3_enabled() or (
             self.training and torch.is_grad_enabled() and any(p.requires_grad for part in parts for p in part.parameters())
         )
+        # A decode step sees pictures nowhere. Asked last: a static cache's length is a tensor, on which no compiled step may
+        # branch.
+        return waited_for and (past_key_values is None or past_key_values.get_seq_length() == 0)
 
     def encode_blank_picture(self) -> torch.Tensor:
         """Zero, by way of tower and projector: what a process without pictures does where others encode theirs."""
