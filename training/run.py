@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from .trainer import DSVLTrainer, count_parameters
 logger = logging.getLogger(__name__)
 
 ADAPTERS = "adapters"  # the folder of a LoRA run's adapters in its output directory
+LAST_DROPS = 0.2  # seconds; Gloo's threads need microseconds of them
 MEASURED = 256  # conversations whose length is measured before training
 
 
@@ -42,7 +44,21 @@ def main(argv: list[str]) -> None:
         train(model_arguments, data_arguments, arguments)
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _leave_the_others()
+
+
+def _leave_the_others() -> None:
+    """End the communication of the processes.
+
+    Gloo's worker threads drop a finished barrier, and with it the tensors of the collectives before it, a moment after it
+    has returned. They need Python's lock for that, and one that waits for it while the interpreter shuts down aborts the
+    process ("terminate called without an active exception"). Destroying the groups would join the threads, but DeepSpeed's
+    engine outlives its trainer and keeps them; so they get the lock once more while nothing else wants it.
+    """
+    gloo = dist.get_backend() == "gloo"
+    dist.destroy_process_group()
+    if gloo:
+        time.sleep(LAST_DROPS)
 
 
 def train(
