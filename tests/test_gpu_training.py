@@ -22,9 +22,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, output, *flags):
-    command = [sys.executable, "-m", "dsvl.training", "--model", folder / "model", "--data", folder / "data.jsonl"]
-    command += ["--output", output, BATCH, 4, *STEPS, *flags]
+def train(folder, output, *flags, processes=1, batch=4):
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "dsvl.training",
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "data.jsonl",
+    ]
+    command += ["--output", output, BATCH, batch, *STEPS, *flags]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "DS_ACCELERATOR")}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,3 +68,19 @@ def test_a_run_learns_and_resumes(folder, tmp_path, setup):
     assert "Resuming from" in train(folder, output, *flags).stderr
     assert losses(output) == pytest.approx(whole, abs=0.02)  # sums on a GPU come in any order
     assert "eval_exact_match" in json.dumps(json.loads((output / "trainer_state.json").read_text())["log_history"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3", "zero3-offload"])
+def test_two_gpus_learn_as_one(folder, tmp_path, setup):
+    if "zero" in setup:
+        pytest.importorskip("deepspeed")
+    train(folder, tmp_path / "one")
+    flags = ["--deepspeed", setup] if "zero" in setup else []
+    train(folder, tmp_path / "two", *flags, processes=2, batch=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_without_a_launcher_one_gpu_trains(folder, tmp_path):
+    assert "2 GPUs, but no launcher" in train(folder, tmp_path / "output").stderr

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .model_states import ZERO
 from .parts import PARTS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -90,6 +93,14 @@ class DSVLTrainingArguments(TrainingArguments):
         if self.deepspeed is not None:
             _start_deepspeed(on_cpu=self.use_cpu)
         super().__post_init__()
+        if self.n_gpu > 1:
+            # The Trainer would choose DataParallel, which hands out pictures as if each conversation had one.
+            logger.warning(
+                "%d GPUs, but no launcher: one of them trains. torchrun --nproc-per-node %d -m dsvl.training uses all.",
+                self.n_gpu,
+                self.n_gpu,
+            )
+            self._n_gpu = 1
 
 
 def zero_configuration(name: str) -> Path:
