@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
+from .data import commands as data
 from .training import plan
 
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _add_merge(commands)
     plan.add_parser(commands)
+    data.add_parser(commands)
     if argv[:1] == ["train"]:
         arguments = argparse.Namespace(command="train", run=_train, argv=argv[1:])
     else:

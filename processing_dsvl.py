@@ -1,5 +1,6 @@
 """The DSVL processor: pictures and conversations to model inputs."""
 
+import os
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ class DSVLProcessor(ProcessorMixin):
             text = [text] if isinstance(text, str) else list(text)
         if images is not None:
             samples = _by_sample(images)
-            images = [_load(image, number) for number, image in enumerate(sum(samples, []))] or None
+            images = [decode_picture(image) for image in sum(samples, [])] or None
             if text is not None:
                 self._check_counts(samples, text)
         elif text is not None:
@@ -230,20 +231,44 @@ def _by_sample(images: Any) -> list[list]:
     return [[images]]
 
 
-def _load(image: Any, number: int) -> Any:
-    """One decoded picture; an error names which one cannot be."""
-    if getattr(image, "ndim", 0) in (2, 3):
-        return image
+def decode_picture(source: Any) -> Any:
+    """A picture as upright RGB, whatever it is stored as.
+
+    16-bit greys are scaled to 8 bits, transparency lies on white, an animation shows its first frame, EXIF's rotation is
+    applied. (transformers' `load_image` clips the former to white and leaves what lies under the transparent.)
+
+    Args:
+        source: a PIL image, a path, an address or base64; an array or tensor of a picture is returned as it is.
+
+    Returns:
+        a PIL image of mode RGB.
+
+    Raises:
+        ValueError: naming the source, if it cannot be decoded.
+    """
+    if getattr(source, "ndim", 0) in (2, 3):
+        return source
+    from PIL import Image, ImageOps
+
     try:
-        image = load_image(image)
-        image.load()
-    except (OSError, SyntaxError, TypeError, ValueError) as error:  # SyntaxError: Pillow, for a broken PNG
-        source = image if isinstance(image, str) and len(image) < 300 else type(image).__name__
+        # An address, base64, and what is no picture at all are transformers' to read, or to refuse.
+        image = Image.open(source) if isinstance(source, str) and os.path.isfile(source) else source
+        if not isinstance(image, Image.Image):
+            return load_image(source)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = image.point(lambda value: value * (1 / 257)).convert("L")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        # SyntaxError: Pillow, for a broken PNG
+        name = source if isinstance(source, str) and len(source) < 300 else type(source).__name__
         raise ValueError(
-            f"Picture {number} of the batch ({source}) cannot be decoded: {error}. Pass a PIL image, an array of shape "
-            "(height, width, 3), or a path to a picture file."
+            f"The picture {name} cannot be decoded: {error}. Pass a PIL image, an array of shape (height, width, 3), or the "
+            "path of a picture file."
         ) from error
-    return image
 
 
 __all__ = ["DSVLProcessor"]

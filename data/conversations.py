@@ -129,21 +129,8 @@ class Table(Conversations):
     """A data set of the `datasets` library, of rows with a column `messages` and perhaps `images`."""
 
     def __init__(self, source: str, on_bad_sample: str, split: str) -> None:
-        import datasets
-
         self.source = source
-        path = Path(source)
-        if path.suffix in (".parquet", ".arrow"):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is not a file; pass one, or a data set's name.")
-            rows = datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
-        elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-            loaded = datasets.load_from_disk(source)
-            rows = loaded if isinstance(loaded, datasets.Dataset) else _split(loaded, split, source)
-        elif path.suffix and not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; pass a file, a directory or a data set's name on the Hub.")
-        else:
-            rows = _split(datasets.load_dataset(source), split, source)
+        rows = open_table(source, split)
         if "messages" not in rows.column_names:
             raise ValueError(
                 f"{source} has the columns {rows.column_names}; expected messages (and images). Convert it first."
@@ -151,18 +138,39 @@ class Table(Conversations):
         # Pictures stay the bytes or paths they are; one that cannot be decoded is found by the collator.
         columns = ["messages"] + ["images"] * ("images" in rows.column_names)
         self.rows = rows.select_columns(columns).with_format("arrow")
-        self.features = _without_decoding(self.rows.features)
         self.keep_good(list(range(len(rows))), self._check, on_bad_sample)
 
     def read(self, place: int) -> dict[str, Any]:
-        (row,) = self.rows[place].to_pylist()
-        return _without_nones(self.features.decode_example(row))
+        return read_row(self.rows, place)
 
     def _check(self, place: int) -> None:
         try:
             check_conversation(self.read(place))
         except ValueError as error:
             raise ValueError(f"{self.source}, row {place}: {error}") from error
+
+
+def open_table(source: str, split: str = "train") -> Any:
+    """A `datasets.Dataset` from a Parquet or Arrow file, a directory written by `datasets`, or a name on the Hub."""
+    import datasets
+
+    path = Path(source)
+    if path.suffix in (".parquet", ".arrow"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file; pass one, or a data set's name.")
+        return datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        loaded = datasets.load_from_disk(source)
+        return loaded if isinstance(loaded, datasets.Dataset) else _split(loaded, split, source)
+    if path.suffix and not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; pass a file, a directory or a data set's name on the Hub.")
+    return _split(datasets.load_dataset(source), split, source)
+
+
+def read_row(rows: Any, place: int) -> dict[str, Any]:
+    """A row of a `datasets.Dataset` in the format "arrow", its pictures left encoded."""
+    (row,) = rows[place].to_pylist()
+    return _without_nones(_without_decoding(rows.features).decode_example(row))
 
 
 def check_conversation(sample: Any) -> None:

@@ -236,7 +236,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(processor, picture, damage, t
     else:
         source = np.zeros(7)
     good = Image.new("RGB", (30, 30))
-    with pytest.raises(ValueError, match="Picture 1 of the batch .* cannot be decoded"):
+    with pytest.raises(ValueError, match="The picture .* cannot be decoded"):
         encode(processor, [{"role": "user", "content": [{"type": "image", "image": image} for image in (good, source)]}])
 
 

@@ -4,10 +4,10 @@ import logging
 from typing import Any
 
 import torch
-from transformers.image_utils import load_image
 
 from ..data import complete_messages
 from ..data.conversations import NAMED, ON_BAD_SAMPLE
+from ..processing_dsvl import decode_picture
 
 logger = logging.getLogger(__name__)
 
@@ -144,15 +144,7 @@ def _decoded(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] != "image":
         return part
     (source,) = (value for key, value in part.items() if key != "type")
-    if getattr(source, "ndim", 0) in (2, 3):
-        return part  # an array
-    try:
-        picture = load_image(source)
-        picture.load()
-    except (OSError, SyntaxError, TypeError, ValueError) as error:  # SyntaxError: Pillow, for a broken PNG
-        name = source if isinstance(source, str) and len(source) < 300 else type(source).__name__
-        raise ValueError(f"The picture {name} cannot be decoded: {error}.") from error
-    return {"type": "image", "image": picture}
+    return {"type": "image", "image": decode_picture(source)}
 
 
 def _text(content: Any) -> str:

@@ -1,0 +1,69 @@
+"""`dsvl data`: convert, list, show."""
+
+import argparse
+import sys
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `dsvl data` to the command's parser."""
+    parser = commands.add_parser("data", help="convert raw data sets to conversations, and look at them")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    one = actions.add_parser("convert", help="a raw data set -> NAME.jsonl and NAME.report.json")
+    one.add_argument("name", help="of a data set (dsvl data list)")
+    one.add_argument("--root", required=True, help="the folder that holds the raw files; for the public forms, the file")
+    one.add_argument("--out", required=True, help="folder for what is written; a conversion that was interrupted goes on")
+    one.add_argument("--limit", type=int, help="stop after so many conversations")
+    one.add_argument("--seed", type=int, default=0, help="of what is chosen at random (default 0)")
+    one.add_argument("--workers", type=int, default=0, help="processes beside this one (default 0)")
+    one.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="a broken record (default error)")
+    one.set_defaults(run=_convert)
+
+    one = actions.add_parser("list", help="the data sets that can be converted")
+    one.set_defaults(run=_list)
+
+    one = actions.add_parser("show", help="samples as the model will see them")
+    one.add_argument("file", help="conversations: whatever dsvl train takes as --data")
+    one.add_argument("-n", "--number", type=int, default=3, help="how many (default 3)")
+    one.add_argument("--model", help="a checkpoint, whose template and tokens are used then")
+    one.add_argument("--html", metavar="FILE", help="write a page with the pictures instead")
+    one.set_defaults(run=_show)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from .convert import convert
+
+    report = convert(
+        arguments.name,
+        arguments.root,
+        arguments.out,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        on_bad_sample=arguments.on_bad_sample,
+        progress=True,
+    )
+    print("\n".join(report.lines()))
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from .converters import CONVERTERS
+
+    for name, one in sorted(CONVERTERS.items()):
+        print(f"{name:22}{one.about}\n{'':22}reads {', '.join(one.files)}")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from .show import show, show_page
+
+    processor = None
+    if arguments.model is not None:
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(arguments.model)
+    if arguments.html is not None:
+        show_page(arguments.file, arguments.html, arguments.number, processor)
+        print(arguments.html)
+        return
+    for text in show(arguments.file, arguments.number, processor, color=sys.stdout.isatty()):
+        print(text)

@@ -1,0 +1,134 @@
+"""Data sets about COCO's pictures: LLaVA, A-OKVQA, the captions; and MiniGPT-4's, which are captions too."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from .public import llava_conversations
+from .registry import LeftOut, Sample, assistant, converter, read_json, read_list, take, take_texts, user
+
+TRAIN2017 = "coco/train2017"
+LLAVA = ("llava/detail_23k.json", "llava/complex_reasoning_77k.json")
+LLAVA_DIAL = "llava/conversation_58k.json"
+
+DESCRIBE = (
+    "Describe this picture.",
+    "What does this picture show?",
+    "What can be seen here?",
+    "Give this picture a caption.",
+    "Write a short description of the picture.",
+    "In one sentence, what is in the picture?",
+    "Tell me what you see.",
+    "How would you describe this picture to somebody who cannot see it?",
+    "What is going on in this picture?",
+    "Summarize the picture briefly.",
+)
+WHY = (
+    "Why?",
+    "Explain your answer.",
+    "Give the reason for your answer.",
+    "Say why you think so.",
+    "What makes you think so?",
+    "Answer with a reason.",
+)
+
+
+def llava_picture(record: Any) -> Sample:
+    """A LLaVA record about one picture of COCO."""
+    sample = llava_conversations(record, Random())
+    if len(sample["images"]) != 1 or not isinstance(sample["images"][0], str):
+        raise ValueError(f"'image' of the record is {record.get('image')!r}; expected the name of one picture.")
+    return sample | {"images": [f"{TRAIN2017}/{sample['images'][0]}"]}
+
+
+@converter("llava", "LLaVA-Instruct: detailed descriptions and complex reasoning, first round", LLAVA, read_list(*LLAVA))
+def llava(record: Any, random: Random) -> Sample:
+    sample = llava_picture(record)
+    if not any(part["type"] == "image" for part in sample["messages"][0]["content"]):
+        raise LeftOut("no picture in the first round")
+    return sample | {"messages": sample["messages"][:2]}
+
+
+@converter("llava_dial", "LLaVA-Instruct: conversations, all rounds", (LLAVA_DIAL,), read_list(LLAVA_DIAL))
+def llava_dial(record: Any, random: Random) -> Sample:
+    return llava_picture(record)
+
+
+AOKVQA = "aokvqa/annotations/aokvqa_v1p0_train.json"
+
+
+@converter("aokvqa", "A-OKVQA: questions answered with reasons", (AOKVQA,), read_list(AOKVQA, key="question_id"))
+def aokvqa(record: Any, random: Random) -> Sample:
+    choices, right = take_texts(record, "choices"), take(record, "correct_choice_idx", int)
+    if not 0 <= right < len(choices):
+        raise ValueError(f"'correct_choice_idx' is {right}; expected one of {len(choices)} choices.")
+    reasons = [reason.strip().rstrip(".") for reason in take_texts(record, "rationales")]
+    reasons = [reason for reason in dict.fromkeys(reasons) if reason]
+    answer = f"The answer is {choices[right].strip()}."
+    if reasons:
+        answer += f" Because {'. '.join(reasons)}."
+    question = f"{take(record, 'question', str).strip()} {random.choice(WHY)}"
+    picture = f"{TRAIN2017}/{take(record, 'image_id', int):012d}.jpg"
+    return {"messages": [user(None, question), assistant(answer)], "images": [picture]}
+
+
+CAPTIONS = "coco_caption/dataset.json"
+CAPTION_SPLITS = ("train", "restval")  # val and test are what captions are measured on
+
+
+@converter(
+    "coco_caption",
+    "COCO captions (Karpathy's split; train and restval), one of a picture's captions",
+    (CAPTIONS,),
+    read_list(CAPTIONS, key="imgid", inside="images"),
+)
+def coco_caption(record: Any, random: Random) -> Sample:
+    split = take(record, "split", str)
+    if split not in CAPTION_SPLITS:
+        raise LeftOut(f"split {split}")
+    captions = [take(sentence, "raw", str, "a sentence") for sentence in take(record, "sentences", list)]
+    if not captions:
+        raise LeftOut("no caption")
+    picture = "/".join(["coco/2014", take(record, "filepath", str), take(record, "filename", str)])
+    messages = [user(None, random.choice(DESCRIBE)), assistant(random.choice(captions))]
+    return {"messages": messages, "images": [picture]}
+
+
+MINIGPT4 = "cc_sbu_align/filter_cap.json"
+
+
+@converter(
+    "minigpt4",
+    "MiniGPT-4's aligned descriptions",
+    (MINIGPT4,),
+    read_list(MINIGPT4, key="image_id", inside="annotations"),
+)
+def minigpt4(record: Any, random: Random) -> Sample:
+    messages = [user(None, random.choice(DESCRIBE)), assistant(take(record, "caption", str))]
+    return {"messages": messages, "images": [f"cc_sbu_align/image/{take(record, 'image_id', (str, int))}.jpg"]}
+
+
+def coco_name(image_id: str) -> str:
+    """MIMIC-IT's name of a COCO picture, without its first 8 characters (`CGD_IMG_`), as a path."""
+    name = image_id[8:]
+    if not re.fullmatch(r"\w+", name):
+        raise ValueError(f"the picture id {image_id!r} is no name of a COCO picture; expected CGD_IMG_ and 12 digits.")
+    return f"{TRAIN2017}/{name}.jpg"
+
+
+def conversations_by_picture(root: Path) -> dict[str, list[Any]]:
+    """All of LLaVA's records, by their picture's path: descriptions, then reasoning, then conversations."""
+    by_picture: dict[str, list[Any]] = {}
+    for file in (*LLAVA, LLAVA_DIAL):
+        for record in _list(read_json(root / file), file):
+            if isinstance(record, dict) and isinstance(record.get("image"), str):
+                by_picture.setdefault(f"{TRAIN2017}/{record['image']}", []).append(record)
+    return by_picture
+
+
+def _list(records: Any, file: str) -> Iterator[Any]:
+    if not isinstance(records, list):
+        raise ValueError(f"{file} holds {type(records).__name__}; expected a list of records.")
+    yield from records

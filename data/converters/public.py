@@ -1,0 +1,161 @@
+"""The common public forms: LLaVA's `conversations`, ShareGPT with `images`, The Cauldron's and FineVision's `texts`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ..conversations import open_table, read_row
+from .registry import LeftOut, Record, Sample, assistant, converter, read_json, take, user
+
+PLACEHOLDER = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def read_file(root: Path, pictures: Path) -> Iterator[Record]:
+    """The records of a JSON or JSON lines file; of a Parquet file or a folder of `datasets`; `root` is that file."""
+    if root.suffix == ".json":
+        records = read_json(root)
+        if not isinstance(records, list):
+            raise ValueError(f"{root} holds {type(records).__name__}; expected a list of records.")
+    elif root.suffix == ".jsonl":
+        records = _lines(root)
+    else:
+        records = _rows(root)
+    for number, record in enumerate(records):
+        name = record.get("id", number) if isinstance(record, dict) else number
+        yield Record(str(name), record)
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; --root must be the file of this form.")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}, line {number}, is not JSON ({error}).") from error
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; --root must be the file of this form, or a folder of datasets.")
+    rows = open_table(str(path)).with_format("arrow")
+    for place in range(len(rows)):
+        yield read_row(rows, place)
+
+
+def rounds(turns: list[tuple[str, str]], pictures: list[Any]) -> Sample:
+    """Turns whose texts hold a placeholder for each picture, as a sample.
+
+    White space around a placeholder at the beginning or end of a text is layout. A sample whose texts name no picture but
+    that has some gets them before its first question.
+
+    Args:
+        turns: (role, text), roles user and assistant after at most one system message.
+    """
+    named = sum(text.count(PLACEHOLDER) for role, text in turns if role == "user")
+    if any(PLACEHOLDER in text for role, text in turns if role != "user"):
+        raise LeftOut("a picture in an answer")
+    if named == 0 and pictures:
+        first = next((number for number, (role, _) in enumerate(turns) if role == "user"), None)
+        if first is None:
+            raise ValueError("no question is the user's; expected one before the first answer.")
+        turns = [*turns[:first], ("user", PLACEHOLDER * len(pictures) + turns[first][1]), *turns[first + 1 :]]
+    elif named != len(pictures):
+        raise ValueError(f"the texts name {named} pictures ({PLACEHOLDER}), but there are {len(pictures)}.")
+    messages: list[dict[str, Any]] = []
+    for role, text in turns:
+        if role == "user":
+            messages.append(user(*split(text)))
+        elif role == "assistant":
+            messages.append(assistant(text))
+        else:
+            messages.append({"role": role, "content": [{"type": "text", "text": text}]})
+    check_turns([message["role"] for message in messages if message["role"] != "system"])
+    return {"messages": messages, "images": pictures}
+
+
+def check_turns(roles: list[str]) -> None:
+    """Hold roles against questions and answers by turns.
+
+    Raises:
+        ValueError: with the roles there are.
+    """
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"the roles are {', '.join(roles) or 'none'}; expected user and assistant by turns.")
+
+
+def split(text: str) -> list[str | None]:
+    """A text with placeholders as the parts of a message: None for a picture."""
+    parts: list[str | None] = []
+    pieces = text.split(PLACEHOLDER)
+    for number, piece in enumerate(pieces):
+        if number > 0:
+            parts.append(None)
+        # Between words a picture is a word of the sentence; at the ends of the text only layout separates it.
+        before = all(part is None for part in parts)
+        piece = piece.lstrip() if before else piece
+        piece = piece.rstrip() if not "".join(pieces[number + 1 :]).strip() else piece
+        if piece:
+            parts.append(piece)
+    return parts
+
+
+@converter(
+    "llava_conversations",
+    "LLaVA-style conversations (from human/gpt, <image>); --root is the file, pictures lie beside it",
+    ("FILE.json | FILE.jsonl",),
+    read_file,
+)
+def llava_conversations(record: Any, random: Random) -> Sample:
+    turns = [
+        (_role(take(turn, "from", str, "a turn")), take(turn, "value", str, "a turn"))
+        for turn in take(record, "conversations", list)
+    ]
+    image = record.get("image")
+    pictures = [] if image is None else image if isinstance(image, list) else [image]
+    return rounds(turns, pictures)
+
+
+@converter(
+    "sharegpt",
+    "ShareGPT (conversations or messages) with a list of images; --root is the file, pictures lie beside it",
+    ("FILE.json | FILE.jsonl",),
+    read_file,
+)
+def sharegpt(record: Any, random: Random) -> Sample:
+    turns = []
+    if isinstance(record, dict) and record.get("system"):
+        turns.append(("system", take(record, "system", str)))
+    key = "conversations" if isinstance(record, dict) and "conversations" in record else "messages"
+    for turn in take(record, key, list):
+        role, text = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
+        turns.append((_role(take(turn, role, str, "a turn")), take(turn, text, str, "a turn")))
+    return rounds(turns, list(record.get("images") or []))
+
+
+@converter(
+    "cauldron",
+    "The Cauldron and FineVision: images, texts (user, assistant); --root is a Parquet file, or a folder of datasets",
+    ("FILE.parquet | FOLDER",),
+    read_file,
+)
+def cauldron(record: Any, random: Random) -> Sample:
+    pictures = [picture for picture in record.get("images") or [] if picture is not None]
+    turns = []
+    for text in take(record, "texts", list):
+        # A question's text is its own: "<image>" in it is no picture.
+        turns += [user(take(text, "user", str, "a text")), assistant(take(text, "assistant", str, "a text"))]
+    if not turns:
+        raise LeftOut("no question")
+    turns[0]["content"] = [{"type": "image"} for _ in pictures] + turns[0]["content"]
+    return {"messages": turns, "images": pictures}
+
+
+def _role(name: str) -> str:
+    if name not in ROLES:
+        raise ValueError(f"a turn is from {name!r}; expected one of {', '.join(ROLES)}.")
+    return ROLES[name]

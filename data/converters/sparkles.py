@@ -1,0 +1,80 @@
+"""SparklesDialogue: dialogues in which pictures are words of a sentence."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from .mimicit import MAX_PICTURES
+from .public import check_turns
+from .registry import LeftOut, Record, Sample, assistant, converter, read_json, take, user
+
+PARTS = ("SparklesDialogueCC", "SparklesDialogueVG")
+FILES = tuple(f"{part}/annotations/{part}.json" for part in PARTS)
+# The whole number: IMAGE#14 is no part of IMAGE#1417.
+NAME = re.compile(r"IMAGE#(\d+)(\s*<Img><ImageHere></Img>)?")
+
+
+def read(root: Path, pictures: Path) -> Iterator[Record]:
+    for part, file in zip(PARTS, FILES, strict=True):
+        records = read_json(root / file)
+        if not isinstance(records, list):
+            raise ValueError(f"{root / file} holds {type(records).__name__}; expected a list of dialogues.")
+        for number, record in enumerate(records):
+            yield Record(f"{part}: {number}", (f"{part}/images", record))
+
+
+@converter("sparkles_dialogue", "SparklesDialogue, both parts: several pictures in the words of a question", FILES, read)
+def sparkles_dialogue(record: Any, random: Random) -> Sample:
+    folder, dialogue = record
+    numbers: dict[str, int] = {}  # a picture's id -> its number in the conversation
+    messages = []
+    turns = take(dialogue, "dialogue", list)
+    check_turns([take(turn, "role", str, "a message") for turn in turns])
+    for turn in turns:
+        text = take(turn, "content", str, "a message")
+        if turn["role"] == "assistant":
+            messages.append(assistant(NAME.sub(lambda name: _called(name[1], numbers), text)))
+            continue
+        own = [str(take(image, "image_id", (str, int), "a picture")) for image in turn.get("images") or []]
+        placed = [name[1] for name in NAME.finditer(text) if name[2]]
+        if sorted(own) != sorted(set(placed)):
+            raise ValueError(f"a message has the pictures {own}, but its text places {placed}.")
+        new = [picture for picture in dict.fromkeys(placed) if picture not in numbers]
+        for picture in new:
+            numbers[picture] = len(numbers) + 1
+        messages.append(user(*_parts(text.strip(), numbers, set(new))))
+    if not numbers:
+        raise LeftOut("no picture")
+    if len(numbers) > MAX_PICTURES:
+        raise LeftOut(f"more than {MAX_PICTURES} pictures")
+    return {"messages": messages, "images": [f"{folder}/{picture}.jpg" for picture in numbers]}
+
+
+def _parts(text: str, numbers: dict[str, int], new: set[str]) -> list[str | None]:
+    """A question with its pictures where they are among the words.
+
+    The chat template leaves a picture's name between words; at the ends of the text, where it would not, it is written out.
+    """
+    parts: list[str | None] = []
+    words, end = "", 0
+    for name in NAME.finditer(text):
+        words += text[end : name.start()]
+        end = name.end()
+        if not name[2] or name[1] not in new:
+            words += _called(name[1], numbers)
+            continue
+        new.remove(name[1])
+        first, last = not words and not parts, end == len(text)
+        if last:
+            words += _called(name[1], numbers)
+        parts += [words, None] if words else [None]
+        words = _called(name[1], numbers) if first and not last else ""
+    return [part for part in [*parts, words + text[end:]] if part != ""]
+
+
+def _called(picture: str, numbers: dict[str, int]) -> str:
+    if picture not in numbers:
+        raise LeftOut("a picture that is named but not shown")
+    return f"Image {numbers[picture]}"

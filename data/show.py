@@ -1,0 +1,119 @@
+"""Samples as the model will see them: for a terminal, or as a page with their pictures."""
+
+import base64
+import html
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..processing_dsvl import CHAT_TEMPLATE, decode_picture
+from .conversations import complete_messages, load_conversations
+
+WIDTH = 320  # pixels of a picture on the page
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }}
+ section {{ border-top: 1px solid #ccc; padding: 1rem 0; }}
+ figure {{ display: inline-block; margin: 0 1rem 1rem 0; }}
+ figcaption, p.legend {{ color: #666; font-size: 13px; }}
+ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: 1rem; }}
+ mark {{ background: #c9ecc9; }}
+</style>
+<h1>{title}</h1>
+<p class="legend">{total:,} conversations. <mark>Marked</mark>: what is learnt.</p>
+{sections}
+"""
+
+
+@dataclass
+class Shown:
+    """A sample, rendered.
+
+    Attributes:
+        text: the prompt, a placeholder for each picture.
+        learnt: (from, to) of each stretch of it that is supervised.
+        pictures: decoded, in reading order.
+        tokens: how many the model reads, if its processor is known.
+    """
+
+    text: str
+    learnt: list[tuple[int, int]]
+    pictures: list[Any]
+    tokens: int | None
+
+    def pieces(self) -> Iterator[tuple[str, bool]]:
+        """The text in order, each stretch with whether it is learnt."""
+        end = 0
+        for start, stop in self.learnt:
+            yield self.text[end:start], False
+            yield self.text[start:stop], True
+            end = stop
+        yield self.text[end:], False
+
+
+def render(sample: dict[str, Any], processor: Any = None) -> Shown:
+    """Render a sample with the processor's chat template; without one, with the default template and LLaMA's tokens."""
+    messages = complete_messages(sample)
+    template, tokens = CHAT_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>", "number_after": False}
+    if processor is not None:
+        tokenizer = processor.tokenizer
+        template = processor.chat_template
+        tokens = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+        tokens["number_after"] = processor.number_after
+    (text,), (learnt,) = render_jinja_template(
+        [messages], chat_template=template, return_assistant_tokens_mask=True, **tokens
+    )
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    sources = [value for part in parts if part["type"] == "image" for key, value in part.items() if key != "type"]
+    length = None
+    if processor is not None:
+        encoded = processor.tokenizer(processor.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
+        length = len(encoded["input_ids"]) + len(sources) * (processor.image_seq_length - 1)
+    return Shown(text, learnt, [decode_picture(source) for source in sources], length)
+
+
+def show(source: str, number: int = 3, processor: Any = None, color: bool = False) -> Iterator[str]:
+    """The first samples as texts for a terminal; what is learnt stands between « and », or is green."""
+    data = load_conversations(source)
+    before, behind = ("\033[32m", "\033[0m") if color else ("«", "»")
+    for place in range(min(number, len(data))):
+        shown = render(data[place], processor)
+        text = "".join(f"{before}{piece}{behind}" if learnt else piece for piece, learnt in shown.pieces())
+        yield f"-- {place + 1} of {len(data):,}: {_about(shown)}\n{text}\n"
+
+
+def show_page(source: str, path: str | Path, number: int = 3, processor: Any = None) -> None:
+    """Write the first samples as one HTML file that holds their pictures."""
+    data = load_conversations(source)
+    sections = []
+    for place in range(min(number, len(data))):
+        shown = render(data[place], processor)
+        figures = "".join(
+            f'<figure><img alt="" src="data:image/jpeg;base64,{_thumbnail(picture)}"><figcaption>Image {index}: '
+            f"{picture.width} x {picture.height}</figcaption></figure>"
+            for index, picture in enumerate(shown.pictures, start=1)
+        )
+        text = "".join(f"<mark>{html.escape(p)}</mark>" if learnt else html.escape(p) for p, learnt in shown.pieces())
+        sections.append(f"<section><h2>{place + 1}</h2><p>{_about(shown)}</p>{figures}<pre>{text}</pre></section>")
+    page = PAGE.format(title=html.escape(Path(source).name), total=len(data), sections="\n".join(sections))
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _about(shown: Shown) -> str:
+    sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in shown.pictures)
+    about = f"{len(shown.pictures)} pictures ({sizes})" if shown.pictures else "no picture"
+    return about if shown.tokens is None else f"{about}, {shown.tokens:,} tokens"
+
+
+def _thumbnail(picture: Any) -> str:
+    small = picture.copy()
+    small.thumbnail((WIDTH, WIDTH))
+    file = io.BytesIO()
+    small.save(file, "JPEG")
+    return base64.b64encode(file.getvalue()).decode()
