@@ -186,6 +186,10 @@ class DSVLModel(DSVLPreTrainedModel):
         if images is None and self._others_may_see_pictures(past_key_values):
             inputs_embeds = inputs_embeds + self.encode_blank_picture().to(inputs_embeds.device, inputs_embeds.dtype)
 
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            # Positions that begin again are packed conversations, unless the decoder makes a cache: then each would see
+            # those before it.
+            kwargs.setdefault("use_cache", False)
         if self.config.multimodal_attention != "causal":
             attention_mask, kwargs["multimodal_masks"] = self._modal_masks(
                 input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, mm_token_type_ids

@@ -60,6 +60,7 @@ class Conversations(Dataset):
     source: str
     skipped: int = 0
     good: list[int]
+    facts: list[tuple[int, bool]]
 
     def __len__(self) -> int:
         return len(self.good)
@@ -67,16 +68,24 @@ class Conversations(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(self.good[index])
 
+    def pictures(self, index: int) -> int:
+        """How many pictures a sample has."""
+        return self.facts[index][0]
+
+    def has_system(self, index: int) -> bool:
+        """Whether a sample begins with a system message."""
+        return self.facts[index][1]
+
     def read(self, place: int) -> dict[str, Any]:
         """One sample, which is known to be good."""
         raise NotImplementedError
 
-    def keep_good(self, places: list[int], check: Callable[[int], None], on_bad_sample: str) -> None:
+    def keep_good(self, places: list[int], check: Callable[[int], tuple[int, bool]], on_bad_sample: str) -> None:
         """Remember the places whose check passes; otherwise raise, or count and name what is left out."""
-        self.good = []
+        self.good, self.facts = [], []
         for place in places:
             try:
-                check(place)
+                facts = check(place)
             except ValueError as error:
                 if on_bad_sample == "error":
                     raise ValueError(f"{error} Mend it, or leave such samples out (--on-bad-sample skip).") from error
@@ -85,6 +94,7 @@ class Conversations(Dataset):
                     logger.warning("Left out: %s", error)
             else:
                 self.good.append(place)
+                self.facts.append(facts)
         if self.skipped:
             total = self.skipped + len(self.good)
             logger.warning("%s: %d of %d samples are broken and left out.", self.source, self.skipped, total)
@@ -118,9 +128,9 @@ class JsonLines(Conversations):
             raise ValueError(f"is not JSON ({error}).") from error
         return _rooted(sample, self.path.parent) if isinstance(sample, dict) else sample
 
-    def _check(self, place: int) -> None:
+    def _check(self, place: int) -> tuple[int, bool]:
         try:
-            check_conversation(self.read(place))
+            return check_conversation(self.read(place))
         except ValueError as error:
             raise ValueError(f"{self.path}, line {self.lines[place]}: {error}") from error
 
@@ -143,9 +153,9 @@ class Table(Conversations):
     def read(self, place: int) -> dict[str, Any]:
         return read_row(self.rows, place)
 
-    def _check(self, place: int) -> None:
+    def _check(self, place: int) -> tuple[int, bool]:
         try:
-            check_conversation(self.read(place))
+            return check_conversation(self.read(place))
         except ValueError as error:
             raise ValueError(f"{self.source}, row {place}: {error}") from error
 
@@ -173,8 +183,11 @@ def read_row(rows: Any, place: int) -> dict[str, Any]:
     return _without_nones(_without_decoding(rows.features).decode_example(row))
 
 
-def check_conversation(sample: Any) -> None:
+def check_conversation(sample: Any) -> tuple[int, bool]:
     """Check one sample, without decoding a picture.
+
+    Returns:
+        how many pictures it has, and whether it begins with a system message.
 
     Raises:
         ValueError: naming what is wrong.
@@ -183,14 +196,15 @@ def check_conversation(sample: Any) -> None:
         what = sorted(sample) if isinstance(sample, dict) else type(sample).__name__
         raise ValueError(f"expected an object with a list of messages, got {what}.")
     messages = sample["messages"]
-    unnamed = 0
+    unnamed = pictures = 0
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES or (role == "system" and number > 0):
             raise ValueError(
                 f"message {number} has the role {role!r}; expected user or assistant, after at most one system message."
             )
-        unnamed += _check_content(message, number)
+        own, own_unnamed = _check_content(message, number)
+        pictures, unnamed = pictures + own, unnamed + own_unnamed
     if messages[0]["role"] == "assistant" or (messages[0]["role"] == "system" and messages[1:2] == []):
         raise ValueError("a conversation begins with a user's message (after at most one system message).")
     if messages[-1]["role"] != "assistant":
@@ -205,16 +219,17 @@ def check_conversation(sample: Any) -> None:
         )
     for image in images:
         _check_file(image.get("path") if isinstance(image, dict) and not image.get("bytes") else image)
+    return pictures, messages[0]["role"] == "system"
 
 
-def _check_content(message: dict, number: int) -> int:
-    """Check a message's content; returns how many image parts have no source."""
+def _check_content(message: dict, number: int) -> tuple[int, int]:
+    """Check a message's content; returns how many image parts there are, and how many of them without a source."""
     content = message.get("content")
     if isinstance(content, str):
-        return 0
+        return 0, 0
     if not isinstance(content, list):
         raise ValueError(f"message {number} has a content of type {type(content).__name__}; expected a text or parts.")
-    unnamed = 0
+    pictures = unnamed = 0
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
@@ -224,12 +239,13 @@ def _check_content(message: dict, number: int) -> int:
                 f"message {number} ({message['role']}) has a part {_short(part)}; expected a text, or in a user's message "
                 "an image."
             )
+        pictures += 1
         sources = [key for key in SOURCES if part.get(key) is not None]
         if not sources:
             unnamed += 1
         elif "url" not in sources and "base64" not in sources:
             _check_file(part[sources[0]])
-    return unnamed
+    return pictures, unnamed
 
 
 def _check_file(image: Any) -> None:

@@ -51,8 +51,32 @@ class ModelArguments:
 class DataArguments:
     """What it learns from."""
 
-    data: str = field(metadata={"help": "conversations: a JSON lines or Parquet file, a directory, or a name on the Hub"})
+    data: str = field(
+        metadata={
+            "help": "conversations: a JSON lines or Parquet file, a directory, a name on the Hub; a YAML file of a mixture; "
+            "with --dataset-names, the folder of their files"
+        }
+    )
+    dataset_names: list[str] | None = field(
+        default=None, metadata={"help": "blend these: NAME.jsonl in the folder --data, as dsvl data convert writes them"}
+    )
+    dataset_samples: list[str] | None = field(
+        default=None, metadata={"help": "conversations of each, or all; one for every name. Default: all"}
+    )
+    dataset_concatenate_samples: list[int] | None = field(
+        default=None, metadata={"help": "up to so many of each make one conversation; one for every name. Default: 1"}
+    )
+    max_num_image_per_sample: int | None = field(
+        default=None, metadata={"help": "pictures of a conversation in a blend; those with more are left out, counted"}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "several conversations share a row of --max-length tokens, and none sees another"}
+    )
+    max_pictures_per_pack: int | None = field(default=None, metadata={"help": "bounds the memory of the vision tower"})
     eval_data: str | None = field(default=None, metadata={"help": "held-out conversations, of the same forms"})
+    eval_share: float | None = field(
+        default=None, metadata={"help": "hold out this share of --data instead, chosen by the seed"}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "tokens of a conversation, pictures included; whole rounds beyond it are left out"}
     )
@@ -164,7 +188,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
     )
     next(action for action in parser._actions if action.dest == "train").nargs = "*"  # adapters may learn alone
     values = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
-    if values.get("eval_data"):
+    if values.get("eval_data") or values.get("eval_share"):
         # Evaluate whenever a checkpoint is written, and keep the best: what held-out data is for.
         given = {flag.lstrip("-").split("=")[0].replace("-", "_") for flag in argv if flag.startswith("--")}
         values |= {} if "eval_strategy" in given else {"eval_strategy": values["save_strategy"]}
@@ -231,10 +255,34 @@ def check_options(values: dict[str, Any]) -> None:
         raise ValueError("--qlora needs bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out.")
     if stage is not None and values.get("torch_compile"):
         raise ValueError("--torch-compile with --deepspeed: their hooks do not go together; choose one of them.")
-    if values.get("early_stopping_patience") and not values.get("eval_data"):
+    held_out = values.get("eval_data") or values.get("eval_share")
+    if values.get("early_stopping_patience") and not held_out:
         raise ValueError("--early-stopping-patience has nothing to watch; pass --eval-data.")
-    if values["eval_exact_match"] and not values.get("eval_data"):
+    if values["eval_exact_match"] and not held_out:
         raise ValueError("--eval-exact-match has no questions; pass --eval-data.")
+    _check_data_options(values)
+
+
+def _check_data_options(values: dict[str, Any]) -> None:
+    names = values.get("dataset_names") or []
+    for option in ("dataset_samples", "dataset_concatenate_samples"):
+        given, flag = values.get(option), f"--{option.replace('_', '-')}"
+        if given and not names:
+            raise ValueError(f"{flag} without --dataset-names; pass those, or a YAML file of a mixture as --data.")
+        if given and len(given) != len(names):
+            raise ValueError(f"{flag} has {len(given)} values for {len(names)} names; pass one for each.")
+    for number in values.get("dataset_samples") or []:
+        if number != "all" and not (number.isdigit() and int(number) > 0):
+            raise ValueError(f"--dataset-samples {number}: expected a number of conversations, or all.")
+    if values.get("max_num_image_per_sample") is not None and not names:
+        raise ValueError("--max-num-image-per-sample goes with --dataset-names; a YAML file of a mixture has it inside.")
+    share = values.get("eval_share")
+    if share is not None and (values.get("eval_data") or not 0 < share < 1):
+        raise ValueError(f"--eval-share {share}: expected a number between 0 and 1, and no --eval-data beside it.")
+    if values.get("packing") and not values.get("max_length"):
+        raise ValueError("--packing needs the length of a pack; pass --max-length (4096, say).")
+    if values.get("max_pictures_per_pack") is not None and not values.get("packing"):
+        raise ValueError("--max-pictures-per-pack without --packing; pass both.")
 
 
 def zero_stage(deepspeed: Any) -> int | None:

@@ -1,5 +1,6 @@
 """Conversations to a batch that a DSVL model learns from."""
 
+import itertools
 import logging
 from typing import Any
 
@@ -46,15 +47,40 @@ class ConversationCollator:
         """Make a batch.
 
         Args:
-            samples: `{"messages": ...}` with or without `"images"` (see dsvl.data), or lists of messages.
+            samples: `{"messages": ...}` with or without `"images"` (see dsvl.data), or lists of messages; or packs, lists of
+                samples that share a row.
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (-100 where nothing is learnt), int64 of (batch,
-            tokens), tokens a multiple of 8; and `pixel_values` (pictures, 3, height, width) if there are pictures.
+            tokens), tokens a multiple of 8; and `pixel_values` (pictures, 3, height, width) if there are pictures. For packs
+            `position_ids`, which begin again with each conversation, instead of `attention_mask`: so a decoder of
+            transformers tells packed conversations apart. Padding is a conversation of its own.
 
         Raises:
             ValueError: as asked for by `on_bad_sample`.
         """
+        packed = _is_pack(samples[0])
+        packs = samples if packed else [[sample] for sample in samples]
+        rows = [conversations for one in packs if (conversations := self._usable(one))]
+        if not rows:
+            return self._nothing()
+        batch = self.processor.apply_chat_template(
+            [conversation for row in rows for conversation in row],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            # No padding for packs: they are put together from what is real.
+            processor_kwargs={} if packed else {"padding": True, "pad_to_multiple_of": MULTIPLE},
+        )
+        if packed:
+            self._join(batch, [len(row) for row in rows])
+        # As lists: with return_tensors="pt" the mask is made by walking tensors element by element, four times slower.
+        batch = batch.convert_to_tensors("pt")
+        batch["labels"] = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
+        return dict(batch)
+
+    def _usable(self, samples: list[Any]) -> list[list[dict[str, Any]]]:
+        """The samples as messages with decoded pictures; what cannot be used is told or counted."""
         worker = torch.utils.data.get_worker_info()
         counts = self._counts[0 if worker is None else 1 + worker.id % (WORKERS - 1)]
         conversations = []
@@ -71,19 +97,23 @@ class ConversationCollator:
                 counts[1] += 1
                 if counts[1] <= NAMED:
                     logger.warning("Left out: %s", error)
-        if not conversations:
-            return self._nothing()
-        batch = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            processor_kwargs={"padding": True, "pad_to_multiple_of": MULTIPLE},
-        )
-        # As lists: with return_tensors="pt" the mask is made by walking tensors element by element, four times slower.
-        batch = batch.convert_to_tensors("pt")
-        batch["labels"] = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
-        return dict(batch)
+        return conversations
+
+    def _join(self, batch: Any, sizes: list[int]) -> None:
+        """Make rows of so many conversations each, in place: lists of tokens one after the other, padded at the end."""
+        del batch["attention_mask"]
+        batch["position_ids"] = [list(range(len(ids))) for ids in batch["input_ids"]]
+        fill = {"input_ids": self.processor.tokenizer.pad_token_id}
+        ends = list(itertools.accumulate(sizes))
+        for key in ("input_ids", "position_ids", "mm_token_type_ids", "assistant_masks"):
+            own = zip(ends, sizes, strict=True)
+            rows: list[list[int]] = [list(itertools.chain(*batch[key][end - size : end])) for end, size in own]
+            longest = max(map(len, rows))
+            longest += -longest % MULTIPLE
+            for row in rows:
+                missing = longest - len(row)
+                row.extend(range(missing) if key == "position_ids" else [fill.get(key, 0)] * missing)
+            batch[key] = rows
 
     def shorten(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages without the last rounds, as many as do not fit into `max_length`.
@@ -138,6 +168,11 @@ class ConversationCollator:
             "mm_token_type_ids": torch.zeros_like(ids),
             "labels": torch.full_like(ids, -100),
         }
+
+
+def _is_pack(sample: Any) -> bool:
+    """Whether this is a list of samples, rather than a sample, which may be a list of messages."""
+    return isinstance(sample, list) and not (isinstance(sample[0], dict) and "role" in sample[0])
 
 
 def _decoded(part: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from transformers import AutoProcessor, EarlyStoppingCallback, PreTrainedConfig,
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from ..data import complete_messages, load_conversations
+from ..data import complete_messages
+from ..data.packing import PackedConversations
 from ..hub_card import render_card
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from .adapters import lora_config, merge_adapters
@@ -25,6 +26,7 @@ from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
 from .collator import ConversationCollator
 from .kernels import use_liger
 from .parts import PARTS
+from .sources import open_data, packed
 from .trainer import DSVLTrainer, count_parameters
 
 logger = logging.getLogger(__name__)
@@ -76,13 +78,14 @@ def train(
     """
     set_seed(arguments.seed)
     check_is_dsvl(model_arguments.model)
-    train_data = load_conversations(data_arguments.data, data_arguments.on_bad_sample)
-    eval_data = None
-    if data_arguments.eval_data is not None:
-        eval_data = load_conversations(data_arguments.eval_data, data_arguments.on_bad_sample)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    train_data, eval_data = open_data(data_arguments, seed)
+    conversations = len(train_data)
 
     processor = AutoProcessor.from_pretrained(model_arguments.model)
     collator = ConversationCollator(processor, data_arguments.max_length, data_arguments.on_bad_sample)
+    if data_arguments.packing:
+        train_data = packed(train_data, collator, data_arguments, seed)
     model = load_model(model_arguments, arguments)
 
     callbacks: list[Any] = [CompleteCheckpoints(arguments.save_total_limit)]
@@ -115,7 +118,7 @@ def train(
     _report_counts(collator, train_data)
     if eval_data is not None:
         metrics |= trainer.evaluate()
-    save_trained(trainer, model_arguments, data_arguments, metrics, len(train_data))
+    save_trained(trainer, model_arguments, data_arguments, metrics, conversations)
     return metrics
 
 
@@ -194,14 +197,7 @@ def _four_bits(dtype: torch.dtype) -> Any:
 def describe(trainer: DSVLTrainer, collator: ConversationCollator, arguments: DSVLTrainingArguments) -> list[str]:
     """What a run will do, a line each: parameters, tokens, optimizer memory."""
     trained, total = count_parameters(trainer.model)
-    data = trainer.train_dataset
-    places = range(0, len(data), max(len(data) // MEASURED, 1))
-    lengths = []
-    for place in places:
-        with contextlib.suppress(ValueError):  # told when its batch is made
-            lengths.append(collator.length(collator.shorten(complete_messages(data[place]))))
-    tokens = sum(lengths) / len(places) * len(data)
-    about = "" if len(places) == len(data) else "about "
+    tokens = _tokens(trainer.train_dataset, collator)
     stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
     # AdamW's two moments in float32; DeepSpeed's copy of the weights beside them when they are of 16 bits.
     each = 8 + (4 if stage is not None and (arguments.bf16 or arguments.fp16) else 0)
@@ -209,9 +205,22 @@ def describe(trainer: DSVLTrainer, collator: ConversationCollator, arguments: DS
     where = f"1/{share} of it, ZeRO-{stage}" if share > 1 else "all of it"
     return [
         f"Parameters: {trained:,} of {total:,} are trained ({trained / total:.2%}).",
-        f"Tokens: {about}{tokens:,.0f} an epoch, in {len(data):,} conversations.",
+        f"Tokens: {tokens}.",
         f"Optimizer: {trained * each / share / 2**30:.3f} GiB in each of {arguments.world_size} processes ({where}).",
     ]
+
+
+def _tokens(data: Any, collator: ConversationCollator) -> str:
+    """How many tokens an epoch has, and in what."""
+    if isinstance(data, PackedConversations):
+        return f"{data.tokens:,} an epoch, in {sum(map(len, data.packs)):,} conversations, {len(data):,} packs"
+    places = range(0, len(data), max(len(data) // MEASURED, 1))
+    lengths = []
+    for place in places:
+        with contextlib.suppress(ValueError):  # told when its batch is made
+            lengths.append(collator.length(collator.shorten(complete_messages(data[place]))))
+    about = "" if len(places) == len(data) else "about "
+    return f"{about}{sum(lengths) / len(places) * len(data):,.0f} an epoch, in {len(data):,} conversations"
 
 
 def save_trained(
@@ -323,7 +332,7 @@ def _facts(
         "learning rate of the embeddings": arguments.embeddings_learning_rate or arguments.learning_rate,
         "schedule": f"{arguments.lr_scheduler_type.value}, {arguments.warmup_steps:g} warm-up",
         "weight decay": arguments.weight_decay,
-        "conversations a step": arguments.per_device_train_batch_size
+        f"{'packs' if data_arguments.packing else 'conversations'} a step": arguments.per_device_train_batch_size
         * arguments.gradient_accumulation_steps
         * arguments.world_size,
         "steps": trainer.state.global_step,

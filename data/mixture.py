@@ -1,0 +1,227 @@
+"""Several data sets as one: how much of each, and how many of its conversations make one."""
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+from torch.utils.data import Dataset
+
+from .conversations import Conversations, complete_messages, load_conversations
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set of a mixture.
+
+    Attributes:
+        path: what `load_conversations` takes.
+        name: for messages; the file's own by default.
+        samples: how many of its conversations, chosen by the seed; None for all. Not beside a weight.
+        weight: how often each of them comes in an epoch: 2 for twice, 0.5 for half of them, chosen by the seed.
+        concatenate: up to so many of them become one conversation (random groups of 1 to so many).
+    """
+
+    path: str
+    name: str = ""
+    samples: int | None = None
+    weight: float = 1.0
+    concatenate: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or Path(self.path).stem)
+        if self.samples is not None and (not _is_number(self.samples, int) or self.samples < 1):
+            raise ValueError(f"{self.name}: samples is {self.samples!r}; expected a number of conversations, or 'all'.")
+        if not _is_number(self.weight, (int, float)) or not self.weight > 0:
+            raise ValueError(f"{self.name}: weight is {self.weight!r}; expected a number above 0.")
+        if self.samples is not None and self.weight != 1:
+            raise ValueError(f"{self.name} has samples and a weight; pass one of them.")
+        if not _is_number(self.concatenate, int) or self.concatenate < 1:
+            raise ValueError(f"{self.name}: concatenate is {self.concatenate!r}; expected a number of at least 1.")
+
+
+class Mixture(Dataset):
+    """A map-style data set of the conversations of its parts; which, and in what groups, depends on the seed alone.
+
+    Neighbours are of one part: the Trainer's sampler shuffles, and so interleaves the parts by their sizes.
+
+    Args:
+        parts: (part, its conversations).
+        seed: of every choice.
+        max_pictures: a conversation with more is left out, counted; groups are closed before they would have more.
+
+    Attributes:
+        source, skipped: as of `Conversations`; what is left out here is counted too.
+    """
+
+    def __init__(
+        self,
+        parts: list[tuple[Part, Conversations]],
+        seed: int = 0,
+        max_pictures: int | None = None,
+        source: str = "mixture",
+    ) -> None:
+        self.parts, self.source = parts, source
+        self.skipped = sum(data.skipped for _, data in parts)
+        self.index: list[tuple[int, tuple[int, ...]]] = []  # (which part, places of the conversations that make one)
+        for number, (part, data) in enumerate(parts):
+            random = Random(f"{seed} {part.name}")
+            fitting = [place for place in range(len(data)) if max_pictures is None or data.pictures(place) <= max_pictures]
+            if len(fitting) < len(data):
+                left_out = len(data) - len(fitting)
+                self.skipped += left_out
+                logger.warning("%s: %d conversations have more than %d pictures.", part.name, left_out, max_pictures)
+            chosen = _chosen(part, fitting, random)
+            groups = _groups(part, data, chosen, random, max_pictures)
+            logger.info("%s: %d conversations in %d.", part.name, len(chosen), len(groups))
+            self.index += [(number, group) for group in groups]
+        if not self.index:
+            raise ValueError(f"{source} holds no conversation to learn from ({self.skipped} were left out).")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        number, places = self.index[place]
+        return concatenated([self.parts[number][1][one] for one in places])
+
+    def pictures(self, place: int) -> int:
+        """How many pictures a conversation has."""
+        number, places = self.index[place]
+        return sum(self.parts[number][1].pictures(one) for one in places)
+
+
+def concatenated(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """One conversation of several: their rounds one after the other; a system message may begin the first alone."""
+    if len(samples) == 1:
+        return samples[0]
+    messages: list[dict[str, Any]] = []
+    for sample in samples:
+        own = complete_messages(sample)
+        if messages and own[0]["role"] == "system":
+            raise ValueError("a conversation with a system message of its own cannot follow another.")
+        messages += own
+    return {"messages": messages}
+
+
+def load_mixture(path: str | Path, on_bad_sample: str = "error") -> Mixture:
+    """Open the mixture that a YAML file describes; paths start at its folder.
+
+    The file: `datasets`, a list of the fields of `Part` (`samples: all` for all), and perhaps `seed` and
+    `max_num_image_per_sample`.
+
+    Raises:
+        FileNotFoundError, ValueError: naming what is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; pass a YAML file that describes a mixture.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    known = {"datasets", "seed", "max_num_image_per_sample"}
+    entries = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries or set(content) - known:
+        raise ValueError(f"{path} holds {_short(content)}; expected a list `datasets`, and perhaps {', '.join(known)}.")
+    parts = []
+    for number, entry in enumerate(entries):
+        allowed = {field.name for field in fields(Part)}
+        if not isinstance(entry, dict) or "path" not in entry or set(entry) - allowed:
+            raise ValueError(f"{path}: datasets[{number}] is {_short(entry)}; expected path, and some of {sorted(allowed)}.")
+        entry = {key: value for key, value in entry.items() if not (key == "samples" and value == "all")}
+        local = path.parent / str(entry["path"])
+        parts.append(Part(**entry | {"path": str(local) if local.exists() else str(entry["path"])}))
+    return open_parts(
+        parts, on_bad_sample, content.get("seed", 0), content.get("max_num_image_per_sample"), source=str(path)
+    )
+
+
+def open_parts(
+    parts: list[Part], on_bad_sample: str, seed: int = 0, max_pictures: int | None = None, source: str = "mixture"
+) -> Mixture:
+    """A mixture of parts that are not open yet."""
+    if max_pictures is not None and (not _is_number(max_pictures, int) or max_pictures < 1):
+        raise ValueError(f"max_num_image_per_sample is {max_pictures!r}; expected a number of at least 1.")
+    names = [part.name for part in parts]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"{', '.join(sorted(twice))} stands for several data sets; give each a name of its own.")
+    opened = [(part, load_conversations(part.path, on_bad_sample)) for part in parts]
+    return Mixture(opened, seed, max_pictures, source)
+
+
+class Subset(Dataset):
+    """Some conversations of a data set."""
+
+    def __init__(self, data: Any, places: list[int]) -> None:
+        self.data, self.places = data, places
+        self.source, self.skipped = data.source, data.skipped
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return self.data[self.places[place]]
+
+    def pictures(self, place: int) -> int:
+        """How many pictures a conversation has."""
+        return self.data.pictures(self.places[place])
+
+
+def split(data: Any, share: float, seed: int = 0) -> tuple[Subset, Subset]:
+    """Hold a share of a data set out, chosen by the seed: (to train on, to evaluate on), each in its old order.
+
+    Raises:
+        ValueError: if one of the two would be empty.
+    """
+    held_out = round(len(data) * share)
+    if not 0 < held_out < len(data):
+        raise ValueError(f"A share of {share} of {len(data)} conversations is {held_out}; some must be left on both sides.")
+    out = set(Random(f"{seed} held out").sample(range(len(data)), held_out))
+    kept = [place for place in range(len(data)) if place not in out]
+    return Subset(data, kept), Subset(data, sorted(out))
+
+
+def _chosen(part: Part, places: list[int], random: Random) -> list[int]:
+    """The places that a part's samples or weight ask for."""
+    if part.samples is not None:
+        if part.samples > len(places):
+            raise ValueError(f"{part.name} has {len(places)} conversations, not the {part.samples} asked for; pass fewer.")
+        return sorted(random.sample(places, part.samples))
+    whole, share = divmod(part.weight, 1)
+    return sorted(places * int(whole) + random.sample(places, round(share * len(places))))
+
+
+def _groups(
+    part: Part, data: Conversations, places: list[int], random: Random, max_pictures: int | None
+) -> list[tuple[int, ...]]:
+    """Every place in exactly one group of up to `concatenate`, at random."""
+    if part.concatenate == 1:
+        return [(place,) for place in places]
+    random.shuffle(places)
+    groups: list[tuple[int, ...]] = []
+    group: list[int] = []
+    size, count = random.randint(1, part.concatenate), 0
+    for place in places:
+        pictures = data.pictures(place)
+        too_many = max_pictures is not None and count + pictures > max_pictures
+        if group and (len(group) == size or too_many or data.has_system(place)):
+            groups.append(tuple(group))
+            group, count, size = [], 0, random.randint(1, part.concatenate)
+        group.append(place)
+        count += pictures
+    return [*groups, tuple(group)] if group else groups
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 100 else text[:100] + "..."

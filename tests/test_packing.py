@@ -1,0 +1,225 @@
+"""Packed conversations: each in one pack, none sees another, and a run over packs is a run over conversations."""
+
+import functools
+import itertools
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import FAMILIES, rows, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from test_attention import backends, close, packed
+from torch.utils.data import DataLoader
+from training_runs import make_checkpoint, make_conversations, run, weights
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from dsvl.data import complete_messages, load_conversations
+from dsvl.data.packing import PackedConversations, StreamedPacks, pack
+from dsvl.training import ConversationCollator
+
+ITEMS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=60)
+
+
+@given(ITEMS, st.sampled_from([None, 3, 5]), st.integers(1, 9))
+def test_every_item_is_in_exactly_one_pack_within_its_bounds(items, max_pictures, pool):
+    stream = [(number, *item) for number, item in enumerate(items)]
+    packs = list(pack(stream, 40, max_pictures, pool))
+    assert sorted(itertools.chain(*(one.items for one in packs))) == list(range(len(items)))
+    for one in packs:
+        assert one.tokens == sum(items[number][0] for number in one.items) <= 40
+        assert one.pictures == sum(items[number][1] for number in one.items) <= (max_pictures or 1000)
+    assert packs == list(pack(iter(stream), 40, max_pictures, pool))
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=9))
+def test_a_pack_of_the_largest_is_filled_as_well_as_can_be(sizes):
+    (first, *_) = pack([(number, size, 0) for number, size in enumerate(sizes)], 16)
+    largest = max(range(len(sizes)), key=lambda number: sizes[number])
+    others = sizes[:largest] + sizes[largest + 1 :]
+    sums = [sum(chosen) for count in range(len(sizes)) for chosen in itertools.combinations(others, count)]
+    assert first.tokens == max(total + sizes[largest] for total in sums if total + sizes[largest] <= 16)
+
+
+def test_an_item_that_fits_nowhere_is_refused():
+    with pytest.raises(ValueError, match="41 tokens and 1 pictures does not fit into a pack of 40 tokens; raise"):
+        list(pack([("a", 41, 1)], 40))
+    with pytest.raises(ValueError, match="4 pictures does not fit into a pack of 40 tokens and 3 pictures"):
+        list(pack([("a", 1, 4)], 40, 3))
+
+
+def like_llava(number: int) -> list[int]:
+    """Lengths as of LLaVA-Instruct: a picture of 257 tokens, a system sentence, and short, middle and long answers."""
+    rng = random.Random(0)
+    kinds = [((0.15, 0.50, 0.35), (130, 250, 320), (40, 60, 140))]
+    ((shares, means, widths),) = kinds
+    drawn = [rng.choices(range(3), shares)[0] for _ in range(number)]
+    return [257 + 60 + max(20, int(rng.gauss(means[kind], widths[kind]))) for kind in drawn]
+
+
+@pytest.mark.parametrize("max_tokens", [2048, 4096, 8192])
+@pytest.mark.parametrize("max_pictures", [None, 16])
+def test_packs_are_filled_on_lengths_like_llavas(max_tokens, max_pictures):
+    packs = list(pack([(n, length, 1) for n, length in enumerate(like_llava(4000))], max_tokens, max_pictures))
+    assert sum(one.tokens for one in packs) / (max_tokens * len(packs)) > (0.99 if max_tokens > 2048 else 0.95)
+
+
+def test_packs_are_filled_on_the_demos_conversations(tmp_path):
+    from dsvl.demo.learning import Lessons
+
+    collator = ConversationCollator(AutoProcessor.from_pretrained(make_checkpoint(tmp_path)))
+    lessons = Lessons(0, 400)
+    lengths = [collator.length(complete_messages(lessons[number])) for number in range(len(lessons))]
+    packs = list(pack([(number, length, 0) for number, length in enumerate(lengths)], 4096))
+    assert sum(one.tokens for one in packs[:-1]) / (4096 * (len(packs) - 1)) > 0.99  # the last holds what is left
+
+
+# -- no leak -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packing")
+    make_checkpoint(folder)
+    # A picture at the very start follows from the template; texts alone between, before and behind conversations with some.
+    make_conversations(folder, layout="tpptptt" + "ppt" * 5)
+    return folder
+
+
+@functools.lru_cache
+def loaded(folder, attention, backend):
+    # transformers' eager attention gives NaN where padding meets float64: finfo.min is -inf in its float32 softmax.
+    dtype = torch.float32 if backend == "eager" else torch.float64
+    config = AutoConfig.from_pretrained(folder / "model", multimodal_attention=attention)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", config=config, dtype=dtype)
+    model.set_attn_implementation({"text_config": backend})
+    assert model.config.multimodal_attention == attention
+    return model
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("attention", ["mmca", "causal"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("packs", [[7], [3, 4], [1, 5, 1], [2, 2, 3]])
+def test_loss_and_gradients_are_those_of_the_conversations_apart(folder, attention, backend, packs):
+    model = loaded(folder, attention, backend).train()
+    samples = [load_conversations(folder / "data.jsonl")[number] for number in range(7)]
+    collator = ConversationCollator(AutoProcessor.from_pretrained(folder / "model"))
+    ends = list(itertools.accumulate(packs))
+    batch = collator([samples[end - size : end] for end, size in zip(ends, packs, strict=True)])
+    assert batch["input_ids"].shape[0] == len(packs) and batch["input_ids"].shape[1] % 8 == 0
+    items = (batch["labels"] != -100).sum()
+    together = model(**batch, num_items_in_batch=items).loss
+    together.backward()
+    from_packs = gradients(model)
+    apart = 0
+    for sample in samples:
+        loss = model(**collator([sample]), num_items_in_batch=items).loss
+        loss.backward()
+        apart += loss.item()
+    tolerance = 1e-5 if backend == "eager" else 1e-6  # transformers takes the loss in float32
+    assert together.item() == pytest.approx(apart, abs=tolerance)
+    expected = gradients(model)
+    assert from_packs.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(from_packs[name], gradient, atol=tolerance, rtol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["mmca", "causal"])
+@pytest.mark.parametrize(("family", "backend"), [(family, backend) for family in FAMILIES for backend in backends(family)])
+@pytest.mark.parametrize("layouts", [("ttttt", "tttttttt"), ("Itt", "I", "ttI")])
+def test_without_asking_for_no_cache_no_conversation_sees_another(family, backend, attention, layouts, uncompiled):
+    model = tiny_model(family, attention, backend)
+    inputs, lengths = packed(*layouts)
+    inputs = {key: value for key, value in inputs.items() if key != "pixel_values" or len(value)}
+    with torch.no_grad():
+        together = model(**inputs).logits[0].split(lengths)
+        first = 0
+        for row, layout, logits in zip(rows(*layouts), layouts, together, strict=True):
+            count = layout.count("I")
+            pixels = {"pixel_values": inputs["pixel_values"][first : first + count]} if count else {}
+            first += count
+            torch.testing.assert_close(logits, model(input_ids=torch.tensor([row]), **pixels).logits[0], **close(backend))
+
+
+def test_labels_and_tokens_of_a_pack_are_those_of_its_conversations(folder):
+    samples = [load_conversations(folder / "data.jsonl")[number] for number in range(5)]
+    collator = ConversationCollator(AutoProcessor.from_pretrained(folder / "model"))
+    batch = collator([samples[:2], samples[2:]])
+    for row, own in enumerate((samples[:2], samples[2:])):
+        start = 0
+        for sample in own:
+            alone = collator([sample])
+            real = alone["attention_mask"][0].bool()
+            length = int(real.sum())
+            for key in ("input_ids", "labels", "mm_token_type_ids"):
+                assert torch.equal(batch[key][row, start : start + length], alone[key][0, real]), key
+            assert batch["position_ids"][row, start : start + length].tolist() == list(range(length))
+            start += length
+        assert (batch["labels"][row, start:] == -100).all()
+    alone = [collator([sample]).get("pixel_values") for sample in samples]
+    assert torch.equal(batch["pixel_values"], torch.cat([pixels for pixels in alone if pixels is not None]))
+
+
+# -- data sets of packs ------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_packed_once_by_all_workers_of_all_processes(folder):
+    samples = [{"messages": [], "number": number, "size": 5 + number % 7} for number in range(200)]
+
+    def measure(sample):
+        return sample["size"], 1
+
+    def numbers(rank, processes, workers):
+        packs = StreamedPacks(samples, measure, 32, 4, rank, processes)
+        loader = DataLoader(packs, batch_size=None, num_workers=workers, collate_fn=lambda one: one)
+        return [[sample["number"] for sample in one] for one in loader]
+
+    for processes, workers in ((1, 0), (1, 2), (2, 0), (2, 2)):
+        shares = [numbers(rank, processes, workers) for rank in range(processes)]
+        assert sorted(itertools.chain(*itertools.chain(*shares))) == list(range(200))
+        assert shares == [numbers(rank, processes, workers) for rank in range(processes)]
+
+
+def test_what_cannot_be_packed_is_refused_or_counted(folder, caplog):
+    data = load_conversations(folder / "data.jsonl")
+
+    def length(sample):
+        if len(sample["messages"]) > 4:
+            raise ValueError("too long.")
+        return 10
+
+    with pytest.raises(ValueError, match="too long.*Or leave such conversations out"):
+        PackedConversations(data, length, 40)
+    packs = PackedConversations(data, length, 40, max_pictures=1, skip=True)
+    good = [n for n in range(len(data)) if len(data[n]["messages"]) <= 4 and data.pictures(n) <= 1]
+    assert packs.skipped == len(data) - len(good) > 0
+    assert sorted(itertools.chain(*packs.packs)) == good
+    assert f"{packs.skipped} conversations cannot be packed" in caplog.text
+
+
+# -- dsvl train --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_over_packs_resumes_to_the_bit_and_is_the_same_in_two_processes(folder, tmp_path):
+    base = ["--model", folder / "model", "--data", folder / "data.jsonl", "--packing", "--max-length", 512]
+    base += ["--max-pictures-per-pack", 4, "--max-steps", 4, "--save-steps", 2, "--logging-steps", 1]
+    base += ["--learning-rate", "1e-2"]
+    first = run(*base, "--output", tmp_path / "one", "--per-device-train-batch-size", 2)
+    assert "packs" in first.stderr and "filled to" in first.stderr
+    whole = weights(tmp_path / "one")
+    shutil.rmtree(tmp_path / "one/checkpoint-4")
+    assert "Resuming from" in run(*base, "--output", tmp_path / "one", "--per-device-train-batch-size", 2).stderr
+    resumed = weights(tmp_path / "one")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    run(*base, "--output", tmp_path / "two", "--per-device-train-batch-size", 1, processes=2)
+    history = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
+    one, two = ([entry["loss"] for entry in entries if "loss" in entry] for entries in history)
+    assert two == pytest.approx(one, abs=1e-4)
