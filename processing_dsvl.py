@@ -241,7 +241,7 @@ def decode_picture(source: Any) -> Any:
         source: a PIL image, a path, an address or base64; an array or tensor of a picture is returned as it is.
 
     Returns:
-        a PIL image of mode RGB.
+        a PIL image of mode RGB, the given one itself if it is upright RGB already.
 
     Raises:
         ValueError: naming the source, if it cannot be decoded.
@@ -255,7 +255,11 @@ def decode_picture(source: Any) -> Any:
         image = Image.open(source) if isinstance(source, str) and os.path.isfile(source) else source
         if not isinstance(image, Image.Image):
             return load_image(source)
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(0x0112, 1) != 1:  # how the picture was held; a transposition copies even where it need not
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "RGB" and not image.has_transparency_data:
+            image.load()
+            return image
         if image.mode.startswith("I"):
             image = image.point(lambda value: value * (1 / 257)).convert("L")
         if image.has_transparency_data:
