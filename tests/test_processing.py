@@ -50,6 +50,19 @@ def test_first_rounds_read_as_the_originals(processor, picture, case):
     assert prompt == "<s>" + expected
 
 
+@pytest.mark.parametrize("case", [name for name in EXPECTED["prompter"] if name.startswith("later_message")])
+def test_later_rounds_read_as_the_originals(processor, picture, case):
+    call = EXPECTED["prompter"][case]["call"]
+    before = [user(picture, "Which?"), assistant("This one.")]
+    round_ = user(*[picture] * call["num_images"], call["question"])
+    prompt = processor.apply_chat_template([*before, round_], add_generation_prompt=True)
+    expected = EXPECTED["prompter"][case]["string"]
+    for number in range(2, call["num_images"] + 2):  # the first picture stands in the first round
+        expected = expected.replace("### Image:", f"### Image {number}:", 1)
+    start = processor.apply_chat_template(before)
+    assert prompt == start + expected and start.endswith("This one.</s>")
+
+
 def test_pictures_are_numbered_over_the_whole_conversation(processor, picture):
     question = "Compare the three pictures."
     numbering = EXPECTED["string_level_numbering"]
