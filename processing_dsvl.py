@@ -8,6 +8,12 @@ from tokenizers.normalizers import Replace, Sequence
 from transformers import AddedToken, ProcessorMixin
 from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
+from transformers.utils import requires_backends
+
+try:
+    from PIL import Image, ImageOps
+except ImportError:  # texts alone do without
+    Image = ImageOps = None  # type: ignore[assignment]
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -248,8 +254,7 @@ def decode_picture(source: Any) -> Any:
     """
     if getattr(source, "ndim", 0) in (2, 3):
         return source
-    from PIL import Image, ImageOps
-
+    requires_backends(decode_picture, ["vision"])
     try:
         # An address, base64, and what is no picture at all are transformers' to read, or to refuse.
         image = Image.open(source) if isinstance(source, str) and os.path.isfile(source) else source

@@ -1,6 +1,7 @@
 """Blends: how much of each data set, conversations that become one, and what is held out."""
 
 import json
+import logging
 import random
 
 import pytest
@@ -203,7 +204,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, capsys, flags, re
     assert reason in capsys.readouterr().err
 
 
-def test_a_blend_by_deepspeed_visualchats_flags_is_trained_and_evaluated(tmp_path, capfd):
+def test_a_blend_by_deepspeed_visualchats_flags_is_trained_and_evaluated(tmp_path, caplog):
     make_checkpoint(tmp_path)
     random.seed(0)
     write_set(tmp_path / "sets", "a", 12)
@@ -222,7 +223,8 @@ def test_a_blend_by_deepspeed_visualchats_flags_is_trained_and_evaluated(tmp_pat
         "--report-to",
         "none",
     ]
-    assert main(argv) == 0
+    with caplog.at_level(logging.INFO, logger="dsvl"):
+        assert main(argv) == 0
     history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
     assert any("eval_loss" in entry for entry in history)
-    assert "a: 8 conversations in 8." in capfd.readouterr().err
+    assert "a: 8 conversations in 8." in caplog.text
