@@ -75,12 +75,14 @@ class ConversationCollator:
         )
         if packed:
             self._join(batch, [len(row) for row in rows])
+        tensors = {}
         if "pixel_values" in batch:  # a single copy, without torch's threads, which wait for a core in a busy loader
-            batch["pixel_values"] = torch.from_numpy(np.stack(batch["pixel_values"]))
-        # As lists: with return_tensors="pt" the mask is made by walking tensors element by element, four times slower.
-        batch = batch.convert_to_tensors("pt")
-        batch["labels"] = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
-        return dict(batch)
+            tensors["pixel_values"] = torch.from_numpy(np.stack(batch.pop("pixel_values")))
+        # Through numpy: torch reads lists three times slower; and with return_tensors="pt" transformers makes the mask by
+        # walking tensors element by element, slower still.
+        tensors |= {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in batch.items()}
+        tensors["labels"] = tensors["input_ids"].masked_fill(tensors.pop("assistant_masks") == 0, -100)
+        return tensors
 
     def _usable(self, samples: list[Any]) -> list[list[dict[str, Any]]]:
         """The samples as messages with decoded pictures; what cannot be used is told or counted."""
