@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,11 @@ class Table(Conversations):
             )
         # Pictures stay the bytes or paths they are; one that cannot be decoded is found by the collator.
         columns = ["messages"] + ["images"] * ("images" in rows.column_names)
-        self.rows = rows.select_columns(columns).with_format("arrow")
+        self._row = encoded(rows.select_columns(columns))
         self.keep_good(list(range(len(rows))), self._check, on_bad_sample)
 
     def read(self, place: int) -> dict[str, Any]:
-        return read_row(self.rows, place)
+        return self._row(place)
 
     def _check(self, place: int) -> tuple[int, bool]:
         try:
@@ -177,10 +178,15 @@ def open_table(source: str, split: str = "train") -> Any:
     return _split(datasets.load_dataset(source), split, source)
 
 
-def read_row(rows: Any, place: int) -> dict[str, Any]:
-    """A row of a `datasets.Dataset` in the format "arrow", its pictures left encoded."""
+def encoded(rows: Any) -> Callable[[int], dict[str, Any]]:
+    """A reader of the rows of a `datasets.Dataset` by their places, which leaves pictures encoded."""
+    rows = rows.with_format("arrow")
+    return partial(_read_row, rows, _without_decoding(rows.features))  # a partial goes to a loader's workers, a closure not
+
+
+def _read_row(rows: Any, features: Any, place: int) -> dict[str, Any]:
     (row,) = rows[place].to_pylist()
-    return _without_nones(_without_decoding(rows.features).decode_example(row))
+    return _without_nones(features.decode_example(row))
 
 
 def check_conversation(sample: Any) -> tuple[int, bool]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from torch.utils.data import Dataset
 
-from .conversations import Conversations, complete_messages, load_conversations
+from .conversations import Conversations, _short, complete_messages, load_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +220,3 @@ def _groups(
 
 def _is_number(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 100 else text[:100] + "..."

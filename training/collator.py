@@ -147,6 +147,10 @@ class ConversationCollator:
         ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return len(ids) + ids.count(self.processor.image_token_id) * (self.processor.image_seq_length - 1)
 
+    def sample_length(self, sample: Any) -> int:
+        """How many tokens a sample takes once it is shortened; raises ValueError as `shorten` does."""
+        return self.length(self.shorten(complete_messages(sample)))
+
     def decode(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with their pictures decoded, so that one that cannot be is told by itself.
 

@@ -16,7 +16,6 @@ from transformers import AutoProcessor, EarlyStoppingCallback, PreTrainedConfig,
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from ..data import complete_messages
 from ..data.packing import PackedConversations
 from ..hub_card import render_card
 from ..modeling_dsvl import DSVLForConditionalGeneration
@@ -218,7 +217,7 @@ def _tokens(data: Any, collator: ConversationCollator) -> str:
     lengths = []
     for place in places:
         with contextlib.suppress(ValueError):  # told when its batch is made
-            lengths.append(collator.length(collator.shorten(complete_messages(data[place]))))
+            lengths.append(collator.sample_length(data[place]))
     about = "" if len(places) == len(data) else "about "
     return f"{about}{sum(lengths) / len(places) * len(data):,.0f} an epoch, in {len(data):,} conversations"
 

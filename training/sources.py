@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..data import complete_messages, load_conversations
+from ..data import load_conversations
 from ..data.mixture import Part, load_mixture, open_parts, split
 from ..data.packing import PackedConversations
 from .arguments import DataArguments
@@ -52,7 +52,7 @@ def packed(data: Any, collator: ConversationCollator, arguments: DataArguments, 
         raise ValueError("Packing needs the length of a pack; pass max_length.")
     packs = PackedConversations(
         data,
-        lambda sample: collator.length(collator.shorten(complete_messages(sample))),
+        collator.sample_length,
         collator.max_length,
         arguments.max_pictures_per_pack,
         seed=seed,

@@ -1,13 +1,12 @@
 """Data sets about COCO's pictures: LLaVA, A-OKVQA, the captions; and MiniGPT-4's, which are captions too."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from .public import llava_conversations
-from .registry import LeftOut, Sample, assistant, converter, read_json, read_list, take, take_texts, user
+from .registry import LeftOut, Sample, assistant, converter, read_list, read_records, take, take_texts, user
 
 TRAIN2017 = "coco/train2017"
 LLAVA = ("llava/detail_23k.json", "llava/complex_reasoning_77k.json")
@@ -122,13 +121,7 @@ def conversations_by_picture(root: Path) -> dict[str, list[Any]]:
     """All of LLaVA's records, by their picture's path: descriptions, then reasoning, then conversations."""
     by_picture: dict[str, list[Any]] = {}
     for file in (*LLAVA, LLAVA_DIAL):
-        for record in _list(read_json(root / file), file):
+        for record in read_records(root / file):
             if isinstance(record, dict) and isinstance(record.get("image"), str):
                 by_picture.setdefault(f"{TRAIN2017}/{record['image']}", []).append(record)
     return by_picture
-
-
-def _list(records: Any, file: str) -> Iterator[Any]:
-    if not isinstance(records, list):
-        raise ValueError(f"{file} holds {type(records).__name__}; expected a list of records.")
-    yield from records

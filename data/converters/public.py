@@ -6,8 +6,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..conversations import open_table, read_row
-from .registry import LeftOut, Record, Sample, assistant, converter, read_json, take, user
+from ..conversations import encoded, open_table
+from .registry import LeftOut, Record, Sample, assistant, converter, read_records, take, user
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -16,9 +16,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 def read_file(root: Path, pictures: Path) -> Iterator[Record]:
     """The records of a JSON or JSON lines file; of a Parquet file or a folder of `datasets`; `root` is that file."""
     if root.suffix == ".json":
-        records = read_json(root)
-        if not isinstance(records, list):
-            raise ValueError(f"{root} holds {type(records).__name__}; expected a list of records.")
+        records: Any = read_records(root)
     elif root.suffix == ".jsonl":
         records = _lines(root)
     else:
@@ -42,9 +40,8 @@ def _lines(path: Path) -> Iterator[Any]:
 def _rows(path: Path) -> Iterator[Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; --root must be the file of this form, or a folder of datasets.")
-    rows = open_table(str(path)).with_format("arrow")
-    for place in range(len(rows)):
-        yield read_row(rows, place)
+    rows = open_table(str(path))
+    yield from map(encoded(rows), range(len(rows)))
 
 
 def rounds(turns: list[tuple[str, str]], pictures: list[Any]) -> Sample:

@@ -76,16 +76,24 @@ def read_list(*files: str, key: str = "id", inside: str | None = None) -> Callab
 
     def read(root: Path, pictures: Path) -> Iterator[Record]:
         for file in files:
-            records = read_json(root / file)
-            if inside is not None:
-                records = take(records, inside, list, file)
-            if not isinstance(records, list):
-                raise ValueError(f"{root / file} holds {_kind(records)}; expected a list of records.")
+            records = read_records(root / file) if inside is None else take(read_json(root / file), inside, list, file)
             for number, record in enumerate(records):
                 name = record.get(key, number) if isinstance(record, dict) else number
                 yield Record(f"{Path(file).name}: {name}", record)
 
     return read
+
+
+def read_records(path: Path) -> list[Any]:
+    """A whole JSON file that holds a list of records.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is absent, not whole or no list.
+    """
+    records = read_json(path)
+    if not isinstance(records, list):
+        raise ValueError(f"{path} holds {_kind(records)}; expected a list of records.")
+    return records
 
 
 def read_json(path: Path) -> Any:

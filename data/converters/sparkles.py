@@ -8,7 +8,7 @@ from typing import Any
 
 from .mimicit import MAX_PICTURES
 from .public import check_turns
-from .registry import LeftOut, Record, Sample, assistant, converter, read_json, take, user
+from .registry import LeftOut, Record, Sample, assistant, converter, read_records, take, user
 
 PARTS = ("SparklesDialogueCC", "SparklesDialogueVG")
 FILES = tuple(f"{part}/annotations/{part}.json" for part in PARTS)
@@ -18,10 +18,7 @@ NAME = re.compile(r"IMAGE#(\d+)(\s*<Img><ImageHere></Img>)?")
 
 def read(root: Path, pictures: Path) -> Iterator[Record]:
     for part, file in zip(PARTS, FILES, strict=True):
-        records = read_json(root / file)
-        if not isinstance(records, list):
-            raise ValueError(f"{root / file} holds {type(records).__name__}; expected a list of dialogues.")
-        for number, record in enumerate(records):
+        for number, record in enumerate(read_records(root / file)):
             yield Record(f"{part}: {number}", (f"{part}/images", record))
 
 
