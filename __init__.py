@@ -10,25 +10,32 @@ from transformers import (
 
 from . import migration
 from .composition import compose, save_checkpoint
-from .configuration_dsvl import DSVLConfig
+from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
 from .modeling_dsvl import DSVLForConditionalGeneration, DSVLModel
 from .processing_dsvl import DSVLProcessor
+from .vision_dsvl import DSVLQwenVisionModel
 
 # Where this package is installed, the Auto classes use it rather than the copy in a checkpoint ...
 AutoConfig.register(DSVLConfig.model_type, DSVLConfig, exist_ok=True)
 AutoProcessor.register(DSVLConfig, DSVLProcessor, exist_ok=True)
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
     _auto_class.register(DSVLConfig, DSVLForConditionalGeneration, exist_ok=True)
+AutoConfig.register(DSVLQwenVisionConfig.model_type, DSVLQwenVisionConfig, exist_ok=True)
+AutoModel.register(DSVLQwenVisionConfig, DSVLQwenVisionModel, exist_ok=True)
 # ... and every checkpoint that it saves takes a copy along.
 DSVLConfig.register_for_auto_class()
 DSVLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 DSVLProcessor.register_for_auto_class()
+DSVLQwenVisionConfig.register_for_auto_class()
+DSVLQwenVisionModel.register_for_auto_class("AutoModel")
 
 __all__ = [
     "DSVLConfig",
     "DSVLForConditionalGeneration",
     "DSVLModel",
     "DSVLProcessor",
+    "DSVLQwenVisionConfig",
+    "DSVLQwenVisionModel",
     "compose",
     "migration",
     "save_checkpoint",

@@ -36,14 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_compose(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("compose", help="vision tower + language model -> one checkpoint directory")
-    parser.add_argument("--vision", required=True, help="name or directory of a CLIP model or CLIP vision tower")
+    parser.add_argument("--vision", required=True, help="name or directory of a vision tower, or a model that has one")
     parser.add_argument("--language", required=True, help="name or directory of a causal language model")
     parser.add_argument("--out", required=True, help="new directory for the checkpoint")
     parser.add_argument("--projector-type", choices=PROJECTOR_TYPES, default="linear")
     parser.add_argument("--multimodal-attention", choices=MULTIMODAL_ATTENTIONS, default="mmca")
     parser.add_argument("--vision-feature-layer", type=int, default=-1, help="the tower's layer to project (default -1)")
     parser.add_argument(
-        "--vision-feature-select-strategy", choices=FEATURE_SELECT_STRATEGIES, default="full", help="full keeps CLS"
+        "--vision-feature-select-strategy",
+        choices=FEATURE_SELECT_STRATEGIES,
+        default="full",
+        help="full keeps CLS and registers",
     )
     parser.add_argument("--number-after", action="store_true", help="repeat a picture's number behind it in prompts")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the language model's)")

@@ -10,10 +10,12 @@ FEATURE_SELECT_STRATEGIES = ("full", "default")
 
 # The perceiver's queries form a 16 x 16 grid, whatever the tower's own grid is (DeepSpeed-VisualChat, as Qwen-VL).
 PERCEIVER_GRID_SIZE = 16
-PERCEIVER_HEAD_DIM = 128
 
-# Vision towers that can be composed, and how many tokens (CLS) each puts before its grid of patches.
-VISION_TOWER_PREFIX_TOKENS = {"clip_vision_model": 1}
+# How many tokens (CLS) a vision tower puts before its grid of patches, registers not counted. For any other type
+# `num_prefix_tokens` says it.
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1, "dinov2_with_registers": 1, "dinov3_vit": 1}
+# These pictures keep their shape (NaFlex), so the number of their patches differs from picture to picture.
+NAFLEX_TOWERS = ("siglip2_vision_model",)
 
 # Decoder layers whose visibility transformers can describe by a mask function; others (recurrent, chunked) have no
 # place for a modality.
@@ -27,11 +29,72 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_dsvl.DSVLForConditionalGeneration",
     "AutoProcessor": "processing_dsvl.DSVLProcessor",
 }
+QWEN_VISION_AUTO_MAP = {
+    "AutoConfig": "configuration_dsvl.DSVLQwenVisionConfig",
+    "AutoModel": "vision_dsvl.DSVLQwenVisionModel",
+}
 
 
 def _one_of(field: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{field}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
+class DSVLQwenVisionConfig(PreTrainedConfig):
+    """Configuration of Qwen-VL's vision tower; the defaults are its own.
+
+    Args:
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: of the ViT.
+        image_size, patch_size: in pixels; pictures are squares. Other sizes work, with interpolated positions.
+        num_positions: rows of the learned position table, a square number.
+        output_dim: width of the resampler, and of what the tower gives.
+        num_queries: how many embeddings a picture becomes, a square number.
+        layer_norm_eps: of all its layer norms.
+        initializer_range: of fresh weights.
+
+    Raises:
+        ValueError: for numbers that do not go together.
+    """
+
+    model_type = "dsvl_qwen_vision"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        hidden_size: int = 1664,
+        intermediate_size: int = 8192,
+        num_hidden_layers: int = 48,
+        num_attention_heads: int = 16,
+        image_size: int = 448,
+        patch_size: int = 14,
+        num_positions: int = 256,
+        output_dim: int = 4096,
+        num_queries: int = 256,
+        layer_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.num_positions = num_positions
+        self.output_dim = output_dim
+        self.num_queries = num_queries
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        if hidden_size % num_attention_heads:
+            raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_attention_heads}.")
+        for field in ("num_positions", "num_queries"):
+            value = getattr(self, field)
+            if round(value**0.5) ** 2 != value:
+                raise ValueError(f"{field}={value} is not a square number, so it makes no square grid.")
+        if output_dim % 4:
+            raise ValueError(f"output_dim={output_dim} is not a multiple of 4, as sine and cosine of two axes need.")
+        kwargs["auto_map"] = dict(QWEN_VISION_AUTO_MAP)
+        super().__init__(**kwargs)
 
 
 def _sub_config(field: str, value: Any, default: PreTrainedConfig) -> PreTrainedConfig:
@@ -43,6 +106,8 @@ def _sub_config(field: str, value: Any, default: PreTrainedConfig) -> PreTrained
                 f"{field} is a dict without 'model_type', so its class cannot be told; add it, for example "
                 f"'model_type': {default.model_type!r}."
             )
+        if value["model_type"] == DSVLQwenVisionConfig.model_type:
+            return DSVLQwenVisionConfig(**value)
         # AutoConfig.for_model knows only transformers' own model types: code named by a file is never run from here.
         return AutoConfig.for_model(**value)
     return value
@@ -52,17 +117,25 @@ class DSVLConfig(PreTrainedConfig):
     """Configuration of a DSVL model.
 
     Args:
-        vision_config: the vision tower's configuration, or its dict with `model_type`. Defaults to CLIP ViT-L/14.
+        vision_config: the vision tower's configuration, or its dict with `model_type`: CLIP, SigLIP, DINOv2, DINOv3,
+            `DSVLQwenVisionConfig`, or any that `AutoModel` knows and that gives a sequence of features for a square
+            picture. Defaults to CLIP ViT-L/14.
         text_config: the language model's configuration, or its dict. Any decoder that routes attention through
             transformers' `AttentionInterface`. Defaults to LLaMA-7B with 64 more rows of vocabulary.
         projector_type: `"linear"`, `"vit"` or `"perceiver"`.
         multimodal_attention: `"mmca"` (the paper's), `"mmca_reference"` (bug-compatible with the released code) or
             `"causal"` (ordinary attention).
         image_token_id: the id of `<image>`, of which every picture takes `image_seq_length` copies.
-        vision_feature_layer: which of the tower's hidden states is projected; -1 is its last one, before any
-            post layer-norm.
-        vision_feature_select_strategy: `"full"` keeps the tower's CLS token, `"default"` drops it. The perceiver reads
-            the grid of patches alone and drops a CLS token itself, as the original does.
+        vision_feature_layer: which of the tower's hidden states is projected; -1 is what it gives at its end: with
+            its last norm, except CLIP, which norms its pooled output alone.
+        vision_feature_select_strategy: `"full"` keeps the tower's CLS token and registers, `"default"` drops them. The
+            perceiver reads the grid of patches alone and drops them itself, as the original does.
+        image_size: side of the square pictures, in pixels, as the image processor makes them. Defaults to
+            `vision_config.image_size`; another size needs a tower that interpolates its positions by itself.
+        num_prefix_tokens: how many tokens (CLS, registers) the tower puts before its grid of patches. Known for the
+            towers named above; for others `dsvl.compose` counts them.
+        reversed_pictures: a sample's pictures take its places in reverse order, the first picture the last place, as
+            in models that DeepSpeed-VisualChat's code trained. Pictures are passed in reading order all the same.
 
     Raises:
         ValueError: for a value that is not known, or values that do not go together.
@@ -80,6 +153,9 @@ class DSVLConfig(PreTrainedConfig):
         image_token_id: int = 32000,
         vision_feature_layer: int = -1,
         vision_feature_select_strategy: str = "full",
+        image_size: int | None = None,
+        num_prefix_tokens: int | None = None,
+        reversed_pictures: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config("vision_config", vision_config, _clip_vit_l_14())
@@ -89,6 +165,10 @@ class DSVLConfig(PreTrainedConfig):
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.reversed_pictures = reversed_pictures
+        self._check_tower_fields()
+        self.image_size = self.vision_config.image_size if image_size is None else image_size
+        self.num_prefix_tokens = _prefix_tokens(self.vision_config) if num_prefix_tokens is None else num_prefix_tokens
         self._check()
         kwargs["auto_map"] = dict(AUTO_MAP)  # a saved copy carries its own code, wherever it was loaded from
         # The head is tied exactly when the language model's own is; transformers asks the top level.
@@ -96,17 +176,25 @@ class DSVLConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @property
-    def num_prefix_tokens(self) -> int:
-        """How many tokens the vision tower puts before its grid of patches."""
-        return VISION_TOWER_PREFIX_TOKENS[self.vision_config.model_type]
+    def vision_feature_size(self) -> int:
+        """The width of what the tower gives to the projector."""
+        vision = self.vision_config
+        return vision.output_dim if vision.model_type == DSVLQwenVisionConfig.model_type else vision.hidden_size
+
+    @property
+    def num_patches(self) -> int:
+        """How many features of a picture's places the tower gives: its grid of patches, or a resampler's queries."""
+        vision = self.vision_config
+        if vision.model_type == DSVLQwenVisionConfig.model_type:
+            return vision.num_queries
+        return (self.image_size // vision.patch_size) ** 2
 
     @property
     def image_seq_length(self) -> int:
         """How many embeddings one picture becomes in the decoder."""
         if self.projector_type == "perceiver":
             return PERCEIVER_GRID_SIZE**2
-        patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
-        return patches + (self.num_prefix_tokens if self.vision_feature_select_strategy == "full" else 0)
+        return self.num_patches + (self.num_prefix_tokens if self.vision_feature_select_strategy == "full" else 0)
 
     def _check(self) -> None:
         _one_of("projector_type", self.projector_type, PROJECTOR_TYPES)
@@ -121,18 +209,32 @@ class DSVLConfig(PreTrainedConfig):
                 f"be a multiple of 4, but it is {width}; choose projector_type='linear' or another language model."
             )
 
+    def _check_tower_fields(self) -> None:
+        """Whether this is a vision tower's configuration at all."""
+        vision = self.vision_config
+        if vision.model_type in NAFLEX_TOWERS:
+            raise ValueError(
+                f"vision_config.model_type={vision.model_type!r} takes pictures of any shape (NaFlex), which become "
+                "differently many features; that is not supported. Use a SigLIP 2 of fixed resolution, whose type is "
+                "'siglip_vision_model'."
+            )
+        if hasattr(vision, "vision_config"):
+            raise ValueError(
+                f"vision_config.model_type={vision.model_type!r} is not a vision tower; pass its vision_config."
+            )
+        numbers = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
+        if wrong := [name for name in numbers if not isinstance(getattr(vision, name, None), int)]:
+            raise ValueError(
+                f"vision_config.model_type={vision.model_type!r} is not a vision tower that can be used: "
+                f"{', '.join(f'{name}={getattr(vision, name, None)!r}' for name in wrong)}; expected whole numbers. Use one "
+                "that makes a square picture a sequence of features, such as CLIP, SigLIP, DINOv2 or DINOv3."
+            )
+
     def _check_vision(self) -> None:
         vision = self.vision_config
-        if vision.model_type not in VISION_TOWER_PREFIX_TOKENS:
-            remedy = (
-                "pass its vision_config instead"
-                if hasattr(vision, "vision_config")
-                else f"use a tower of type {', '.join(map(repr, VISION_TOWER_PREFIX_TOKENS))}"
-            )
-            raise ValueError(f"vision_config.model_type={vision.model_type!r} is not a vision tower; {remedy}.")
-        if vision.image_size < vision.patch_size:
+        if self.image_size < vision.patch_size:
             raise ValueError(
-                f"vision_config.image_size={vision.image_size} is smaller than patch_size={vision.patch_size}, so a "
+                f"image_size={self.image_size} is smaller than vision_config.patch_size={vision.patch_size}, so a "
                 "picture has no patch; raise image_size."
             )
         layers = vision.num_hidden_layers
@@ -141,6 +243,17 @@ class DSVLConfig(PreTrainedConfig):
                 f"vision_feature_layer={self.vision_feature_layer!r} does not exist: the tower has {layers} layers, so "
                 f"choose an integer from {-layers - 1} to {layers}."
             )
+        if vision.model_type == DSVLQwenVisionConfig.model_type:
+            if self.vision_feature_layer != -1:
+                raise ValueError(
+                    f"vision_feature_layer={self.vision_feature_layer} with Qwen-VL's tower: its features are those of its "
+                    "resampler, which reads the last layer; leave it at -1."
+                )
+            if self.projector_type != "linear":
+                raise ValueError(
+                    f"projector_type={self.projector_type!r} with Qwen-VL's tower, which has a resampler at its end; choose "
+                    "projector_type='linear'."
+                )
 
     def _check_text(self) -> None:
         text = self.text_config
@@ -168,10 +281,21 @@ class DSVLConfig(PreTrainedConfig):
             )
 
 
+def _prefix_tokens(vision: PreTrainedConfig) -> int:
+    if vision.model_type == DSVLQwenVisionConfig.model_type:
+        return 0
+    if vision.model_type not in CLASS_TOKENS:
+        raise ValueError(
+            f"How many tokens vision_config.model_type={vision.model_type!r} puts before its grid of patches is not known; "
+            "pass num_prefix_tokens (dsvl.compose counts them)."
+        )
+    return CLASS_TOKENS[vision.model_type] + getattr(vision, "num_register_tokens", 0)
+
+
 def _clip_vit_l_14() -> CLIPVisionConfig:
     return CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
     )
 
 
-__all__ = ["DSVLConfig"]
+__all__ = ["DSVLConfig", "DSVLQwenVisionConfig"]

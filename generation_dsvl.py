@@ -52,8 +52,15 @@ class DSVLGenerationMixin(GenerationMixin):
                 self.model.check_placeholders(input_ids == self.config.image_token_id, whole_pictures=True)
                 cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
                 # A mask that is longer than the ids comes with the new tokens alone, as transformers has it.
+                new_ids = input_ids
                 if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
+                    new_ids = input_ids[:, int(cache.get_seq_length()) :]
                     kwargs["pixel_values"] = self._new_pictures(input_ids, kwargs["pixel_values"], cache)
+                if self.config.reversed_pictures and kwargs["pixel_values"] is not None:
+                    # transformers encodes them before the first step, and hands them over in the order of their places.
+                    kwargs["pixel_values"] = self.model.reverse_pictures(
+                        kwargs["pixel_values"], new_ids == self.config.image_token_id, past_key_values=cache
+                    )
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)
         if "pixel_values" not in kwargs and kwargs.get("mm_encoder_outputs") is None and is_deepspeed_zero3_enabled():

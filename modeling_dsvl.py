@@ -1,11 +1,13 @@
 """The DSVL model: picture features are projected and scattered into a causal language model that attends by MMCA."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -18,9 +20,11 @@ from .attention_dsvl import (
     sees_pictures,
     visibilities,
 )
-from .configuration_dsvl import DSVLConfig
+from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
 from .generation_dsvl import DSVLGenerationMixin
-from .projectors_dsvl import PROJECTORS, DSVLPerceiverProjector
+from .projectors_dsvl import PROJECTORS
+from .resampler_dsvl import DSVLResampler
+from .vision_dsvl import DSVLQwenVisionModel
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Outputs
@@ -36,7 +40,7 @@ class DSVLModelOutputWithPast(ModelOutput):
         hidden_states: on request, (layers + 1) tensors of (batch, tokens, hidden).
         attentions: on request (eager), a (batch, heads, queries, keys) tensor per layer; under MMCA the sum of both
             branches, so that a text query's row sums to 2 where it sees text and pictures.
-        image_hidden_states: the projected pictures, (pictures, image_seq_length, hidden), in reading order.
+        image_hidden_states: the projected pictures, (pictures, image_seq_length, hidden), as they stand in the texts.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -80,8 +84,15 @@ class DSVLPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, DSVLPerceiverProjector):
+        if isinstance(module, DSVLResampler):
             module.init_weights()
+
+
+def make_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """A tower of this configuration, with fresh weights."""
+    if config.model_type == DSVLQwenVisionConfig.model_type:
+        return DSVLQwenVisionModel._from_config(config)
+    return AutoModel.from_config(config)
 
 
 class DSVLModel(DSVLPreTrainedModel):
@@ -93,7 +104,7 @@ class DSVLModel(DSVLPreTrainedModel):
 
     def __init__(self, config: DSVLConfig) -> None:
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = make_vision_tower(config.vision_config)
         self.multi_modal_projector = PROJECTORS[config.projector_type](config)
         self.language_model = AutoModel.from_config(config.text_config)
         if config.multimodal_attention != "causal":
@@ -105,6 +116,14 @@ class DSVLModel(DSVLPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> "DSVLModel":
+        """As for any module; but a tower with nothing to learn stays in evaluation mode: DINOv3 draws its positions at
+        random in training mode, and others drop layers."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        return self
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode and project pictures.
@@ -118,26 +137,36 @@ class DSVLModel(DSVLPreTrainedModel):
             `pooler_output`: a list with one (image_seq_length, decoder width) tensor for each picture, ready to be passed
             back as `mm_encoder_outputs={"image": ...}`; `last_hidden_state`: the tower's features before projection.
         """
-        config = self.config
         learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
-        last = config.vision_feature_layer == -1
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            tower = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=not last)
-            features = tower.last_hidden_state if last else tower.hidden_states[config.vision_feature_layer]
-        if config.vision_feature_select_strategy == "default":
-            features = features[:, config.num_prefix_tokens :]
+            features = self._tower_features(self.vision_tower, pixel_values)
         projected = self.multi_modal_projector(features)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
 
-    def unused_tower_modules(self) -> dict[str, nn.Module]:
-        """The tower's modules, by name, on which the features do not depend: CLIP's norm of its pooled output, and layers
-        behind `vision_feature_layer`."""
-        layer, layers = self.config.vision_feature_layer, self.config.vision_config.num_hidden_layers
-        used = layer if layer >= 0 else layers + 1 + layer
-        behind = tuple(f"encoder.layers.{index}" for index in range(used, layers))
-        return {
-            name: module for name, module in self.vision_tower.named_modules() if name.endswith(("post_layernorm", *behind))
-        }
+    def _tower_features(self, tower: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(pictures, 3, height, width) to the features that are projected, (pictures, tokens, tower width)."""
+        config, last = self.config, self.config.vision_feature_layer == -1
+        outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=not last)
+        features = outputs.last_hidden_state if last else outputs.hidden_states[config.vision_feature_layer]
+        if config.vision_feature_select_strategy == "default":
+            features = features[:, config.num_prefix_tokens :]
+        return features
+
+    def unused_tower_parameters(self) -> list[str]:
+        """The tower's parameters, by name, on which the features do not depend: heads that pool, layers behind
+        `vision_feature_layer`, tokens that only pre-training uses.
+
+        Told by autograd, from a tower of shapes without values, so that it holds for a tower of any type.
+        """
+        config = copy.deepcopy(self.config.vision_config)
+        config._attn_implementation = "eager"
+        size = self.config.image_size
+        with torch.device("meta"), no_init_weights(), torch.enable_grad():
+            tower = type(self.vision_tower)(config).to(self.vision_tower.dtype).eval()
+            features = self._tower_features(tower, torch.zeros(1, 3, size, size))
+            names, parameters = zip(*tower.named_parameters(), strict=True)
+            gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
 
     def forward(
         self,
@@ -160,7 +189,8 @@ class DSVLModel(DSVLPreTrainedModel):
                 and transformers' own masks where no picture is in sight, are handed through.
             mm_token_type_ids: (batch, tokens), 1 for image tokens; of the new tokens or of the whole sequence. Told from
                 `input_ids` if absent; required with `inputs_embeds` unless `multimodal_attention` is "causal".
-            mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`.
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`, in the order of the places
+                that they take.
             kwargs: what the decoder takes (`use_cache`, `output_hidden_states`, `output_attentions`, ...).
 
         Raises:
@@ -175,6 +205,9 @@ class DSVLModel(DSVLPreTrainedModel):
 
         images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and len(pixel_values) > 0:
+            if self.config.reversed_pictures:
+                places = self._placeholders(input_ids, mm_token_type_ids, inputs_embeds.shape[1])
+                pixel_values = self.reverse_pictures(pixel_values, places, position_ids, past_key_values)
             images = self.get_image_features(pixel_values)
         image_hidden_states = None
         if images is not None and images.pooler_output:
@@ -221,22 +254,66 @@ class DSVLModel(DSVLPreTrainedModel):
     ) -> torch.Tensor:
         """Put the pictures' embeddings (image tokens, hidden) where their placeholders are."""
         tokens = inputs_embeds.shape[1]
-        if input_ids is not None:
-            placeholders = input_ids == self.config.image_token_id
-        elif features is None:
+        if input_ids is None and features is None:
             return inputs_embeds  # embeddings that already hold their pictures
-        elif mm_token_type_ids is None:
-            raise ValueError(
-                "Pictures beside inputs_embeds need mm_token_type_ids, which says where they go; pass it, or input_ids."
-            )
-        else:
-            placeholders = mm_token_type_ids[:, -tokens:] == 1
+        placeholders = self._placeholders(input_ids, mm_token_type_ids, tokens)
         # A decode step has nothing to check, and nothing worth waiting for the device.
         if not torch.compiler.is_compiling() and (features is not None or tokens > 1):
             self.check_placeholders(placeholders, 0 if features is None else len(features), whole_pictures)
         if features is None:
             return inputs_embeds
         return inputs_embeds.masked_scatter(placeholders[..., None].to(inputs_embeds.device), features)
+
+    def _placeholders(
+        self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None, tokens: int
+    ) -> torch.Tensor:
+        """(batch, tokens), True where a picture goes."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        if mm_token_type_ids is None:
+            raise ValueError(
+                "Pictures beside inputs_embeds need mm_token_type_ids, which says where they go; pass it, or input_ids."
+            )
+        return mm_token_type_ids[:, -tokens:] == 1
+
+    def reverse_pictures(
+        self,
+        pixel_values: torch.Tensor,
+        placeholders: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """Pictures in reading order, put in the order of the places that they take under `reversed_pictures`: each
+        sample's own, or each packed conversation's, turned round.
+
+        Args:
+            pixel_values: (pictures of the whole batch, 3, height, width).
+            placeholders: (batch, new tokens), True where a picture goes.
+            position_ids: (batch or 1, new tokens), which begin again where packed conversations do.
+            past_key_values: what came before the new tokens.
+
+        Raises:
+            ValueError: if pictures are in the cache already: they took the places of those that come now.
+        """
+        cached = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        known = getattr(past_key_values, "mm_token_type_ids", None)
+        if cached > 0 and (known is None or bool((known[:, :cached] == 1).any())):
+            raise ValueError(
+                "config.reversed_pictures puts the last picture first, but the cache may hold pictures already; pass the "
+                "whole conversation without past_key_values."
+            )
+        per_picture, tokens = self.config.image_seq_length, placeholders.shape[1]
+        row, column = placeholders.nonzero(as_tuple=True)
+        if len(row) != len(pixel_values) * per_picture:
+            return pixel_values  # which is refused when they are put in their places
+        sample = row
+        if position_ids is not None:  # of packed conversations, each begins at 0
+            begun = (position_ids == 0).cumsum(-1).expand(placeholders.shape)
+            sample = row * (tokens + 1) + begun[row, column]
+        sample = sample[::per_picture].contiguous()
+        first, end = torch.searchsorted(sample, sample), torch.searchsorted(sample, sample, right=True)
+        order = first + end - 1 - torch.arange(len(sample), device=sample.device)
+        return pixel_values[order.to(pixel_values.device)]
 
     def _others_may_see_pictures(self, past_key_values: Cache | None) -> bool:
         """Whether a batch of texts must run the tower and the projector as well.
@@ -255,7 +332,7 @@ class DSVLModel(DSVLPreTrainedModel):
 
     def encode_blank_picture(self) -> torch.Tensor:
         """Zero, by way of tower and projector: what a process without pictures does where others encode theirs."""
-        size = self.config.vision_config.image_size
+        size = self.config.image_size
         blank = torch.zeros((1, 3, size, size), dtype=self.vision_tower.dtype, device=self.vision_tower.device)
         return self.get_image_features(blank).pooler_output[0].sum() * 0
 
@@ -440,8 +517,8 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         Args:
             projector: the projector.
             embeddings: the decoder's token embeddings (and a head that is tied to them).
-            vision_tower: the vision tower, but for modules on which its features do not depend; frozen, it runs without a
-                graph.
+            vision_tower: the vision tower, but for parameters on which its features do not depend; frozen, it runs without
+                a graph.
             language_model: the decoder's layers and norms, without its embeddings.
             lm_head: the head.
 
@@ -461,10 +538,11 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         self.lm_head.requires_grad_(lm_head)
         table.requires_grad_(embeddings)  # last: a tied head is this tensor
         self.model.vision_tower.requires_grad_(vision_tower)
-        for module in self.model.unused_tower_modules().values():  # no gradient reaches them, for which DDP would wait
-            module.requires_grad_(False)
+        if vision_tower:
+            for name in self.model.unused_tower_parameters():  # no gradient reaches them, for which DDP would wait
+                self.model.vision_tower.get_parameter(name).requires_grad_(False)
         self.model.multi_modal_projector.requires_grad_(projector)
-        return self
+        return self.train(self.training)  # a frozen tower is in evaluation mode
 
     @can_return_tuple
     def forward(

@@ -1,27 +1,17 @@
 """Vision tower + language model + tokenizer -> one DSVL model and its processor."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionModel,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..attention_dsvl import route_attention
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor, extend_tokenizer
-
-logger = logging.getLogger(__name__)
+from .towers import count_prefix_tokens, load_image_processor, load_tower, picture_size
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding table: what matrix units like
 
@@ -46,11 +36,13 @@ def compose(
     models are taken over, not copied.
 
     Args:
-        vision: name or directory of a CLIP model or CLIP vision tower, or a loaded one.
+        vision: name or directory of a vision tower (CLIP, SigLIP, DINOv2, DINOv3, Qwen-VL's by `dsvl migrate qwen-tower`,
+            or another that gives a sequence of features) or of a model that has one, or a loaded one.
         language: name or directory of a causal language model, or a loaded one.
         projector_type, multimodal_attention, vision_feature_layer, vision_feature_select_strategy: see `DSVLConfig`.
         tokenizer: the language model's tokenizer; read from `language` by default.
-        image_processor: the tower's image processor; read from `vision` by default, or made for its `image_size`.
+        image_processor: the tower's image processor; read from `vision` by default, or CLIP's for its `image_size`. It
+            says how large pictures are.
         number_after: see `DSVLProcessor`.
         dtype: of the whole model; "auto" is the language model's own.
 
@@ -60,9 +52,11 @@ def compose(
     Raises:
         ValueError: if the parts do not go together; the message names the remedy.
     """
-    image_processor = image_processor or _image_processor(vision)
+    tower = load_tower(vision)
+    image_processor = image_processor or load_image_processor(vision)
     tokenizer = tokenizer or _tokenizer(language)
-    tower = _vision_tower(vision)
+    image_size = picture_size(image_processor)
+    num_prefix_tokens = count_prefix_tokens(tower, image_size)
     decoder = _causal_lm(language, dtype)
     dtype = decoder.dtype
 
@@ -82,6 +76,8 @@ def compose(
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
+        image_size=image_size,
+        num_prefix_tokens=num_prefix_tokens,
         dtype=dtype,
     )
     with torch.device("meta"):  # the parts exist already; only the projector is new
@@ -113,20 +109,6 @@ def compose(
     return model.eval(), processor
 
 
-def _vision_tower(vision: str | Path | PreTrainedModel) -> PreTrainedModel:
-    if not isinstance(vision, PreTrainedModel):
-        model_type = AutoConfig.from_pretrained(vision).model_type
-        if model_type not in ("clip", "clip_vision_model"):
-            raise ValueError(
-                f"vision={str(vision)!r} is a model of type {model_type!r}; pass a CLIP model or a CLIP vision tower."
-            )
-        return CLIPVisionModel.from_pretrained(vision)
-    tower = getattr(vision, "vision_model", vision)
-    if not isinstance(tower, CLIPVisionModel):
-        raise ValueError(f"vision is a {type(vision).__name__}; pass a CLIPModel or a CLIPVisionModel.")
-    return tower
-
-
 def _causal_lm(language: str | Path | PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedModel:
     if isinstance(language, PreTrainedModel):
         decoder = language if dtype == "auto" else language.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -150,18 +132,6 @@ def _tokenizer(language: str | Path | PreTrainedModel) -> Any:
     if not source:
         raise ValueError("language is a model that was not loaded from a name or directory; pass tokenizer=.")
     return AutoTokenizer.from_pretrained(source)
-
-
-def _image_processor(vision: str | Path | PreTrainedModel) -> Any:
-    source = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
-    try:
-        if source:
-            return AutoImageProcessor.from_pretrained(source)
-    except OSError:
-        logger.info("%s has no image processor; CLIP's default is used at the tower's size.", source)
-    config = vision.config if isinstance(vision, PreTrainedModel) else AutoConfig.from_pretrained(vision)
-    size = getattr(config, "vision_config", config).image_size
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 def _new_ids(tokenizer: Any, decoder: PreTrainedModel) -> list[int]:

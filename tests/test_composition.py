@@ -26,7 +26,17 @@ from dsvl.cli import main
 from dsvl.composition import checkpoint
 
 REMOTE_CODE = [
-    f"{name}_dsvl.py" for name in ("attention", "configuration", "generation", "modeling", "processing", "projectors")
+    f"{name}_dsvl.py"
+    for name in (
+        "attention",
+        "configuration",
+        "generation",
+        "modeling",
+        "processing",
+        "projectors",
+        "resampler",
+        "vision",
+    )
 ]
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
 
@@ -167,7 +177,7 @@ def test_an_existing_directory_is_refused_before_anything_is_loaded(parts, tmp_p
 
 
 def test_wrong_parts_are_refused_by_name(parts, capsys, tmp_path):
-    with pytest.raises(ValueError, match="is a model of type 'llama'; pass a CLIP model"):
+    with pytest.raises(ValueError, match="is a model of type 'llama', which has no tower"):
         dsvl.compose(parts / "llama", parts / "llama", tokenizer=None, image_processor=object())
     with pytest.raises(ValueError, match="pass tokenizer="):
         dsvl.compose(parts / "clip", LlamaForCausalLM(LlamaConfig(**TEXT)))

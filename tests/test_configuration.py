@@ -12,8 +12,9 @@ from transformers import (
     JambaConfig,
     LlamaConfig,
     MambaConfig,
-    SiglipVisionConfig,
+    Siglip2VisionConfig,
     T5Config,
+    ViTConfig,
 )
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
@@ -72,7 +73,9 @@ REFUSED = {
     "layers": ({"vision_feature_layer": [1, 2]}, r"vision_feature_layer=\[1, 2\] does not exist"),
     "image token": ({"image_token_id": 96}, "image_token_id=96 lies outside text_config.vocab_size=96; extend"),
     "full CLIP": ({"vision_config": CLIPConfig()}, "model_type='clip' is not a vision tower; pass its vision_config"),
-    "tower": ({"vision_config": SiglipVisionConfig()}, "'siglip_vision_model' is not a vision tower; use .*clip_vision"),
+    "tower": ({"vision_config": FAMILIES["llama"]()}, "'llama' is not a vision tower.*: image_size=None, patch_size=None; "),
+    "NaFlex": ({"vision_config": Siglip2VisionConfig()}, "'siglip2_vision_model' takes pictures of any shape .NaFlex"),
+    "prefix": ({"vision_config": ViTConfig()}, "How many tokens vision_config.model_type='vit' puts .* pass num_prefix"),
     "no patch": ({"vision_config": {"model_type": "clip_vision_model", "image_size": 8}}, "image_size=8 is smaller"),
     "no type": ({"text_config": {"hidden_size": 32}}, "text_config is a dict without 'model_type'.*add it"),
     "encoder": ({"text_config": T5Config(vocab_size=96)}, "model_type='t5' is not a plain causal decoder; pass"),

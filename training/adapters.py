@@ -65,13 +65,16 @@ def lora_config(
         "language": "model.language_model",
         "head": "lm_head",
     }
-    unused = "|".join(re.escape(f"{TOWERS['vision']}.{name}") for name in model.model.unused_tower_modules())
+    unused = ""
+    if vision:  # a layer counts as unused if its weight is
+        weights = [name for name in model.model.unused_tower_parameters() if name.endswith(".weight")]
+        unused = "|".join(re.escape(f"{TOWERS['vision']}.{name.removesuffix('.weight')}") for name in weights)
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
         use_dora=dora,
-        exclude_modules=rf"(?:{unused})(?:\..*)?" if unused else None,
+        exclude_modules=rf"(?:{unused})" if unused else None,
         target_modules=rf"(?:{'|'.join(map(re.escape, roots))})\..*\.(?:{names})",
         modules_to_save=[parts[part] for part in train] or None,
         ensure_weight_tying=bool(model.config.tie_word_embeddings),

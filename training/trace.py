@@ -210,7 +210,7 @@ class StepTracer:
             input_ids = torch.zeros(micro_batch, sequence_length, dtype=torch.long)
             placeholders = torch.zeros(micro_batch, sequence_length, 1, dtype=torch.bool)
             rows = torch.zeros(supervised, dtype=torch.long)  # of the supervised tokens, and their labels
-            size = config.vision_config.image_size
+            size = config.image_size
             pixel_values = torch.zeros(micro_batch * pictures, 3, size, size, dtype=self.dtype)
         inputs = [input_ids, placeholders, rows, pixel_values]
         ledger = Ledger([*model.parameters(), *model.buffers(), *inputs])

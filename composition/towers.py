@@ -1,0 +1,122 @@
+"""Vision towers: loading one of any type, and measuring what it makes of a picture."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..configuration_dsvl import NAFLEX_TOWERS, DSVLQwenVisionConfig
+
+logger = logging.getLogger(__name__)
+
+
+def load_tower(vision: str | Path | PreTrainedModel) -> PreTrainedModel:
+    """The vision tower of a name or directory, or of a loaded model: the model itself, or the tower in it.
+
+    Raises:
+        ValueError: if there is no tower, or not all of its weights.
+    """
+    if isinstance(vision, PreTrainedModel):
+        tower = getattr(vision, "vision_model", vision)
+        tower_config(tower.config, type(vision).__name__)
+        return tower
+    config = tower_config(AutoConfig.from_pretrained(vision), str(vision))
+    tower_class = type(config) in AutoModel._model_mapping and AutoModel._model_mapping[type(config)]
+    if not tower_class or isinstance(tower_class, tuple):
+        raise ValueError(f"vision={str(vision)!r} has a tower of type {config.model_type!r}, which AutoModel does not know.")
+    tower, info = tower_class.from_pretrained(vision, config=config, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"vision={str(vision)!r} lacks {len(missing)} weights of its {config.model_type!r} tower, such as {missing[0]}; "
+            "pass a checkpoint of the tower, or of a model that has one."
+        )
+    return tower
+
+
+def tower_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """The vision tower's part of a configuration.
+
+    Raises:
+        ValueError: if there is none that can be used.
+    """
+    config = getattr(config, "vision_config", config)
+    if config.model_type in NAFLEX_TOWERS:
+        raise ValueError(
+            f"vision={name!r} has a tower of type {config.model_type!r}, for pictures of any shape (NaFlex), which is not "
+            "supported; pass a SigLIP 2 of fixed resolution (its type is 'siglip')."
+        )
+    if not isinstance(getattr(config, "image_size", None), int) or not isinstance(getattr(config, "patch_size", None), int):
+        raise ValueError(
+            f"vision={name!r} is a model of type {config.model_type!r}, which has no tower that makes a square picture a "
+            "sequence of patches; pass CLIP, SigLIP, DINOv2, DINOv3, or a tower of dsvl migrate qwen-tower."
+        )
+    return config
+
+
+def load_image_processor(vision: str | Path | PreTrainedModel) -> Any:
+    """The image processor of a name, directory or loaded model; CLIP's at the tower's size if it has none."""
+    source = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
+    try:
+        if source:
+            return AutoImageProcessor.from_pretrained(source)
+    except OSError:
+        logger.info("%s has no image processor; CLIP's default is used at the tower's size.", source)
+    config = vision.config if isinstance(vision, PreTrainedModel) else AutoConfig.from_pretrained(vision)
+    return clip_image_processor(getattr(config, "vision_config", config).image_size)
+
+
+def clip_image_processor(size: int) -> CLIPImageProcessor:
+    """CLIP's image processor, for squares of `size` pixels."""
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def picture_size(image_processor: Any) -> int:
+    """The side in pixels of the squares that an image processor makes of pictures, found by trying.
+
+    Raises:
+        ValueError: if it does not make squares of one size.
+    """
+    shapes = set()
+    for width, height in ((80, 40), (30, 90)):
+        pixels = image_processor(images=Image.new("RGB", (width, height)), return_tensors="pt")["pixel_values"]
+        shapes.add(tuple(pixels.shape))
+    shape = shapes.pop()
+    if shapes or len(shape) != 4 or shape[2] != shape[3]:
+        raise ValueError(
+            f"{type(image_processor).__name__} makes pixel_values of shapes {sorted([shape, *shapes])} of two pictures; "
+            "expected one square for both. Pass image_processor= with a fixed size (do_resize, or do_center_crop)."
+        )
+    return shape[2]
+
+
+def count_prefix_tokens(tower: PreTrainedModel, image_size: int) -> int:
+    """How many tokens (CLS, registers) a tower puts before its grid of patches, told by a copy of shapes without values.
+
+    Raises:
+        ValueError: if it takes no picture of this size, or gives no sequence of features.
+    """
+    config = copy.deepcopy(tower.config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"), no_init_weights(), torch.no_grad():
+        shapes = type(tower)(config).eval()
+        try:
+            features = shapes(torch.zeros(1, 3, image_size, image_size)).last_hidden_state
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"The image processor makes pictures of {image_size} pixels, which {type(tower).__name__} does not take "
+                f"({error}); pass image_processor= with its size, {config.image_size}."
+            ) from error
+    patches, width = (image_size // config.patch_size) ** 2, config.hidden_size
+    if config.model_type == DSVLQwenVisionConfig.model_type:
+        patches, width = config.num_queries, config.output_dim
+    if features.ndim != 3 or features.shape[1] < patches or features.shape[2] != width:
+        raise ValueError(
+            f"{type(tower).__name__} gives features of shape {tuple(features.shape)} for a picture of {patches} patches; "
+            f"expected (1, at least {patches}, {width}). Use a tower that gives a feature for every patch."
+        )
+    return features.shape[1] - patches

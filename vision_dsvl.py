@@ -1,0 +1,160 @@
+"""Qwen-VL's vision tower: a ViT whose grid of patches is read by learned queries."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_dsvl import DSVLQwenVisionConfig
+from .resampler_dsvl import DSVLResampler, resize_grid
+
+
+class DSVLQwenVisionAttention(nn.Module):
+    """Self-attention whose one projection holds query, key and value of a head side by side, head after head."""
+
+    is_causal = False
+
+    def __init__(self, config: DSVLQwenVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        states = self.qkv_proj(hidden_states).unflatten(-1, (-1, 3 * self.head_dim)).transpose(1, 2)
+        query, key, value = states.split(self.head_dim, dim=-1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
+        output, weights = attend(self, query, key, value, None, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs)
+        return self.out_proj(output.flatten(2)), weights
+
+
+def _eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(batch, heads, tokens, head_dim) each; every token sees every other, so there is no mask and no dropout."""
+    weights = (query @ key.transpose(-1, -2) * scaling).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class DSVLQwenVisionMLP(nn.Module):
+    def __init__(self, config: DSVLQwenVisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(hidden_states)))
+
+
+class DSVLQwenVisionLayer(GradientCheckpointingLayer):
+    def __init__(self, config: DSVLQwenVisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = DSVLQwenVisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = DSVLQwenVisionMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class DSVLQwenVisionEmbeddings(nn.Module):
+    """Patches and their learned positions, which are interpolated bicubically for another number of patches."""
+
+    def __init__(self, config: DSVLQwenVisionConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.patch_embedding = nn.Conv2d(
+            3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(config.num_positions, config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        height, width = pixel_values.shape[-2:]
+        if height != width or height < self.patch_size:
+            raise ValueError(
+                f"Pictures of {height} x {width} pixels; this tower takes squares of at least {self.patch_size} pixels. Use "
+                "the image processor that was saved with it."
+            )
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        return patches + resize_grid(self.position_embedding.weight, patches.shape[1])
+
+
+class DSVLQwenVisionPreTrainedModel(PreTrainedModel):
+    config: DSVLQwenVisionConfig
+    config_class = DSVLQwenVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DSVLQwenVisionEmbeddings", "DSVLQwenVisionLayer", "DSVLResampler"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DSVLQwenVisionLayer, "attentions": DSVLQwenVisionAttention}
+    _input_embed_layer = "patch_embedding"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DSVLQwenVisionEmbeddings):
+            init.normal_(module.position_embedding.weight, std=self.config.hidden_size**-0.5)
+        elif isinstance(module, DSVLResampler):
+            module.init_weights()
+
+
+class DSVLQwenVisionModel(DSVLQwenVisionPreTrainedModel):
+    """The tower of Qwen-VL (arXiv 2308.12966): OpenCLIP's ViT-bigG, and a resampler to `num_queries` embeddings a picture.
+
+    Weights come from `dsvl migrate qwen-tower`.
+    """
+
+    def __init__(self, config: DSVLQwenVisionConfig) -> None:
+        super().__init__(config)
+        self.embeddings = DSVLQwenVisionEmbeddings(config)
+        self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList([DSVLQwenVisionLayer(config) for _ in range(config.num_hidden_layers)])
+        self.resampler = DSVLResampler(
+            config.hidden_size, config.output_dim, config.num_queries, eps=config.layer_norm_eps, kv_bias=False
+        )
+        self.post_layernorm = nn.LayerNorm(config.output_dim, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
+        """Encode pictures.
+
+        Args:
+            pixel_values: (pictures, 3, side, side), any float dtype.
+            kwargs: `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            `last_hidden_state`: (pictures, num_queries, output_dim); on request `hidden_states`, those of the grid of
+            patches, (pictures, patches, hidden_size) before every layer and after the last, and `attentions`.
+
+        Raises:
+            ValueError: for pictures that are no squares.
+        """
+        hidden_states = self.pre_layernorm(self.embeddings(pixel_values))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.post_layernorm(self.resampler(hidden_states)))
+
+
+__all__ = ["DSVLQwenVisionModel", "DSVLQwenVisionPreTrainedModel"]
