@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
 from .data import commands as data
+from .migration import commands as migration
 from .training import plan
 
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_merge(commands)
     plan.add_parser(commands)
     data.add_parser(commands)
+    migration.add_parser(commands)
     if argv[:1] == ["train"]:
         arguments = argparse.Namespace(command="train", run=_train, argv=argv[1:])
     else:

@@ -1,5 +1,6 @@
-"""From DeepSpeed-VisualChat's files to DSVL."""
+"""From DeepSpeed-VisualChat's files, and Qwen-VL's, to DSVL."""
 
-from .state_dict import convert_state_dict
+from .checkpoint import MigrationReport, migrate_checkpoint
+from .qwen_tower import migrate_qwen_tower
 
-__all__ = ["convert_state_dict"]
+__all__ = ["MigrationReport", "migrate_checkpoint", "migrate_qwen_tower"]

@@ -2,135 +2,234 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 # Original name -> our name; {n} stands for a layer's number. A rule may split one tensor into several names (in equal
 # parts along the first dimension).
-_CLIP_LAYER = [
-    f"{module}.{kind}"
-    for module in (
-        "layer_norm1",
-        "layer_norm2",
-        "mlp.fc1",
-        "mlp.fc2",
-        *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
-    )
-    for kind in ("weight", "bias")
-]
-_LLAMA_LAYER = [
-    f"{module}.weight"
-    for module in (
-        "input_layernorm",
-        "post_attention_layernorm",
-        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-        *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
-    )
-]
-_VISION = {
+Rules = dict[str, str | tuple[str, ...]]
+
+
+def _both(*pairs: tuple[str, str]) -> Rules:
+    """Rules for modules that have a weight and a bias."""
+    return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in pairs for kind in ("weight", "bias")}
+
+
+def _qkv(theirs: str, ours: str) -> Rules:
+    """torch's MultiheadAttention, whose one projection holds query, key and value one after the other."""
+    return {f"{theirs}.in_proj_{kind}": tuple(f"{ours}{name}_proj.{kind}" for name in "qkv") for kind in ("weight", "bias")}
+
+
+_CLIP_LAYER = (
+    *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+)
+_CLIP: Rules = {
     f"vis_encoder.vision_model.{name}": f"model.vision_tower.{name}"
     for name in (
         "embeddings.class_embedding",
         "embeddings.patch_embedding.weight",
         "embeddings.position_embedding.weight",
-        *(f"{norm}.{kind}" for norm in ("pre_layrnorm", "post_layernorm") for kind in ("weight", "bias")),
-        *(f"encoder.layers.{{n}}.{name}" for name in _CLIP_LAYER),
+        *_both(("pre_layrnorm", ""), ("post_layernorm", "")),
+        *(name for module in _CLIP_LAYER for name in _both((f"encoder.layers.{{n}}.{module}", ""))),
     )
 }
-_LANGUAGE = {
+# Qwen-VL's own names, as they are in its checkpoints behind `transformer.visual.`.
+QWEN_TOWER: Rules = {
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    **_both(("ln_pre", "pre_layernorm"), ("ln_post", "post_layernorm")),
+    **_both(
+        *(
+            (f"transformer.resblocks.{{n}}.{theirs}", f"layers.{{n}}.{ours}")
+            for theirs, ours in (
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("attn.in_proj", "self_attn.qkv_proj"),
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            )
+        )
+    ),
+    "attn_pool.query": "resampler.query",
+    "attn_pool.pos_embed": "resampler.position_embedding",
+    "attn_pool.kv_proj.weight": "resampler.kv_proj.weight",
+    **_qkv("attn_pool.attn", "resampler."),
+    **_both(
+        ("attn_pool.ln_q", "resampler.query_norm"),
+        ("attn_pool.ln_kv", "resampler.kv_norm"),
+        ("attn_pool.attn.out_proj", "resampler.out_proj"),
+    ),
+}
+_TOWERS: dict[str, Rules] = {
+    "clip_vision_model": _CLIP,
+    "dsvl_qwen_vision": {
+        f"vis_encoder.{theirs}": f"model.vision_tower.{ours}"
+        if isinstance(ours, str)
+        else tuple(f"model.vision_tower.{part}" for part in ours)
+        for theirs, ours in QWEN_TOWER.items()
+    },
+}
+_LANGUAGE: Rules = {
     "lang_embed.weight": "model.language_model.embed_tokens.weight",
     "lang_decoder.lm_head.weight": "lm_head.weight",
     "lang_decoder.model.norm.weight": "model.language_model.norm.weight",
-    **{f"lang_decoder.model.layers.{{n}}.{name}": f"model.language_model.layers.{{n}}.{name}" for name in _LLAMA_LAYER},
+    **{
+        f"lang_decoder.model.layers.{{n}}.{name}.weight": f"model.language_model.layers.{{n}}.{name}.weight"
+        for name in (
+            *("input_layernorm", "post_attention_layernorm"),
+            *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+            *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+        )
+    },
 }
 _OURS = "model.multi_modal_projector."
-
-
-def _linear_and_norm(prefix: str) -> dict[str, str]:
-    return {
-        f"{prefix}{number}.{kind}": f"{_OURS}{name}.{kind}"
-        for number, name in ((0, "linear"), (1, "layer_norm"))
-        for kind in ("weight", "bias")
-    }
-
-
-_PROJECTORS: dict[str, dict[str, str | tuple[str, ...]]] = {
-    "linear": {**_linear_and_norm("projection.")},
+_PROJECTORS: dict[str, Rules] = {
+    "linear": _both(("projection.0", f"{_OURS}linear"), ("projection.1", f"{_OURS}layer_norm")),
     "vit": {
-        **_linear_and_norm("projection.projection."),
-        **{f"projection.vis_layer.{name}": f"{_OURS}encoder_layer.{name}" for name in _CLIP_LAYER},
+        **_both(("projection.projection.0", f"{_OURS}linear"), ("projection.projection.1", f"{_OURS}layer_norm")),
+        **_both(*((f"projection.vis_layer.{name}", f"{_OURS}encoder_layer.{name}") for name in _CLIP_LAYER)),
     },
     "perceiver": {
         "projection.query": f"{_OURS}query",
         "projection.pos_embed": f"{_OURS}position_embedding",
-        "projection.attn.in_proj_weight": tuple(f"{_OURS}{name}_proj.weight" for name in "qkv"),
-        "projection.attn.in_proj_bias": tuple(f"{_OURS}{name}_proj.bias" for name in "qkv"),
-        **{
-            f"projection.{theirs}.{kind}": f"{_OURS}{ours}.{kind}"
-            for theirs, ours in (
-                ("kv_proj", "kv_proj"),
-                ("ln_q", "query_norm"),
-                ("ln_kv", "kv_norm"),
-                ("attn.out_proj", "out_proj"),
-                ("projection.0", "layer_norm"),
-                ("projection.1", "linear"),
+        **_qkv("projection.attn", _OURS),
+        **_both(
+            *(
+                (f"projection.{theirs}", f"{_OURS}{ours}")
+                for theirs, ours in (
+                    ("kv_proj", "kv_proj"),
+                    ("ln_q", "query_norm"),
+                    ("ln_kv", "kv_norm"),
+                    ("attn.out_proj", "out_proj"),
+                    ("projection.0", "layer_norm"),
+                    ("projection.1", "linear"),
+                )
             )
-            for kind in ("weight", "bias")
-        },
+        ),
     },
 }
 
-# Read past: tables that are computed anew, and the frozen copy of the embeddings that `lang_embed` was trained from.
-_COMPUTED = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)|lang_decoder\.model\.embed_tokens\.weight")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_PASSED_OVER = {
+    "a table that is computed": re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)"),
+    "the frozen table that lang_embed was trained from": re.compile(r"lang_decoder\.model\.embed_tokens\.weight"),
+}
+# What ZeRO-3's saving leaves out, or a file may lack: positions that the tower's own weights or a formula give.
+_POSITION_TABLES = re.compile(r".*\.(position_embedding\.weight|positional_embedding|pos_embed)")
+_LAYER = re.compile(r"\.(layers|resblocks)\.(\d+)\.")
+_LORA = re.compile(r"(.*)\.lora_(left|right)_weight")
 
 
-def convert_state_dict(original: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Map the state dict of a DeepSpeed-VisualChat model with a CLIP tower to DSVL's names.
+@dataclass
+class Lora:
+    """DeepSpeed-VisualChat's adapter of one linear layer: it adds `right @ left` of shape (in, out), times 1 / rank."""
+
+    left: torch.Tensor | None = None  # (rank, out)
+    right: torch.Tensor | None = None  # (in, rank)
+
+    @property
+    def rank(self) -> int:
+        assert self.left is not None
+        return self.left.shape[0]
+
+    def delta(self) -> torch.Tensor:
+        """What it adds to the weight, (out, in) in float32."""
+        assert self.left is not None and self.right is not None
+        return (self.left.float().T @ self.right.float().T) / self.rank
+
+
+@dataclass
+class Translated:
+    """A state dict by our names, and what became of every original name."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    lora: dict[str, Lora] = field(default_factory=dict)  # by the name of our linear layer
+    taken: dict[str, tuple[str, ...]] = field(default_factory=dict)  # original name -> ours
+    passed_over: dict[str, str] = field(default_factory=dict)  # original name -> why
+    absent: list[str] = field(default_factory=list)  # our names of position tables that are not there
+
+    def original_name(self, ours: str) -> str:
+        return next(theirs for theirs, names in self.taken.items() if ours in names)
+
+
+def translate(original: Mapping[str, torch.Tensor], tied: bool = False) -> Translated:
+    """Map the state dict of a DeepSpeed-VisualChat model to our names.
 
     The trained embedding table (`lang_embed`) is used everywhere; the frozen copy that the original keeps beside it for
-    generated tokens is dropped.
+    generated tokens is passed over.
 
     Args:
-        original: tensors by the original's names, as in its `pytorch_model.bin`.
-
-    Returns:
-        The same tensors by the names of `DSVLForConditionalGeneration`.
+        original: tensors by the original's names, as in its `pytorch_model.bin`, with or without LoRA weights.
+        tied: whether the language model's head is its embedding table. ZeRO-3's saving then leaves out the head, which is
+            the frozen copy.
 
     Raises:
         ValueError: if names are unknown or missing; all of them are listed.
     """
-    rules = _VISION | _LANGUAGE | _PROJECTORS[_projector_type(original)]
-    converted: dict[str, torch.Tensor] = {}
-    unknown: list[str] = []
-    used: set[str] = set()
+    head, frozen = "lang_decoder.lm_head.weight", "lang_decoder.model.embed_tokens.weight"
+    is_head = tied and head not in original and frozen in original
+    if is_head:
+        original = {head if name == frozen else name: tensor for name, tensor in original.items()}
+    rules = _TOWERS[tower_type(original)] | _LANGUAGE | _PROJECTORS[projector_type(original)]
+    result = translate_by(rules, original, "the state dict of a DeepSpeed-VisualChat model")
+    if is_head:
+        result.taken[frozen] = result.taken.pop(head)
+    return result
+
+
+def translate_by(rules: Rules, original: Mapping[str, torch.Tensor], what: str) -> Translated:
+    """Map a state dict by rules; `what` it should be, for the error."""
+    result, unknown, used = Translated(), [], set()
     numbers: dict[str, set[int]] = {}
     for name, tensor in original.items():
-        if _COMPUTED.fullmatch(name):
+        reason = next((reason for reason, pattern in _PASSED_OVER.items() if pattern.fullmatch(name)), None)
+        if reason is not None:
+            result.passed_over[name] = reason
             continue
-        layer = _LAYER.search(name)
-        rule = _LAYER.sub(".layers.{n}.", name)
+        lora = _LORA.fullmatch(name)
+        plain = f"{lora[1]}.weight" if lora else name
+        layer = _LAYER.search(plain)
+        rule = _LAYER.sub(r".\1.{n}.", plain)
         target = rules.get(rule)
-        if target is None:
+        if target is None or (lora and not isinstance(target, str)):
             unknown.append(name)
+            continue
+        targets = (target,) if isinstance(target, str) else target
+        targets = tuple(ours.replace("{n}", layer[2] if layer else "") for ours in targets)
+        if lora:
+            setattr(result.lora.setdefault(targets[0].removesuffix(".weight"), Lora()), lora[2], tensor)
+            result.taken[name] = (f"{targets[0].removesuffix('.weight')} (LoRA)",)
             continue
         used.add(name)
         if layer:
-            numbers.setdefault(rule.split(".{n}.")[0], set()).add(int(layer[1]))
-        targets = (target,) if isinstance(target, str) else target
-        for part, ours in zip(tensor.chunk(len(targets)) if len(targets) > 1 else [tensor], targets, strict=True):
-            converted[ours.replace("{n}", layer[1] if layer else "")] = part
-    missing = sorted(_expected(rules, numbers) - used)
+            numbers.setdefault(rule.split(".{n}.")[0], set()).add(int(layer[2]))
+        result.taken[name] = targets
+        parts = [part.clone() for part in tensor.chunk(len(targets))] if len(targets) > 1 else [tensor]
+        result.tensors.update(zip(targets, parts, strict=True))
+    absent = sorted(_expected(rules, numbers) - used)
+    missing = [name for name in absent if not _POSITION_TABLES.fullmatch(name)]
+    result.absent = [str(rules[name]) for name in absent if _POSITION_TABLES.fullmatch(name)]
+    halves = [f"{name} (LoRA)" for name, one in result.lora.items() if one.left is None or one.right is None]
+    missing += halves
     if unknown or missing:
         raise ValueError(
-            "This is not the state dict of a DeepSpeed-VisualChat model with a CLIP tower. "
-            f"Unknown names ({len(unknown)}): {', '.join(sorted(unknown)) or 'none'}. "
+            f"This is not {what}. Unknown names ({len(unknown)}): {', '.join(sorted(unknown)) or 'none'}. "
             f"Missing names ({len(missing)}): {', '.join(missing) or 'none'}."
         )
-    return converted
+    return result
 
 
-def _projector_type(original: Mapping[str, torch.Tensor]) -> str:
+def tower_type(original: Mapping[str, torch.Tensor]) -> str:
+    """The `model_type` of a state dict's vision tower."""
+    return (
+        "dsvl_qwen_vision" if any(name.startswith("vis_encoder.transformer.") for name in original) else "clip_vision_model"
+    )
+
+
+def projector_type(original: Mapping[str, torch.Tensor]) -> str:
+    """The `projector_type` of a state dict's projector."""
     if "projection.query" in original:
         return "perceiver"
     if any(name.startswith("projection.vis_layer.") for name in original):

@@ -72,8 +72,8 @@ def gradients(model, batch):
 def reference():
     """The released code's adapters in PEFT's, with its scale of 1 / rank."""
     case = ReferenceCase("G_lora")
-    adapters = {key: case.weights.pop(key) for key in list(case.weights) if "lora_" in key}
-    model = case.model("mmca_reference", "eager")
+    adapters = {key: value for key, value in case.weights.items() if "lora_" in key}
+    model = case.model("mmca_reference", "eager", keep_adapter=True)  # without them
     model = peft.get_peft_model(model, lora_config(model, rank=4, alpha=1))
     modules = dict(model.named_modules())
     for key, value in adapters.items():

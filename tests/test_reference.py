@@ -1,4 +1,4 @@
-"""Parity with the released DeepSpeed-VisualChat code."""
+"""Parity with the released DeepSpeed-VisualChat code, through checkpoints that were migrated and loaded from the disk."""
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ CASES = {
     "B_baseline_mmca_on": "mmca_reference",
     "C_vit_mmca_on": "mmca_reference",
     "D_perceiver_mmca_on": "mmca_reference",
+    "E_qwen_mmca_on": "mmca_reference",
 }
 RUNS = [
     (name, run)
@@ -46,7 +47,7 @@ def test_forward(name, run, backend):
     same(outputs.logits, "logits")
     same(outputs.hidden_states[0], "concat.hidden_states")
     layers = model.config.text_config.num_hidden_layers
-    for layer in range(1, layers):
+    for layer in range(1, layers + 1):
         same(outputs.hidden_states[layer], f"hidden_states.{layer}")
     torch.testing.assert_close(outputs.loss[None], expected[f"{run}.loss"], atol=1e-5, rtol=0)
 
@@ -66,6 +67,38 @@ def test_greedy_generation(name, run, switch, attention, backend):
     ].tolist()
     assert expected[0] == 1  # the original's output begins with the token that its decoding started from
     assert generated == expected[1:]
+
+
+@backends
+@pytest.mark.parametrize("run", ["single", "batch"])
+def test_merged_adapters(run, backend):
+    case = ReferenceCase("G_lora")
+    model, inputs = case.model("mmca_reference", backend), case.batch(run)
+    with torch.no_grad():
+        outputs = model(**inputs)
+    real = inputs["attention_mask"].bool()
+    for state in ("fused", "unfused"):
+        logits = case.outputs[f"{state}.{run}.logits"][:, : real.shape[1]]
+        torch.testing.assert_close(outputs.logits[real], logits[real], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(outputs.loss[None], case.outputs[f"{state}.{run}.loss"], atol=1e-5, rtol=0)
+
+
+def test_merged_adapters_generate():
+    """Case G was generated with the frozen table for generated tokens, so that it is put in here by hand."""
+    case = ReferenceCase("G_lora")
+    model, inputs = case.model("mmca_reference", "sdpa"), case.batch("gen")
+    frozen = case.weights["lang_decoder.model.embed_tokens.weight"]
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    types = (inputs["input_ids"] == model.config.image_token_id).long()
+    generated: list[int] = []
+    for _ in range(case.config["gen_max_new_tokens"]):
+        with torch.no_grad():
+            step = model(inputs_embeds=embeds, mm_token_type_ids=types, pixel_values=inputs["pixel_values"])
+        generated.append(int(step.logits[0, -1].argmax()))
+        embeds = torch.cat([embeds, frozen[generated[-1]][None, None]], dim=1)
+        types = torch.nn.functional.pad(types, (0, 1))
+    for state in ("fused", "unfused"):
+        assert generated == case.outputs[f"{state}.gen.output_ids"][0, 1:].tolist()
 
 
 @backends
