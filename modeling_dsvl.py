@@ -302,17 +302,7 @@ class DSVLModel(DSVLPreTrainedModel):
                 "config.reversed_pictures puts the last picture first, but the cache may hold pictures already; pass the "
                 "whole conversation without past_key_values."
             )
-        per_picture, tokens = self.config.image_seq_length, placeholders.shape[1]
-        row, column = placeholders.nonzero(as_tuple=True)
-        if len(row) != len(pixel_values) * per_picture:
-            return pixel_values  # which is refused when they are put in their places
-        sample = row
-        if position_ids is not None:  # of packed conversations, each begins at 0
-            begun = (position_ids == 0).cumsum(-1).expand(placeholders.shape)
-            sample = row * (tokens + 1) + begun[row, column]
-        sample = sample[::per_picture].contiguous()
-        first, end = torch.searchsorted(sample, sample), torch.searchsorted(sample, sample, right=True)
-        order = first + end - 1 - torch.arange(len(sample), device=sample.device)
+        order = _reversed_order(placeholders, len(pixel_values), self.config.image_seq_length, position_ids)
         return pixel_values[order.to(pixel_values.device)]
 
     def _others_may_see_pictures(self, past_key_values: Cache | None) -> bool:
@@ -449,6 +439,26 @@ class DSVLModel(DSVLPreTrainedModel):
         if past_key_values is not None and not torch.compiler.is_compiling():
             past_key_values.mm_token_type_ids = types
         return types
+
+
+def _reversed_order(
+    placeholders: torch.Tensor, pictures: int, per_picture: int, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """The permutation that turns the pictures of each sample, or of each packed conversation, round.
+
+    In fixed shapes, so that it can be compiled. If there are not as many pictures as places, it means nothing, and they are
+    refused when they are put there.
+    """
+    rows, tokens = placeholders.shape
+    sample = torch.arange(rows, device=placeholders.device)[:, None].expand(rows, tokens) * (tokens + 1)
+    if position_ids is not None:  # a packed conversation begins at 0
+        sample = sample + (position_ids == 0).to(placeholders.device).cumsum(-1)
+    place = placeholders.flatten().cumsum(0) - 1
+    first = placeholders.flatten() & (place % per_picture == 0) & (place // per_picture < pictures)
+    target = torch.where(first, place // per_picture, pictures)  # the last one takes what is no picture's first place
+    of_picture = sample.new_zeros(pictures + 1).scatter(0, target, sample.flatten())[:pictures]
+    start, end = torch.searchsorted(of_picture, of_picture), torch.searchsorted(of_picture, of_picture, right=True)
+    return (start + end - 1 - torch.arange(pictures, device=sample.device)).clamp(0, pictures - 1)
 
 
 class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):

@@ -5,6 +5,7 @@ That they compute the same is in test_reference.py.
 
 import json
 import os
+import re
 import weakref
 from pathlib import Path
 
@@ -244,6 +245,12 @@ def test_each_samples_pictures_are_turned_round(both):
             "mm_token_type_ids": (inputs["input_ids"] == 401).long(),
         }
         assert reverse(**by_types).logits.equal(plain(**turned).logits)
+        compiled = torch.compile(reverse, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).logits, plain(**turned).logits)
+    with pytest.raises(
+        ValueError, match=r"The samples hold \[5, 10, 15\] image tokens, 30 in all, but there are 25 picture"
+    ):
+        reverse(**(inputs | {"pixel_values": pixels[1:]}))
 
 
 def test_packed_conversations_are_turned_round_one_by_one(both):
@@ -483,3 +490,30 @@ def test_what_cannot_be_written_is_refused_before_anything_is_read(tmp_path, mon
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert main([*command, str(tmp_path / "new" / "out")]) == 1
     assert f"out cannot be written, as {tmp_path} does not allow it" in capsys.readouterr().err
+
+
+# -- MIGRATING.md ------------------------------------------------------------------------------------------------------
+
+
+def test_its_commands_are_ours(capsys):
+    """Every flag that the page names on our side, and every command, exists."""
+    from dsvl.training.arguments import parse
+
+    page = (Path(__file__).parent.parent / "MIGRATING.md").read_text()
+    commands = re.findall(r"^(dsvl|deepspeed --module dsvl.training) (.+)$", page, re.MULTILINE)
+    assert len(commands) == 5
+    known = ""
+    for command in (["compose"], ["migrate", "checkpoint"], ["data", "show"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        known += capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    known += capsys.readouterr().out
+    named = re.findall(r"^\| .* \| (.*) \|$", page, re.MULTILINE) + [rest for _, rest in commands]
+    for flag in re.findall(r"--[a-z][a-z0-9-]+", " ".join(named)):
+        assert flag in known or flag in ("--from", "--module"), flag
+    (training,) = [rest for program, rest in commands if program != "dsvl"]
+    training, _ = training.split(" --bf16 ")  # what is left needs neither a GPU nor a launcher
+    arguments = parse(training.split())
+    assert (arguments[2].adam_beta2, arguments[1].max_length) == (0.95, 4096)

@@ -13,6 +13,7 @@ import transformers
 from conftest import REFERENCE, save_tiny_llama, tiny_tower_config
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer, LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torchvision_available
 
 import dsvl
@@ -192,13 +193,22 @@ def test_a_fresh_process_without_the_package_gives_the_same_answers(parts, compo
 # -- Qwen-VL's tower ---------------------------------------------------------------------------------------------------
 
 
-def test_qwens_attention_backends_agree(parts):
+def test_qwens_attention_backends_agree(parts, uncompiled):
+    calls = []
+
+    def recorded(*args, **kwargs):
+        calls.append(args[0].is_causal)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+    transformers.AttentionInterface.register("recorded", recorded)
     tower = dsvl.DSVLQwenVisionModel.from_pretrained(parts / "qwen", attn_implementation="eager").double()
     pixels = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
     with torch.no_grad():
         eager = tower(pixels, output_attentions=True, output_hidden_states=True)
-        tower.set_attn_implementation("sdpa")
-        torch.testing.assert_close(tower(pixels).last_hidden_state, eager.last_hidden_state, atol=1e-6, rtol=1e-6)
+        for backend in ("sdpa", "flex_attention", "recorded"):
+            tower.set_attn_implementation(backend)
+            torch.testing.assert_close(tower(pixels).last_hidden_state, eager.last_hidden_state, atol=1e-6, rtol=1e-6)
+    assert calls == [False, False]
     assert [a.shape for a in eager.attentions] == [(2, 4, 4, 4)] * 2
     assert [h.shape for h in eager.hidden_states] == [(2, 4, 32)] * 3
 
