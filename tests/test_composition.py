@@ -32,6 +32,7 @@ REMOTE_CODE = [
         "configuration",
         "generation",
         "modeling",
+        "pictures",
         "processing",
         "projectors",
         "resampler",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 import transformers
 from conftest import REFERENCE, save_tiny_llama, tiny_tower_config
 from PIL import Image
+from reference_data import migrated
 from transformers import AutoModel, AutoTokenizer, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torchvision_available
 
 import dsvl
+from dsvl.cli import main
 from dsvl.composition.towers import count_prefix_tokens
 from dsvl.training import lora_config
 
@@ -80,8 +83,8 @@ def parts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def composed(parts) -> Path:
     for name in TOWERS:
-        model, processor = dsvl.compose(parts / name, parts / "llama")
-        dsvl.save_checkpoint(model, processor, parts / "composed" / name)
+        command = ["compose", "--vision", str(parts / name), "--language", str(parts / "llama")]
+        assert main([*command, "--out", str(parts / "composed" / name)]) == 0
     return parts / "composed"
 
 
@@ -175,12 +178,14 @@ print(json.dumps(answers))
 def test_a_fresh_process_without_the_package_gives_the_same_answers(parts, composed, tmp_path):
     script = tmp_path / "fresh.py"
     script.write_text(FRESH)
-    command = [sys.executable, script, parts, *TOWERS]
+    shutil.copytree(migrated("E_qwen_mmca_on", mmca=True), composed / "migrated")
+    names = [*TOWERS, "migrated"]
+    command = [sys.executable, script, parts, *names]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.strip().splitlines()[-1])
-    for name in TOWERS:
+    for name in names:
         model = dsvl.DSVLForConditionalGeneration.from_pretrained(composed / name)
         processor = dsvl.DSVLProcessor.from_pretrained(composed / name)
         picture = Image.radial_gradient("L").convert("RGB")

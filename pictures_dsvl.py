@@ -1,0 +1,208 @@
+"""Pictures: encoded by tower and projector, and put in their places."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
+from .vision_dsvl import DSVLQwenVisionModel
+
+
+def make_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """A tower of this configuration, with fresh weights."""
+    if config.model_type == DSVLQwenVisionConfig.model_type:
+        return DSVLQwenVisionModel._from_config(config)
+    return AutoModel.from_config(config)
+
+
+class DSVLPicturesMixin:
+    """What `DSVLModel` does with pictures."""
+
+    config: DSVLConfig
+    vision_tower: PreTrainedModel
+    multi_modal_projector: nn.Module
+    training: bool
+
+    # -- encoding ------------------------------------------------------------------------------------------------------
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode and project pictures.
+
+        A tower with nothing to learn runs without a graph.
+
+        Args:
+            pixel_values: (pictures, 3, height, width), any float dtype.
+
+        Returns:
+            `pooler_output`: a list with one (image_seq_length, decoder width) tensor for each picture, ready to be passed
+            back as `mm_encoder_outputs={"image": ...}`; `last_hidden_state`: the tower's features before projection.
+        """
+        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            features = self._tower_features(self.vision_tower, pixel_values)
+        projected = self.multi_modal_projector(features)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
+
+    def _tower_features(self, tower: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(pictures, 3, height, width) to the features that are projected, (pictures, tokens, tower width)."""
+        config, last = self.config, self.config.vision_feature_layer == -1
+        outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=not last)
+        features = outputs.last_hidden_state if last else outputs.hidden_states[config.vision_feature_layer]
+        if config.vision_feature_select_strategy == "default":
+            features = features[:, config.num_prefix_tokens :]
+        return features
+
+    def unused_tower_parameters(self) -> list[str]:
+        """The tower's parameters, by name, on which the features do not depend: heads that pool, layers behind
+        `vision_feature_layer`, tokens that only pre-training uses.
+
+        Told by autograd, from a tower of shapes without values, so that it holds for a tower of any type.
+        """
+        config = copy.deepcopy(self.config.vision_config)
+        config._attn_implementation = "eager"
+        size = self.config.image_size
+        with torch.device("meta"), no_init_weights(), torch.enable_grad():
+            tower = type(self.vision_tower)(config).to(self.vision_tower.dtype).eval()
+            features = self._tower_features(tower, torch.zeros(1, 3, size, size))
+            names, parameters = zip(*tower.named_parameters(), strict=True)
+            gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+
+    # -- placing -------------------------------------------------------------------------------------------------------
+
+    def _scatter_pictures(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None,
+        features: torch.Tensor | None,
+        whole_pictures: bool,
+    ) -> torch.Tensor:
+        """Put the pictures' embeddings (image tokens, hidden) where their placeholders are."""
+        tokens = inputs_embeds.shape[1]
+        if input_ids is None and features is None:
+            return inputs_embeds  # embeddings that already hold their pictures
+        placeholders = self._placeholders(input_ids, mm_token_type_ids, tokens)
+        # A decode step has nothing to check, and nothing worth waiting for the device.
+        if not torch.compiler.is_compiling() and (features is not None or tokens > 1):
+            self.check_placeholders(placeholders, 0 if features is None else len(features), whole_pictures)
+        if features is None:
+            return inputs_embeds
+        return inputs_embeds.masked_scatter(placeholders[..., None].to(inputs_embeds.device), features)
+
+    def _placeholders(
+        self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None, tokens: int
+    ) -> torch.Tensor:
+        """(batch, tokens), True where a picture goes."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        if mm_token_type_ids is None:
+            raise ValueError(
+                "Pictures beside inputs_embeds need mm_token_type_ids, which says where they go; pass it, or input_ids."
+            )
+        return mm_token_type_ids[:, -tokens:] == 1
+
+    def reverse_pictures(
+        self,
+        pixel_values: torch.Tensor,
+        placeholders: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """Pictures in reading order, put in the order of the places that they take under `reversed_pictures`: each
+        sample's own, or each packed conversation's, turned round.
+
+        Args:
+            pixel_values: (pictures of the whole batch, 3, height, width).
+            placeholders: (batch, new tokens), True where a picture goes.
+            position_ids: (batch or 1, new tokens), which begin again where packed conversations do.
+            past_key_values: what came before the new tokens.
+
+        Raises:
+            ValueError: if pictures are in the cache already: they took the places of those that come now.
+        """
+        cached = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        known = getattr(past_key_values, "mm_token_type_ids", None)
+        if cached > 0 and (known is None or bool((known[:, :cached] == 1).any())):
+            raise ValueError(
+                "config.reversed_pictures puts the last picture first, but the cache may hold pictures already; pass the "
+                "whole conversation without past_key_values."
+            )
+        order = _reversed_order(placeholders, len(pixel_values), self.config.image_seq_length, position_ids)
+        return pixel_values[order.to(pixel_values.device)]
+
+    def _others_may_see_pictures(self, past_key_values: Cache | None) -> bool:
+        """Whether a batch of texts must run the tower and the projector as well.
+
+        In training, other processes may have pictures where this one has none, and wait for its gradients of the projector;
+        under ZeRO-3 they wait for it at every layer of tower and projector, in evaluation too. Alone, a text-only batch is
+        then one of zero gradients, rather than one without a graph.
+        """
+        parts = (self.multi_modal_projector, self.vision_tower)
+        waited_for = is_deepspeed_zero3_enabled() or (
+            self.training and torch.is_grad_enabled() and any(p.requires_grad for part in parts for p in part.parameters())
+        )
+        # A decode step sees pictures nowhere. Asked last: a static cache's length is a tensor, on which no compiled step may
+        # branch.
+        return waited_for and (past_key_values is None or past_key_values.get_seq_length() == 0)
+
+    def encode_blank_picture(self) -> torch.Tensor:
+        """Zero, by way of tower and projector: what a process without pictures does where others encode theirs."""
+        size = self.config.image_size
+        blank = torch.zeros((1, 3, size, size), dtype=self.vision_tower.dtype, device=self.vision_tower.device)
+        return self.get_image_features(blank).pooler_output[0].sum() * 0
+
+    def check_placeholders(
+        self, placeholders: torch.Tensor, features: int | None = None, whole_pictures: bool = False
+    ) -> None:
+        """Hold the samples' image tokens against the pictures.
+
+        Args:
+            placeholders: (batch, tokens), True for image tokens.
+            features: how many embeddings there are to fill them all; None if that is not known yet.
+            whole_pictures: whether every sample must hold whole pictures.
+
+        Raises:
+            ValueError: if they do not match.
+        """
+        counts, per_picture = placeholders.sum(-1).tolist(), self.config.image_seq_length
+        if features is not None and sum(counts) != features:
+            raise ValueError(
+                f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {features} picture embeddings "
+                f"({features / per_picture:g} pictures of {per_picture}); pass as many pictures as the texts name, in "
+                "reading order, and do not truncate image tokens."
+            )
+        if whole_pictures and any(count % per_picture for count in counts):
+            raise ValueError(
+                f"The samples hold {counts} image tokens, but a picture takes {per_picture}: some picture is cut or mixed "
+                "up; do not truncate image tokens, and use the processor saved with this model."
+            )
+
+
+def _reversed_order(
+    placeholders: torch.Tensor, pictures: int, per_picture: int, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """The permutation that turns the pictures of each sample, or of each packed conversation, round.
+
+    In fixed shapes, so that it can be compiled. If there are not as many pictures as places, it means nothing, and they are
+    refused when they are put there.
+    """
+    rows, tokens = placeholders.shape
+    sample = torch.arange(rows, device=placeholders.device)[:, None].expand(rows, tokens) * (tokens + 1)
+    if position_ids is not None:  # a packed conversation begins at 0
+        sample = sample + (position_ids == 0).to(placeholders.device).cumsum(-1)
+    place = placeholders.flatten().cumsum(0) - 1
+    first = placeholders.flatten() & (place % per_picture == 0) & (place // per_picture < pictures)
+    target = torch.where(first, place // per_picture, pictures)  # the last one takes what is no picture's first place
+    of_picture = sample.new_zeros(pictures + 1).scatter(0, target, sample.flatten())[:pictures]
+    start, end = torch.searchsorted(of_picture, of_picture), torch.searchsorted(of_picture, of_picture, right=True)
+    return (start + end - 1 - torch.arange(pictures, device=sample.device)).clamp(0, pictures - 1)
+
+
+__all__ = ["DSVLPicturesMixin"]
