@@ -63,6 +63,21 @@ class DSVLCausalLMOutputWithPast(ModelOutput):
 # Models
 
 
+def tower_features(vision_tower: PreTrainedModel, config: DSVLConfig, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What a vision tower gives for pictures, before projection: (pictures, tower tokens, tower width).
+
+    A tower with nothing to learn runs without a graph.
+    """
+    learns = pixel_values.requires_grad or any(p.requires_grad for p in vision_tower.parameters())
+    last = config.vision_feature_layer == -1
+    with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        tower = vision_tower(pixel_values.to(vision_tower.dtype), output_hidden_states=not last)
+        features = tower.last_hidden_state if last else tower.hidden_states[config.vision_feature_layer]
+    if config.vision_feature_select_strategy == "default":
+        features = features[:, config.num_prefix_tokens :]
+    return features
+
+
 class DSVLPreTrainedModel(PreTrainedModel):
     config: DSVLConfig
     config_class = DSVLConfig
@@ -118,16 +133,12 @@ class DSVLModel(DSVLPreTrainedModel):
             `pooler_output`: a list with one (image_seq_length, decoder width) tensor for each picture, ready to be passed
             back as `mm_encoder_outputs={"image": ...}`; `last_hidden_state`: the tower's features before projection.
         """
-        config = self.config
-        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
-        last = config.vision_feature_layer == -1
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            tower = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=not last)
-            features = tower.last_hidden_state if last else tower.hidden_states[config.vision_feature_layer]
-        if config.vision_feature_select_strategy == "default":
-            features = features[:, config.num_prefix_tokens :]
-        projected = self.multi_modal_projector(features)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
+        return self.project_features(tower_features(self.vision_tower, self.config, pixel_values))
+
+    def project_features(self, image_features: torch.Tensor) -> BaseModelOutputWithPooling:
+        """The second half of `get_image_features`, from the tower's features (pictures, tower tokens, tower width)."""
+        projected = self.multi_modal_projector(image_features)
+        return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=list(projected))
 
     def unused_tower_modules(self) -> dict[str, nn.Module]:
         """The tower's modules, by name, on which the features do not depend: CLIP's norm of its pooled output, and layers
@@ -149,6 +160,7 @@ class DSVLModel(DSVLPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> DSVLModelOutputWithPast:
         """Run the model.
@@ -161,6 +173,9 @@ class DSVLModel(DSVLPreTrainedModel):
             mm_token_type_ids: (batch, tokens), 1 for image tokens; of the new tokens or of the whole sequence. Told from
                 `input_ids` if absent; required with `inputs_embeds` unless `multimodal_attention` is "causal".
             mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`.
+            image_features: `get_image_features(...).last_hidden_state`, what a frozen tower gave for the same pictures
+                before: (pictures, tower tokens, tower width), instead of `pixel_values`. Where processes train together, all
+                of them pass it, one without pictures an empty one.
             kwargs: what the decoder takes (`use_cache`, `output_hidden_states`, `output_attentions`, ...).
 
         Raises:
@@ -168,23 +183,27 @@ class DSVLModel(DSVLPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        if pixel_values is not None and mm_encoder_outputs is not None:
-            raise ValueError("Pass pixel_values or mm_encoder_outputs, not both: they are the same pictures.")
+        if sum(given is not None for given in (pixel_values, mm_encoder_outputs, image_features)) > 1:
+            raise ValueError("Pass one of pixel_values, mm_encoder_outputs and image_features: they are the same pictures.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and len(pixel_values) > 0:
             images = self.get_image_features(pixel_values)
+        elif image_features is not None and len(image_features) > 0:
+            images = self.project_features(image_features)
         image_hidden_states = None
         if images is not None and images.pooler_output:
             image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         # Features that were passed in may be those of a chunk, which may begin or end inside a picture.
+        whole_pictures = pixel_values is not None or image_features is not None
         inputs_embeds = self._scatter_pictures(
-            input_ids, inputs_embeds, mm_token_type_ids, image_hidden_states, whole_pictures=pixel_values is not None
+            input_ids, inputs_embeds, mm_token_type_ids, image_hidden_states, whole_pictures
         )
         if images is None and self._others_may_see_pictures(past_key_values):
-            inputs_embeds = inputs_embeds + self.encode_blank_picture().to(inputs_embeds.device, inputs_embeds.dtype)
+            blank = self.encode_blank_picture(image_features)
+            inputs_embeds = inputs_embeds + blank.to(inputs_embeds.device, inputs_embeds.dtype)
 
         if position_ids is not None and attention_mask is None and past_key_values is None:
             # Positions that begin again are packed conversations, unless the decoder makes a cache: then each would see
@@ -253,8 +272,15 @@ class DSVLModel(DSVLPreTrainedModel):
         # branch.
         return waited_for and (past_key_values is None or past_key_values.get_seq_length() == 0)
 
-    def encode_blank_picture(self) -> torch.Tensor:
-        """Zero, by way of tower and projector: what a process without pictures does where others encode theirs."""
+    def encode_blank_picture(self, image_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Zero, by way of tower and projector: what a process without pictures does where others encode theirs.
+
+        Args:
+            image_features: an empty tensor of them, if those of the others are known: then by way of the projector alone.
+        """
+        if image_features is not None:
+            features = image_features.new_zeros(1, *image_features.shape[1:])
+            return self.project_features(features).pooler_output[0].sum() * 0
         size = self.config.vision_config.image_size
         blank = torch.zeros((1, 3, size, size), dtype=self.vision_tower.dtype, device=self.vision_tower.device)
         return self.get_image_features(blank).pooler_output[0].sum() * 0
@@ -477,6 +503,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
@@ -502,6 +529,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_features=image_features,
             **kwargs,
         )
         hidden = outputs.last_hidden_state

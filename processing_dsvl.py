@@ -1,5 +1,6 @@
 """The DSVL processor: pictures and conversations to model inputs."""
 
+import io
 import os
 from typing import Any
 
@@ -158,6 +159,11 @@ class DSVLProcessor(ProcessorMixin):
             kwargs.setdefault("number_after", self.number_after)
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
+    def count_tokens(self, conversation: Any) -> int:
+        """How many tokens a conversation takes, its pictures' included; no picture is looked at."""
+        ids = self.tokenizer(self.apply_chat_template(conversation, tokenize=False), add_special_tokens=False)["input_ids"]
+        return len(ids) + ids.count(self.image_token_id) * (self.image_seq_length - 1)
+
     def _protect(self, part: Any) -> Any:
         """Mark the special tokens in the texts of a conversation, see `MARK`."""
         if isinstance(part, (list, tuple)):
@@ -204,6 +210,17 @@ class DSVLProcessor(ProcessorMixin):
                 "of each text as a list of their own, in reading order, as many as it names."
             )
 
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """As the base class does, which does not know pictures that are given as their features."""
+        if images is None or not _are_features(images):
+            super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple:
+        """As the base class does; pictures that are given as their features need their placeholders alone."""
+        if not _are_features(images):
+            return super()._process_images(images, **kwargs)
+        return {"image_features": list(images)}, [self.replace_image_token({}, place) for place in range(len(images))]
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.image_seq_length
 
@@ -226,6 +243,20 @@ class DSVLProcessor(ProcessorMixin):
         )
 
 
+def _are_features(images: Any) -> bool:
+    """Whether pictures are given as what the model's tower gave for them, (tower tokens, tower width) each.
+
+    Raises:
+        ValueError: if only some are.
+    """
+    known = [getattr(image, "ndim", 0) == 2 for image in images]
+    if any(known) and not all(known):
+        raise ValueError(
+            f"{sum(known)} of {len(known)} pictures are given as their features; pass all of a batch so, or none."
+        )
+    return any(known)
+
+
 def _by_sample(images: Any) -> list[list]:
     """Pictures as one list for each sample; a single picture or a flat list belongs to one sample."""
     if isinstance(images, (list, tuple)):
@@ -244,7 +275,8 @@ def decode_picture(source: Any) -> Any:
     applied. (transformers' `load_image` clips the former to white and leaves what lies under the transparent.)
 
     Args:
-        source: a PIL image, a path, an address or base64; an array or tensor of a picture is returned as it is.
+        source: a PIL image, a file's bytes or path, an address or base64; an array or tensor (of a picture, or of its
+            features) is returned as it is.
 
     Returns:
         a PIL image of mode RGB, the given one itself if it is upright RGB already.
@@ -257,7 +289,11 @@ def decode_picture(source: Any) -> Any:
     requires_backends(decode_picture, ["vision"])
     try:
         # An address, base64, and what is no picture at all are transformers' to read, or to refuse.
-        image = Image.open(source) if isinstance(source, str) and os.path.isfile(source) else source
+        image = source
+        if isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source))
+        elif isinstance(source, str) and os.path.isfile(source):
+            image = Image.open(source)
         if not isinstance(image, Image.Image):
             return load_image(source)
         if image.getexif().get(0x0112, 1) != 1:  # how the picture was held; a transposition copies even where it need not
@@ -274,6 +310,7 @@ def decode_picture(source: Any) -> Any:
     except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         # SyntaxError: Pillow, for a broken PNG
         name = source if isinstance(source, str) and len(source) < 300 else type(source).__name__
+        name = f"of {len(source)} bytes" if isinstance(source, bytes) else name
         raise ValueError(
             f"The picture {name} cannot be decoded: {error}. Pass a PIL image, an array of shape (height, width, 3), or the "
             "path of a picture file."

@@ -6,7 +6,6 @@ user and assistant after at most one system message; content is a text, or a lis
 without a source takes the next of `images`, whose elements are paths, bytes or PIL pictures.
 """
 
-import io
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
@@ -266,10 +264,7 @@ def complete_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
         sample: as `check_conversation` accepts it; or a list of messages as it is.
 
     Returns:
-        Messages that a chat template and `DSVLProcessor.apply_chat_template` take. Bytes become PIL pictures (not decoded).
-
-    Raises:
-        ValueError: for bytes that are no picture.
+        Messages that a chat template and `DSVLProcessor.apply_chat_template` take.
     """
     if isinstance(sample, list):
         sample = {"messages": sample}
@@ -288,20 +283,27 @@ def _with_source(part: dict[str, Any], images: Any) -> dict[str, Any]:
         return {"type": "text", "text": part["text"]}
     for key in SOURCES:
         if part.get(key) is not None:
-            return {"type": "image", key: _opened(part[key]) if key == "image" else part[key]}
-    return {"type": "image", "image": _opened(next(images))}
+            return {"type": "image", key: _stored(part[key])}
+    return {"type": "image", "image": _stored(next(images))}
 
 
-def _opened(image: Any) -> Any:
-    """What `datasets` stores as bytes, as a picture."""
+def _stored(image: Any) -> Any:
+    """A picture as `datasets` stores it, as its bytes or its path."""
     if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") else image["path"]
-    if not isinstance(image, bytes):
-        return image
-    try:
-        return Image.open(io.BytesIO(image))
-    except (OSError, SyntaxError) as error:  # SyntaxError: Pillow, for a broken PNG
-        raise ValueError(f"A picture of {len(image)} bytes cannot be decoded: {error}.") from error
+        return image["bytes"] if image.get("bytes") else image["path"]
+    return image
+
+
+def picture_source(part: dict[str, Any]) -> Any:
+    """Where the picture of a part `{"type": "image", ...}` of complete messages is from."""
+    (source,) = (value for key, value in part.items() if key != "type")
+    return source
+
+
+def pictures_of(messages: list[dict[str, Any]]) -> list[Any]:
+    """The sources of the pictures of complete messages, in reading order."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    return [picture_source(part) for part in parts if part["type"] == "image"]
 
 
 def _rooted(sample: dict[str, Any], root: Path) -> dict[str, Any]:

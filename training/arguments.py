@@ -73,6 +73,13 @@ class DataArguments:
         default=False, metadata={"help": "several conversations share a row of --max-length tokens, and none sees another"}
     )
     max_pictures_per_pack: int | None = field(default=None, metadata={"help": "bounds the memory of the vision tower"})
+    cache_image_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "directory in which the frozen tower's features of each picture are kept, computed once and read back "
+            "(0.5 MiB a picture for CLIP ViT-L/14 in 16 bits)"
+        },
+    )
     eval_data: str | None = field(default=None, metadata={"help": "held-out conversations, of the same forms"})
     eval_share: float | None = field(
         default=None, metadata={"help": "hold out this share of --data instead, chosen by the seed"}
@@ -260,6 +267,10 @@ def check_options(values: dict[str, Any]) -> None:
         raise ValueError("--early-stopping-patience has nothing to watch; pass --eval-data.")
     if values["eval_exact_match"] and not held_out:
         raise ValueError("--eval-exact-match has no questions; pass --eval-data.")
+    if values.get("cache_image_features") and ("vision" in values["train"] or values["lora_vision"]):
+        raise ValueError(
+            "--cache-image-features with a vision tower that learns: its features change; leave one of them out."
+        )
     _check_data_options(values)
 
 

@@ -5,7 +5,6 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from transformers import AutoProcessor, EarlyStoppingCallback, PreTrainedConfig, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from ..configuration_dsvl import DSVLConfig
 from ..data.packing import PackedConversations
 from ..hub_card import render_card
 from ..modeling_dsvl import DSVLForConditionalGeneration
@@ -23,10 +21,12 @@ from .adapters import lora_config, merge_adapters
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments, parse
 from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
 from .collator import ConversationCollator
+from .features import FeatureCache, fill, owner_of
 from .kernels import use_liger
 from .parts import PARTS
 from .sources import open_data, packed
 from .trainer import DSVLTrainer, count_parameters
+from .weights import check_keys, load_tower, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,12 @@ def train(
     conversations = len(train_data)
 
     processor = AutoProcessor.from_pretrained(model_arguments.model)
-    collator = ConversationCollator(processor, data_arguments.max_length, data_arguments.on_bad_sample)
+    features = None
+    if data_arguments.cache_image_features is not None:
+        features = cached_features(
+            data_arguments.cache_image_features, [train_data, eval_data], model_arguments, arguments, processor
+        )
+    collator = ConversationCollator(processor, data_arguments.max_length, data_arguments.on_bad_sample, features)
     if data_arguments.packing:
         train_data = packed(train_data, collator, data_arguments, seed)
     model = load_model(model_arguments, arguments)
@@ -129,6 +134,31 @@ def check_is_dsvl(name: str) -> None:
             f"--model {name} is of type {config.get('model_type')!r}, not a DSVL checkpoint; compose one of a vision tower "
             "and a language model (dsvl compose), or pass its directory."
         )
+
+
+def cached_features(
+    directory: str, data: list[Any], model_arguments: ModelArguments, arguments: DSVLTrainingArguments, processor: Any
+) -> FeatureCache:
+    """The cache of the tower's features, filled for these data sets (None among them for none) by all processes."""
+    config = DSVLConfig.from_pretrained(model_arguments.model)
+    tower = load_tower(model_arguments.model, config, precision(arguments))
+    owner = owner_of(tower, config, processor.image_processor)
+    with arguments.main_process_first(local=False, desc="opening the cache of image features"):
+        cache = FeatureCache(directory, owner)
+    fill(
+        cache,
+        [one for one in data if one is not None],
+        tower.to(arguments.device),
+        config,
+        processor.image_processor,
+        workers=arguments.dataloader_num_workers,
+        rank=arguments.process_index,
+        processes=arguments.world_size,
+    )
+    if dist.is_initialized():
+        dist.barrier()
+    cache.refresh()
+    return cache
 
 
 def precision(arguments: DSVLTrainingArguments) -> torch.dtype:
@@ -249,7 +279,7 @@ def save_trained(
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         if adapted:
-            with _whole_weights():
+            with whole_weights():
                 merged = merge_adapters(model_arguments.model, partial / ADAPTERS)
             merged.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
@@ -265,42 +295,6 @@ def save_trained(
         _move(partial, output)
         logger.info("The trained model is in %s.", output)
     trainer.accelerator.wait_for_everyone()
-
-
-def check_keys(model: DSVLForConditionalGeneration, directory: Path) -> None:
-    """Hold the keys of saved weights against the model's own.
-
-    Raises:
-        RuntimeError: if they differ; the directory would load with parts made up at random.
-    """
-    from safetensors import safe_open
-
-    saved: set[str] = set()
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            saved |= set(file.keys())
-    own = set(model.state_dict())
-    tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
-    if saved - own or own - saved - tied:
-        raise RuntimeError(
-            f"The saved weights are not the model's own: unknown are {sorted(saved - own)[:3]}, missing "
-            f"{sorted(own - saved - tied)[:3]}."
-        )
-
-
-@contextlib.contextmanager
-def _whole_weights() -> Iterator[None]:
-    """Load weights as they are, though ZeRO-3 is on."""
-    from transformers.integrations import deepspeed
-
-    kept = deepspeed._hf_deepspeed_config_weak_ref() if is_deepspeed_zero3_enabled() else None
-    if kept is not None:
-        unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if kept is not None:
-            set_hf_deepspeed_config(kept)
 
 
 def _move(partial: Path, output: Path) -> None:
