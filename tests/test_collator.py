@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PER_PICTURE, REFERENCE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from training_runs import make_checkpoint
 from transformers import AutoTokenizer
@@ -110,6 +112,28 @@ def test_typed_special_tokens_are_text(collator, processor, photographs):
     assert len(batch["pixel_values"]) == 1
     assert supervised(batch) == [f"An <image> is no {EOS}, but{EOS}"]
     assert typed in processor.decode(ids)
+
+
+TALK = st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12), st.booleans()), min_size=1, max_size=4)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(TALK)
+def test_exactly_the_assistants_tokens_are_learnt(collator, processor, photographs, talk):
+    """Whatever is said: the learnt tokens are those of each answer, up to its end, by the characters they stand for."""
+    messages = []
+    for question, answer, pictured in talk:
+        messages += [user(photographs[0], question) if pictured else user(question), assistant(answer)]
+    (ids,), (labels,) = (collator([messages])[key].numpy() for key in ("input_ids", "labels"))
+    learnt = labels != -100
+    assert (labels[learnt] == ids[learnt]).all()
+    assert (ids[learnt] == processor.tokenizer.eos_token_id).sum() == len(talk)
+    # An answer changed is learnt tokens changed, and no others.
+    others = [m if m["role"] == "user" else assistant("dog") for m in messages]
+    (other_ids,), (other_labels,) = (collator([others])[key].numpy() for key in ("input_ids", "labels"))
+    kept = (ids != processor.tokenizer.pad_token_id) & ~learnt
+    other_kept = (other_ids != processor.tokenizer.pad_token_id) & (other_labels == -100)
+    assert ids[kept].tolist() == other_ids[other_kept].tolist()
 
 
 # -- the batch ---------------------------------------------------------------------------------------------------------

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 
 from ..data import complete_messages
-from ..data.conversations import NAMED, ON_BAD_SAMPLE, picture_source
+from ..data.conversations import NAMED, ON_BAD_SAMPLE, WORKERS, picture_source, worker_row
 from ..processing_dsvl import decode_picture
 from .features import FeatureCache
 
 logger = logging.getLogger(__name__)
 
 MULTIPLE = 8  # tokens: what matrix units like
-WORKERS = 256  # of a data loader, and the process itself
 
 
 class ConversationCollator:
@@ -98,8 +97,7 @@ class ConversationCollator:
 
     def _usable(self, samples: list[Any]) -> list[list[dict[str, Any]]]:
         """The samples as messages with decoded pictures; what cannot be used is told or counted."""
-        worker = torch.utils.data.get_worker_info()
-        counts = self._counts[0 if worker is None else 1 + worker.id % (WORKERS - 1)]
+        counts = self._counts[worker_row()]
         conversations = []
         for sample in samples:
             counts[0] += 1

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType
-from transformers import AutoProcessor, EarlyStoppingCallback, PreTrainedConfig, set_seed
+from transformers import AutoProcessor, EarlyStoppingCallback, PreTrainedConfig, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..configuration_dsvl import DSVLConfig
 from ..data.packing import PackedConversations
+from ..data.streaming import Stream
 from ..hub_card import render_card
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from .adapters import lora_config, merge_adapters
@@ -29,6 +31,7 @@ from .trainer import DSVLTrainer, count_parameters
 from .weights import check_keys, load_tower, whole_weights
 
 logger = logging.getLogger(__name__)
+
 
 ADAPTERS = "adapters"  # the folder of a LoRA run's adapters in its output directory
 LAST_DROPS = 0.2  # seconds; Gloo's threads need microseconds of them
@@ -78,8 +81,8 @@ def train(
     set_seed(arguments.seed)
     check_is_dsvl(model_arguments.model)
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    train_data, eval_data = open_data(data_arguments, seed)
-    conversations = len(train_data)
+    train_data, eval_data = open_data(data_arguments, seed, arguments.process_index, arguments.world_size)
+    conversations = None if data_arguments.streaming else len(train_data)
 
     processor = AutoProcessor.from_pretrained(model_arguments.model)
     features = None
@@ -118,6 +121,10 @@ def train(
             checkpoint = last_complete_checkpoint(str(arguments.output_dir), put_aside=trainer.is_world_process_zero())
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
+        if isinstance(train_data, Stream):
+            steps = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+            train_data.start_after(steps * arguments.gradient_accumulation_steps, arguments.train_batch_size)
+            arguments.ignore_data_skip = True  # the Trainer would make these batches, pictures and all, to drop them
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     _report_counts(collator, train_data)
     if eval_data is not None:
@@ -241,6 +248,8 @@ def describe(trainer: DSVLTrainer, collator: ConversationCollator, arguments: DS
 
 def _tokens(data: Any, collator: ConversationCollator) -> str:
     """How many tokens an epoch has, and in what."""
+    if isinstance(data, Stream):
+        return "streamed"
     if isinstance(data, PackedConversations):
         return f"{data.tokens:,} an epoch, in {sum(map(len, data.packs)):,} conversations, {len(data):,} packs"
     places = range(0, len(data), max(len(data) // MEASURED, 1))
@@ -257,7 +266,7 @@ def save_trained(
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     metrics: dict[str, float],
-    conversations: int,
+    conversations: int | None,
 ) -> None:
     """Make the output directory a complete checkpoint: weights, configuration, code, processor, card.
 
@@ -285,7 +294,7 @@ def save_trained(
             trainer.processing_class.save_pretrained(partial)
         else:
             check_keys(trainer.model, partial)
-        trainer.state.save_to_json(str(partial / "trainer_state.json"))
+        trainer.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         card = render_card(
             config,
             [model_arguments.model],
@@ -315,7 +324,7 @@ def _facts(
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     metrics: dict[str, float],
-    conversations: int,
+    conversations: int | None,
 ) -> dict[str, Any]:
     """What the card says of a training."""
     arguments = trainer.args
