@@ -314,15 +314,12 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, kind):
 
 
 def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"gone\.yml is not a file; pass a YAML file\."):
+    with pytest.raises(FileNotFoundError, match=r"gone\.yml is not a file; pass a YAML file\."):
         parse([str(tmp_path / "gone.yml"), *NEEDED])
     with pytest.raises(ValueError, match=r"run\.yaml is not YAML: "):
         from_yaml(tmp_path, "model: [")
     assert main(["train", str(tmp_path / "gone.yml")]) == 1
-    assert (
-        capsys.readouterr().err
-        == f"dsvl train: {tmp_path / 'gone.yml'} does not exist; pass a YAML file of arguments, " + ("or flags.\n")
-    )
+    assert capsys.readouterr().err == f"dsvl train: {tmp_path / 'gone.yml'} is not a file; pass a YAML file.\n"
 
 
 def test_the_deepspeed_launchers_rank_may_stand_before_the_file(tmp_path):
