@@ -4,7 +4,6 @@ import io
 import os
 from typing import Any
 
-import torch
 from tokenizers.normalizers import Replace, Sequence
 from transformers import AddedToken, ProcessorMixin
 from transformers.image_utils import load_image
@@ -227,7 +226,9 @@ class DSVLProcessor(ProcessorMixin):
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         """Truncation must not cut a picture."""
         expected = [sample.count(self.image_token) for sample in text]
-        kept = [int((torch.as_tensor(row) == self.image_token_id).sum()) for row in text_inputs["input_ids"]]
+        rows = text_inputs["input_ids"]
+        rows = rows if isinstance(rows, list) else rows.tolist()
+        kept = [row.count(self.image_token_id) for row in rows]
         if kept != expected:
             raise ValueError(
                 f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} a picture), which cuts "
