@@ -148,6 +148,7 @@ def fill(
     pictures = _NewPictures(data, cache, image_processor)
     loader = DataLoader(pictures, batch_size=None, sampler=range(rank, len(pictures), processes), num_workers=workers)
     seen: set[str] = set()
+    computed = 0
     waiting: dict[str, torch.Tensor] = {}
     done: dict[str, torch.Tensor] = {}
     with tqdm(loader, desc="Image features", unit="conversation", disable=rank > 0) as bar:
@@ -159,11 +160,13 @@ def fill(
             if len(done) >= SHARD:
                 cache.add(done)
                 cache.files.update(dict.fromkeys(done, cache.directory))  # so that they are not computed again
+                computed += len(done)
                 done = {}
     done.update(_encode(list(waiting.items()), tower, config))
     if done:
         cache.add(done)
-    logger.info("Image features: of %d pictures in this process's share, in %s.", len(seen), cache.directory)
+    computed += len(done)
+    logger.info("Image features of %d pictures are in %s; %d were computed now.", len(seen), cache.directory, computed)
 
 
 @torch.no_grad()
