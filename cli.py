@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
 from .data import commands as data
 from .migration import commands as migration
-from .training import plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train", help="fine-tune a checkpoint; also python -m dsvl.training under a launcher", add_help=False
     )
     _add_merge(commands)
-    plan.add_parser(commands)
+    if argv[:1] == ["plan"]:  # imports what a training does, which takes seconds
+        from .training import plan
+
+        plan.add_parser(commands)
+    else:
+        commands.add_parser("plan", help="the memory of training, per GPU, from the configuration alone", add_help=False)
     data.add_parser(commands)
     migration.add_parser(commands)
     if argv[:1] == ["train"]:

@@ -68,6 +68,13 @@ class DSVLGenerationMixin(GenerationMixin):
             # for those that have none.
             self.model.encode_blank_picture()
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[])}
+        if kwargs.get("image_features") is not None:
+            features = kwargs.pop("image_features")
+            if self.config.reversed_pictures and input_ids is not None and len(features):
+                features = self.model.reverse_pictures(
+                    features, input_ids == self.config.image_token_id, past_key_values=kwargs.get("past_key_values")
+                )
+            kwargs["mm_encoder_outputs"] = {"image": self.model.project_features(features)}
         assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
         if "pixel_values" in kwargs and assistant is not None and hasattr(assistant, "get_image_features"):
             # An assistant sees by its own tower, but is handed what its main model got: both go there, it picks its own.

@@ -125,6 +125,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> DSVLModelOutputWithPast:
         """Run the model.
@@ -138,6 +139,9 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
                 `input_ids` if absent; required with `inputs_embeds` unless `multimodal_attention` is "causal".
             mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`, in the order of the places
                 that they take.
+            image_features: `get_image_features(...).last_hidden_state`, what a frozen tower gave for the same pictures
+                before: (pictures, tower tokens, tower width), instead of `pixel_values`. Where processes train together, all
+                of them pass it, one without pictures an empty one.
             kwargs: what the decoder takes (`use_cache`, `output_hidden_states`, `output_attentions`, ...).
 
         Raises:
@@ -145,26 +149,28 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        if pixel_values is not None and mm_encoder_outputs is not None:
-            raise ValueError("Pass pixel_values or mm_encoder_outputs, not both: they are the same pictures.")
+        if sum(given is not None for given in (pixel_values, mm_encoder_outputs, image_features)) > 1:
+            raise ValueError("Pass one of pixel_values, mm_encoder_outputs and image_features: they are the same pictures.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         images = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and len(pixel_values) > 0:
+        pictures = image_features if pixel_values is None else pixel_values
+        if pictures is not None and len(pictures) > 0:
             if self.config.reversed_pictures:
                 places = self._placeholders(input_ids, mm_token_type_ids, inputs_embeds.shape[1])
-                pixel_values = self.reverse_pictures(pixel_values, places, position_ids, past_key_values)
-            images = self.get_image_features(pixel_values)
+                pictures = self.reverse_pictures(pictures, places, position_ids, past_key_values)
+            images = self.project_features(pictures) if pixel_values is None else self.get_image_features(pictures)
         image_hidden_states = None
         if images is not None and images.pooler_output:
             image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         # Features that were passed in may be those of a chunk, which may begin or end inside a picture.
         inputs_embeds = self._scatter_pictures(
-            input_ids, inputs_embeds, mm_token_type_ids, image_hidden_states, whole_pictures=pixel_values is not None
+            input_ids, inputs_embeds, mm_token_type_ids, image_hidden_states, whole_pictures=pictures is not None
         )
         if images is None and self._others_may_see_pictures(past_key_values):
-            inputs_embeds = inputs_embeds + self.encode_blank_picture().to(inputs_embeds.device, inputs_embeds.dtype)
+            blank = self.encode_blank_picture(image_features)
+            inputs_embeds = inputs_embeds + blank.to(inputs_embeds.device, inputs_embeds.dtype)
 
         if position_ids is not None and attention_mask is None and past_key_values is None:
             # Positions that begin again are packed conversations, unless the decoder makes a cache: then each would see
@@ -384,6 +390,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
@@ -409,6 +416,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_features=image_features,
             **kwargs,
         )
         hidden = outputs.last_hidden_state

@@ -21,6 +21,21 @@ def make_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
+def tower_features(vision_tower: PreTrainedModel, config: DSVLConfig, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What a vision tower gives for pictures, before projection: (pictures, tower tokens, tower width).
+
+    A tower with nothing to learn runs without a graph.
+    """
+    learns = pixel_values.requires_grad or any(p.requires_grad for p in vision_tower.parameters())
+    last = config.vision_feature_layer == -1
+    with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        tower = vision_tower(pixel_values.to(vision_tower.dtype), output_hidden_states=not last)
+        features = tower.last_hidden_state if last else tower.hidden_states[config.vision_feature_layer]
+    if config.vision_feature_select_strategy == "default":
+        features = features[:, config.num_prefix_tokens :]
+    return features
+
+
 class DSVLPicturesMixin:
     """What `DSVLModel` does with pictures."""
 
@@ -43,20 +58,12 @@ class DSVLPicturesMixin:
             `pooler_output`: a list with one (image_seq_length, decoder width) tensor for each picture, ready to be passed
             back as `mm_encoder_outputs={"image": ...}`; `last_hidden_state`: the tower's features before projection.
         """
-        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            features = self._tower_features(self.vision_tower, pixel_values)
-        projected = self.multi_modal_projector(features)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
+        return self.project_features(tower_features(self.vision_tower, self.config, pixel_values))
 
-    def _tower_features(self, tower: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(pictures, 3, height, width) to the features that are projected, (pictures, tokens, tower width)."""
-        config, last = self.config, self.config.vision_feature_layer == -1
-        outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=not last)
-        features = outputs.last_hidden_state if last else outputs.hidden_states[config.vision_feature_layer]
-        if config.vision_feature_select_strategy == "default":
-            features = features[:, config.num_prefix_tokens :]
-        return features
+    def project_features(self, image_features: torch.Tensor) -> BaseModelOutputWithPooling:
+        """The second half of `get_image_features`, from the tower's features (pictures, tower tokens, tower width)."""
+        projected = self.multi_modal_projector(image_features)
+        return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=list(projected))
 
     def unused_tower_parameters(self) -> list[str]:
         """The tower's parameters, by name, on which the features do not depend: heads that pool, layers behind
@@ -69,7 +76,7 @@ class DSVLPicturesMixin:
         size = self.config.image_size
         with torch.device("meta"), no_init_weights(), torch.enable_grad():
             tower = type(self.vision_tower)(config).to(self.vision_tower.dtype).eval()
-            features = self._tower_features(tower, torch.zeros(1, 3, size, size))
+            features = tower_features(tower, self.config, torch.zeros(1, 3, size, size))
             names, parameters = zip(*tower.named_parameters(), strict=True)
             gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
         return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
@@ -110,7 +117,7 @@ class DSVLPicturesMixin:
 
     def reverse_pictures(
         self,
-        pixel_values: torch.Tensor,
+        pictures: torch.Tensor,
         placeholders: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -119,7 +126,7 @@ class DSVLPicturesMixin:
         sample's own, or each packed conversation's, turned round.
 
         Args:
-            pixel_values: (pictures of the whole batch, 3, height, width).
+            pictures: those of the whole batch, (pictures, ...): their pixels, or their features.
             placeholders: (batch, new tokens), True where a picture goes.
             position_ids: (batch or 1, new tokens), which begin again where packed conversations do.
             past_key_values: what came before the new tokens.
@@ -134,8 +141,8 @@ class DSVLPicturesMixin:
                 "config.reversed_pictures puts the last picture first, but the cache may hold pictures already; pass the "
                 "whole conversation without past_key_values."
             )
-        order = _reversed_order(placeholders, len(pixel_values), self.config.image_seq_length, position_ids)
-        return pixel_values[order.to(pixel_values.device)]
+        order = _reversed_order(placeholders, len(pictures), self.config.image_seq_length, position_ids)
+        return pictures[order.to(pictures.device)]
 
     def _others_may_see_pictures(self, past_key_values: Cache | None) -> bool:
         """Whether a batch of texts must run the tower and the projector as well.
@@ -152,8 +159,15 @@ class DSVLPicturesMixin:
         # branch.
         return waited_for and (past_key_values is None or past_key_values.get_seq_length() == 0)
 
-    def encode_blank_picture(self) -> torch.Tensor:
-        """Zero, by way of tower and projector: what a process without pictures does where others encode theirs."""
+    def encode_blank_picture(self, image_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Zero, by way of tower and projector: what a process without pictures does where others encode theirs.
+
+        Args:
+            image_features: an empty tensor of them, if those of the others are known: then by way of the projector alone.
+        """
+        if image_features is not None:
+            features = image_features.new_zeros(1, *image_features.shape[1:])
+            return self.project_features(features).pooler_output[0].sum() * 0
         size = self.config.image_size
         blank = torch.zeros((1, 3, size, size), dtype=self.vision_tower.dtype, device=self.vision_tower.device)
         return self.get_image_features(blank).pooler_output[0].sum() * 0

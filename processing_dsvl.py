@@ -1,9 +1,9 @@
 """The DSVL processor: pictures and conversations to model inputs."""
 
+import io
 import os
 from typing import Any
 
-import torch
 from tokenizers.normalizers import Replace, Sequence
 from transformers import AddedToken, ProcessorMixin
 from transformers.image_utils import load_image
@@ -158,6 +158,11 @@ class DSVLProcessor(ProcessorMixin):
             kwargs.setdefault("number_after", self.number_after)
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
+    def count_tokens(self, conversation: Any) -> int:
+        """How many tokens a conversation takes, its pictures' included; no picture is looked at."""
+        ids = self.tokenizer(self.apply_chat_template(conversation, tokenize=False), add_special_tokens=False)["input_ids"]
+        return len(ids) + ids.count(self.image_token_id) * (self.image_seq_length - 1)
+
     def _protect(self, part: Any) -> Any:
         """Mark the special tokens in the texts of a conversation, see `MARK`."""
         if isinstance(part, (list, tuple)):
@@ -204,13 +209,26 @@ class DSVLProcessor(ProcessorMixin):
                 "of each text as a list of their own, in reading order, as many as it names."
             )
 
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """As the base class does, which does not know pictures that are given as their features."""
+        if images is None or not _are_features(images):
+            super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple:
+        """As the base class does; pictures that are given as their features need their placeholders alone."""
+        if not _are_features(images):
+            return super()._process_images(images, **kwargs)
+        return {"image_features": list(images)}, [self.replace_image_token({}, place) for place in range(len(images))]
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.image_seq_length
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         """Truncation must not cut a picture."""
         expected = [sample.count(self.image_token) for sample in text]
-        kept = [int((torch.as_tensor(row) == self.image_token_id).sum()) for row in text_inputs["input_ids"]]
+        rows = text_inputs["input_ids"]
+        rows = rows if isinstance(rows, list) else rows.tolist()
+        kept = [row.count(self.image_token_id) for row in rows]
         if kept != expected:
             raise ValueError(
                 f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} a picture), which cuts "
@@ -224,6 +242,20 @@ class DSVLProcessor(ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
+
+
+def _are_features(images: Any) -> bool:
+    """Whether pictures are given as what the model's tower gave for them, (tower tokens, tower width) each.
+
+    Raises:
+        ValueError: if only some are.
+    """
+    known = [getattr(image, "ndim", 0) == 2 for image in images]
+    if any(known) and not all(known):
+        raise ValueError(
+            f"{sum(known)} of {len(known)} pictures are given as their features; pass all of a batch so, or none."
+        )
+    return any(known)
 
 
 def _by_sample(images: Any) -> list[list]:
@@ -244,7 +276,8 @@ def decode_picture(source: Any) -> Any:
     applied. (transformers' `load_image` clips the former to white and leaves what lies under the transparent.)
 
     Args:
-        source: a PIL image, a path, an address or base64; an array or tensor of a picture is returned as it is.
+        source: a PIL image, a file's bytes or path, an address or base64; an array or tensor (of a picture, or of its
+            features) is returned as it is.
 
     Returns:
         a PIL image of mode RGB, the given one itself if it is upright RGB already.
@@ -257,7 +290,11 @@ def decode_picture(source: Any) -> Any:
     requires_backends(decode_picture, ["vision"])
     try:
         # An address, base64, and what is no picture at all are transformers' to read, or to refuse.
-        image = Image.open(source) if isinstance(source, str) and os.path.isfile(source) else source
+        image = source
+        if isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source))
+        elif isinstance(source, str) and os.path.isfile(source):
+            image = Image.open(source)
         if not isinstance(image, Image.Image):
             return load_image(source)
         if image.getexif().get(0x0112, 1) != 1:  # how the picture was held; a transposition copies even where it need not
@@ -274,6 +311,7 @@ def decode_picture(source: Any) -> Any:
     except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         # SyntaxError: Pillow, for a broken PNG
         name = source if isinstance(source, str) and len(source) < 300 else type(source).__name__
+        name = f"of {len(source)} bytes" if isinstance(source, bytes) else name
         raise ValueError(
             f"The picture {name} cannot be decoded: {error}. Pass a PIL image, an array of shape (height, width, 3), or the "
             "path of a picture file."

@@ -4,7 +4,8 @@
     DS_ACCELERATOR=cpu python benchmarks/fine_tuning.py --tiny    # does every row run? The numbers mean nothing
 
 A step is forward, backward and AdamW's step. Projector and embeddings learn, tower and decoder are frozen; with LoRA
-adapters learn beside them. A row is named by what it is, `[lora/][zero2/|zero3/][checkpointing/]MODEL[+liger][+everyN]`:
+adapters learn beside them. A row is named by what it is,
+`[lora/][zero2/|zero3/][checkpointing/]MODEL[+liger][+everyN][+cached]`:
 
     lora           adapters at every linear map of the decoder
     zero2, zero3   a DeepSpeed engine of one process, with the bucket sizes that transformers fills in for "auto"
@@ -12,6 +13,7 @@ adapters learn beside them. A row is named by what it is, `[lora/][zero2/|zero3/
     MODEL          llava (by sdpa) or dsvl (MMCA, by --attention-backend)
     +liger         Liger's kernels: in the decoder, and for Llava its fused loss too (DSVL has supervised logits only)
     +everyN        only every Nth layer is recomputed
+    +cached        DSVL, the tower's features read from a cache instead of computed (`dsvl train --cache-image-features`)
 
 Each row is a process of its own, since the memory that an engine leaves behind would be counted to the next. Its numbers are
 over the timed steps: median, lowest and highest time; tokens of the batch a second; MFU by flops.py; the peak of allocated
@@ -46,6 +48,7 @@ ROWS = (
     "llava",
     "dsvl",
     "dsvl+liger",
+    "dsvl+liger+cached",
     "dsvl+liger+every4",
     "llava+liger",
     "zero2/llava",
@@ -91,19 +94,20 @@ class Row:
     zero_stage: int
     checkpoint_every: int  # layers; 0 keeps all activations
     liger: bool
+    cached: bool
     baseline: str  # the name of Llava's row in the same setup
 
     @classmethod
     def parse(cls, name: str) -> "Row":
         match = re.fullmatch(
-            r"((lora/)?(?:zero([23])/)?(checkpointing/)?)(llava|dsvl)(\+liger)?(?:\+every([1-9]\d*))?", name
+            r"((lora/)?(?:zero([23])/)?(checkpointing/)?)(llava|dsvl)(\+liger)?(?:\+every([1-9]\d*))?(\+cached)?", name
         )
-        if match is None:
+        if match is None or (match[8] and match[5] == "llava"):
             raise ValueError(
-                f"{name!r} names no row; expected [lora/][zero2/|zero3/][checkpointing/]llava|dsvl[+liger][+everyN], "
-                f"such as {', '.join(ROWS)}."
+                f"{name!r} names no row; expected [lora/][zero2/|zero3/][checkpointing/]llava|dsvl[+liger][+everyN][+cached]"
+                f" (DSVL alone is cached), such as {', '.join(ROWS)}."
             )
-        setup, lora, stage, checkpointing, model, liger, every = match.groups()
+        setup, lora, stage, checkpointing, model, liger, every, cached = match.groups()
         if checkpointing and every:
             raise ValueError(f"{name!r} asks for every layer and for every {every}th to be recomputed; name one of them.")
         return cls(
@@ -112,6 +116,7 @@ class Row:
             zero_stage=int(stage or 0),
             checkpoint_every=1 if checkpointing else int(every or 0),
             liger=liger is not None,
+            cached=cached is not None,
             baseline=f"{setup}llava",
         )
 
@@ -249,6 +254,9 @@ def measure(name: str, shape: Shape, backend: str, rounds: int) -> dict[str, Any
     row = Row.parse(name)
     batch = inputs(shape, device_type())
     model = build(row, shape, backend)
+    if row.cached:
+        with torch.no_grad():
+            batch["image_features"] = model.get_image_features(batch.pop("pixel_values")).last_hidden_state
     # Before an engine takes them apart. A tied weight is counted once.
     weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers())) / 2**30
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

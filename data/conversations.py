@@ -6,7 +6,6 @@ user and assistant after at most one system message; content is a text, or a lis
 without a source takes the next of `images`, whose elements are paths, bytes or PIL pictures.
 """
 
-import io
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import torch
 from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
@@ -24,6 +23,7 @@ ROLES = ("system", "user", "assistant")
 SOURCES = ("image", "path", "url", "base64")  # the keys under which transformers looks for a part's picture
 ON_BAD_SAMPLE = ("error", "skip")
 NAMED = 20  # samples that are left out and named one by one; the rest is counted
+WORKERS = 256  # of a data loader, and the process itself
 
 
 def load_conversations(source: str | Path, on_bad_sample: str = "error", split: str = "train") -> "Conversations":
@@ -42,12 +42,46 @@ def load_conversations(source: str | Path, on_bad_sample: str = "error", split: 
         FileNotFoundError: if there is no such file.
         ValueError: if a sample is broken, with its place and the reason.
     """
-    if on_bad_sample not in ON_BAD_SAMPLE:
-        raise ValueError(f"on_bad_sample={on_bad_sample!r} is not known; choose from {', '.join(map(repr, ON_BAD_SAMPLE))}.")
     path = Path(source)
     if path.suffix in (".jsonl", ".json"):
         return JsonLines(path, on_bad_sample)
     return Table(str(source), on_bad_sample, split)
+
+
+class LeftOut:
+    """What happens to samples that cannot be used: the error is raised, or they are counted, and the first of them named.
+
+    Args:
+        on_bad_sample: "error" or "skip".
+    """
+
+    def __init__(self, on_bad_sample: str) -> None:
+        if on_bad_sample not in ON_BAD_SAMPLE:
+            raise ValueError(
+                f"on_bad_sample={on_bad_sample!r} is not known; choose from {', '.join(map(repr, ON_BAD_SAMPLE))}."
+            )
+        self.on_bad_sample = on_bad_sample
+        self._counts = torch.zeros(WORKERS, dtype=torch.int64).share_memory_()
+
+    @property
+    def count(self) -> int:
+        """How many there were, in all workers of a data loader."""
+        return int(self._counts.sum())
+
+    def __call__(self, error: ValueError) -> None:
+        """Deal with the error of one sample."""
+        if self.on_bad_sample == "error":
+            raise ValueError(f"{error} Or leave such conversations out (--on-bad-sample skip).") from error
+        own = worker_row()
+        self._counts[own] += 1
+        if self._counts[own] <= NAMED:
+            logger.warning("Left out: %s", error)
+
+
+def worker_row() -> int:
+    """A row of a shared tensor of `WORKERS` rows that this process, a data loader's worker or not, has for itself."""
+    worker = torch.utils.data.get_worker_info()
+    return 0 if worker is None else 1 + worker.id % (WORKERS - 1)
 
 
 class Conversations(Dataset):
@@ -84,18 +118,16 @@ class Conversations(Dataset):
     def keep_good(self, places: list[int], check: Callable[[int], tuple[int, bool]], on_bad_sample: str) -> None:
         """Remember the places whose check passes; otherwise raise, or count and name what is left out."""
         self.good, self.facts = [], []
+        left_out = LeftOut(on_bad_sample)
         for place in places:
             try:
                 facts = check(place)
             except ValueError as error:
-                if on_bad_sample == "error":
-                    raise ValueError(f"{error} Mend it, or leave such samples out (--on-bad-sample skip).") from error
-                self.skipped += 1
-                if self.skipped <= NAMED:
-                    logger.warning("Left out: %s", error)
+                left_out(error)
             else:
                 self.good.append(place)
                 self.facts.append(facts)
+        self.skipped = left_out.count
         if self.skipped:
             total = self.skipped + len(self.good)
             logger.warning("%s: %d of %d samples are broken and left out.", self.source, self.skipped, total)
@@ -122,12 +154,7 @@ class JsonLines(Conversations):
     def read(self, place: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
             file.seek(place)
-            line = file.readline()
-        try:
-            sample = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"is not JSON ({error}).") from error
-        return _rooted(sample, self.path.parent) if isinstance(sample, dict) else sample
+            return parse_line(file.readline(), self.path.parent)
 
     def _check(self, place: int) -> tuple[int, bool]:
         try:
@@ -181,12 +208,12 @@ def open_table(source: str, split: str = "train") -> Any:
 def encoded(rows: Any) -> Callable[[int], dict[str, Any]]:
     """A reader of the rows of a `datasets.Dataset` by their places, which leaves pictures encoded."""
     rows = rows.with_format("arrow")
-    return partial(_read_row, rows, _without_decoding(rows.features))  # a partial goes to a loader's workers, a closure not
+    return partial(_read_row, rows, without_decoding(rows.features))  # a partial goes to a loader's workers, a closure not
 
 
 def _read_row(rows: Any, features: Any, place: int) -> dict[str, Any]:
     (row,) = rows[place].to_pylist()
-    return _without_nones(features.decode_example(row))
+    return without_nones(features.decode_example(row))
 
 
 def check_conversation(sample: Any) -> tuple[int, bool]:
@@ -266,10 +293,7 @@ def complete_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
         sample: as `check_conversation` accepts it; or a list of messages as it is.
 
     Returns:
-        Messages that a chat template and `DSVLProcessor.apply_chat_template` take. Bytes become PIL pictures (not decoded).
-
-    Raises:
-        ValueError: for bytes that are no picture.
+        Messages that a chat template and `DSVLProcessor.apply_chat_template` take.
     """
     if isinstance(sample, list):
         sample = {"messages": sample}
@@ -288,55 +312,74 @@ def _with_source(part: dict[str, Any], images: Any) -> dict[str, Any]:
         return {"type": "text", "text": part["text"]}
     for key in SOURCES:
         if part.get(key) is not None:
-            return {"type": "image", key: _opened(part[key]) if key == "image" else part[key]}
-    return {"type": "image", "image": _opened(next(images))}
+            return {"type": "image", key: _stored(part[key])}
+    return {"type": "image", "image": _stored(next(images))}
 
 
-def _opened(image: Any) -> Any:
-    """What `datasets` stores as bytes, as a picture."""
+def _stored(image: Any) -> Any:
+    """A picture as `datasets` stores it, as its bytes or its path."""
     if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") else image["path"]
-    if not isinstance(image, bytes):
-        return image
+        return image["bytes"] if image.get("bytes") else image["path"]
+    return image
+
+
+def picture_source(part: dict[str, Any]) -> Any:
+    """Where the picture of a part `{"type": "image", ...}` of complete messages is from."""
+    (source,) = (value for key, value in part.items() if key != "type")
+    return source
+
+
+def pictures_of(messages: list[dict[str, Any]]) -> list[Any]:
+    """The sources of the pictures of complete messages, in reading order."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    return [picture_source(part) for part in parts if part["type"] == "image"]
+
+
+def parse_line(line: bytes, root: Path) -> Any:
+    """A line of a JSON lines file, with the paths of its pictures, which are relative to the file's folder, made whole.
+
+    Raises:
+        ValueError: if it is not JSON.
+    """
     try:
-        return Image.open(io.BytesIO(image))
-    except (OSError, SyntaxError) as error:  # SyntaxError: Pillow, for a broken PNG
-        raise ValueError(f"A picture of {len(image)} bytes cannot be decoded: {error}.") from error
+        sample = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"is not JSON ({error}).") from error
+    return _rooted(sample, root) if isinstance(sample, dict) else sample
 
 
 def _rooted(sample: dict[str, Any], root: Path) -> dict[str, Any]:
-    """Paths of pictures, relative to the folder of the file that names them."""
 
-    def rooted(path: Any) -> Any:
+    def from_root(path: Any) -> Any:
         return str(root / path) if isinstance(path, str) and "://" not in path else path
 
     if isinstance(sample.get("images"), list):
-        sample["images"] = [rooted(image) for image in sample["images"]]
+        sample["images"] = [from_root(image) for image in sample["images"]]
     for message in sample["messages"] if isinstance(sample.get("messages"), list) else []:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else []:
             if isinstance(part, dict):
-                part.update({key: rooted(part[key]) for key in ("path", "image") if key in part})
+                part.update({key: from_root(part[key]) for key in ("path", "image") if key in part})
     return sample
 
 
-def _without_decoding(feature: Any) -> Any:
+def without_decoding(feature: Any) -> Any:
     """A feature of `datasets`, or a dict of them, that leaves pictures encoded."""
     import datasets
 
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
     if isinstance(feature, dict):
-        return type(feature)({key: _without_decoding(inner) for key, inner in feature.items()})
+        return type(feature)({key: without_decoding(inner) for key, inner in feature.items()})
     inner = getattr(feature, "feature", None)  # of a list
-    return feature if inner is None else type(feature)(_without_decoding(inner))
+    return feature if inner is None else type(feature)(without_decoding(inner))
 
 
-def _without_nones(value: Any) -> Any:
+def without_nones(value: Any) -> Any:
     """Arrow gives every part every key."""
     if isinstance(value, dict):
-        return {key: _without_nones(element) for key, element in value.items() if element is not None}
-    return [_without_nones(element) for element in value] if isinstance(value, list) else value
+        return {key: without_nones(element) for key, element in value.items() if element is not None}
+    return [without_nones(element) for element in value] if isinstance(value, list) else value
 
 
 def _split(loaded: Any, split: str, source: str) -> Any:

@@ -108,6 +108,20 @@ def concatenated(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {"messages": messages}
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; pass a YAML file.")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+
+
 def load_mixture(path: str | Path, on_bad_sample: str = "error") -> Mixture:
     """Open the mixture that a YAML file describes; paths start at its folder.
 
@@ -118,12 +132,7 @@ def load_mixture(path: str | Path, on_bad_sample: str = "error") -> Mixture:
         FileNotFoundError, ValueError: naming what is wrong.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; pass a YAML file that describes a mixture.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    content = read_yaml(path)
     known = {"datasets", "seed", "max_num_image_per_sample"}
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) - known:

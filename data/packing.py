@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Generic, TypeVar
 
-import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
-from .conversations import NAMED
+from .conversations import LeftOut, complete_messages, pictures_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +89,37 @@ def _filled(waiting: list[tuple[T, int, int]], max_tokens: int, max_pictures: in
     return Pack(list(items), sum(all_tokens), sum(all_pictures))
 
 
+def measured(
+    items: Iterable[tuple[T, dict[str, Any], int]],
+    length: Callable[[dict[str, Any]], int],
+    max_pictures: int | None,
+    left_out: LeftOut,
+) -> Iterator[tuple[T, int, int]]:
+    """What `pack` takes: (item, its conversation, its pictures) -> (item, its tokens, its pictures)."""
+    for item, sample, pictures in items:
+        try:
+            tokens = length(sample)
+            if max_pictures is not None and pictures > max_pictures:
+                raise ValueError(f"A conversation has {pictures} pictures, more than the {max_pictures} of a pack.")
+        except ValueError as error:
+            left_out(error)
+        else:
+            yield item, tokens, pictures
+
+
+def pack_stream(
+    samples: Iterable[dict[str, Any]],
+    length: Callable[[dict[str, Any]], int],
+    max_tokens: int,
+    max_pictures: int | None,
+    left_out: LeftOut,
+) -> Iterator[list[dict[str, Any]]]:
+    """Packs of conversations that come one after the other; see `pack`."""
+    items = ((sample, sample, len(pictures_of(complete_messages(sample)))) for sample in samples)
+    for one in pack(measured(items, length, max_pictures, left_out), max_tokens, max_pictures):
+        yield one.items
+
+
 class PackedConversations(Dataset):
     """A map-style data set of packs: lists of conversations.
 
@@ -98,7 +128,7 @@ class PackedConversations(Dataset):
         length: a conversation -> its tokens; raises ValueError if it cannot be used.
         max_tokens, max_pictures: of a pack.
         seed: of the order in which conversations are packed.
-        skip: leave what cannot be used out, counted, instead of raising.
+        on_bad_sample: "error", or "skip" to leave out, counted, what cannot be used.
 
     Attributes:
         source, skipped: as of `Conversations`.
@@ -112,75 +142,25 @@ class PackedConversations(Dataset):
         max_tokens: int,
         max_pictures: int | None = None,
         seed: int = 0,
-        skip: bool = False,
+        on_bad_sample: str = "error",
     ) -> None:
         self.data, self.source, self.skipped = data, data.source, data.skipped
         order = list(range(len(data)))
         Random(f"{seed} packs").shuffle(order)
-        packs = list(pack(self._measured(order, length, max_tokens, max_pictures, skip), max_tokens, max_pictures))
+        left_out = LeftOut(on_bad_sample)
+        items = ((place, data[place], data.pictures(place)) for place in order)
+        packs = list(pack(measured(items, length, max_pictures, left_out), max_tokens, max_pictures))
+        self.skipped += left_out.count
+        if left_out.count:
+            logger.warning("%s: %d conversations cannot be packed and are left out.", self.source, left_out.count)
         if not packs:
             raise ValueError(f"{self.source} holds no conversation that can be packed ({self.skipped} were left out).")
         self.packs = [one.items for one in packs]
         self.tokens = sum(one.tokens for one in packs)
         self.filled = self.tokens / (max_tokens * len(packs))
 
-    def _measured(
-        self, order: list[int], length: Callable, max_tokens: int, max_pictures: int | None, skip: bool
-    ) -> Iterator[tuple[int, int, int]]:
-        left_out = 0
-        for place in order:
-            try:
-                tokens, pictures = length(self.data[place]), self.data.pictures(place)
-                if max_pictures is not None and pictures > max_pictures:
-                    raise ValueError(f"A conversation has {pictures} pictures, more than the {max_pictures} of a pack.")
-            except ValueError as error:
-                if not skip:
-                    raise ValueError(f"{error} Or leave such conversations out (--on-bad-sample skip).") from error
-                left_out += 1
-                if left_out <= NAMED:
-                    logger.warning("Left out: %s", error)
-            else:
-                yield place, tokens, pictures
-        if left_out:
-            self.skipped += left_out
-            logger.warning("%s: %d conversations cannot be packed and are left out.", self.source, left_out)
-
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, place: int) -> list[dict[str, Any]]:
         return [self.data[one] for one in self.packs[place]]
-
-
-class StreamedPacks(IterableDataset):
-    """Packs of a stream of conversations, for a data loader with workers in each of several processes.
-
-    Every worker reads the whole stream and packs a share of its own, so that all of them together hold each conversation
-    once, and each gives the same packs every time.
-
-    Args:
-        samples: an iterable of conversations that can be iterated again.
-        measure: a conversation -> (tokens, pictures).
-        rank, processes: which of how many processes this is.
-    """
-
-    def __init__(
-        self,
-        samples: Iterable[dict[str, Any]],
-        measure: Callable[[dict[str, Any]], tuple[int, int]],
-        max_tokens: int,
-        max_pictures: int | None = None,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.samples, self.measure = samples, measure
-        self.max_tokens, self.max_pictures = max_tokens, max_pictures
-        self.rank, self.processes = rank, processes
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        worker = torch.utils.data.get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        share, shares = self.rank * workers + number, self.processes * workers
-        own = (sample for place, sample in enumerate(self.samples) if place % shares == share)
-        for one in pack(((sample, *self.measure(sample)) for sample in own), self.max_tokens, self.max_pictures):
-            yield one.items

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..processing_dsvl import CHAT_TEMPLATE, decode_picture
-from .conversations import complete_messages, load_conversations
+from .conversations import complete_messages, load_conversations, pictures_of
 
 WIDTH = 320  # pixels of a picture on the page
 PAGE = """<!doctype html>
@@ -69,13 +69,8 @@ def render(sample: dict[str, Any], processor: Any = None) -> Shown:
     (text,), (learnt,) = render_jinja_template(
         [messages], chat_template=template, return_assistant_tokens_mask=True, **tokens
     )
-    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    sources = [value for part in parts if part["type"] == "image" for key, value in part.items() if key != "type"]
-    length = None
-    if processor is not None:
-        encoded = processor.tokenizer(processor.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
-        length = len(encoded["input_ids"]) + len(sources) * (processor.image_seq_length - 1)
-    return Shown(text, learnt, [decode_picture(source) for source in sources], length)
+    pictures = [decode_picture(source) for source in pictures_of(messages)]
+    return Shown(text, learnt, pictures, None if processor is None else processor.count_tokens(messages))
 
 
 def show(source: str, number: int = 3, processor: Any = None, color: bool = False) -> Iterator[str]:

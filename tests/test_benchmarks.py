@@ -38,7 +38,8 @@ def test_a_steps_operations_are_those_that_torch_counts(fine_tuning, rank):
 
 def test_a_row_is_named_by_what_it_is(fine_tuning):
     row = fine_tuning.Row.parse("lora/zero2/dsvl+liger+every4")
-    assert row == fine_tuning.Row("dsvl", True, 2, 4, True, baseline="lora/zero2/llava")
+    assert row == fine_tuning.Row("dsvl", True, 2, 4, True, False, baseline="lora/zero2/llava")
+    assert fine_tuning.Row.parse("dsvl+liger+cached").cached
     assert fine_tuning.Row.parse("checkpointing/llava").checkpoint_every == 1
     with pytest.raises(ValueError, match="'zero1/llava' names no row"):
         fine_tuning.Row.parse("zero1/llava")

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PER_PICTURE, REFERENCE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from training_runs import make_checkpoint
 from transformers import AutoTokenizer
@@ -112,6 +114,28 @@ def test_typed_special_tokens_are_text(collator, processor, photographs):
     assert typed in processor.decode(ids)
 
 
+TALK = st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12), st.booleans()), min_size=1, max_size=4)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(TALK)
+def test_exactly_the_assistants_tokens_are_learnt(collator, processor, photographs, talk):
+    """Whatever is said: the learnt tokens are those of each answer, up to its end, by the characters they stand for."""
+    messages = []
+    for question, answer, pictured in talk:
+        messages += [user(photographs[0], question) if pictured else user(question), assistant(answer)]
+    (ids,), (labels,) = (collator([messages])[key].numpy() for key in ("input_ids", "labels"))
+    learnt = labels != -100
+    assert (labels[learnt] == ids[learnt]).all()
+    assert (ids[learnt] == processor.tokenizer.eos_token_id).sum() == len(talk)
+    # An answer changed is learnt tokens changed, and no others.
+    others = [m if m["role"] == "user" else assistant("dog") for m in messages]
+    (other_ids,), (other_labels,) = (collator([others])[key].numpy() for key in ("input_ids", "labels"))
+    kept = (ids != processor.tokenizer.pad_token_id) & ~learnt
+    other_kept = (other_ids != processor.tokenizer.pad_token_id) & (other_labels == -100)
+    assert ids[kept].tolist() == other_ids[other_kept].tolist()
+
+
 # -- the batch ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +146,7 @@ def test_a_batch_is_padded_to_a_multiple_of_eight(collator, processor, rounds):
         batch = collator([text, rounds[4:]])
         tokens, longest = batch["input_ids"].shape[1], batch["attention_mask"].sum(1).max()
         assert tokens % 8 == 0 and tokens - longest < 8
-        assert batch["attention_mask"].sum(1).tolist() == [collator.length(text), collator.length(rounds[4:])]
+        assert batch["attention_mask"].sum(1).tolist() == [processor.count_tokens(text), processor.count_tokens(rounds[4:])]
         assert (batch["input_ids"][batch["attention_mask"] == 0] == processor.tokenizer.pad_token_id).all()
         assert {batch[key].shape for key in batch if key != "pixel_values"} == {(2, tokens)}
         widths.add(tokens)
@@ -157,14 +181,14 @@ def test_pictures_beside_the_messages_are_those_inside_them(collator, rounds, ph
 def test_the_length_is_that_of_the_batch(collator, rounds):
     for end in (2, 4, 6):
         batch = collator([rounds[:end]])
-        assert batch["attention_mask"].sum() == collator.length(rounds[:end])
+        assert batch["attention_mask"].sum() == collator.processor.count_tokens(rounds[:end])
 
 
 # -- conversations that do not fit -------------------------------------------------------------------------------------
 
 
 def test_whole_rounds_are_dropped_from_the_end(processor, collator, rounds):
-    lengths = [collator.length(rounds[:end]) for end in (2, 4, 6)]
+    lengths = [processor.count_tokens(rounds[:end]) for end in (2, 4, 6)]
     for kept, length in zip((2, 4, 6), lengths, strict=True):
         for slack in (0, 1):
             limited = ConversationCollator(processor, max_length=length + slack)
@@ -175,7 +199,7 @@ def test_whole_rounds_are_dropped_from_the_end(processor, collator, rounds):
 
 
 def test_no_picture_is_cut_whatever_the_limit(processor, collator, rounds):
-    for limit in range(collator.length(rounds[:2]), collator.length(rounds) + 1, 3):
+    for limit in range(processor.count_tokens(rounds[:2]), processor.count_tokens(rounds) + 1, 3):
         batch = ConversationCollator(processor, limit)([rounds])
         assert batch["attention_mask"].sum() <= limit
         assert batch["mm_token_type_ids"].sum() == PER_PICTURE * len(batch["pixel_values"])
@@ -193,7 +217,7 @@ def test_a_round_ends_with_its_last_answer(processor, collator):
         assistant("cat"),
         assistant("dog"),
     ]
-    whole, first = collator.length(messages), collator.length(messages[:5])
+    whole, first = processor.count_tokens(messages), processor.count_tokens(messages[:5])
     assert ConversationCollator(processor, whole).shorten(messages) == messages
     for limit in (whole - 1, first):  # never the cat without the dog
         assert ConversationCollator(processor, limit).shorten(messages) == messages[:5]
@@ -204,14 +228,14 @@ def test_a_round_ends_with_its_last_answer(processor, collator):
 
 def test_pictures_of_dropped_rounds_are_not_decoded(processor, collator, rounds, tmp_path):
     broken = [*rounds[:2], user(damaged(tmp_path), "?"), assistant("!")]
-    limited = ConversationCollator(processor, max_length=collator.length(rounds[:2]))
+    limited = ConversationCollator(processor, max_length=processor.count_tokens(rounds[:2]))
     assert_equal(limited([broken]), collator([rounds[:2]]))
     with pytest.raises(ValueError, match="cannot be decoded"):
         collator([broken])
 
 
 def test_a_first_round_that_is_too_long_is_an_error_with_both_lengths(processor, collator, rounds):
-    length = collator.length(rounds[:2])
+    length = processor.count_tokens(rounds[:2])
     expected = (
         rf"^The first round of a conversation takes {length} tokens, more than max_length={length - 1} "
         r"\('What is red\?'\); raise max_length\. Or leave such conversations out"
@@ -222,7 +246,7 @@ def test_a_first_round_that_is_too_long_is_an_error_with_both_lengths(processor,
 
 def test_a_first_round_that_is_too_long_can_be_left_out(processor, collator, rounds, caplog):
     short = [user("?"), assistant("!")]
-    limited = ConversationCollator(processor, collator.length(short), "skip")
+    limited = ConversationCollator(processor, processor.count_tokens(short), "skip")
     with caplog.at_level(logging.WARNING, "dsvl"):
         batch = limited([rounds, short, rounds])
     assert_equal(batch, collator([short]))
@@ -326,7 +350,7 @@ def test_a_conversation_left_out_leaves_the_loss_as_without_it(processor, model,
 def test_counts_of_workers_reach_the_parent(processor, collator, tmp_path):
     good = [user("One?"), assistant("Two."), user("Three?"), assistant("Four.")]
     samples = [good, [user(damaged(tmp_path), "?"), assistant("!")], good[:2]] * 4
-    counting = ConversationCollator(processor, collator.length(good[:2]), "skip")
+    counting = ConversationCollator(processor, processor.count_tokens(good[:2]), "skip")
     loader = DataLoader(samples, batch_size=3, collate_fn=counting, num_workers=2, multiprocessing_context="fork")
     batches = list(loader)
     assert len(batches) == 4

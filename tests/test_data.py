@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from dsvl.data import complete_messages, load_conversations
-from dsvl.data.conversations import NAMED, check_conversation
+from dsvl.data.conversations import NAMED, check_conversation, pictures_of
+from dsvl.processing_dsvl import decode_picture
 
 QUESTION = {"role": "user", "content": "What is red?"}
 ANSWER = {"role": "assistant", "content": "A cup."}
@@ -263,8 +264,7 @@ def pixels(messages):
         if part["type"] == "text":
             return part
         (source,) = (value for key, value in part.items() if key != "type")
-        picture = source if isinstance(source, Image.Image) else Image.open(source)
-        return {"type": "image", "pixels": np.asarray(picture.convert("RGB")).tolist()}
+        return {"type": "image", "pixels": np.asarray(decode_picture(source)).tolist()}
 
     return [message | {"content": [read(part) for part in message["content"]]} for message in messages]
 
@@ -333,8 +333,9 @@ def test_a_table_is_opened_without_decoding_pictures(tmp_path, column):
         rows = rows.cast_column("images", datasets.List(datasets.Image()))
     rows.to_parquet(tmp_path / "table.parquet")
     (sample,) = load_conversations(tmp_path / "table.parquet")
-    with pytest.raises(ValueError, match="A picture of 10 bytes cannot be decoded: cannot identify"):
-        complete_messages(sample)
+    (source,) = pictures_of(complete_messages(sample))
+    with pytest.raises(ValueError, match="The picture of 10 bytes cannot be decoded: cannot identify"):
+        decode_picture(source)
 
 
 def test_broken_rows_are_named_or_counted(tmp_path, caplog):

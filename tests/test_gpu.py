@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import FAMILIES, IMAGE_ID, batch, tiny_model
+from test_attention import packed
 from transformers import StaticCache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -40,6 +41,31 @@ def test_flex_attention_agrees_with_eager_in_outputs_and_gradients(family):
     for name, gradient in expected_gradients.items():
         scale = gradient.abs().max().clamp(min=1e-4)
         torch.testing.assert_close(got_gradients[name] / scale, gradient / scale, atol=1e-2, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["mmca", "causal"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_packed_conversations_learn_by_flex_attention_as_they_do_apart(family, attention):
+    """A picture at the very start and the very end of a conversation, texts alone, one longer than a kernel's block."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    wide = {"head_dim": 32} if family == "gemma2" else {"head_dim": 32, "hidden_size": 128}
+    model = tiny_model(family, attention, "flex_attention", torch.float32, initializer_range=0.1, **wide).cuda().train()
+    layouts = ("Itttt", "tt" * 70 + "I", "ttttttttttt", "ttIIt", "I" * 30 + "t", "tttttI")
+    inputs, lengths = packed(*layouts)
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    inputs, labels = on_gpu(inputs), torch.where(inputs["position_ids"] > 0, inputs["input_ids"], -100).cuda()
+    labels[inputs["input_ids"] == IMAGE_ID] = -100
+    together = gradients(model, inputs, labels)
+    model.zero_grad()
+    first = 0
+    for layout, ids, own in zip(layouts, inputs["input_ids"].split(lengths, 1), labels.split(lengths, 1), strict=True):
+        pixels = inputs["pixel_values"][first : first + layout.count("I")]
+        first += len(pixels)
+        loss = model(input_ids=ids, pixel_values=pixels if len(pixels) else None, labels=own, use_cache=False).loss
+        (loss * (own != -100).sum() / (labels != -100).sum()).backward()
+    for name, gradient in ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None):
+        scale = gradient.abs().max().clamp(min=1e-4)
+        torch.testing.assert_close(together[name] / scale, gradient / scale, atol=1e-2, rtol=0, msg=f"{family} {name}")
 
 
 def test_flex_attention_builds_nothing_as_large_as_tokens_squared():

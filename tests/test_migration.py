@@ -245,6 +245,9 @@ def test_each_samples_pictures_are_turned_round(both):
             "mm_token_type_ids": (inputs["input_ids"] == 401).long(),
         }
         assert reverse(**by_types).logits.equal(plain(**turned).logits)
+        features = plain.get_image_features(pixels).last_hidden_state
+        known = {k: v for k, v in inputs.items() if k != "pixel_values"} | {"image_features": features}
+        torch.testing.assert_close(reverse(**known).logits, plain(**turned).logits)
         compiled = torch.compile(reverse, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(**inputs).logits, plain(**turned).logits)
     with pytest.raises(
@@ -277,6 +280,9 @@ def test_generation_turns_them_round_once(both):
     del inputs["labels"]
     turned = inputs | {"pixel_values": inputs["pixel_values"].flip(0)}
     expected = plain.generate(**turned, max_new_tokens=8, do_sample=False)
+    known = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    known["image_features"] = plain.get_image_features(inputs["pixel_values"]).last_hidden_state
+    assert reverse.generate(**known, max_new_tokens=8, do_sample=False).equal(expected)
     assert not expected.equal(plain.generate(**inputs, max_new_tokens=8, do_sample=False))
     for options in ({}, {"prefill_chunk_size": 4}, {"num_beams": 1, "cache_implementation": "static"}):
         assert reverse.generate(**inputs, max_new_tokens=8, do_sample=False, **options).equal(expected)

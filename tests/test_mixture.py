@@ -196,6 +196,13 @@ def test_a_broken_description_is_told(tmp_path, text, reason):
         ("--eval-share 2", "--eval-share 2.0: expected a number between 0 and 1"),
         ("--packing", "--packing needs the length of a pack"),
         ("--max-pictures-per-pack 3", "--max-pictures-per-pack without --packing"),
+        ("--streaming", "--streaming has no end; pass --max-steps"),
+        ("--streaming --max-steps 2 --dataset-names a", "--streaming reads one data set, not a blend"),
+        ("--streaming --max-steps 2 --data mix.yaml", "--streaming reads one data set, not a blend"),
+        ("--streaming --max-steps 2 --eval-share 0.1", "--eval-share with --streaming: a stream cannot be shared out"),
+        ("--streaming --max-steps 2 --cache-image-features c", "--cache-image-features with --streaming: a stream has"),
+        ("--cache-image-features c --train vision", "--cache-image-features with a vision tower that learns"),
+        ("--cache-image-features c --lora-rank 4 --lora-vision", "--cache-image-features with a vision tower that learns"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path, capsys, flags, reason):

@@ -17,7 +17,8 @@ from training_runs import make_checkpoint, make_conversations, run, weights
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from dsvl.data import complete_messages, load_conversations
-from dsvl.data.packing import PackedConversations, StreamedPacks, pack
+from dsvl.data.packing import PackedConversations, pack, pack_stream
+from dsvl.data.streaming import Stream
 from dsvl.training import ConversationCollator
 
 ITEMS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=60)
@@ -71,7 +72,7 @@ def test_packs_are_filled_on_the_demos_conversations(tmp_path):
 
     collator = ConversationCollator(AutoProcessor.from_pretrained(make_checkpoint(tmp_path)))
     lessons = Lessons(0, 400)
-    lengths = [collator.length(complete_messages(lessons[number])) for number in range(len(lessons))]
+    lengths = [collator.processor.count_tokens(complete_messages(lessons[number])) for number in range(len(lessons))]
     packs = list(pack([(number, length, 0) for number, length in enumerate(lengths)], 4096))
     assert sum(one.tokens for one in packs[:-1]) / (4096 * (len(packs) - 1)) > 0.99  # the last holds what is left
 
@@ -171,21 +172,35 @@ def test_labels_and_tokens_of_a_pack_are_those_of_its_conversations(folder):
 # -- data sets of packs ------------------------------------------------------------------------------------------------
 
 
-def test_a_stream_is_packed_once_by_all_workers_of_all_processes(folder):
-    samples = [{"messages": [], "number": number, "size": 5 + number % 7} for number in range(200)]
+def test_a_stream_is_packed_once_by_all_workers_of_all_processes(tmp_path):
+    path = tmp_path / "numbered.jsonl"
+    talks = [[{"role": "user", "content": str(n)}, {"role": "assistant", "content": "."}] for n in range(200)]
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks), encoding="utf-8")
 
-    def measure(sample):
-        return sample["size"], 1
+    def number(sample):
+        return int(sample["messages"][0]["content"])
 
-    def numbers(rank, processes, workers):
-        packs = StreamedPacks(samples, measure, 32, 4, rank, processes)
-        loader = DataLoader(packs, batch_size=None, num_workers=workers, collate_fn=lambda one: one)
-        return [[sample["number"] for sample in one] for one in loader]
+    def shares(processes, workers):
+        read = []
+        for rank in range(processes):
+            stream = Stream(path, rank=rank, processes=processes)
+            stream.arrange = functools.partial(
+                pack_stream,
+                length=lambda sample: 5 + number(sample) % 7,
+                max_tokens=32,
+                max_pictures=4,
+                left_out=stream.left_out,
+            )
+            loader = DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=lambda one: one)
+            read.append([[number(sample) for sample in one] for one in itertools.islice(loader, 60)])
+        return read
 
-    for processes, workers in ((1, 0), (1, 2), (2, 0), (2, 2)):
-        shares = [numbers(rank, processes, workers) for rank in range(processes)]
-        assert sorted(itertools.chain(*itertools.chain(*shares))) == list(range(200))
-        assert shares == [numbers(rank, processes, workers) for rank in range(processes)]
+    for processes, workers in ((1, 0), (1, 1), (2, 0), (2, 1)):
+        read = shares(processes, workers)
+        first = [list(itertools.chain(*share))[: 200 // processes - 64] for share in read]  # before any comes again
+        assert len(set(itertools.chain(*first))) == sum(map(len, first))
+        assert all(sum(5 + n % 7 for n in one) <= 32 for share in read for one in share)
+        assert read == shares(processes, workers)
 
 
 def test_what_cannot_be_packed_is_refused_or_counted(folder, caplog):
@@ -198,7 +213,7 @@ def test_what_cannot_be_packed_is_refused_or_counted(folder, caplog):
 
     with pytest.raises(ValueError, match="too long.*Or leave such conversations out"):
         PackedConversations(data, length, 40)
-    packs = PackedConversations(data, length, 40, max_pictures=1, skip=True)
+    packs = PackedConversations(data, length, 40, max_pictures=1, on_bad_sample="skip")
     good = [n for n in range(len(data)) if len(data[n]["messages"]) <= 4 and data.pictures(n) <= 1]
     assert packs.skipped == len(data) - len(good) > 0
     assert sorted(itertools.chain(*packs.packs)) == good

@@ -197,7 +197,7 @@ def test_a_broken_line_is_named(refused, tmp_path, flag):
     path.write_text(json.dumps(CONVERSATION) + '\n\n{"messages": [}\n')
     sentence = refused(data=path) if flag == "data" else refused("--eval-data", path)
     assert sentence.startswith(f"{path}, line 3: is not JSON (Expecting value: line 1 column 15")
-    assert sentence.endswith("Mend it, or leave such samples out (--on-bad-sample skip).")
+    assert sentence.endswith("Or leave such conversations out (--on-bad-sample skip).")
 
 
 def test_a_missing_picture_is_named(refused, tmp_path):
@@ -314,15 +314,12 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, kind):
 
 
 def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"gone\.yml does not exist; pass a YAML file of arguments, or flags\."):
+    with pytest.raises(FileNotFoundError, match=r"gone\.yml is not a file; pass a YAML file\."):
         parse([str(tmp_path / "gone.yml"), *NEEDED])
     with pytest.raises(ValueError, match=r"run\.yaml is not YAML: "):
         from_yaml(tmp_path, "model: [")
     assert main(["train", str(tmp_path / "gone.yml")]) == 1
-    assert (
-        capsys.readouterr().err
-        == f"dsvl train: {tmp_path / 'gone.yml'} does not exist; pass a YAML file of arguments, " + ("or flags.\n")
-    )
+    assert capsys.readouterr().err == f"dsvl train: {tmp_path / 'gone.yml'} is not a file; pass a YAML file.\n"
 
 
 def test_the_deepspeed_launchers_rank_may_stand_before_the_file(tmp_path):

@@ -324,11 +324,11 @@ def test_an_evaluation_leaves_the_model_as_it_was(processor, known):
 
 def test_rounds_that_do_not_fit_are_not_asked(processor, known):
     measure = ConversationCollator(processor)
-    two_rounds = measure.length(known[0]["messages"][:4])
+    two_rounds = measure.processor.count_tokens(known[0]["messages"][:4])
     oracle = Oracle(processor, ANSWERS)
     assert exact_match(oracle, ConversationCollator(processor, two_rounds), known) == 1.0
     assert len(oracle.prompts) == 3
-    one_round = min(measure.length(sample["messages"][:2]) for sample in known)
+    one_round = min(measure.processor.count_tokens(sample["messages"][:2]) for sample in known)
     with pytest.raises(ValueError, match="first round of a conversation takes"):
         exact_match(oracle, ConversationCollator(processor, one_round - 1), known)
     oracle.prompts = []

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..data.mixture import read_yaml
 from .model_states import ZERO
 from .parts import PARTS
 
@@ -69,10 +69,21 @@ class DataArguments:
     max_num_image_per_sample: int | None = field(
         default=None, metadata={"help": "pictures of a conversation in a blend; those with more are left out, counted"}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "read --data from beginning to end, again and again, instead of opening it; needs --max-steps"},
+    )
     packing: bool = field(
         default=False, metadata={"help": "several conversations share a row of --max-length tokens, and none sees another"}
     )
     max_pictures_per_pack: int | None = field(default=None, metadata={"help": "bounds the memory of the vision tower"})
+    cache_image_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "directory in which the frozen tower's features of each picture are kept, computed once and read back "
+            "(0.5 MiB a picture for CLIP ViT-L/14 in 16 bits)"
+        },
+    )
     eval_data: str | None = field(default=None, metadata={"help": "held-out conversations, of the same forms"})
     eval_share: float | None = field(
         default=None, metadata={"help": "hold out this share of --data instead, chosen by the seed"}
@@ -201,12 +212,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
 
 def _flags(path: Path) -> list[str]:
     """A YAML file's values as flags."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; pass a YAML file of arguments, or flags.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; expected lines such as `model: my-model`.")
     flags = []
@@ -260,6 +266,10 @@ def check_options(values: dict[str, Any]) -> None:
         raise ValueError("--early-stopping-patience has nothing to watch; pass --eval-data.")
     if values["eval_exact_match"] and not held_out:
         raise ValueError("--eval-exact-match has no questions; pass --eval-data.")
+    if values.get("cache_image_features") and ("vision" in values["train"] or values["lora_vision"]):
+        raise ValueError(
+            "--cache-image-features with a vision tower that learns: its features change; leave one of them out."
+        )
     _check_data_options(values)
 
 
@@ -276,6 +286,8 @@ def _check_data_options(values: dict[str, Any]) -> None:
             raise ValueError(f"--dataset-samples {number}: expected a number of conversations, or all.")
     if values.get("max_num_image_per_sample") is not None and not names:
         raise ValueError("--max-num-image-per-sample goes with --dataset-names; a YAML file of a mixture has it inside.")
+    if values.get("streaming"):
+        _check_streaming(values)
     share = values.get("eval_share")
     if share is not None and (values.get("eval_data") or not 0 < share < 1):
         raise ValueError(f"--eval-share {share}: expected a number between 0 and 1, and no --eval-data beside it.")
@@ -283,6 +295,16 @@ def _check_data_options(values: dict[str, Any]) -> None:
         raise ValueError("--packing needs the length of a pack; pass --max-length (4096, say).")
     if values.get("max_pictures_per_pack") is not None and not values.get("packing"):
         raise ValueError("--max-pictures-per-pack without --packing; pass both.")
+
+
+def _check_streaming(values: dict[str, Any]) -> None:
+    if values["max_steps"] <= 0:
+        raise ValueError("--streaming has no end; pass --max-steps.")
+    if values.get("dataset_names") or str(values["data"]).endswith((".yaml", ".yml")):
+        raise ValueError("--streaming reads one data set, not a blend; leave one of them out, or blend it beforehand.")
+    for option, why in (("eval_share", "cannot be shared out"), ("cache_image_features", "has pictures nobody knows yet")):
+        if values.get(option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} with --streaming: a stream {why}; leave one of them out.")
 
 
 def zero_stage(deepspeed: Any) -> int | None:

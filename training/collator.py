@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from ..data import complete_messages
-from ..data.conversations import NAMED, ON_BAD_SAMPLE
+from ..data.conversations import NAMED, ON_BAD_SAMPLE, WORKERS, picture_source, worker_row
 from ..processing_dsvl import decode_picture
+from .features import FeatureCache
 
 logger = logging.getLogger(__name__)
 
 MULTIPLE = 8  # tokens: what matrix units like
-WORKERS = 256  # of a data loader, and the process itself
 
 
 class ConversationCollator:
@@ -27,15 +27,22 @@ class ConversationCollator:
         max_length: in tokens, image tokens included; None for no limit.
         on_bad_sample: what happens if the first round does not fit, or a picture cannot be decoded: "error", or "skip" to
             leave the conversation out of its batch. A batch that loses all of them has nothing to learn.
-
+        features: of the pictures, by a frozen tower; they are then looked up instead of decoded.
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None, on_bad_sample: str = "error") -> None:
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        on_bad_sample: str = "error",
+        features: FeatureCache | None = None,
+    ) -> None:
         if on_bad_sample not in ON_BAD_SAMPLE:
             raise ValueError(f"on_bad_sample={on_bad_sample!r} is not known; choose from {ON_BAD_SAMPLE}.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} leaves no token; pass at least 1, or None for no limit.")
         self.processor, self.max_length, self.on_bad_sample = processor, max_length, on_bad_sample
+        self.features = features if features is not None and len(features) else None  # without pictures there is none
         # Shared with the data loader's workers, a row for each, as they count at the same time.
         self._counts = torch.zeros(WORKERS, 3, dtype=torch.int64).share_memory_()
 
@@ -53,7 +60,8 @@ class ConversationCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (-100 where nothing is learnt), int64 of (batch,
-            tokens), tokens a multiple of 8; and `pixel_values` (pictures, 3, height, width) if there are pictures. For packs
+            tokens), tokens a multiple of 8; and `pixel_values` (pictures, 3, height, width) if there are pictures; or, with
+            `features`, `image_features` (pictures, tower tokens, tower width), in every batch. For packs
             `position_ids`, which begin again with each conversation, instead of `attention_mask`: so a decoder of
             transformers tells packed conversations apart. Padding is a conversation of its own.
 
@@ -78,6 +86,9 @@ class ConversationCollator:
         tensors = {}
         if "pixel_values" in batch:  # a single copy, without torch's threads, which wait for a core in a busy loader
             tensors["pixel_values"] = torch.from_numpy(np.stack(batch.pop("pixel_values")))
+        if self.features is not None:
+            features = batch.pop("image_features", None)
+            tensors["image_features"] = self.features.none() if features is None else torch.stack(features)
         # Through numpy: torch reads lists three times slower; and with return_tensors="pt" transformers makes the mask by
         # walking tensors element by element, slower still.
         tensors |= {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in batch.items()}
@@ -86,8 +97,7 @@ class ConversationCollator:
 
     def _usable(self, samples: list[Any]) -> list[list[dict[str, Any]]]:
         """The samples as messages with decoded pictures; what cannot be used is told or counted."""
-        worker = torch.utils.data.get_worker_info()
-        counts = self._counts[0 if worker is None else 1 + worker.id % (WORKERS - 1)]
+        counts = self._counts[worker_row()]
         conversations = []
         for sample in samples:
             counts[0] += 1
@@ -132,7 +142,7 @@ class ConversationCollator:
         # A round ends with its last answer.
         ends = [end for end in ends if end == len(messages) or messages[end]["role"] == "user"]
         for end in reversed(ends):
-            length = self.length(messages[:end])
+            length = self.processor.count_tokens(messages[:end])
             if length <= self.max_length:
                 return messages[:end]
         question = next(message["content"] for message in messages if message["role"] == "user")
@@ -141,18 +151,12 @@ class ConversationCollator:
             f"({_text(question)!r}); raise max_length."
         )
 
-    def length(self, messages: list[dict[str, Any]]) -> int:
-        """How many tokens a conversation takes, its image tokens included; no picture is looked at."""
-        text = self.processor.apply_chat_template(messages, tokenize=False)
-        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return len(ids) + ids.count(self.processor.image_token_id) * (self.processor.image_seq_length - 1)
-
     def sample_length(self, sample: Any) -> int:
         """How many tokens a sample takes once it is shortened; raises ValueError as `shorten` does."""
-        return self.length(self.shorten(complete_messages(sample)))
+        return self.processor.count_tokens(self.shorten(complete_messages(sample)))
 
     def decode(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with their pictures decoded, so that one that cannot be is told by itself.
+        """The messages with their pictures decoded, or their features, so that one that cannot be is told by itself.
 
         Raises:
             ValueError: naming that picture.
@@ -160,9 +164,15 @@ class ConversationCollator:
         return [
             message
             if isinstance(message["content"], str)
-            else message | {"content": [_decoded(part) for part in message["content"]]}
+            else message | {"content": [self._with_picture(part) for part in message["content"]]}
             for message in messages
         ]
+
+    def _with_picture(self, part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image":
+            return part
+        source = picture_source(part)
+        return {"type": "image", "image": decode_picture(source) if self.features is None else self.features.of(source)}
 
     def _nothing(self) -> dict[str, torch.Tensor]:
         """A batch of one token with nothing to learn, for a rank that others wait for."""
@@ -171,24 +181,20 @@ class ConversationCollator:
         ids[0, -1] = tokenizer.eos_token_id
         mask = torch.zeros_like(ids)
         mask[0, -1] = 1
-        return {
+        tensors = {
             "input_ids": ids,
             "attention_mask": mask,
             "mm_token_type_ids": torch.zeros_like(ids),
             "labels": torch.full_like(ids, -100),
         }
+        if self.features is not None:
+            tensors["image_features"] = self.features.none()
+        return tensors
 
 
 def _is_pack(sample: Any) -> bool:
     """Whether this is a list of samples, rather than a sample, which may be a list of messages."""
     return isinstance(sample, list) and not (isinstance(sample[0], dict) and "role" in sample[0])
-
-
-def _decoded(part: dict[str, Any]) -> dict[str, Any]:
-    if part["type"] != "image":
-        return part
-    (source,) = (value for key, value in part.items() if key != "type")
-    return {"type": "image", "image": decode_picture(source)}
 
 
 def _text(content: Any) -> str:

@@ -5,30 +5,33 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType
-from transformers import AutoProcessor, EarlyStoppingCallback, PreTrainedConfig, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers import AutoProcessor, EarlyStoppingCallback, PreTrainedConfig, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
+from ..configuration_dsvl import DSVLConfig
 from ..data.packing import PackedConversations
+from ..data.streaming import Stream
 from ..hub_card import render_card
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from .adapters import lora_config, merge_adapters
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments, parse
 from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
 from .collator import ConversationCollator
+from .features import FeatureCache, fill, owner_of
 from .kernels import use_liger
 from .parts import PARTS
 from .sources import open_data, packed
 from .trainer import DSVLTrainer, count_parameters
+from .weights import check_keys, load_tower, whole_weights
 
 logger = logging.getLogger(__name__)
+
 
 ADAPTERS = "adapters"  # the folder of a LoRA run's adapters in its output directory
 LAST_DROPS = 0.2  # seconds; Gloo's threads need microseconds of them
@@ -78,11 +81,16 @@ def train(
     set_seed(arguments.seed)
     check_is_dsvl(model_arguments.model)
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    train_data, eval_data = open_data(data_arguments, seed)
-    conversations = len(train_data)
+    train_data, eval_data = open_data(data_arguments, seed, arguments.process_index, arguments.world_size)
+    conversations = None if data_arguments.streaming else len(train_data)
 
     processor = AutoProcessor.from_pretrained(model_arguments.model)
-    collator = ConversationCollator(processor, data_arguments.max_length, data_arguments.on_bad_sample)
+    features = None
+    if data_arguments.cache_image_features is not None:
+        features = cached_features(
+            data_arguments.cache_image_features, [train_data, eval_data], model_arguments, arguments, processor
+        )
+    collator = ConversationCollator(processor, data_arguments.max_length, data_arguments.on_bad_sample, features)
     if data_arguments.packing:
         train_data = packed(train_data, collator, data_arguments, seed)
     model = load_model(model_arguments, arguments)
@@ -113,6 +121,10 @@ def train(
             checkpoint = last_complete_checkpoint(str(arguments.output_dir), put_aside=trainer.is_world_process_zero())
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
+        if isinstance(train_data, Stream):
+            steps = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+            train_data.start_after(steps * arguments.gradient_accumulation_steps, arguments.train_batch_size)
+            arguments.ignore_data_skip = True  # the Trainer would make these batches, pictures and all, to drop them
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     _report_counts(collator, train_data)
     if eval_data is not None:
@@ -129,6 +141,31 @@ def check_is_dsvl(name: str) -> None:
             f"--model {name} is of type {config.get('model_type')!r}, not a DSVL checkpoint; compose one of a vision tower "
             "and a language model (dsvl compose), or pass its directory."
         )
+
+
+def cached_features(
+    directory: str, data: list[Any], model_arguments: ModelArguments, arguments: DSVLTrainingArguments, processor: Any
+) -> FeatureCache:
+    """The cache of the tower's features, filled for these data sets (None among them for none) by all processes."""
+    config = DSVLConfig.from_pretrained(model_arguments.model)
+    tower = load_tower(model_arguments.model, config, precision(arguments))
+    owner = owner_of(tower, config, processor.image_processor)
+    with arguments.main_process_first(local=False, desc="opening the cache of image features"):
+        cache = FeatureCache(directory, owner)
+    fill(
+        cache,
+        [one for one in data if one is not None],
+        tower.to(arguments.device),
+        config,
+        processor.image_processor,
+        workers=arguments.dataloader_num_workers,
+        rank=arguments.process_index,
+        processes=arguments.world_size,
+    )
+    if dist.is_initialized():
+        dist.barrier()
+    cache.refresh()
+    return cache
 
 
 def precision(arguments: DSVLTrainingArguments) -> torch.dtype:
@@ -211,6 +248,8 @@ def describe(trainer: DSVLTrainer, collator: ConversationCollator, arguments: DS
 
 def _tokens(data: Any, collator: ConversationCollator) -> str:
     """How many tokens an epoch has, and in what."""
+    if isinstance(data, Stream):
+        return "streamed"
     if isinstance(data, PackedConversations):
         return f"{data.tokens:,} an epoch, in {sum(map(len, data.packs)):,} conversations, {len(data):,} packs"
     places = range(0, len(data), max(len(data) // MEASURED, 1))
@@ -227,7 +266,7 @@ def save_trained(
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     metrics: dict[str, float],
-    conversations: int,
+    conversations: int | None,
 ) -> None:
     """Make the output directory a complete checkpoint: weights, configuration, code, processor, card.
 
@@ -249,13 +288,13 @@ def save_trained(
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         if adapted:
-            with _whole_weights():
+            with whole_weights():
                 merged = merge_adapters(model_arguments.model, partial / ADAPTERS)
             merged.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
         else:
             check_keys(trainer.model, partial)
-        trainer.state.save_to_json(str(partial / "trainer_state.json"))
+        trainer.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         card = render_card(
             config,
             [model_arguments.model],
@@ -265,42 +304,6 @@ def save_trained(
         _move(partial, output)
         logger.info("The trained model is in %s.", output)
     trainer.accelerator.wait_for_everyone()
-
-
-def check_keys(model: DSVLForConditionalGeneration, directory: Path) -> None:
-    """Hold the keys of saved weights against the model's own.
-
-    Raises:
-        RuntimeError: if they differ; the directory would load with parts made up at random.
-    """
-    from safetensors import safe_open
-
-    saved: set[str] = set()
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            saved |= set(file.keys())
-    own = set(model.state_dict())
-    tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
-    if saved - own or own - saved - tied:
-        raise RuntimeError(
-            f"The saved weights are not the model's own: unknown are {sorted(saved - own)[:3]}, missing "
-            f"{sorted(own - saved - tied)[:3]}."
-        )
-
-
-@contextlib.contextmanager
-def _whole_weights() -> Iterator[None]:
-    """Load weights as they are, though ZeRO-3 is on."""
-    from transformers.integrations import deepspeed
-
-    kept = deepspeed._hf_deepspeed_config_weak_ref() if is_deepspeed_zero3_enabled() else None
-    if kept is not None:
-        unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if kept is not None:
-            set_hf_deepspeed_config(kept)
 
 
 def _move(partial: Path, output: Path) -> None:
@@ -321,7 +324,7 @@ def _facts(
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     metrics: dict[str, float],
-    conversations: int,
+    conversations: int | None,
 ) -> dict[str, Any]:
     """What the card says of a training."""
     arguments = trainer.args

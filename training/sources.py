@@ -1,22 +1,30 @@
 """What a run learns from and is evaluated on, as its arguments ask for."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
 
 from ..data import load_conversations
 from ..data.mixture import Part, load_mixture, open_parts, split
-from ..data.packing import PackedConversations
+from ..data.packing import PackedConversations, pack_stream
+from ..data.streaming import Stream
 from .arguments import DataArguments
 from .collator import ConversationCollator
 
 logger = logging.getLogger(__name__)
 
 
-def open_data(arguments: DataArguments, seed: int) -> tuple[Any, Any]:
-    """The conversations to train on and to evaluate on (None without), as map-style data sets."""
+def open_data(arguments: DataArguments, seed: int, rank: int = 0, processes: int = 1) -> tuple[Any, Any]:
+    """The conversations to train on, as a map-style data set or a stream, and to evaluate on (None without), map-style.
+
+    Args:
+        rank, processes: of a stream, the share of this process.
+    """
     train: Any
-    if arguments.dataset_names:
+    if arguments.streaming:
+        train = Stream(arguments.data, arguments.on_bad_sample, seed, rank=rank, processes=processes)
+    elif arguments.dataset_names:
         train = open_parts(
             _parts(arguments), arguments.on_bad_sample, seed, arguments.max_num_image_per_sample, arguments.data
         )
@@ -46,17 +54,26 @@ def _parts(arguments: DataArguments) -> list[Part]:
     ]
 
 
-def packed(data: Any, collator: ConversationCollator, arguments: DataArguments, seed: int) -> PackedConversations:
-    """Pack the conversations of a data set, which are all measured for it."""
+def packed(data: Any, collator: ConversationCollator, arguments: DataArguments, seed: int) -> Any:
+    """Pack the conversations of a data set, which are all measured for it; or those of a stream, as they come."""
     if collator.max_length is None:
         raise ValueError("Packing needs the length of a pack; pass max_length.")
+    if isinstance(data, Stream):
+        data.arrange = functools.partial(
+            pack_stream,
+            length=collator.sample_length,
+            max_tokens=collator.max_length,
+            max_pictures=arguments.max_pictures_per_pack,
+            left_out=data.left_out,
+        )
+        return data
     packs = PackedConversations(
         data,
         collator.sample_length,
         collator.max_length,
         arguments.max_pictures_per_pack,
         seed=seed,
-        skip=arguments.on_bad_sample == "skip",
+        on_bad_sample=arguments.on_bad_sample,
     )
     logger.info("Packs: %d of %d conversations, filled to %.1f%%.", len(packs), len(data), 100 * packs.filled)
     return packs

@@ -8,6 +8,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.streaming import Stream, StreamLoader
 from .evaluation import exact_match
 
 # As in Trainer.get_decay_parameter_names; "embed" beside the modules for what is a parameter of its own (CLIP's CLS token).
@@ -29,6 +30,22 @@ class DSVLTrainer(Trainer):
         if model is not None and not {"params", "model", "optimizer_dict"} & set(kwargs):
             kwargs["params"] = parameter_groups(model, args.weight_decay, getattr(args, "embeddings_learning_rate", None))
         return optimizer, kwargs
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; but of a stream each process has its share already, which accelerate would share out again."""
+        stream, args = self.train_dataset, self.args
+        if not isinstance(stream, Stream):
+            return super().get_train_dataloader()
+        return StreamLoader(
+            stream,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory and not args.use_cpu,
+            # Its own: a run that resumes would otherwise draw from the restored one what another run did not.
+            generator=torch.Generator().manual_seed(args.seed),
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, which would train one step more when it resumes from a checkpoint of the last step."""

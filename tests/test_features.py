@@ -1,0 +1,219 @@
+"""The cache of image features: a training that reads from it is the training without it."""
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from training_runs import furthest, losses, make_checkpoint, make_conversations, run, weights
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dsvl.data import load_conversations
+from dsvl.training import ConversationCollator
+from dsvl.training.features import FeatureCache, fill, owner_of, picture_key
+from dsvl.training.weights import load_tower
+
+STEPS = ["--max-steps", 6, "--save-steps", 3, "--logging-steps", 1, "--learning-rate", 1e-2, "--use-cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_conversations(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def processor(model):
+    return AutoProcessor.from_pretrained(model)
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    return AutoModelForImageTextToText.from_pretrained(model)
+
+
+@pytest.fixture
+def fresh(tmp_path, model, loaded, processor):
+    """Open the cache anew, as a later run does."""
+
+    def opened(dtype=torch.float32, image_processor=processor.image_processor):
+        tower = load_tower(str(model), loaded.config, dtype)
+        return FeatureCache(tmp_path / "cache", owner_of(tower, loaded.config, image_processor)), tower
+
+    return opened
+
+
+@pytest.fixture
+def filled(fresh, data, loaded, processor):
+    cache, tower = fresh()
+    fill(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor)
+    cache.refresh()
+    return cache
+
+
+def same_gradients(loaded, *batches):
+    """The loss of each batch, and that its gradients are those of the first."""
+    seen = []
+    for batch in batches:
+        loaded.zero_grad()
+        loss = loaded.train()(**batch).loss
+        loss.backward()
+        seen.append((loss.item(), {n: p.grad.clone() for n, p in loaded.named_parameters() if p.grad is not None}))
+    for loss, gradients in seen[1:]:
+        assert loss == seen[0][0] and furthest(gradients, seen[0][1]) == 0
+    return [loss for loss, _ in seen]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_of_features_learns_as_a_batch_of_pictures(filled, data, processor, loaded, packed):
+    loaded.set_trainable()
+    samples = list(load_conversations(data))[:5]  # pictures and texts
+    samples = [samples[:3], samples[3:]] if packed else samples
+    pictures = ConversationCollator(processor)(samples)
+    features = ConversationCollator(processor, features=filled)(samples)
+    assert "pixel_values" not in features and len(features["image_features"]) == len(pictures["pixel_values"]) > 3
+    assert all(torch.equal(features[key], pictures[key]) for key in pictures if key != "pixel_values")
+    same_gradients(loaded, pictures, features)
+
+
+def test_a_batch_of_texts_says_that_there_are_features(filled, processor, loaded):
+    """Other processes wait for its projector's gradients, but not for its tower."""
+    loaded.set_trainable()
+    batch = ConversationCollator(processor, features=filled)(
+        [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]]
+    )
+    assert batch["image_features"].shape == (0, 5, 32)
+    loaded.zero_grad(set_to_none=True)
+    called = loaded.model.vision_tower.register_forward_hook(lambda *_: pytest.fail("the tower was asked"))
+    loaded.train()(**batch).loss.backward()
+    called.remove()
+    assert all(p.grad is not None and not p.grad.any() for p in loaded.model.multi_modal_projector.parameters())
+
+
+def test_generation_from_features_is_generation_from_pictures(filled, data, processor, loaded):
+    (message, *_) = next(sample for sample in load_conversations(data) if "image" in str(sample))["messages"]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    answers = []
+    for sources in ({}, {"image": filled.of(message["content"][0]["path"])}):
+        content = [message["content"][0] if not sources else {"type": "image"} | sources, *message["content"][1:]]
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+        answers.append(loaded.eval().generate(**inputs, max_new_tokens=8, do_sample=False))
+    assert torch.equal(*answers)
+
+
+def test_pictures_and_features_do_not_mix(filled, data, processor):
+    (message, *_) = next(sample for sample in load_conversations(data) if "image" in str(sample))["messages"]
+    picture = message["content"][0]
+    content = [picture, {"type": "image", "image": filled.of(picture["path"])}]
+    with pytest.raises(ValueError, match="1 of 2 pictures are given as their features"):
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
+
+
+# -- on the disk -------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_known_by_its_file(tmp_path, photographs):
+    path = tmp_path / "cup.png"
+    photographs[1].save(path)
+    assert picture_key(str(path)) == picture_key(path.read_bytes())
+    shutil.copy(path, tmp_path / "copy.png")
+    assert picture_key(str(tmp_path / "copy.png")) == picture_key(str(path)) != picture_key(photographs[1])
+    assert picture_key(photographs[1]) == picture_key(Image.open(path)) != picture_key(photographs[2])
+
+
+def test_only_what_is_missing_is_computed(filled, fresh, tmp_path, data, loaded, processor):
+    cache, tower = fresh()
+    assert len(cache) == len(filled) == len(set(cache.files)) > 10
+    files = sorted((tmp_path / "cache").glob("*.safetensors"))
+    asked = []
+    tower.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))
+    fill(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor)
+    assert asked == [] and sorted((tmp_path / "cache").glob("*.safetensors")) == files
+    more = make_conversations(tmp_path / "more", layout="p" * 26)  # begins with what is known
+    fill(cache, [load_conversations(more)], tower, loaded.config, processor.image_processor)
+    cache.refresh()
+    assert sum(asked) == len(cache) - len(filled) > 0
+
+
+def test_shares_of_processes_and_workers_make_the_same_cache(filled, tmp_path, data, loaded, processor, model):
+    tower = load_tower(str(model), loaded.config, torch.float32)
+    cache = FeatureCache(tmp_path / "shared", owner_of(tower, loaded.config, processor.image_processor))
+    for rank, workers in ((0, 0), (1, 2)):
+        fill(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor, workers, rank, 2)
+    cache.refresh()
+    assert sorted(cache.files) == sorted(filled.files)
+    assert all(torch.allclose(cache[key], filled[key], atol=1e-6) for key in cache.files)
+
+
+def test_a_cache_of_another_model_is_refused(filled, fresh, processor, loaded, model, tmp_path):
+    with pytest.raises(ValueError, match=r"cache holds image features of another tower \(or precision\); pass an empty"):
+        fresh(dtype=torch.bfloat16)
+    other = type(processor.image_processor).from_dict(processor.image_processor.to_dict() | {"do_normalize": False})
+    with pytest.raises(ValueError, match=r"features of another image processor \("):
+        fresh(image_processor=other)
+    tower = load_tower(str(model), loaded.config, torch.float32)
+    next(tower.parameters()).data += 1e-3
+    with pytest.raises(ValueError, match=r"features of another tower \("):
+        FeatureCache(tmp_path / "cache", owner_of(tower, loaded.config, processor.image_processor))
+    (tmp_path / "photographs").mkdir()
+    (tmp_path / "photographs/cat.png").touch()
+    with pytest.raises(ValueError, match="photographs holds something else than image features; pass an empty"):
+        FeatureCache(tmp_path / "photographs", {})
+
+
+def test_broken_and_changed_pictures_are_named(fresh, tmp_path, loaded, processor, photographs):
+    path = make_conversations(tmp_path, layout="pp")
+    broken, changed = (str(tmp_path / "pictures" / f"{number}_0.png") for number in (0, 1))
+    with open(broken, "wb") as file:
+        file.write(b"no picture")
+    cache, tower = fresh()
+    data = load_conversations(path)
+    fill(cache, [data], tower, loaded.config, processor.image_processor)
+    cache.refresh()
+    photographs[0].save(changed)
+    collator = ConversationCollator(processor, features=cache)
+    with pytest.raises(ValueError, match="0_0.png cannot be decoded"):
+        collator([data[0]])
+    with pytest.raises(ValueError, match="1_0.png is not in .*cache: it was another one when its features were"):
+        collator([data[1]])
+
+
+# -- dsvl train --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [{}, {"processes": 2}], ids=["one process", "two processes"])
+def test_a_run_from_the_cache_is_the_run_without_it(tmp_path, model, data, start):
+    common = ["--model", model, "--data", data, *STEPS, "--eval-share", 0.2, "--per-device-train-batch-size", 1]
+    cache = ["--cache-image-features", tmp_path / "cache"]
+    run(*common, "--output", tmp_path / "plain", **start)
+    run(*common, *cache, "--output", tmp_path / "cached", **start)
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
+    assert furthest(weights(tmp_path / "cached"), weights(tmp_path / "plain")) < 1e-5
+    # interrupted and continued, with packs
+    flags = [*common, *cache, "--packing", "--max-length", 256, "--output", tmp_path / "packed"]
+    run(*flags, "--dataloader-num-workers", 1, **start)
+    shutil.copytree(tmp_path / "packed/checkpoint-3", tmp_path / "resumed/checkpoint-3")
+    run(*flags[:-1], tmp_path / "resumed", **start)
+    assert furthest(weights(tmp_path / "resumed"), weights(tmp_path / "packed")) == 0
+
+
+@pytest.mark.slow
+def test_zero3_asks_no_tower_that_others_do_not_ask(tmp_path, model, data):
+    """One process has texts alone where the other has pictures; a layer that one of them alone asks for waits for ever."""
+    common = ["--model", model, "--data", data, *STEPS, "--eval-share", 0.2, "--per-device-train-batch-size", 1]
+    common += ["--deepspeed", "zero3"]
+    run(*common, "--output", tmp_path / "plain", processes=2, launcher="deepspeed")
+    run(
+        *common,
+        "--cache-image-features",
+        tmp_path / "cache",
+        "--output",
+        tmp_path / "cached",
+        processes=2,
+        launcher="deepspeed",
+    )
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)

@@ -1,0 +1,155 @@
+"""Streams: every sample once before any comes again, whoever reads; a run resumes where it was."""
+
+import itertools
+import json
+import shutil
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_data import pixels
+from torch.utils.data import DataLoader
+from training_runs import furthest, losses, make_checkpoint, make_conversations, run, weights
+
+from dsvl.data import complete_messages, load_conversations, streaming
+from dsvl.data.streaming import Stream, StreamLoader, _lines
+
+
+@pytest.fixture
+def numbered(tmp_path, monkeypatch):
+    """A file of 200 conversations, known by their numbers, in several parts."""
+    monkeypatch.setattr(streaming, "SHARD_BYTES", 1000)
+    path = tmp_path / "numbered.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": str(number)}, {"role": "assistant", "content": "." * (number % 50)}]}
+        for number in range(200)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def numbers(stream, count, workers=0, batch_size=None):
+    loader = StreamLoader(stream, workers, batch_size=batch_size, collate_fn=lambda one: one)
+    batches = list(itertools.islice(loader, count))
+    return [[int(one["messages"][0]["content"]) for one in ([b] if batch_size is None else b)] for b in batches]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_sample_comes_once_before_any_comes_again(numbered, processes, workers):
+    class Once(Stream):
+        def __iter__(self):
+            return self.epoch(0)
+
+    seen = []
+    for rank in range(processes):
+        stream = Once(numbered, seed=1, rank=rank, processes=processes)
+        read = list(itertools.chain(*numbers(stream, None, workers)))
+        assert read == list(itertools.chain(*numbers(stream, None, workers)))  # deterministic
+        seen += read
+    assert sorted(seen) == list(range(200)) and seen != sorted(seen)
+
+
+def test_the_next_time_the_order_is_another(numbered):
+    read = list(itertools.chain(*numbers(Stream(numbered), 400)))
+    assert sorted(read[:200]) == sorted(read[200:]) == list(range(200)) and read[:200] != read[200:]
+    assert read[:200] != list(itertools.chain(*numbers(Stream(numbered, seed=1), 200)))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_stream_starts_where_it_was_left(numbered, workers):
+    whole = numbers(Stream(numbered), 60, workers, batch_size=4)
+    for batches in (1, 2, 3, 52):
+        stream = Stream(numbered)
+        stream.start_after(batches, 4)
+        rest = numbers(stream, 60 - batches, workers, batch_size=4)
+        assert rest == whole[batches:]
+
+
+@given(st.lists(st.text(max_size=9).map(lambda text: text.encode().replace(b"\n", b" ")), max_size=12), st.data())
+def test_parts_of_a_file_hold_every_line_once(lines, data):
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+        file.write(b"\n".join(lines))
+        file.flush()
+        size = file.tell()
+        cuts = sorted(data.draw(st.lists(st.integers(0, size), max_size=4)))
+        parts = [(file.name, *part) for part in itertools.pairwise([0, *cuts, size])]
+        read = [row["line"].rstrip(b"\n") for part in parts for row in _lines([part])]
+        assert read == [line for line in lines if line.strip()]
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["parquet", "directory"])
+def test_tables_stream_what_their_lines_stream(tmp_path, kind):
+    """Pictures inside a table, and beside a file."""
+    lines = load_conversations(make_conversations(tmp_path, layout="ppp"))
+    rows = []
+    for sample in lines:
+        parts = [part for m in sample["messages"] if isinstance(m["content"], list) for part in m["content"]]
+        images = [part.pop("path") for part in parts if part["type"] == "image"]
+        for message in sample["messages"]:
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        rows.append({"messages": sample["messages"], "images": images})
+    table = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    source = tmp_path / ("table.parquet" if kind == "parquet" else "table")
+    table.to_parquet(source) if kind == "parquet" else table.save_to_disk(source)
+    streamed = list(itertools.islice(Stream(source), 3))
+    by_text = {json.dumps([m for m in s["messages"] if m["role"] == "user"][0]["content"][-1]): s for s in streamed}
+    for line in load_conversations(tmp_path / "data.jsonl"):
+        sample = by_text[json.dumps(line["messages"][0]["content"][-1])]
+        assert pixels(complete_messages(sample)[:1]) == pixels(complete_messages(line)[:1])
+        assert sample["messages"][1]["content"] == [{"type": "text", "text": line["messages"][1]["content"]}]
+
+
+def test_broken_samples_are_named_or_counted(tmp_path, caplog):
+    path = make_conversations(tmp_path, layout="tpt")
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"messages": [}\n')
+    with pytest.raises(ValueError, match=rf"data\.jsonl, the line from byte {len(whole)}: is not JSON .*Or leave such"):
+        list(itertools.islice(Stream(path), 5))
+    path.write_bytes(whole + b'{"messages": [}\n{"messages": []}\n')
+    stream = Stream(path, on_bad_sample="skip")
+    assert len(list(itertools.islice(stream, 3))) == 3
+    list(itertools.islice(DataLoader(stream, batch_size=None, num_workers=1, collate_fn=lambda one: one), 4))
+    assert stream.skipped >= 2 and "the line from byte" in caplog.text
+    path.write_bytes(b"{}\n")
+    with pytest.raises(ValueError, match=r"holds no conversation to learn from \(1 were left out\)"):
+        next(iter(Stream(path, on_bad_sample="skip")))
+    with pytest.raises(FileNotFoundError, match="is not a file; pass a JSON lines file"):
+        Stream(tmp_path / "absent.jsonl")
+    datasets.Dataset.from_list([{"text": "a"}]).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"has the columns \['text'\]; expected messages"):
+        Stream(tmp_path / "other.parquet")
+
+
+# -- dsvl train --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes, packing", [(1, True), (2, False), (2, True)])
+def test_a_streamed_run_resumes_to_the_bit(tmp_path, processes, packing):
+    model, data = make_checkpoint(tmp_path), make_conversations(tmp_path)
+    base = ["--model", model, "--data", data, "--streaming", "--max-steps", 6, "--save-steps", 3, "--logging-steps", 1]
+    base += ["--per-device-train-batch-size", 1 + (processes == 1), "--gradient-accumulation-steps", 2]
+    base += ["--learning-rate", "1e-2", "--dataloader-num-workers", 1, "--lora-rank", 2, "--lora-dropout", 0.5]
+    base += ["--packing", "--max-length", 256, "--max-pictures-per-pack", 4] if packing else []
+    run(*base, "--output", tmp_path / "one", processes=processes)
+    assert len(losses(tmp_path / "one")) == 6
+    shutil.copytree(tmp_path / "one/checkpoint-3", tmp_path / "two/checkpoint-3")
+    assert "Resuming from" in run(*base, "--output", tmp_path / "two", processes=processes).stderr
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+    assert furthest(weights(tmp_path / "two"), weights(tmp_path / "one")) == 0
+
+
+def test_two_processes_learn_from_all_of_a_stream(tmp_path):
+    """More processes than parts: each takes every other sample."""
+    model, data = make_checkpoint(tmp_path), make_conversations(tmp_path, layout="pt" * 4)
+    base = ["--model", model, "--data", data, "--streaming", "--max-steps", 4, "--logging-steps", 1, "--save-strategy", "no"]
+    said = run(*base, "--per-device-train-batch-size", 1, "--output", tmp_path / "one", processes=2).stderr
+    assert "Tokens: streamed." in said
+    assert "conversations of `data.jsonl`" in (tmp_path / "one/README.md").read_text()

@@ -1,0 +1,208 @@
+"""What a frozen vision tower gives for each picture: computed once, kept on the disk, read back in every epoch."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..data import complete_messages
+from ..data.conversations import pictures_of
+from ..pictures_dsvl import tower_features
+from ..processing_dsvl import decode_picture
+
+logger = logging.getLogger(__name__)
+
+OWNER = "cache.json"
+BATCH = 32  # pictures that pass the tower together
+SHARD = 256  # pictures of a file: 128 MiB of CLIP ViT-L/14's features in 16 bits
+
+
+def picture_key(source: Any) -> str:
+    """A hash of a picture's file, whether it is given as a path or as bytes; of its pixels, if it is given otherwise.
+
+    Raises:
+        ValueError: if it can only be hashed decoded, and cannot be decoded.
+    """
+    if isinstance(source, str) and os.path.isfile(source):
+        source = Path(source).read_bytes()
+    if not isinstance(source, bytes):
+        pixels = np.asarray(decode_picture(source))
+        source = f"{pixels.dtype} {pixels.shape} ".encode() + pixels.tobytes()
+    return hashlib.blake2b(source, digest_size=16).hexdigest()
+
+
+def owner_of(tower: torch.nn.Module, config: Any, image_processor: Any) -> dict[str, str]:
+    """Of what a cache holds the features: hashes of the tower, with the layer that is taken, and of the image processor."""
+    weights = hashlib.sha256(f"{config.vision_feature_layer} {config.vision_feature_select_strategy}".encode())
+    for name, tensor in sorted(tower.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    # Its classes with and without torchvision compute the same.
+    settings = {key: value for key, value in image_processor.to_dict().items() if not key.endswith(("_type", "_class"))}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    processor = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    return {"tower": weights.hexdigest(), "image processor": processor.hexdigest()}
+
+
+class FeatureCache:
+    """Features by their pictures' keys, in safetensors files, each of which is written at once.
+
+    Args:
+        directory: is made if it does not exist.
+        owner: what `owner_of` says.
+
+    Raises:
+        ValueError: if the directory holds the features of another tower or image processor.
+    """
+
+    def __init__(self, directory: str | Path, owner: dict[str, str]) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / OWNER
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            other = [name for name in owner if found.get(name) != owner[name]]
+            if other:
+                raise ValueError(
+                    f"{directory} holds image features of another {' and another '.join(other)} (or precision); pass an "
+                    "empty directory, or delete this one."
+                )
+        elif any(self.directory.iterdir()):
+            raise ValueError(f"{directory} holds something else than image features; pass an empty directory.")
+        else:
+            _write(path, lambda partial: partial.write_text(json.dumps(owner, indent=1), encoding="utf-8"))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find what was added, by whichever process."""
+        self.files: dict[str, Path] = {}
+        for file in sorted(self.directory.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                self.files.update(dict.fromkeys(opened.keys(), file))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.files
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """(tower tokens, tower width)"""
+        with safe_open(self.files[key], framework="pt") as opened:
+            return opened.get_tensor(key)
+
+    def of(self, source: Any) -> torch.Tensor:
+        """The features of a picture: (tower tokens, tower width).
+
+        Raises:
+            ValueError: if there are none, since it cannot be decoded, or is another picture by now.
+        """
+        key = picture_key(source)
+        if key not in self.files:
+            decode_picture(source)
+            raise ValueError(
+                f"The picture {source if isinstance(source, str) else type(source).__name__} is not in {self.directory}: it "
+                "was another one when its features were computed; start again."
+            )
+        return self[key]
+
+    def none(self) -> torch.Tensor:
+        """Features of no picture: (0, tower tokens, tower width)."""
+        return self[next(iter(self.files))][None][:0]
+
+    def add(self, features: dict[str, torch.Tensor]) -> None:
+        """Write a file of (tower tokens, tower width) by key."""
+        name = hashlib.blake2b("".join(features).encode(), digest_size=16).hexdigest()
+        path = self.directory / f"{name}.safetensors"
+        _write(path, lambda partial: save_file({key: one.contiguous() for key, one in features.items()}, partial))
+
+
+def fill(
+    cache: FeatureCache,
+    data: list[Any],
+    tower: Any,
+    config: Any,
+    image_processor: Any,
+    workers: int = 0,
+    rank: int = 0,
+    processes: int = 1,
+) -> None:
+    """Compute what the cache lacks of the pictures of data sets; a picture that cannot be decoded is passed over.
+
+    Args:
+        data: map-style data sets of samples.
+        tower: of the cache's owner, on the device that is to compute.
+        workers: that read and decode.
+        rank, processes: this process takes one of so many shares of the samples.
+    """
+    pictures = _NewPictures(data, cache, image_processor)
+    loader = DataLoader(pictures, batch_size=None, sampler=range(rank, len(pictures), processes), num_workers=workers)
+    seen: set[str] = set()
+    computed = 0
+    waiting: dict[str, torch.Tensor] = {}
+    done: dict[str, torch.Tensor] = {}
+    with tqdm(loader, desc="Image features", unit="conversation", disable=rank > 0) as bar:
+        for keys, found in bar:
+            seen.update(keys)
+            waiting.update((key, pixels) for key, pixels in found.items() if key not in done and key not in cache)
+            while len(waiting) >= BATCH:
+                done.update(_encode([(key, waiting.pop(key)) for key in list(waiting)[:BATCH]], tower, config))
+            if len(done) >= SHARD:
+                cache.add(done)
+                cache.files.update(dict.fromkeys(done, cache.directory))  # so that they are not computed again
+                computed += len(done)
+                done = {}
+    done.update(_encode(list(waiting.items()), tower, config))
+    if done:
+        cache.add(done)
+    computed += len(done)
+    logger.info("Image features of %d pictures are in %s; %d were computed now.", len(seen), cache.directory, computed)
+
+
+@torch.no_grad()
+def _encode(pictures: list[tuple[str, torch.Tensor]], tower: Any, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if pictures:
+        keys, pixels = zip(*pictures, strict=True)
+        features = tower_features(tower, config, torch.stack(pixels).to(tower.device))
+        yield from zip(keys, features.to("cpu", tower.dtype), strict=True)
+
+
+class _NewPictures(Dataset):
+    """Of each sample the keys of its pictures, and the pixels of those that the cache does not have."""
+
+    def __init__(self, data: list[Any], cache: FeatureCache, image_processor: Any) -> None:
+        self.data: ConcatDataset = ConcatDataset(data)
+        self.known, self.image_processor = frozenset(cache.files), image_processor
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, place: int) -> tuple[list[str], dict[str, torch.Tensor]]:
+        keys, pixels = [], {}
+        for source in pictures_of(complete_messages(self.data[place])):
+            try:
+                key = picture_key(source)
+                if key not in self.known and key not in pixels:
+                    made = self.image_processor(decode_picture(source), return_tensors="pt")
+                    pixels[key] = made["pixel_values"][0]
+                keys.append(key)
+            except ValueError:  # told when its batch is made
+                continue
+        return keys, pixels
+
+
+def _write(path: Path, write: Any) -> None:
+    """Write a file that is whole, or not there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write(partial)
+    os.replace(partial, path)
