@@ -21,7 +21,9 @@ from transformers.utils import is_torchvision_available
 import dsvl
 from dsvl.cli import main
 from dsvl.composition.towers import count_prefix_tokens
+from dsvl.pictures_dsvl import tower_features
 from dsvl.training import lora_config
+from dsvl.training.weights import load_tower
 
 SIZE, PATCH = 28, 14
 WIDTHS = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=PATCH)
@@ -102,6 +104,17 @@ def test_its_features_are_its_own(parts, composed, name):
         features = model.get_image_features(pixels)
         assert features.last_hidden_state.equal(tower(pixels).last_hidden_state)
     assert features.pooler_output[0].shape == (PER_PICTURE[name], 64)
+
+
+@every_tower
+def test_it_loads_without_the_rest(composed, name):
+    """As `--cache-image-features` does."""
+    model = dsvl.DSVLForConditionalGeneration.from_pretrained(composed / name)
+    tower = load_tower(str(composed / name), model.config, torch.float32)
+    pixels = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        features = tower_features(tower, model.config, pixels)
+        assert features.equal(model.get_image_features(pixels).last_hidden_state)
 
 
 @pytest.mark.parametrize("name", [name for name in TOWERS if name != "qwen"])
