@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
 from .data import commands as data
+from .publishing import commands as publishing
 from .training import plan
 
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_merge(commands)
     plan.add_parser(commands)
     data.add_parser(commands)
+    publishing.add_parser(commands)
     if argv[:1] == ["train"]:
         arguments = argparse.Namespace(command="train", run=_train, argv=argv[1:])
     else:
@@ -66,8 +68,14 @@ def _compose(arguments: argparse.Namespace) -> None:
         number_after=arguments.number_after,
         dtype=arguments.dtype,
     )
-    base_models = [arguments.vision, arguments.language]
-    out = save_checkpoint(model, processor, arguments.out, base_models=base_models, max_shard_size=arguments.max_shard_size)
+    out = save_checkpoint(
+        model,
+        processor,
+        arguments.out,
+        base_models=[arguments.vision, arguments.language],
+        untrained=True,
+        max_shard_size=arguments.max_shard_size,
+    )
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens a picture")
 

@@ -1,6 +1,7 @@
 """The DSVL model: picture features are projected and scattered into a causal language model that attends by MMCA."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -82,6 +83,17 @@ class DSVLPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DSVLPerceiverProjector):
             module.init_weights()
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish; the arguments are those of `PushToHubMixin.push_to_hub`.
+
+        Where the package dsvl is installed, all of its code and its model card goes along.
+        """
+        try:
+            push_part = import_module("dsvl.publishing.push").push_part
+        except ModuleNotFoundError:
+            return super().push_to_hub(repo_id, **kwargs)
+        return push_part(self, repo_id, **kwargs)
 
 
 class DSVLModel(DSVLPreTrainedModel):

@@ -1,6 +1,7 @@
 """The DSVL processor: pictures and conversations to model inputs."""
 
 import os
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -154,7 +155,8 @@ class DSVLProcessor(ProcessorMixin):
         """
         if isinstance(conversation, dict) and "messages" in conversation:
             conversation = conversation["messages"]
-        if "number_after" in self._resolve_chat_template(chat_template):
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        if "number_after" in (templates.get(chat_template or "default") or chat_template or ""):
             kwargs.setdefault("number_after", self.number_after)
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
@@ -216,6 +218,17 @@ class DSVLProcessor(ProcessorMixin):
                 f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} a picture), which cuts "
                 "a picture; raise max_length, drop whole rounds, or pass truncation=False."
             )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish; the arguments are those of `PushToHubMixin.push_to_hub`.
+
+        Where the package dsvl is installed, all of its code goes along.
+        """
+        try:
+            push_part = import_module("dsvl.publishing.push").push_part
+        except ModuleNotFoundError:
+            return super().push_to_hub(repo_id, **kwargs)
+        return push_part(self, repo_id, **kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
         """Placeholder tokens for pictures of these sizes (height, width): the same for all, as each is resized."""
