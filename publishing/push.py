@@ -78,7 +78,7 @@ def push_directory(
         files[CARD] = at_repository((root / CARD).read_text(encoding="utf-8"), repo_id).encode()
         commit = _commit(api, repo_id, files, REPLACED, revision, create_pr, commit_message)
         _verify(api, repo_id, files, commit.oid)
-    except HTTP_ERROR as error:
+    except (HTTP_ERROR, RuntimeError) as error:  # RuntimeError: what the client makes of a failed upload
         raise OSError(
             f"{repo_id} could not be pushed: {error}. If nothing is wrong with the name or your rights, run the same again: "
             "what was uploaded is not uploaded twice."
