@@ -139,6 +139,11 @@ class DSVLProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Texts and their pictures to model inputs; see `ProcessorMixin.__call__`. The modality of each token goes along."""
+        kwargs.setdefault("return_mm_token_type_ids", self.return_mm_token_type_ids)
+        return super().__call__(*args, **kwargs)
+
     @property
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, "mm_token_type_ids", *self.image_processor.model_input_names]
