@@ -236,6 +236,18 @@ def test_a_trainer_pushes_a_model_and_no_state(hub, opens, made, tmp_path):
     assert not (tmp_path / "run" / ".push.partial").exists()
 
 
+def test_a_training_is_published_once_when_it_is_complete(hub, opens, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    data = make_conversations(tmp_path, layout="pt")
+    argv = ["train", "--model", made, "--data", data, "--output", tmp_path / "run", "--max-steps", 2, "--save-steps", 1]
+    argv += ["--report-to", "none", "--push-to-hub", "--hub-model-id", "me/trained", "--hub-private-repo", "true"]
+    assert main(list(map(str, argv))) == 0
+    assert commit_count(hub, "me/trained") == 2 and hub.repositories["me/trained"].private
+    files = hub.files("me/trained")
+    assert set(files) >= REMOTE_CODE and not any("checkpoint-" in name or name.endswith(".bin") for name in files)
+    assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
