@@ -401,6 +401,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         table = self.get_input_embeddings().weight  # which decoders call by different names
         name = next(name for name, parameter in self.model.named_parameters() if parameter is table)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}"}
+        self.model_tags = ["dsvl", "multi-image"]  # on the cards that transformers' and TRL's trainers write
         self.post_init()
 
     @classmethod

@@ -49,8 +49,8 @@ class BaseModel:
 
     @property
     def terms(self) -> str | None:
-        """The licence as a reader knows it."""
-        return (self.license_name or "a licence of its own") if self.license == "other" else self.license
+        """What the licence is called; one that is the model's own needs a name on the Hub."""
+        return (self.license_name or "of-the-base-model") if self.license == "other" else self.license
 
 
 def read_base_models(names: Sequence[str]) -> list[BaseModel]:
@@ -84,7 +84,8 @@ def inherited_license(base_models: Sequence[BaseModel]) -> dict[str, Any]:
         return {"license": "other", "license_name": "-and-".join(sorted({str(base.terms) for base in restrictive}))}
     if restrictive:
         base = restrictive[0]
-        terms = {"license": base.license, "license_name": base.license_name, "license_link": base.license_link}
+        own = base.terms if base.license == "other" else None
+        terms = {"license": base.license, "license_name": own, "license_link": base.license_link}
         return {key: value for key, value in terms.items() if value}
     known = [base.license for base in base_models if base.license]
     if not known or len(known) < len(base_models):

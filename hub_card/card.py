@@ -54,13 +54,17 @@ def render_card(
     Args:
         config: the model's configuration.
         base_models: names or directories of the models it was made of. Directories of this machine are not named; what
-            their cards say of licences and origins goes on (see `read_base_models`).
+            their cards say of licences and origins goes on (see `read_base_models`). If no name is known, those that the
+            configurations of tower and language model remember.
         training: of a fine-tuned model.
         origin: where weights are from that were neither composed nor trained here, in a sentence or two of Markdown; of a
             migrated model.
         untrained: whether the projector is fresh, as composing leaves it.
     """
     bases = read_base_models(base_models)
+    if not any(base.name for base in bases):  # the parts' configurations remember names on the Hub
+        parts = [part.name_or_path for part in (config.vision_config, config.text_config) if part.name_or_path]
+        bases = [*(base for base in bases if base.license), *read_base_models(parts)] or bases
     names = list(dict.fromkeys(base.name for base in bases if base.name))
     licence, restricted = inherited_license(bases), restrictions(bases)
     unknown = list(dict.fromkeys(base.name or "a base model" for base in bases if not base.license))

@@ -17,9 +17,11 @@ from .checks import Contents, read_contents
 from .fresh_process import run_without_dsvl
 
 CARD = "README.md"
+ADAPTERS = "adapters"  # as `dsvl train` calls their folder
 HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever the library has; no OSError if nobody answers
 # What an earlier push may have left and a new one may not bring: other shards would be loaded in the place of the new ones.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*_dsvl.py")
+# In the repository's first level; and adapters, which are of other weights.
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*_dsvl.py", f"{ADAPTERS}/*")
 
 
 def check_directory(directory: str | Path) -> Contents:
@@ -155,7 +157,11 @@ def _commit(
 ) -> CommitInfo:
     """Add files and delete what they replace; all of it is there afterwards, or nothing has changed."""
     there = api.list_repo_files(repo_id, revision=revision)
-    stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in replaced)]
+    stale = [
+        name
+        for name in there
+        if name not in files and any(fnmatch(name, one) and name.count("/") == one.count("/") for one in replaced)
+    ]
     operations: list[Any] = [
         *(
             CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)

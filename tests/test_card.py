@@ -157,6 +157,14 @@ def test_directories_of_this_machine_are_not_named(config, tmp_path):
     assert str(tmp_path) not in content and ModelCard(content).data.base_model == ["openai/clip-vit-large-patch14"]
 
 
+def test_names_are_remembered_by_the_parts(tmp_path):
+    config = tiny_model().config
+    config.vision_config.name_or_path, config.text_config.name_or_path = "openai/clip", "Qwen/Qwen3-0.6B"
+    for base_models in ([], [str(tmp_path)]):
+        assert ModelCard(render_card(config, base_models)).data.base_model == ["openai/clip", "Qwen/Qwen3-0.6B"]
+    assert ModelCard(render_card(config, ["a/b"])).data.base_model == ["a/b"]
+
+
 # -- licences ----------------------------------------------------------------------------------------------------------
 
 MIT, APACHE = BaseModel("a/mit", "mit"), BaseModel("a/apache", "apache-2.0")
@@ -173,6 +181,7 @@ OWN = BaseModel("a/own", "other", "some-license", "https://a.b/license")
         ([UNKNOWN, LLAMA], {"license": "llama2"}),
         ([MIT, UNKNOWN], {}),
         ([], {}),
+        ([BaseModel("a/b", "other")], {"license": "other", "license_name": "of-the-base-model"}),
         ([MIT, OWN], {"license": "other", "license_name": "some-license", "license_link": "https://a.b/license"}),
         ([LLAMA, OWN], {"license": "other", "license_name": "llama2-and-some-license"}),
     ],

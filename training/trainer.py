@@ -63,10 +63,7 @@ class DSVLTrainer(Trainer):
             return None
         try:
             (partial / "training_args.bin").unlink(missing_ok=True)
-            metrics = {key: value for entry in self.state.log_history for key, value in entry.items()}
-            base_models = [self.model.name_or_path] if self.model.name_or_path else []
-            card = render_card(self.model.config, base_models, training_facts(self, metrics))
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            (partial / "README.md").write_text(self._card(), encoding="utf-8")
             return push_directory(
                 partial,
                 arguments.hub_model_id or Path(str(arguments.output_dir)).absolute().name,
@@ -78,6 +75,16 @@ class DSVLTrainer(Trainer):
             )
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write DSVL's card, with the facts of this training, to the output directory; the arguments are of no use to it."""
+        if self.is_world_process_zero():
+            (Path(str(self.args.output_dir)) / "README.md").write_text(self._card(), encoding="utf-8")
+
+    def _card(self) -> str:
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = {key: value for entry in self.state.log_history for key, value in entry.items()}
+        return render_card(model.config, [model.name_or_path] if model.name_or_path else [], training_facts(self, metrics))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Checkpoints, with their optimizer states, stay where they are; `push_to_hub` publishes the model."""
