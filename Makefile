@@ -39,7 +39,7 @@ $(VENV)/ready: constraints.txt pyproject.toml
 $(OLDEST)/ready: $(VENV)/ready
 	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
 	$(BIN)/pip --python $(OLDEST)/bin/python install --quiet \
-		"transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
+		"transformers==$$(sed -n 's/^ *"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
 	touch $@
 
 clean:
