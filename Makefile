@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
 # Threads that wait busily slow small models down beside anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -14,11 +15,11 @@ demo: $(VENV)/ready
 demo-deepspeed: $(VENV)/ready
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m dsvl.demo --deepspeed --overwrite
 
-test: $(VENV)/ready
+test: $(VENV)/ready $(OLDEST)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	BIN=$(abspath $(BIN)) sh tests/typecheck.sh
-	$(BIN)/python -m pytest tests -m "not slow"
+	DSVL_OLDEST=$(abspath $(OLDEST)) $(BIN)/python -m pytest tests -m "not slow"
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest tests -m slow
@@ -34,5 +35,12 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# The oldest transformers that is admitted, with what it requires and nothing of ours; the test lends it torch and Pillow.
+$(OLDEST)/ready: $(VENV)/ready
+	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
+	$(BIN)/pip --python $(OLDEST)/bin/python install --quiet \
+		"transformers==$$(sed -n 's/^ *"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info
+	rm -rf $(VENV) $(OLDEST) demo_output build *.egg-info

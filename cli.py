@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
 from .data import commands as data
 from .migration import commands as migration
+from .publishing import commands as publishing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser("plan", help="the memory of training, per GPU, from the configuration alone", add_help=False)
     data.add_parser(commands)
     migration.add_parser(commands)
+    publishing.add_parser(commands)
     if argv[:1] == ["train"]:
         arguments = argparse.Namespace(command="train", run=_train, argv=argv[1:])
     else:
@@ -75,8 +77,14 @@ def _compose(arguments: argparse.Namespace) -> None:
         number_after=arguments.number_after,
         dtype=arguments.dtype,
     )
-    base_models = [arguments.vision, arguments.language]
-    out = save_checkpoint(model, processor, arguments.out, base_models=base_models, max_shard_size=arguments.max_shard_size)
+    out = save_checkpoint(
+        model,
+        processor,
+        arguments.out,
+        base_models=[arguments.vision, arguments.language],
+        untrained=True,
+        max_shard_size=arguments.max_shard_size,
+    )
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens a picture")
 

@@ -1,6 +1,7 @@
 """The DSVL model: picture features are projected and scattered into a causal language model that attends by MMCA."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -83,6 +84,17 @@ class DSVLPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DSVLResampler):
             module.init_weights()
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish; the arguments are those of `PushToHubMixin.push_to_hub`.
+
+        Where the package dsvl is installed, all of its code and its model card goes along.
+        """
+        try:
+            push_part = import_module("dsvl.publishing.push").push_part
+        except ModuleNotFoundError:
+            return super().push_to_hub(repo_id, **kwargs)
+        return push_part(self, repo_id, **kwargs)
 
 
 class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
@@ -301,6 +313,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         table = self.get_input_embeddings().weight  # which decoders call by different names
         name = next(name for name, parameter in self.model.named_parameters() if parameter is table)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}"}
+        self.model_tags = ["dsvl", "multi-image"]  # on the cards that transformers' and TRL's trainers write
         self.post_init()
 
     @classmethod

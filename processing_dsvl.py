@@ -2,6 +2,7 @@
 
 import io
 import os
+from importlib import import_module
 from typing import Any
 
 from tokenizers.normalizers import Replace, Sequence
@@ -138,6 +139,11 @@ class DSVLProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Texts and their pictures to model inputs; see `ProcessorMixin.__call__`. The modality of each token goes along."""
+        kwargs.setdefault("return_mm_token_type_ids", self.return_mm_token_type_ids)
+        return super().__call__(*args, **kwargs)
+
     @property
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, "mm_token_type_ids", *self.image_processor.model_input_names]
@@ -154,7 +160,8 @@ class DSVLProcessor(ProcessorMixin):
         """
         if isinstance(conversation, dict) and "messages" in conversation:
             conversation = conversation["messages"]
-        if "number_after" in self._resolve_chat_template(chat_template):
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        if "number_after" in (templates.get(chat_template or "default") or chat_template or ""):
             kwargs.setdefault("number_after", self.number_after)
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
@@ -234,6 +241,17 @@ class DSVLProcessor(ProcessorMixin):
                 f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} a picture), which cuts "
                 "a picture; raise max_length, drop whole rounds, or pass truncation=False."
             )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish; the arguments are those of `PushToHubMixin.push_to_hub`.
+
+        Where the package dsvl is installed, all of its code goes along.
+        """
+        try:
+            push_part = import_module("dsvl.publishing.push").push_part
+        except ModuleNotFoundError:
+            return super().push_to_hub(repo_id, **kwargs)
+        return push_part(self, repo_id, **kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
         """Placeholder tokens for pictures of these sizes (height, width): the same for all, as each is resized."""

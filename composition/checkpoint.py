@@ -18,6 +18,8 @@ def save_checkpoint(
     directory: str | Path,
     *,
     base_models: list[str] | None = None,
+    origin: str | None = None,
+    untrained: bool = False,
     max_shard_size: str = "5GB",
     write_more: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -30,7 +32,9 @@ def save_checkpoint(
         model: the model to save.
         processor: its `DSVLProcessor`.
         directory: where; it must not exist, or be empty.
-        base_models: what the card names as the models it was composed of.
+        base_models: names or directories of the models it was made of, for the card.
+        origin: for the card, where the weights are from if they were neither composed nor trained here; see `render_card`.
+        untrained: for the card, whether the projector is fresh.
         max_shard_size: of one safetensors file.
         write_more: writes what else belongs into the directory that it is given.
 
@@ -44,7 +48,8 @@ def save_checkpoint(
     with new_directory(directory) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         processor.save_pretrained(partial)
-        (partial / "README.md").write_text(render_card(model.config, base_models or []), encoding="utf-8")
+        card = render_card(model.config, base_models or [], origin=origin, untrained=untrained)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         if write_more is not None:
             write_more(partial)
     return Path(directory).absolute()

@@ -21,9 +21,9 @@ from transformers.utils import logging
 
 from .. import save_checkpoint
 from ..cli import main as dsvl
+from ..publishing.fresh_process import run_without_dsvl
 from . import parts, scoring
 from .drawing import KINDS, SYSTEM, converse
-from .fresh_process import run_without_dsvl
 from .learning import BATCH_SIZE, Lessons, deepspeed_command, fine_tune, write_lessons
 from .photographs import show_photographs
 

@@ -1,5 +1,5 @@
 """The model card that travels with a checkpoint."""
 
-from .card import render_card
+from .card import TrainingFacts, at_repository, render_card
 
-__all__ = ["render_card"]
+__all__ = ["TrainingFacts", "at_repository", "render_card"]

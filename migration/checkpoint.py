@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 # What the original adds to the language model's tokenizer, in this order; the last only if there is no padding token.
 PADDING = "<PAD>"
 ADDED_TOKENS = ("### Image:", IMAGE_TOKEN, PADDING)
+ORIGIN = (  # for the card
+    "The weights were trained by [DeepSpeed-VisualChat](https://arxiv.org/abs/2309.14327) and turned into this form by "
+    "`dsvl migrate checkpoint`."
+)
 BASELINE = "baseline"  # the original's name of the linear projector
 
 
@@ -156,6 +160,7 @@ def migrate_checkpoint(
         processor,
         out,
         base_models=[str(vision), str(language)],
+        origin=ORIGIN,
         max_shard_size=max_shard_size,
         write_more=write_adapters,
     )

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,21 +23,9 @@ from transformers import (
 import dsvl
 from dsvl.cli import main
 from dsvl.composition import checkpoint
+from dsvl.publishing.fresh_process import run_without_dsvl
 
-REMOTE_CODE = [
-    f"{name}_dsvl.py"
-    for name in (
-        "attention",
-        "configuration",
-        "generation",
-        "modeling",
-        "pictures",
-        "processing",
-        "projectors",
-        "resampler",
-        "vision",
-    )
-]
+REMOTE_CODE = sorted(path.name for path in Path(dsvl.__file__).parent.glob("*_dsvl.py"))
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
 
 
@@ -163,7 +150,7 @@ def test_the_command_writes_a_complete_checkpoint(composed):
 
 
 def test_nothing_half_written_is_left_behind(parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "render_card", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(checkpoint, "render_card", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
     assert compose_by_command(parts, tmp_path / "out") == 1
     assert "disk full" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -193,9 +180,6 @@ def test_wrong_parts_are_refused_by_name(parts, capsys, tmp_path):
 
 FRESH = """
 import importlib.util, json, sys
-# An editable install adds a finder; this process must do without the package.
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-sys.path = [path for path in sys.path if "dsvl" not in path]
 assert importlib.util.find_spec("dsvl") is None
 import torch
 from PIL import Image
@@ -242,9 +226,7 @@ def test_a_fresh_process_needs_the_directory_alone(composed, tmp_path):
     shutil.copytree(composed, moved)
     script = tmp_path / "fresh.py"
     script.write_text(FRESH)
-    done = subprocess.run(
-        [sys.executable, script, moved, tmp_path / "again"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = run_without_dsvl(script, moved, tmp_path / "again", capture=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert len(set(result["answers"])) == 1, result["answers"]

@@ -13,8 +13,9 @@ from PIL import Image
 
 import dsvl
 from dsvl.demo import __main__ as demo
-from dsvl.demo import drawing, fresh_process, learning, parts, scoring
+from dsvl.demo import drawing, learning, parts, scoring
 from dsvl.demo.drawing import COLOURS, NUMBERS, SHAPES, Question, Scene, converse
+from dsvl.publishing.fresh_process import run_without_dsvl
 from dsvl.training import ConversationCollator
 
 TALK = Path(demo.__file__).with_name("talk.py")
@@ -225,7 +226,7 @@ def test_the_talk_refuses_to_run_where_the_package_can_be_imported(tmp_path):
 def test_a_checkpoint_talks_in_a_process_without_the_package(composed, tmp_path, capfd):
     checkpoint = dsvl.save_checkpoint(*composed, tmp_path / "checkpoint")
     conversation = demo.write_talk(tmp_path / "talk", seed=0)
-    fresh_process.run_without_dsvl(TALK, checkpoint, conversation)
+    run_without_dsvl(TALK, checkpoint, conversation)
     printed = capfd.readouterr().out
     assert "No package dsvl can be imported in this process." in printed
     assert "comes from transformers_modules" in printed

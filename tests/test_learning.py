@@ -278,7 +278,7 @@ def test_a_run_says_what_it_trains_and_what_it_left_out(folder, tmp_path, caplog
     assert "2 of 20 samples are broken and left out" in said
     assert "2 samples of" in said and "rounds that did not fit" in said
     card = (output / "README.md").read_text()
-    assert "18 conversations of `broken.jsonl`" in card and "| learning rate | 0.01 |" in card
+    assert "| broken.jsonl | 18 |" in card and "| learning rate | 0.01 |" in card
     assert "last logged training loss" in card
 
 

@@ -152,4 +152,4 @@ def test_two_processes_learn_from_all_of_a_stream(tmp_path):
     base = ["--model", model, "--data", data, "--streaming", "--max-steps", 4, "--logging-steps", 1, "--save-strategy", "no"]
     said = run(*base, "--per-device-train-batch-size", 1, "--output", tmp_path / "one", processes=2).stderr
     assert "Tokens: streamed." in said
-    assert "conversations of `data.jsonl`" in (tmp_path / "one/README.md").read_text()
+    assert "| data.jsonl | streamed |" in (tmp_path / "one/README.md").read_text()

@@ -5,8 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import PER_PICTURE, tiny_model, tiny_vision_config
-from huggingface_hub import ModelCard
+from conftest import tiny_model, tiny_vision_config
 from torch import nn
 from training_runs import make_checkpoint, make_conversations
 from transformers import LlamaConfig, TrainerControl, TrainerState, TrainingArguments
@@ -14,7 +13,6 @@ from transformers import LlamaConfig, TrainerControl, TrainerState, TrainingArgu
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.configuration_dsvl import PROJECTOR_TYPES
 from dsvl.data import load_conversations
-from dsvl.hub_card import render_card
 from dsvl.training.adapters import lora_config
 from dsvl.training.arguments import DSVLTrainingArguments
 from dsvl.training.checkpoints import MARKER, CompleteCheckpoints, last_complete_checkpoint, mark_complete, what_is_missing
@@ -471,53 +469,3 @@ def test_the_loss_is_logged_whenever_a_checkpoint_is_written(event):
         control = TrainerControl(should_save=save, should_log=log)
         getattr(CompleteCheckpoints(), event)(None, TrainerState(), control)
         assert control.should_log is (save or log)
-
-
-# -- the card ----------------------------------------------------------------------------------------------------------
-
-FACTS = {
-    "data": "data.jsonl",
-    "conversations": 12345,
-    "settings": {"trained parts": "projector, embeddings", "learning rate": 0.001, "steps": 40},
-    "results": {"eval_loss": 1.23456, "eval_exact_match": 0.5},
-}
-
-
-def table(content, heading):
-    """The rows of the table under a header row that begins like this."""
-    lines = content.splitlines()
-    start = lines.index(heading)
-    rows = lines[start + 2 : start + 2 + len([*_until_blank(lines[start + 2 :])])]
-    return dict([[cell.strip() for cell in row.strip("|").split("|")] for row in rows])
-
-
-def _until_blank(lines):
-    for line in lines:
-        if not line.startswith("|"):
-            return
-        yield line
-
-
-def test_the_card_of_a_trained_model_states_its_facts(tmp_path):
-    config = small_model().config
-    content = render_card(config, ["openai/clip-vit-large-patch14", str(tmp_path)], FACTS)
-    card = ModelCard(content)
-    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-text-to-text"
-    assert card.data.tags == ["dsvl", "multi-image", "custom_code"]
-    assert card.data.base_model == ["openai/clip-vit-large-patch14"] and str(tmp_path) not in content
-    assert "Fine-tuned on 12,345 conversations of `data.jsonl`." in card.text
-    assert table(card.text, "| | |") == {
-        "trained parts": "projector, embeddings",
-        "learning rate": "0.001",
-        "steps": "40",
-    }
-    assert table(card.text, "| result | |") == {"eval_loss": "1.2346", "eval_exact_match": "0.5000"}
-    assert f"({PER_PICTURE} embeddings a picture), a `linear` projector" in card.text
-
-
-def test_a_card_says_nothing_of_what_did_not_happen(tmp_path):
-    config = small_model().config
-    composed = ModelCard(render_card(config, [str(tmp_path)]))
-    assert composed.data.base_model is None and "base_model" not in composed.content
-    assert "Fine-tuned" not in composed.text and "Made of" not in composed.text and "{{" not in composed.text
-    assert "| result |" not in render_card(config, [], FACTS | {"results": {}})

@@ -1,6 +1,7 @@
 """A training run, from arguments to a complete checkpoint."""
 
 import contextlib
+import json
 import logging
 import shutil
 import time
@@ -17,12 +18,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..configuration_dsvl import DSVLConfig
 from ..data.packing import PackedConversations
 from ..data.streaming import Stream
-from ..hub_card import render_card
+from ..hub_card import TrainingFacts, render_card
 from ..modeling_dsvl import DSVLForConditionalGeneration
+from ..publishing.push import push_directory
 from .adapters import lora_config, merge_adapters
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments, parse
 from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
 from .collator import ConversationCollator
+from .facts import training_facts
 from .features import FeatureCache, fill, owner_of
 from .kernels import use_liger
 from .parts import PARTS
@@ -32,8 +35,8 @@ from .weights import check_keys, load_tower, whole_weights
 
 logger = logging.getLogger(__name__)
 
-
 ADAPTERS = "adapters"  # the folder of a LoRA run's adapters in its output directory
+BASE_MODEL = "base_model_name_or_path"  # PEFT's name of what adapters belong to
 LAST_DROPS = 0.2  # seconds; Gloo's threads need microseconds of them
 MEASURED = 256  # conversations whose length is measured before training
 
@@ -82,7 +85,7 @@ def train(
     check_is_dsvl(model_arguments.model)
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     train_data, eval_data = open_data(data_arguments, seed, arguments.process_index, arguments.world_size)
-    conversations = None if data_arguments.streaming else len(train_data)
+    conversations = train_data
 
     processor = AutoProcessor.from_pretrained(model_arguments.model)
     features = None
@@ -97,6 +100,7 @@ def train(
 
     callbacks: list[Any] = [CompleteCheckpoints(arguments.save_total_limit)]
     arguments.save_total_limit = None  # kept by the callback
+    publish, arguments.push_to_hub = arguments.push_to_hub, False  # once, when the output directory is complete
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
     trainer = DSVLTrainer(
@@ -129,7 +133,17 @@ def train(
     _report_counts(collator, train_data)
     if eval_data is not None:
         metrics |= trainer.evaluate()
-    save_trained(trainer, model_arguments, data_arguments, metrics, conversations)
+    facts = training_facts(trainer, metrics, conversations, model_arguments.train, resumed=checkpoint is not None)
+    save_trained(trainer, model_arguments, facts)
+    if publish and trainer.is_world_process_zero():
+        commit = push_directory(
+            str(arguments.output_dir),
+            arguments.hub_model_id or Path(str(arguments.output_dir)).absolute().name,
+            private=arguments.hub_private_repo,
+            revision=arguments.hub_revision,
+            token=arguments.hub_token,
+        )
+        logger.info("Published: %s", commit.commit_url)
     return metrics
 
 
@@ -261,13 +275,7 @@ def _tokens(data: Any, collator: ConversationCollator) -> str:
     return f"{about}{sum(lengths) / len(places) * len(data):,.0f} an epoch, in {len(data):,} conversations"
 
 
-def save_trained(
-    trainer: DSVLTrainer,
-    model_arguments: ModelArguments,
-    data_arguments: DataArguments,
-    metrics: dict[str, float],
-    conversations: int | None,
-) -> None:
+def save_trained(trainer: DSVLTrainer, model_arguments: ModelArguments, facts: TrainingFacts) -> None:
     """Make the output directory a complete checkpoint: weights, configuration, code, processor, card.
 
     Everything is written beside it first; an interrupted call leaves the checkpoints to resume from.
@@ -295,15 +303,27 @@ def save_trained(
         else:
             check_keys(trainer.model, partial)
         trainer.state.save_to_json(str(partial / TRAINER_STATE_NAME))
-        card = render_card(
-            config,
-            [model_arguments.model],
-            training=_facts(trainer, model_arguments, data_arguments, metrics, conversations),
-        )
+        make_shareable(partial)
+        card = render_card(config, [model_arguments.model], facts)
         (partial / "README.md").write_text(card, encoding="utf-8")
         _move(partial, output)
         logger.info("The trained model is in %s.", output)
     trainer.accelerator.wait_for_everyone()
+
+
+def make_shareable(directory: Path) -> None:
+    """Take out of a saved model what is of this machine alone: pickled arguments, and paths."""
+    for arguments in directory.rglob("training_args.bin"):
+        arguments.unlink()
+    (directory / ADAPTERS / "README.md").unlink(missing_ok=True)  # PEFT's draft of a card
+    for name, key in ((TRAINER_STATE_NAME, "best_model_checkpoint"), (f"{ADAPTERS}/adapter_config.json", BASE_MODEL)):
+        path = directory / name
+        if not path.is_file():
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content[key] and Path(content[key]).exists():
+            content[key] = Path(content[key]).name
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _move(partial: Path, output: Path) -> None:
@@ -317,44 +337,6 @@ def _move(partial: Path, output: Path) -> None:
             shutil.rmtree(target)
         path.replace(target)
     partial.rmdir()
-
-
-def _facts(
-    trainer: DSVLTrainer,
-    model_arguments: ModelArguments,
-    data_arguments: DataArguments,
-    metrics: dict[str, float],
-    conversations: int | None,
-) -> dict[str, Any]:
-    """What the card says of a training."""
-    arguments = trainer.args
-    settings: dict[str, Any] = {
-        "trained parts": ", ".join(model_arguments.train),
-        "learning rate": arguments.learning_rate,
-        "learning rate of the embeddings": arguments.embeddings_learning_rate or arguments.learning_rate,
-        "schedule": f"{arguments.lr_scheduler_type.value}, {arguments.warmup_steps:g} warm-up",
-        "weight decay": arguments.weight_decay,
-        f"{'packs' if data_arguments.packing else 'conversations'} a step": arguments.per_device_train_batch_size
-        * arguments.gradient_accumulation_steps
-        * arguments.world_size,
-        "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch or 0, 2),
-        "seed": arguments.seed,
-        "precision": str(precision(arguments)).removeprefix("torch."),
-        "processes": arguments.world_size,
-    }
-    if model_arguments.lora_rank > 0:
-        config = trainer.model.peft_config["default"]
-        settings["adapters"] = f"{'DoRA' if config.use_dora else 'LoRA'}, rank {config.r}, alpha {config.lora_alpha}"
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    results = {"last logged training loss": losses[-1]} if losses else {}
-    results |= {name: value for name, value in metrics.items() if name in ("eval_loss", "eval_exact_match")}
-    return {
-        "data": Path(data_arguments.data).name if Path(data_arguments.data).exists() else data_arguments.data,
-        "conversations": conversations,
-        "settings": settings,
-        "results": results,
-    }
 
 
 def _report_counts(collator: ConversationCollator, data: Any) -> None:

@@ -1,5 +1,7 @@
 """The Trainer: which parameters decay, which learn at their own rate, and evaluations that do not depend on the batches."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +11,10 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.streaming import Stream, StreamLoader
+from ..hub_card import render_card
+from ..publishing.push import push_directory
 from .evaluation import exact_match
+from .facts import training_facts
 
 # As in Trainer.get_decay_parameter_names; "embed" beside the modules for what is a parameter of its own (CLIP's CLS token).
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)", r"embed", r"(?:^|\.)query$"]
@@ -22,6 +27,68 @@ class DSVLTrainer(Trainer):
     a mean of means, in which the last batch's repetitions count). Under `eval_exact_match` an evaluation also answers the
     held-out questions.
     """
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Publish the model and its processor, with a card that states this training, in one commit.
+
+        Nothing else of the output directory goes along: no optimizer, no pickle. Every process must call it.
+
+        Args:
+            commit_message, token, revision, private: as of `Trainer.push_to_hub`.
+            blocking: must be True.
+            kwargs: `create_pr=True` proposes the commit as a pull request.
+
+        Returns:
+            In the first process, the `CommitInfo`.
+
+        Raises:
+            ValueError: if the model has adapters, which are not merged here, or a check of `dsvl push` fails.
+        """
+        if not blocking:
+            raise ValueError("blocking=False: a push is checked before and after, and so waits; leave it out.")
+        if hasattr(self.model, "peft_config"):
+            raise ValueError("The model has adapters. Save them, merge them by dsvl merge, and publish that by dsvl push.")
+        arguments = self.args
+        partial = Path(str(arguments.output_dir)) / ".push.partial"
+        self.save_model(str(partial), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if not self.is_world_process_zero():
+            return None
+        try:
+            (partial / "training_args.bin").unlink(missing_ok=True)
+            (partial / "README.md").write_text(self._card(), encoding="utf-8")
+            return push_directory(
+                partial,
+                arguments.hub_model_id or Path(str(arguments.output_dir)).absolute().name,
+                private=arguments.hub_private_repo if private is None else private,
+                revision=revision or arguments.hub_revision,
+                token=token or arguments.hub_token,
+                commit_message=commit_message or "End of training",
+                **kwargs,
+            )
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write DSVL's card, with the facts of this training, to the output directory; the arguments are of no use to it."""
+        if self.is_world_process_zero():
+            (Path(str(self.args.output_dir)) / "README.md").write_text(self._card(), encoding="utf-8")
+
+    def _card(self) -> str:
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = {key: value for entry in self.state.log_history for key, value in entry.items()}
+        return render_card(model.config, [model.name_or_path] if model.name_or_path else [], training_facts(self, metrics))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Checkpoints, with their optimizer states, stay where they are; `push_to_hub` publishes the model."""
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:

@@ -31,11 +31,16 @@ def packages_without_dsvl(view: Path) -> list[Path]:
     return views
 
 
-def run_without_dsvl(script: Path, *arguments: str | Path) -> None:
+def run_without_dsvl(script: Path, *arguments: str | Path, capture: bool = False) -> "subprocess.CompletedProcess[str]":
     """Run a copy of a script from an empty directory, with a fresh cache for remote code and no network.
 
+    Args:
+        script: the Python file.
+        arguments: paths, made absolute.
+        capture: keep what the script prints, and return whatever its exit status is.
+
     Raises:
-        subprocess.CalledProcessError: if it fails.
+        subprocess.CalledProcessError: if it fails, unless its output is captured.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -47,8 +52,8 @@ def run_without_dsvl(script: Path, *arguments: str | Path) -> None:
             "PYTHONPATH": os.pathsep.join(map(str, views)),
             "HF_MODULES_CACHE": str(folder / "modules"),
             "HF_HUB_OFFLINE": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",  # see __main__.py
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait busily slow small models down
         }
         # -S: no site directories, so no .pth file brings an editable install back; -s: none of the user's either.
         command = [sys.executable, "-S", "-s", str(copied), *(str(Path(argument).absolute()) for argument in arguments)]
-        subprocess.run(command, cwd=elsewhere, env=environment, check=True)
+        return subprocess.run(command, cwd=elsewhere, env=environment, check=not capture, capture_output=capture, text=True)

@@ -1,0 +1,109 @@
+"""What a model card says of a training."""
+
+import csv
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..data.mixture import Mixture, Subset
+from ..data.packing import PackedConversations
+from ..data.streaming import Stream
+from ..hub_card import TrainingFacts
+from ..hub_card.base_models import is_repo_id
+
+EMISSIONS = "emissions.csv"  # codecarbon's; the Trainer's callback lets it be written to the output directory
+
+
+def training_facts(
+    trainer: Trainer,
+    metrics: dict[str, float],
+    data: Any = None,
+    train: Sequence[str] | None = None,
+    resumed: bool = False,
+) -> TrainingFacts:
+    """The facts of a finished training.
+
+    Args:
+        trainer: which has trained.
+        metrics: of the training and of the last evaluation.
+        data: the conversations, before they are packed; the trainer's own data set by default.
+        train: the parts that learnt in full, by the names of `dsvl train --train`.
+        resumed: whether it went on from a checkpoint; its time is that of the last part then.
+    """
+    arguments = trainer.args
+    packs = isinstance(trainer.train_dataset, PackedConversations)
+    settings: dict[str, Any] = {"trained parts": ", ".join(train)} if train is not None else {}
+    embeddings_rate = getattr(arguments, "embeddings_learning_rate", None)
+    settings |= {
+        "learning rate": arguments.learning_rate,
+        "learning rate of the embeddings": embeddings_rate or arguments.learning_rate,
+        "schedule": f"{arguments.lr_scheduler_type.value}, {arguments.warmup_steps:g} warm-up",
+        "weight decay": arguments.weight_decay,
+        f"{'packs' if packs else 'conversations'} a step": arguments.per_device_train_batch_size
+        * arguments.gradient_accumulation_steps
+        * arguments.world_size,
+        "steps": trainer.state.global_step,
+        **({} if isinstance(trainer.train_dataset, Stream) else {"epochs": round(trainer.state.epoch or 0, 2)}),
+        "seed": arguments.seed,
+        "precision": "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32",
+        "processes": arguments.world_size,
+    }
+    if hasattr(trainer.model, "peft_config"):
+        config = trainer.model.peft_config["default"]
+        settings["adapters"] = f"{'DoRA' if config.use_dora else 'LoRA'}, rank {config.r}, alpha {config.lora_alpha}"
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    results = {"last logged training loss": losses[-1]} if losses else {}
+    results |= {name: value for name, value in metrics.items() if name in ("eval_loss", "eval_exact_match")}
+    counts, datasets = data_counts(trainer.train_dataset if data is None else data)
+    return TrainingFacts(
+        data=counts,
+        datasets=datasets,
+        settings=settings,
+        results=results,
+        hardware=hardware(arguments.world_size),
+        seconds=metrics.get("train_runtime"),
+        resumed=resumed,
+        emissions=read_emissions(Path(str(arguments.output_dir)) / EMISSIONS),
+    )
+
+
+def data_counts(data: Any) -> tuple[dict[str, int | None], list[str]]:
+    """How many conversations of each data set are in one, by name (None for a stream's); and those of the data sets that are
+    on the Hub."""
+    if isinstance(data, PackedConversations):
+        data = data.data
+    places = data.places if isinstance(data, Subset) else None if isinstance(data, Stream) else range(len(data))
+    if isinstance(data, Subset):
+        data = data.data
+    if not isinstance(data, Mixture):
+        source = str(getattr(data, "source", "data of a Python program"))
+        on_hub = is_repo_id(source) and hasattr(data, "source") and not Path(source).exists()
+        count = None if places is None else len(places)
+        return {source if on_hub else Path(source).name: count}, [source] if on_hub else []
+    counts = dict.fromkeys((part.name for part, _ in data.parts), 0)
+    for place in places or ():
+        number, group = data.index[place]
+        counts[data.parts[number][0].name] += len(group)
+    paths = [part.path for part, _ in data.parts]
+    return {**counts}, [path for path in paths if is_repo_id(path) and not Path(path).exists()]
+
+
+def hardware(processes: int) -> str:
+    """The devices of a training, in words; those of this process stand for all."""
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        name = torch.cuda.get_device_name() if kind is not None and kind.type == "cuda" else str(kind)
+        return f"{processes} x {name}"
+    return f"{processes} {'process' if processes == 1 else 'processes'} on CPU ({platform.machine()})"
+
+
+def read_emissions(path: Path) -> float | None:
+    """The sum of codecarbon's estimates in its CSV file, one row for each start of the training; kg of CO2 equivalents."""
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8", newline="") as file:
+        return sum(float(row["emissions"]) for row in csv.DictReader(file))
