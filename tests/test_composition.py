@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -164,7 +165,8 @@ def test_an_existing_directory_is_refused_before_anything_is_loaded(parts, tmp_p
     assert (tmp_path / "out" / "kept.txt").read_text() == "mine"
 
 
-def test_wrong_parts_are_refused_by_name(parts, capsys, tmp_path):
+def test_wrong_parts_are_refused_by_name(parts, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # nothing waits for a Hub
     with pytest.raises(ValueError, match="is a model of type 'llama', which has no tower"):
         dsvl.compose(parts / "llama", parts / "llama", tokenizer=None, image_processor=object())
     with pytest.raises(ValueError, match="pass tokenizer="):

@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import plain_answer
 import pytest
+import transformers
 from hub_server import TOKEN, Hub, Refused
 from huggingface_hub import ModelCard
 from plain_environment import plain_packages, run_plainly
@@ -45,6 +46,9 @@ def hub(monkeypatch):
         template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(
+            transformers.utils.hub, "_hf_api", None
+        )  # transformers keeps a client of the address it saw first
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 
