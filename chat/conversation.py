@@ -3,7 +3,7 @@
 import base64
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +58,8 @@ class DSVLChat:
     conversation run afresh.
 
     The cache of earlier rounds is held against the tokens and pictures of the conversation as it stands, and used as far as
-    they agree: messages may be changed or deleted at will. Call `reset()` after changing the model. One answer at a time; for
-    several visitors, several objects may share a model, but not run it at once.
+    they agree: messages may be changed or deleted at will. Call `reset()` after changing the model. One answer at a time;
+    for several visitors, several objects may share a model, but not run it at once.
 
     Args:
         model: a `DSVLForConditionalGeneration`, in evaluation mode.
@@ -106,7 +106,7 @@ class DSVLChat:
         """The whole answer; see `stream`."""
         return "".join(self.stream(text, images, **generation))
 
-    def stream(self, text: str, images: Sequence[Any] | Any = (), **generation: Any) -> Iterator[str]:
+    def stream(self, text: str, images: Sequence[Any] | Any = (), **generation: Any) -> Generator[str, None, None]:
         """Ask, and give the answer in pieces of text as it is generated.
 
         Question and answer become messages when the answer ends. Closing the iterator, or an interruption, stops the model:
@@ -211,13 +211,13 @@ class DSVLChat:
         """The messages that the context has room for, their tokens, and how many rounds were dropped."""
         dropped, ids = 0, self._ids(messages)
         while len(ids) + max_new_tokens > self.context_length:
-            needed = f"{len(ids)} tokens of conversation and {max_new_tokens} for the answer"
             rest = _without_oldest_round(messages)
             if self.overflow == "error" or rest is None:
+                longer = ", delete messages, call reset(), or choose overflow='drop'" if rest is not None else ""
                 raise ValueError(
-                    f"The context holds {self.context_length} tokens, but {needed} are needed"
-                    f"{' for the last question alone' if rest is None else ''}; pass a smaller max_new_tokens or fewer "
-                    f"pictures{'' if rest is None else ', delete messages, call reset(), or choose overflow=' + repr('drop')}."
+                    f"The context holds {self.context_length} tokens, but {len(ids)} tokens of "
+                    f"{'conversation' if rest is not None else 'the last question alone'} and {max_new_tokens} for the "
+                    f"answer are needed; pass a smaller max_new_tokens or fewer pictures{longer}."
                 )
             messages, dropped = rest, dropped + 1
             ids = self._ids(messages)
