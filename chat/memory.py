@@ -84,8 +84,9 @@ def _can_crop(cache: Cache) -> bool:
     def layer_can(layer: Any) -> bool:
         if type(layer) is StaticLayer:
             return True
-        forgot = getattr(layer, "is_sliding", False) and int(layer.get_seq_length()) >= layer.sliding_window
-        return layer.is_croppable and not forgot
+        if not layer.is_croppable:
+            return False
+        return not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
 
     return all(layer_can(layer) for layer in cache.layers)
 

@@ -156,8 +156,8 @@ class Terminal:
         if self.stats:
             cost = self.chat.last_round
             print(
-                f"({cost.prompt_tokens} tokens, {cost.reused_tokens} of them reused; {cost.encoded_pictures} pictures encoded; "
-                f"first token after {cost.first_token_seconds:.2f} s, then {cost.tokens_per_second:.1f} tokens/s)"
+                f"({cost.prompt_tokens} tokens, {cost.reused_tokens} of them reused; {cost.encoded_pictures} pictures "
+                f"encoded; first token after {cost.first_token_seconds:.2f} s, then {cost.tokens_per_second:.1f} tokens/s)"
             )
 
     # -- commands ------------------------------------------------------------------------------------------------------

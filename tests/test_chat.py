@@ -93,12 +93,16 @@ def test_each_round_answers_as_if_afresh_and_costs_what_is_new(processor, family
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
 def test_a_decoder_with_a_window_answers_as_if_afresh(processor, family, cache, caplog):
-    """What has left its window cannot come back: a round whose answer reads other than it was said is computed anew."""
+    """What has left its window cannot come back: where an earlier message was changed, all is computed anew."""
     model = make_model(processor, family)
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
     for text, numbers in ROUNDS:
         chat.ask(text, [picture(number) for number in numbers])
         assert chat.last_round.answer_ids == afresh(model, processor, chat.messages[:-1])
+    for text in ("Another.", "Yet another."):
+        chat.messages[2]["content"] = text
+        check_next(chat, 4)
+        assert chat.last_round.reused_tokens == 0
     assert sum("left its window" in record.message for record in caplog.records) == 1
 
 
@@ -233,9 +237,9 @@ def test_a_failed_answer_leaves_the_conversation_as_it_was(chat, monkeypatch):
     check_next(chat, 3)  # what its cache holds is not known
 
 
-def test_a_full_context_is_an_error_or_drops_the_oldest_rounds(chat, caplog):
-    need = chat.last_round.prompt_tokens + NEW
+def test_a_full_context_is_an_error_or_drops_the_oldest_rounds(chat, processor, caplog):
     chat.messages.insert(0, {"role": "system", "content": "Be short."})
+    need = len(processor.apply_chat_template(chat.messages, tokenize=True, return_dict=True)["input_ids"][0]) + NEW
     chat.context_length = need
     with pytest.raises(ValueError, match=rf"The context holds {need} tokens, but .*overflow='drop'"):
         chat.ask("Once more?", picture(8))
