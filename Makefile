@@ -29,6 +29,7 @@ bench-gpu:
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/fine_tuning.py
+	$(BIN)/python benchmarks/chat.py --size 7b
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .chat import commands as chat
 from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
 from .data import commands as data
 from .migration import commands as migration
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan.add_parser(commands)
     else:
         commands.add_parser("plan", help="the memory of training, per GPU, from the configuration alone", add_help=False)
+    chat.add_parser(commands)
     data.add_parser(commands)
     migration.add_parser(commands)
     publishing.add_parser(commands)

@@ -95,15 +95,15 @@ def tiny_tower_config() -> CLIPVisionConfig:
 
 def save_tiny_llama(directory: Path | str, dtype: torch.dtype = torch.float32, **overrides: Any) -> None:
     """A LLaMA and the reference's tokenizer of 400 tokens, as a directory to compose from."""
-    config = transformers.LlamaConfig(
+    sizes = dict(
         vocab_size=400,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        **overrides,
     )
+    config = transformers.LlamaConfig(**(sizes | overrides))
     transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(directory)
     AutoTokenizer.from_pretrained(REFERENCE / "tokenizer").save_pretrained(directory)
 

@@ -1,6 +1,7 @@
 """What the GPU benchmarks are made of, as far as a CPU can tell."""
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -54,3 +55,13 @@ def test_liger_that_is_not_installed_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
     with pytest.raises(ImportError, match="pip install liger-kernel"):
         use_liger(tiny_model())
+
+
+def test_a_late_answer_is_compared_with_the_whole_conversation_run_again(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    flags = ["--rounds", "3", "--answer-tokens", "4", "--repeats", "2", "--out", str(tmp_path / "chat.json")]
+    importlib.import_module("chat").main(flags)
+    pictured, text = json.loads((tmp_path / "chat.json").read_text())["results"].values()
+    assert (pictured["pictures_encoded"], text["pictures_encoded"]) == (1, 0)
+    assert 0 < pictured["reused"] < pictured["tokens"] < text["reused"] + 100
+    assert pictured["same_first_token"] == text["same_first_token"] == 1

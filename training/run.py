@@ -15,6 +15,7 @@ from accelerate import DistributedType
 from transformers import AutoProcessor, EarlyStoppingCallback, PreTrainedConfig, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..composition.quantization import quantization_config
 from ..configuration_dsvl import DSVLConfig
 from ..data.packing import PackedConversations
 from ..data.streaming import Stream
@@ -198,7 +199,7 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
     if model_arguments.attn_implementation is not None:
         options["attn_implementation"] = {"text_config": model_arguments.attn_implementation}
     if model_arguments.qlora:
-        options["quantization_config"] = _four_bits(dtype)
+        options["quantization_config"] = quantization_config("4bit", dtype)
     model = DSVLForConditionalGeneration.from_pretrained(model_arguments.model, **options)
     model.config.text_config.use_cache = False
     if arguments.use_liger_kernel:
@@ -229,19 +230,6 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
         if "language" not in model_arguments.train:  # a frozen decoder computes in its own precision
             model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))
     return model
-
-
-def _four_bits(dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    # What learns in full, and what is too small or too delicate to quantize, stays as it is.
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["model.multi_modal_projector", "model.vision_tower", "lm_head"],
-    )
 
 
 def describe(trainer: DSVLTrainer, collator: ConversationCollator, arguments: DSVLTrainingArguments) -> list[str]:

@@ -1,0 +1,144 @@
+"""Time to the first token of an answer late in a conversation: `DSVLChat`, which goes on from its cache, beside running the
+whole conversation again. Eight rounds, a picture in each; and then a question without one. Weights are random.
+
+    python benchmarks/chat.py [--size demo|7b] [--rounds 8] [--repeats 10] [--out chat.json]
+
+The first repeat warms up. Random answers do not read as they were said, so the last one is computed again each time: with
+a trained model it is reused as well.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from models import Shape
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLProcessor
+from dsvl.chat import DSVLChat
+from dsvl.demo.drawing import PICTURE_SIZE, words
+from dsvl.demo.parts import HEADINGS, train_tokenizer
+
+# The demo's model as demo/parts.py makes it, but for room for longer conversations; and CLIP ViT-L/14 + LLaMA-7B.
+DEMO = Shape(
+    layers=3,
+    hidden=128,
+    intermediate=256,
+    heads=4,
+    vocabulary=512,
+    vision_layers=2,
+    vision_hidden=64,
+    vision_intermediate=128,
+    vision_heads=2,
+    image_size=PICTURE_SIZE,
+    patch_size=16,
+)
+SHAPES = {"demo": DEMO, "7b": Shape()}
+QUESTION = "What do you see in this picture, and how does it differ from the one before?"
+
+
+def build(shape: Shape, backend: str, device: str, dtype: torch.dtype) -> tuple[DSVLForConditionalGeneration, DSVLProcessor]:
+    """A model of this shape, with the demo's tokenizer."""
+    tokenizer = train_tokenizer([HEADINGS.format(text) for text in words()])
+    side = {"height": shape.image_size, "width": shape.image_size}
+    image_processor = CLIPImageProcessor(size={"shortest_edge": shape.image_size}, crop_size=side)
+    processor = DSVLProcessor(image_processor, tokenizer, image_seq_length=shape.per_picture)
+    vision, text = shape.configs()
+    config = DSVLConfig(vision, text, image_token_id=processor.image_token_id)
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = DSVLForConditionalGeneration(config).eval()
+    torch.set_default_dtype(torch.float32)
+    model.set_attn_implementation({"text_config": backend})
+    return model, processor
+
+
+def picture(seed: int, width: int = 640, height: int = 480) -> Image.Image:
+    noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(noise.numpy())
+
+
+def run_again(model: DSVLForConditionalGeneration, processor: DSVLProcessor, messages: list) -> tuple[float, int]:
+    """Seconds to the first token of the whole conversation, and that token."""
+    started = time.perf_counter()
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    ).to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    token = int(ids[0, -1])
+    return time.perf_counter() - started, token
+
+
+def compare(chat: DSVLChat, repeats: int, pictured: bool) -> dict[str, float]:
+    """The next round, both ways in turns; each time with another question, so that nothing of it is known."""
+    times: dict[str, list[float]] = {"incremental": [], "again": []}
+    same = 0
+    length = len(chat.messages)
+    for repeat in range(repeats + 1):
+        chat.ask(f"{repeat}. {QUESTION}", [picture(1000 + repeat)] if pictured else [], max_new_tokens=1)
+        seconds, token = run_again(chat.model, chat.processor, chat.messages[:-1])
+        if repeat:
+            times["incremental"].append(chat.last_round.first_token_seconds)
+            times["again"].append(seconds)
+            same += chat.last_round.answer_ids == [token]
+        del chat.messages[length:]
+    medians = {f"{name}_ms": 1000 * statistics.median(values) for name, values in times.items()}
+    cost = chat.last_round
+    return medians | {
+        "speed": medians["again_ms"] / medians["incremental_ms"],
+        "tokens": cost.prompt_tokens,
+        "reused": cost.reused_tokens,
+        "pictures_encoded": cost.encoded_pictures,
+        "same_first_token": same / repeats,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SHAPES, default="demo")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--answer-tokens", type=int, default=64, help="of the earlier answers")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--backend", default="sdpa", help="sdpa, eager, flex_attention")
+    parser.add_argument("--cache-implementation", choices=("dynamic", "static"), default="dynamic")
+    parser.add_argument("--out", help="write the figures as JSON")
+    options = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    print(f"{options.size} on {name}, torch {torch.__version__}, {dtype}, {options.backend}, {options.cache_implementation}")
+
+    model, processor = build(SHAPES[options.size], options.backend, device, dtype)
+    chat = DSVLChat(
+        model,
+        processor,
+        do_sample=False,
+        min_new_tokens=1,
+        max_new_tokens=1,
+        cache_implementation=options.cache_implementation,
+    )
+    answer = {"min_new_tokens": options.answer_tokens, "max_new_tokens": options.answer_tokens}
+    for number in range(options.rounds - 1):
+        chat.ask(QUESTION, picture(number), **answer)
+    results = {f"round {options.rounds}, with a picture": compare(chat, options.repeats, pictured=True)}
+    chat.ask(QUESTION, picture(options.rounds), **answer)
+    results[f"round {options.rounds + 1}, text alone"] = compare(chat, options.repeats, pictured=False)
+
+    print(f"{'':28}{'incremental':>13}{'run again':>13}{'speed':>8}{'tokens':>8}{'reused':>8}{'same':>7}")
+    for title, row in results.items():
+        print(
+            f"{title:28}{row['incremental_ms']:10.1f} ms{row['again_ms']:10.1f} ms{row['speed']:8.1f}{row['tokens']:8.0f}"
+            f"{row['reused']:8.0f}{row['same_first_token']:7.0%}"
+        )
+    if options.out is not None:
+        record = {"device": name, "torch": torch.__version__, "options": vars(options), "results": results}
+        Path(options.out).write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

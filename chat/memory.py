@@ -1,0 +1,112 @@
+"""What a KV cache holds of a conversation, and how much of it the next round may use."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
+
+
+class SeenPicture:
+    """A picture as it was when it was encoded.
+
+    Args:
+        image: best marked read-only: then Pillow gives it new pixels where somebody draws on it, and need not be asked for
+            them to know that it is the same.
+    """
+
+    def __init__(self, image: Image.Image) -> None:
+        self._pixels, self._digest = image.im, _digest(image)
+
+    def is_still(self, image: Image.Image) -> bool:
+        """Whether this is the same picture: the very same pixels in memory, or equal ones."""
+        return (bool(image.readonly) and image.im is self._pixels) or _digest(image) == self._digest
+
+
+def _digest(image: Image.Image) -> bytes:
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
+
+
+@dataclass
+class Memory:
+    """A cache and what is in it.
+
+    Attributes:
+        cache: filled by the model; `mm_token_type_ids` on it is the modality of its tokens.
+        static: whether it is a static one.
+        length: how many tokens it may come to hold.
+        ids: the tokens it holds, those of pictures included.
+        pictures: those whose tokens it holds, in order.
+    """
+
+    cache: Cache
+    static: bool
+    length: int
+    ids: list[int] = field(default_factory=list)
+    pictures: list[SeenPicture] = field(default_factory=list)
+
+    def common_prefix(self, ids: list[int], pictures: list[Image.Image], image_token_id: int, per_picture: int) -> int:
+        """How many of these tokens the cache holds, whole pictures only.
+
+        At least one is left to compute: what follows the last token is not in a cache.
+        """
+        limit = min(len(self.ids), len(ids) - 1)
+        common = next((place for place in range(limit) if self.ids[place] != ids[place]), limit)
+        starts = [place for place in range(common) if ids[place] == image_token_id][::per_picture]
+        for start, seen, image in zip(starts, self.pictures, pictures, strict=False):
+            if start + per_picture > common or not seen.is_still(image):
+                return start
+        return common
+
+    def crop(self, length: int, image_token_id: int, per_picture: int) -> bool:
+        """Forget all but the first `length` tokens; False, with nothing done, if this cache cannot."""
+        surplus = int(self.cache.get_seq_length()) - length
+        if surplus and not _can_crop(self.cache):
+            return False
+        if surplus:
+            for layer in self.cache.layers:
+                if type(layer) is StaticLayer:  # what lies beyond is hidden by causality until it is written again
+                    layer.cumulative_length.fill_(length)
+                else:
+                    layer.crop(-surplus)
+        if getattr(self.cache, "mm_token_type_ids", None) is not None:
+            self.cache.mm_token_type_ids = self.cache.mm_token_type_ids[:, :length]
+        self.ids = self.ids[:length]
+        self.pictures = self.pictures[: self.ids.count(image_token_id) // per_picture]
+        return True
+
+
+def _can_crop(cache: Cache) -> bool:
+    """Whether tokens can be taken off the end with no trace. A layer with a window has forgotten what would come back."""
+
+    def layer_can(layer: Any) -> bool:
+        if type(layer) is StaticLayer:
+            return True
+        if not layer.is_croppable:
+            return False
+        return not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
+
+    return all(layer_can(layer) for layer in cache.layers)
+
+
+def new_cache(model: Any, static: bool, length: int) -> Cache:
+    """An empty cache for a model's decoder; a static one has room for `length` tokens."""
+    config = model.config.text_config
+    return StaticCache(config=config, max_cache_len=length) if static else DynamicCache(config=config)
+
+
+def reuse_is_exact(config: Any) -> bool:
+    """Whether what a model computed for a prefix holds when the conversation goes on.
+
+    Not under "mmca_reference", whose earlier texts see later pictures; nor with pictures in reversed places, each of which
+    moves when another comes; nor where the positions' frequencies depend on how long the whole is.
+    """
+    rope = getattr(config.text_config, "rope_parameters", None) or {}
+    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    return not (
+        config.multimodal_attention == "mmca_reference"
+        or config.reversed_pictures
+        or any(kind in ("dynamic", "longrope") for kind in kinds)
+    )

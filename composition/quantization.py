@@ -1,0 +1,34 @@
+"""Fewer bits for the decoder's weights, by bitsandbytes through transformers."""
+
+from typing import Any
+
+import torch
+
+QUANTIZATIONS = ("4bit", "8bit")
+# Small, or too delicate: they stay as they are.
+UNQUANTIZED = ("model.multi_modal_projector", "model.vision_tower", "lm_head")
+
+
+def quantization_config(kind: str, dtype: torch.dtype) -> Any:
+    """What `from_pretrained(quantization_config=...)` takes.
+
+    Args:
+        kind: "4bit" (NF4, quantized twice) or "8bit".
+        dtype: to compute in.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if kind == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(UNQUANTIZED),
+        )
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED))
+    raise ValueError(f"quantization={kind!r} is not known; choose from {', '.join(map(repr, QUANTIZATIONS))}.")

@@ -1,0 +1,307 @@
+"""DSVLChat: every answer is that of the whole conversation run afresh, and costs what is new."""
+
+import json
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_tower_config
+from PIL import Image
+
+from dsvl import DSVLConfig, DSVLForConditionalGeneration
+from dsvl.chat import DSVLChat
+from dsvl.chat.answering import pieces_of_text
+from dsvl.data.conversations import load_conversations
+
+PER_PICTURE, NEW = 5, 8
+
+
+def make_model(processor: Any, family: str = "llama", attention: str = "mmca", **text: Any) -> DSVLForConditionalGeneration:
+    config = FAMILIES[family]()
+    text = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 4096} | text
+    for name, value in text.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    whole = DSVLConfig(tiny_tower_config(), config, multimodal_attention=attention, image_token_id=processor.image_token_id)
+    model = DSVLForConditionalGeneration(whole).to(torch.float64).eval()
+    model.generation_config.eos_token_id = None  # random models may say it at once
+    return model
+
+
+def picture(seed: int) -> Image.Image:
+    noise = torch.randint(0, 256, (30, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(noise.numpy())
+
+
+def afresh(model: Any, processor: Any, messages: list[dict[str, Any]], new_tokens: int = NEW) -> list[int]:
+    """The ids of the answer to a conversation of which nothing is cached."""
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+    ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+class Meter:
+    """What really went through the parts of a model."""
+
+    def __init__(self, model: Any) -> None:
+        self.pictures: list[int] = []
+        self.tokens: list[int] = []
+        body = model.model
+        body.vision_tower.register_forward_pre_hook(
+            lambda module, args, kwargs: self.pictures.append(len(args[0])), with_kwargs=True
+        )
+        body.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: self.tokens.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+
+    def read(self) -> tuple[int, int]:
+        """Pictures that were encoded and tokens that were prefilled since it was read last."""
+        counts = sum(self.pictures), self.tokens[0]
+        self.pictures.clear()
+        self.tokens.clear()
+        return counts
+
+
+ROUNDS = [("What is it?", [0, 1]), ("And why?", []), ("Compare them.", [2]), ("So?", []), ("The last.", [3])]
+
+
+@pytest.mark.parametrize("attention", ["mmca", "causal"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_each_round_answers_as_if_afresh_and_costs_what_is_new(processor, family, cache, attention):
+    model = make_model(processor, family, attention)
+    chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
+    meter, before = Meter(model), 0
+    for text, numbers in ROUNDS:
+        answer = chat.ask(text, [picture(number) for number in numbers])
+        encoded, prefilled = meter.read()
+        cost = chat.last_round
+        assert encoded == cost.encoded_pictures == len(numbers)
+        assert prefilled == cost.prompt_tokens - cost.reused_tokens
+        # all that the earlier prompt held is reused; of the answer, what reads as it was said
+        assert cost.reused_tokens >= before
+        before = cost.prompt_tokens
+        assert cost.answer_ids == afresh(model, processor, chat.messages[:-1])
+        assert answer == chat.messages[-1]["content"] == processor.tokenizer.decode(cost.answer_ids)
+        meter.read()
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * len(ROUNDS)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_a_decoder_with_a_window_answers_as_if_afresh(processor, family, cache, caplog):
+    """What has left its window cannot come back: where an earlier message was changed, all is computed anew."""
+    model = make_model(processor, family)
+    chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
+    for text, numbers in ROUNDS:
+        chat.ask(text, [picture(number) for number in numbers])
+        assert chat.last_round.answer_ids == afresh(model, processor, chat.messages[:-1])
+    for text in ("Another.", "Yet another."):
+        chat.messages[2]["content"] = text
+        check_next(chat, 4)
+        assert chat.last_round.reused_tokens == 0
+    assert sum("left its window" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("reference", ["mmca_reference", "reversed"])
+def test_where_reuse_is_not_exact_everything_is_computed_again(processor, reference):
+    model = make_model(processor, attention="mmca" if reference == "reversed" else reference)
+    model.config.reversed_pictures = reference == "reversed"
+    chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False)
+    for seen, (text, numbers) in enumerate(ROUNDS[:3]):
+        chat.ask(text, [picture(number) for number in numbers])
+        assert chat.last_round.reused_tokens == 0 and chat.last_round.encoded_pictures == (2, 2, 3)[seen]
+        assert chat.last_round.answer_ids == afresh(model, processor, chat.messages[:-1])
+
+
+@pytest.fixture
+def chat(processor):
+    """A conversation of three rounds with three pictures."""
+    chat = DSVLChat(make_model(processor), processor, max_new_tokens=NEW, do_sample=False)
+    for text, numbers in ROUNDS[:3]:
+        chat.ask(text, [picture(number) for number in numbers])
+    return chat
+
+
+def check_next(chat: DSVLChat, encoded: int, images: Any = ()) -> None:
+    """The next answer is that of the conversation as it stands, with so many pictures encoded."""
+    chat.ask("And now?", images)
+    assert chat.last_round.answer_ids == afresh(chat.model, chat.processor, chat.messages[:-1])
+    assert chat.last_round.encoded_pictures == encoded
+
+
+def reword(chat):
+    chat.messages[2]["content"] = "And why not?"
+    return 1  # the pictures of the first round stay; that of the third moves
+
+
+def delete(chat):
+    del chat.messages[2:4]
+    return 1
+
+
+def forget_the_first(chat):
+    del chat.messages[:2]
+    return 1
+
+
+def forget_the_last(chat):
+    del chat.messages[-2:]
+    return 0
+
+
+def instruct(chat):
+    chat.messages.insert(0, {"role": "system", "content": "Be short."})
+    return 3
+
+
+def exchange(chat):
+    chat.messages[0]["content"][1] = {"type": "image", "image": picture(7)}
+    return 2
+
+
+def swap(chat):
+    parts = chat.messages[0]["content"]
+    parts[0], parts[1] = parts[1], parts[0]
+    return 3
+
+
+def draw(chat):
+    chat.messages[0]["content"][1]["image"].paste((255, 0, 0), (0, 0, 20, 20))
+    return 2
+
+
+def equal_pixels(chat):
+    for number in (0, 1):
+        chat.messages[0]["content"][number] = {"type": "image", "image": picture(number)}
+    return 0
+
+
+@pytest.mark.parametrize(
+    "edit", [reword, delete, forget_the_first, forget_the_last, instruct, exchange, swap, draw, equal_pixels]
+)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_an_edited_conversation_falls_back_to_what_is_still_true(chat, edit, cache):
+    chat.generation["cache_implementation"] = cache
+    check_next(chat, 0 if cache == "dynamic" else 3)  # another kind of cache begins anew
+    check_next(chat, edit(chat))
+    check_next(chat, 1, picture(9))
+
+
+def test_who_draws_on_a_picture_afterwards_draws_on_another(chat):
+    image = picture(5)
+    chat.ask("This?", image)
+    image.paste((0, 255, 0), (0, 0, 30, 30))
+    assert chat.messages[-2]["content"][0]["image"].tobytes() == picture(5).tobytes()
+    check_next(chat, 0)
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 3])
+def test_a_stopped_answer_is_what_was_given(chat, pieces):
+    before = list(chat.messages)
+    stream = chat.stream("Tell me a long story.", picture(6), max_new_tokens=200)
+    given = [next(stream) for _ in range(pieces)]
+    with pytest.raises(RuntimeError, match=r"still being given") if pieces else nullcontext():
+        assert pieces == 0 or chat.ask("Hello?")
+    stream.close()
+    assert chat.messages[: len(before)] == before
+    assert [message["content"] for message in chat.messages[len(before) + 1 :]] == (["".join(given)] if pieces else [])
+    assert len(chat.last_round.answer_ids) < 200
+    check_next(chat, 0)
+
+
+def test_an_interruption_before_the_first_piece_takes_the_question_back(chat, monkeypatch):
+    before = list(chat.messages)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dsvl.chat.conversation.pieces_of_text", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            chat.ask("What?", picture(6))
+    assert chat.messages == before
+    check_next(chat, 0)
+
+
+def test_a_failed_answer_leaves_the_conversation_as_it_was(chat, monkeypatch):
+    before = list(chat.messages)
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.model.lm_head, "forward", lambda hidden: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            chat.ask("What?", picture(6))
+    assert chat.messages == before
+    check_next(chat, 3)  # what its cache holds is not known
+
+
+def test_a_full_context_is_an_error_or_drops_the_oldest_rounds(chat, processor, caplog):
+    chat.messages.insert(0, {"role": "system", "content": "Be short."})
+    need = len(processor.apply_chat_template(chat.messages, tokenize=True, return_dict=True)["input_ids"][0]) + NEW
+    chat.context_length = need
+    with pytest.raises(ValueError, match=rf"The context holds {need} tokens, but .*overflow='drop'"):
+        chat.ask("Once more?", picture(8))
+    assert len(chat.messages) == 7 and not caplog.records
+    chat.overflow = "drop"
+    chat.ask("Once more?", picture(8))
+    assert "the oldest round" in caplog.text
+    assert chat.last_round.prompt_tokens + NEW <= need
+    assert [message["role"] for message in chat.messages] == ["system"] + ["user", "assistant"] * 3
+    assert chat.messages[1]["content"] == "And why?"
+    assert chat.last_round.answer_ids == afresh(chat.model, chat.processor, chat.messages[:-1])
+    with pytest.raises(ValueError, match=r"the last question alone"):
+        chat.ask("word " * 200, [picture(8)] * 10)
+
+
+def test_a_saved_conversation_goes_on_elsewhere(chat, tmp_path):
+    for _ in range(2):  # the second replaces the first
+        chat.save(tmp_path / "saved")
+    files = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    assert files[0] == "conversation.jsonl" and len(files) == 4
+    other = DSVLChat(chat.model, chat.processor, **chat.generation)
+    other.load(tmp_path / "saved")
+    assert other.ask("And now?", picture(4)) == chat.ask("And now?", picture(4))
+    assert other.last_round.answer_ids == chat.last_round.answer_ids
+    sample = load_conversations(tmp_path / "saved" / "conversation.jsonl")[0]  # which is also data to train on
+    assert [message["role"] for message in sample["messages"]] == ["user", "assistant"] * 3
+
+
+def test_a_loaded_conversation_opens_nothing_outside_its_directory(chat, tmp_path):
+    folder = tmp_path / "saved"
+    chat.save(folder)
+    picture(0).save(tmp_path / "secret.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    stored = json.loads((folder / "conversation.jsonl").read_text())
+    for path in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "http://127.0.0.1/secret.png"):
+        stored["messages"][0]["content"][0]["path"] = path
+        (folder / "conversation.jsonl").write_text(json.dumps(stored))
+        before = list(chat.messages)
+        with pytest.raises(ValueError, match=r"neither a text nor a picture|does not exist"):
+            chat.load(folder)
+        assert chat.messages == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("dear diary")
+    with pytest.raises(ValueError, match=r"notes.txt is no part of a saved conversation"):
+        chat.save(tmp_path / "mine")
+
+
+def test_pieces_are_whole_characters_and_make_up_the_answer(processor):
+    tokenizer = processor.tokenizer
+    text = "Eine süße Ente, 五只鸭子 🦆🦆.\n  Indented, twice"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = list(pieces_of_text(tokenizer, ids))
+    assert "".join(pieces) == tokenizer.decode(ids) and len(pieces) > 10
+    assert not any("\ufffd" in piece for piece in pieces)
+    cut = ids[: ids.index(tokenizer.convert_tokens_to_ids("<0xF0>")) + 2]  # within a character
+    assert "".join(pieces_of_text(tokenizer, cut)) == tokenizer.decode(cut)
+
+
+def test_options_that_cannot_be_are_refused(chat):
+    with pytest.raises(ValueError, match=r"overflow='wrap' is not known"):
+        DSVLChat(chat.model, chat.processor, overflow="wrap")
+    with pytest.raises(ValueError, match=r"num_beams=1"):
+        chat.ask("What?", num_beams=2)
+    with pytest.raises(ValueError, match=r"cache_implementation='quantized'"):
+        chat.ask("What?", cache_implementation="quantized")

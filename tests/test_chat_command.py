@@ -1,0 +1,274 @@
+"""`dsvl chat`: lines in a terminal, and what comes of them."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from training_runs import make_checkpoint
+
+from dsvl.chat import DSVLChat
+from dsvl.chat.loading import load
+from dsvl.chat.terminal import Terminal, dropped_pictures, line_reader, printable
+from dsvl.cli import main
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    made = make_checkpoint(tmp_path_factory.mktemp("chat"), max_position_embeddings=8192)
+    settings = made / "generation_config.json"
+    endless = json.loads(settings.read_text()) | {"suppress_tokens": [2]}  # never the end of an answer
+    settings.write_text(json.dumps(endless))
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in ("one.png", "two three.png", "it's.jpg"):
+        Image.new("RGB", (30, 40), "red").save(tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def talk(checkpoint, capsys):
+    """Type lines; gives what was printed and the conversation."""
+    model, processor = load(str(checkpoint), device="cpu")
+    capsys.readouterr()
+
+    def run(*lines: str, **options: object) -> tuple[str, str, DSVLChat]:
+        typed = iter(lines)
+
+        def read() -> str:
+            for line in typed:
+                if line == "^C":
+                    raise KeyboardInterrupt
+                return line
+            raise EOFError
+
+        chat = DSVLChat(model, processor, max_new_tokens=5, do_sample=False)
+        Terminal(chat, read, **options).run()
+        out, err = capsys.readouterr()
+        return out, err, chat
+
+    return run
+
+
+def test_dropped_pictures_are_told_from_text(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    one, two, three = (str(folder / name) for name in ("one.png", "two three.png", "it's.jpg"))
+    for line, text, paths in [
+        (f"{one} What is it?", "What is it?", [one]),
+        (f"'{two}' ", "", [two]),
+        (f'Compare "{two}" and {one} please', "Compare and please", [two, one]),
+        (two.replace(" ", "\\ ") + " What's this?", "What's this?", [two]),
+        (three.replace("'", "\\'"), "", [three]),
+        ("file://" + two.replace(" ", "%20"), "", [two]),
+        ("~/one.png what?", "what?", [one]),
+        ("What's in one.png, and  in /nowhere/else.png?", "What's in one.png, and  in /nowhere/else.png?", []),
+        ("a/b or 'c/d'", "a/b or 'c/d'", []),
+    ]:
+        assert dropped_pictures(line) == (text, paths)
+
+
+def test_questions_pictures_and_commands(talk, folder):
+    saved = folder / "a conversation"
+    out, err, chat = talk(
+        "/system Be short.",
+        f"/image {folder / 'one.png'} '{folder / 'two three.png'}'",
+        "What are these?",
+        f"{folder / 'one.png'}",
+        "And this?",
+        "So?",
+        f"/save '{saved}'",
+        "/clear",
+        "Hello?",
+        f"/load '{saved}'",
+        "/help",
+        "/quit",
+        "never read",
+        stats=True,
+    )
+    assert not err
+    roles = [message["role"] for message in chat.messages]
+    assert roles == ["system"] + ["user", "assistant"] * 3
+    assert [len(message["content"]) for message in chat.messages[1:4:2]] == [3, 2]
+    assert chat.messages[5]["content"] == "So?"
+    for said in (
+        "(2 pictures wait",
+        "(1 picture waits",
+        "2 pictures encoded",
+        "0 pictures encoded",
+        "3 rounds of",
+        "/image PATH",
+    ):
+        assert said in out
+    assert chat.messages[2]["content"].splitlines()[0] in out
+
+
+def test_mistakes_are_told_and_change_nothing(talk, folder):
+    (folder / "bad.png").write_text("no picture")
+    out, err, chat = talk(
+        "/imagine this",
+        "/image missing.png",
+        f"/image {folder / 'one.png'} {folder / 'bad.png'}",
+        "/image http://127.0.0.1/a.png",
+        "/image 'unfinished",
+        "/load",
+        f"/load {folder}",
+        f"/save {folder}",
+        "^C",
+        "Still there?",
+    )
+    for said in ("/imagine is no command", "missing.png does not exist", "is none of PNG", "fetching is not allowed"):
+        assert said in err
+    for said in (
+        "No closing quotation",
+        "/load takes one directory",
+        "holds no conversation.jsonl",
+        "is no part of a saved",
+    ):
+        assert said in err
+    assert [message["content"] for message in chat.messages][:1] == ["Still there?"]
+    assert "wait" not in out
+
+
+def test_words_cannot_command_the_terminal():
+    assert printable("\x1b]0;owned\x07a\tb\nc\x9b31m\rä五\x7f") == "]0;owneda\tb\nc31mä五"
+
+
+def test_lines_are_edited_and_remembered(monkeypatch, tmp_path):
+    prompt_toolkit = pytest.importorskip("prompt_toolkit")
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    assert prompt_toolkit
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        read = line_reader()
+        keys.send_text("helo\x1b[Dl\n")  # a step to the left, and the letter that was missing
+        assert read() == "hello"
+        keys.send_text("one\x1b\rtwo\n")  # Esc Enter
+        assert read() == "one\ntwo"
+        keys.send_text("\x03")
+        with pytest.raises(KeyboardInterrupt):
+            read()
+        keys.send_text("\x04")
+        with pytest.raises(EOFError):
+            read()
+        again = line_reader()  # as another time
+        keys.send_text("\x1b[A\x1b[A\n")
+        assert again() in ("hello", "one\ntwo")
+    file = tmp_path / "dsvl" / "chat_history"
+    assert file.stat().st_mode & 0o077 == 0
+
+
+def test_without_prompt_toolkit_its_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    assert main(["chat", "nowhere"]) == 1
+    assert "dsvl[chat]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [(["--dtype", "float64"], None), (["--dtype", "bfloat16", "--attn-implementation", "eager"], torch.bfloat16)],
+)
+def test_flags_reach_the_model(checkpoint, folder, monkeypatch, capsys, flags, dtype):
+    seen = {}
+
+    def run(self):
+        seen["chat"], seen["waiting"] = self.chat, self.waiting
+
+    monkeypatch.setattr(Terminal, "run", run)
+    picture = str(folder / "one.png")
+    flags = [*flags, "--device", "cpu", "--image", picture, picture, "--temperature", "0.5", "--system", "Hm."]
+    code = main(["chat", str(checkpoint), *flags, "--max-new-tokens", "7", "--cache-implementation", "static"])
+    if dtype is None:
+        assert code == 1 and "dtype='float64' is not known" in capsys.readouterr().err
+        return
+    chat = seen["chat"]
+    assert code == 0 and chat.model.dtype == dtype and not chat.model.training and len(seen["waiting"]) == 2
+    assert chat.model.config.text_config._attn_implementation == "eager"
+    assert chat.messages == [{"role": "system", "content": "Hm."}]
+    expected = {"max_new_tokens": 7, "temperature": 0.5, "do_sample": True, "cache_implementation": "static"}
+    assert chat.generation == expected
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantized_decoder_answers(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    checkpoint = make_checkpoint(tmp_path, intermediate_size=128)  # whole blocks of 64
+    model, processor = load(str(checkpoint), device="cpu", quantization=bits)
+    kinds = {type(module).__name__ for module in model.model.language_model.layers.modules()}
+    assert {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[bits] in kinds
+    assert {type(module).__name__ for module in model.model.vision_tower.modules()} & kinds <= {"Linear", "ModuleList"}
+    chat = DSVLChat(model, processor, max_new_tokens=3, min_new_tokens=3)
+    chat.ask("What?", Image.new("RGB", (30, 30)))
+    assert len(chat.last_round.answer_ids) == 3
+
+
+SHOWN = "\x1b[?25h"  # the cursor, when a prompt has been drawn
+
+
+class Screen:
+    """A program in a pseudo-terminal."""
+
+    def __init__(self, *command: str, **environment: str) -> None:
+        self.master, slave = pty.openpty()
+        env = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "OMP_NUM_THREADS": "1"} | environment
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True)
+        os.close(slave)
+        self.text = ""
+
+    def wait_for(self, what: str, seconds: float = 60) -> None:
+        """Read until this appears, and forget what came before it."""
+        end = time.monotonic() + seconds
+        while what not in self.text:
+            ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"{what!r} did not appear: {self.text!r}"
+            self.text += os.read(self.master, 4096).decode(errors="replace")
+        self.text = self.text.partition(what)[2]
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(checkpoint, folder, tmp_path):
+    pytest.importorskip("prompt_toolkit")
+    # the slave must be the program's controlling terminal, as Ctrl-C goes by way of it
+    start = (
+        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "from dsvl.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    flags = ["--max-new-tokens", "3000", "--device", "cpu", "--stats", "--temperature", "1", "--seed", "0"]
+    screen = Screen(sys.executable, "-c", start, "chat", str(checkpoint), *flags, XDG_STATE_HOME=str(tmp_path))
+    try:
+        screen.wait_for("Ctrl-D leaves.")
+        screen.wait_for(SHOWN)
+        screen.type(f"'{folder / 'two three.png'}' What is it?\r")
+        screen.wait_for("(1 picture waits for the question)")
+        time.sleep(0.5)
+        screen.type("\x03")
+        screen.wait_for("(stopped)")
+        screen.wait_for("tokens/s)")
+        screen.wait_for(SHOWN)
+        screen.type("And now?\r")
+        time.sleep(0.5)
+        screen.type("\x03")
+        screen.wait_for("(stopped)")
+        screen.wait_for(" 0 pictures encoded")
+        screen.wait_for(SHOWN)
+        screen.type("/quit\r")
+        assert screen.process.wait(20) == 0
+    finally:
+        screen.process.kill()
+        os.close(screen.master)
