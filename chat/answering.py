@@ -91,7 +91,8 @@ def pieces_of_text(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
     for token in tokens:
         said.append(token)
         # Single bytes are a character once the last of them is there, and none if one does not fit.
-        if _A_BYTE.fullmatch(tokenizer.convert_ids_to_tokens(token)):
+        # A row of the table that fills it up to a round number has no token; it decodes to nothing.
+        if _A_BYTE.fullmatch(tokenizer.convert_ids_to_tokens(token) or ""):
             continue
         known = text()
         if len(known) > given and not known.endswith("\ufffd"):

@@ -305,3 +305,10 @@ def test_options_that_cannot_be_are_refused(chat):
         chat.ask("What?", num_beams=2)
     with pytest.raises(ValueError, match=r"cache_implementation='quantized'"):
         chat.ask("What?", cache_implementation="quantized")
+
+
+def test_an_id_without_a_token_is_no_text(tokenizer):
+    """The table has more rows than the tokenizer has tokens, so that they are a multiple of 64."""
+    known = tokenizer("a cup", add_special_tokens=False)["input_ids"]
+    ids = [*known[:1], len(tokenizer) + 5, *known[1:]]
+    assert "".join(pieces_of_text(tokenizer, ids)) == tokenizer.decode(known)
