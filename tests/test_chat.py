@@ -112,6 +112,16 @@ def test_a_decoder_with_a_window_answers_as_if_afresh(processor, family, cache, 
     assert sum("left its window" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_the_first_picture_may_come_late(processor, cache):
+    """Until then the decoder attends as it always did; its keys are the same."""
+    chat = DSVLChat(make_model(processor), processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
+    for text, numbers in [("Hello.", []), ("Who are you?", []), ("Look.", [0]), ("And?", [])]:
+        chat.ask(text, [picture(number) for number in numbers])
+        assert chat.last_round.answer_ids == afresh(chat.model, processor, chat.messages[:-1])
+    assert chat.last_round.reused_tokens > 0
+
+
 @pytest.mark.parametrize("reference", ["mmca_reference", "reversed"])
 def test_where_reuse_is_not_exact_everything_is_computed_again(processor, reference):
     model = make_model(processor, attention="mmca" if reference == "reversed" else reference)
