@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 import time
+from contextlib import suppress
 from urllib.parse import urljoin, urlsplit
 
 MAX_REDIRECTS = 5
@@ -26,34 +27,37 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def _public_socket(host: str, port: int, timeout: float) -> socket.socket:
+def _public_socket(host: str, port: int, timeout: float | None) -> socket.socket:
     """Connect to the very address that was checked: a second look-up might give another.
 
     Raises:
         ValueError: if the host has an address that is not public.
+        OSError: if none of them answers.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if not all(is_public(str(entry[4][0])) for entry in found):
         raise ValueError(f"{host} is not on the public internet.")
-    family, kind, protocol, _, address = found[0]
-    connection = socket.socket(family, kind, protocol)
-    try:
-        connection.settimeout(timeout)
-        connection.connect(address)
-    except OSError:
-        connection.close()
-        raise
-    return connection
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in found:
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(address)
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = error
+    raise failure or OSError(f"{host} has no address.")
 
 
 class _Plain(http.client.HTTPConnection):
     def connect(self) -> None:
-        self.sock = _public_socket(self.host, self.port, SECONDS)
+        self.sock = _public_socket(self.host, self.port, self.timeout)
 
 
 class _Encrypted(http.client.HTTPSConnection):
     def connect(self) -> None:
-        plain = _public_socket(self.host, self.port, SECONDS)
+        plain = _public_socket(self.host, self.port, self.timeout)
         self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
 
 
@@ -80,7 +84,7 @@ class _Fetch(threading.Thread):
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
                 raise ValueError(f"{url[:200]} is not a plain http(s) address.")
             kind = _Plain if parts.scheme == "http" else _Encrypted
-            self.connection = connection = kind(parts.hostname, parts.port)
+            self.connection = connection = kind(parts.hostname, parts.port, timeout=self._left())
             try:
                 target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
                 connection.request("GET", target, headers={"User-Agent": "dsvl", "Accept-Encoding": "identity"})
@@ -92,6 +96,12 @@ class _Fetch(threading.Thread):
                 connection.close()
         raise ValueError(f"there are more than {MAX_REDIRECTS} redirections.")
 
+    def _left(self) -> float:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the time is over.")
+        return left
+
     def _read(self, response: http.client.HTTPResponse) -> bytes:
         if response.status != 200:
             raise ValueError(f"the server answers {response.status} {response.reason}.")
@@ -100,8 +110,7 @@ class _Fetch(threading.Thread):
             body += chunk
             if len(body) > self.max_bytes:
                 raise ValueError(f"it has more than {self.max_bytes:,} bytes.")
-            if time.monotonic() > self.deadline:
-                raise TimeoutError("the time is over.")
+            self._left()
         return bytes(body)
 
 
@@ -124,7 +133,8 @@ def fetch(url: str, max_bytes: int, seconds: float = SECONDS) -> bytes:
     if thread.is_alive():
         sock = getattr(thread.connection, "sock", None)
         if sock is not None:
-            sock.close()
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # which wakes the thread
         raise ValueError(f"The picture {url[:200]} did not come within {seconds:g} seconds.")
     if thread.body is None:
         raise ValueError(f"The picture {url[:200]} cannot be fetched: {thread.error}")

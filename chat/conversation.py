@@ -55,7 +55,7 @@ class Round:
 
 class DSVLChat:
     """A conversation with a model. Each round computes its own tokens and pictures only; answers are those of the whole
-    conversation run afresh.
+    conversation run afresh (as exactly as the model's precision has it: what is computed in parts rounds differently).
 
     The cache of earlier rounds is held against the tokens and pictures of the conversation as it stands, and used as far as
     they agree: messages may be changed or deleted at will. Call `reset()` after changing the model. One answer at a time;
@@ -66,7 +66,7 @@ class DSVLChat:
         processor: its `DSVLProcessor`.
         overflow: what happens when conversation and answer (`max_new_tokens`) exceed `context_length`: "error", or "drop" to
             leave out the oldest rounds whole, which is logged.
-        context_length: in tokens; by default what the decoder's positions allow.
+        context_length: in tokens; by default what the decoder's positions allow. A static cache takes memory for all of it.
         allow_urls: whether pictures may be http(s) addresses (see `addresses.fetch`). Off, nothing is ever fetched.
         generation: what `generate()` takes, for all rounds: `max_new_tokens` (else the checkpoint's, or 512), `do_sample`,
             `temperature`, ..., `cache_implementation="static"`.
@@ -144,7 +144,7 @@ class DSVLChat:
         inputs = self._inputs(ids, pictures[len(memory.pictures) :], memory)
         cost = Round(len(ids), len(memory.ids), len(pictures) - len(memory.pictures), dropped)
 
-        answer = Answer(self.model, self._worker, inputs | options)
+        answer = Answer(self.model, self._worker, inputs | options | {"cache_implementation": None})
         said = ""
         finished = False
         try:

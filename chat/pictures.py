@@ -1,6 +1,7 @@
 """Pictures that strangers may have made: opened within bounds."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ def open_picture(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PI
         ValueError: naming the source and the reason.
     """
     if isinstance(source, Image.Image):
-        return decode_picture(source)
+        return _within(source, "", max_pixels)
     if hasattr(source, "__array_interface__"):
-        return decode_picture(Image.fromarray(source))
+        return _within(Image.fromarray(source), "", max_pixels)
     name = "of these bytes" if isinstance(source, bytes) else str(source)[:300]
     if isinstance(source, str) and "://" in source:
         if not allow_urls:
@@ -47,6 +48,11 @@ def open_picture(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PI
         raise ValueError(f"The picture {name} is refused: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"The picture {name} is none of {', '.join(FORMATS)}, or it is broken.") from error
+    return _within(image, name, max_pixels)
+
+
+def _within(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """Decode a picture unless it is too large."""
     if image.width * image.height > max_pixels:
         raise ValueError(
             f"The picture {name} has {image.width} x {image.height} pixels; the largest that is opened has {max_pixels:,}."
@@ -55,7 +61,7 @@ def open_picture(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PI
 
 
 def _read(path: Path, name: str) -> bytes:
-    if not path.is_file():  # nor is a pipe or a device opened, which may never end
+    if not os.path.isfile(path):  # nor is a pipe or a device opened, which may never end
         raise ValueError(f"The picture {name} does not exist, or is no file.")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import torch
+
 from .conversation import DSVLChat
 from .pictures import SUFFIXES, open_picture
 
@@ -114,7 +116,7 @@ class Terminal:
                 print()
             except EOFError:
                 return
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:  # the conversation is as it was
                 print(printable(str(error)), file=sys.stderr)
 
     def handle(self, line: str) -> None:

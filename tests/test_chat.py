@@ -34,12 +34,16 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(noise.numpy())
 
 
-def afresh(model: Any, processor: Any, messages: list[dict[str, Any]], new_tokens: int = NEW) -> list[int]:
-    """The ids of the answer to a conversation of which nothing is cached."""
-    inputs = processor.apply_chat_template(
+def prompt(processor: Any, messages: list[dict[str, Any]]) -> Any:
+    return processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
     )
-    ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+
+
+def afresh(model: Any, processor: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+    """The ids of the answer to a conversation of which nothing is cached."""
+    inputs = prompt(processor, messages)
+    ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -72,20 +76,22 @@ ROUNDS = [("What is it?", [0, 1]), ("And why?", []), ("Compare them.", [2]), ("S
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_each_round_answers_as_if_afresh_and_costs_what_is_new(processor, family, cache, attention):
-    model = make_model(processor, family, attention)
-    chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
-    meter, before = Meter(model), 0
+    model, end = make_model(processor, family, attention), {"forced_eos_token_id": processor.tokenizer.eos_token_id}
+    chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache, **end)
+    meter, held = Meter(model), torch.zeros(0, dtype=torch.long)
     for text, numbers in ROUNDS:
         answer = chat.ask(text, [picture(number) for number in numbers])
         encoded, prefilled = meter.read()
-        cost = chat.last_round
-        assert encoded == cost.encoded_pictures == len(numbers)
-        assert prefilled == cost.prompt_tokens - cost.reused_tokens
-        # all that the earlier prompt held is reused; of the answer, what reads as it was said
-        assert cost.reused_tokens >= before
-        before = cost.prompt_tokens
-        assert cost.answer_ids == afresh(model, processor, chat.messages[:-1])
-        assert answer == chat.messages[-1]["content"] == processor.tokenizer.decode(cost.answer_ids)
+        cost, ids = chat.last_round, prompt(processor, chat.messages[:-1])["input_ids"][0]
+        # All that was computed before is reused, as far as it reads as it was said.
+        common = int((held == ids[: len(held)]).cumprod(0).sum())
+        assert cost.reused_tokens == common and cost.prompt_tokens == len(ids)
+        assert (encoded, prefilled) == (len(numbers), len(ids) - common)
+        assert encoded == cost.encoded_pictures
+        assert cost.answer_ids == afresh(model, processor, chat.messages[:-1], **end)
+        assert answer == chat.messages[-1]["content"]
+        assert answer == processor.tokenizer.decode(cost.answer_ids, skip_special_tokens=True)
+        held = torch.cat([ids, torch.tensor(cost.answer_ids[:-1])])  # the last was said, but not read
         meter.read()
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * len(ROUNDS)
 
@@ -104,6 +110,16 @@ def test_a_decoder_with_a_window_answers_as_if_afresh(processor, family, cache, 
         check_next(chat, 4)
         assert chat.last_round.reused_tokens == 0
     assert sum("left its window" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_the_first_picture_may_come_late(processor, cache):
+    """Until then the decoder attends as it always did; its keys are the same."""
+    chat = DSVLChat(make_model(processor), processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
+    for text, numbers in [("Hello.", []), ("Who are you?", []), ("Look.", [0]), ("And?", [])]:
+        chat.ask(text, [picture(number) for number in numbers])
+        assert chat.last_round.answer_ids == afresh(chat.model, processor, chat.messages[:-1])
+    assert chat.last_round.reused_tokens > 0
 
 
 @pytest.mark.parametrize("reference", ["mmca_reference", "reversed"])
@@ -305,6 +321,18 @@ def test_options_that_cannot_be_are_refused(chat):
         chat.ask("What?", num_beams=2)
     with pytest.raises(ValueError, match=r"cache_implementation='quantized'"):
         chat.ask("What?", cache_implementation="quantized")
+
+
+def test_what_a_checkpoint_says_of_its_cache_is_heard(processor):
+    model = make_model(processor)
+    model.generation_config.cache_implementation = "static"
+    model.config.text_config.use_cache = False  # as a training leaves it
+    chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False)
+    for text, numbers in ROUNDS[:2]:
+        chat.ask(text, [picture(number) for number in numbers])
+    assert chat._memory.static and chat.last_round.reused_tokens > 0
+    model.generation_config.cache_implementation = None
+    assert chat.last_round.answer_ids == afresh(model, processor, chat.messages[:-1])
 
 
 def test_an_id_without_a_token_is_no_text(tokenizer):

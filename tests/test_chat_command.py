@@ -139,6 +139,16 @@ def test_mistakes_are_told_and_change_nothing(talk, folder):
     assert "wait" not in out
 
 
+def test_a_full_memory_ends_a_question_and_not_the_program(talk, monkeypatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", full)
+        out, err, chat = talk("What?", "And now?")
+    assert err.count("CUDA out of memory.") == 2 and not chat.messages
+
+
 def test_words_cannot_command_the_terminal():
     assert printable("\x1b]0;owned\x07a\tb\nc\x9b31m\rä五\x7f") == "]0;owneda\tb\nc31mä五"
 

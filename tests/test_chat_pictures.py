@@ -1,7 +1,10 @@
 """What a conversation opens and fetches: within bounds, and nothing that was not asked for."""
 
 import io
+import shutil
+import ssl
 import struct
+import subprocess
 import threading
 import time
 import zlib
@@ -149,7 +152,7 @@ def site(monkeypatch):
     """A server on 127.0.0.1, which passes for public here; 127.0.0.2 does not."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
     server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1")
     yield server
     server.shutdown()
@@ -205,3 +208,22 @@ def test_addresses_that_are_refused(site, url):
     with pytest.raises(ValueError, match="cannot be fetched"):
         fetch(url, 1000)
     assert not site.asked
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate by openssl")
+def test_a_certificate_is_checked_against_the_address_that_was_typed(site, tmp_path, monkeypatch):
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*make, *subject], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    site.socket = context.wrap_socket(site.socket, server_side=True)
+    monkeypatch.setattr(addresses, "is_public", lambda address: address in ("127.0.0.1", "::1"))
+    port = site.server_address[1]
+    with pytest.raises(ValueError, match="CERTIFICATE_VERIFY_FAILED"):
+        fetch(f"https://localhost:{port}/picture.png", 1000)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # now somebody vouches for it
+    assert fetch(f"https://localhost:{port}/picture.png", 1000) == png(PICTURE)
+    with pytest.raises(ValueError, match="CERTIFICATE_VERIFY_FAILED"):
+        fetch(f"https://127.0.0.1:{port}/picture.png", 1000)
