@@ -35,8 +35,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class ChatCompletions(ChatCompletionHandler):
     """`/v1/chat/completions`, an ASGI application.
 
-    The base class turns messages into the processor's and texts into the protocol's answers, streamed or whole. What it takes
-    from a request beyond that is left out here: names of models, addresses and paths of pictures, whole generation
+    The base class turns messages into the processor's and texts into the protocol's answers, streamed or whole. What it
+    takes from a request beyond that is left out here: names of models, addresses and paths of pictures, whole generation
     configurations, arguments of the template, the seed of the process.
 
     Args:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.utils import BaseGenerateManager, _StreamError
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..generation_dsvl import NoImageToken
+from .texts import StopTexts, TextPieces
 
 logger = logging.getLogger(__name__)
 FAILURE = "The answer could not be generated."  # all that a client learns; the log has the rest
@@ -40,25 +40,6 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
 
-class StopTexts:
-    """Passes a text on piece by piece up to the first stop text, and holds back what may be the beginning of one."""
-
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        self.stop = stop
-        self.held = ""
-
-    def feed(self, piece: str) -> tuple[str, bool]:
-        """The text that may be passed on, and whether a stop text was found."""
-        self.held += piece
-        found = [place for text in self.stop if (place := self.held.find(text)) >= 0]
-        if found:
-            return self.held[: min(found)], True
-        begun = [size for text in self.stop for size in range(1, len(text)) if self.held.endswith(text[:size])]
-        keep = len(self.held) - max(begun, default=0)
-        ready, self.held = self.held[:keep], self.held[keep:]
-        return ready, False
-
-
 class Generation:
     """One request on its way: what transformers' handler reads from (`queue`, `total_tokens`, `cancel`)."""
 
@@ -71,8 +52,7 @@ class Generation:
         self.done = False
         self.queue: asyncio.Queue[Any] = asyncio.Queue()  # pieces of text; None at the end, or a _StreamError
         self._loop = asyncio.get_running_loop()
-        self._tokenizer = tokenizer
-        self._pieces = DecodeStream([], skip_special_tokens=True)
+        self._pieces = TextPieces(tokenizer)
         self._stop = StopTexts(sampling.stop)
         self._generator: torch.Generator | None = None
         self._warpers = LogitsProcessorList()
@@ -109,16 +89,16 @@ class Generation:
             self.finish()
             return
         self.token_ids.append(token_id)
-        piece = self._pieces.step(self._tokenizer, token_id)
-        ready, stopped = self._stop.feed(piece) if piece else ("", False)
+        last = token_id in end_of_text or len(self.token_ids) >= self.limit
+        piece = self._pieces.feed(token_id)
+        ready, stopped = self._stop.feed(piece + self._pieces.rest() if last else piece)
+        if last and not stopped:
+            ready += self._stop.held
         if ready:
             self._send(ready)
-        ended = stopped or token_id in end_of_text
-        if ended or len(self.token_ids) >= self.limit:
-            if not stopped and self._stop.held:
-                self._send(self._stop.held)
-            if ended:
-                self.sampling.max_new_tokens = None
+        if stopped or token_id in end_of_text:
+            self.sampling.max_new_tokens = None
+        if stopped or last:
             self.finish()
 
     def finish(self, failure: str | None = None) -> None:
@@ -195,7 +175,7 @@ class Engine(BaseGenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
     ) -> tuple["asyncio.Queue[Any]", Any]:
         """Start an answer; see `BaseGenerateManager`. `inputs` are of one row, `gen_config` is a `Sampling`."""
-        one = Generation(dict(inputs), gen_config, self.tokenizer._tokenizer, self.model.device)
+        one = Generation(dict(inputs), gen_config, self.tokenizer, self.model.device)
         with self._changed:
             if self._stopped:
                 raise RuntimeError("The engine has stopped; start the server again.")

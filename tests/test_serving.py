@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import torch
 from training_runs import environment, make_checkpoint
@@ -27,7 +29,7 @@ LONG = 1500  # tokens that nobody waits for
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("serving"), max_position_embeddings=2048)
+    return make_checkpoint(tmp_path_factory.mktemp("serving"), max_position_embeddings=2048, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,10 @@ def parts(checkpoint: Path) -> tuple[Any, Any]:
     """In float64, so that a batch answers as its rows do alone; its answers do not end by themselves."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float64).eval()
     model.generation_config.eos_token_id = None
-    return model, AutoProcessor.from_pretrained(checkpoint)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    # Single bytes that are no UTF-8 read otherwise one by one than together.
+    model.generation_config.suppress_tokens = [i for word, i in processor.tokenizer.get_vocab().items() if word[:3] == "<0x"]
+    return model, processor
 
 
 @pytest.fixture(scope="module")
@@ -296,10 +301,10 @@ def _eps() -> str:
         ("data:image/png;base64,!!!", "not valid base64"),
         ("data:image/png,abc", "no base64 data URL"),
         ("data:image/png;base64,aGVsbG8=", "cannot be read"),
-        (_bomb(), "cannot be read|60000 x 60000"),
+        (_bomb(), "cannot be read"),
         (_eps(), "cannot be read"),
-        (data_url(picture(0, (5200, 5000))), "5200 x 5000"),
-        (data_url(picture(0))[:200] + "A" * 0, "cannot be decoded|not valid base64"),
+        (data_url(Image.new("L", (5200, 5000))), "5200 x 5000"),
+        (data_url(picture(0))[: -len("AAAA") * 200], "cannot be decoded"),
     ],
     ids=["path", "file", "address", "no base64", "no mark", "no picture", "bomb", "eps", "large", "cut"],
 )
@@ -375,8 +380,6 @@ def test_texts_cannot_forge_a_picture(server: Server, parts: tuple[Any, Any]) ->
 
 def _load(server: Server, parts: tuple[Any, Any], clients: int, seconds: float) -> tuple[int, int]:
     """Clients that ask one after the other, every third of them vanishing in the middle; answers, and departures."""
-    import time
-
     texts = [f"word {number}" for number in range(12)]
     images = [picture(number) if number % 3 == 0 else None for number in range(12)]
     own = [
@@ -441,10 +444,6 @@ def test_many_clients_some_of_whom_vanish(server: Server, parts: tuple[Any, Any]
 
 @pytest.mark.slow
 def test_a_hundred_clients_for_a_minute(server: Server, parts: tuple[Any, Any]) -> None:
-    import gc
-
-    import psutil
-
     def memory() -> int:
         gc.collect()
         return psutil.Process().memory_info().rss
