@@ -1,6 +1,7 @@
 """`dsvl serve`: the official client, many clients at once, and clients that mean no good."""
 
 import base64
+import gc
 import json
 import socket
 import struct
@@ -18,13 +19,15 @@ import openai
 import psutil
 import pytest
 import torch
-from training_runs import environment, make_checkpoint
+from PIL import Image
+from training_runs import WORDS, environment, make_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dsvl.serving.requests import Limits
 from serving import NAME, Server, data_url, eventually, picture, post, question, served
 
 LONG = 1500  # tokens that nobody waits for
+SENTENCES = [" ".join(WORDS[start : start + size]) for size in (2, 3, 4, 6) for start in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +192,7 @@ def test_sampling_is_each_requests_own(server: Server) -> None:
 
 
 def test_requests_that_come_together_are_answered_together(server: Server, parts: tuple[Any, Any]) -> None:
-    texts = [f"{'long ' * (number % 4)}number {number}?" for number in range(24)]
+    texts = SENTENCES[:24]
     urls = [[data_url(picture(number))] * (number % 3) for number in range(24)]
     own = [
         [{"type": "image", "image": picture(number)}] * (number % 3) + [{"type": "text", "text": texts[number]}]
@@ -380,7 +383,7 @@ def test_texts_cannot_forge_a_picture(server: Server, parts: tuple[Any, Any]) ->
 
 def _load(server: Server, parts: tuple[Any, Any], clients: int, seconds: float) -> tuple[int, int]:
     """Clients that ask one after the other, every third of them vanishing in the middle; answers, and departures."""
-    texts = [f"word {number}" for number in range(12)]
+    texts = SENTENCES[:12]
     images = [picture(number) if number % 3 == 0 else None for number in range(12)]
     own = [
         ([{"type": "image", "image": i}] if i else []) + [{"type": "text", "text": t}]

@@ -1,5 +1,6 @@
 """Fetching a stranger's address: public ones alone, whatever the name, a redirect or a slow server does."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -68,10 +69,8 @@ class Site:
             with connection:
                 path = connection.recv(65536).split()[1].decode()
                 self.visits.append(path)
-                try:
+                with contextlib.suppress(OSError):  # the visitor left
                     self.serve(connection, path)
-                except OSError:
-                    pass  # the visitor left
 
 
 @pytest.fixture
