@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +19,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import Modality
 
@@ -29,7 +29,8 @@ from .requests import ChatRequest, Limits, RequestError, parse
 
 logger = logging.getLogger(__name__)
 DEFAULT_NEW_TOKENS = 1024  # as transformers' own server
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CHARACTERS_PER_TOKEN = 64  # more than any text has on the average
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 class ChatCompletions(ChatCompletionHandler):
@@ -59,15 +60,10 @@ class ChatCompletions(ChatCompletionHandler):
         request_id = f"chatcmpl-{uuid.uuid4().hex}"  # ours: a client's could be another's
         with self._place():
             try:
-                body = await self._read(request)
-                asked, inputs = await asyncio.get_running_loop().run_in_executor(self.preparing, self._prepare, body)
-                del body
-                response = await self._respond(asked, inputs, request_id, receive)
-                del inputs
-                if response is not None:
-                    await response(scope, receive, send)
+                response = await _while_there(receive, self._respond(await self._read(request), request_id))
+                await response(scope, receive, send)
             except ClientDisconnect:
-                pass
+                pass  # nobody is there to be told
             finally:
                 self.engine.release(request_id)
 
@@ -113,6 +109,14 @@ class ChatCompletions(ChatCompletionHandler):
                 f"There is no such model here; GET /v1/models names {self.name!r}.", 404, "model_not_found", "model"
             )
         messages = self.get_processor_inputs_from_messages(asked.plain_messages(), Modality.VLM)
+        context = self.model.config.get_text_config().max_position_embeddings
+        characters = sum(len(part.get("text", "")) for message in messages for part in message["content"])
+        if characters > CHARACTERS_PER_TOKEN * context:  # not worth the minutes to count its tokens
+            raise RequestError(
+                f"The model's context is {context} tokens, far less than {characters} characters; shorten the messages.",
+                code="context_length_exceeded",
+                param="messages",
+            )
         load_pictures(messages, self.limits)
         try:
             inputs = self.processor.apply_chat_template(
@@ -156,24 +160,17 @@ class ChatCompletions(ChatCompletionHandler):
             stop=asked.stops(),
         )
 
-    async def _respond(
-        self, asked: ChatRequest, inputs: dict[str, Any], request_id: str, receive: Receive
-    ) -> Response | None:
-        """The answer, or None if the client did not wait for it."""
+    async def _respond(self, body: bytes, request_id: str) -> Response:
+        """The answer; one that is streamed has begun."""
+        asked, inputs = await asyncio.get_running_loop().run_in_executor(self.preparing, self._prepare, body)
+        del body  # as large as its pictures, and the answer may take long
         sampling = self._sampling(asked, inputs["input_ids"].shape[-1])
         arguments = (request_id, self.model, self.processor, self.name, inputs, sampling)
-        if asked.stream:
-            response = self._streaming(*arguments, gen_manager=self.engine)
-            response.body_iterator = _closed(response.body_iterator)
-            return response
-        answer = asyncio.ensure_future(self._non_streaming(*arguments, gen_manager=self.engine))
-        gone = asyncio.ensure_future(_gone(receive))
-        try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return await answer if answer.done() else None
-        finally:
-            answer.cancel()
-            gone.cancel()
+        if not asked.stream:
+            return await self._non_streaming(*arguments, gen_manager=self.engine)
+        response = self._streaming(*arguments, gen_manager=self.engine)
+        response.body_iterator = _closed(response.body_iterator)
+        return response
 
 
 async def _closed(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -187,10 +184,27 @@ async def _closed(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield "data: [DONE]\n\n"
 
 
-async def _gone(receive: Receive) -> None:
-    message: Message = {"type": ""}
-    while message["type"] != "http.disconnect":
-        message = await receive()
+async def _while_there(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
+    """What the work gives; it is given up when the client goes.
+
+    Raises:
+        ClientDisconnect: then.
+    """
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientDisconnect
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def build_app(

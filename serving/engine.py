@@ -43,7 +43,7 @@ class Sampling:
 class Generation:
     """One request on its way: what transformers' handler reads from (`queue`, `total_tokens`, `cancel`)."""
 
-    def __init__(self, inputs: dict[str, Any], sampling: Sampling, tokenizer: Any, device: torch.device) -> None:
+    def __init__(self, inputs: dict[str, Any], sampling: Sampling, tokenizer: Any) -> None:
         self.inputs = inputs
         self.sampling = sampling
         self.limit = sampling.max_new_tokens or 1
@@ -57,11 +57,6 @@ class Generation:
         self._generator: torch.Generator | None = None
         self._warpers = LogitsProcessorList()
         if sampling.temperature > 0:
-            self._generator = torch.Generator(device)
-            if sampling.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(sampling.seed)
             self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_k > 0:
                 self._warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -78,8 +73,14 @@ class Generation:
 
     def choose(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor | None:
         """The next token, from scores (1, vocabulary), by this request's own generator; None: the likeliest."""
-        if self._generator is None:
+        if not self._warpers:
             return None
+        if self._generator is None:
+            self._generator = torch.Generator(scores.device)
+            if self.sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(self.sampling.seed)
         probabilities = self._warpers(input_ids, scores).float().softmax(-1)
         return torch.multinomial(probabilities, 1, generator=self._generator)[0, 0]
 
@@ -175,7 +176,7 @@ class Engine(BaseGenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
     ) -> tuple["asyncio.Queue[Any]", Any]:
         """Start an answer; see `BaseGenerateManager`. `inputs` are of one row, `gen_config` is a `Sampling`."""
-        one = Generation(dict(inputs), gen_config, self.tokenizer, self.model.device)
+        one = Generation(dict(inputs), gen_config, self.tokenizer)
         with self._changed:
             if self._stopped:
                 raise RuntimeError("The engine has stopped; start the server again.")

@@ -7,8 +7,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +17,12 @@ import openai
 import psutil
 import pytest
 import torch
+from model_server import NAME, Server, data_url, eventually, picture, post, question, served
 from PIL import Image
 from training_runs import WORDS, environment, make_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dsvl.serving.requests import Limits
-from serving import NAME, Server, data_url, eventually, picture, post, question, served
 
 LONG = 1500  # tokens that nobody waits for
 SENTENCES = [" ".join(WORDS[start : start + size]) for size in (2, 3, 4, 6) for start in range(8)]
@@ -329,6 +327,7 @@ def test_pictures_that_are_refused(server: Server, url: str, words: str) -> None
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 1900}, 400, "max_completion_tokens"),
         ({"max_tokens": 100_000}, 400, "messages"),
+        ({"messages": question("word " * 100_000)}, 400, "messages"),
         ({"stop": ["a"] * 5}, 400, "stop"),
         ({"model": "../other"}, 404, "model"),
         ({"messages": []}, 400, "messages"),
@@ -364,6 +363,7 @@ def test_the_door(server: Server, monkeypatch: Any) -> None:
     assert _status(server, post(body, host="evil.example")) == 400  # a page whose name was turned to this address
     assert _status(server, post(b"{")) == 400
     assert _status(server, post(b"[" * 200_000)) == 400
+    assert _status(server, post(body.replace(b"one", rb"\ud800"))) == 400  # half a character
     assert _status(server, b"GET /load_model HTTP/1.1\r\nHost: localhost\r\n\r\n") == 404
     assert _status(server, b"POST /reset HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n") == 404
     assert _status(server, b"GET /v1/models/../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n") == 404
@@ -382,66 +382,34 @@ def test_texts_cannot_forge_a_picture(server: Server, parts: tuple[Any, Any]) ->
 
 
 def _load(server: Server, parts: tuple[Any, Any], clients: int, seconds: float) -> tuple[int, int]:
-    """Clients that ask one after the other, every third of them vanishing in the middle; answers, and departures."""
+    """Let many clients ask, some of whom vanish; answers, and departures. All answers must be the model's own."""
     texts = SENTENCES[:12]
     images = [picture(number) if number % 3 == 0 else None for number in range(12)]
-    own = [
-        ([{"type": "image", "image": i}] if i else []) + [{"type": "text", "text": t}]
-        for t, i in zip(texts, images, strict=True)
-    ]
-    asked = [question(t, *([data_url(i)] if i else [])) for t, i in zip(texts, images, strict=True)]
+    own, asked = [], []
+    for text, image in zip(texts, images, strict=True):
+        own.append([{"type": "image", "image": image}] * (image is not None) + [{"type": "text", "text": text}])
+        asked.append(question(text, *([data_url(image)] if image else [])))
     expected = [alone(parts, [{"role": "user", "content": content}], 8) for content in own]
     assert len(set(expected)) == len(expected)
-    end = time.monotonic() + seconds
-    lock, counts, wrong = threading.Lock(), [0, 0], []
-
-    def one(number: int) -> None:
-        client = server.client()
-        turn = number
-        while time.monotonic() < end:
-            turn += 1
-            which = turn % len(texts)
-            options: dict[str, Any] = {"model": NAME, "messages": asked[which]}
-            try:
-                if number % 3 == 0:  # vanishes
-                    if turn % 2:
-                        stream = client.chat.completions.create(**options, max_tokens=LONG, stream=True)
-                        next(iter(stream))
-                        stream.close()
-                    else:
-                        body = json.dumps(options | {"max_tokens": LONG}).encode()
-                        with server.raw(post(body)):
-                            time.sleep(0.05)
-                    kind = 1
-                else:
-                    if turn % 2:
-                        chunks = client.chat.completions.create(**options, max_tokens=8, stream=True)
-                        answer = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-                    else:
-                        answer = client.chat.completions.create(**options, max_tokens=8).choices[0].message.content
-                    if answer != expected[which]:
-                        wrong.append((texts[which], answer, expected[which]))
-                    kind = 0
-            except Exception as error:  # noqa: BLE001 - whatever a client met is the result
-                wrong.append((texts[which], repr(error), ""))
-                return
-            with lock:
-                counts[kind] += 1
-        client.close()
-
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong, wrong[:3]
+    task = {"port": server.port, "model": NAME, "clients": clients, "seconds": seconds, "long": LONG}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "serving_clients.py")],
+        input=json.dumps(task | {"asked": asked, "expected": expected}),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=seconds + 180,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert not result["wrong"], (len(result["wrong"]), result["wrong"][:3])
     eventually(lambda: server.chat.held == 0 and server.engine.running == 0)
     assert not server.engine._known and not server.engine._waiting
-    return counts[0], counts[1]
+    return result["answered"], result["vanished"]
 
 
 def test_many_clients_some_of_whom_vanish(server: Server, parts: tuple[Any, Any]) -> None:
-    answered, vanished = _load(server, parts, clients=30, seconds=3)
+    answered, vanished = _load(server, parts, clients=20, seconds=2)
     assert answered > 30 and vanished > 5
 
 
