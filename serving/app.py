@@ -24,7 +24,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import Modality
 
 from .engine import FAILURE, Engine, Sampling
-from .pictures import load_pictures
+from .pictures import fetch_pictures, load_pictures
 from .requests import ChatRequest, Limits, RequestError, parse
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class ChatCompletions(ChatCompletionHandler):
         self.held = 0
         # Decoding pictures takes time and memory: beside the event loop, and never many at once.
         self.preparing = ThreadPoolExecutor(2, thread_name_prefix="dsvl-serve-prepare")
+        self.fetching = ThreadPoolExecutor(16, thread_name_prefix="dsvl-serve-fetch")  # slow addresses hold nobody else up
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -100,8 +101,8 @@ class ChatCompletions(ChatCompletionHandler):
         except asyncio.TimeoutError:
             raise RequestError(f"The request took more than {self.limits.body_seconds:g} s to arrive.", 408) from None
 
-    def _prepare(self, body: bytes) -> tuple[ChatRequest, dict[str, Any]]:
-        """The request, and its model inputs."""
+    def _read_messages(self, body: bytes) -> tuple[ChatRequest, list[dict[str, Any]]]:
+        """The request, and its messages as the processor takes them, but for the pictures."""
         asked = parse(body)
         asked.stops()
         if asked.model != self.name:
@@ -117,6 +118,10 @@ class ChatCompletions(ChatCompletionHandler):
                 code="context_length_exceeded",
                 param="messages",
             )
+        return asked, messages
+
+    def _encode(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """Messages to model inputs."""
         load_pictures(messages, self.limits)
         try:
             inputs = self.processor.apply_chat_template(
@@ -124,7 +129,7 @@ class ChatCompletions(ChatCompletionHandler):
             )
         except TemplateError as error:  # the template's own words about the order of roles
             raise RequestError(f"messages: {error}.", param="messages") from None
-        return asked, dict(inputs)
+        return dict(inputs)
 
     def _sampling(self, asked: ChatRequest, prompt_tokens: int) -> Sampling:
         """How to answer; what the request leaves open is the checkpoint's generation configuration.
@@ -162,8 +167,11 @@ class ChatCompletions(ChatCompletionHandler):
 
     async def _respond(self, body: bytes, request_id: str) -> Response:
         """The answer; one that is streamed has begun."""
-        asked, inputs = await asyncio.get_running_loop().run_in_executor(self.preparing, self._prepare, body)
+        run = asyncio.get_running_loop().run_in_executor
+        asked, messages = await run(self.preparing, self._read_messages, body)
         del body  # as large as its pictures, and the answer may take long
+        await run(self.fetching, fetch_pictures, messages, self.limits)
+        inputs = await run(self.preparing, self._encode, messages)
         sampling = self._sampling(asked, inputs["input_ids"].shape[-1])
         arguments = (request_id, self.model, self.processor, self.name, inputs, sampling)
         if not asked.stream:
@@ -249,7 +257,8 @@ def build_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        chat.preparing.shutdown(wait=False, cancel_futures=True)
+        for pool in (chat.preparing, chat.fetching):
+            pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(engine.stop)
 
     app = Starlette(

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import io
+import time
 import warnings
 from typing import Any
 
@@ -12,43 +13,51 @@ from ..processing_dsvl import decode_picture
 from .requests import Limits, RequestError
 from .urls import AddressError, fetch
 
+FETCH_SECONDS = 10.0  # for all pictures of a request
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow's other readers are many, and some start programs
 
 
-def load_pictures(messages: list[dict[str, Any]], limits: Limits) -> None:
-    """Put pixels in the place of the `url` of every picture, in place.
+def fetch_pictures(messages: list[dict[str, Any]], limits: Limits) -> None:
+    """Put the bytes of every picture that is given as an address in its `url`'s place; together within the limits.
 
     Raises:
-        RequestError: for too many of them, and for one that is too large, cannot be decoded, or is no data URL (nor, if that
-            is allowed, a public http(s) address).
+        RequestError: for an address that cannot or may not be fetched.
     """
-    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    if len(parts) > limits.pictures:
-        raise RequestError(
-            f"{len(parts)} pictures in one request; this server takes {limits.pictures} at most.", param="messages"
-        )
-    for number, part in enumerate(parts, 1):
-        part["image"] = decode(read(part.pop("url"), number, limits), number, limits)
-
-
-def read(url: str, number: int, limits: Limits) -> bytes:
-    """The bytes that a picture's URL stands for."""
-    if url[:5].lower() == "data:":
-        head, comma, data = url.partition(",")
-        if not comma or not head.lower().endswith(";base64"):
-            raise _wrong(number, "is no base64 data URL", "pass data:image/png;base64,...")
+    deadline, left = time.monotonic() + FETCH_SECONDS, limits.body_bytes
+    for number, part in enumerate(_parts(messages, limits), 1):
+        if not _is_address(part["url"]):
+            continue
+        if not limits.allow_urls:
+            raise _wrong(number, "is an address, and this server fetches none", "pass data:image/png;base64,...")
         try:
-            return base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError):
-            raise _wrong(number, "is not valid base64", "encode its file's bytes") from None
-    if url.split(":", 1)[0].lower() not in ("http", "https"):
+            part["url"] = fetch(part["url"], max_bytes=left, seconds=deadline - time.monotonic())
+        except AddressError as error:
+            raise _wrong(number, f"was not fetched: {error}", "pass it as a data URL") from None
+        left -= len(part["url"])
+
+
+def load_pictures(messages: list[dict[str, Any]], limits: Limits) -> None:
+    """Put pixels in the place of the `url` of every picture, a data URL or bytes.
+
+    Raises:
+        RequestError: for too many of them, and for one that is no data URL, is too large, or cannot be decoded.
+    """
+    for number, part in enumerate(_parts(messages, limits), 1):
+        url = part.pop("url")
+        part["image"] = decode(url if isinstance(url, bytes) else read(url, number), number, limits)
+
+
+def read(url: str, number: int) -> bytes:
+    """The bytes of a data URL."""
+    head, comma, data = url.partition(",")
+    if head[:5].lower() != "data:":
         raise _wrong(number, "is neither a data URL nor an http(s) address", "pass data:image/png;base64,...")
-    if not limits.allow_urls:
-        raise _wrong(number, "is an address, and this server fetches none", "pass data:image/png;base64,...")
+    if not comma or not head.lower().endswith(";base64"):
+        raise _wrong(number, "is no base64 data URL", "pass data:image/png;base64,...")
     try:
-        return fetch(url)
-    except AddressError as error:
-        raise _wrong(number, f"was not fetched: {error}", "pass it as a data URL") from None
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise _wrong(number, "is not valid base64", "encode its file's bytes") from None
 
 
 def decode(data: bytes, number: int, limits: Limits) -> Image.Image:
@@ -68,6 +77,19 @@ def decode(data: bytes, number: int, limits: Limits) -> Image.Image:
         return decode_picture(image)
     except ValueError:
         raise _wrong(number, "cannot be decoded", "its file may be cut or broken; send it whole") from None
+
+
+def _parts(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    if len(parts) > limits.pictures:
+        raise RequestError(
+            f"{len(parts)} pictures in one request; this server takes {limits.pictures} at most.", param="messages"
+        )
+    return parts
+
+
+def _is_address(url: str) -> bool:
+    return url.split(":", 1)[0].lower() in ("http", "https")
 
 
 def _wrong(number: int, what: str, remedy: str) -> RequestError:

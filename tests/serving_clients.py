@@ -1,7 +1,7 @@
 """Many clients of a server, as a process of their own: each asks again and again, every third vanishes in the middle.
 
-Standard input: {"port", "model", "clients", "seconds", "long", "asked": [messages], "expected": [texts]}. Standard output: how
-many answers came, how many clients vanished, and what any of the others met that was not its answer.
+Standard input: {"port", "model", "clients", "seconds", "long", "asked": [messages], "expected": [texts]}. Standard output:
+how many answers came, how many clients vanished, and what any of the others met that was not its answer.
 """
 
 import json

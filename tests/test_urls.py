@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dsvl.serving import urls
-from dsvl.serving.pictures import read
+from dsvl.serving.pictures import fetch_pictures
 from dsvl.serving.requests import Limits, RequestError
 
 
@@ -107,9 +107,22 @@ def test_bytes_of_a_public_address(site: Callable[..., Site]) -> None:
     one = site(serve)
     assert urls.fetch(f"http://site.example:{one.port}/") == b"pixels"
     assert one.visits == ["/", "/picture?a=1"]
-    assert read(f"http://site.example:{one.port}/", 1, Limits(allow_urls=True)) == b"pixels"
+
+
+def test_pictures_are_fetched_if_that_is_allowed_and_together_within_the_limits(site: Callable[..., Site]) -> None:
+    one = site(lambda connection, path: connection.sendall(answer(b"x" * 600)))
+
+    def messages(count: int) -> list[dict[str, Any]]:
+        return [{"content": [{"type": "image", "url": f"http://site.example:{one.port}/"} for _ in range(count)]}]
+
     with pytest.raises(RequestError, match="Picture 1 is an address, and this server fetches none"):
-        read(f"http://site.example:{one.port}/", 1, Limits())
+        fetch_pictures(messages(1), Limits())
+    assert not one.visits
+    asked = messages(1)
+    fetch_pictures(asked, Limits(allow_urls=True, body_bytes=1000))
+    assert asked[0]["content"][0]["url"] == b"x" * 600
+    with pytest.raises(RequestError, match="Picture 2 was not fetched: it is larger than 400 bytes"):
+        fetch_pictures(messages(2), Limits(allow_urls=True, body_bytes=1000))
 
 
 def test_redirects_are_checked_like_the_first_address(site: Callable[..., Site]) -> None:
