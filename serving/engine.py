@@ -238,13 +238,11 @@ class Engine(BaseGenerateManager):
         try:
             self._generate(batch)
         except Exception:  # whatever went wrong, the server goes on, and those who wait are told
-            alone = [one for one in batch if not one.done and not one.token_ids]
-            if len(batch) > 1 and len(alone) == len(batch):  # too large together, or one of them is at fault
-                logger.exception("A batch of %d requests failed; each is tried alone", len(batch))
-                for one in alone:
-                    self._answer([one])
-                return
             logger.exception("A batch of %d requests failed", len(batch))
+        # Not in the handler above, where the error would keep the failed batch's memory.
+        if len(batch) > 1 and not any(one.done or one.token_ids for one in batch):
+            for one in batch:  # too large together, or one of them is at fault
+                self._answer([one])
         for one in batch:
             one.finish(None if one.cancelled else FAILURE)
 

@@ -1,15 +1,18 @@
 """`dsvl serve`: the official client, many clients at once, and clients that mean no good."""
 
 import base64
+import functools
 import gc
 import json
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from PIL import Image
 from training_runs import WORDS, environment, make_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from dsvl.serving import urls
 from dsvl.serving.requests import Limits
 
 LONG = 1500  # tokens that nobody waits for
@@ -272,6 +276,18 @@ def test_a_failing_request_fails_alone_and_tells_nothing(server: Server, parts: 
     with pytest.raises(openai.APIError) as error:
         streamed(server, question(texts[1]))
     assert "secret" not in str(error.value)
+
+
+def test_a_picture_by_its_address_if_the_server_may(parts: tuple[Any, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    picture(1).save(tmp_path / "one.png")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    monkeypatch.setattr(urls, "is_public", lambda address: address == "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site, served(*parts, limits=Limits(allow_urls=True)) as server:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{site.server_port}/one.png"
+        answers = [ask(server, question("one", one)).choices[0].message.content for one in (url, data_url(picture(1)))]
+        site.shutdown()
+    assert answers[0] == answers[1]
 
 
 # --- what must not be possible ---
