@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,12 @@ class Generation:
     @property
     def total_tokens(self) -> int:
         return len(self.token_ids)
+
+    def inputs_so_far(self) -> dict[str, torch.Tensor]:
+        """The model inputs of the prompt and the answer's tokens."""
+        said = torch.tensor([self.token_ids], dtype=torch.long)
+        kinds = {"input_ids": said, "attention_mask": torch.ones_like(said), "mm_token_type_ids": torch.zeros_like(said)}
+        return self.inputs | {name: torch.cat([self.inputs[name], new], dim=1) for name, new in kinds.items()}
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more: it ends before its next token."""
@@ -133,35 +140,42 @@ class _EachItsOwn(LogitsProcessor):
 
 
 class _EndsAlone(StoppingCriteria):
-    """Passes every row's token on, and tells which rows are done; a row is done when its client has gone."""
+    """Passes every row's token on, and tells which rows are done; all are, for now, when it is others' turn."""
 
-    def __init__(self, batch: list[Generation], end_of_text: set[int]) -> None:
+    def __init__(self, batch: list[Generation], end_of_text: set[int], others_turn: Callable[[int], bool]) -> None:
         self.batch = batch
         self.end_of_text = end_of_text
+        self.others_turn = others_turn
+        self.steps = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         for one, token_id in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
             if not one.done:
                 one.take(token_id, self.end_of_text)
-        return torch.tensor([one.done for one in self.batch], device=input_ids.device)
+        self.steps += 1
+        pause = self.others_turn(self.steps)
+        return torch.tensor([one.done or pause for one in self.batch], device=input_ids.device)
 
 
 class Engine(BaseGenerateManager):
     """Answers requests in batches, in the order of their arrival.
 
-    A batch takes all that wait when it starts, `max_batch` at most; a row leaves it when its answer ends, and the next
-    batch starts when its last row has left.
+    A batch takes all that wait when it starts, `max_batch` at most; a row leaves it when its answer ends. If others came
+    meanwhile, the batch pauses after `turn` tokens, and its rows wait again, behind them: nobody waits for the end of
+    another's long answer. A row that goes on runs through its prompt and what it has said so far again.
 
     Args:
         model: a DSVL model, in evaluation mode.
         processor: its processor.
         max_batch: rows of a batch.
+        turn: tokens of a batch while others wait; more is less work in all, fewer a shorter wait.
     """
 
-    def __init__(self, model: Any, processor: Any, max_batch: int = 16) -> None:
+    def __init__(self, model: Any, processor: Any, max_batch: int = 16, turn: int = 64) -> None:
         self.model = model
         self.tokenizer = processor.tokenizer
         self.max_batch = max_batch
+        self.turn = turn
         self.batches = 0  # so many were started
         self._waiting: list[Generation] = []
         self._known: dict[str, Generation] = {}
@@ -235,24 +249,33 @@ class Engine(BaseGenerateManager):
 
     def _answer(self, batch: list[Generation]) -> None:
         self.batches += 1
+        before = [one.total_tokens for one in batch]
+        failed = False
         try:
             self._generate(batch)
         except Exception:  # whatever went wrong, the server goes on, and those who wait are told
             logger.exception("A batch of %d requests failed", len(batch))
+            failed = True
         # Not in the handler above, where the error would keep the failed batch's memory.
-        if len(batch) > 1 and not any(one.done or one.token_ids for one in batch):
+        if failed and len(batch) > 1 and before == [one.total_tokens for one in batch]:
             for one in batch:  # too large together, or one of them is at fault
                 self._answer([one])
-        for one in batch:
-            one.finish(None if one.cancelled else FAILURE)
+            return
+        with self._changed:
+            for one in batch:
+                if one.cancelled or failed:
+                    one.finish(None if one.cancelled else FAILURE)
+                elif not one.done:
+                    self._waiting.append(one)
 
     def _generate(self, batch: list[Generation]) -> None:
-        inputs = join([one.inputs for one in batch], self.tokenizer.pad_token_id)
+        inputs = join([one.inputs_so_far() for one in batch], self.tokenizer.pad_token_id)
+        ends = _EndsAlone(batch, self._end_of_text, lambda steps: steps >= self.turn and bool(self._waiting))
         self.model.generate(
             **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
             logits_processor=LogitsProcessorList([NoImageToken(self.model.config.image_token_id), _EachItsOwn(batch)]),
-            stopping_criteria=StoppingCriteriaList([_EndsAlone(batch, self._end_of_text)]),
-            max_new_tokens=max(one.limit for one in batch),
+            stopping_criteria=StoppingCriteriaList([ends]),
+            max_new_tokens=max(one.limit - one.total_tokens for one in batch),
             do_sample=False,  # each row has chosen already
             num_beams=1,
             temperature=None,

@@ -239,8 +239,33 @@ def test_a_client_that_vanishes_frees_its_place(server: Server, stream: bool) ->
     assert ask(server, question("two")).choices[0].message.content
 
 
+def test_nobody_waits_for_the_end_of_anothers_long_answer(parts: tuple[Any, Any]) -> None:
+    with served(*parts, max_batch=1) as server:
+        long = ask(server, question("one"), LONG, stream=True)
+        assert ask(server, question("two"), 3).usage.completion_tokens == 3
+        assert server.engine.running == 1
+        long.close()
+
+
+def test_an_answer_that_was_paused_goes_on_as_if_it_was_not(parts: tuple[Any, Any], monkeypatch: Any) -> None:
+    def one(number: int) -> str:
+        options: dict[str, Any] = {"temperature": 1.2, "seed": number} if number % 2 else {}
+        messages = question(SENTENCES[number], *[data_url(picture(number))] * (number % 3))
+        return ask(server, messages, 30, **options).choices[0].message.content
+
+    with served(*parts) as server:
+        whole = [one(number) for number in range(8)]
+        monkeypatch.setattr(server.engine, "max_batch", 3)
+        monkeypatch.setattr(server.engine, "turn", 4)
+        before = server.engine.batches
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(one, range(8))) == whole
+        assert server.engine.batches - before > 8
+
+
 def test_whoever_waits_for_a_batch_may_leave(parts: tuple[Any, Any]) -> None:
     with served(*parts, max_batch=1) as server:
+        server.engine.turn = LONG
         first = ask(server, question("one"), LONG, stream=True)
         waiting = ask(server, question("two"), LONG, stream=True)
         eventually(lambda: server.engine.running == 2)
