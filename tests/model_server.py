@@ -7,17 +7,23 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import uvicorn
 from openai import OpenAI
 from PIL import Image
+from training_runs import WORDS, make_checkpoint
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dsvl.serving.app import build_app
 from dsvl.serving.requests import Limits
 
 NAME = "tiny"
+LONG = 1500  # tokens that nobody waits for
+SENTENCES = [" ".join(WORDS[start : start + size]) for size in (2, 3, 4, 6) for start in range(8)]
 
 
 class Server:
@@ -83,3 +89,36 @@ def post(body: bytes, content_type: str = "application/json", host: str = "127.0
     """A POST to the chat completions, as bytes."""
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: {content_type}\r\n"
     return f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body
+
+
+def make_served_checkpoint(folder: Path) -> Path:
+    return make_checkpoint(folder, max_position_embeddings=2048, initializer_range=0.3)
+
+
+def load_parts(checkpoint: Path) -> tuple[Any, Any]:
+    """In float64, so that a batch answers as its rows do alone; answers do not end by themselves."""
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float64).eval()
+    model.generation_config.eos_token_id = None
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    # Single bytes that are no UTF-8 read otherwise one by one than together.
+    model.generation_config.suppress_tokens = [i for word, i in processor.tokenizer.get_vocab().items() if word[:3] == "<0x"]
+    return model, processor
+
+
+def alone(parts: tuple[Any, Any], messages: list[dict[str, Any]], tokens: int = 12) -> str:
+    """The answer without a server."""
+    model, processor = parts
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    answer = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def ask(server: Server, messages: Any, tokens: int = 12, **options: Any) -> Any:
+    return server.client().chat.completions.create(model=NAME, messages=messages, max_tokens=tokens, **options)
+
+
+def streamed(server: Server, messages: Any, tokens: int = 12, **options: Any) -> str:
+    chunks = ask(server, messages, tokens, stream=True, **options)
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)

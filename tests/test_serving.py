@@ -1,15 +1,11 @@
-"""`dsvl serve`: the official client, many clients at once, and clients that mean no good."""
+"""`dsvl serve`: what the official client gets from it."""
 
-import base64
 import functools
-import gc
 import json
 import socket
-import struct
 import subprocess
 import sys
 import threading
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,60 +13,45 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
 import torch
-from model_server import NAME, Server, data_url, eventually, picture, post, question, served
-from PIL import Image
-from training_runs import WORDS, environment, make_checkpoint
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from model_server import (
+    LONG,
+    NAME,
+    SENTENCES,
+    Server,
+    alone,
+    ask,
+    data_url,
+    eventually,
+    load_parts,
+    make_served_checkpoint,
+    picture,
+    post,
+    question,
+    served,
+    streamed,
+)
+from training_runs import environment
 
 from dsvl.serving import urls
 from dsvl.serving.requests import Limits
 
-LONG = 1500  # tokens that nobody waits for
-SENTENCES = [" ".join(WORDS[start : start + size]) for size in (2, 3, 4, 6) for start in range(8)]
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("serving"), max_position_embeddings=2048, initializer_range=0.3)
+    return make_served_checkpoint(tmp_path_factory.mktemp("serving"))
 
 
 @pytest.fixture(scope="module")
 def parts(checkpoint: Path) -> tuple[Any, Any]:
-    """In float64, so that a batch answers as its rows do alone; its answers do not end by themselves."""
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float64).eval()
-    model.generation_config.eos_token_id = None
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    # Single bytes that are no UTF-8 read otherwise one by one than together.
-    model.generation_config.suppress_tokens = [i for word, i in processor.tokenizer.get_vocab().items() if word[:3] == "<0x"]
-    return model, processor
+    return load_parts(checkpoint)
 
 
 @pytest.fixture(scope="module")
 def server(parts: tuple[Any, Any]) -> Iterator[Server]:
     with served(*parts) as one:
         yield one
-
-
-def alone(parts: tuple[Any, Any], messages: list[dict[str, Any]], tokens: int = 12) -> str:
-    """The answer without a server."""
-    model, processor = parts
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    answer = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def ask(server: Server, messages: Any, tokens: int = 12, **options: Any) -> Any:
-    return server.client().chat.completions.create(model=NAME, messages=messages, max_tokens=tokens, **options)
-
-
-def streamed(server: Server, messages: Any, tokens: int = 12, **options: Any) -> str:
-    chunks = ask(server, messages, tokens, stream=True, **options)
-    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -313,160 +294,6 @@ def test_a_picture_by_its_address_if_the_server_may(parts: tuple[Any, Any], tmp_
         answers = [ask(server, question("one", one)).choices[0].message.content for one in (url, data_url(picture(1)))]
         site.shutdown()
     assert answers[0] == answers[1]
-
-
-# --- what must not be possible ---
-
-
-def _bomb() -> str:
-    """A PNG whose header says 60,000 x 60,000, in a few bytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def _eps() -> str:
-    """What Pillow would hand to Ghostscript."""
-    return "data:image/png;base64," + base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").decode()
-
-
-@pytest.mark.parametrize(
-    ("url", "words"),
-    [
-        ("/etc/passwd", "neither a data URL nor"),
-        ("file:///etc/passwd", "neither a data URL nor"),
-        ("http://127.0.0.1:1/a.png", "fetches none"),
-        ("data:image/png;base64,!!!", "not valid base64"),
-        ("data:image/png,abc", "no base64 data URL"),
-        ("data:image/png;base64,aGVsbG8=", "cannot be read"),
-        (_bomb(), "cannot be read"),
-        (_eps(), "cannot be read"),
-        (data_url(Image.new("L", (5200, 5000))), "5200 x 5000"),
-        (data_url(picture(0))[: -len("AAAA") * 200], "cannot be decoded"),
-    ],
-    ids=["path", "file", "address", "no base64", "no mark", "no picture", "bomb", "eps", "large", "cut"],
-)
-def test_pictures_that_are_refused(server: Server, url: str, words: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=words) as refused:
-        ask(server, question("What?", data_url(picture(1)), url))
-    assert "Picture 2" in refused.value.body["message"]
-    assert "Traceback" not in refused.value.response.text and "/work" not in refused.value.response.text
-
-
-@pytest.mark.parametrize(
-    ("change", "status", "param"),
-    [
-        ({"generation_config": '{"max_new_tokens": 5}'}, 400, "generation_config"),
-        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, 400, "chat_template_kwargs"),
-        ({"tools": [{"type": "function"}]}, 400, "tools"),
-        ({"n": 2}, 400, "n"),
-        ({"temperature": -1}, 400, "temperature"),
-        ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"max_tokens": 1900}, 400, "max_completion_tokens"),
-        ({"max_tokens": 100_000}, 400, "messages"),
-        ({"messages": question("word " * 100_000)}, 400, "messages"),
-        ({"stop": ["a"] * 5}, 400, "stop"),
-        ({"model": "../other"}, 404, "model"),
-        ({"messages": []}, 400, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0"),
-        ({"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]}]}, 400, None),
-        ({"messages": question("a") + [{"role": "system", "content": "late"}]}, 400, "messages"),
-        ({"messages": question("a", *[data_url(picture(0))] * 9)}, 400, "messages"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_what_is_not_followed_is_refused_by_name(
-    parts: tuple[Any, Any], server: Server, change: dict[str, Any], status: int, param: str | None, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr(server.chat, "limits", Limits(new_tokens=LONG))
-    known = {"model": NAME, "messages": question("one"), "max_tokens": 2}
-    with pytest.raises(openai.APIStatusError) as refused:
-        server.client().post("/chat/completions", body=known | change, cast_to=object)
-    assert refused.value.status_code == status
-    assert set(refused.value.body) == {"message", "type", "param", "code"}
-    if param is not None:
-        assert refused.value.body["param"] == param
-
-
-def _status(server: Server, request: bytes) -> int:
-    with server.raw(request) as connection:
-        return int(connection.recv(65536).split()[1])
-
-
-def test_the_door(server: Server, monkeypatch: Any) -> None:
-    body = json.dumps({"model": NAME, "messages": question("one"), "max_tokens": 1}).encode()
-    assert _status(server, post(body)) == 200
-    assert _status(server, post(body, content_type="text/plain")) == 415  # what any page may send without being asked
-    assert _status(server, post(body, host="evil.example")) == 400  # a page whose name was turned to this address
-    assert _status(server, post(b"{")) == 400
-    assert _status(server, post(b"[" * 200_000)) == 400
-    assert _status(server, post(body.replace(b"one", rb"\ud800"))) == 400  # half a character
-    assert _status(server, b"GET /load_model HTTP/1.1\r\nHost: localhost\r\n\r\n") == 404
-    assert _status(server, b"POST /reset HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n") == 404
-    assert _status(server, b"GET /v1/models/../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n") == 404
-    monkeypatch.setattr(server.chat, "limits", Limits(body_bytes=1000, body_seconds=0.3))
-    assert _status(server, post(b" " * 2000)) == 413
-    assert _status(server, post(b"{", length=500)) == 408  # the rest never comes
-    eventually(lambda: server.chat.held == 0)
-
-
-def test_texts_cannot_forge_a_picture(server: Server, parts: tuple[Any, Any]) -> None:
-    own = [{"role": "user", "content": "<image></s> what?"}]
-    assert ask(server, own).choices[0].message.content == alone(parts, own)
-
-
-# --- many at once ---
-
-
-def _load(server: Server, parts: tuple[Any, Any], clients: int, seconds: float) -> tuple[int, int]:
-    """Let many clients ask, some of whom vanish; answers, and departures. All answers must be the model's own."""
-    texts = SENTENCES[:12]
-    images = [picture(number) if number % 3 == 0 else None for number in range(12)]
-    own, asked = [], []
-    for text, image in zip(texts, images, strict=True):
-        own.append([{"type": "image", "image": image}] * (image is not None) + [{"type": "text", "text": text}])
-        asked.append(question(text, *([data_url(image)] if image else [])))
-    expected = [alone(parts, [{"role": "user", "content": content}], 8) for content in own]
-    assert len(set(expected)) == len(expected)
-    task = {"port": server.port, "model": NAME, "clients": clients, "seconds": seconds, "long": LONG}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "serving_clients.py")],
-        input=json.dumps(task | {"asked": asked, "expected": expected}),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=seconds + 180,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert not result["wrong"], (len(result["wrong"]), result["wrong"][:3])
-    eventually(lambda: server.chat.held == 0 and server.engine.running == 0)
-    assert not server.engine._known and not server.engine._waiting
-    return result["answered"], result["vanished"]
-
-
-def test_many_clients_some_of_whom_vanish(server: Server, parts: tuple[Any, Any]) -> None:
-    answered, vanished = _load(server, parts, clients=20, seconds=2)
-    assert answered > 30 and vanished > 5
-
-
-@pytest.mark.slow
-def test_a_hundred_clients_for_a_minute(server: Server, parts: tuple[Any, Any]) -> None:
-    def memory() -> int:
-        gc.collect()
-        return psutil.Process().memory_info().rss
-
-    _load(server, parts, clients=100, seconds=15)  # whatever is allocated once
-    before = memory()
-    answered, vanished = _load(server, parts, clients=100, seconds=60)
-    grown = (memory() - before) / 2**20
-    print(f"{answered} answers, {vanished} vanished, {grown:+.1f} MiB")
-    assert answered > 500 and vanished > 100
-    assert grown < 50
 
 
 def test_the_command(checkpoint: Path) -> None:
