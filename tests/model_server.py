@@ -95,9 +95,9 @@ def make_served_checkpoint(folder: Path) -> Path:
     return make_checkpoint(folder, max_position_embeddings=2048, initializer_range=0.3)
 
 
-def load_parts(checkpoint: Path) -> tuple[Any, Any]:
+def load_parts(checkpoint: Path, device: str = "cpu") -> tuple[Any, Any]:
     """In float64, so that a batch answers as its rows do alone; answers do not end by themselves."""
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float64).eval()
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float64, device_map=device).eval()
     model.generation_config.eos_token_id = None
     processor = AutoProcessor.from_pretrained(checkpoint)
     # Single bytes that are no UTF-8 read otherwise one by one than together.
@@ -111,7 +111,7 @@ def alone(parts: tuple[Any, Any], messages: list[dict[str, Any]], tokens: int = 
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    answer = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    answer = model.generate(**inputs.to(model.device), max_new_tokens=tokens, do_sample=False)
     return processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
