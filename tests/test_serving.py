@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -329,6 +330,7 @@ def test_the_command(checkpoint: Path) -> None:
                 answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=4)
                 assert answer.usage is not None and answer.usage.completion_tokens >= 1
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # Ctrl-C
             said = process.communicate(timeout=30)[0]
+    assert process.returncode == 0
     assert "Traceback" not in said and f"http://127.0.0.1:{port}/v1" in said
