@@ -9,6 +9,7 @@ from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS
 from .data import commands as data
 from .migration import commands as migration
 from .publishing import commands as publishing
+from .serving import commands as serving
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.add_parser(commands)
     migration.add_parser(commands)
     publishing.add_parser(commands)
+    serving.add_parser(commands)
     if argv[:1] == ["train"]:
         arguments = argparse.Namespace(command="train", run=_train, argv=argv[1:])
     else:

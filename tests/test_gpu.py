@@ -138,3 +138,28 @@ def test_a_static_cache_step_waits_for_nothing():
             model(**step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_server_answers_as_the_model_does(tmp_path):
+    pytest.importorskip("openai")
+    from concurrent.futures import ThreadPoolExecutor
+
+    from model_server import SENTENCES, alone, ask, data_url, load_parts, make_served_checkpoint, picture, question, served
+
+    parts = load_parts(make_served_checkpoint(tmp_path), "cuda")
+    own = [
+        [{"type": "image", "image": picture(number)}] * (number % 3) + [{"type": "text", "text": SENTENCES[number]}]
+        for number in range(12)
+    ]
+    expected = [alone(parts, [{"role": "user", "content": content}]) for content in own]
+    with served(*parts) as server:
+        server.engine.turn = 5
+
+        def one(number, **options):
+            messages = question(SENTENCES[number], *[data_url(picture(number))] * (number % 3))
+            return ask(server, messages, **options).choices[0].message.content
+
+        with ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(one, range(12))) == expected
+            sampled = [list(pool.map(lambda n: one(n, temperature=1.3, top_p=0.9, seed=n), range(12))) for _ in range(2)]
+    assert sampled[0] == sampled[1] != expected

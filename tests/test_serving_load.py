@@ -1,0 +1,85 @@
+"""`dsvl serve` under load: many clients, some of whom vanish."""
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from model_server import (
+    LONG,
+    NAME,
+    SENTENCES,
+    Server,
+    alone,
+    data_url,
+    eventually,
+    load_parts,
+    make_served_checkpoint,
+    picture,
+    question,
+    served,
+)
+from training_runs import environment
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return load_parts(make_served_checkpoint(tmp_path_factory.mktemp("serving")))
+
+
+@pytest.fixture(scope="module")
+def server(parts: tuple[Any, Any]) -> Iterator[Server]:
+    with served(*parts) as one:
+        yield one
+
+
+def _load(server: Server, parts: tuple[Any, Any], clients: int, seconds: float) -> tuple[int, int]:
+    """Let many clients ask, some of whom vanish; answers, and departures. All answers must be the model's own."""
+    texts = SENTENCES[:12]
+    images = [picture(number) if number % 3 == 0 else None for number in range(12)]
+    own, asked = [], []
+    for text, image in zip(texts, images, strict=True):
+        own.append([{"type": "image", "image": image}] * (image is not None) + [{"type": "text", "text": text}])
+        asked.append(question(text, *([data_url(image)] if image else [])))
+    expected = [alone(parts, [{"role": "user", "content": content}], 8) for content in own]
+    assert len(set(expected)) == len(expected)
+    task = {"port": server.port, "model": NAME, "clients": clients, "seconds": seconds, "long": LONG}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "serving_clients.py")],
+        input=json.dumps(task | {"asked": asked, "expected": expected}),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=seconds + 180,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert not result["wrong"], (len(result["wrong"]), result["wrong"][:3])
+    eventually(lambda: server.chat.held == 0 and server.engine.running == 0)
+    assert not server.engine._known and not server.engine._waiting
+    return result["answered"], result["vanished"]
+
+
+def test_many_clients_some_of_whom_vanish(server: Server, parts: tuple[Any, Any]) -> None:
+    answered, vanished = _load(server, parts, clients=20, seconds=2)
+    assert answered > 30 and vanished > 5
+
+
+@pytest.mark.slow
+def test_a_hundred_clients_for_a_minute(server: Server, parts: tuple[Any, Any]) -> None:
+    def memory() -> int:
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    _load(server, parts, clients=100, seconds=15)  # whatever is allocated once
+    before = memory()
+    answered, vanished = _load(server, parts, clients=100, seconds=60)
+    grown = (memory() - before) / 2**20
+    print(f"{answered} answers, {vanished} vanished, {grown:+.1f} MiB")
+    assert answered > 500 and vanished > 100
+    assert grown < 50
