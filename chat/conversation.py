@@ -21,7 +21,7 @@ from .storing import load_messages, save_messages
 logger = logging.getLogger(__name__)
 
 OVERFLOWS = ("error", "drop")
-MAX_NEW_TOKENS = 512  # of an answer, where neither the caller nor the checkpoint says it
+MAX_NEW_TOKENS = 512  # of an answer, where neither the caller nor the checkpoint says it; at most a quarter of the context
 
 
 @dataclass
@@ -68,7 +68,8 @@ class DSVLChat:
             leave out the oldest rounds whole, which is logged.
         context_length: in tokens; by default what the decoder's positions allow. A static cache takes memory for all of it.
         allow_urls: whether pictures may be http(s) addresses (see `addresses.fetch`). Off, nothing is ever fetched.
-        generation: what `generate()` takes, for all rounds: `max_new_tokens` (else the checkpoint's, or 512), `do_sample`,
+        generation: what `generate()` takes, for all rounds: `max_new_tokens` (else the checkpoint's, or 512, or a
+            quarter of the context if that is less), `do_sample`,
             `temperature`, ..., `cache_implementation="static"`.
 
     Attributes:
@@ -172,7 +173,7 @@ class DSVLChat:
         if (options.get("num_beams") or ours.num_beams or 1) > 1 or (options.get("num_return_sequences") or 1) > 1:
             raise ValueError("A conversation follows one answer: pass num_beams=1 and num_return_sequences=1.")
         if options.get("max_new_tokens") is None:
-            options["max_new_tokens"] = ours.max_new_tokens or MAX_NEW_TOKENS
+            options["max_new_tokens"] = ours.max_new_tokens or min(MAX_NEW_TOKENS, self.context_length // 4)
         kind = options.pop("cache_implementation", None) or ours.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise ValueError(

@@ -122,9 +122,10 @@ def test_the_first_picture_may_come_late(processor, cache):
     assert chat.last_round.reused_tokens > 0
 
 
-@pytest.mark.parametrize("reference", ["mmca_reference", "reversed"])
+@pytest.mark.parametrize("reference", ["mmca_reference", "reversed", "dynamic positions"])
 def test_where_reuse_is_not_exact_everything_is_computed_again(processor, reference):
-    model = make_model(processor, attention="mmca" if reference == "reversed" else reference)
+    text = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}} if "dyn" in reference else {}
+    model = make_model(processor, attention=reference if reference == "mmca_reference" else "mmca", **text)
     model.config.reversed_pictures = reference == "reversed"
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False)
     for seen, (text, numbers) in enumerate(ROUNDS[:3]):
