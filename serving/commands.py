@@ -3,7 +3,6 @@
 import argparse
 import ipaddress
 from pathlib import Path
-from typing import Any
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,7 +14,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--port", type=int, default=8000, help="to listen on (default 8000)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, auto (several), ... (default: a GPU if there is one)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
-    parser.add_argument("--quantization", choices=("bnb-4bit", "bnb-8bit"), help="by bitsandbytes")
+    parser.add_argument("--quantization", choices=("4bit", "8bit"), help="of the decoder, by bitsandbytes")
     parser.add_argument("--attn-implementation", help="of the decoder: eager, sdpa or flex_attention")
     parser.add_argument("--max-batch", type=int, default=16, help="answers generated together (default 16)")
     parser.add_argument("--max-requests", type=int, default=128, help="held at once, more are refused (default 128)")
@@ -31,6 +30,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     try:
         import uvicorn
 
+        from ..chat.loading import load
         from .app import LOOPBACK, build_app
         from .requests import Limits
     except ImportError as error:
@@ -47,7 +47,9 @@ def _serve(arguments: argparse.Namespace) -> None:
         new_tokens=arguments.max_new_tokens,
         allow_urls=arguments.allow_urls,
     )
-    model, processor = _load(arguments)
+    model, processor = load(
+        arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
+    )
     name = arguments.name or Path(arguments.model).resolve().name
     hosts = LOOPBACK if _is_loopback(arguments.host) else ("*",)
     app = build_app(model, processor, name, limits, arguments.max_batch, hosts)
@@ -70,19 +72,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Model and processor, by the classes of this package: no code that travels with a checkpoint is run."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
-
-    options: dict[str, Any] = {"dtype": arguments.dtype}
-    options["device_map"] = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.attn_implementation is not None:
-        options["attn_implementation"] = {"text_config": arguments.attn_implementation}
-    if arguments.quantization is not None:
-        four = arguments.quantization == "bnb-4bit"
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four)
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, **options)
-    return model, AutoProcessor.from_pretrained(arguments.model)
