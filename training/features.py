@@ -125,6 +125,7 @@ class FeatureCache:
         name = hashlib.blake2b("".join(features).encode(), digest_size=16).hexdigest()
         path = self.directory / f"{name}.safetensors"
         _write(path, lambda partial: save_file({key: one.contiguous() for key, one in features.items()}, partial))
+        self.files.update(dict.fromkeys(features, path))
 
 
 def fill(
@@ -159,7 +160,6 @@ def fill(
                 done.update(_encode([(key, waiting.pop(key)) for key in list(waiting)[:BATCH]], tower, config))
             if len(done) >= SHARD:
                 cache.add(done)
-                cache.files.update(dict.fromkeys(done, cache.directory))  # so that they are not computed again
                 computed += len(done)
                 done = {}
     done.update(_encode(list(waiting.items()), tower, config))
