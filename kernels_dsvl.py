@@ -21,6 +21,7 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
     triton = tl = None
 
@@ -139,13 +140,19 @@ def fused_mask(
 # Kernels. Scores are kept in units of log2, for exp2 is what the hardware has.
 
 # Lengths differ from batch to batch: a kernel must not be compiled again for one that is a multiple of 16.
+_LENGTHS = ["queries", "keys", "rows", "places", "slots", "query_slots", "key_slots"]
+
 
 def jit(function: Callable) -> Any:
     return function if triton is None else triton.jit(function)
 
 
 def kernel(function: Callable) -> Any:
-    return function if triton is None else triton.jit(function, do_not_specialize=["queries", "keys", "rows"])
+    return (
+        function
+        if triton is None
+        else triton.jit(function, do_not_specialize=[n for n in _LENGTHS if n in function.__code__.co_varnames])
+    )
 
 
 @jit
@@ -176,6 +183,15 @@ def _cap(scores, scale, softcap):
 
 
 @jit
+def _seen(ranks, first, last, windowed: tl.constexpr):
+    """Which keys lie in the queries' intervals; `ranks` broadcasts against `first` and `last`."""
+    seen = ranks < last
+    if windowed:
+        seen &= ranks >= first
+    return seen
+
+
+@jit
 def _inner_blocks(first, last, valid, size: tl.constexpr):
     """Of the intervals [first, last) of many queries: which blocks need a look, and which lie inside of all of them.
 
@@ -193,39 +209,58 @@ def _inner_blocks(first, last, valid, size: tl.constexpr):
     return start, inner_start, inner_end, end
 
 
+@kernel
+def _pack_kernel(
+    States, Packed, Places, Counts, s_batch, s_head, s_token, heads, places, slots, lists: tl.constexpr,
+    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr,
+):  # fmt: skip
+    """Rows of (batch, heads, tokens, head_dim) in the order of a list: (batch, heads, slots, block_d).
+
+    Slots after the list's last are set to 0 as far as a block that holds any of the list reaches, for a block is read whole.
+    """
+    block, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
+    count = tl.load(Counts + batch * 4)
+    if lists == 2:  # text and image keys
+        count = tl.load(Counts + batch * 4 + 1) + tl.load(Counts + batch * 4 + 2)
+    if block > 0 and block * block_m >= count:
+        return
+    ranks = block * block_m + tl.arange(0, block_m)
+    valid = ranks < count
+    at = tl.load(Places + batch * places + ranks, mask=valid, other=0)
+    base = States + batch.to(tl.int64) * s_batch + head.to(tl.int64) * s_head
+    rows = _load_rows(base, at, s_token, head_dim, block_d, valid, True)
+    out = Packed + (batch * heads + head).to(tl.int64) * slots * block_d
+    _store_rows(out, ranks, block_d, rows, block_d, block_d, ranks < slots)
+
+
 @jit
 def _attend(
-    accumulator, normaliser, peak, query, key_base, value_base, key_list, first, last, start, end,
-    key_stride, value_stride, scale, softcap,
-    capped: tl.constexpr, masked: tl.constexpr, head_dim: tl.constexpr, block_d: tl.constexpr,
-    block_n: tl.constexpr, precision: tl.constexpr,
+    accumulator, normaliser, peak, query, Key, Value, row, first, last, start, end, scale, softcap,
+    capped: tl.constexpr, windowed: tl.constexpr, masked: tl.constexpr, block_n: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """The blocks of keys from rank `start` to `end`, by online softmax."""
     for rank in range(start, end, block_n):
-        ranks = rank + tl.arange(0, block_n)
-        if masked:
-            places = tl.load(key_list + ranks, mask=ranks < end, other=0)
-        else:
-            places = tl.load(key_list + ranks)
-        key = _load_rows(key_base, places, key_stride, head_dim, block_d, ranks < end, masked)
+        key = Key.load([row + rank, 0])
         scores = tl.dot(query, tl.trans(key), input_precision=precision)
+        # One multiplication and addition for each score: the peak is kept in scaled units, the scores are not.
         if capped:
-            scores = _cap(scores, scale, softcap) * (softcap * 1.4426950408889634)
+            scores, unit = _cap(scores, scale, softcap), softcap * 1.4426950408889634
         else:
-            scores = scores * (scale * 1.4426950408889634)
+            unit = scale * 1.4426950408889634
         if masked:
-            seen = (ranks[None, :] >= first[:, None]) & (ranks[None, :] < last[:, None])
+            ranks = rank + tl.arange(0, block_n)
+            seen = _seen(ranks[None, :], first[:, None], last[:, None], windowed)
             scores = tl.where(seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * unit)
         if masked:
             shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         else:
             shift = new_peak
-        weights = tl.exp2(scores - shift[:, None])
+        weights = tl.exp2(scores * unit - shift[:, None])
         decay = tl.exp2(peak - shift)
         normaliser = normaliser * decay + tl.sum(weights, 1)
         accumulator = accumulator * decay[:, None]
-        value = _load_rows(value_base, places, value_stride, head_dim, block_d, ranks < end, masked)
+        value = Value.load([row + rank, 0])
         accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision=precision)
         peak = new_peak
     return accumulator, normaliser, peak
@@ -233,9 +268,8 @@ def _attend(
 
 @kernel
 def _forward_kernel(
-    Query, Key, Value, Out, Branches, Normalisers, Queries, Keys, Counts, KeyRanges, OwnKey,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, scale, softcap,
-    heads, queries, keys, rows, group: tl.constexpr,
+    Query, Key, Value, OwnValue, Out, Branches, Normalisers, Queries, Counts, KeyRanges, OwnKey,
+    v_batch, v_head, v_token, scale, softcap, heads, queries, rows, query_slots, key_slots, group: tl.constexpr,
     head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
     capped: tl.constexpr, windowed: tl.constexpr, save: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
@@ -244,51 +278,47 @@ def _forward_kernel(
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     kv_head = head // group
     text_queries = tl.load(Counts + batch * 4)
-    key_base = Key + batch.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
-    value_base = Value + batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    value_base = OwnValue + batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
     ranks = block * block_m + tl.arange(0, block_m)
     within, valid = ranks < queries, ranks < text_queries
     places = tl.load(Queries + batch * queries + ranks, mask=within, other=0)
     out_base = Out + (batch.to(tl.int64) * queries * heads + head) * head_dim
     if block * block_m >= text_queries:
         own = tl.load(OwnKey + batch * queries + places, mask=within, other=0)
-        rows_ = _load_rows(value_base, own, v_token, head_dim, block_d, within, True)
-        _store_rows(out_base, places, heads * head_dim, rows_, head_dim, block_d, within)
+        own_value = _load_rows(value_base, own, v_token, head_dim, block_d, within, True)
+        _store_rows(out_base, places, heads * head_dim, own_value, head_dim, block_d, within)
         return
-    query_base = Query + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
-    query = _load_rows(query_base, places, q_token, head_dim, block_d, valid, True)
-    total = tl.zeros([block_m, block_d], dtype=tl.float32)
+    query = Query.load([(batch * heads + head) * query_slots + block * block_m, 0])
+    key_row = (batch * (heads // group) + kv_head) * key_slots
+    total = tl.zeros([block_m, block_d], dtype=Out.dtype.element_ty)
     saved = tl.load(Counts + batch * 4 + 3) + ranks
     for branch in tl.static_range(2):
         edges = KeyRanges + (batch * 4 + 2 * branch) * queries + ranks
         first = tl.load(edges, mask=within, other=0)
         last = tl.load(edges + queries, mask=within, other=0)
-        key_list = Keys + batch * keys
         if branch == 1:
-            key_list += tl.load(Counts + batch * 4 + 1)
+            key_row += tl.load(Counts + batch * 4 + 1)
         accumulator = tl.zeros([block_m, block_d], dtype=tl.float32)
         normaliser = tl.zeros([block_m], dtype=tl.float32)
         peak = tl.full([block_m], float("-inf"), dtype=tl.float32)
         start, inner_start, inner_end, end = _inner_blocks(first, last, valid, block_n)
         if windowed:
             accumulator, normaliser, peak = _attend(
-                accumulator, normaliser, peak, query, key_base, value_base, key_list, first, last,
-                start, tl.minimum(inner_start, end), k_token, v_token, scale, softcap,
-                capped, True, head_dim, block_d, block_n, precision,
+                accumulator, normaliser, peak, query, Key, Value, key_row, first, last,
+                start, tl.minimum(inner_start, end), scale, softcap, capped, windowed, True, block_n, precision,
             )  # fmt: skip
         accumulator, normaliser, peak = _attend(
-            accumulator, normaliser, peak, query, key_base, value_base, key_list, first, last,
-            inner_start, inner_end, k_token, v_token, scale, softcap,
-            capped, False, head_dim, block_d, block_n, precision,
+            accumulator, normaliser, peak, query, Key, Value, key_row, first, last,
+            inner_start, inner_end, scale, softcap, capped, windowed, False, block_n, precision,
         )  # fmt: skip
         accumulator, normaliser, peak = _attend(
-            accumulator, normaliser, peak, query, key_base, value_base, key_list, first, last,
-            inner_end, end, k_token, v_token, scale, softcap,
-            capped, True, head_dim, block_d, block_n, precision,
+            accumulator, normaliser, peak, query, Key, Value, key_row, first, last,
+            inner_end, end, scale, softcap, capped, windowed, True, block_n, precision,
         )  # fmt: skip
         some = normaliser > 0
         accumulator = accumulator / tl.where(some, normaliser, 1.0)[:, None]
-        total += accumulator
+        # Kept in the output's precision between the branches: half the registers, which are what there is too little of.
+        total = (total.to(tl.float32) + accumulator).to(total.dtype)
         if save:
             # An empty softmax is infinitely normalised, so that its weights come back as 0.
             log = tl.where(some, peak + tl.log2(normaliser), float("inf"))
@@ -299,82 +329,72 @@ def _forward_kernel(
     if block * block_m + block_m > text_queries:
         own = tl.load(OwnKey + batch * queries + places, mask=within, other=0)
         own_value = _load_rows(value_base, own, v_token, head_dim, block_d, within & ~valid, True)
-        total = tl.where(valid[:, None], total, own_value.to(tl.float32))
+        total = tl.where(valid[:, None], total, own_value)
     _store_rows(out_base, places, heads * head_dim, total, head_dim, block_d, within)
 
 
 @kernel
 def _delta_kernel(
-    Gradient, Branches, Deltas, Queries, Counts, g_batch, g_head, g_token, heads, queries, rows,
+    Gradient, Packed, Branches, Deltas, Queries, Counts, g_batch, g_head, g_token, heads, queries, rows, slots,
     head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr,
 ):  # fmt: skip
-    """Each text query's gradient times each branch's output: what its softmax takes off its scores' gradients."""
+    """Packs the text queries' gradients, and multiplies each by each branch's output: what its softmax takes off its
+    scores' gradients."""
     block = tl.program_id(0)
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     text_queries = tl.load(Counts + batch * 4)
-    if block * block_m >= text_queries:
+    if block > 0 and block * block_m >= text_queries:
         return
     ranks = block * block_m + tl.arange(0, block_m)
     valid = ranks < text_queries
     places = tl.load(Queries + batch * queries + ranks, mask=valid, other=0)
     base = Gradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
-    gradient = _load_rows(base, places, g_token, head_dim, block_d, valid, True).to(tl.float32)
+    gradient = _load_rows(base, places, g_token, head_dim, block_d, valid, True)
+    out = Packed + (batch * heads + head).to(tl.int64) * slots * block_d
+    _store_rows(out, ranks, block_d, gradient, block_d, block_d, ranks < slots)
     saved = tl.load(Counts + batch * 4 + 3) + ranks
     for branch in tl.static_range(2):
         branch_base = Branches + (head.to(tl.int64) + branch * rows * heads) * head_dim
         output = _load_rows(branch_base, saved.to(tl.int64), heads * head_dim, head_dim, block_d, valid, True)
         at = (branch * heads + head).to(tl.int64) * rows + saved
-        tl.store(Deltas + at, tl.sum(gradient * output.to(tl.float32), 1), mask=valid)
+        tl.store(Deltas + at, tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1), mask=valid)
 
 
 @jit
-def _score_gradients(
-    scores, normaliser, weight_gradients, delta, seen, scale, softcap, capped: tl.constexpr, masked: tl.constexpr
-):
-    """Weights and the scores' gradients, both before scaling, from raw products; operands broadcast against `scores`."""
+def _weights(scores, normaliser, seen, scale, softcap, capped: tl.constexpr, masked: tl.constexpr):
+    """Weights from raw products, and how fast the scores grow with these; `normaliser` broadcasts against `scores`."""
     if capped:
         cap = _cap(scores, scale, softcap)
-        weights = tl.exp2(cap * (softcap * 1.4426950408889634) - normaliser)
+        weights, slope = tl.exp2(cap * (softcap * 1.4426950408889634) - normaliser), 1.0 - cap * cap
     else:
-        weights = tl.exp2(scores * (scale * 1.4426950408889634) - normaliser)
+        weights, slope = tl.exp2(scores * (scale * 1.4426950408889634) - normaliser), 1.0
     if masked:
         weights = tl.where(seen, weights, 0.0)
-    gradients = weights * (weight_gradients - delta)
-    if capped:
-        gradients = gradients * (1.0 - cap * cap)
-    return weights, gradients
+    return weights, slope
 
 
 @jit
 def _query_blocks(
-    gradient_sum, query, gradient, normaliser, delta, key_base, value_base, key_list, first, last, start, end,
-    key_stride, value_stride, scale, softcap,
-    capped: tl.constexpr, masked: tl.constexpr, head_dim: tl.constexpr, block_d: tl.constexpr,
-    block_n: tl.constexpr, precision: tl.constexpr,
+    gradient_sum, query, gradient, normaliser, delta, Key, Value, row, first, last, start, end, scale, softcap,
+    capped: tl.constexpr, windowed: tl.constexpr, masked: tl.constexpr, block_n: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     for rank in range(start, end, block_n):
-        ranks = rank + tl.arange(0, block_n)
-        if masked:
-            places = tl.load(key_list + ranks, mask=ranks < end, other=0)
-        else:
-            places = tl.load(key_list + ranks)
-        key = _load_rows(key_base, places, key_stride, head_dim, block_d, ranks < end, masked)
-        value = _load_rows(value_base, places, value_stride, head_dim, block_d, ranks < end, masked)
+        key = Key.load([row + rank, 0])
+        value = Value.load([row + rank, 0])
         scores = tl.dot(query, tl.trans(key), input_precision=precision)
         weight_gradients = tl.dot(gradient, tl.trans(value), input_precision=precision)
-        seen = (ranks[None, :] >= first[:, None]) & (ranks[None, :] < last[:, None])
-        _, gradients = _score_gradients(
-            scores, normaliser[:, None], weight_gradients, delta[:, None], seen, scale, softcap, capped, masked
-        )
+        ranks = rank + tl.arange(0, block_n)
+        seen = _seen(ranks[None, :], first[:, None], last[:, None], windowed)
+        weights, slope = _weights(scores, normaliser[:, None], seen, scale, softcap, capped, masked)
+        gradients = weights * (weight_gradients - delta[:, None]) * slope
         gradient_sum = tl.dot(gradients.to(key.dtype), key, gradient_sum, input_precision=precision)
     return gradient_sum
 
 
 @kernel
 def _query_gradient_kernel(
-    Query, Key, Value, Gradient, QueryGradient, Normalisers, Deltas, Queries, Keys, Counts, KeyRanges,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, g_batch, g_head, g_token,
-    d_batch, d_head, d_token, scale, softcap, heads, queries, keys, rows, group: tl.constexpr,
+    Query, Key, Value, Gradient, QueryGradient, Normalisers, Deltas, Queries, Counts, KeyRanges,
+    d_batch, d_head, d_token, scale, softcap, heads, queries, rows, query_slots, key_slots, group: tl.constexpr,
     head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
     capped: tl.constexpr, windowed: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
@@ -389,107 +409,97 @@ def _query_gradient_kernel(
     out_base = QueryGradient + batch.to(tl.int64) * d_batch + head.to(tl.int64) * d_head
     total = tl.zeros([block_m, block_d], dtype=tl.float32)
     if block * block_m < text_queries:
-        key_base = Key + batch.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
-        value_base = Value + batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-        query_base = Query + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
-        query = _load_rows(query_base, places, q_token, head_dim, block_d, valid, True)
-        gradient_base = Gradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
-        gradient = _load_rows(gradient_base, places, g_token, head_dim, block_d, valid, True)
+        query_row = (batch * heads + head) * query_slots + block * block_m
+        query, gradient = Query.load([query_row, 0]), Gradient.load([query_row, 0])
+        key_row = (batch * (heads // group) + kv_head) * key_slots
         saved = tl.load(Counts + batch * 4 + 3) + ranks
         for branch in tl.static_range(2):
             edges = KeyRanges + (batch * 4 + 2 * branch) * queries + ranks
             first = tl.load(edges, mask=within, other=0)
             last = tl.load(edges + queries, mask=within, other=0)
-            key_list = Keys + batch * keys
             if branch == 1:
-                key_list += tl.load(Counts + batch * 4 + 1)
+                key_row += tl.load(Counts + batch * 4 + 1)
             at = (branch * heads + head).to(tl.int64) * rows + saved
             normaliser = tl.load(Normalisers + at, mask=valid, other=float("inf"))
             delta = tl.load(Deltas + at, mask=valid, other=0.0)
             start, inner_start, inner_end, end = _inner_blocks(first, last, valid, block_n)
             if windowed:
                 total = _query_blocks(
-                    total, query, gradient, normaliser, delta, key_base, value_base, key_list, first, last,
-                    start, tl.minimum(inner_start, end), k_token, v_token, scale, softcap,
-                    capped, True, head_dim, block_d, block_n, precision,
+                    total, query, gradient, normaliser, delta, Key, Value, key_row, first, last,
+                    start, tl.minimum(inner_start, end), scale, softcap, capped, windowed, True, block_n, precision,
                 )  # fmt: skip
             total = _query_blocks(
-                total, query, gradient, normaliser, delta, key_base, value_base, key_list, first, last,
-                inner_start, inner_end, k_token, v_token, scale, softcap,
-                capped, False, head_dim, block_d, block_n, precision,
+                total, query, gradient, normaliser, delta, Key, Value, key_row, first, last,
+                inner_start, inner_end, scale, softcap, capped, windowed, False, block_n, precision,
             )  # fmt: skip
             total = _query_blocks(
-                total, query, gradient, normaliser, delta, key_base, value_base, key_list, first, last,
-                inner_end, end, k_token, v_token, scale, softcap,
-                capped, True, head_dim, block_d, block_n, precision,
+                total, query, gradient, normaliser, delta, Key, Value, key_row, first, last,
+                inner_end, end, scale, softcap, capped, windowed, True, block_n, precision,
             )  # fmt: skip
     _store_rows(out_base, places, d_token, total * scale, head_dim, block_d, within)
 
 
 @jit
 def _key_blocks(
-    key_sum, value_sum, key, value, query_base, gradient_base, normalisers, deltas, query_list, edges, key_ranks,
-    start, end, q_token, g_token, queries, scale, softcap,
-    capped: tl.constexpr, masked: tl.constexpr, head_dim: tl.constexpr, block_d: tl.constexpr,
-    block_m: tl.constexpr, precision: tl.constexpr,
+    key_sum, value_sum, key, value, Query, Gradient, row, normalisers, deltas, edges, key_ranks, start, end, queries,
+    scale, softcap, capped: tl.constexpr, windowed: tl.constexpr, masked: tl.constexpr, block_m: tl.constexpr,
+    precision: tl.constexpr,
 ):  # fmt: skip
     for rank in range(start, end, block_m):
         ranks = rank + tl.arange(0, block_m)
         valid = ranks < end
+        query = Query.load([row + rank, 0])
+        gradient = Gradient.load([row + rank, 0])
         if masked:
-            places = tl.load(query_list + ranks, mask=valid, other=0)
             normaliser = tl.load(normalisers + ranks, mask=valid, other=float("inf"))
             delta = tl.load(deltas + ranks, mask=valid, other=0.0)
-            first = tl.load(edges + ranks, mask=valid, other=0)
             last = tl.load(edges + queries + ranks, mask=valid, other=0)
-            seen = (key_ranks[:, None] >= first[None, :]) & (key_ranks[:, None] < last[None, :])
+            first = last
+            if windowed:
+                first = tl.load(edges + ranks, mask=valid, other=0)
+            seen = _seen(key_ranks[:, None], first[None, :], last[None, :], windowed)
         else:
-            places = tl.load(query_list + ranks)
             normaliser = tl.load(normalisers + ranks)
             delta = tl.load(deltas + ranks)
             seen = valid
-        query = _load_rows(query_base, places, q_token, head_dim, block_d, valid, masked)
-        gradient = _load_rows(gradient_base, places, g_token, head_dim, block_d, valid, masked)
         scores = tl.dot(key, tl.trans(query), input_precision=precision)
-        weight_gradients = tl.dot(value, tl.trans(gradient), input_precision=precision)
-        weights, gradients = _score_gradients(
-            scores, normaliser[None, :], weight_gradients, delta[None, :], seen, scale, softcap, capped, masked
-        )
+        weights, slope = _weights(scores, normaliser[None, :], seen, scale, softcap, capped, masked)
         value_sum = tl.dot(weights.to(gradient.dtype), gradient, value_sum, input_precision=precision)
+        weight_gradients = tl.dot(value, tl.trans(gradient), input_precision=precision)
+        gradients = weights * (weight_gradients - delta[None, :]) * slope
         key_sum = tl.dot(gradients.to(query.dtype), query, key_sum, input_precision=precision)
     return key_sum, value_sum
 
 
 @kernel
 def _key_gradient_kernel(
-    Query, Key, Value, Gradient, KeyGradient, ValueGradient, Normalisers, Deltas,
-    Queries, Keys, Counts, KeyRanges, QueryRanges, OwnKey,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, g_batch, g_head, g_token,
-    dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, scale, softcap, heads, queries, keys, rows, group: tl.constexpr,
+    Query, Key, Value, Gradient, OwnGradient, KeyGradient, ValueGradient, Normalisers, Deltas,
+    Keys, Counts, KeyRanges, QueryRanges, OwnKey, g_batch, g_head, g_token,
+    dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, scale, softcap,
+    heads, queries, keys, rows, query_slots, key_slots, group: tl.constexpr,
     head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    capped: tl.constexpr, precision: tl.constexpr,
+    capped: tl.constexpr, windowed: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of keys and values of one key-value head: text keys, or image and hidden keys."""
     kv_heads = heads // group
     batch, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-    text_queries, text_keys = tl.load(Counts + batch * 4), tl.load(Counts + batch * 4 + 1)
+    text_keys = tl.load(Counts + batch * 4 + 1)
     block, text_blocks = tl.program_id(0), (text_keys + block_n - 1) // block_n
     branch = (block >= text_blocks).to(tl.int32)
     begin = tl.where(branch == 1, text_keys, 0)
-    key_ranks = (block - branch * text_blocks) * block_n + tl.arange(0, block_n)  # within the text or the other keys
-    valid = key_ranks < tl.where(branch == 1, keys - text_keys, text_keys)
-    if (block - branch * text_blocks) * block_n >= tl.where(branch == 1, keys - text_keys, text_keys):
+    count = tl.where(branch == 1, keys - text_keys, text_keys)
+    first_rank = (block - branch * text_blocks) * block_n  # within the text or the other keys
+    if first_rank >= count:
         return
+    key_ranks = first_rank + tl.arange(0, block_n)
+    valid = key_ranks < count
     places = tl.load(Keys + batch * keys + begin + key_ranks, mask=valid, other=0)
-    key_base = Key + batch.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
-    value_base = Value + batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    key = _load_rows(key_base, places, k_token, head_dim, block_d, valid, True)
-    value = _load_rows(value_base, places, v_token, head_dim, block_d, valid, True)
     seen_by = QueryRanges + batch * 2 * keys + begin + key_ranks
     first = tl.load(seen_by, mask=valid, other=0)
     last = tl.load(seen_by + keys, mask=valid, other=0)
     start, inner_start, inner_end, end = _inner_blocks(first, last, valid, block_m)
-    query_list = Queries + batch * queries
+    key_row = (batch * kv_heads + kv_head) * key_slots + begin + first_rank
+    key, value = Key.load([key_row, 0]), Value.load([key_row, 0])
     edges = KeyRanges + (batch * 4 + 2 * branch) * queries
     saved = tl.load(Counts + batch * 4 + 3)
     key_sum = tl.zeros([block_n, block_d], dtype=tl.float32)
@@ -499,26 +509,23 @@ def _key_gradient_kernel(
     is_own = valid & (own_query >= 0) & (own_query < queries) & (branch == 1)
     for member in range(0, group):
         head = kv_head * group + member
-        query_base = Query + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
-        gradient_base = Gradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
         at = (branch * heads + head).to(tl.int64) * rows + saved
+        row = (batch * heads + head) * query_slots
         key_sum, value_sum = _key_blocks(
-            key_sum, value_sum, key, value, query_base, gradient_base, Normalisers + at, Deltas + at, query_list, edges,
-            key_ranks, start, tl.minimum(inner_start, end), q_token, g_token, queries, scale, softcap,
-            capped, True, head_dim, block_d, block_m, precision,
+            key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
+            start, tl.minimum(inner_start, end), queries, scale, softcap, capped, windowed, True, block_m, precision,
         )  # fmt: skip
         key_sum, value_sum = _key_blocks(
-            key_sum, value_sum, key, value, query_base, gradient_base, Normalisers + at, Deltas + at, query_list, edges,
-            key_ranks, inner_start, inner_end, q_token, g_token, queries, scale, softcap,
-            capped, False, head_dim, block_d, block_m, precision,
+            key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
+            inner_start, inner_end, queries, scale, softcap, capped, windowed, False, block_m, precision,
         )  # fmt: skip
         key_sum, value_sum = _key_blocks(
-            key_sum, value_sum, key, value, query_base, gradient_base, Normalisers + at, Deltas + at, query_list, edges,
-            key_ranks, inner_end, end, q_token, g_token, queries, scale, softcap,
-            capped, True, head_dim, block_d, block_m, precision,
+            key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
+            inner_end, end, queries, scale, softcap, capped, windowed, True, block_m, precision,
         )  # fmt: skip
         if branch == 1:
-            value_sum += _load_rows(gradient_base, own_query, g_token, head_dim, block_d, is_own, True).to(tl.float32)
+            own_base = OwnGradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
+            value_sum += _load_rows(own_base, own_query, g_token, head_dim, block_d, is_own, True).to(tl.float32)
     key_out = KeyGradient + batch.to(tl.int64) * dk_batch + kv_head.to(tl.int64) * dk_head
     value_out = ValueGradient + batch.to(tl.int64) * dv_batch + kv_head.to(tl.int64) * dv_head
     _store_rows(key_out, places, dk_token, key_sum * scale, head_dim, block_d, valid)
@@ -568,135 +575,114 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
 
 
-# Two versions of this file may be loaded in one process, as the remote code of two checkpoints: each has operators of its own.
-_NAMESPACE = "dsvl_" + "".join(c if c.isalnum() else "_" for c in __name__)
+# A block is read whole: packed states have room for the longest one after the last row.
+_ROOM = 128
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::attend", mutates_args=())
-def _attend_op(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    counts: torch.Tensor,
-    key_ranges: torch.Tensor,
-    query_ranges: torch.Tensor,
-    own_key: torch.Tensor,
-    rows: int,
-    windowed: bool,
-    scaling: float,
-    softcap: float,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    query, key, value = _dense(query), _dense(key), _dense(value)
+def _pack(states: torch.Tensor, places: torch.Tensor, counts: torch.Tensor, lists: int) -> torch.Tensor:
+    """(batch, heads, tokens, head_dim) in the order of a list of places: (batch, heads, slots, a power of two)."""
+    states = states if states.stride(3) == 1 else states.contiguous()
+    batch, heads, tokens, head_dim = states.shape
+    block_d, slots = _width(head_dim), -(-tokens // _ROOM) * _ROOM
+    packed = states.new_empty(batch, heads, slots, block_d)
+    _pack_kernel[(slots // _ROOM, batch * heads)](
+        states, packed, places, counts, *_strides(states), heads, tokens, slots, lists,
+        head_dim=head_dim, block_d=block_d, block_m=_ROOM, num_warps=8,
+    )  # fmt: skip
+    return packed
+
+
+def _width(head_dim: int) -> int:
+    return max(triton.next_power_of_2(head_dim), 16)
+
+
+def _blocks_of(packed: torch.Tensor, rows: int) -> Any:
+    """Packed states as a kernel reads them, `rows` at a time."""
+    block_d = packed.shape[3]
+    return TensorDescriptor(packed, [packed.numel() // block_d, block_d], [block_d, 1], [rows, block_d])
+
+
+def _forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: FusedMask, scaling: float, softcap: float, save: bool
+) -> tuple[torch.Tensor, ...]:
+    value = value if value.stride(3) == 1 else value.contiguous()
     batch, heads, tokens, head_dim = query.shape
-    block_d = max(triton.next_power_of_2(head_dim), 16)
-    cut = _blocks("forward", block_d, query.element_size())
-    out, branches, normalisers = _empty_outputs(query, rows if save else 0)
-    grid = (triton.cdiv(tokens, cut.queries), batch * heads)
-    with torch.cuda.device(query.device):
-        _forward_kernel[grid](
-            query, key, value, out, branches, normalisers, queries, keys, counts, key_ranges, own_key,
-            *_strides(query), *_strides(key), *_strides(value), scaling, softcap,
-            heads, tokens, key.shape[2], rows, group=heads // key.shape[1],
-            head_dim=head_dim, block_d=block_d, block_m=cut.queries, block_n=cut.keys,
-            capped=softcap > 0, windowed=windowed, save=save, precision=_precision(query.dtype),
-            num_warps=cut.warps, num_stages=cut.stages,
-        )  # fmt: skip
-    return out, branches, normalisers
-
-
-def _empty_outputs(query: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, heads, tokens, head_dim = query.shape
-    return (
-        query.new_empty(batch, tokens, heads, head_dim),
-        query.new_empty(2, rows, heads, head_dim),
-        query.new_empty(2, heads, rows, dtype=torch.float32),
+    packed = (
+        _pack(query, mask.queries, mask.counts, 1),
+        _pack(key, mask.keys, mask.counts, 2),
+        _pack(value, mask.keys, mask.counts, 2),
     )
+    cut = _blocks("forward", packed[0].shape[3], query.element_size())
+    rows = mask.rows if save else 0
+    out = query.new_empty(batch, tokens, heads, head_dim)
+    branches = query.new_empty(2, rows, heads, head_dim)
+    normalisers = query.new_empty(2, heads, rows, dtype=torch.float32)
+    _forward_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
+        _blocks_of(packed[0], cut.queries), _blocks_of(packed[1], cut.keys), _blocks_of(packed[2], cut.keys),
+        value, out, branches, normalisers, mask.queries, mask.counts, mask.key_ranges, mask.own_key, *_strides(value),
+        scaling, softcap, heads, tokens, rows, packed[0].shape[2], packed[1].shape[2], group=heads // key.shape[1],
+        head_dim=head_dim, block_d=packed[0].shape[3], block_m=cut.queries, block_n=cut.keys,
+        capped=softcap > 0, windowed=mask.windowed, save=save, precision=_precision(query.dtype),
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return out, *packed, branches, normalisers
 
 
-@_attend_op.register_fake
-def _(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, save = args[8], args[12]
-    return _empty_outputs(query, rows if save else 0)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::attend_backward", mutates_args=())
-def _attend_backward_op(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    branches: torch.Tensor,
-    normalisers: torch.Tensor,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    counts: torch.Tensor,
-    key_ranges: torch.Tensor,
-    query_ranges: torch.Tensor,
-    own_key: torch.Tensor,
-    rows: int,
-    windowed: bool,
-    scaling: float,
-    softcap: float,
+def _backward(
+    gradient: torch.Tensor, packed: tuple[torch.Tensor, ...], mask: FusedMask, scaling: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradient, query, key, value = (_dense(states) for states in (gradient.transpose(1, 2), query, key, value))
-    batch, heads, tokens, head_dim = query.shape
-    kv_heads, kv_tokens = key.shape[1], key.shape[2]
-    block_d = max(triton.next_power_of_2(head_dim), 16)
-    deltas = torch.empty_like(normalisers)
-    query_gradient, key_gradient, value_gradient = (_like_projected(states) for states in (query, key, value))
+    query, key, value, branches, normalisers = packed
+    gradient = gradient.transpose(1, 2)
+    gradient = gradient if gradient.stride(3) == 1 else gradient.contiguous()
+    batch, heads, tokens, head_dim = gradient.shape
+    kv_heads, kv_tokens = key.shape[1], mask.keys.shape[1]
+    rows, itemsize, block_d = mask.rows, query.element_size(), query.shape[3]
+    deltas, packed_gradient = torch.empty_like(normalisers), torch.empty_like(query)
+    query_gradient, key_gradient, value_gradient = (
+        query.new_empty(batch, n, h, head_dim).transpose(1, 2)  # as a decoder's projections lie in memory
+        for n, h in ((tokens, heads), (kv_tokens, kv_heads), (kv_tokens, kv_heads))
+    )
     common = dict(head_dim=head_dim, block_d=block_d)
-    exact = dict(capped=softcap > 0, precision=_precision(query.dtype))
-    inputs = (*_strides(query), *_strides(key), *_strides(value), *_strides(gradient))
-    with torch.cuda.device(query.device):
-        _delta_kernel[(triton.cdiv(tokens, 64), batch * heads)](
-            gradient, branches, deltas, queries, counts, *_strides(gradient), heads, tokens, rows, block_m=64, **common
-        )
-        cut = _blocks("keys", block_d, query.element_size())
-        # One block more than there are keys for, as the last block of text keys may be partly filled.
-        _key_gradient_kernel[(triton.cdiv(kv_tokens, cut.keys) + 1, batch * kv_heads)](
-            query, key, value, gradient, key_gradient, value_gradient, normalisers, deltas,
-            queries, keys, counts, key_ranges, query_ranges, own_key,
-            *inputs, *_strides(key_gradient), *_strides(value_gradient), scaling, softcap,
-            heads, tokens, kv_tokens, rows, group=heads // kv_heads,
-            block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **common, **exact,
-        )  # fmt: skip
-        cut = _blocks("queries", block_d, query.element_size())
-        _query_gradient_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
-            query, key, value, gradient, query_gradient, normalisers, deltas, queries, keys, counts, key_ranges,
-            *inputs, *_strides(query_gradient), scaling, softcap,
-            heads, tokens, kv_tokens, rows, group=heads // kv_heads, windowed=windowed,
-            block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **common, **exact,
-        )  # fmt: skip
+    exact = dict(
+        group=heads // kv_heads, capped=softcap > 0, windowed=mask.windowed, precision=_precision(query.dtype), **common
+    )
+    slots = (query.shape[2], key.shape[2])
+    _delta_kernel[(slots[0] // _ROOM, batch * heads)](
+        gradient, packed_gradient, branches, deltas, mask.queries, mask.counts, *_strides(gradient), heads, tokens, rows,
+        slots[0], block_m=_ROOM, num_warps=8, **common,
+    )  # fmt: skip
+    cut = _blocks("keys", block_d, itemsize)
+    # One block more than there are keys for, as the last block of text keys may be partly filled.
+    _key_gradient_kernel[(triton.cdiv(kv_tokens, cut.keys) + 1, batch * kv_heads)](
+        _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
+        _blocks_of(packed_gradient, cut.queries), gradient, key_gradient, value_gradient, normalisers, deltas,
+        mask.keys, mask.counts, mask.key_ranges, mask.query_ranges, mask.own_key, *_strides(gradient),
+        *_strides(key_gradient), *_strides(value_gradient), scaling, softcap, heads, tokens, kv_tokens, rows, *slots,
+        block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
+    )  # fmt: skip
+    cut = _blocks("queries", block_d, itemsize)
+    _query_gradient_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
+        _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
+        _blocks_of(packed_gradient, cut.queries), query_gradient, normalisers, deltas,
+        mask.queries, mask.counts, mask.key_ranges, *_strides(query_gradient), scaling, softcap,
+        heads, tokens, rows, *slots,
+        block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
+    )  # fmt: skip
     return query_gradient, key_gradient, value_gradient
 
 
-def _like_projected(states: torch.Tensor) -> torch.Tensor:
-    """Room for (batch, heads, tokens, head_dim) in the memory order in which a decoder's projections leave it."""
-    batch, heads, tokens, head_dim = states.shape
-    return states.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, mask: FusedMask, scaling: float, softcap: float) -> torch.Tensor:
+        out, *saved = _forward(query, key, value, mask, scaling, softcap, save=True)
+        ctx.save_for_backward(*saved)
+        ctx.options = mask, scaling, softcap
+        return out
 
-
-@_attend_backward_op.register_fake
-def _(gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any) -> Any:
-    return _like_projected(query), _like_projected(key), _like_projected(value)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, rows, windowed, scaling, softcap, save = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.options, ctx.saved = (rows, windowed, scaling, softcap), save
-
-
-def _backward(ctx: Any, gradient: torch.Tensor, *unused: Any) -> tuple:
-    query, key, value, *mask, branches, normalisers = ctx.saved_tensors
-    gradients = _attend_backward_op(gradient, query, key, value, branches, normalisers, *mask, *ctx.options)
-    return *gradients, *[None] * 11
-
-
-_attend_op.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
+        mask, scaling, softcap = ctx.options
+        return *_backward(gradient, ctx.saved_tensors, mask, scaling, softcap), None, None, None
 
 
 def fused_attention(
@@ -728,6 +714,7 @@ def fused_attention(
             f"a key {tuple(key.shape)} {key.dtype} and a value {tuple(value.shape)} {value.dtype}. Choose "
             "attn_implementation='eager' or 'flex_attention'."
         )
-    save = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
-    lists = (mask.queries, mask.keys, mask.counts, mask.key_ranges, mask.query_ranges, mask.own_key)
-    return _attend_op(query, key, value, *lists, mask.rows, mask.windowed, float(scaling), float(softcap or 0.0), save)[0]
+    with torch.cuda.device(query.device):
+        if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
+            return _FusedAttention.apply(query, key, value, mask, float(scaling), float(softcap or 0.0))
+        return _forward(query, key, value, mask, float(scaling), float(softcap or 0.0), save=False)[0]
