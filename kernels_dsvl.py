@@ -12,8 +12,9 @@ Written in Triton, which comes with PyTorch for CUDA; without it `is_available()
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,11 +31,15 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def is_available(device: torch.device) -> bool:
-    """Whether the kernels run on this device: an NVIDIA GPU of compute capability 8.0 or later, and Triton."""
-    if triton is None or device.type != "cuda" or torch.version.cuda is None:
+def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, training: bool = False) -> bool:
+    """Whether the kernels can compute a decoder's attention: on an NVIDIA GPU of compute capability 8.0 or later, with
+    Triton, for scores of this dtype, heads of up to 256, and no dropout."""
+    if triton is None or device.type != "cuda" or torch.version.cuda is None or dtype not in DTYPES:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    heads = text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    dropped = training and (getattr(text_config, "attention_dropout", None) or 0) > 0
+    return head_dim <= MAX_HEAD_DIM and not dropped and _capability(device) >= (8, 0)
 
 
 @dataclass
@@ -75,7 +80,7 @@ class FusedMask:
         )
 
 
-def fused_mask(
+def fuse_mask(
     is_text_query: torch.Tensor,
     is_text_key: torch.Tensor,
     is_image_key: torch.Tensor,
@@ -159,7 +164,7 @@ def kernel(function: Callable) -> Any:
 def _load_rows(pointer, places, stride, head_dim: tl.constexpr, block_d: tl.constexpr, valid, masked: tl.constexpr):
     """Rows of (places, head_dim) at `places`; zero where not `valid`."""
     columns = tl.arange(0, block_d)
-    at = pointer + places[:, None] * stride + columns[None, :]
+    at = pointer + places[:, None].to(tl.int64) * stride + columns[None, :]
     if block_d != head_dim:
         if masked:
             return tl.load(at, mask=valid[:, None] & (columns < head_dim)[None, :], other=0.0)
@@ -172,7 +177,7 @@ def _load_rows(pointer, places, stride, head_dim: tl.constexpr, block_d: tl.cons
 @jit
 def _store_rows(pointer, places, stride, rows, head_dim: tl.constexpr, block_d: tl.constexpr, valid):
     columns = tl.arange(0, block_d)
-    at = pointer + places[:, None] * stride + columns[None, :]
+    at = pointer + places[:, None].to(tl.int64) * stride + columns[None, :]
     tl.store(at, rows.to(pointer.dtype.element_ty), mask=valid[:, None] & (columns < head_dim)[None, :])
 
 
@@ -216,13 +221,14 @@ def _pack_kernel(
 ):  # fmt: skip
     """Rows of (batch, heads, tokens, head_dim) in the order of a list: (batch, heads, slots, block_d).
 
-    Slots after the list's last are set to 0 as far as a block that holds any of the list reaches, for a block is read whole.
+    A block is read whole, and what is hidden in it is weighed by 0, which nothing but numbers survives: slots behind the
+    list are set to 0 as far as any block of it reaches.
     """
     block, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
     count = tl.load(Counts + batch * 4)
     if lists == 2:  # text and image keys
         count = tl.load(Counts + batch * 4 + 1) + tl.load(Counts + batch * 4 + 2)
-    if block > 0 and block * block_m >= count:
+    if block * block_m >= count + block_m:
         return
     ranks = block * block_m + tl.arange(0, block_m)
     valid = ranks < count
@@ -252,10 +258,9 @@ def _attend(
             seen = _seen(ranks[None, :], first[:, None], last[:, None], windowed)
             scores = tl.where(seen, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * unit)
+        shift = new_peak
         if masked:
             shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        else:
-            shift = new_peak
         weights = tl.exp2(scores * unit - shift[:, None])
         decay = tl.exp2(peak - shift)
         normaliser = normaliser * decay + tl.sum(weights, 1)
@@ -325,7 +330,7 @@ def _forward_kernel(
             at = (branch * heads + head).to(tl.int64) * rows + saved
             tl.store(Normalisers + at, log, mask=valid)
             branch_base = Branches + (head.to(tl.int64) + branch * rows * heads) * head_dim
-            _store_rows(branch_base, saved.to(tl.int64), heads * head_dim, accumulator, head_dim, block_d, valid)
+            _store_rows(branch_base, saved, heads * head_dim, accumulator, head_dim, block_d, valid)
     if block * block_m + block_m > text_queries:
         own = tl.load(OwnKey + batch * queries + places, mask=within, other=0)
         own_value = _load_rows(value_base, own, v_token, head_dim, block_d, within & ~valid, True)
@@ -343,7 +348,7 @@ def _delta_kernel(
     block = tl.program_id(0)
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     text_queries = tl.load(Counts + batch * 4)
-    if block > 0 and block * block_m >= text_queries:
+    if block * block_m >= text_queries + block_m:
         return
     ranks = block * block_m + tl.arange(0, block_m)
     valid = ranks < text_queries
@@ -355,7 +360,7 @@ def _delta_kernel(
     saved = tl.load(Counts + batch * 4 + 3) + ranks
     for branch in tl.static_range(2):
         branch_base = Branches + (head.to(tl.int64) + branch * rows * heads) * head_dim
-        output = _load_rows(branch_base, saved.to(tl.int64), heads * head_dim, head_dim, block_d, valid, True)
+        output = _load_rows(branch_base, saved, heads * head_dim, head_dim, block_d, valid, True)
         at = (branch * heads + head).to(tl.int64) * rows + saved
         tl.store(Deltas + at, tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1), mask=valid)
 
@@ -546,20 +551,26 @@ class Blocks:
     stages: int
 
 
-def _blocks(kernel: str, block_d: int, itemsize: int) -> Blocks:
-    """What measured best on an H100 (benchmarks/attention.py), or what its shared memory can hold."""
-    if itemsize == 4:
-        return Blocks(32, 32, 4, 1) if block_d > 128 else Blocks(64, 32, 4, 1)
-    if block_d > 128:
-        return Blocks(64, 32, 4, 1) if kernel == "keys" else Blocks(64, 64, 4 if kernel == "queries" else 8, 2)
-    return BLOCKS[kernel]
+# What measured best with heads of 128 in half precision on Hopper; what shared memory and registers hold elsewhere.
+_HOPPER = {"forward": Blocks(64, 64, 4, 3), "queries": Blocks(128, 64, 8, 3), "keys": Blocks(32, 64, 4, 3)}
+_HOPPER_WIDE = {"forward": Blocks(64, 64, 8, 2), "queries": Blocks(64, 32, 8, 2), "keys": Blocks(32, 64, 8, 2)}
+_EARLIER = {"forward": Blocks(64, 64, 4, 2), "queries": Blocks(64, 64, 4, 1), "keys": Blocks(32, 64, 4, 2)}
+_EARLIER_WIDE = {"forward": Blocks(64, 32, 8, 1), "queries": Blocks(64, 32, 8, 1), "keys": Blocks(32, 64, 8, 1)}
+_SINGLE = {"forward": Blocks(64, 32, 4, 1), "queries": Blocks(64, 32, 4, 1), "keys": Blocks(32, 32, 4, 1)}
 
 
-BLOCKS = {
-    "forward": Blocks(128, 64, 8, 3),
-    "queries": Blocks(128, 64, 8, 2),
-    "keys": Blocks(64, 128, 8, 2),
-}
+def _blocks(kernel: str, packed: torch.Tensor) -> Blocks:
+    wide = packed.shape[3] > 128
+    if packed.element_size() == 4:
+        return replace(_SINGLE[kernel], queries=32) if wide else _SINGLE[kernel]
+    if packed.is_cuda and _capability(packed.device) >= (9, 0):
+        return (_HOPPER_WIDE if wide else _HOPPER)[kernel]
+    return (_EARLIER_WIDE if wide else _EARLIER)[kernel]
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _strides(states: torch.Tensor) -> tuple[int, int, int]:
@@ -575,16 +586,16 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
 
 
-# A block is read whole: packed states have room for the longest one after the last row.
+# Packed states are written by so many rows at a time, of which no block that is read has more.
 _ROOM = 128
 
 
 def _pack(states: torch.Tensor, places: torch.Tensor, counts: torch.Tensor, lists: int) -> torch.Tensor:
     """(batch, heads, tokens, head_dim) in the order of a list of places: (batch, heads, slots, a power of two)."""
-    states = states if states.stride(3) == 1 else states.contiguous()
+    states = _dense(states)
     batch, heads, tokens, head_dim = states.shape
-    block_d, slots = _width(head_dim), -(-tokens // _ROOM) * _ROOM
-    packed = states.new_empty(batch, heads, slots, block_d)
+    packed = _empty_packed(states)
+    slots, block_d = packed.shape[2:]
     _pack_kernel[(slots // _ROOM, batch * heads)](
         states, packed, places, counts, *_strides(states), heads, tokens, slots, lists,
         head_dim=head_dim, block_d=block_d, block_m=_ROOM, num_warps=8,
@@ -592,8 +603,28 @@ def _pack(states: torch.Tensor, places: torch.Tensor, counts: torch.Tensor, list
     return packed
 
 
-def _width(head_dim: int) -> int:
-    return max(triton.next_power_of_2(head_dim), 16)
+def _empty_packed(states: torch.Tensor) -> torch.Tensor:
+    batch, heads, tokens, head_dim = states.shape
+    return states.new_empty(batch, heads, -(-tokens // _ROOM) * _ROOM, max(1 << (head_dim - 1).bit_length(), 16))
+
+
+def _empty_outputs(query: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the forward pass: the output, and of each branch its output and its normalisers, for so many text queries."""
+    batch, heads, tokens, head_dim = query.shape
+    return (
+        query.new_empty(batch, tokens, heads, head_dim),
+        query.new_empty(2, rows, heads, head_dim),
+        query.new_empty(2, heads, rows, dtype=torch.float32),
+    )
+
+
+def _empty_gradients(
+    gradient: torch.Tensor, key: torch.Tensor, keys: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of query, key and value, as a decoder's projections lie in memory; `gradient` is (batch, queries, heads, head_dim)."""
+    batch, tokens, heads, head_dim = gradient.shape
+    like_key = (gradient.new_empty(batch, keys, key.shape[1], head_dim).transpose(1, 2) for _ in range(2))
+    return gradient.new_empty(batch, tokens, heads, head_dim).transpose(1, 2), *like_key
 
 
 def _blocks_of(packed: torch.Tensor, rows: int) -> Any:
@@ -605,18 +636,16 @@ def _blocks_of(packed: torch.Tensor, rows: int) -> Any:
 def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: FusedMask, scaling: float, softcap: float, save: bool
 ) -> tuple[torch.Tensor, ...]:
-    value = value if value.stride(3) == 1 else value.contiguous()
+    value = _dense(value)
     batch, heads, tokens, head_dim = query.shape
     packed = (
         _pack(query, mask.queries, mask.counts, 1),
         _pack(key, mask.keys, mask.counts, 2),
         _pack(value, mask.keys, mask.counts, 2),
     )
-    cut = _blocks("forward", packed[0].shape[3], query.element_size())
+    cut = _blocks("forward", packed[0])
     rows = mask.rows if save else 0
-    out = query.new_empty(batch, tokens, heads, head_dim)
-    branches = query.new_empty(2, rows, heads, head_dim)
-    normalisers = query.new_empty(2, heads, rows, dtype=torch.float32)
+    out, branches, normalisers = _empty_outputs(query, rows)
     _forward_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
         _blocks_of(packed[0], cut.queries), _blocks_of(packed[1], cut.keys), _blocks_of(packed[2], cut.keys),
         value, out, branches, normalisers, mask.queries, mask.counts, mask.key_ranges, mask.own_key, *_strides(value),
@@ -629,19 +658,15 @@ def _forward(
 
 
 def _backward(
-    gradient: torch.Tensor, packed: tuple[torch.Tensor, ...], mask: FusedMask, scaling: float, softcap: float
+    out_gradient: torch.Tensor, saved: Sequence[torch.Tensor], mask: FusedMask, scaling: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    query, key, value, branches, normalisers = packed
-    gradient = gradient.transpose(1, 2)
-    gradient = gradient if gradient.stride(3) == 1 else gradient.contiguous()
+    query, key, value, branches, normalisers = saved
+    gradient = _dense(out_gradient.transpose(1, 2))
     batch, heads, tokens, head_dim = gradient.shape
     kv_heads, kv_tokens = key.shape[1], mask.keys.shape[1]
-    rows, itemsize, block_d = mask.rows, query.element_size(), query.shape[3]
+    rows, block_d = mask.rows, query.shape[3]
     deltas, packed_gradient = torch.empty_like(normalisers), torch.empty_like(query)
-    query_gradient, key_gradient, value_gradient = (
-        query.new_empty(batch, n, h, head_dim).transpose(1, 2)  # as a decoder's projections lie in memory
-        for n, h in ((tokens, heads), (kv_tokens, kv_heads), (kv_tokens, kv_heads))
-    )
+    query_gradient, key_gradient, value_gradient = _empty_gradients(out_gradient, key, kv_tokens)
     common = dict(head_dim=head_dim, block_d=block_d)
     exact = dict(
         group=heads // kv_heads, capped=softcap > 0, windowed=mask.windowed, precision=_precision(query.dtype), **common
@@ -651,7 +676,7 @@ def _backward(
         gradient, packed_gradient, branches, deltas, mask.queries, mask.counts, *_strides(gradient), heads, tokens, rows,
         slots[0], block_m=_ROOM, num_warps=8, **common,
     )  # fmt: skip
-    cut = _blocks("keys", block_d, itemsize)
+    cut = _blocks("keys", query)
     # One block more than there are keys for, as the last block of text keys may be partly filled.
     _key_gradient_kernel[(triton.cdiv(kv_tokens, cut.keys) + 1, batch * kv_heads)](
         _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
@@ -660,7 +685,7 @@ def _backward(
         *_strides(key_gradient), *_strides(value_gradient), scaling, softcap, heads, tokens, kv_tokens, rows, *slots,
         block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
     )  # fmt: skip
-    cut = _blocks("queries", block_d, itemsize)
+    cut = _blocks("queries", query)
     _query_gradient_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
         _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
         _blocks_of(packed_gradient, cut.queries), query_gradient, normalisers, deltas,
@@ -674,15 +699,75 @@ def _backward(
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, mask: FusedMask, scaling: float, softcap: float) -> torch.Tensor:
-        out, *saved = _forward(query, key, value, mask, scaling, softcap, save=True)
+        with torch.cuda.device_of(query):
+            out, *saved = _forward(query, key, value, mask, scaling, softcap, save=True)
         ctx.save_for_backward(*saved)
         ctx.options = mask, scaling, softcap
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
-        mask, scaling, softcap = ctx.options
-        return *_backward(gradient, ctx.saved_tensors, mask, scaling, softcap), None, None, None
+        with torch.cuda.device_of(gradient):
+            return *_backward(gradient, ctx.saved_tensors, *ctx.options), None, None, None
+
+
+# The same as operators, for a compiled graph, which does not look into them. Two versions of this file may be loaded in one
+# process, as the remote code of two checkpoints: each has operators of its own.
+_NAMESPACE = "dsvl_" + "".join(c if c.isalnum() else "_" for c in __name__)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::mmca", mutates_args=())
+def _mmca(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lists: list[torch.Tensor],
+    rows: int,
+    windowed: bool,
+    scaling: float,
+    softcap: float,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _forward(query, key, value, FusedMask(*lists, rows, windowed), scaling, softcap, save)
+
+
+@_mmca.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: Any, rows: int, *options: Any) -> Any:
+    packed = tuple(_empty_packed(states) for states in (query, key, value))
+    out, branches, normalisers = _empty_outputs(query, rows if options[-1] else 0)
+    return out, *packed, branches, normalisers
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::mmca_backward", mutates_args=())
+def _mmca_backward(
+    gradient: torch.Tensor,
+    saved: list[torch.Tensor],
+    lists: list[torch.Tensor],
+    rows: int,
+    windowed: bool,
+    scaling: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _backward(gradient, saved, FusedMask(*lists, rows, windowed), scaling, softcap)
+
+
+@_mmca_backward.register_fake
+def _(gradient: torch.Tensor, saved: Any, lists: Any, *options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _empty_gradients(gradient, saved[1], lists[1].shape[1])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    query, key, value, lists, *options, save = inputs
+    ctx.save_for_backward(*lists, *output[1:])
+    ctx.options = options
+
+
+def _compiled_backward(ctx: Any, gradient: torch.Tensor, *unused: Any) -> tuple:
+    lists, saved = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
+    return *_mmca_backward(gradient, list(saved), list(lists), *ctx.options), None, None, None, None, None, None
+
+
+_mmca.register_autograd(_compiled_backward, setup_context=_save_for_backward)
 
 
 def fused_attention(
@@ -710,11 +795,17 @@ def fused_attention(
     """
     if key.shape != value.shape or query.shape[3] != key.shape[3] or not query.dtype == key.dtype == value.dtype:
         raise ValueError(
-            f"The fused kernels want keys and values of one shape and dtype; got a query {tuple(query.shape)} {query.dtype}, "
-            f"a key {tuple(key.shape)} {key.dtype} and a value {tuple(value.shape)} {value.dtype}. Choose "
+            "The fused kernels want queries, keys and values of one width and dtype; got a query "
+            f"{tuple(query.shape)} {query.dtype}, a key {tuple(key.shape)} {key.dtype} and a value {tuple(value.shape)} "
+            f"{value.dtype}. Choose "
             "attn_implementation='eager' or 'flex_attention'."
         )
-    with torch.cuda.device(query.device):
-        if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
-            return _FusedAttention.apply(query, key, value, mask, float(scaling), float(softcap or 0.0))
-        return _forward(query, key, value, mask, float(scaling), float(softcap or 0.0), save=False)[0]
+    save = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    options = float(scaling), float(softcap or 0.0)
+    if torch.compiler.is_compiling():
+        lists = [mask.queries, mask.keys, mask.counts, mask.key_ranges, mask.query_ranges, mask.own_key]
+        return _mmca(query, key, value, lists, mask.rows, mask.windowed, *options, save)[0]
+    if save:
+        return _FusedAttention.apply(query, key, value, mask, *options)
+    with torch.cuda.device_of(query):
+        return _forward(query, key, value, mask, *options, save)[0]

@@ -190,7 +190,14 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
             kwargs.setdefault("use_cache", False)
         if self.config.multimodal_attention != "causal":
             attention_mask, kwargs["multimodal_masks"] = self._modal_masks(
-                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, mm_token_type_ids
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                mm_token_type_ids,
+                # Where it could not be held against placeholders, what the embeddings hold is not known.
+                image_queries=None if input_ids is None else 0 if image_hidden_states is None else len(image_hidden_states),
             )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -219,22 +226,26 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         mm_token_type_ids: torch.Tensor | None,
+        image_queries: int | None,
     ) -> tuple[Any, dict | None]:
-        """The decoder's attention_mask and the `multimodal_masks` beside it (see attention_dsvl.py)."""
+        """The decoder's attention_mask and the `multimodal_masks` beside it (see attention_dsvl.py).
+
+        `image_queries` is how many of the new tokens are image tokens, if that is known.
+        """
         if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
             return self._check_ready_mask(attention_mask, input_ids, mm_token_type_ids), None
         token_types = self.token_types(inputs_embeds.shape[1], input_ids, mm_token_type_ids, past_key_values)
         attention = self.config.multimodal_attention
-        if attention == "mmca" and not sees_pictures(token_types, past_key_values):
+        known = None if image_queries is None else image_queries > 0
+        if attention == "mmca" and not sees_pictures(token_types, past_key_values, known):
             return attention_mask, None
         token_types = token_types.to(inputs_embeds.device)
         visible = visibilities(self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if attention == "mmca_reference" or inputs_embeds.shape[1] == 1:
             return coded_masks(visible, token_types, attention), None
         text = self.language_model.config
-        softcapped = getattr(text, "attn_logit_softcapping", None) is not None
         masks = {
-            k: multimodal_mask(v, token_types, text._attn_implementation, inputs_embeds.dtype, softcapped)
+            k: multimodal_mask(v, token_types, text, inputs_embeds.dtype, self.training, image_queries or 0)
             for k, v in visible.items()
         }
         # A four-dimensional mask keeps the decoder from building its own; the modality of the keys is short and true.
