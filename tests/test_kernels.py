@@ -14,25 +14,25 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 
 
 @needs_gpu
-@pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "count"),
+    ("dtype", "head_dim", "groups", "softcap", "count"),
     [
-        (torch.bfloat16, 128, 300),
-        (torch.bfloat16, 64, 200),
-        (torch.float16, 80, 200),
-        (torch.bfloat16, 256, 200),
-        (torch.float32, 64, 200),
-        (torch.float32, 128, 100),
+        (torch.bfloat16, 128, [1], 0.0, 500),
+        (torch.bfloat16, 128, [4], 0.0, 500),
+        (torch.bfloat16, 64, [2], 5.0, 500),
+        (torch.float16, 80, [1], 0.0, 500),
+        (torch.bfloat16, 256, [2], 5.0, 400),
+        (torch.float32, 64, [2], 0.0, 400),
+        (torch.float32, 128, [1], 5.0, 300),
     ],
 )
-def test_random_layouts_agree_with_the_definition_in_float64(dtype, head_dim, count, half, monkeypatch):
+def test_random_layouts_agree_with_the_definition_in_float64(dtype, head_dim, groups, softcap, count, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory that is not written reads as NaN
     try:
-        for seed in range(half * count, (half + 1) * count):
-            found = errors(seed, dtype, head_dim, longest=400, device="cuda")
+        for seed in range(count):
+            found = errors(seed, dtype, head_dim, 400, "cuda", groups, softcap)
             assert all(error < TOLERANCE[dtype] for error in found), (seed, found)
     finally:
         torch.use_deterministic_algorithms(False)
