@@ -455,16 +455,18 @@ def _key_blocks(
         valid = ranks < end
         query = Query.load([row + rank, 0])
         gradient = Gradient.load([row + rank, 0])
-        # Behind the last query, states are 0 and weights too: its block needs no mask for that.
-        normaliser = tl.load(normalisers + ranks, mask=valid, other=float("inf"))
-        delta = tl.load(deltas + ranks, mask=valid, other=0.0)
-        seen = valid
         if masked:
+            normaliser = tl.load(normalisers + ranks, mask=valid, other=float("inf"))
+            delta = tl.load(deltas + ranks, mask=valid, other=0.0)
             last = tl.load(edges + queries + ranks, mask=valid, other=0)
             first = last
             if windowed:
                 first = tl.load(edges + ranks, mask=valid, other=0)
             seen = _seen(key_ranks[:, None], first[None, :], last[None, :], windowed)
+        else:
+            normaliser = tl.load(normalisers + ranks)
+            delta = tl.load(deltas + ranks)
+            seen = valid
         scores = tl.dot(key, tl.trans(query), input_precision=precision)
         weights, slope = _weights(scores, normaliser[None, :], seen, scale, softcap, capped, masked)
         value_sum = tl.dot(weights.to(gradient.dtype), gradient, value_sum, input_precision=precision)
@@ -500,10 +502,7 @@ def _key_gradient_kernel(
     seen_by = QueryRanges + batch * 2 * keys + begin + key_ranks
     first = tl.load(seen_by, mask=valid, other=0)
     last = tl.load(seen_by + keys, mask=valid, other=0)
-    is_seen = last > first
-    start, inner_start, inner_end, end = _inner_blocks(first, last, is_seen, block_m)
-    if not windowed:  # whatever is seen is seen by every later query
-        inner_end = tl.maximum(inner_start, end)
+    start, inner_start, inner_end, end = _inner_blocks(first, last, valid, block_m)
     key_row = (batch * kv_heads + kv_head) * key_slots + begin + first_rank
     key, value = Key.load([key_row, 0]), Value.load([key_row, 0])
     edges = KeyRanges + (batch * 4 + 2 * branch) * queries
@@ -525,17 +524,11 @@ def _key_gradient_kernel(
             key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
             inner_start, inner_end, queries, scale, softcap, capped, windowed, False, block_m, precision,
         )  # fmt: skip
-        if windowed:
-            key_sum, value_sum = _key_blocks(
-                key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
-                inner_end, end, queries, scale, softcap, capped, windowed, True, block_m, precision,
-            )  # fmt: skip
-    # Unseen keys of the block took part in what needs no mask for the others.
-    key_sum = tl.where(is_seen[:, None], key_sum, 0.0)
-    value_sum = tl.where(is_seen[:, None], value_sum, 0.0)
-    if branch == 1:
-        for member in range(0, group):
-            head = kv_head * group + member
+        key_sum, value_sum = _key_blocks(
+            key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
+            inner_end, end, queries, scale, softcap, capped, windowed, True, block_m, precision,
+        )  # fmt: skip
+        if branch == 1:
             own_base = OwnGradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
             value_sum += _load_rows(own_base, own_query, g_token, head_dim, block_d, is_own, True).to(tl.float32)
     key_out = KeyGradient + batch.to(tl.int64) * dk_batch + kv_head.to(tl.int64) * dk_head
