@@ -1,0 +1,227 @@
+"""What a visitor sees: a conversation, and a box for the next question and its pictures."""
+
+import asyncio
+import html
+import threading
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..chat.pictures import SUFFIXES, open_picture
+from .limits import Limits, Refusal
+from .visitors import Conversation, Question, Visitors
+
+KEPT_SIDE = 2048  # pixels: what towers see is smaller, and the pictures of all conversations are in memory
+SECONDS_BETWEEN_UPDATES = 0.05
+STYLE = """
+footer {display: none !important}
+.dsvl-about p {opacity: .7; font-size: .9em; margin: 0}
+"""
+
+
+def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequence[Path]]] = ()) -> gr.Blocks:
+    """The page, not yet open.
+
+    Nothing of a conversation comes back from the browser: it sends the next question, or that the last one shall be asked
+    again or taken back. So nobody can put words into a conversation that is not theirs, and requests stay small.
+
+    Args:
+        visitors: the conversations.
+        name: of the model, the page's title.
+        examples: questions, each with the files of its pictures, to be asked with a click.
+    """
+    handlers = _Handlers(visitors, [Question(text, [str(file) for file in files], []) for text, files in examples])
+    limits = visitors.limits
+    with gr.Blocks(
+        title=name,
+        fill_height=True,
+        analytics_enabled=False,
+        delete_cache=(min(600, int(limits.idle_seconds)), int(limits.idle_seconds)),
+    ) as page:
+        gr.Markdown(f"## {html.escape(name)}")
+        gr.Markdown(
+            f"Ask about up to {limits.pictures} pictures at once; PNG, JPEG, WebP and others, each up to "
+            f"{limits.picture_bytes / 2**20:.0f} MB and {limits.picture_pixels / 1e6:.0f} megapixels. "
+            "A model's answers may be wrong.",
+            elem_classes="dsvl-about",
+        )
+        conversation = gr.Chatbot(
+            scale=1,
+            height=None,
+            min_height=320,
+            show_label=False,
+            label="Conversation",
+            buttons=["copy"],
+            feedback_options=None,
+            render_markdown=False,  # words as they were said, and nothing fetched because an answer names it
+            examples=[{"text": text, "files": [str(file) for file in files]} for text, files in examples] or None,
+            placeholder="Add pictures, and ask about them.",
+        )
+        box = gr.MultimodalTextbox(
+            show_label=False,
+            label="Question",
+            placeholder="Ask something; pictures by the button, by dropping or by pasting them",
+            file_types=[*SUFFIXES],
+            file_count="multiple",
+            sources=["upload"],
+            max_plain_text_length=limits.characters,
+            autofocus=True,
+            stop_btn=False,
+        )
+        both = [conversation, box]
+        quick: dict[str, Any] = {"outputs": both, "queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        slow = quick | {"queue": True, "concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "multiple"}
+        box.submit(handlers.accept, box, **quick).success(handlers.answer, None, **slow)
+        conversation.retry(handlers.again, None, **quick).success(handlers.answer, None, **slow)
+        conversation.example_select(handlers.choose, None, **quick).success(handlers.answer, None, **slow)
+        conversation.undo(handlers.undo, None, **quick)
+        conversation.clear(handlers.clear, None, **quick)
+        box.stop(handlers.stop, None, **quick)
+        page.unload(handlers.leave)
+    page.queue(max_size=limits.waiting, api_open=False)
+    return page
+
+
+class _Handlers:
+    """What happens on the page's events. Each returns the conversation as it is shown, and the box."""
+
+    def __init__(self, visitors: Visitors, examples: list[Question]) -> None:
+        self.visitors, self.examples = visitors, examples
+        self._opening = threading.Semaphore(2)  # decoding takes memory: never many at once
+
+    def accept(self, typed: dict[str, Any] | None, request: gr.Request) -> tuple[Any, Any]:
+        """Take the question on, or tell why not; then it stays in the box."""
+        typed = typed or {}
+        return self._ask(request, typed.get("text") or "", typed.get("files") or [])
+
+    def choose(self, chosen: gr.SelectData, request: gr.Request) -> tuple[Any, Any]:
+        """Ask an example; only its number is taken from the request."""
+        try:
+            example = self.examples[int(chosen.index)]
+        except (TypeError, ValueError, IndexError):
+            raise gr.Error("There is no such example.", print_exception=False) from None
+        return self._ask(request, example.text, example.files)
+
+    def again(self, request: gr.Request) -> tuple[Any, Any]:
+        """Ask the last question again."""
+        session = _session(request)
+        try:
+            question = self.visitors.take_back(session)
+            if question is None:
+                raise Refusal("There is no question to ask again.")
+            conversation = self.visitors.ask(session, question)
+        except Refusal as refusal:
+            raise gr.Error(str(refusal), print_exception=False) from None
+        return conversation.shown(), _waiting_box()
+
+    async def answer(self, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
+        """Answer what was asked, word by word."""
+        conversation = self.visitors.of(_session(request))
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        done = asyncio.wrap_future(self.visitors.answer(conversation, lambda: loop.call_soon_threadsafe(news.set)))
+        done.add_done_callback(lambda _: news.set())
+        try:
+            while not done.done():
+                await news.wait()
+                news.clear()
+                if not done.done():
+                    yield conversation.shown(), gr.skip()
+                    await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
+            try:
+                done.result()
+            except Refusal as refusal:
+                gr.Warning(str(refusal))
+            dropped = conversation.chat.last_round.dropped_rounds
+            if dropped:
+                gr.Info(f"The model's context is full: it does not read the oldest {dropped} of your questions any more.")
+            yield conversation.shown(), self._box_after(request, conversation)
+        finally:
+            if not done.done():  # nobody is there to read on
+                conversation.stop.set()
+
+    def stop(self, request: gr.Request) -> tuple[Any, Any]:
+        """End the answer; what was said stays."""
+        conversation = self.visitors.stop(_session(request))
+        return conversation.shown(), self._box_after(request, conversation)
+
+    def undo(self, request: gr.Request) -> tuple[Any, Any]:
+        """Take the last question back into the box."""
+        session = _session(request)
+        try:
+            question = self.visitors.take_back(session)
+        except Refusal as refusal:
+            raise gr.Error(str(refusal), print_exception=False) from None
+        return self.visitors.of(session).shown(), gr.skip() if question is None else _free_box(question)
+
+    def clear(self, request: gr.Request) -> tuple[Any, Any]:
+        """Forget everything."""
+        self.visitors.clear(_session(request))
+        return [], _free_box()
+
+    def leave(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self.visitors.leave(_session(request))
+
+    def _ask(self, request: gr.Request, text: str, files: Sequence[str]) -> tuple[Any, Any]:
+        try:
+            question = self._question(text.strip(), files)
+            conversation = self.visitors.ask(_session(request), question)
+        except Refusal as refusal:
+            raise gr.Error(str(refusal), print_exception=False) from None
+        return conversation.shown(), _waiting_box()
+
+    def _question(self, text: str, files: Sequence[str]) -> Question:
+        limits = self.visitors.limits
+        if not text:
+            raise Refusal("Write a question." if not files else "Write a question about the pictures.")
+        if len(text) > limits.characters:
+            raise Refusal(f"A question has {limits.characters:,} characters at most here, and this has {len(text):,}.")
+        if len(files) > limits.pictures:
+            raise Refusal(f"A question takes {limits.pictures} pictures here, and this has {len(files)}.")
+        with self._opening:
+            return Question(text, [*files], [_open(Path(file), limits) for file in files])
+
+    def _box_after(self, request: gr.Request, conversation: Conversation) -> Any:
+        """The box after an answer; a question that got none is back in it."""
+        return _free_box(self.visitors.take_back(_session(request), last_round=False))
+
+
+def _open(file: Path, limits: Limits) -> Any:
+    """A picture, no larger than is of use.
+
+    Raises:
+        Refusal: naming the file as the visitor knows it.
+    """
+    try:
+        size = file.stat().st_size
+        data = file.read_bytes() if size <= limits.picture_bytes else b""
+    except OSError:
+        raise Refusal(f"{file.name} is not kept any more; add it again.") from None
+    if size > limits.picture_bytes:
+        raise Refusal(f"{file.name} has {size / 2**20:.1f} MB; the most is {limits.picture_bytes / 2**20:.0f} MB.")
+    try:
+        image = open_picture(data, max_pixels=limits.picture_pixels)
+    except ValueError:
+        raise Refusal(
+            f"{file.name} is refused: it is no picture that can be opened here (PNG, JPEG, WebP, ...), or has more than "
+            f"{limits.picture_pixels / 1e6:g} megapixels."
+        ) from None
+    image.thumbnail((KEPT_SIDE, KEPT_SIDE))
+    return image
+
+
+def _session(request: gr.Request) -> str:
+    if not request.session_hash:
+        raise gr.Error("Open the page in a browser.", print_exception=False)
+    return str(request.session_hash)
+
+
+def _waiting_box() -> Any:
+    return gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
+
+
+def _free_box(question: Question | None = None) -> Any:
+    value = {} if question is None else {"value": question.typed()}
+    return gr.MultimodalTextbox(**value, submit_btn=True, stop_btn=False)
