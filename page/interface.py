@@ -2,7 +2,6 @@
 
 import asyncio
 import html
-import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,13 @@ from .visitors import Conversation, Question, Visitors
 KEPT_SIDE = 2048  # pixels: what towers see is smaller, and the pictures of all conversations are in memory
 SECONDS_BETWEEN_UPDATES = 0.05
 STYLE = """
-footer {display: none !important}
+footer, .dsvl-conversation [aria-label="Share"] {display: none !important}
+.dsvl-conversation .icon-button-wrapper:not(:has(button:not([aria-label="Share"]))) {display: none}
 .dsvl-about p {opacity: .7; font-size: .9em; margin: 0}
+.dsvl-conversation .user.message {display: flex; flex-wrap: wrap}
+.dsvl-conversation .user.message > .message {flex: 1 1 100%}
+.dsvl-conversation .user.message > .message.component {flex: 0 1 auto; width: auto; padding: 4px}
+.dsvl-conversation .message img {max-height: 180px; width: auto}
 """
 
 
@@ -43,19 +47,21 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
         gr.Markdown(f"## {html.escape(name)}")
         gr.Markdown(
             f"Ask about up to {limits.pictures} pictures at once; PNG, JPEG, WebP and others, each up to "
-            f"{limits.picture_bytes / 2**20:.0f} MB and {limits.picture_pixels / 1e6:.0f} megapixels. "
+            f"{limits.picture_bytes / 2**20:.3g} MB and {limits.picture_pixels / 1e6:g} megapixels. "
             "A model's answers may be wrong.",
             elem_classes="dsvl-about",
         )
         conversation = gr.Chatbot(
             scale=1,
-            height=None,
-            min_height=320,
+            height="max(320px, calc(100dvh - 260px))",  # the box stays in sight, with pictures in it too
+            elem_classes="dsvl-conversation",
             show_label=False,
             label="Conversation",
-            buttons=["copy"],
+            buttons=[],
+            allow_file_downloads=False,
             feedback_options=None,
-            render_markdown=False,  # words as they were said, and nothing fetched because an answer names it
+            render_markdown=False,
+            latex_delimiters=[],
             examples=[{"text": text, "files": [str(file) for file in files]} for text, files in examples] or None,
             placeholder="Add pictures, and ask about them.",
         )
@@ -71,11 +77,15 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
             stop_btn=False,
         )
         both = [conversation, box]
-        quick: dict[str, Any] = {"outputs": both, "queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        slow = quick | {"queue": True, "concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "multiple"}
-        box.submit(handlers.accept, box, **quick).success(handlers.answer, None, **slow)
-        conversation.retry(handlers.again, None, **quick).success(handlers.answer, None, **slow)
-        conversation.example_select(handlers.choose, None, **quick).success(handlers.answer, None, **slow)
+        # All go through the queue, which also carries what visitors are told. One answer at a time; and as decoding pictures
+        # takes memory, never many questions at once are taken on.
+        shared: dict[str, Any] = {"outputs": both, "show_progress": "hidden", "api_visibility": "private"}
+        slow = shared | {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "multiple"}
+        opening = shared | {"concurrency_limit": 2, "concurrency_id": "opening"}
+        quick = shared | {"concurrency_limit": None}
+        box.submit(handlers.accept, box, **opening).then(handlers.answer, None, **slow)
+        conversation.example_select(handlers.choose, None, **opening).then(handlers.answer, None, **slow)
+        conversation.retry(handlers.again, None, **quick).then(handlers.answer, None, **slow)
         conversation.undo(handlers.undo, None, **quick)
         conversation.clear(handlers.clear, None, **quick)
         box.stop(handlers.stop, None, **quick)
@@ -85,11 +95,13 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
 
 
 class _Handlers:
-    """What happens on the page's events. Each returns the conversation as it is shown, and the box."""
+    """What happens on the page's events. Each returns the conversation as it is shown, and the box.
+
+    What is refused is told beside the page, which stays as it is; an error would cover it.
+    """
 
     def __init__(self, visitors: Visitors, examples: list[Question]) -> None:
         self.visitors, self.examples = visitors, examples
-        self._opening = threading.Semaphore(2)  # decoding takes memory: never many at once
 
     def accept(self, typed: dict[str, Any] | None, request: gr.Request) -> tuple[Any, Any]:
         """Take the question on, or tell why not; then it stays in the box."""
@@ -98,10 +110,9 @@ class _Handlers:
 
     def choose(self, chosen: gr.SelectData, request: gr.Request) -> tuple[Any, Any]:
         """Ask an example; only its number is taken from the request."""
-        try:
-            example = self.examples[int(chosen.index)]
-        except (TypeError, ValueError, IndexError):
-            raise gr.Error("There is no such example.", print_exception=False) from None
+        if type(chosen.index) is not int or not 0 <= chosen.index < len(self.examples):
+            return gr.skip(), gr.skip()
+        example = self.examples[chosen.index]
         return self._ask(request, example.text, example.files)
 
     def again(self, request: gr.Request) -> tuple[Any, Any]:
@@ -110,10 +121,10 @@ class _Handlers:
         try:
             question = self.visitors.take_back(session)
             if question is None:
-                raise Refusal("There is no question to ask again.")
+                return gr.skip(), gr.skip()
             conversation = self.visitors.ask(session, question)
         except Refusal as refusal:
-            raise gr.Error(str(refusal), print_exception=False) from None
+            return _refused(refusal)
         return conversation.shown(), _waiting_box()
 
     async def answer(self, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
@@ -152,7 +163,7 @@ class _Handlers:
         try:
             question = self.visitors.take_back(session)
         except Refusal as refusal:
-            raise gr.Error(str(refusal), print_exception=False) from None
+            return _refused(refusal)
         return self.visitors.of(session).shown(), gr.skip() if question is None else _free_box(question)
 
     def clear(self, request: gr.Request) -> tuple[Any, Any]:
@@ -169,7 +180,7 @@ class _Handlers:
             question = self._question(text.strip(), files)
             conversation = self.visitors.ask(_session(request), question)
         except Refusal as refusal:
-            raise gr.Error(str(refusal), print_exception=False) from None
+            return _refused(refusal)
         return conversation.shown(), _waiting_box()
 
     def _question(self, text: str, files: Sequence[str]) -> Question:
@@ -180,8 +191,7 @@ class _Handlers:
             raise Refusal(f"A question has {limits.characters:,} characters at most here, and this has {len(text):,}.")
         if len(files) > limits.pictures:
             raise Refusal(f"A question takes {limits.pictures} pictures here, and this has {len(files)}.")
-        with self._opening:
-            return Question(text, [*files], [_open(Path(file), limits) for file in files])
+        return Question(text, [*files], [_open(Path(file), limits) for file in files])
 
     def _box_after(self, request: gr.Request, conversation: Conversation) -> Any:
         """The box after an answer; a question that got none is back in it."""
@@ -200,7 +210,7 @@ def _open(file: Path, limits: Limits) -> Any:
     except OSError:
         raise Refusal(f"{file.name} is not kept any more; add it again.") from None
     if size > limits.picture_bytes:
-        raise Refusal(f"{file.name} has {size / 2**20:.1f} MB; the most is {limits.picture_bytes / 2**20:.0f} MB.")
+        raise Refusal(f"{file.name} has {size / 2**20:.3g} MB; the most is {limits.picture_bytes / 2**20:.3g} MB.")
     try:
         image = open_picture(data, max_pixels=limits.picture_pixels)
     except ValueError:
@@ -216,6 +226,11 @@ def _session(request: gr.Request) -> str:
     if not request.session_hash:
         raise gr.Error("Open the page in a browser.", print_exception=False)
     return str(request.session_hash)
+
+
+def _refused(refusal: Refusal) -> tuple[Any, Any]:
+    gr.Warning(str(refusal), title="Not asked")
+    return gr.skip(), gr.skip()
 
 
 def _waiting_box() -> Any:

@@ -1,5 +1,6 @@
 """The conversations of a page's visitors, over one model."""
 
+import html
 import logging
 import threading
 import time
@@ -35,7 +36,7 @@ class Question:
 
     def shown(self) -> dict[str, Any]:
         """As the page's `Chatbot` takes it."""
-        return {"role": "user", "content": [*({"path": file} for file in self.files), *([self.text] if self.text else [])]}
+        return {"role": "user", "content": [*({"path": file} for file in self.files), as_text(self.text)]}
 
     def typed(self) -> dict[str, Any]:
         """As the page's `MultimodalTextbox` takes it."""
@@ -74,8 +75,16 @@ class Conversation:
         """As the page's `Chatbot` takes it."""
         messages = []
         for question, answer in self.rounds:
-            messages += [question.shown(), {"role": "assistant", "content": answer}]
+            messages += [question.shown(), {"role": "assistant", "content": as_text(answer)}]
         return messages if self.waiting is None else [*messages, self.waiting.shown()]
+
+
+def as_text(words: str) -> str:
+    """Words so that the page's `Chatbot` shows them as they are.
+
+    It takes what it gets for HTML, cleaned of scripts alone: what names a picture would have the browser fetch it.
+    """
+    return html.escape(words, quote=False)
 
 
 class Visitors:
