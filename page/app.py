@@ -9,6 +9,7 @@ For a Space, copy this file as it is to `app.py`, with a `requirements.txt` that
 
 import contextlib
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -109,7 +110,7 @@ def open_page(
                 mcp_server=False,
                 ssr_mode=False,
                 pwa=False,
-                num_workers=1,
+                num_workers=0,  # they would take and serve files on ports of their own, past the gate
                 footer_links=[],
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
                 css=STYLE,
@@ -134,8 +135,6 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def _free_port(host: str) -> int:
-    import socket
-
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
@@ -148,8 +147,9 @@ def main() -> None:
         raise SystemExit("DSVL_MODEL is not set; in the Space's settings, give it the checkpoint's name on the Hub.")
     model, processor = load(name)
     # A Space is reached through a proxy, which Gradio finds by itself, and which names the host.
-    host, system = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), os.environ.get("DSVL_SYSTEM")
-    with open_page(model, processor, name, system=system, host=host, allowed_hosts=("*",)):
+    host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
+    system = os.environ.get("DSVL_SYSTEM")
+    with open_page(model, processor, name, system=system, host=host, port=port, allowed_hosts=("*",)):
         threading.Event().wait()
 
 

@@ -1,6 +1,7 @@
 """`dsvl demo`."""
 
 import argparse
+import contextlib
 import ipaddress
 import threading
 from pathlib import Path
@@ -60,7 +61,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.seed is not None:
         set_seed(arguments.seed)
     here = _is_loopback(arguments.host)
-    with open_page(
+    page = open_page(
         model,
         processor,
         arguments.name or Path(arguments.model).resolve().name,
@@ -74,14 +75,12 @@ def _demo(arguments: argparse.Namespace) -> None:
         overflow=arguments.overflow,
         context_length=arguments.context_length,
         **generation_options(arguments),
-    ) as (address, _):
+    )
+    with contextlib.suppress(KeyboardInterrupt), page as (address, _):
         print(f"dsvl demo: {address}; Ctrl-C ends it", flush=True)
         if arguments.share or not here:
             print("dsvl demo: whoever reaches this address can use it; there is no password", flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print()
+        threading.Event().wait()
 
 
 def _is_loopback(host: str) -> bool:

@@ -130,8 +130,13 @@ class _Handlers:
     async def answer(self, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
         """Answer what was asked, word by word."""
         conversation = self.visitors.of(_session(request))
+        before = conversation.chat.last_round
         loop, news = asyncio.get_running_loop(), asyncio.Event()
-        done = asyncio.wrap_future(self.visitors.answer(conversation, lambda: loop.call_soon_threadsafe(news.set)))
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(news.set)
+
+        done = asyncio.wrap_future(self.visitors.answer(conversation, tell))
         done.add_done_callback(lambda _: news.set())
         try:
             while not done.done():
@@ -145,8 +150,8 @@ class _Handlers:
             except Refusal as refusal:
                 gr.Warning(str(refusal))
             dropped = conversation.chat.last_round.dropped_rounds
-            if dropped:
-                gr.Info(f"The model's context is full: it does not read the oldest {dropped} of your questions any more.")
+            if dropped and conversation.chat.last_round is not before:
+                gr.Info(f"The model's context is full; of what it read, the oldest questions ({dropped}) are left out now.")
             yield conversation.shown(), self._box_after(request, conversation)
         finally:
             if not done.done():  # nobody is there to read on
