@@ -63,12 +63,12 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
             render_markdown=False,
             latex_delimiters=[],
             examples=[{"text": text, "files": [str(file) for file in files]} for text, files in examples] or None,
-            placeholder="Add pictures, and ask about them.",
+            placeholder="Add pictures with the clip, by dropping or by pasting them, and ask about them.",
         )
         box = gr.MultimodalTextbox(
             show_label=False,
             label="Question",
-            placeholder="Ask something; pictures by the button, by dropping or by pasting them",
+            placeholder="Ask a question",
             file_types=[*SUFFIXES],
             file_count="multiple",
             sources=["upload"],
@@ -234,7 +234,7 @@ def _session(request: gr.Request) -> str:
 
 
 def _refused(refusal: Refusal) -> tuple[Any, Any]:
-    gr.Warning(str(refusal), title="Not asked")
+    gr.Warning(str(refusal))
     return gr.skip(), gr.skip()
 
 

@@ -112,6 +112,13 @@ def test_a_conversation_about_two_pictures(parts: tuple[Any, Any], browser: Any,
         person.press("Undo")
         eventually(lambda: person.answers.count() == 1)
         assert person.box.input_value() == "And the first?"
+        person.press("Undo")
+        eventually(lambda: person.answers.count() == 0)
+        assert person.page.locator(".thumbnails img").count() == 2
+        person.box.press("Enter")
+        eventually(lambda: person.answers.count() == 1)
+        person.wait()
+        assert person.last_answer().split() == expected[0].split()
         person.press("Clear")
         eventually(lambda: person.answers.count() == 0)
         eventually(lambda: not visitors._kept)
