@@ -103,6 +103,7 @@ def open_page(
                 allowed_paths=[],
                 blocked_paths=[],
                 max_file_size=limits.picture_bytes,
+                max_threads=limits.waiting + 40,  # events at once: a question that waits is one; 40 is Gradio's default
                 app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
                 state_session_capacity=16 * limits.conversations,
                 enable_monitoring=False,

@@ -2,7 +2,7 @@
 
 import asyncio
 import html
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import gradio as gr
 
 from ..chat.pictures import SUFFIXES, open_picture
 from .limits import Limits, Refusal
-from .visitors import Conversation, Question, Visitors
+from .visitors import Question, Turn, Visitors
 
 KEPT_SIDE = 2048  # pixels: what towers see is smaller, and the pictures of all conversations are in memory
 SECONDS_BETWEEN_UPDATES = 0.05
@@ -77,20 +77,18 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
             stop_btn=False,
         )
         both = [conversation, box]
-        # All go through the queue, which also carries what visitors are told. One answer at a time; and as decoding pictures
-        # takes memory, never many questions at once are taken on.
+        # All go through the queue, which also carries what visitors are told. It is `Visitors` that lets questions wait, and
+        # refuses more than the limits: where Gradio's own queue is full, no answer could be stopped either.
         shared: dict[str, Any] = {"outputs": both, "show_progress": "hidden", "api_visibility": "private"}
-        slow = shared | {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "multiple"}
-        opening = shared | {"concurrency_limit": 2, "concurrency_id": "opening"}
-        quick = shared | {"concurrency_limit": None}
-        box.submit(handlers.accept, box, **opening).then(handlers.answer, None, **slow)
-        conversation.example_select(handlers.choose, None, **opening).then(handlers.answer, None, **slow)
-        conversation.retry(handlers.again, None, **quick).then(handlers.answer, None, **slow)
-        conversation.undo(handlers.undo, None, **quick)
-        conversation.clear(handlers.clear, None, **quick)
-        box.stop(handlers.stop, None, **quick)
+        shared |= {"concurrency_limit": None}
+        box.submit(handlers.ask, box, **shared)
+        conversation.example_select(handlers.ask_example, None, **shared)
+        conversation.retry(handlers.ask_again, None, **shared)
+        conversation.undo(handlers.undo, None, **shared)
+        conversation.clear(handlers.clear, None, **shared)
+        box.stop(handlers.stop, None, **shared | {"outputs": None})
         page.unload(handlers.leave)
-    page.queue(max_size=limits.waiting, api_open=False)
+    page.queue(max_size=4 * limits.waiting, api_open=False)
     return page
 
 
@@ -102,65 +100,26 @@ class _Handlers:
 
     def __init__(self, visitors: Visitors, examples: list[Question]) -> None:
         self.visitors, self.examples = visitors, examples
+        self.opening = asyncio.Semaphore(2)  # decoding pictures takes memory
 
-    def accept(self, typed: dict[str, Any] | None, request: gr.Request) -> tuple[Any, Any]:
-        """Take the question on, or tell why not; then it stays in the box."""
+    async def ask(self, typed: dict[str, Any] | None, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
+        """Take the question on, and answer it; or tell why not, and it stays in the box."""
         typed = typed or {}
-        return self._ask(request, typed.get("text") or "", typed.get("files") or [])
+        async for update in self._ask(_session(request), typed.get("text") or "", typed.get("files") or []):
+            yield update
 
-    def choose(self, chosen: gr.SelectData, request: gr.Request) -> tuple[Any, Any]:
+    async def ask_example(self, chosen: gr.SelectData, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
         """Ask an example; only its number is taken from the request."""
-        if type(chosen.index) is not int or not 0 <= chosen.index < len(self.examples):
-            return gr.skip(), gr.skip()
-        example = self.examples[chosen.index]
-        return self._ask(request, example.text, example.files)
+        if type(chosen.index) is int and 0 <= chosen.index < len(self.examples):
+            example = self.examples[chosen.index]
+            async for update in self._ask(_session(request), example.text, example.files):
+                yield update
 
-    def again(self, request: gr.Request) -> tuple[Any, Any]:
+    async def ask_again(self, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
         """Ask the last question again."""
         session = _session(request)
-        try:
-            question = self.visitors.take_back(session)
-            if question is None:
-                return gr.skip(), gr.skip()
-            conversation = self.visitors.ask(session, question)
-        except Refusal as refusal:
-            return _refused(refusal)
-        return conversation.shown(), _waiting_box()
-
-    async def answer(self, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
-        """Answer what was asked, word by word."""
-        conversation = self.visitors.of(_session(request))
-        before = conversation.chat.last_round
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
-
-        def tell() -> None:
-            loop.call_soon_threadsafe(news.set)
-
-        done = asyncio.wrap_future(self.visitors.answer(conversation, tell))
-        done.add_done_callback(lambda _: news.set())
-        try:
-            while not done.done():
-                await news.wait()
-                news.clear()
-                if not done.done():
-                    yield conversation.shown(), gr.skip()
-                    await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
-            try:
-                done.result()
-            except Refusal as refusal:
-                gr.Warning(str(refusal))
-            dropped = conversation.chat.last_round.dropped_rounds
-            if dropped and conversation.chat.last_round is not before:
-                gr.Info(f"The model's context is full; of what it read, the oldest questions ({dropped}) are left out now.")
-            yield conversation.shown(), self._box_after(request, conversation)
-        finally:
-            if not done.done():  # nobody is there to read on
-                conversation.stop.set()
-
-    def stop(self, request: gr.Request) -> tuple[Any, Any]:
-        """End the answer; what was said stays."""
-        conversation = self.visitors.stop(_session(request))
-        return conversation.shown(), self._box_after(request, conversation)
+        async for update in self._answer(session, lambda tell: self.visitors.ask_again(session, tell)):
+            yield update
 
     def undo(self, request: gr.Request) -> tuple[Any, Any]:
         """Take the last question back into the box."""
@@ -168,25 +127,62 @@ class _Handlers:
         try:
             question = self.visitors.take_back(session)
         except Refusal as refusal:
-            return _refused(refusal)
-        return self.visitors.of(session).shown(), gr.skip() if question is None else _free_box(question)
+            gr.Warning(str(refusal))
+            return gr.skip(), gr.skip()
+        return self.visitors.shown(session)[0], _free_box(question)
 
     def clear(self, request: gr.Request) -> tuple[Any, Any]:
         """Forget everything."""
         self.visitors.clear(_session(request))
         return [], _free_box()
 
+    def stop(self, request: gr.Request) -> None:
+        """End the answer; what was said stays."""
+        self.visitors.stop(_session(request))
+
     def leave(self, request: gr.Request) -> None:
         """The page was closed."""
         self.visitors.leave(_session(request))
 
-    def _ask(self, request: gr.Request, text: str, files: Sequence[str]) -> tuple[Any, Any]:
+    async def _ask(self, session: str, text: str, files: Sequence[str]) -> AsyncIterator[tuple[Any, Any]]:
         try:
-            question = self._question(text.strip(), files)
-            conversation = self.visitors.ask(_session(request), question)
+            async with self.opening:
+                question = await asyncio.to_thread(self._question, text.strip(), files)
         except Refusal as refusal:
-            return _refused(refusal)
-        return conversation.shown(), _waiting_box()
+            gr.Warning(str(refusal))
+            return
+        async for update in self._answer(session, lambda tell: self.visitors.ask(session, question, tell)):
+            yield update
+
+    async def _answer(self, session: str, begin: Callable[[Callable[[], None]], Turn]) -> AsyncIterator[tuple[Any, Any]]:
+        """Answer, word by word. What is shown is always the conversation as it is: it may be cleared meanwhile."""
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            turn = begin(lambda: loop.call_soon_threadsafe(news.set))
+        except Refusal as refusal:
+            gr.Warning(str(refusal))
+            return
+        done, answered = asyncio.wrap_future(turn.done), False
+        done.add_done_callback(lambda _: news.set())
+        try:
+            yield self.visitors.shown(session)[0], _waiting_box()
+            while not done.done():
+                await news.wait()
+                news.clear()
+                if not done.done():
+                    yield self.visitors.shown(session)[0], gr.skip()
+                    await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
+            answered = not done.cancelled() and done.result()
+        except Refusal as refusal:
+            gr.Warning(str(refusal))
+        finally:
+            if not done.done():  # nobody is there to read on
+                self.visitors.stop(session, turn)
+        if turn.dropped_rounds:
+            left_out = f"the oldest questions ({turn.dropped_rounds}) are left out now"
+            gr.Info(f"The model's context is full; of what it read, {left_out}.")
+        shown, busy = self.visitors.shown(session)
+        yield shown, gr.skip() if busy else _free_box(None if answered or turn.cleared else turn.question)
 
     def _question(self, text: str, files: Sequence[str]) -> Question:
         limits = self.visitors.limits
@@ -197,10 +193,6 @@ class _Handlers:
         if len(files) > limits.pictures:
             raise Refusal(f"A question takes {limits.pictures} pictures here, and this has {len(files)}.")
         return Question(text, [*files], [_open(Path(file), limits) for file in files])
-
-    def _box_after(self, request: gr.Request, conversation: Conversation) -> Any:
-        """The box after an answer; a question that got none is back in it."""
-        return _free_box(self.visitors.take_back(_session(request), last_round=False))
 
 
 def _open(file: Path, limits: Limits) -> Any:
@@ -231,11 +223,6 @@ def _session(request: gr.Request) -> str:
     if not request.session_hash:
         raise gr.Error("Open the page in a browser.", print_exception=False)
     return str(request.session_hash)
-
-
-def _refused(refusal: Refusal) -> tuple[Any, Any]:
-    gr.Warning(str(refusal))
-    return gr.skip(), gr.skip()
 
 
 def _waiting_box() -> Any:

@@ -1,5 +1,6 @@
 """`dsvl demo`: what comes in through its HTTP interface, and what is kept of its visitors."""
 
+import functools
 import gc
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,12 +50,11 @@ def page(parts: tuple[Any, Any]) -> Iterator[tuple[httpx.Client, Visitors]]:
         yield client, visitors
 
 
+@functools.cache
 def event(client: httpx.Client, name: str) -> int:
     """The number of a handler of the page."""
-    found = [
-        part["id"] for part in client.get("/config").json()["dependencies"] if (part["api_name"] or "").startswith(name)
-    ]
-    return int(found[0])
+    (found,) = [part["id"] for part in client.get("/config").json()["dependencies"] if part["api_name"] == name]
+    return int(found)
 
 
 def join(client: httpx.Client, session: str, name: str, *data: Any) -> httpx.Response:
@@ -80,16 +81,14 @@ def question(text: str, files: Any = ()) -> dict[str, Any]:
 
 
 def answered(visitors: Visitors, session: str, asked: Question) -> str:
-    conversation = visitors.ask(session, asked)
-    visitors.answer(conversation, lambda: None).result(timeout=60)
-    return conversation.rounds[-1][1]
+    assert visitors.ask(session, asked).done.result(timeout=60)
+    return visitors.of(session).rounds[-1][1]
 
 
 def test_a_question_about_uploaded_pictures_is_answered(page: Any, parts: Any, tmp_path: Path) -> None:
     client, visitors = page
     files = pictures(tmp_path, 2)
-    told(client, "one", "accept", question("Which?", upload(client, *files)))
-    shown = told(client, "one", "answer")
+    shown = told(client, "one", "ask", question("Which?", upload(client, *files)))
     expected = DSVLChat(*parts, max_new_tokens=TOKENS).ask("Which?", files)
     assert visitors.of("one").rounds[0][1] == expected
     assert json.dumps(as_text(expected))[1:-1] in shown
@@ -149,13 +148,13 @@ def test_the_page_answers_under_its_own_name_alone(page: Any) -> None:
 @pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
 def test_files_that_were_not_uploaded_are_no_pictures(page: Any, path: Any, meta: dict[str, Any]) -> None:
     client, _ = page
-    refused = join(client, "two", "accept", question("What?", [{"path": path} | meta]))
+    refused = join(client, "two", "ask", question("What?", [{"path": path} | meta]))
     assert refused.status_code == 403 and refused.text == "The request names a file that was not uploaded."
 
 
 def test_requests_are_bounded(page: Any, tmp_path: Path) -> None:
     client, _ = page
-    assert join(client, "two", "accept", question("x" * 1_000_000)).status_code == 413
+    assert join(client, "two", "ask", question("x" * 1_000_000)).status_code == 413
     assert client.post(f"{API}/queue/join", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
     assert (
         client.post(f"{API}/queue/join", content=b"[" * 60_000, headers={"content-type": "application/json"}).status_code
@@ -203,9 +202,9 @@ def no_picture(folder: Path) -> str:
 )
 def test_what_is_refused_is_told_plainly(page: Any, tmp_path: Path, text: str, make: Any, words: str) -> None:
     client, visitors = page
-    answer = told(client, "three", "accept", question(text, upload(client, *make(tmp_path))))
+    answer = told(client, "three", "ask", question(text, upload(client, *make(tmp_path))))
     assert words in answer and "Traceback" not in answer and "/tmp" not in answer
-    assert not visitors.of("three").busy
+    assert visitors.of("three").shown() == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("in /secret/place"), ValueError("in /secret/place")])
@@ -217,23 +216,21 @@ def test_a_failure_names_nothing_and_gives_the_question_back(page: Any, error: E
         raise error
 
     visitors.of("four").chat.stream = fail  # type: ignore[method-assign,assignment]
-    told(client, "four", "accept", question("What?"))
-    answer = told(client, "four", "answer")
+    answer = told(client, "four", "ask", question("What?"))
     assert "could not be answered" in answer or "failed" in answer
     assert "/secret" not in answer and "Traceback" not in answer
     assert '"text":"What?"' in answer  # in the box again
-    assert not visitors.of("four").rounds and not visitors.of("four").busy
+    assert visitors.of("four").shown() == []
     visitors.clear("four")
 
 
 def test_visitors_share_the_model_one_after_the_other(parts: Any) -> None:
     visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=TOKENS), LIMITS)
-    asked = [visitors.ask(str(number), Question(f"Number {number}?", [], [])) for number in range(4)]
-    for done in [visitors.answer(conversation, lambda: None) for conversation in asked]:
-        done.result(timeout=60)
-    for number, conversation in enumerate(asked):
-        assert conversation.rounds[0][1] == DSVLChat(*parts, max_new_tokens=TOKENS).ask(f"Number {number}?")
-        assert len(conversation.rounds) == 1
+    turns = [visitors.ask(str(number), Question(f"Number {number}?", [], [])) for number in range(4)]
+    for number, turn in enumerate(turns):
+        assert turn.done.result(timeout=60)
+        (round_,) = visitors.of(str(number)).rounds
+        assert round_ == (turn.question, DSVLChat(*parts, max_new_tokens=TOKENS).ask(f"Number {number}?"))
 
 
 def test_old_caches_are_freed_and_old_conversations_forgotten(parts: Any) -> None:
@@ -263,43 +260,60 @@ def test_idle_conversations_are_forgotten(parts: Any) -> None:
 def test_one_question_at_a_time_and_so_many_pictures(parts: Any) -> None:
     visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), LIMITS)
     images = [Image.new("RGB", (30, 30))] * 3
-    asked = visitors.ask("a", Question("One?", ["x"] * 3, images))
+    turn = visitors.ask("a", Question("One?", ["x"] * 3, images))
     with pytest.raises(Refusal, match="still being given"):
         visitors.ask("a", Question("Two?", [], []))
-    visitors.answer(asked, lambda: None).result(timeout=60)
+    for act in (visitors.take_back, visitors.ask_again):
+        with pytest.raises(Refusal, match="still being given"):
+            act("a")
+    assert turn.done.result(timeout=60)
     with pytest.raises(Refusal, match="takes 4 pictures here, and this would be 6"):
         visitors.ask("a", Question("Two?", ["x"] * 3, images))
 
 
-def test_who_leaves_frees_the_model(parts: Any) -> None:
+@pytest.mark.parametrize("way", ["the page", "the stream"])
+def test_who_leaves_frees_the_model(parts: Any, way: str) -> None:
     with opened(parts, max_new_tokens=1900) as (address, visitors), httpx.Client(base_url=address, timeout=30) as client:
         heartbeat = socket.create_connection((client.base_url.host, client.base_url.port))
         heartbeat.sendall(f"GET {API}/heartbeat/gone HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
         assert b"200" in heartbeat.recv(1000)
-        told(client, "gone", "accept", question("What?"))
-        assert join(client, "gone", "answer").status_code == 200
+        assert join(client, "gone", "ask", question("What?")).status_code == 200
         with client.stream("GET", f"{API}/queue/data", params={"session_hash": "gone"}) as stream:
             next(line for line in stream.iter_lines() if "process_generating" in line)
-        heartbeat.close()
+            if way == "the page":
+                heartbeat.close()
+                eventually(lambda: visitors.of("gone").turn is None)
         conversation = visitors.of("gone")
-        eventually(lambda: not conversation.busy and not conversation.cached)
+        eventually(lambda: conversation.turn is None)
+        assert conversation.cached == (way == "the stream")
+        heartbeat.close()
+        eventually(lambda: not conversation.cached)
         assert len(conversation.chat.messages) == 2
         assert conversation.chat.processor.tokenizer(conversation.rounds[0][1]).input_ids[1800:] == []
 
 
-def test_the_queue_is_bounded(parts: Any) -> None:
+def endless(*_: Any, **__: Any) -> Iterator[str]:
+    while True:
+        time.sleep(0.01)
+        yield "on "
+
+
+def test_questions_wait_up_to_a_limit(parts: Any) -> None:
+    waiting = 45  # more than Gradio runs events at once by default
     with (
-        opened(parts, replace(LIMITS, waiting=2), max_new_tokens=500) as (address, visitors),
-        httpx.Client(base_url=address) as client,
+        opened(parts, replace(LIMITS, waiting=waiting)) as (address, visitors),
+        httpx.Client(base_url=address, timeout=30) as client,
     ):
-        statuses = []
-        for number in range(5):
-            visitors.ask(str(number), Question("What?", [], []))
-            statuses.append(join(client, str(number), "answer").status_code)
-            eventually(lambda: len(visitors._kept["0"].rounds) == 1)
-        assert statuses[:3] == [200] * 3 and statuses[-1] == 503
-        for conversation in visitors._kept.values():
-            conversation.stop.set()
+        visitors.of("0").chat.stream = endless  # type: ignore[method-assign,assignment]
+        for number in range(waiting + 1):
+            assert join(client, str(number), "ask", question(f"Number {number}?")).status_code == 200
+            eventually(lambda: visitors.of(str(number)).turn is not None)  # noqa: B023
+        assert "45 questions are waiting for an answer already" in told(client, "late", "ask", question("What?"))
+        assert '"text":"Number 1?"' in told(client, "1", "stop")  # in the box again
+        assert visitors.of("1").shown() == []
+        told(client, "0", "stop")
+        assert visitors.of("0").rounds[0][1].startswith("on on ")
+        eventually(lambda: len(visitors.of("2").rounds) == 1)
 
 
 def test_no_variable_opens_the_page_wider(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,8 +62,9 @@ class Person:
     def press(self, name: str) -> None:
         self.page.get_by_label(name, exact=True).last.click()
 
-    def wait(self) -> None:
-        """Until the answer is complete."""
+    def wait(self, answers: int = 1) -> None:
+        """Until the last of so many answers is complete."""
+        eventually(lambda: self.answers.count() == answers)
         self.page.get_by_label("Submit", exact=True).wait_for()
         self.page.get_by_label("Retry", exact=True).wait_for()
 
@@ -97,15 +98,14 @@ def test_a_conversation_about_two_pictures(parts: tuple[Any, Any], browser: Any,
         (conversation,) = visitors._kept.values()
         first = conversation.chat.last_round
         person.ask("And the first?")
-        eventually(lambda: person.answers.count() == 2)
-        person.wait()
+        person.wait(2)
         assert person.last_answer().split() == expected[1].split()
         assert first.encoded_pictures == 2 and conversation.chat.last_round.encoded_pictures == 0
         assert conversation.chat.last_round.reused_tokens >= first.prompt_tokens
 
         person.press("Retry")
         eventually(person.waits)
-        person.wait()
+        person.wait(2)
         assert person.last_answer().split() == expected[1].split()
         assert len(conversation.rounds) == 2
 
@@ -116,7 +116,6 @@ def test_a_conversation_about_two_pictures(parts: tuple[Any, Any], browser: Any,
         eventually(lambda: person.answers.count() == 0)
         assert person.page.locator(".thumbnails img").count() == 2
         person.box.press("Enter")
-        eventually(lambda: person.answers.count() == 1)
         person.wait()
         assert person.last_answer().split() == expected[0].split()
         person.press("Clear")
@@ -134,12 +133,42 @@ def test_stop_keeps_what_was_said(parts: tuple[Any, Any], browser: Any) -> None:
         person.wait()
         (conversation,) = visitors._kept.values()
         said = conversation.rounds[0][1]
-        assert not conversation.busy and person.last_answer().split() == said.split()
+        assert conversation.turn is None and person.last_answer().split() == said.split()
         assert conversation.chat.messages[-1]["content"] == said and len(said) < 3000
         person.ask("And now?")
         eventually(lambda: person.answers.count() == 2)
         person.press("Stop")
+        person.wait(2)
+
+
+def test_what_is_cleared_does_not_come_back(parts: tuple[Any, Any], browser: Any) -> None:
+    with opened(parts, max_new_tokens=1500) as (address, visitors):
+        person = Person(browser, address)
+        person.ask("What?")
+        eventually(lambda: person.answers.count() > 0 and len(person.last_answer()) > 20)
+        person.press("Clear")
+        eventually(lambda: person.answers.count() == 0)
+        person.page.wait_for_timeout(1000)
+        assert person.answers.count() == 0 and not person.waits()
+        person.ask("And now?")
+        eventually(lambda: person.answers.count() == 1)
+        person.press("Stop")
         person.wait()
+        assert person.said.all_inner_texts() == ["And now?"]
+
+
+def test_a_waiting_question_can_be_stopped(parts: tuple[Any, Any], browser: Any) -> None:
+    with opened(parts, max_new_tokens=1900) as (address, visitors):
+        first, second = Person(browser, address), Person(browser, address)
+        first.ask("Long?")
+        eventually(lambda: first.answers.count() > 0)
+        second.ask("Short?")
+        eventually(second.waits)
+        second.press("Stop")
+        second.page.get_by_label("Submit", exact=True).wait_for()
+        assert second.box.input_value() == "Short?" and second.said.count() == 0
+        assert first.waits()
+        first.press("Stop")
 
 
 def test_two_visitors_do_not_see_each_others_words(parts: tuple[Any, Any], browser: Any) -> None:
