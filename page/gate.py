@@ -17,7 +17,7 @@ READ = ("/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"
 READ_BELOW = ("/assets/", "/static/", "/svelte/", "/pwa_icon", API + "heartbeat/", FILE)
 READ_API = tuple(API + name for name in ("startup-events", "queue/data", "upload_progress", "theme.css"))
 UPLOAD = API + "upload"
-SENT = tuple(API + name for name in ("queue/join", "run/predict", "cancel", "reset"))
+JOIN = API + "queue/join"
 BYTES_PER_CHARACTER = 12  # a character outside of the first plane, escaped in JSON
 BYTES_OF_A_FRAME = 64 * 1024  # of a request around the question's text: names of files, numbers
 
@@ -46,7 +46,7 @@ class Gate:
             await self.app(scope, receive, send)
         elif method == "POST" and path == UPLOAD:
             await self._upload(scope, receive, send)
-        elif method == "POST" and path in SENT:
+        elif method == "POST" and path == JOIN:
             await self._post(scope, receive, send)
         else:
             await PlainTextResponse("Not found.", 404)(scope, receive, send)

@@ -22,6 +22,7 @@ footer, .dsvl-conversation [aria-label="Share"] {display: none !important}
 .dsvl-conversation .user.message > .message {flex: 1 1 100%}
 .dsvl-conversation .user.message > .message.component {flex: 0 1 auto; width: auto; padding: 4px}
 .dsvl-conversation .message img {max-height: 180px; width: auto}
+@media (max-width: 640px) {.dsvl-conversation {height: max(240px, calc(100dvh - 320px)) !important}}
 """
 
 
@@ -110,10 +111,11 @@ class _Handlers:
 
     async def ask_example(self, chosen: gr.SelectData, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
         """Ask an example; only its number is taken from the request."""
-        if type(chosen.index) is int and 0 <= chosen.index < len(self.examples):
-            example = self.examples[chosen.index]
-            async for update in self._ask(_session(request), example.text, example.files):
-                yield update
+        if type(chosen.index) is not int or not 0 <= chosen.index < len(self.examples):
+            raise gr.Error("There is no such example.", print_exception=False)
+        example = self.examples[chosen.index]
+        async for update in self._ask(_session(request), example.text, example.files):
+            yield update
 
     async def ask_again(self, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
         """Ask the last question again."""
@@ -127,8 +129,7 @@ class _Handlers:
         try:
             question = self.visitors.take_back(session)
         except Refusal as refusal:
-            gr.Warning(str(refusal))
-            return gr.skip(), gr.skip()
+            return _refused(refusal)
         return self.visitors.shown(session)[0], _free_box(question)
 
     def clear(self, request: gr.Request) -> tuple[Any, Any]:
@@ -149,7 +150,7 @@ class _Handlers:
             async with self.opening:
                 question = await asyncio.to_thread(self._question, text.strip(), files)
         except Refusal as refusal:
-            gr.Warning(str(refusal))
+            yield _refused(refusal)
             return
         async for update in self._answer(session, lambda tell: self.visitors.ask(session, question, tell)):
             yield update
@@ -157,10 +158,14 @@ class _Handlers:
     async def _answer(self, session: str, begin: Callable[[Callable[[], None]], Turn]) -> AsyncIterator[tuple[Any, Any]]:
         """Answer, word by word. What is shown is always the conversation as it is: it may be cleared meanwhile."""
         loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(news.set)
+
         try:
-            turn = begin(lambda: loop.call_soon_threadsafe(news.set))
+            turn = begin(tell)
         except Refusal as refusal:
-            gr.Warning(str(refusal))
+            yield _refused(refusal)
             return
         done, answered = asyncio.wrap_future(turn.done), False
         done.add_done_callback(lambda _: news.set())
@@ -225,10 +230,16 @@ def _session(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
+def _refused(refusal: Refusal) -> tuple[Any, Any]:
+    gr.Warning(str(refusal))
+    return gr.skip(), gr.skip()
+
+
 def _waiting_box() -> Any:
     return gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
 
 
 def _free_box(question: Question | None = None) -> Any:
-    value = {} if question is None else {"value": question.typed()}
-    return gr.MultimodalTextbox(**value, submit_btn=True, stop_btn=False)
+    if question is None:  # whatever is typed stays
+        return gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+    return gr.MultimodalTextbox(value=question.typed(), submit_btn=True, stop_btn=False)

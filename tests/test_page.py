@@ -132,7 +132,7 @@ def test_only_the_pages_routes_and_files_are_open(page: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["component_server", "process_recording", "vibe-edit", "call/answer", "stream/1", "run/answer"]
+    "path", ["component_server", "process_recording", "vibe-edit", "call/ask", "stream/1", "run/predict", "cancel", "reset"]
 )
 def test_nothing_else_can_be_sent(page: Any, path: str) -> None:
     assert page[0].post(f"{API}/{path}", json={}).status_code == 404
