@@ -1,7 +1,8 @@
 """The page, open: by `dsvl demo`, and as a Hugging Face Space.
 
-For a Space, copy this file as it is to `app.py`, with a `requirements.txt` that names this package with its extra
-(`dsvl[page] @ git+https://...`), and set in the Space's settings
+For a Space, copy this file as it is to `app.py`. Its `README.md` says `sdk: gradio` and, as `sdk_version`, a version of
+Gradio that the extra `page` admits; its `requirements.txt` names this package with that extra
+(`dsvl[page] @ git+https://...`). In the Space's settings, set
 
     DSVL_MODEL       the checkpoint's name on the Hub (a secret HF_TOKEN opens private ones)
     DSVL_SYSTEM      a system message instead of the model's own, if wanted

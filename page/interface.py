@@ -47,8 +47,8 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
     ) as page:
         gr.Markdown(f"## {html.escape(name)}")
         gr.Markdown(
-            f"Ask about up to {limits.pictures} pictures at once; PNG, JPEG, WebP and others, each up to "
-            f"{limits.picture_bytes / 2**20:.3g} MB and {limits.picture_pixels / 1e6:g} megapixels. "
+            f"Ask about up to {limits.pictures} pictures at once, each up to {limits.picture_bytes / 2**20:.3g} MB and "
+            f"{limits.picture_pixels / 1e6:g} megapixels. Through the conversation they are image 1, image 2, ... "
             "A model's answers may be wrong.",
             elem_classes="dsvl-about",
         )

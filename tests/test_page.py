@@ -351,6 +351,7 @@ def test_it_opens_and_ends(checkpoint: Path, tmp_path: Path, way: str) -> None:
     if way == "space":
         copy = tmp_path / "app.py"
         copy.write_text((Path(dsvl.__file__).parent / "page" / "app.py").read_text())
+        variables |= {"SYSTEM": "spaces", "SPACE_ID": "me/talk"}
         command = [sys.executable, str(copy)]
     process = subprocess.Popen(
         command, env=variables, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -17,10 +17,7 @@ from page_parts import LIMITS, eventually, load_parts, opened, pictures  # noqa:
 from dsvl.chat import DSVLChat  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +121,7 @@ def test_a_conversation_about_two_pictures(parts: tuple[Any, Any], browser: Any,
         assert all(url.startswith((address, "data:", "blob:")) for url in person.fetched)
 
 
+@pytest.mark.slow
 def test_stop_keeps_what_was_said(parts: tuple[Any, Any], browser: Any) -> None:
     with opened(parts, max_new_tokens=1500) as (address, visitors):
         person = Person(browser, address)
@@ -141,6 +139,7 @@ def test_stop_keeps_what_was_said(parts: tuple[Any, Any], browser: Any) -> None:
         person.wait(2)
 
 
+@pytest.mark.slow
 def test_what_is_cleared_does_not_come_back(parts: tuple[Any, Any], browser: Any) -> None:
     with opened(parts, max_new_tokens=1500) as (address, visitors):
         person = Person(browser, address)
@@ -157,6 +156,7 @@ def test_what_is_cleared_does_not_come_back(parts: tuple[Any, Any], browser: Any
         assert person.said.all_inner_texts() == ["And now?"]
 
 
+@pytest.mark.slow
 def test_a_waiting_question_can_be_stopped(parts: tuple[Any, Any], browser: Any) -> None:
     with opened(parts, max_new_tokens=1900) as (address, visitors):
         first, second = Person(browser, address), Person(browser, address)
@@ -186,6 +186,7 @@ def test_two_visitors_do_not_see_each_others_words(parts: tuple[Any, Any], brows
         eventually(lambda: not any(conversation.cached for conversation in visitors._kept.values()))
 
 
+@pytest.mark.slow
 def test_an_example_is_asked_with_a_click(parts: tuple[Any, Any], browser: Any) -> None:
     with opened(parts) as (address, _):
         person = Person(browser, address)
@@ -195,6 +196,7 @@ def test_an_example_is_asked_with_a_click(parts: tuple[Any, Any], browser: Any) 
         assert person.page.locator("[data-testid=user] img").count() == 2
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_too_large_is_refused(parts: tuple[Any, Any], browser: Any, tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.png"
     Image.new("1", (20_000, 20_000)).save(bomb)
