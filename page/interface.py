@@ -66,6 +66,7 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
             examples=[{"text": text, "files": [str(file) for file in files]} for text, files in examples] or None,
             placeholder="Add pictures with the clip, by dropping or by pasting them, and ask about them.",
         )
+        conversation.keep_in_cache.update(str(file) for _, files in examples for file in files)  # not deleted by age
         box = gr.MultimodalTextbox(
             show_label=False,
             label="Question",

@@ -2,12 +2,13 @@
 
 import html
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -240,6 +241,10 @@ class Visitors:
         turn = conversation.turn = Turn(question)
         conversation.gone = False
         turn.done = self._model.submit(self._answer, conversation, turn, tell)
+        for asked in (question, *(asked for asked, _ in conversation.rounds)):
+            for file in asked.files:
+                with suppress(OSError):
+                    os.utime(file)  # uploaded files are deleted by their age, and these are on the page
         return turn
 
     @staticmethod

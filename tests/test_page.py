@@ -180,6 +180,22 @@ def test_files_are_bounded_together(parts: Any, tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_files_of_no_conversation_are_deleted(parts: Any, tmp_path: Path) -> None:
+    with (
+        opened(parts, replace(LIMITS, idle_seconds=1), max_new_tokens=2) as (address, _),
+        httpx.Client(base_url=address) as client,
+    ):
+        asked, forgotten = upload(client, *pictures(tmp_path, 2))
+        examples = [*Path(os.environ["GRADIO_TEMP_DIR"]).glob("example*.png")]
+        told(client, "one", "ask", question("What?", [asked]))
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            told(client, "one", "ask", question("And?"))
+            time.sleep(0.2)
+        served = [client.get(f"{API}/file={file}").status_code for file in (asked["path"], forgotten["path"], *examples)]
+        assert served == [200, 403, 200, 200, 200]
+
+
 def bomb(folder: Path) -> str:
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
     return str(folder / "bomb.png")
