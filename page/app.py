@@ -66,7 +66,7 @@ def open_page(
         its address, and the conversations.
 
     Raises:
-        OSError: if the port is taken.
+        OSError: if the port is taken, or the host is no address of this machine.
     """
     limits = limits or Limits()
     options = {"overflow": "drop"} | chat
@@ -95,7 +95,7 @@ def open_page(
             # Whatever has a default in an environment variable of Gradio's is given here: no variable opens the page wider.
             _, local, public = page.launch(
                 server_name=host,
-                server_port=_free_port(host) if port is None else port,
+                server_port=_port(host, port or 0),
                 share=share,
                 quiet=True,
                 inbrowser=False,
@@ -136,9 +136,14 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _free_port(host: str) -> int:
+def _port(host: str, port: int) -> int:
+    """The port, if it can be listened on; a free one for 0."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: one that has just ended holds none
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise OSError(f"Port {port} of {host} cannot be listened on: {error}; choose another port or host.") from error
         return int(probe.getsockname()[1])
 
 

@@ -27,6 +27,7 @@ from training_runs import environment, make_conversations  # noqa: E402
 
 import dsvl  # noqa: E402
 from dsvl.chat import DSVLChat  # noqa: E402
+from dsvl.page.app import open_page  # noqa: E402
 from dsvl.page.examples import read_examples  # noqa: E402
 from dsvl.page.limits import Refusal  # noqa: E402
 from dsvl.page.visitors import Question, Visitors, as_text  # noqa: E402
@@ -343,6 +344,16 @@ def test_no_variable_opens_the_page_wider(parts: Any, monkeypatch: pytest.Monkey
         for other in (("127.0.0.2", port), ("127.0.0.1", port + 1)):
             with pytest.raises(OSError):
                 socket.create_connection(other, 2)
+
+
+def test_a_port_that_is_taken_is_named(parts: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(OSError, match=f"Port {port} of 127.0.0.1 .* choose another"),
+            open_page(*parts, "tiny", port=port),
+        ):
+            pass
 
 
 def test_examples_are_the_first_questions_of_conversations(tmp_path: Path) -> None:
