@@ -8,6 +8,7 @@ from .chat import commands as chat
 from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
 from .data import commands as data
 from .migration import commands as migration
+from .page import commands as page
 from .publishing import commands as publishing
 from .serving import commands as serving
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chat.add_parser(commands)
     data.add_parser(commands)
     migration.add_parser(commands)
+    page.add_parser(commands)
     publishing.add_parser(commands)
     serving.add_parser(commands)
     if argv[:1] == ["train"]:
