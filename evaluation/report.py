@@ -13,9 +13,9 @@ from jinja2 import Environment, StrictUndefined
 from ..data.pictures import open_picture, thumbnail
 from .comparison import Round, Runs, join, metrics_of, score, summarize
 
-# A page is sent to somebody: mail takes about 25 MB.
-PAGE_BYTES = 16 * 2**20
-WIDTHS = {480: 150, 320: 400, 200: None}  # pixels of a picture -> up to how many pictures of a page
+# A page is sent to somebody: mail takes about 25 MB, in an encoding that takes a third more.
+PAGE_BYTES = 12 * 2**20
+WIDTHS = {480: 250, 320: 500, 200: None}  # pixels of a picture -> up to how many pictures of a page
 
 # Spreadsheets compute a cell that begins with one of these: https://owasp.org/www-community/attacks/CSV_Injection
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")

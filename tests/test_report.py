@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -231,6 +232,40 @@ def test_pages_of_many_pictures_stay_small_enough_to_be_sent(tmp_path, picture, 
     page = page_of(tmp_path / "p.html", runs)
     assert len(page.elements["img"]) == 3  # the one that crosses the bound is the last
     assert page.words().count("a cup.png is left out") == 4 and "7 pictures, 4 of them not shown" in page.words()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
+def test_a_browser_filters_the_page_and_runs_and_fetches_nothing(tmp_path, picture):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    one = [record("a", images=[picture]), record("a", 1, "red", 0.0), record("b"), record("c", 0, HOSTILE, None)]
+    two = [record("a", images=[picture]), record("a", 1), record("b"), record("c", 0, "fine", None)]
+    write_html(tmp_path / "p.html", {"one": one, "two": two})
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_context(viewport={"width": 390, "height": 800}).new_page()
+        requests, dialogs = [], []
+        page.on("request", lambda request: requests.append(request.url.partition(":")[0]))
+        page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+        page.goto((tmp_path / "p.html").as_uri())
+
+        def seen(selector: str) -> list[str]:
+            return [element.inner_text() for element in page.query_selector_all(selector) if element.is_visible()]
+
+        assert seen("h2") == ["a", "b", "c"] and len(seen(".answer")) == 8 and len(seen("img")) == 1
+        page.check("#differs")  # the rounds before one that differs keep their questions and pictures
+        assert seen("h2") == ["a", "c"] and len(seen(".question")) == 3 and len(seen(".answer")) == 4
+        page.check("#imperfect")
+        assert seen("h2") == ["a"] and len(seen(".question")) == 2 and len(seen(".answer")) == 2
+        assert page.locator("img").is_visible() and page.locator("img").bounding_box()["width"] > 200
+        page.check("#all")
+        assert seen("h2") == ["a", "b", "c"]
+        page.screenshot(path=tmp_path / "p.png", full_page=True)
+        assert Image.open(tmp_path / "p.png").width == 390  # nothing is wider than a phone
+        browser.close()
+    assert set(requests) <= {"file", "data"} and len(requests) - requests.count("data") == 1 and not dialogs
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
