@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..chat.pictures import open_picture
+from ..data.pictures import open_picture
 from ..data import load_conversations
 from ..data.conversations import pictures_of
 from ..demo.drawing import PICTURE_SIZE, Scene, render

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..chat.pictures import SUFFIXES, open_picture
+from ..data.pictures import SUFFIXES, open_picture
 from .limits import Limits, Refusal
 from .visitors import Question, Turn, Visitors
 
