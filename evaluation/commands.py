@@ -39,6 +39,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ImportError(f"{error}; dsvl evaluate needs it for its scores: pip install 'dsvl[evaluate]'") from error
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size is {arguments.batch_size}; pass 1 or more.")
+    import torch
+
     from ..chat.loading import load
     from .answers import AnswerFile, checkpoint_fingerprint
     from .questions import Questions
@@ -78,7 +80,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(f"\n{arguments.out}: {len(file.answers):,} answers; the same command goes on from here")
         raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"out of memory ({error}); the same command with a --batch-size below {arguments.batch_size} goes on from "
+            f"{len(file.answers):,} answers."
+        ) from error
     print("\n".join(_told(summary, file, evaluation)))
+    if not file.answers:
+        raise ValueError(f"no question of {arguments.data} could be asked.")
     runs = {Path(header["model"]).name: list(file.answers.values())}
     if arguments.csv is not None:
         from .report import write_csv

@@ -116,7 +116,7 @@ class Evaluation:
         self.given_answers, self.allow_urls, self.seed = given_answers, allow_urls, seed
         self.room = model.config.text_config.max_position_embeddings - max_new_tokens
         self.skipped: dict[str, str] = {}
-        self.too_long = self.tokens = 0
+        self.too_long = self.tokens = self._told = 0
         self.seconds = 0.0
 
     def run(self, file: AnswerFile) -> dict[str, Any]:
@@ -237,13 +237,15 @@ class Evaluation:
 
     def _leave_out_rounds(self, name: str, place: int, count: int, length: int) -> None:
         self.too_long += count
-        logger.warning(
-            "Conversation %s is not asked from round %d on: it takes %d tokens, and the context leaves room for %d.",
-            name,
-            place,
-            length,
-            self.room,
-        )
+        self._told += 1
+        if self._told <= NAMED:
+            logger.warning(
+                "Conversation %s is not asked from round %d on: it takes %d tokens, and the context leaves room for %d.",
+                name,
+                place,
+                length,
+                self.room,
+            )
 
 
 def _with_pictures(message: dict[str, Any], pictures: Iterator[Any]) -> dict[str, Any]:

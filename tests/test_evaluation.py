@@ -57,14 +57,14 @@ def calls(monkeypatch):
     """The batch of every call of `generate`; raises in the call that `calls.limit` names."""
 
     class Calls(list):
-        limit = -1
+        limit, error = -1, MemoryError
 
     calls = Calls()
     generate = DSVLForConditionalGeneration.generate
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(calls) == calls.limit:
-            raise MemoryError("out of memory")
+            raise calls.error("not today")
         calls.append(len(kwargs["input_ids"]))
         return generate(self, *args, **kwargs)
 
@@ -288,6 +288,16 @@ def test_rounds_without_room_in_the_context_are_not_asked(folder, evaluate, caps
     assert "2 questions find no room in the context" in capsys.readouterr().out
 
 
+def test_nothing_answered_is_a_failure(folder, evaluate, monkeypatch):
+    (folder / "nowhere.json").write_text(json.dumps({"cup": [["What?", "./eval/cup.png"]]}))
+    monkeypatch.chdir(folder)
+    with pytest.raises(
+        ValueError, match="Conversation cup is left out: The picture .*/eval/cup.png does not exist"
+    ) as failure:
+        evaluate(data="nowhere.json")
+    assert "no question of" in str(failure.value) and "Traceback" not in str(failure.value)
+
+
 def test_given_answers_must_be_there(folder, evaluate):
     (folder / "two.json").write_text(json.dumps({"cup": [["What?"], ["And?"]]}))
     with pytest.raises(ValueError, match="round 0 of conversation 'cup' has no answer to go on from"):
@@ -387,6 +397,17 @@ def test_answers_to_something_else_are_not_gone_on_from(folder, evaluate, tmp_pa
     with pytest.raises(ValueError, match="does not say to what"):
         evaluate()
     assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+def test_who_stops_a_run_is_told_how_to_go_on(evaluate, calls, capsys):
+    calls.limit, calls.error = 2, KeyboardInterrupt
+    with pytest.raises(SystemExit) as stopped:
+        evaluate("--batch-size", "3")
+    assert stopped.value.code == 130
+    assert "6 answers; the same command goes on from here" in capsys.readouterr().out
+    calls.error = torch.OutOfMemoryError
+    with pytest.raises(ValueError, match="out of memory .not today.; .* a --batch-size below 3 goes on from 6 answers"):
+        evaluate("--batch-size", "3")
 
 
 def test_another_batch_size_may_go_on(evaluate, calls):
