@@ -2,9 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..chat.commands import add_generation_arguments, add_loading_arguments, generation_options
+
+if TYPE_CHECKING:
+    from .answers import AnswerFile
+    from .run import Evaluation
 
 MAX_NEW_TOKENS = 256  # DeepSpeed-VisualChat's; at most a quarter of the context
 
@@ -44,14 +48,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from ..chat.loading import load
     from .answers import AnswerFile, checkpoint_fingerprint
     from .questions import Questions
-    from .run import Evaluation, survey
+    from .run import Evaluation
 
     questions = Questions(arguments.data, arguments.on_bad_sample, arguments.split)
     model, processor = load(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
     options = _options(arguments, model)
-    found = survey(questions, processor.image_seq_length, arguments.given_answers, arguments.allow_urls)
     header = {
         "model": arguments.model.rstrip("/") or arguments.model,
         "data": arguments.data,
@@ -62,13 +65,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             "quantization": arguments.quantization,
             "attn_implementation": model.config.text_config._attn_implementation,
         },
-        "fingerprint": {"model": checkpoint_fingerprint(arguments.model), "data": found.fingerprint},
+        "fingerprint": {"model": checkpoint_fingerprint(arguments.model), "data": questions.fingerprint},
     }
     evaluation = Evaluation(
         model,
         processor,
         questions,
-        found,
         batch_size=arguments.batch_size,
         given_answers=arguments.given_answers,
         allow_urls=arguments.allow_urls,
@@ -124,7 +126,7 @@ def _options(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
     return options
 
 
-def _told(summary: dict[str, Any], file: Any, evaluation: Any) -> list[str]:
+def _told(summary: dict[str, Any], file: "AnswerFile", evaluation: "Evaluation") -> list[str]:
     counts = summary["counts"]
     lines = [
         f"{file.path}: {counts['answered']:,} of {counts['rounds']:,} questions in {counts['conversations']:,} "

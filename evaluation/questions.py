@@ -63,11 +63,39 @@ class Conversation:
         """Those of all rounds."""
         return [picture for one in self.rounds for picture in one.pictures]
 
-    def digest(self) -> str:
+    def outline(self) -> "Outline":
+        """What is known of it before it is held."""
+        return Outline(
+            self.id,
+            letters=[len(one.question) for one in self.rounds],
+            pictures=[len(one.pictures) for one in self.rounds],
+            answered=[one.answer is not None for one in self.rounds],
+            address=next((p for p in self.pictures if isinstance(p, str) and "://" in p), None),
+        )
+
+    def digest(self) -> bytes:
         """A hash of all that is asked and known, pictures in files by their paths."""
         asked = [self.id, self.system, [[one.messages, one.answer, one.references] for one in self.rounds]]
         text = json.dumps(asked, sort_keys=True, default=lambda data: hashlib.sha256(data).hexdigest())
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(text.encode()).digest()
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a conversation before it is held.
+
+    Attributes:
+        id: as the conversation's.
+        letters, pictures: of each round's question, how many.
+        answered: of each round, whether the data has an answer.
+        address: the first picture that would have to be fetched, if there is one.
+    """
+
+    id: str
+    letters: list[int]
+    pictures: list[int]
+    answered: list[bool]
+    address: str | None
 
 
 class Questions:
@@ -78,6 +106,11 @@ class Questions:
             paths start at the file's folder, or else at the working directory.
         on_bad_sample: "error", or "skip" to leave out, counted, what is no conversation. Pictures are not opened here.
         split: of a data set that has several.
+
+    Attributes:
+        outlines: of the conversations.
+        fingerprint: of all that is asked and known, pictures in files by their paths.
+        left_out: how many samples are no conversations.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -93,17 +126,23 @@ class Questions:
             places: list[Any] = list(range(len(self._samples)))
         else:
             places = list(self._named)
-        self._places, ids = [], set()
+        self._places, self.outlines = [], []
+        ids, whole = set(), hashlib.sha256()
         for place in places:
             try:
-                name = self._read(place).id
-                if name in ids:
-                    raise ValueError(f"{self.source}: two conversations have the id {name!r}; give each its own, or none.")
+                found = self._read(place)
+                if found.id in ids:
+                    raise ValueError(
+                        f"{self.source}: two conversations have the id {found.id!r}; give each its own, or none."
+                    )
             except ValueError as error:
                 left_out(error)
             else:
-                ids.add(name)
+                ids.add(found.id)
+                whole.update(found.digest())
                 self._places.append(place)
+                self.outlines.append(found.outline())
+        self.fingerprint = whole.hexdigest()
         self.left_out = left_out.count + (0 if self._named is not None else self._samples.skipped)
         if not self._places:
             raise ValueError(f"{self.source} holds no question ({self.left_out} conversations were left out).")

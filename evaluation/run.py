@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,54 +24,6 @@ logger = logging.getLogger(__name__)
 Item = tuple[int, Sequence[int]]  # a conversation's place in the data, and which of its rounds are asked one after the other
 
 
-@dataclass
-class Survey:
-    """What a look through the data finds, pictures unopened.
-
-    Attributes:
-        ids: of the conversations.
-        rounds: of each, how many.
-        sizes: of each, about how many tokens its rounds take, all before them included.
-        fingerprint: of all that is asked and known.
-    """
-
-    ids: list[str] = field(default_factory=list)
-    rounds: list[int] = field(default_factory=list)
-    sizes: list[list[int]] = field(default_factory=list)
-    fingerprint: str = ""
-
-
-def survey(questions: Questions, tokens_per_picture: int, given_answers: bool = False, allow_urls: bool = False) -> Survey:
-    """Look through the data once.
-
-    Raises:
-        ValueError: if there are addresses that may not be fetched; or if rounds are to be asked after given answers, and one
-            that has another round after it has none.
-    """
-    found, whole = Survey(), hashlib.sha256()
-    for conversation in questions:
-        rounds = conversation.rounds
-        for place, one in enumerate(rounds):
-            address = next((p for p in one.pictures if isinstance(p, str) and "://" in p), None)
-            if address is not None and not allow_urls:
-                raise ValueError(
-                    f"{questions.source}: conversation {conversation.id!r} has the address of a picture, {address:.200}; "
-                    "pass --allow-urls to fetch such pictures."
-                )
-            if given_answers and one.answer is None and place + 1 < len(rounds):
-                raise ValueError(
-                    f"{questions.source}: round {place} of conversation {conversation.id!r} has no answer to go on from; "
-                    "leave out --given-answers, so that the model's own are taken."
-                )
-        lengths = [len(one.question) // 4 + tokens_per_picture * len(one.pictures) for one in rounds]
-        found.ids.append(conversation.id)
-        found.rounds.append(len(rounds))
-        found.sizes.append([sum(lengths[: place + 1]) for place in range(len(rounds))])
-        whole.update(conversation.digest().encode())
-    found.fingerprint = whole.hexdigest()
-    return found
-
-
 class Evaluation:
     """Ask a model what a data set asks.
 
@@ -82,7 +34,6 @@ class Evaluation:
         model: a `DSVLForConditionalGeneration`, in evaluation mode.
         processor: its `DSVLProcessor`.
         questions: the data.
-        found: what `survey` found in it.
         batch_size: rounds at a time.
         max_new_tokens: of an answer.
         given_answers: ask each round after the data's answers to the earlier ones, not the model's own.
@@ -94,6 +45,10 @@ class Evaluation:
         skipped: conversation -> why it was left out.
         too_long: rounds that were not asked for want of context.
         tokens, seconds: what `run` generated, and how long the model took.
+
+    Raises:
+        ValueError: if there are addresses that may not be fetched; or if rounds are to be asked after given answers, and one
+            that has another round after it has none.
     """
 
     def __init__(
@@ -101,7 +56,6 @@ class Evaluation:
         model: Any,
         processor: Any,
         questions: Questions,
-        found: Survey,
         batch_size: int = 8,
         max_new_tokens: int = 256,
         given_answers: bool = False,
@@ -111,22 +65,33 @@ class Evaluation:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}; pass at least 1.")
-        self.model, self.processor, self.questions, self.found = model, processor, questions, found
+        self.model, self.processor, self.questions = model, processor, questions
         self.batch_size, self.max_new_tokens, self.options = batch_size, max_new_tokens, options
         self.given_answers, self.allow_urls, self.seed = given_answers, allow_urls, seed
         self.room = model.config.text_config.max_position_embeddings - max_new_tokens
         self.skipped: dict[str, str] = {}
         self.too_long = self.tokens = self._told = 0
         self.seconds = 0.0
+        for outline in questions.outlines:
+            if outline.address is not None and not allow_urls:
+                raise ValueError(
+                    f"{questions.source}: conversation {outline.id!r} has the address of a picture, {outline.address:.200}; "
+                    "pass --allow-urls to fetch such pictures."
+                )
+            if given_answers and not all(outline.answered[:-1]):
+                raise ValueError(
+                    f"{questions.source}: round {outline.answered.index(False)} of conversation {outline.id!r} has no "
+                    "answer to go on from; leave out --given-answers, so that the model's own are taken."
+                )
 
     def run(self, file: AnswerFile) -> dict[str, Any]:
         """Ask what the file has no answer to, write answers as they come, and return the summary (also written)."""
-        rounds = sum(self.found.rounds)
+        rounds = sum(len(outline.letters) for outline in self.questions.outlines)
         with logging_redirect_tqdm(), tqdm(total=rounds, initial=len(file.answers), unit="round", disable=None) as bar:
             for group in self._groups():
                 for asked in self._ask(group, file):
                     bar.update(asked)
-        file.finish(self.found.ids)
+        file.finish(outline.id for outline in self.questions.outlines)
         counts = {
             "conversations": len(self.questions),
             "rounds": rounds,
@@ -139,20 +104,24 @@ class Evaluation:
 
     def _groups(self) -> Iterator[list[Item]]:
         """What is asked together: the same in every run, so that one that was interrupted goes on with the same batches."""
-        rounds, sizes = self.found.rounds, self.found.sizes
+        per_picture = self.processor.image_seq_length
+        sizes = []  # about how many tokens each round takes, all before it included
+        for outline in self.questions.outlines:
+            own = [n // 4 + m * per_picture for n, m in zip(outline.letters, outline.pictures, strict=True)]
+            sizes.append(list(accumulate(own)))
         items: list[Item]
         if self.given_answers:  # no round waits for another
-            items = [(index, [place]) for index, count in enumerate(rounds) for place in range(count)]
+            items = [(index, [place]) for index, own in enumerate(sizes) for place in range(len(own))]
             items.sort(key=lambda item: -sizes[item[0]][item[1][0]])
         else:  # those with as many rounds together, or later batches would not be full
-            items = [(index, range(count)) for index, count in enumerate(rounds)]
+            items = [(index, range(len(own))) for index, own in enumerate(sizes)]
             items.sort(key=lambda item: (-len(item[1]), -sizes[item[0]][-1]))
         for start in range(0, len(items), self.batch_size):
             yield items[start : start + self.batch_size]
 
     def _ask(self, group: list[Item], file: AnswerFile) -> Iterator[int]:
         """Ask the rounds of a group; after each batch, how many were answered."""
-        ids = self.found.ids
+        ids = {index: self.questions.outlines[index].id for index, _ in group}
         waiting = [item for item in group if any((ids[item[0]], place) not in file for place in item[1])]
         opened = {index: self._open(self.questions[index], file) for index, _ in waiting}
         for depth in range(max((len(places) for _, places in waiting), default=0)):
@@ -210,7 +179,7 @@ class Evaluation:
             pictures = iter(images[number])
             messages += [_with_pictures(message, pictures) for message in one.messages]
             if number < place and self.given_answers:
-                assert one.answer is not None  # `survey` has seen to it
+                assert one.answer is not None  # the constructor has seen to it
                 messages.append(one.answer)
             elif number < place:
                 messages.append({"role": "assistant", "content": file.answers[conversation.id, number].answer})

@@ -136,6 +136,26 @@ def test_tables_hold_names_references_and_pictures(folder):
         assert load_conversations(path)[0]["messages"][1]["content"] == [{"type": "text", "text": "A cup."}]
 
 
+def test_the_fingerprint_is_of_what_is_asked_and_known(folder):
+    def fingerprint(*messages, **sample):
+        return Questions(write(folder / "data.jsonl", {"messages": list(messages)} | sample)).fingerprint
+
+    asked = user("What?", "images/one.png")
+    same = fingerprint(asked, CUP)
+    assert fingerprint(asked, CUP, source="elsewhere") == same
+    others = [
+        fingerprint(asked, CUP | {"references": ["cup"]}),
+        fingerprint(asked, {"role": "assistant", "content": "A mug."}),
+        fingerprint(asked),
+        fingerprint(asked, CUP, id="cup"),
+        fingerprint({"role": "system", "content": "Be brief."}, asked, CUP),
+        fingerprint(user("What?", "images/two.png"), CUP),
+        fingerprint(user("Why?", "images/one.png"), CUP),
+        *(fingerprint(user("What?", base64.b64encode(data).decode(), key="base64"), CUP) for data in (b"one", b"two")),
+    ]
+    assert len({same, *others}) == 10
+
+
 # -- DeepSpeed-VisualChat's files -----------------------------------------------------------------------------------------
 
 
