@@ -132,10 +132,12 @@ def _told(summary: dict[str, Any], file: "AnswerFile", evaluation: "Evaluation")
         f"{file.path}: {counts['answered']:,} of {counts['rounds']:,} questions in {counts['conversations']:,} "
         "conversations are answered"
     ]
+    conversations = counts["conversations"]
+    samples = conversations + counts["conversations_left_out"]
     whys = {
-        "conversations_left_out": "samples are no conversations and left out",
-        "conversations_skipped": f"conversations are left out for their pictures; {file.summary} names them",
-        "rounds_too_long": "questions find no room in the context",
+        "conversations_left_out": f"of {samples:,} samples left out: no conversations",
+        "conversations_skipped": f"of {conversations:,} conversations left out for pictures that {file.summary} names",
+        "rounds_too_long": f"of {counts['rounds']:,} questions left out: no room in the context",
     }
     lines += [f"  {counts[name]:,} {why}" for name, why in whys.items() if counts[name]]
     lines += [f"{metric:<14}{mean:.3f}  ({number:,} questions)" for metric, (mean, number) in file.scores().items()]

@@ -257,7 +257,7 @@ def test_a_broken_picture_costs_its_own_conversation_alone(folder, evaluate, cap
             wrong
         )
         out, err = capsys.readouterr()
-        assert "3 conversations are left out for their pictures" in out
+        assert "3 of 9 conversations left out for pictures that" in out
         if "--given-answers" not in flags:
             assert answers(records) == {place: answer for place, answer in whole.items() if place[0] not in wrong}
 
@@ -285,7 +285,7 @@ def test_rounds_without_room_in_the_context_are_not_asked(folder, evaluate, caps
     records, summary = evaluate(data="long.json")
     assert [(record.id, record.round) for record in records] == [("long", 0), ("short", 0), ("short", 1)]
     assert summary["counts"]["rounds_too_long"] == 2 and summary["counts"]["rounds"] == 5
-    assert "2 questions find no room in the context" in capsys.readouterr().out
+    assert "2 of 5 questions left out: no room in the context" in capsys.readouterr().out
 
 
 def test_nothing_answered_is_a_failure(folder, evaluate, monkeypatch):
