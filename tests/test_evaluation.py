@@ -211,6 +211,15 @@ def test_answers_are_scored_and_come_in_the_datas_order(folder, evaluate, tmp_pa
     assert table["answer"] == [record.answer for record in records]
 
 
+def test_a_table_and_a_page_are_written_as_well(folder, evaluate, tmp_path):
+    pytest.importorskip("dsvl.evaluation.report")
+    records, _ = evaluate("--csv", str(tmp_path / "table.csv"), "--html", str(tmp_path / "page.html"))
+    table = (tmp_path / "table.csv").read_text(encoding="utf-8-sig").splitlines()
+    assert table[0].startswith("id,round,model") and len(table) > len(records)
+    page = (tmp_path / "page.html").read_text()
+    assert "data.jsonl" in page and page.count("data:image/jpeg") == sum(len(record.images) for record in records)
+
+
 def test_pictures_without_a_file_get_one(folder, evaluate, tmp_path):
     image = Image.radial_gradient("L").convert("RGB").resize((9, 7))
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
