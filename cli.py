@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from .chat import commands as chat
 from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
 from .data import commands as data
+from .evaluation import commands as evaluation
 from .evaluation import compare
 from .migration import commands as migration
 from .page import commands as page
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chat.add_parser(commands)
     data.add_parser(commands)
     compare.add_parser(commands)
+    evaluation.add_parser(commands)
     migration.add_parser(commands)
     page.add_parser(commands)
     publishing.add_parser(commands)

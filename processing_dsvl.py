@@ -172,9 +172,10 @@ class DSVLProcessor(ProcessorMixin):
             kwargs.setdefault("number_after", self.number_after)
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
-    def count_tokens(self, conversation: Any) -> int:
+    def count_tokens(self, conversation: Any, add_generation_prompt: bool = False) -> int:
         """How many tokens a conversation takes, its pictures' included; no picture is looked at."""
-        ids = self.tokenizer(self.apply_chat_template(conversation, tokenize=False), add_special_tokens=False)["input_ids"]
+        text = self.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return len(ids) + ids.count(self.image_token_id) * (self.image_seq_length - 1)
 
     def _protect(self, part: Any) -> Any:

@@ -6,7 +6,7 @@ import ipaddress
 import threading
 from pathlib import Path
 
-from ..chat.commands import add_model_options, generation_options
+from ..chat.commands import add_conversation_arguments, generation_options
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,7 +26,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--max-megabytes", type=float, default=16, help="of a picture's file (default 16)")
     parser.add_argument("--max-waiting", type=int, default=32, help="questions that wait for their turn (default 32)")
     parser.add_argument("--max-caches", type=int, default=4, help="conversations that are not read again (default 4)")
-    add_model_options(parser)
+    add_conversation_arguments(parser)
     parser.set_defaults(run=_demo)
 
 

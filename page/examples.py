@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..data.pictures import open_picture
 from ..data import load_conversations
 from ..data.conversations import pictures_of
+from ..data.pictures import open_picture
 from ..demo.drawing import PICTURE_SIZE, Scene, render
 
 Example = tuple[str, Sequence[Image.Image]]
