@@ -450,6 +450,29 @@ def _gather_index(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return index, torch.arange(slots, device=members.device) < counts[:, None]
 
 
+class _TakeRows(torch.autograd.Function):
+    """`rows[index]` of (rows, ...) for an index that names no row twice, so that its backward adds nothing up.
+
+    Autograd's own backward of `index_select` adds atomically, which costs more than the attention.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy(0, index, gradient), None
+
+
+def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`rows[index]` of (rows, ...), for an index that names no row twice."""
+    return _TakeRows.apply(rows, index)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention functions
 
@@ -536,28 +559,10 @@ def _gathered_attention(
     return output, _dense_weights(mask, key.shape[2], text_weights, image_weights)
 
 
-class _TakeRows(torch.autograd.Function):
-    """`rows[index]` of (rows, ...) for an index that names no row twice, so that its backward adds nothing up.
-
-    Autograd's own backward of `index_select` adds atomically, which costs more than the attention.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows = rows.shape[0]
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        (index,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy(0, index, gradient), None
-
-
 def _take(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Tokens of (batch, heads, tokens, head_dim) by their (batch, slots) rows: (batch, heads, slots, head_dim)."""
     tokens = states.transpose(1, 2).flatten(0, 1)  # as a decoder's projections lie in memory
-    return _TakeRows.apply(tokens, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
+    return take_rows(tokens, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
 def _put(states: torch.Tensor, rows: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -16,13 +18,17 @@ from .attention_dsvl import (
     multimodal_mask,
     route_attention,
     sees_pictures,
+    take_rows,
     visibilities,
 )
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
-from .pictures_dsvl import DSVLPicturesMixin, make_vision_tower
+from .pictures_dsvl import DSVLPicturesMixin, HostCopy, make_vision_tower
 from .projectors_dsvl import PROJECTORS
 from .resampler_dsvl import DSVLResampler
+
+# Logits of a loss that exist at once: 128 MiB in float32.
+_LOGITS_AT_ONCE = 2**25
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Outputs
@@ -177,7 +183,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
         if images is not None and images.pooler_output:
             image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         # Features that were passed in may be those of a chunk, which may begin or end inside a picture.
-        inputs_embeds = self._scatter_pictures(
+        inputs_embeds, check = self._scatter_pictures(
             input_ids, inputs_embeds, mm_token_type_ids, image_hidden_states, whole_pictures=pictures is not None
         )
         if images is None and self._others_may_see_pictures(past_key_values):
@@ -206,6 +212,8 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
             past_key_values=past_key_values,
             **(kwargs | {"return_dict": True}),
         )
+        if check is not None:
+            check()
         if image_hidden_states is not None and len(image_hidden_states) % self.config.image_seq_length == 0:
             image_hidden_states = image_hidden_states.unflatten(0, (-1, self.config.image_seq_length))
         return DSVLModelOutputWithPast(
@@ -431,6 +439,14 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
                 in training mode, except in a compiled graph, whose shapes cannot depend on the labels.
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        if skip_logits is None:
+            skip_logits = self.training and not torch.compiler.is_compiling()
+        targets = supervised = None
+        if labels is not None:
+            # Token t learns to say token t + 1.
+            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            if skip_logits:
+                supervised = HostCopy((targets != -100).sum())
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -444,18 +460,11 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        if skip_logits is None:
-            skip_logits = self.training and not torch.compiler.is_compiling()
-
-        loss = logits = targets = None
-        if labels is not None:
-            # Token t learns to say token t + 1.
-            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].to(hidden.device)
-        if targets is not None and skip_logits:
-            supervised = targets != -100
-            loss = self._loss(self._logits(hidden[supervised]), targets[supervised], num_items_in_batch)
-            if not supervised.any():
-                loss = loss + hidden.sum() * 0  # a graph, for the ranks that wait for this one's gradients
+        loss = logits = None
+        if targets is not None:
+            targets = targets.to(hidden.device)
+        if targets is not None and supervised is not None:
+            loss = self._supervised_loss(hidden, targets, supervised, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             logits = self._logits(hidden[:, logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept])
@@ -469,6 +478,40 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _supervised_loss(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        supervised: HostCopy,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """The loss without the logits of a whole batch: of supervised tokens only, and of a part of these at a time, whose
+        logits are computed again in the backward pass.
+
+        Args:
+            hidden: (batch, tokens, hidden).
+            targets: (batch, tokens), -100 where nothing is supervised.
+            supervised: in how many places something is.
+            num_items_in_batch: as in `_loss`.
+        """
+        rows = supervised.tolist()
+        if num_items_in_batch is None:
+            num_items_in_batch = rows
+        first = (targets.flatten() == -100).to(torch.uint8).argsort(stable=True)[: max(rows, 1)]
+        hidden, targets = take_rows(hidden.flatten(0, 1), first), targets.flatten()[first]
+
+        def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return self._loss(self._logits(hidden), targets, num_items_in_batch)
+
+        at_once = max(_LOGITS_AT_ONCE // self.config.text_config.vocab_size, 1)
+        # Under ZeRO-3 all processes gather the head for each part, and must do so equally often.
+        if rows <= at_once or is_deepspeed_zero3_enabled():
+            return part(hidden, targets)
+        pairs = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.stack([part(*pair) for pair in pairs]).sum()
+        return torch.stack([checkpoint(part, *pair, use_reentrant=False) for pair in pairs]).sum()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head, and what the composed decoder's own causal model does to its logits."""
@@ -491,6 +534,8 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             num_items_in_batch = (targets != -100).sum()
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.clamp(min=1)
+        else:
+            num_items_in_batch = max(num_items_in_batch, 1)
         return self.loss_function(
             logits=logits,
             labels=None,
