@@ -424,6 +424,8 @@ def _attention(backend: str) -> Callable:
             return output, weights if backend == "eager" else None
         layer_types = getattr(module.config, "layer_types", None)
         mask = multimodal_masks[layer_types[module.layer_idx] if layer_types else None]
+        if callable(mask):  # an attention of its own (reuse_dsvl.py, text_prefill_dsvl.py)
+            return mask(backend, module, query, key, value, **kwargs)
         return _gathered_attention(backend, module, query, key, value, mask, **kwargs)
 
     return mmca_attention_forward

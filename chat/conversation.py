@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from ..data.conversations import SOURCES
+from ..picture_cache_dsvl import reuse_is_exact
 from .answering import Answer, pieces_of_text
-from .memory import Memory, SeenPicture, new_cache, reuse_is_exact
+from .memory import Memory, SeenPicture, new_cache
 from .pictures import open_picture
 from .storing import load_messages, save_messages
 
