@@ -13,6 +13,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .attention_dsvl import coded_masks, sees_pictures, visibilities
 from .picture_cache_dsvl import PictureCache
 
+NO_PICTURE_CACHE = (
+    "This way of decoding does not take a picture cache; choose greedy search, sampling or beams, or pass pixel_values."
+)
+
 
 class NoImageToken(LogitsProcessor):
     """Keeps the image token from being generated, whatever a generation configuration says."""
@@ -51,6 +55,8 @@ class DSVLGenerationMixin(GenerationMixin):
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if picture_cache is not None:
+            if kwargs.get("assistant_model") is not None:
+                raise ValueError(NO_PICTURE_CACHE)
             kwargs["picture_cache"] = picture_cache
             given = [k for k in ("pixel_values", "image_features", "mm_encoder_outputs") if kwargs.get(k) is not None]
             if given or input_ids is None:
@@ -160,10 +166,7 @@ class DSVLGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Inputs of one generation step, with the modality of the whole sequence."""
         if picture_cache is not None:  # it would have been used by `_prefill`
-            raise ValueError(
-                "This way of decoding does not take a picture cache; choose greedy search, sampling or beams, or pass "
-                "pixel_values."
-            )
+            raise ValueError(NO_PICTURE_CACHE)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
