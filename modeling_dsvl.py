@@ -359,6 +359,10 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """Run pictures through the whole model, once; see `DSVLModel.encode_pictures`."""
         return self.model.encode_pictures(pixel_values, chunk_size)
 
+    def compile_text_prefill(self, **options: Any) -> None:
+        """Compile what a prompt over encoded pictures runs; see `DSVLModel.compile_text_prefill`."""
+        self.model.compile_text_prefill(**options)
+
     def prefill(
         self, input_ids: torch.Tensor, picture_cache: PictureCache, past_key_values: Cache | None = None, **kwargs: Any
     ) -> DSVLCausalLMOutputWithPast:

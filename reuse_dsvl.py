@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,18 +101,22 @@ class PictureRotation:
     """How a decoder rotates its keys, as a probe has shown.
 
     Attributes:
+        dtype: of the keys.
         rotated: for each layer, whether its keys are rotated at all.
+        per_type: whether the decoder has positions for each layer type.
         scaling: by layer type, what cosine and sine are multiplied with (YaRN scales attention so); the keys at position 0
             hold it already.
     """
 
     decoder: PreTrainedModel
+    dtype: torch.dtype
     rotated: list[bool]
+    per_type: bool
     scaling: dict[str | None, float]
 
     def __call__(self, keys: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Keys at position 0 (layers, tokens, heads, head_dim), turned to their positions (tokens,)."""
-        kinds = layer_types(self.decoder) if takes_layer_type(self.decoder) else [None] * len(keys)
+        kinds = layer_types(self.decoder) if self.per_type else [None] * len(keys)
         groups = {kind: [n for n, k in enumerate(kinds) if k == kind and self.rotated[n]] for kind in self.scaling}
         if any(len(layers) == len(keys) for layers in groups.values()):
             return self._turn(keys, position_ids, kinds[0])
@@ -122,10 +127,9 @@ class PictureRotation:
         return turned
 
     def _turn(self, keys: torch.Tensor, position_ids: torch.Tensor, kind: str | None) -> torch.Tensor:
-        scaling, dtype = self.scaling[kind], keys.dtype
-        if scaling != 1:
-            dtype = torch.promote_types(dtype, torch.float32)
-        cos, sin = cosine_and_sine(self.decoder, position_ids[None], dtype, kind)
+        scaling = self.scaling[kind]
+        dtype = keys.dtype if scaling == 1 else torch.promote_types(keys.dtype, torch.float32)
+        cos, sin = cosine_and_sine(self.decoder, position_ids[None], dtype, kind if self.per_type else None)
         if scaling != 1:
             cos, sin = (cos / scaling).to(keys.dtype), (sin / scaling).to(keys.dtype)
         rotate = sys.modules[type(attention_module(self.decoder)).__module__].apply_rotary_pos_emb
@@ -140,17 +144,12 @@ def attention_module(decoder: PreTrainedModel) -> nn.Module:
     return next(module for module in decoder.modules() if isinstance(module.__dict__.get("config"), RoutedConfig))
 
 
-def takes_layer_type(decoder: PreTrainedModel) -> bool:
-    return "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
-
-
 def cosine_and_sine(
     decoder: PreTrainedModel, position_ids: torch.Tensor, dtype: torch.dtype, layer_type: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decoder's own, for positions (1, tokens)."""
+    """The decoder's own, for positions (1, tokens), of a layer type where it has several."""
     like = torch.empty(0, dtype=dtype, device=position_ids.device)
-    arguments = (layer_type,) if takes_layer_type(decoder) else ()
-    return decoder.rotary_emb(like, position_ids, *arguments)
+    return decoder.rotary_emb(like, position_ids, *([] if layer_type is None else [layer_type]))
 
 
 @torch.no_grad()
@@ -180,10 +179,11 @@ def probe_rotation(decoder: PreTrainedModel, like: torch.Tensor) -> PictureRotat
     _, keys, values = run_decoder(decoder, embeds, torch.zeros_like(positions)[None], attention)
     _, moved_keys, moved_values = run_decoder(decoder, embeds, positions[None], attention)
 
-    kinds = list(dict.fromkeys(layer_types(decoder))) if takes_layer_type(decoder) else [None]
+    per_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    kinds = list(dict.fromkeys(layer_types(decoder))) if per_type else [None]
     first = {kind: cosine_and_sine(decoder, positions[None] * 0, torch.float64, kind)[0] for kind in kinds}
     scaling = {kind: float(cosine.flatten()[0]) for kind, cosine in first.items()}
-    rotation = PictureRotation(decoder, [True] * len(keys), scaling)
+    rotation = PictureRotation(decoder, keys.dtype, [True] * len(keys), per_type, scaling)
     try:
         turned = rotation(keys[:, 0], positions)
     except (RuntimeError, TypeError) as error:
@@ -218,8 +218,9 @@ class DSVLReuseMixin(DSVLPicturesMixin):
 
     language_model: PreTrainedModel
 
-    _picture_rotation: PictureRotation | None = None
-    _fingerprint: tuple[str, list[tuple[nn.Parameter, int]]] | None = None
+    _picture_rotation: tuple[torch.dtype, PictureRotation] | None = None
+    _run_decoder: Callable = staticmethod(run_decoder)
+    _fingerprint: tuple[str, list[nn.Parameter], list[int]] | None = None
 
     @torch.no_grad()
     def encode_pictures(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> PictureCache:
@@ -263,15 +264,25 @@ class DSVLReuseMixin(DSVLPicturesMixin):
                     f"With {depends} what the decoder computes for a picture depends on more than the picture, so it "
                     "cannot be reused; pass pixel_values instead of a picture cache."
                 )
-        if self._picture_rotation is None:
-            like = torch.empty(0, dtype=self.language_model.get_input_embeddings().weight.dtype, device=device)
-            self._picture_rotation = probe_rotation(self.language_model, like)
-        return self._picture_rotation
+        dtype = self.language_model.get_input_embeddings().weight.dtype
+        if self._picture_rotation is None or self._picture_rotation[0] != dtype:
+            like = torch.empty(0, dtype=dtype, device=device)
+            self._picture_rotation = (dtype, probe_rotation(self.language_model, like))
+        return self._picture_rotation[1]
+
+    def compile_text_prefill(self, **options: Any) -> None:
+        """Let `torch.compile` have what `generate(..., picture_cache=...)` runs of the decoder. The first prompt then waits
+        for the compilation, and the first one of another length once more; later ones spare most of Python's time.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self._run_decoder = torch.compile(run_decoder, **options)
 
     def picture_fingerprint(self) -> str:
         """What ties a picture cache to this model: a hash of its configuration and of samples of every weight on which a
         picture depends. It is taken anew when a weight has changed, or `train()` or `eval()` was called."""
-        if self._fingerprint is not None and all(p._version == version for p, version in self._fingerprint[1]):
+        if self._fingerprint is not None and [p._version for p in self._fingerprint[1]] == self._fingerprint[2]:
             return self._fingerprint[0]
         table = self.language_model.get_input_embeddings().weight
         parts = (self.vision_tower, self.multi_modal_projector, self.language_model)
@@ -285,24 +296,32 @@ class DSVLReuseMixin(DSVLPicturesMixin):
         digest.update(json.dumps({name: list(p.shape) for name, p in parameters.items()}).encode())
         samples = [p.detach().flatten()[:: max(1, p.numel() // 64)][:64].double() for p in parameters.values()]
         digest.update(torch.cat([sample.to(samples[0].device) for sample in samples]).cpu().numpy().tobytes())
-        self._fingerprint = (digest.hexdigest(), [(p, p._version) for p in parameters.values()])
+        self._fingerprint = (digest.hexdigest(), list(parameters.values()), [p._version for p in parameters.values()])
         return self._fingerprint[0]
 
-    def check_picture_cache(self, cache: PictureCache) -> None:
-        """Raises:
-        ValueError: if a cache is not of this model, or not in its dtype and on its device.
+    def rotation_of(self, cache: PictureCache) -> PictureRotation:
+        """How the keys of a cache are rotated.
+
+        Raises:
+            ValueError: if the cache is not of this model, or not in its dtype and on its device.
         """
         if cache.fingerprint != self.picture_fingerprint():
             raise ValueError(
                 f"The picture cache was encoded by another model (fingerprint {cache.fingerprint[:12]}, this one's is "
                 f"{self.picture_fingerprint()[:12]}), or by this one before its weights changed; encode the pictures again."
             )
-        device, dtype = self.language_model.device, self.language_model.get_input_embeddings().weight.dtype
-        if cache.dtype != dtype or device not in (cache.device, torch.device("meta")):
+        device = self.language_model.device
+        if device not in (cache.device, torch.device("meta")):
             raise ValueError(
-                f"The picture cache is {cache.dtype} on {cache.device}, but the model is {dtype} on {device}; pass "
-                "picture_cache.to(model.device, model.dtype)."
+                f"The picture cache is on {cache.device}, but the model on {device}; pass picture_cache.to(model.device)."
             )
+        rotation = self.picture_rotation(cache.device)
+        if cache.dtype != rotation.dtype:
+            raise ValueError(
+                f"The picture cache is {cache.dtype}, but the decoder's keys are {rotation.dtype}; pass "
+                f"picture_cache.to({rotation.dtype})."
+            )
+        return rotation
 
 
 # What a configuration says of a checkpoint's history, its vocabulary and how it is run, but not of what it computes.

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_dsvl import Visibility, visibilities
 from .attention_dsvl import _eager_attention as eager_attention
 from .picture_cache_dsvl import PictureCache
-from .reuse_dsvl import DSVLReuseMixin, run_decoder
+from .reuse_dsvl import DSVLReuseMixin
 
 
 @dataclass
@@ -167,8 +167,7 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
             ValueError: if places and pictures do not match, the KV cache is not empty, or the picture cache is not this
                 model's.
         """
-        self.check_picture_cache(picture_cache)
-        rotation = self.picture_rotation(picture_cache.device)
+        rotation = self.rotation_of(picture_cache)
         if past_key_values is None:
             past_key_values = DynamicCache(config=self.language_model.config)
         if int(past_key_values.get_seq_length()) > 0:
@@ -221,7 +220,7 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
             )
             for layer_type, visibility in visibilities(config, prompt, attention_mask, None, None).items()
         }
-        hidden, text_keys, text_values = run_decoder(decoder, embeds, position_ids.gather(1, text.index), attention)
+        hidden, text_keys, text_values = self._run_decoder(decoder, embeds, position_ids.gather(1, text.index), attention)
 
         padded = any(i + t < tokens for i, t in zip(image_counts, text_counts, strict=True))
         rows = [(text.rows(tokens), text_keys, text_values), (image.rows(tokens), keys, values)]

@@ -268,6 +268,18 @@ def test_beams_and_samples_are_the_same(options, layouts):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_text_may_be_computed_by_a_compiled_decoder(family):
+    model = tiny_model(family, dtype=torch.float32)
+    torch._dynamo.reset()
+    model.compile_text_prefill(fullgraph=True)
+    for layouts in LAYOUTS:  # other lengths, other numbers of pictures, batches
+        inputs = batch(*layouts, dtype=torch.float32)
+        (logits, _), (got, _) = prefills(model, inputs, model.encode_pictures(inputs["pixel_values"]))
+        torch.testing.assert_close(got, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_compiled_static_step_goes_on_from_it():
     model, inputs = tiny_model(dtype=torch.float32), batch(*LAYOUTS[1], dtype=torch.float32)
     expected = greedy(model, inputs)
@@ -381,7 +393,9 @@ def test_another_models_cache_is_refused(other):
 def test_another_dtype_is_refused():
     model, inputs = tiny_model(), batch("tItt")
     cache = model.encode_pictures(inputs["pixel_values"])
-    with pytest.raises(ValueError, match=r"is torch.float32 on cpu, but the model is torch.float64 on cpu; pass .*\.to\("):
+    with pytest.raises(
+        ValueError, match=r"is torch.float32, but the decoder's keys are torch.float64; pass picture_cache.to"
+    ):
         greedy(model, inputs, cache.to(torch.float32))
 
 
