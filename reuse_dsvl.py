@@ -42,7 +42,7 @@ class _NewTokens(DynamicLayer):
 
 def run_decoder(
     decoder: PreTrainedModel, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, attention: dict[str | None, Any]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.device]]:
     """One forward call of a decoder whose self-attention is computed by our functions.
 
     Args:
@@ -51,8 +51,8 @@ def run_decoder(
         attention: for each layer type, or for None, what `mmca_attention_forward` calls.
 
     Returns:
-        The last hidden state, (batch, tokens, hidden), and each layer's keys and values of these tokens: (layers, batch,
-        tokens, key-value heads, head_dim).
+        The last hidden state, (batch, tokens, hidden); each layer's keys and values of these tokens: (layers, batch,
+        tokens, key-value heads, head_dim); and where each layer runs, as a decoder may be spread over devices.
 
     Raises:
         ValueError: if the layers' keys and values are not all of one shape.
@@ -75,9 +75,9 @@ def run_decoder(
             f"{type(decoder).__name__} keeps keys of {len({k.shape for k in keys})} shapes in {len(keys)} of its {layers} "
             "layers; pictures can be reused where all layers keep keys and values of one shape. Pass pixel_values instead."
         )
-    device = inputs_embeds.device  # a decoder may be spread over several
-    stacked = (torch.stack([states.to(device) for states in part]).transpose(2, 3) for part in (keys, values))
-    return hidden, *stacked
+    here = inputs_embeds.device
+    stacked = (torch.stack([states.to(here) for states in part]).transpose(2, 3) for part in (keys, values))
+    return hidden, *stacked, [states.device for states in keys]
 
 
 def own_value(
@@ -176,8 +176,8 @@ def probe_rotation(decoder: PreTrainedModel, like: torch.Tensor) -> PictureRotat
     embeds = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
     positions = torch.tensor([1, 2, 11, 60], device=like.device)
     attention = dict.fromkeys(layer_types(decoder), own_value)
-    _, keys, values = run_decoder(decoder, embeds, torch.zeros_like(positions)[None], attention)
-    _, moved_keys, moved_values = run_decoder(decoder, embeds, positions[None], attention)
+    _, keys, values, _ = run_decoder(decoder, embeds, torch.zeros_like(positions)[None], attention)
+    _, moved_keys, moved_values, _ = run_decoder(decoder, embeds, positions[None], attention)
 
     per_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
     kinds = list(dict.fromkeys(layer_types(decoder))) if per_type else [None]
@@ -243,7 +243,7 @@ class DSVLReuseMixin(DSVLPicturesMixin):
             encoded = self.get_image_features(chunk).pooler_output
             embeds = torch.stack(encoded).to(self.language_model.get_input_embeddings().weight.dtype)
             zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
-            _, keys, values = run_decoder(self.language_model, embeds, zeros, attention)
+            _, keys, values, _ = run_decoder(self.language_model, embeds, zeros, attention)
             parts.append(PictureCache(keys, values, fingerprint))
         return PictureCache.cat(parts)
 
@@ -290,7 +290,7 @@ class DSVLReuseMixin(DSVLPicturesMixin):
             f"{number}.{name}": p
             for number, part in enumerate(parts)
             for name, p in part.named_parameters()
-            if p is not table
+            if p is not table and not p.is_meta  # offloaded
         }
         digest = hashlib.sha256(json.dumps(_lasting(self.config.to_dict()), sort_keys=True, default=str).encode())
         digest.update(json.dumps({name: list(p.shape) for name, p in parameters.items()}).encode())

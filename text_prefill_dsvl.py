@@ -5,7 +5,7 @@ this call and the rotated keys of the pictures, each as far as the decoder's own
 into the KV cache in the order of the prompt, which is what an ordinary prefill leaves there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -220,18 +220,16 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
             )
             for layer_type, visibility in visibilities(config, prompt, attention_mask, None, None).items()
         }
-        hidden, text_keys, text_values = self._run_decoder(decoder, embeds, position_ids.gather(1, text.index), attention)
+        hidden, text_keys, text_values, devices = self._run_decoder(
+            decoder, embeds, position_ids.gather(1, text.index), attention
+        )
 
         padded = any(i + t < tokens for i, t in zip(image_counts, text_counts, strict=True))
-        rows = [(text.rows(tokens), text_keys, text_values), (image.rows(tokens), keys, values)]
-        whole_keys, whole_values = (
-            _put_together(batch * tokens, padded, [(places, states[part]) for places, *states in rows]) for part in (0, 1)
-        )
-        for layer in range(len(keys)):
-            new_keys, new_values = (
-                whole[layer, :-1].unflatten(0, (batch, tokens)).transpose(1, 2) for whole in (whole_keys, whole_values)
-            )
-            _fill(past_key_values, layer, new_keys, new_values)
+        places = (text.rows(tokens), image.rows(tokens))
+        new_keys = _put_together((batch, tokens), padded, places, (text_keys, keys))
+        new_values = _put_together((batch, tokens), padded, places, (text_values, values))
+        for number, device in enumerate(devices):
+            _fill(past_key_values, number, new_keys[number].to(device), new_values[number].to(device))
         past_key_values.mm_token_type_ids = is_image.long()
         past_key_values.sees_pictures = True
         return hidden[:, -1:], past_key_values
@@ -262,26 +260,33 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
         return order
 
 
-def _put_together(rows: int, padded: bool, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """States (layers, ..., heads, head_dim) at their rows: (layers, rows + 1, heads, head_dim). Padding is 0; the last row
-    takes what belongs nowhere."""
-    states = parts[0][1]
-    whole = states.new_empty(states.shape[0], rows + 1, *states.shape[-2:])
+def _put_together(
+    shape: tuple[int, int], padded: bool, places: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """States (layers, ..., heads, head_dim) at their places in the prompts.
+
+    Returns:
+        For each layer (batch, heads, tokens, head_dim), 0 where padded.
+    """
+    rows = shape[0] * shape[1]
+    # The last row takes what belongs nowhere.
+    whole = parts[0].new_empty(len(parts[0]), rows + 1, *parts[0].shape[-2:])
     if padded:
         whole.zero_()
-    for places, states in parts:
-        whole.index_copy_(1, places, states.flatten(1, -3))
-    return whole
+    for place, states in zip(places, parts, strict=True):
+        whole.index_copy_(1, place, states.flatten(1, -3))
+    return whole[:, :rows].unflatten(1, shape).transpose(2, 3).unbind(0)
 
 
-def _fill(cache: Cache, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+def _fill(cache: Cache, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Let a layer of an empty cache hold these (batch, heads, tokens, head_dim)."""
-    plain = not cache.offloading and layer < len(cache.layers) and type(cache.layers[layer]) is DynamicLayer
-    if not plain:
-        cache.update(keys, values, layer)
+    layer: Any = cache.layers[number] if number < len(cache.layers) else None
+    if cache.offloading or type(layer) is not DynamicLayer:
+        cache.update(keys, values, number)
         return
-    cache.layers[layer].lazy_initialization(keys, values)  # what `update` does, but for a copy
-    cache.layers[layer].keys, cache.layers[layer].values = keys, values
+    # What `update` comes to, without its copy.
+    layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
+    layer.is_initialized = True
 
 
 __all__ = ["DSVLTextPrefillMixin"]

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import dispatch_model
 from conftest import _COMMON, FAMILIES, IMAGE_ID, PER_PICTURE, batch, pictures, tiny_model
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
-from dsvl import DSVLForConditionalGeneration
-from dsvl.picture_cache_dsvl import PictureCache
+from dsvl import DSVLForConditionalGeneration, PictureCache
 from dsvl.reuse_dsvl import layer_types, own_value, run_decoder
 
 ROPES = {
@@ -216,7 +216,7 @@ def test_keys_are_turned_to_the_bit_in_bfloat16(family):
     positions = torch.arange(PER_PICTURE * 2).reshape(2, -1) * 7 + 3
     attention = dict.fromkeys(layer_types(model.language_model), own_value)
     with torch.no_grad():
-        _, keys, values = run_decoder(model.language_model, embeds, positions, attention)
+        _, keys, values, _ = run_decoder(model.language_model, embeds, positions, attention)
     cache = model.encode_pictures(pictures(2, torch.bfloat16))
     assert cache.dtype == torch.bfloat16 and cache.values.equal(values)
     turned = model.picture_rotation(cache.device)(cache.keys.flatten(1, 2), positions.flatten())
@@ -319,6 +319,17 @@ def test_generation_sees_neither_the_tower_nor_an_image_token():
     greedy(model, inputs, cache, max_new_tokens=3)
     text = int((inputs["input_ids"] != IMAGE_ID).sum())
     assert lengths == [text, 1, 1]
+
+
+def test_a_model_that_is_spread_over_devices_and_disk(tmp_path):
+    plain, spread = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
+    parts = ("vision_tower", "language_model.embed_tokens", "language_model.norm", "language_model.rotary_emb")
+    device_map = {f"model.{part}": "cpu" for part in (*parts, "language_model.layers.0")}
+    device_map |= dict.fromkeys(("model.multi_modal_projector", "model.language_model.layers.1", "lm_head"), "disk")
+    spread = dispatch_model(spread, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    inputs = batch(*LAYOUTS[2], dtype=torch.float32)
+    expected = greedy(plain, inputs)
+    assert greedy(spread, inputs, spread.encode_pictures(inputs["pixel_values"])).equal(expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
