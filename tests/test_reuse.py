@@ -1,5 +1,6 @@
 """Exact picture reuse: a prompt over pictures that were encoded before is the ordinary prefill, wherever they stand."""
 
+import json
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import transformers
 from accelerate import dispatch_model
 from conftest import _COMMON, FAMILIES, IMAGE_ID, PER_PICTURE, batch, pictures, tiny_model
+from plain_environment import plain_packages, run_plainly
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
 from dsvl import DSVLForConditionalGeneration, PictureCache
@@ -350,6 +352,33 @@ def test_a_cache_outlives_its_model(tmp_path):
     assert greedy(again, inputs, PictureCache.cat([loaded[:1], again.encode_pictures(inputs["pixel_values"][1:])])).equal(
         expected
     )
+
+
+ANSWER = """
+import json, sys
+import torch
+from transformers import AutoModelForImageTextToText
+
+checkpoint, pictures, ids = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True).eval()
+model.generation_config.eos_token_id = None
+cache = sys.modules[type(model).__module__].PictureCache.load(pictures)
+print(model.generate(torch.tensor(json.loads(ids)), picture_cache=cache, max_new_tokens=8, do_sample=False).tolist())
+"""
+
+
+def test_a_cache_is_used_by_a_checkpoints_own_code(tmp_path):
+    """In another process, where this package is not installed."""
+    model, inputs = tiny_model(dtype=torch.float32), batch(*LAYOUTS[1], dtype=torch.float32)
+    model.encode_pictures(inputs["pixel_values"]).save(tmp_path / "pictures.safetensors")
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "answer.py").write_text(ANSWER)
+    ids = json.dumps(inputs["input_ids"].tolist())
+    packages = [plain_packages(tmp_path / "packages", "torch", "transformers", "pillow")]
+    arguments = (tmp_path / "answer.py", tmp_path / "model", tmp_path / "pictures.safetensors", ids)
+    run = run_plainly(*arguments, packages=packages, home=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == greedy(model, inputs).tolist()
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
