@@ -96,6 +96,11 @@ def layer_types(decoder: PreTrainedModel) -> list[str | None]:
 # Rotation
 
 
+def turn_keys(rotate: Callable, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """A decoder's `apply_rotary_pos_emb` for keys (batch, heads, tokens, head_dim), without queries."""
+    return rotate(keys[:0], keys, cos, sin)[1]
+
+
 @dataclass
 class PictureRotation:
     """How a decoder rotates its keys, as a probe has shown.
@@ -114,28 +119,28 @@ class PictureRotation:
     per_type: bool
     scaling: dict[str | None, float]
 
-    def __call__(self, keys: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, keys: torch.Tensor, position_ids: torch.Tensor, turn: Callable = turn_keys) -> torch.Tensor:
         """Keys at position 0 (layers, tokens, heads, head_dim), turned to their positions (tokens,)."""
         kinds = layer_types(self.decoder) if self.per_type else [None] * len(keys)
         groups = {kind: [n for n, k in enumerate(kinds) if k == kind and self.rotated[n]] for kind in self.scaling}
         if any(len(layers) == len(keys) for layers in groups.values()):
-            return self._turn(keys, position_ids, kinds[0])
+            return self._turn(keys, position_ids, kinds[0], turn)
         turned = keys.clone()
         for kind, layers in groups.items():
             if layers:
-                turned[layers] = self._turn(keys[layers], position_ids, kind)
+                turned[layers] = self._turn(keys[layers], position_ids, kind, turn)
         return turned
 
-    def _turn(self, keys: torch.Tensor, position_ids: torch.Tensor, kind: str | None) -> torch.Tensor:
+    def _turn(self, keys: torch.Tensor, position_ids: torch.Tensor, kind: str | None, turn: Callable) -> torch.Tensor:
         scaling = self.scaling[kind]
         dtype = keys.dtype if scaling == 1 else torch.promote_types(keys.dtype, torch.float32)
         cos, sin = cosine_and_sine(self.decoder, position_ids[None], dtype, kind if self.per_type else None)
         if scaling != 1:
             cos, sin = (cos / scaling).to(keys.dtype), (sin / scaling).to(keys.dtype)
         rotate = sys.modules[type(attention_module(self.decoder)).__module__].apply_rotary_pos_emb
-        # As a decoder has them: (layers for batch, heads, tokens, head_dim). No queries: the first argument is empty.
+        # As a decoder has them: (layers for batch, heads, tokens, head_dim).
         parts = keys.transpose(1, 2).split(max(1, ROTATED_AT_ONCE // max(keys[0].numel(), 1)))
-        turned = [rotate(part[:0], part, cos, sin)[1] for part in parts]
+        turned = [turn(rotate, part, cos, sin) for part in parts]
         return (turned[0] if len(turned) == 1 else torch.cat(turned)).transpose(1, 2)
 
 
@@ -220,6 +225,7 @@ class DSVLReuseMixin(DSVLPicturesMixin):
 
     _picture_rotation: tuple[torch.dtype, PictureRotation] | None = None
     _run_decoder: Callable = staticmethod(run_decoder)
+    _turn_keys: Callable = staticmethod(turn_keys)
     _fingerprint: tuple[str, list[nn.Parameter], list[int]] | None = None
 
     @torch.no_grad()
@@ -271,13 +277,15 @@ class DSVLReuseMixin(DSVLPicturesMixin):
         return self._picture_rotation[1]
 
     def compile_text_prefill(self, **options: Any) -> None:
-        """Let `torch.compile` have what `generate(..., picture_cache=...)` runs of the decoder. The first prompt then waits
-        for the compilation, and the first one of another length once more; later ones spare most of Python's time.
+        """Let `torch.compile` have what `generate(..., picture_cache=...)` runs of the decoder, and the rotation of keys.
+        The first prompt then waits for the compilation, and the first one of another length once more; later ones spare
+        most of Python's time, and of the rotation's.
 
         Args:
             options: of `torch.compile`.
         """
         self._run_decoder = torch.compile(run_decoder, **options)
+        self._turn_keys = torch.compile(turn_keys, **options)
 
     def picture_fingerprint(self) -> str:
         """What ties a picture cache to this model: a hash of its configuration and of samples of every weight on which a

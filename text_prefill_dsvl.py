@@ -201,11 +201,11 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
         if order != list(range(len(picture_cache))):
             picture_cache = picture_cache[order]
         keys, values = picture_cache.keys.flatten(1, 2), picture_cache.values.flatten(1, 2)
-        keys = rotation(keys, position_ids.gather(1, image.index).flatten())
+        keys = rotation(keys, position_ids.gather(1, image.index).flatten(), self._turn_keys)
 
         decoder = self.language_model
         config = decoder.config
-        embeds = self.language_model.get_input_embeddings()(input_ids.gather(1, text.index))
+        embeds = decoder.get_input_embeddings()(input_ids.gather(1, text.index))
         softcapped = getattr(config, "attn_logit_softcapping", None) is not None
         prompt = torch.empty((batch, tokens, 0), dtype=embeds.dtype, device=device)
         attention = {
