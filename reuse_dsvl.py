@@ -186,7 +186,7 @@ def probe_rotation(decoder: PreTrainedModel, like: torch.Tensor) -> PictureRotat
 
     per_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
     kinds = list(dict.fromkeys(layer_types(decoder))) if per_type else [None]
-    first = {kind: cosine_and_sine(decoder, positions[None] * 0, torch.float64, kind)[0] for kind in kinds}
+    first = {kind: cosine_and_sine(decoder, positions[None] * 0, torch.float32, kind)[0] for kind in kinds}
     scaling = {kind: float(cosine.flatten()[0]) for kind, cosine in first.items()}
     rotation = PictureRotation(decoder, keys.dtype, [True] * len(keys), per_type, scaling)
     try:
@@ -197,7 +197,7 @@ def probe_rotation(decoder: PreTrainedModel, like: torch.Tensor) -> PictureRotat
     def distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """For each layer, relative to the largest number."""
         apart, size = (one - other).abs().flatten(1).amax(1), other.abs().flatten(1).amax(1)
-        return (apart / size.clamp(min=torch.finfo(size.dtype).tiny)).double()
+        return (apart / size.clamp(min=torch.finfo(size.dtype).tiny)).float()
 
     tolerance = 16 * torch.finfo(like.dtype).eps
     by_rotation, unmoved, of_values = torch.stack(
@@ -302,7 +302,7 @@ class DSVLReuseMixin(DSVLPicturesMixin):
         }
         digest = hashlib.sha256(json.dumps(_lasting(self.config.to_dict()), sort_keys=True, default=str).encode())
         digest.update(json.dumps({name: list(p.shape) for name, p in parameters.items()}).encode())
-        samples = [p.detach().flatten()[:: max(1, p.numel() // 64)][:64].double() for p in parameters.values()]
+        samples = [p.detach().flatten()[:: max(1, p.numel() // 64)][:64].float() for p in parameters.values()]
         digest.update(torch.cat([sample.to(samples[0].device) for sample in samples]).cpu().numpy().tobytes())
         self._fingerprint = (digest.hexdigest(), list(parameters.values()), [p._version for p in parameters.values()])
         return self._fingerprint[0]
