@@ -122,19 +122,26 @@ def attention_over_pictures(
         )
 
     plainly_causal = visibility.is_causal and text.filled is None and backend != "eager" and not softcapped
+    text_mask = None if plainly_causal else build(sees_text, text)
     image_mask, any_image = build(sees_image, image), None
     if backend == "sdpa":
         any_image = image_mask.any(-1, keepdim=True)
         image_mask = image_mask | ~any_image  # a row without a key is NaN in some kernels; its result is not used
+        text_mask, image_mask = _added(text_mask, keys.dtype), _added(image_mask, keys.dtype)
     elif backend == "eager":
         any_image = (image_mask == 0).any(-1, keepdim=True)
     return TextOverPictures(
         keys=keys,
         values=values,
-        text_mask=None if plainly_causal else build(sees_text, text),
+        text_mask=text_mask,
         image_mask=image_mask,
         sees_image=None if any_image is None else any_image.transpose(1, 2),
     )
+
+
+def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A boolean mask as what is added to scores, which sdpa would make of it in every layer."""
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 class DSVLTextPrefillMixin(DSVLReuseMixin):
