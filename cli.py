@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from .chat import commands as chat
 from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
 from .data import commands as data
+from .evaluation import commands as evaluation
+from .evaluation import compare
 from .migration import commands as migration
+from .page import commands as page
 from .publishing import commands as publishing
 from .serving import commands as serving
 
@@ -31,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser("plan", help="the memory of training, per GPU, from the configuration alone", add_help=False)
     chat.add_parser(commands)
     data.add_parser(commands)
+    compare.add_parser(commands)
+    evaluation.add_parser(commands)
     migration.add_parser(commands)
+    page.add_parser(commands)
     publishing.add_parser(commands)
     serving.add_parser(commands)
     if argv[:1] == ["train"]:

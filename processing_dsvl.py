@@ -140,8 +140,15 @@ class DSVLProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Texts and their pictures to model inputs; see `ProcessorMixin.__call__`. The modality of each token goes along."""
+        """Texts and their pictures to model inputs; see `ProcessorMixin.__call__`. The modality of each token goes along.
+
+        Texts that begin with the tokenizer's BOS token, as rendered conversations do, get no second one.
+        """
         kwargs.setdefault("return_mm_token_type_ids", self.return_mm_token_type_ids)
+        text = kwargs.get("text", args[1] if len(args) > 1 else None)
+        texts, bos = [text] if isinstance(text, str) else text or [], self.tokenizer.bos_token
+        if texts and bos and all(isinstance(one, str) and one.startswith(bos) for one in texts):
+            kwargs.setdefault("add_special_tokens", False)
         return super().__call__(*args, **kwargs)
 
     @property
@@ -165,9 +172,10 @@ class DSVLProcessor(ProcessorMixin):
             kwargs.setdefault("number_after", self.number_after)
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
-    def count_tokens(self, conversation: Any) -> int:
+    def count_tokens(self, conversation: Any, add_generation_prompt: bool = False) -> int:
         """How many tokens a conversation takes, its pictures' included; no picture is looked at."""
-        ids = self.tokenizer(self.apply_chat_template(conversation, tokenize=False), add_special_tokens=False)["input_ids"]
+        text = self.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return len(ids) + ids.count(self.image_token_id) * (self.image_seq_length - 1)
 
     def _protect(self, part: Any) -> Any:

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from ..data.conversations import SOURCES
+from ..data.pictures import open_picture
 from ..picture_cache_dsvl import reuse_is_exact
 from .answering import Answer, pieces_of_text
 from .memory import Memory, SeenPicture, new_cache
-from .pictures import open_picture
 from .storing import load_messages, save_messages
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class DSVLChat:
         overflow: what happens when conversation and answer (`max_new_tokens`) exceed `context_length`: "error", or "drop" to
             leave out the oldest rounds whole, which is logged.
         context_length: in tokens; by default what the decoder's positions allow. A static cache takes memory for all of it.
-        allow_urls: whether pictures may be http(s) addresses (see `addresses.fetch`). Off, nothing is ever fetched.
+        allow_urls: whether pictures may be http(s) addresses (see `data.addresses.fetch`). Off, nothing is ever fetched.
         generation: what `generate()` takes, for all rounds: `max_new_tokens` (else the checkpoint's, or 512, or a
             quarter of the context if that is less), `do_sample`,
             `temperature`, ..., `cache_implementation="static"`.

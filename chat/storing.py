@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.conversations import ROLES
-from .pictures import open_picture
+from ..data.pictures import open_picture
 
 FILE = "conversation.jsonl"
 

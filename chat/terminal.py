@@ -12,8 +12,8 @@ from urllib.parse import unquote
 
 import torch
 
+from ..data.pictures import SUFFIXES, open_picture
 from .conversation import DSVLChat
-from .pictures import SUFFIXES, open_picture
 
 PROMPT = "> "
 

@@ -26,7 +26,9 @@ NAMED = 20  # samples that are left out and named one by one; the rest is counte
 WORKERS = 256  # of a data loader, and the process itself
 
 
-def load_conversations(source: str | Path, on_bad_sample: str = "error", split: str = "train") -> "Conversations":
+def load_conversations(
+    source: str | Path, on_bad_sample: str = "error", split: str = "train", to_learn: bool = True
+) -> "Conversations":
     """Open a data set of conversations; pictures are not decoded here.
 
     Args:
@@ -34,9 +36,10 @@ def load_conversations(source: str | Path, on_bad_sample: str = "error", split: 
             file; a directory written by `datasets`; or a name on the Hub.
         on_bad_sample: "error", or "skip" to leave broken samples out, counted, with a message for each of the first.
         split: of a data set that has several.
+        to_learn: as for `check_conversation`.
 
     Returns:
-        A map-style data set of samples. Every sample of a JSON lines file has been checked, its pictures' files included.
+        A map-style data set of samples, which have been checked.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -44,8 +47,8 @@ def load_conversations(source: str | Path, on_bad_sample: str = "error", split: 
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".json"):
-        return JsonLines(path, on_bad_sample)
-    return Table(str(source), on_bad_sample, split)
+        return JsonLines(path, on_bad_sample, to_learn)
+    return Table(str(source), on_bad_sample, split, to_learn)
 
 
 class LeftOut:
@@ -138,10 +141,10 @@ class Conversations(Dataset):
 class JsonLines(Conversations):
     """A file with a sample in each line, read from the disk whenever one is asked for."""
 
-    def __init__(self, path: Path, on_bad_sample: str) -> None:
+    def __init__(self, path: Path, on_bad_sample: str, to_learn: bool = True) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file; pass a JSON lines file, a Parquet file or a data set's name.")
-        self.path, self.source = path, str(path)
+        self.path, self.source, self.to_learn = path, str(path), to_learn
         self.lines: dict[int, int] = {}  # the place of a line in bytes -> its number, for messages
         with path.open("rb") as file:
             offset = 0
@@ -158,7 +161,7 @@ class JsonLines(Conversations):
 
     def _check(self, place: int) -> tuple[int, bool]:
         try:
-            return check_conversation(self.read(place))
+            return check_conversation(self.read(place), self.to_learn)
         except ValueError as error:
             raise ValueError(f"{self.path}, line {self.lines[place]}: {error}") from error
 
@@ -166,15 +169,15 @@ class JsonLines(Conversations):
 class Table(Conversations):
     """A data set of the `datasets` library, of rows with a column `messages` and perhaps `images`."""
 
-    def __init__(self, source: str, on_bad_sample: str, split: str) -> None:
-        self.source = source
+    def __init__(self, source: str, on_bad_sample: str, split: str, to_learn: bool = True) -> None:
+        self.source, self.to_learn = source, to_learn
         rows = open_table(source, split)
         if "messages" not in rows.column_names:
             raise ValueError(
                 f"{source} has the columns {rows.column_names}; expected messages (and images). Convert it first."
             )
         # Pictures stay the bytes or paths they are; one that cannot be decoded is found by the collator.
-        columns = ["messages"] + ["images"] * ("images" in rows.column_names)
+        columns = [name for name in ("id", "messages", "images") if name in rows.column_names]
         self._row = encoded(rows.select_columns(columns))
         self.keep_good(list(range(len(rows))), self._check, on_bad_sample)
 
@@ -183,7 +186,7 @@ class Table(Conversations):
 
     def _check(self, place: int) -> tuple[int, bool]:
         try:
-            return check_conversation(self.read(place))
+            return check_conversation(self.read(place), self.to_learn)
         except ValueError as error:
             raise ValueError(f"{self.source}, row {place}: {error}") from error
 
@@ -216,8 +219,13 @@ def _read_row(rows: Any, features: Any, place: int) -> dict[str, Any]:
     return without_nones(features.decode_example(row))
 
 
-def check_conversation(sample: Any) -> tuple[int, bool]:
+def check_conversation(sample: Any, to_learn: bool = True) -> tuple[int, bool]:
     """Check one sample, without decoding a picture.
+
+    Args:
+        sample: what a data set gave.
+        to_learn: whether it must end with an answer, and its pictures' files be there. Otherwise a question may end it, and
+            whoever opens the pictures finds out.
 
     Returns:
         how many pictures it has, and whether it begins with a system message.
@@ -236,11 +244,11 @@ def check_conversation(sample: Any) -> tuple[int, bool]:
             raise ValueError(
                 f"message {number} has the role {role!r}; expected user or assistant, after at most one system message."
             )
-        own, own_unnamed = _check_content(message, number)
+        own, own_unnamed = _check_content(message, number, files=to_learn)
         pictures, unnamed = pictures + own, unnamed + own_unnamed
     if messages[0]["role"] == "assistant" or (messages[0]["role"] == "system" and messages[1:2] == []):
         raise ValueError("a conversation begins with a user's message (after at most one system message).")
-    if messages[-1]["role"] != "assistant":
+    if to_learn and messages[-1]["role"] != "assistant":
         raise ValueError(f"the last message is the {messages[-1]['role']}'s; expected an assistant's answer to learn.")
     images = sample.get("images") or []
     if not isinstance(images, list):
@@ -250,12 +258,12 @@ def check_conversation(sample: Any) -> tuple[int, bool]:
             f"the messages hold {unnamed} image parts without a source, but there are {len(images)} images; expected one "
             "for each, in reading order."
         )
-    for image in images:
+    for image in images if to_learn else ():
         _check_file(image.get("path") if isinstance(image, dict) and not image.get("bytes") else image)
     return pictures, messages[0]["role"] == "system"
 
 
-def _check_content(message: dict, number: int) -> tuple[int, int]:
+def _check_content(message: dict, number: int, files: bool) -> tuple[int, int]:
     """Check a message's content; returns how many image parts there are, and how many of them without a source."""
     content = message.get("content")
     if isinstance(content, str):
@@ -276,7 +284,7 @@ def _check_content(message: dict, number: int) -> tuple[int, int]:
         sources = [key for key in SOURCES if part.get(key) is not None]
         if not sources:
             unnamed += 1
-        elif "url" not in sources and "base64" not in sources:
+        elif files and "url" not in sources and "base64" not in sources:
             _check_file(part[sources[0]])
     return pictures, unnamed
 

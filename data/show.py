@@ -1,8 +1,6 @@
 """Samples as the model will see them: for a terminal, or as a page with their pictures."""
 
-import base64
 import html
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..processing_dsvl import CHAT_TEMPLATE, decode_picture
 from .conversations import complete_messages, load_conversations, pictures_of
+from .pictures import thumbnail
 
 WIDTH = 320  # pixels of a picture on the page
 PAGE = """<!doctype html>
@@ -90,7 +89,7 @@ def show_page(source: str, path: str | Path, number: int = 3, processor: Any = N
     for place in range(min(number, len(data))):
         shown = render(data[place], processor)
         figures = "".join(
-            f'<figure><img alt="" src="data:image/jpeg;base64,{_thumbnail(picture)}"><figcaption>Image {index}: '
+            f'<figure><img alt="" src="{thumbnail(picture, WIDTH)}"><figcaption>Image {index}: '
             f"{picture.width} x {picture.height}</figcaption></figure>"
             for index, picture in enumerate(shown.pictures, start=1)
         )
@@ -104,11 +103,3 @@ def _about(shown: Shown) -> str:
     sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in shown.pictures)
     about = f"{len(shown.pictures)} pictures ({sizes})" if shown.pictures else "no picture"
     return about if shown.tokens is None else f"{about}, {shown.tokens:,} tokens"
-
-
-def _thumbnail(picture: Any) -> str:
-    small = picture.copy()
-    small.thumbnail((WIDTH, WIDTH))
-    file = io.BytesIO()
-    small.save(file, "JPEG")
-    return base64.b64encode(file.getvalue()).decode()

@@ -2,19 +2,17 @@
 
 import base64
 import binascii
-import io
 import time
-import warnings
 from typing import Any
 
 from PIL import Image
 
-from ..processing_dsvl import decode_picture
+from ..data.addresses import AddressError, fetch
+from ..data.pictures import PictureError, decode_within
 from .requests import Limits, RequestError
-from .urls import AddressError, fetch
 
 FETCH_SECONDS = 10.0  # for all pictures of a request
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow's other readers are many, and some start programs
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what browsers send; the fewer readers a stranger reaches, the better
 
 
 def fetch_pictures(messages: list[dict[str, Any]], limits: Limits) -> None:
@@ -61,22 +59,11 @@ def read(url: str, number: int) -> bytes:
 
 
 def decode(data: bytes, number: int, limits: Limits) -> Image.Image:
-    """A picture's pixels; its header is read first, so that nothing too large is unpacked."""
+    """A picture's pixels."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise _wrong(number, "cannot be read", f"pass one of {', '.join(FORMATS)}") from None
-    if width * height > limits.picture_pixels:
-        raise _wrong(
-            number, f"has {width} x {height} pixels", f"this server takes {limits.picture_pixels:,} at most; make it smaller"
-        )
-    try:
-        return decode_picture(image)
-    except ValueError:
-        raise _wrong(number, "cannot be decoded", "its file may be cut or broken; send it whole") from None
+        return decode_within(data, limits.picture_pixels, FORMATS)
+    except PictureError as error:
+        raise RequestError(f"Picture {number} {error}.", code="invalid_image", param="messages") from None
 
 
 def _parts(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:

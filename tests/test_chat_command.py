@@ -126,7 +126,12 @@ def test_mistakes_are_told_and_change_nothing(talk, folder):
         "^C",
         "Still there?",
     )
-    for said in ("/imagine is no command", "missing.png does not exist", "is none of PNG", "fetching is not allowed"):
+    for said in (
+        "/imagine is no command",
+        "missing.png does not exist",
+        "cannot be read; pass one of PNG",
+        "fetching is not allowed",
+    ):
         assert said in err
     for said in (
         "No closing quotation",

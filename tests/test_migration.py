@@ -509,7 +509,7 @@ def test_its_commands_are_ours(capsys):
     commands = re.findall(r"^(dsvl|deepspeed --module dsvl.training) (.+)$", page, re.MULTILINE)
     assert len(commands) == 5
     known = ""
-    for command in (["compose"], ["migrate", "checkpoint"], ["data", "show"], ["chat"]):
+    for command in (["compose"], ["migrate", "checkpoint"], ["data", "show"], ["chat"], ["evaluate"]):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known += capsys.readouterr().out

@@ -150,6 +150,16 @@ def test_the_call_expands_each_placeholder(processor, photographs):
     assert processor._get_num_multimodal_tokens([(10, 10), (500, 20)]).num_image_tokens == [PER_PICTURE] * 2
 
 
+def test_a_rendered_conversation_gets_no_second_beginning(processor, picture):
+    message = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}
+    expected = processor.apply_chat_template([message], tokenize=True, return_dict=True)["input_ids"][0]
+    text = processor.apply_chat_template([message])
+    for texts, pictures in ((text, picture), ([text], [[picture]]), ([text, text], [[picture], [picture]])):
+        for row in processor(text=texts, images=pictures)["input_ids"]:
+            assert row == expected and row.count(processor.tokenizer.bos_token_id) == 1
+    assert processor(text="Hello")["input_ids"][0][0] == processor.tokenizer.bos_token_id
+
+
 def test_saved_and_loaded_it_does_the_same(processor, picture, tmp_path):
     processor.number_after = True
     processor.save_pretrained(tmp_path)

@@ -65,7 +65,7 @@ def _eps() -> str:
         ("data:image/png;base64,!!!", "not valid base64"),
         ("data:image/png,abc", "no base64 data URL"),
         ("data:image/png;base64,aGVsbG8=", "cannot be read"),
-        (_bomb(), "cannot be read"),
+        (_bomb(), "too many pixels"),
         (_eps(), "cannot be read"),
         (data_url(Image.new("L", (5200, 5000))), "5200 x 5000"),
         (data_url(picture(0))[: -len("AAAA") * 200], "cannot be decoded"),

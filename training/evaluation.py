@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 
 from ..data import complete_messages
+from ..evaluation import metrics
+from ..evaluation.asking import ask
 from .collator import ConversationCollator
 
 
@@ -38,9 +40,9 @@ def exact_match(
             mine = places[start + rank * batch_size : start + (rank + 1) * batch_size]
             asked = mine or places[:1]  # a process without a question of its own goes along with the others
             messages = [complete_messages(conversations[index])[: end + 1] for index, end in asked]
-            answers = _generate(model, collator.processor, [conversation[:-1] for conversation in messages], max_new_tokens)
+            answers = ask(model, collator.processor, [conversation[:-1] for conversation in messages], max_new_tokens)
             truths = [_text(conversation[-1]["content"]) for conversation in messages]
-            right = sum(answer == truth for answer, truth in zip(answers, truths, strict=True))
+            right = int(sum(metrics.exact_match(answer.text, [t]) for answer, t in zip(answers, truths, strict=True)))
             counts += torch.tensor([right, len(asked)]) * bool(mine)
     finally:
         model.train(training)
@@ -66,25 +68,4 @@ def _answers(collator: ConversationCollator, sample: Any) -> list[int]:
 
 
 def _text(content: Any) -> str:
-    return (content if isinstance(content, str) else "".join(part["text"] for part in content)).strip()
-
-
-@torch.no_grad()
-def _generate(model: Any, processor: Any, prompts: list[Any], max_new_tokens: int) -> list[str]:
-    inputs = processor.apply_chat_template(
-        prompts,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
-    device = next(model.parameters()).device
-    ids = model.generate(
-        **{key: tensor.to(device) for key, tensor in inputs.items()},
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-    )
-    texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)

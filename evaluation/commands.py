@@ -1,0 +1,147 @@
+"""`dsvl evaluate`."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..chat.commands import add_generation_arguments, add_loading_arguments, generation_options
+
+if TYPE_CHECKING:
+    from .answers import AnswerFile
+    from .run import Evaluation
+
+MAX_NEW_TOKENS = 256  # DeepSpeed-VisualChat's; at most a quarter of the context
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `dsvl evaluate` to the command's parser."""
+    parser = commands.add_parser("evaluate", help="ask a checkpoint what a data set asks, and score its answers")
+    parser.add_argument("model", metavar="DIR", help="a checkpoint, or its name on the Hub")
+    parser.add_argument("data", metavar="DATA", help="conversations as for dsvl train, or a file of DeepSpeed-VisualChat's")
+    parser.add_argument("--split", default="train", help="of a data set that has several (default train)")
+    parser.add_argument("--out", metavar="FILE", default="answers.jsonl", help="JSON lines (default answers.jsonl)")
+    parser.add_argument("--csv", metavar="FILE", help="write a table for spreadsheets as well")
+    parser.add_argument("--html", metavar="FILE", help="write a page with the pictures as well")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions at a time (default 8)")
+    parser.add_argument(
+        "--given-answers", action="store_true", help="ask follow-ups after the data's answers, not after the model's own"
+    )
+    parser.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="what is no conversation")
+    parser.add_argument("--allow-urls", action="store_true", help="pictures may be http(s) addresses, which are fetched")
+    add_loading_arguments(parser)
+    options = add_generation_arguments(
+        parser, "greedy, whatever the checkpoint's own settings are", "256, or a quarter of the context"
+    )
+    options.add_argument("--num-beams", type=int, help="follow several answers, and take the likeliest")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    try:
+        import rapidfuzz  # noqa: F401  (for the scores; told before a model is loaded)
+    except ImportError as error:
+        raise ImportError(f"{error}; dsvl evaluate needs it for its scores: pip install 'dsvl[evaluate]'") from error
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size is {arguments.batch_size}; pass 1 or more.")
+    import torch
+
+    from ..chat.loading import load
+    from .answers import AnswerFile, checkpoint_fingerprint
+    from .questions import Questions
+    from .run import Evaluation
+
+    questions = Questions(arguments.data, arguments.on_bad_sample, arguments.split)
+    model, processor = load(
+        arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
+    )
+    options = _options(arguments, model)
+    header = {
+        "model": arguments.model.rstrip("/") or arguments.model,
+        "data": arguments.data,
+        "options": options
+        | {
+            "given_answers": arguments.given_answers,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": arguments.quantization,
+            "attn_implementation": model.config.text_config._attn_implementation,
+        },
+        "fingerprint": {"model": checkpoint_fingerprint(arguments.model), "data": questions.fingerprint},
+    }
+    evaluation = Evaluation(
+        model,
+        processor,
+        questions,
+        batch_size=arguments.batch_size,
+        given_answers=arguments.given_answers,
+        allow_urls=arguments.allow_urls,
+        **options,
+    )
+    file = AnswerFile(arguments.out, header)
+    try:
+        summary = evaluation.run(file)
+    except KeyboardInterrupt:
+        print(f"\n{arguments.out}: {len(file.answers):,} answers; the same command goes on from here")
+        raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"out of memory ({error}); the same command with a --batch-size below {arguments.batch_size} goes on from "
+            f"{len(file.answers):,} answers."
+        ) from error
+    print("\n".join(_told(summary, file, evaluation)))
+    if not file.answers:
+        raise ValueError(f"no question of {arguments.data} could be asked.")
+    runs = {Path(header["model"]).name: list(file.answers.values())}
+    if arguments.csv is not None:
+        from .report import write_csv
+
+        write_csv(arguments.csv, runs)
+        print(arguments.csv)
+    if arguments.html is not None:
+        from .report import write_html
+
+        write_html(arguments.html, runs, title=Path(arguments.data).name, allow_urls=arguments.allow_urls)
+        print(arguments.html)
+
+
+def _options(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """All that decides the answers' tokens, named in the summary."""
+    from .asking import GREEDY
+
+    context = model.config.text_config.max_position_embeddings
+    names = ("do_sample", "num_beams", "repetition_penalty")
+    options: dict[str, Any] = {name: GREEDY[name] for name in names} | generation_options(arguments)
+    options.setdefault("max_new_tokens", min(MAX_NEW_TOKENS, context // 4))
+    if arguments.num_beams is not None:
+        options["num_beams"] = arguments.num_beams
+    if options["do_sample"]:
+        options = {name: GREEDY[name] for name in ("temperature", "top_p", "top_k")} | options
+        options["seed"] = arguments.seed or 0
+    for name in ("max_new_tokens", "num_beams"):
+        if options[name] < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {options[name]}; pass 1 or more.")
+    if options["max_new_tokens"] >= context:
+        raise ValueError(
+            f"--max-new-tokens is {options['max_new_tokens']}, but the context holds {context} tokens; pass less."
+        )
+    return options
+
+
+def _told(summary: dict[str, Any], file: "AnswerFile", evaluation: "Evaluation") -> list[str]:
+    counts = summary["counts"]
+    lines = [
+        f"{file.path}: {counts['answered']:,} of {counts['rounds']:,} questions in {counts['conversations']:,} "
+        "conversations are answered"
+    ]
+    conversations = counts["conversations"]
+    samples = conversations + counts["conversations_left_out"]
+    whys = {
+        "conversations_left_out": f"of {samples:,} samples left out: no conversations",
+        "conversations_skipped": f"of {conversations:,} conversations left out for pictures that {file.summary} names",
+        "rounds_too_long": f"of {counts['rounds']:,} questions left out: no room in the context",
+    }
+    lines += [f"  {counts[name]:,} {why}" for name, why in whys.items() if counts[name]]
+    lines += [f"{metric:<14}{mean:.3f}  ({number:,} questions)" for metric, (mean, number) in file.scores().items()]
+    if evaluation.tokens:
+        speed = evaluation.tokens / evaluation.seconds
+        lines.append(f"{evaluation.tokens:,} tokens in {evaluation.seconds:.1f} s: {speed:,.0f} tokens/s")
+    return lines

@@ -1,0 +1,1 @@
+"""A page to talk to a checkpoint on: `dsvl demo`, and a Hugging Face Space."""

@@ -1,0 +1,90 @@
+"""`dsvl demo`."""
+
+import argparse
+import contextlib
+import ipaddress
+import threading
+from pathlib import Path
+
+from ..chat.commands import add_conversation_arguments, generation_options
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `dsvl demo` to the command's parser."""
+    parser = commands.add_parser("demo", help="talk to a checkpoint on a page in the browser")
+    parser.add_argument("model", metavar="DIR", help="a checkpoint, or its name on the Hub")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, default=7860, help="to listen on (default 7860)")
+    parser.add_argument("--share", action="store_true", help="ask Gradio for a public address, through its servers")
+    parser.add_argument("--name", help="the page's title (default: the last part of DIR)")
+    parser.add_argument("--system", help="the system message, instead of the model's own")
+    parser.add_argument("--examples", metavar="FILE", help="conversations whose first questions are offered")
+    parser.add_argument(
+        "--max-pictures", type=int, default=8, help="of a question; twice as many of a conversation (default 8)"
+    )
+    parser.add_argument("--max-megapixels", type=float, default=25, help="of a picture (default 25)")
+    parser.add_argument("--max-megabytes", type=float, default=16, help="of a picture's file (default 16)")
+    parser.add_argument("--max-waiting", type=int, default=32, help="questions that wait for their turn (default 32)")
+    parser.add_argument("--max-caches", type=int, default=4, help="conversations that are not read again (default 4)")
+    add_conversation_arguments(parser)
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    try:
+        from .app import LOOPBACK, open_page
+    except ImportError as error:
+        raise ImportError(f"{error}; dsvl demo needs more packages: pip install 'dsvl[page]'") from error
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    from ..chat.loading import load
+    from .examples import read_examples
+    from .limits import Limits
+
+    for name in ("max_pictures", "max_megapixels", "max_megabytes", "max_waiting", "max_caches"):
+        if getattr(arguments, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; pass more than 0")
+    limits = Limits(
+        pictures=arguments.max_pictures,
+        conversation_pictures=2 * arguments.max_pictures,
+        picture_bytes=int(arguments.max_megabytes * 2**20),
+        picture_pixels=int(arguments.max_megapixels * 1e6),
+        waiting=arguments.max_waiting,
+        caches=arguments.max_caches,
+    )
+    examples = None if arguments.examples is None else read_examples(arguments.examples)
+    logging.set_verbosity_error()
+    model, processor = load(
+        arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
+    )
+    if arguments.seed is not None:
+        set_seed(arguments.seed)
+    here = _is_loopback(arguments.host)
+    page = open_page(
+        model,
+        processor,
+        arguments.name or Path(arguments.model).resolve().name,
+        limits,
+        examples,
+        arguments.system,
+        host=arguments.host,
+        port=arguments.port,
+        allowed_hosts=LOOPBACK if here else ("*",),
+        share=arguments.share,
+        overflow=arguments.overflow,
+        context_length=arguments.context_length,
+        **generation_options(arguments),
+    )
+    with contextlib.suppress(KeyboardInterrupt), page as (address, _):
+        print(f"dsvl demo: {address}; Ctrl-C ends it", flush=True)
+        if arguments.share or not here:
+            print("dsvl demo: whoever reaches this address can use it; there is no password", flush=True)
+        threading.Event().wait()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

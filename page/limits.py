@@ -1,0 +1,37 @@
+"""What a page takes on."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What visitors may send, and what is kept of them.
+
+    Args:
+        pictures: of a question.
+        conversation_pictures: of a conversation.
+        picture_bytes: of a picture's file.
+        picture_pixels: of a picture.
+        characters: of a question.
+        waiting: answers that wait for their turn; more questions are refused.
+        conversations: kept at once, and forgotten from the least recently used on; of the most recent ones
+            (`caches`) the model's cache is kept too, which takes the most memory.
+        caches: see there.
+        idle_seconds: after which a conversation may be forgotten, and uploaded files are deleted.
+        upload_bytes: of all files that are kept.
+    """
+
+    pictures: int = 8
+    conversation_pictures: int = 16
+    picture_bytes: int = 16 * 2**20
+    picture_pixels: int = 25_000_000
+    characters: int = 8000
+    waiting: int = 32
+    conversations: int = 64
+    caches: int = 4
+    idle_seconds: float = 3600.0
+    upload_bytes: int = 2 * 2**30
+
+
+class Refusal(Exception):
+    """What a visitor asked for is not done; the message is for the visitor, and names no file of this machine."""

@@ -1,0 +1,31 @@
+"""A page of a tiny checkpoint, open on a free loopback port in this process."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from model_server import eventually, load_parts, picture
+
+from dsvl.page.app import open_page
+from dsvl.page.limits import Limits
+from dsvl.page.visitors import Visitors
+
+TOKENS = 24
+LIMITS = Limits(pictures=3, conversation_pictures=4, picture_bytes=200_000, picture_pixels=1_000_000, characters=500)
+
+__all__ = ["LIMITS", "TOKENS", "eventually", "load_parts", "opened", "pictures"]
+
+
+@contextlib.contextmanager
+def opened(parts: tuple[Any, Any], limits: Limits = LIMITS, **options: Any) -> Iterator[tuple[str, Visitors]]:
+    """Its address without a slash at the end, and its conversations."""
+    with open_page(*parts, "tiny", limits, port=None, **{"max_new_tokens": TOKENS} | options) as (address, visitors):
+        yield address.rstrip("/"), visitors
+
+
+def pictures(folder: Path, count: int, size: tuple[int, int] = (80, 60)) -> list[str]:
+    files = [folder / f"picture {number}.png" for number in range(count)]
+    for number, file in enumerate(files):
+        picture(number, size).save(file)
+    return [str(file) for file in files]

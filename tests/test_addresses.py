@@ -1,0 +1,254 @@
+"""Fetching an address that somebody named: public ones alone, whatever the name, a redirect or a slow server does."""
+
+import contextlib
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsvl.data import addresses
+from dsvl.data.addresses import AddressError, fetch, is_public
+from dsvl.serving.pictures import fetch_pictures
+from dsvl.serving.requests import Limits, RequestError
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "127.8.8.8", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"]
+    + [
+        "198.18.0.1",
+        "224.0.0.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fc00::1",
+        "fd12::1",
+    ]
+    + ["ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "64:ff9b:1::1"]
+    + ["2002:7f00:1::", "2002:a00:1::", "2002:808:808::", "2001:0:7f00:1::"],
+)
+def test_addresses_of_this_network_are_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+def test_addresses_of_the_internet_are() -> None:
+    public = ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "2606:2800:220:1::1", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+    assert all(map(is_public, public))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://example.com/a",
+        "http://",
+        "http://me:secret@example.com/a",
+        "gopher://x",
+        "//x/a",
+        "http://[::1",
+        "http:///a.png",
+        "http://example.com:99999/",
+    ]
+    + ["http://127.0.0.1/a", "http://localhost/a", "http://2130706433/a", "http://0x7f.1/a", "http://[::1]/a"],
+)
+def test_addresses_that_are_refused(url: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(addresses.socket, "socket", lambda *arguments: pytest.fail("it was connected to"))
+    with pytest.raises(AddressError):
+        fetch(url, 1000)
+
+
+class Site:
+    """A server that counts its visitors and does with each what it was told to."""
+
+    def __init__(self, serve: Callable[[Any, str], None], tls: ssl.SSLContext | None = None) -> None:
+        self.serve, self.tls = serve, tls
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.visits: list[str] = []
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):  # the visitor left
+                if self.tls is not None:
+                    connection = self.tls.wrap_socket(connection, server_side=True)
+                path = connection.recv(65536).split()[1].decode()
+                self.visits.append(path)
+                self.serve(connection, path)
+                if self.tls is not None:
+                    connection.close()
+
+
+@pytest.fixture
+def site(monkeypatch: Any) -> Iterator[Callable[..., Site]]:
+    """Sites on a loopback address that counts as public here, under the name site.example."""
+    sites: list[Site] = []
+    resolve = socket.getaddrinfo
+
+    def lookup(host: str, port: int, *arguments: Any, **options: Any) -> Any:
+        return resolve("127.0.0.1" if host == "site.example" else host, port, *arguments, **options)
+
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", lookup)
+    known = addresses.is_public
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1" or known(address))
+
+    def start(serve: Callable[[Any, str], None], tls: ssl.SSLContext | None = None) -> Site:
+        sites.append(Site(serve, tls))
+        return sites[-1]
+
+    yield start
+    for one in sites:
+        one.listener.close()
+
+
+def answer(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "", ""]).encode() + body
+
+
+def test_bytes_of_a_public_address(site: Callable[..., Site]) -> None:
+    def serve(connection: socket.socket, path: str) -> None:
+        onward = answer(b"", "302 Found", "Location: /picture?a=1")
+        connection.sendall(onward if path == "/" else answer(b"pixels"))
+
+    one = site(serve)
+    assert fetch(f"http://site.example:{one.port}/", 1000) == b"pixels"
+    assert one.visits == ["/", "/picture?a=1"]
+
+
+def test_pictures_are_fetched_if_that_is_allowed_and_together_within_the_limits(site: Callable[..., Site]) -> None:
+    one = site(lambda connection, path: connection.sendall(answer(b"x" * 600)))
+
+    def messages(count: int) -> list[dict[str, Any]]:
+        return [{"content": [{"type": "image", "url": f"http://site.example:{one.port}/"} for _ in range(count)]}]
+
+    with pytest.raises(RequestError, match="Picture 1 is an address, and this server fetches none"):
+        fetch_pictures(messages(1), Limits())
+    assert not one.visits
+    asked = messages(1)
+    fetch_pictures(asked, Limits(allow_urls=True, body_bytes=1000))
+    assert asked[0]["content"][0]["url"] == b"x" * 600
+    with pytest.raises(RequestError, match="Picture 2 was not fetched: it is larger than 400 bytes"):
+        fetch_pictures(messages(2), Limits(allow_urls=True, body_bytes=1000))
+
+
+def test_redirects_are_checked_like_the_first_address(site: Callable[..., Site]) -> None:
+    inner = site(lambda connection, path: connection.sendall(answer(b"secret")))
+    for target in (f"http://127.0.0.2:{inner.port}/", "file:///etc/passwd", f"http://[::ffff:127.0.0.2]:{inner.port}/"):
+        outer = site(lambda connection, path, target=target: connection.sendall(answer(b"", "307 x", f"Location: {target}")))
+        with pytest.raises(AddressError):
+            fetch(f"http://site.example:{outer.port}/", 1000)
+        assert outer.visits and not inner.visits
+    endless = site(lambda connection, path: connection.sendall(answer(b"", "301 x", "Location: /again")))
+    with pytest.raises(AddressError, match="more than 5 times"):
+        fetch(f"http://site.example:{endless.port}/", 1000)
+    assert len(endless.visits) == 6
+
+
+def test_a_name_with_one_private_address_is_refused(site: Callable[..., Site], monkeypatch: Any) -> None:
+    one = site(lambda connection, path: connection.sendall(answer(b"secret")))
+    entries = [(2, 1, 6, "", ("127.0.0.1", one.port)), (2, 1, 6, "", ("10.0.0.1", one.port))]
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", lambda *arguments, **options: entries)
+    with pytest.raises(AddressError):
+        fetch(f"http://site.example:{one.port}/", 1000)
+    assert not one.visits
+
+
+def test_size_and_time_are_bounded(site: Callable[..., Site]) -> None:
+    large = site(lambda connection, path: connection.sendall(answer(b"x" * 3000)))
+    with pytest.raises(AddressError, match="larger than 2,000 bytes"):
+        fetch(f"http://site.example:{large.port}/", 2000)
+
+    def drip(connection: socket.socket, path: str) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n")
+        for _ in range(100):  # never silent for long
+            connection.sendall(b"X-More: x\r\n")
+            time.sleep(0.05)
+
+    def drip_body(connection: socket.socket, path: str) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
+        for _ in range(100):
+            connection.sendall(b"x")
+            time.sleep(0.05)
+
+    for serve in (drip, drip_body):
+        slow = site(serve)
+        begun = time.monotonic()
+        with pytest.raises(AddressError):
+            fetch(f"http://site.example:{slow.port}/", 1000, seconds=0.4)
+        assert time.monotonic() - begun < 2
+
+
+def test_failures_tell_nothing_of_this_network(site: Callable[..., Site]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    said = []
+    for url in (f"http://site.example:{port}/", "http://10.0.0.1/", "http://no.such.name.invalid/"):
+        with pytest.raises(AddressError) as refused:
+            fetch(url, 1000)
+        said.append(str(refused.value))
+    assert len(set(said)) == 1
+
+
+def test_looking_a_name_up_is_bounded_too(monkeypatch: Any) -> None:
+    done = threading.Event()
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", lambda *arguments, **options: done.wait(10))
+    begun = time.monotonic()
+    with pytest.raises(AddressError, match="too long"):
+        fetch("http://slow.example/", 1000, seconds=0.2)
+    assert time.monotonic() - begun < 2
+    done.set()
+
+
+def test_every_address_of_a_name_is_tried(site: Callable[..., Site], monkeypatch: Any) -> None:
+    one = site(lambda connection, path: connection.sendall(answer(b"pixels")))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        closed = free.getsockname()[1]
+    entries = [(2, 1, 6, "", ("127.0.0.1", port)) for port in (closed, one.port)]
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", lambda *arguments, **options: entries)
+    assert fetch("http://site.example/", 1000) == b"pixels"
+
+
+def test_what_is_cut_off_or_missing_is_no_picture(site: Callable[..., Site]) -> None:
+    cut = site(lambda connection, path: connection.sendall(answer(b"pixels")[:-1]))
+    with pytest.raises(AddressError, match="broke off"):
+        fetch(f"http://site.example:{cut.port}/", 1000)
+    missing = site(lambda connection, path: connection.sendall(answer(b"pixels", "404 Not Found")))
+    with pytest.raises(AddressError, match="status 404"):
+        fetch(f"http://site.example:{missing.port}/", 1000)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate by openssl")
+def test_a_certificate_is_checked_against_the_address_that_was_named(
+    site: Callable[..., Site], tmp_path: Path, monkeypatch: Any
+) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subject = ["-subj", "/CN=site.example", "-addext", "subjectAltName=DNS:site.example", "-days", "2"]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*make, *subject], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    def serve(connection: ssl.SSLSocket, path: str) -> None:
+        connection.sendall(answer(b"pixels"))
+
+    one = site(serve, context)
+    with pytest.raises(AddressError, match="certificate is not valid"):
+        fetch(f"https://site.example:{one.port}/", 1000)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # now somebody vouches for it
+    assert fetch(f"https://site.example:{one.port}/", 1000) == b"pixels"
+    with pytest.raises(AddressError, match="certificate is not valid"):
+        fetch(f"https://127.0.0.1:{one.port}/", 1000)

@@ -1,0 +1,403 @@
+"""`dsvl demo`: what comes in through its HTTP interface, and what is kept of its visitors."""
+
+import functools
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="gradio is not installed: pip install 'dsvl[page]'")
+
+import httpx  # noqa: E402
+from model_server import make_served_checkpoint  # noqa: E402
+from page_parts import LIMITS, TOKENS, eventually, load_parts, opened, pictures  # noqa: E402
+from PIL import Image  # noqa: E402
+from training_runs import environment, make_conversations  # noqa: E402
+
+import dsvl  # noqa: E402
+from dsvl.chat import DSVLChat  # noqa: E402
+from dsvl.page.app import open_page  # noqa: E402
+from dsvl.page.examples import read_examples  # noqa: E402
+from dsvl.page.limits import Refusal  # noqa: E402
+from dsvl.page.visitors import Question, Visitors, as_text  # noqa: E402
+
+API = "/gradio_api"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_served_checkpoint(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def parts(checkpoint: Path) -> tuple[Any, Any]:
+    return load_parts(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def page(parts: tuple[Any, Any]) -> Iterator[tuple[httpx.Client, Visitors]]:
+    with opened(parts) as (address, visitors), httpx.Client(base_url=address, timeout=30) as client:
+        yield client, visitors
+
+
+@functools.cache
+def event(client: httpx.Client, name: str) -> int:
+    """The number of a handler of the page."""
+    (found,) = [part["id"] for part in client.get("/config").json()["dependencies"] if part["api_name"] == name]
+    return int(found)
+
+
+def join(client: httpx.Client, session: str, name: str, *data: Any) -> httpx.Response:
+    body = {"data": list(data), "fn_index": event(client, name), "session_hash": session}
+    return client.post(f"{API}/queue/join", json=body)
+
+
+def told(client: httpx.Client, session: str, name: str, *data: Any) -> str:
+    """All that an event sends back."""
+    assert join(client, session, name, *data).status_code == 200
+    return client.get(f"{API}/queue/data", params={"session_hash": session}).text
+
+
+def upload(client: httpx.Client, *files: str) -> list[dict[str, Any]]:
+    if not files:
+        return []
+    sent = client.post(f"{API}/upload", files=[("files", (Path(file).name, Path(file).read_bytes())) for file in files])
+    assert sent.status_code == 200, sent.text
+    return [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in sent.json()]
+
+
+def question(text: str, files: Any = ()) -> dict[str, Any]:
+    return {"text": text, "files": list(files)}
+
+
+def answered(visitors: Visitors, session: str, asked: Question) -> str:
+    assert visitors.ask(session, asked).done.result(timeout=60)
+    return visitors.of(session).rounds[-1][1]
+
+
+def test_a_question_about_uploaded_pictures_is_answered(page: Any, parts: Any, tmp_path: Path) -> None:
+    client, visitors = page
+    files = pictures(tmp_path, 2)
+    shown = told(client, "one", "ask", question("Which?", upload(client, *files)))
+    expected = DSVLChat(*parts, max_new_tokens=TOKENS).ask("Which?", files)
+    assert visitors.of("one").rounds[0][1] == expected
+    assert json.dumps(as_text(expected))[1:-1] in shown
+    assert shown.count('"process_generating"') > 2
+    told(client, "one", "undo")
+    assert visitors.of("one").chat.messages == [] == visitors.of("one").rounds
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"{API}/info",
+        f"{API}/openapi.json",
+        f"{API}/deep_link?session_hash=one",
+        "/monitoring",
+        "/monitoring/summary",
+        "/docs",
+        f"{API}/proxy=http://127.0.0.1:1/x",
+        f"{API}/file=http://127.0.0.1:1/x",
+        f"{API}/file=/etc/passwd",
+        f"{API}/file={Path(dsvl.__file__).parent}/pyproject.toml",
+        f"{API}/file=pyproject.toml",
+        f"{API}/file=UPLOADS/../../../../../../etc/passwd",
+        f"{API}/file=UPLOADS/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
+        "/static/../../../../../../../../etc/passwd",
+        "/static/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
+        "/assets//etc/passwd",
+    ],
+)
+def test_only_the_pages_routes_and_files_are_open(page: Any, path: str) -> None:
+    client, _ = page
+    # By hand: clients shorten paths before they send them.
+    address = client.base_url
+    with socket.create_connection((address.host, address.port), timeout=10) as connection:
+        uploads = os.environ["GRADIO_TEMP_DIR"]
+        request = f"GET {path.replace('UPLOADS', uploads)} HTTP/1.1\r\nHost: {address.host}\r\nConnection: close\r\n\r\n"
+        connection.sendall(request.encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    assert answer.split()[1] in ("403", "404"), answer[:300]
+    assert str(Path(dsvl.__file__).parent) not in answer and "Traceback" not in answer and "root:" not in answer
+
+
+@pytest.mark.parametrize(
+    "path", ["component_server", "process_recording", "vibe-edit", "call/ask", "stream/1", "run/predict", "cancel", "reset"]
+)
+def test_nothing_else_can_be_sent(page: Any, path: str) -> None:
+    assert page[0].post(f"{API}/{path}", json={}).status_code == 404
+
+
+def test_the_page_answers_under_its_own_name_alone(page: Any) -> None:
+    assert page[0].get("/", headers={"host": "rebound.example"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "pyproject.toml", "http://127.0.0.1:1/x.png", "https://example.com/x.png", "", None, 3, "\0"]
+)
+@pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
+def test_files_that_were_not_uploaded_are_no_pictures(page: Any, path: Any, meta: dict[str, Any]) -> None:
+    client, _ = page
+    refused = join(client, "two", "ask", question("What?", [{"path": path} | meta]))
+    assert refused.status_code == 403 and refused.text == "The request names a file that was not uploaded."
+
+
+def test_requests_are_bounded(page: Any, tmp_path: Path) -> None:
+    client, _ = page
+    assert join(client, "two", "ask", question("x" * 1_000_000)).status_code == 413
+    assert client.post(f"{API}/queue/join", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+    assert (
+        client.post(f"{API}/queue/join", content=b"[" * 60_000, headers={"content-type": "application/json"}).status_code
+        == 400
+    )
+    large = tmp_path / "large.png"
+    large.write_bytes(b"x" * (LIMITS.picture_bytes + 1))
+    assert client.post(f"{API}/upload", files={"files": large.read_bytes()}).status_code == 413
+    flood = [("files", (f"{number}.png", b"x" * 100_000)) for number in range(10)]
+    assert client.post(f"{API}/upload", files=flood).status_code == 413
+
+
+def test_files_are_bounded_together(parts: Any, tmp_path: Path) -> None:
+    with (
+        opened(parts, replace(LIMITS, upload_bytes=20_000), examples=()) as (address, _),
+        httpx.Client(base_url=address) as client,
+    ):
+        upload(client, *pictures(tmp_path, 1))
+        file = {"files": Path(*pictures(tmp_path, 1)).read_bytes()}
+        assert [client.post(f"{API}/upload", files=file).status_code for _ in range(3)][-1] == 503
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert folder.is_dir()
+    assert not folder.exists()
+
+
+def test_files_of_no_conversation_are_deleted(parts: Any, tmp_path: Path) -> None:
+    with (
+        opened(parts, replace(LIMITS, idle_seconds=1), max_new_tokens=2) as (address, _),
+        httpx.Client(base_url=address) as client,
+    ):
+        asked, forgotten = upload(client, *pictures(tmp_path, 2))
+        examples = [*Path(os.environ["GRADIO_TEMP_DIR"]).glob("example*.png")]
+        told(client, "one", "ask", question("What?", [asked]))
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            told(client, "one", "ask", question("And?"))
+            time.sleep(0.2)
+        served = [client.get(f"{API}/file={file}").status_code for file in (asked["path"], forgotten["path"], *examples)]
+        assert served == [200, 403, 200, 200, 200]
+
+
+def bomb(folder: Path) -> str:
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    return str(folder / "bomb.png")
+
+
+def no_picture(folder: Path) -> str:
+    (folder / "no.png").write_text("<svg/>")
+    return str(folder / "no.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "make", "words"),
+    [
+        ("What?", lambda folder: [bomb(folder)], "bomb.png is refused"),
+        ("What?", lambda folder: [no_picture(folder)], "no.png is refused"),
+        ("What?", lambda folder: pictures(folder, 4), "A question takes 3 pictures here, and this has 4."),
+        ("x" * 501, lambda folder: [], "A question has 500 characters at most here, and this has 501."),
+        (" ", lambda folder: pictures(folder, 1), "Write a question about the pictures."),
+    ],
+)
+def test_what_is_refused_is_told_plainly(page: Any, tmp_path: Path, text: str, make: Any, words: str) -> None:
+    client, visitors = page
+    answer = told(client, "three", "ask", question(text, upload(client, *make(tmp_path))))
+    assert words in answer and "Traceback" not in answer and "/tmp" not in answer
+    assert visitors.of("three").shown() == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("in /secret/place"), ValueError("in /secret/place")])
+def test_a_failure_names_nothing_and_gives_the_question_back(page: Any, error: Exception) -> None:
+    client, visitors = page
+
+    def fail(*_: Any, **__: Any) -> Iterator[str]:
+        yield "half"
+        raise error
+
+    visitors.of("four").chat.stream = fail  # type: ignore[method-assign,assignment]
+    answer = told(client, "four", "ask", question("What?"))
+    assert "could not be answered" in answer or "failed" in answer
+    assert "/secret" not in answer and "Traceback" not in answer
+    assert '"text":"What?"' in answer  # in the box again
+    assert visitors.of("four").shown() == []
+    visitors.clear("four")
+
+
+def test_visitors_share_the_model_one_after_the_other(parts: Any) -> None:
+    visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=TOKENS), LIMITS)
+    turns = [visitors.ask(str(number), Question(f"Number {number}?", [], [])) for number in range(4)]
+    for number, turn in enumerate(turns):
+        assert turn.done.result(timeout=60)
+        (round_,) = visitors.of(str(number)).rounds
+        assert round_ == (turn.question, DSVLChat(*parts, max_new_tokens=TOKENS).ask(f"Number {number}?"))
+
+
+def test_old_caches_are_freed_and_old_conversations_forgotten(parts: Any) -> None:
+    visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), replace(LIMITS, caches=1, conversations=2))
+    whole = DSVLChat(*parts, max_new_tokens=4)
+    first = [whole.ask("One?"), whole.ask("Two?")]
+    assert answered(visitors, "a", Question("One?", [], [])) == first[0]
+    cache = weakref.ref(visitors.of("a").chat._memory.cache)  # type: ignore[union-attr]
+    answered(visitors, "b", Question("Other?", [], []))
+    gc.collect()
+    assert cache() is None
+    assert answered(visitors, "a", Question("Two?", [], [])) == first[1]  # what was said is still there
+    answered(visitors, "c", Question("Other?", [], []))
+    assert [*visitors._kept] == ["a", "c"]
+    visitors.leave("a")
+    gc.collect()
+    assert not visitors._kept["a"].cached and len(visitors._kept["a"].rounds) == 2
+
+
+def test_idle_conversations_are_forgotten(parts: Any) -> None:
+    visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), replace(LIMITS, idle_seconds=0.0))
+    answered(visitors, "a", Question("One?", [], []))
+    visitors.of("b")
+    assert [*visitors._kept] == ["b"]
+
+
+def test_one_question_at_a_time_and_so_many_pictures(parts: Any) -> None:
+    visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), LIMITS)
+    images = [Image.new("RGB", (30, 30))] * 3
+    turn = visitors.ask("a", Question("One?", ["x"] * 3, images))
+    with pytest.raises(Refusal, match="still being given"):
+        visitors.ask("a", Question("Two?", [], []))
+    for act in (visitors.take_back, visitors.ask_again):
+        with pytest.raises(Refusal, match="still being given"):
+            act("a")
+    assert turn.done.result(timeout=60)
+    with pytest.raises(Refusal, match="takes 4 pictures here, and this would be 6"):
+        visitors.ask("a", Question("Two?", ["x"] * 3, images))
+
+
+@pytest.mark.parametrize("way", ["the page", "the stream"])
+def test_who_leaves_frees_the_model(parts: Any, way: str) -> None:
+    with opened(parts, max_new_tokens=1900) as (address, visitors), httpx.Client(base_url=address, timeout=30) as client:
+        heartbeat = socket.create_connection((client.base_url.host, client.base_url.port))
+        heartbeat.sendall(f"GET {API}/heartbeat/gone HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        assert b"200" in heartbeat.recv(1000)
+        assert join(client, "gone", "ask", question("What?")).status_code == 200
+        with client.stream("GET", f"{API}/queue/data", params={"session_hash": "gone"}) as stream:
+            next(line for line in stream.iter_lines() if "process_generating" in line)
+            if way == "the page":
+                heartbeat.close()
+                eventually(lambda: visitors.of("gone").turn is None)
+        conversation = visitors.of("gone")
+        eventually(lambda: conversation.turn is None)
+        assert conversation.cached == (way == "the stream")
+        heartbeat.close()
+        eventually(lambda: not conversation.cached)
+        assert len(conversation.chat.messages) == 2
+        assert conversation.chat.processor.tokenizer(conversation.rounds[0][1]).input_ids[1800:] == []
+
+
+def endless(*_: Any, **__: Any) -> Iterator[str]:
+    while True:
+        time.sleep(0.01)
+        yield "on "
+
+
+def test_questions_wait_up_to_a_limit(parts: Any) -> None:
+    waiting = 45  # more than Gradio runs events at once by default
+    with (
+        opened(parts, replace(LIMITS, waiting=waiting)) as (address, visitors),
+        httpx.Client(base_url=address, timeout=30) as client,
+    ):
+        visitors.of("0").chat.stream = endless  # type: ignore[method-assign,assignment]
+        for number in range(waiting + 1):
+            assert join(client, str(number), "ask", question(f"Number {number}?")).status_code == 200
+            eventually(lambda: visitors.of(str(number)).turn is not None)  # noqa: B023
+        assert "45 questions are waiting for an answer already" in told(client, "late", "ask", question("What?"))
+        assert '"text":"Number 1?"' in told(client, "1", "stop")  # in the box again
+        assert visitors.of("1").shown() == []
+        told(client, "0", "stop")
+        assert visitors.of("0").rounds[0][1].startswith("on on ")
+        eventually(lambda: len(visitors.of("2").rounds) == 1)
+
+
+def test_no_variable_opens_the_page_wider(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = {"SHARE": "True", "SERVER_NAME": "0.0.0.0", "ALLOWED_PATHS": "/etc", "MCP_SERVER": "True", "NUM_WORKERS": "1"}
+    for name, value in wide.items():
+        monkeypatch.setenv(f"GRADIO_{name}", value)
+    with opened(parts) as (address, _):
+        port = int(address.rpartition(":")[2])
+        assert address == f"http://127.0.0.1:{port}"
+        assert httpx.get(f"{address}{API}/file=/etc/hostname").status_code == 404
+        for other in (("127.0.0.2", port), ("127.0.0.1", port + 1)):
+            with pytest.raises(OSError):
+                socket.create_connection(other, 2)
+
+
+def test_a_port_that_is_taken_is_named(parts: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(OSError, match=f"Port {port} of 127.0.0.1 .* choose another"),
+            open_page(*parts, "tiny", port=port),
+        ):
+            pass
+
+
+def test_examples_are_the_first_questions_of_conversations(tmp_path: Path) -> None:
+    data = make_conversations(tmp_path, layout="ptp")
+    examples = read_examples(data)
+    assert [len(images) for _, images in examples] == [1, 0, 1]
+    assert all(text.endswith("?") for text, _ in examples)
+
+
+def test_words_are_shown_as_they_are() -> None:
+    assert as_text('a < b & <img src="http://x">') == 'a &lt; b &amp; &lt;img src="http://x"&gt;'
+
+
+@pytest.mark.parametrize("way", ["command", pytest.param("space", marks=pytest.mark.slow)])
+def test_it_opens_and_ends(checkpoint: Path, tmp_path: Path, way: str) -> None:
+    """`dsvl demo`, and a Space's copy of the file, in processes of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = environment() | {"DSVL_MODEL": str(checkpoint), "GRADIO_SERVER_PORT": str(port)}
+    command = [sys.executable, "-m", "dsvl.cli", "demo", str(checkpoint), "--port", str(port), "--device", "cpu"]
+    if way == "space":
+        copy = tmp_path / "app.py"
+        copy.write_text((Path(dsvl.__file__).parent / "page" / "app.py").read_text())
+        variables |= {"SYSTEM": "spaces", "SPACE_ID": "me/talk"}
+        command = [sys.executable, str(copy)]
+    process = subprocess.Popen(
+        command, env=variables, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+    def up() -> bool:
+        assert process.poll() is None, process.communicate()[0]
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    try:
+        eventually(up, seconds=90)
+        assert process.stdout is not None
+        if way == "command":
+            assert f"dsvl demo: http://127.0.0.1:{port}/; Ctrl-C ends it\n" in iter(process.stdout.readline, "")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0 and "Traceback" not in process.stdout.read()
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,217 @@
+"""`dsvl demo` as people see it, in a browser without a window."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="gradio is not installed: pip install 'dsvl[page]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from model_server import make_served_checkpoint  # noqa: E402
+from page_parts import LIMITS, eventually, load_parts, opened, pictures  # noqa: E402
+
+from dsvl.chat import DSVLChat  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return load_parts(make_served_checkpoint(tmp_path_factory.mktemp("page")))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Person:
+    """Somebody in front of the page."""
+
+    def __init__(self, browser: Any, address: str) -> None:
+        self.page = browser.new_context(viewport={"width": 1100, "height": 800}).new_page()
+        self.page.set_default_timeout(20_000)
+        self.fetched: list[str] = []
+        self.page.on("request", lambda request: self.fetched.append(request.url))
+        self.page.goto(address)
+        self.box = self.page.locator("textarea")
+        self.box.wait_for()
+        self.answers = self.page.locator("[data-testid=bot]")
+        self.said = self.page.locator("[data-testid=user] .message-content")
+        self.toast = self.page.locator("[data-testid=toast-body]")
+
+    def add(self, *files: str) -> None:
+        self.page.set_input_files("input[type=file]", list(files))
+        self.page.wait_for_function(f"document.querySelectorAll('.thumbnails img').length == {len(files)}")
+
+    def ask(self, text: str) -> None:
+        self.box.fill(text)
+        self.box.press("Enter")
+
+    def press(self, name: str) -> None:
+        self.page.get_by_label(name, exact=True).last.click()
+
+    def wait(self, answers: int = 1) -> None:
+        """Until the last of so many answers is complete."""
+        eventually(lambda: self.answers.count() == answers)
+        self.page.get_by_label("Submit", exact=True).wait_for()
+        self.page.get_by_label("Retry", exact=True).wait_for()
+
+    def waits(self) -> bool:
+        return bool(self.page.get_by_label("Stop", exact=True).is_visible())
+
+    def last_answer(self) -> str:
+        return str(self.answers.last.inner_text()).strip()
+
+
+def test_a_conversation_about_two_pictures(parts: tuple[Any, Any], browser: Any, tmp_path: Path) -> None:
+    """Two pictures, a question about the second, an answer that grows, a follow-up, retry, undo, clear."""
+    files = pictures(tmp_path, 2)
+    alone = DSVLChat(*parts, max_new_tokens=200)
+    expected = [alone.ask("What is image <2>?", files), alone.ask("And the first?")]
+    with opened(parts, max_new_tokens=200) as (address, visitors):
+        person = Person(browser, address)
+        person.add(*files)
+        person.ask("What is image <2>?")
+        lengths: set[int] = set()
+        eventually(lambda: person.answers.count() > 0)
+        while person.waits():
+            lengths.add(len(person.last_answer()))
+        person.wait()
+        assert len(lengths) > 3, "the answer did not come in pieces"
+        assert person.last_answer().split() == expected[0].split()
+        assert person.said.all_inner_texts() == ["What is image <2>?"]
+        assert person.page.locator("[data-testid=user] img").count() == 2
+        assert person.box.is_visible() and person.box.bounding_box()["y"] < 800
+
+        (conversation,) = visitors._kept.values()
+        first = conversation.chat.last_round
+        person.ask("And the first?")
+        person.wait(2)
+        assert person.last_answer().split() == expected[1].split()
+        assert first.encoded_pictures == 2 and conversation.chat.last_round.encoded_pictures == 0
+        assert conversation.chat.last_round.reused_tokens >= first.prompt_tokens
+
+        person.press("Retry")
+        eventually(person.waits)
+        person.wait(2)
+        assert person.last_answer().split() == expected[1].split()
+        assert len(conversation.rounds) == 2
+
+        person.press("Undo")
+        eventually(lambda: person.answers.count() == 1)
+        assert person.box.input_value() == "And the first?"
+        person.press("Undo")
+        eventually(lambda: person.answers.count() == 0)
+        assert person.page.locator(".thumbnails img").count() == 2
+        person.box.press("Enter")
+        person.wait()
+        assert person.last_answer().split() == expected[0].split()
+        person.press("Clear")
+        eventually(lambda: person.answers.count() == 0)
+        eventually(lambda: not visitors._kept)
+        assert all(url.startswith((address, "data:", "blob:")) for url in person.fetched)
+
+
+@pytest.mark.slow
+def test_stop_keeps_what_was_said(parts: tuple[Any, Any], browser: Any) -> None:
+    with opened(parts, max_new_tokens=1500) as (address, visitors):
+        person = Person(browser, address)
+        person.ask("What?")
+        eventually(lambda: person.answers.count() > 0 and len(person.last_answer()) > 20)
+        person.press("Stop")
+        person.wait()
+        (conversation,) = visitors._kept.values()
+        said = conversation.rounds[0][1]
+        assert conversation.turn is None and person.last_answer().split() == said.split()
+        assert conversation.chat.messages[-1]["content"] == said and len(said) < 3000
+        person.ask("And now?")
+        eventually(lambda: person.answers.count() == 2)
+        person.press("Stop")
+        person.wait(2)
+
+
+@pytest.mark.slow
+def test_what_is_cleared_does_not_come_back(parts: tuple[Any, Any], browser: Any) -> None:
+    with opened(parts, max_new_tokens=1500) as (address, visitors):
+        person = Person(browser, address)
+        person.ask("What?")
+        eventually(lambda: person.answers.count() > 0 and len(person.last_answer()) > 20)
+        person.press("Clear")
+        eventually(lambda: person.answers.count() == 0)
+        person.page.wait_for_timeout(1000)
+        assert person.answers.count() == 0 and not person.waits()
+        person.ask("And now?")
+        eventually(lambda: person.answers.count() == 1)
+        person.press("Stop")
+        person.wait()
+        assert person.said.all_inner_texts() == ["And now?"]
+
+
+@pytest.mark.slow
+def test_a_waiting_question_can_be_stopped(parts: tuple[Any, Any], browser: Any) -> None:
+    with opened(parts, max_new_tokens=1900) as (address, visitors):
+        first, second = Person(browser, address), Person(browser, address)
+        first.ask("Long?")
+        eventually(lambda: first.answers.count() > 0)
+        second.ask("Short?")
+        eventually(second.waits)
+        second.press("Stop")
+        second.page.get_by_label("Submit", exact=True).wait_for()
+        assert second.box.input_value() == "Short?" and second.said.count() == 0
+        assert first.waits()
+        first.press("Stop")
+
+
+def test_two_visitors_do_not_see_each_others_words(parts: tuple[Any, Any], browser: Any) -> None:
+    questions = ["Mine alone?", "Yours alone?"]
+    with opened(parts, max_new_tokens=100) as (address, visitors):
+        people = [Person(browser, address) for _ in questions]
+        for person, question in zip(people, questions, strict=True):
+            person.ask(question)
+        for person, question in zip(people, questions, strict=True):
+            person.wait()
+            assert person.said.all_inner_texts() == [question]
+            assert person.last_answer().split() == DSVLChat(*parts, max_new_tokens=100).ask(question).split()
+        for person in people:
+            person.page.context.close()
+        eventually(lambda: not any(conversation.cached for conversation in visitors._kept.values()))
+
+
+@pytest.mark.slow
+def test_an_example_is_asked_with_a_click(parts: tuple[Any, Any], browser: Any) -> None:
+    with opened(parts) as (address, _):
+        person = Person(browser, address)
+        person.page.get_by_text("What colour is image 2?").click()
+        person.wait()
+        assert person.said.all_inner_texts() == ["What colour is image 2?"]
+        assert person.page.locator("[data-testid=user] img").count() == 2
+
+
+@pytest.mark.slow
+def test_a_picture_that_is_too_large_is_refused(parts: tuple[Any, Any], browser: Any, tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (20_000, 20_000)).save(bomb)
+    assert bomb.stat().st_size < LIMITS.picture_bytes
+    with opened(parts) as (address, visitors):
+        person = Person(browser, address)
+        person.ask("Who?")
+        person.wait()
+        person.add(str(bomb))
+        person.ask("What is this?")
+        person.toast.wait_for()
+        assert "bomb.png is refused" in person.toast.inner_text()
+        assert str(tmp_path.anchor) + "tmp" not in person.toast.inner_text()
+        assert person.box.input_value() == "What is this?"  # to ask without the picture
+        person.page.wait_for_timeout(500)
+        assert person.said.all_inner_texts() == ["Who?"] and person.page.locator(".thumbnails img").count() == 1
+        (conversation,) = visitors._kept.values()
+        assert len(conversation.rounds) == 1
