@@ -499,12 +499,19 @@ def _attention(backend: str) -> Callable:
                     "another decoder, or multimodal_attention='causal'."
                 )
         if multimodal_masks is None:
+            if attention_mask.shape[2] != query.shape[2]:  # these are not the codes of its queries
+                raise ValueError(
+                    f"{type(module).__name__} was not handed multimodal_masks: this decoder's layers do not pass keyword "
+                    "arguments on to their attention; choose another decoder, or multimodal_attention='causal'."
+                )
             output, weights = _coded_attention(module, query, key, value, attention_mask, **kwargs)
             return output, weights if backend == "eager" else None
         layer_types = getattr(module.config, "layer_types", None)
         mask = multimodal_masks[layer_types[module.layer_idx] if layer_types else None]
         if isinstance(mask, FusedMask):
             return fused_attention(query, key, value, mask, kwargs["scaling"], kwargs.get("softcap")), None
+        if callable(mask):  # an attention of its own (reuse_dsvl.py, text_prefill_dsvl.py)
+            return mask(backend, module, query, key, value, **kwargs)
         return _gathered_attention(backend, module, query, key, value, mask, **kwargs)
 
     return mmca_attention_forward

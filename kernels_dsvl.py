@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -71,13 +71,18 @@ class FusedMask:
 
     def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> FusedMask:
         """Move every tensor: a model spread over devices by accelerate calls this."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return FusedMask(
-            **{
-                name: value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
-                for name, value in values.items()
-            }
+        return FusedMask.of(
+            [states.to(device, non_blocking=non_blocking) for states in self.lists], self.rows, self.windowed
         )
+
+    @property
+    def lists(self) -> list[torch.Tensor]:
+        return [self.queries, self.keys, self.counts, self.key_ranges, self.query_ranges, self.own_key]
+
+    @classmethod
+    def of(cls, lists: Sequence[torch.Tensor], rows: int, windowed: bool) -> FusedMask:
+        queries, keys, counts, key_ranges, query_ranges, own_key = lists
+        return cls(queries, keys, counts, key_ranges, query_ranges, own_key, rows, windowed)
 
 
 def fuse_mask(
@@ -623,8 +628,9 @@ def _empty_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of query, key and value, as a decoder's projections lie in memory; `gradient` is (batch, queries, heads, head_dim)."""
     batch, tokens, heads, head_dim = gradient.shape
-    like_key = (gradient.new_empty(batch, keys, key.shape[1], head_dim).transpose(1, 2) for _ in range(2))
-    return gradient.new_empty(batch, tokens, heads, head_dim).transpose(1, 2), *like_key
+    query_like = gradient.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    key_like, value_like = (gradient.new_empty(batch, keys, key.shape[1], head_dim).transpose(1, 2) for _ in range(2))
+    return query_like, key_like, value_like
 
 
 def _blocks_of(packed: torch.Tensor, rows: int) -> Any:
@@ -635,7 +641,7 @@ def _blocks_of(packed: torch.Tensor, rows: int) -> Any:
 
 def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: FusedMask, scaling: float, softcap: float, save: bool
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     value = _dense(value)
     batch, heads, tokens, head_dim = query.shape
     packed = (
@@ -728,7 +734,7 @@ def _mmca(
     softcap: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _forward(query, key, value, FusedMask(*lists, rows, windowed), scaling, softcap, save)
+    return _forward(query, key, value, FusedMask.of(lists, rows, windowed), scaling, softcap, save)
 
 
 @_mmca.register_fake
@@ -748,7 +754,7 @@ def _mmca_backward(
     scaling: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward(gradient, saved, FusedMask(*lists, rows, windowed), scaling, softcap)
+    return _backward(gradient, saved, FusedMask.of(lists, rows, windowed), scaling, softcap)
 
 
 @_mmca_backward.register_fake
@@ -803,8 +809,7 @@ def fused_attention(
     save = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     options = float(scaling), float(softcap or 0.0)
     if torch.compiler.is_compiling():
-        lists = [mask.queries, mask.keys, mask.counts, mask.key_ranges, mask.query_ranges, mask.own_key]
-        return _mmca(query, key, value, lists, mask.rows, mask.windowed, *options, save)[0]
+        return _mmca(query, key, value, mask.lists, mask.rows, mask.windowed, *options, save)[0]
     if save:
         return _FusedAttention.apply(query, key, value, mask, *options)
     with torch.cuda.device_of(query):

@@ -23,9 +23,11 @@ from .attention_dsvl import (
 )
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
-from .pictures_dsvl import DSVLPicturesMixin, HostCopy, make_vision_tower
+from .picture_cache_dsvl import PictureCache
+from .pictures_dsvl import HostCopy, make_vision_tower
 from .projectors_dsvl import PROJECTORS
 from .resampler_dsvl import DSVLResampler
+from .text_prefill_dsvl import DSVLTextPrefillMixin
 
 # Logits of a loss that exist at once: 128 MiB in float32.
 _LOGITS_AT_ONCE = 2**25
@@ -103,7 +105,7 @@ class DSVLPreTrainedModel(PreTrainedModel):
         return push_part(self, repo_id, **kwargs)
 
 
-class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
+class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin):
     """Vision tower, projector and language model without its head.
 
     `language_model` is an unmodified decoder of transformers; only the configuration that its attention modules read is
@@ -129,6 +131,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
         """As for any module; but a tower with nothing to learn stays in evaluation mode: DINOv3 draws its positions at
         random in training mode, and others drop layers."""
         super().train(mode)
+        self._fingerprint = None  # training engines write weights in ways that cannot be seen
         if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
             self.vision_tower.eval()
         return self
@@ -370,6 +373,27 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode and project pictures; see `DSVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def encode_pictures(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> PictureCache:
+        """Run pictures through the whole model, once; see `DSVLModel.encode_pictures`."""
+        return self.model.encode_pictures(pixel_values, chunk_size)
+
+    def compile_text_prefill(self, **options: Any) -> None:
+        """Compile what a prompt over encoded pictures runs; see `DSVLModel.compile_text_prefill`."""
+        self.model.compile_text_prefill(**options)
+
+    def prefill(
+        self, input_ids: torch.Tensor, picture_cache: PictureCache, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> DSVLCausalLMOutputWithPast:
+        """Run prompts over pictures that are encoded already; see `DSVLModel.prefill_text`.
+
+        Returns:
+            `logits` of every row's last token, (batch, 1, vocabulary), and `past_key_values`, as after a call of the whole
+            prompt with `pixel_values`.
+        """
+        hidden, past_key_values = self.model.prefill_text(input_ids, picture_cache, past_key_values, **kwargs)
+        with torch.no_grad():
+            return DSVLCausalLMOutputWithPast(logits=self._logits(hidden), past_key_values=past_key_values)
 
     def set_trainable(
         self,
