@@ -12,6 +12,7 @@ from . import migration
 from .composition import compose, save_checkpoint
 from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
 from .modeling_dsvl import DSVLForConditionalGeneration, DSVLModel
+from .picture_cache_dsvl import PictureCache
 from .processing_dsvl import DSVLProcessor
 from .vision_dsvl import DSVLQwenVisionModel
 
@@ -36,6 +37,7 @@ __all__ = [
     "DSVLProcessor",
     "DSVLQwenVisionConfig",
     "DSVLQwenVisionModel",
+    "PictureCache",
     "compose",
     "migration",
     "save_checkpoint",

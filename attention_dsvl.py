@@ -7,11 +7,13 @@ lets it see (causal, unpadded, inside the window and the packed document). Then 
     image query  its own value
 
 No decoder is changed. transformers' mask builders say what is visible (`visibilities`), this file adds the modality, and
-the attention modules of the decoder find our functions because the configuration they see is a `RoutedConfig`. Two ways
+the attention modules of the decoder find our functions because the configuration they see is a `RoutedConfig`. Three ways
 compute the same thing:
 
-* `MultimodalMask`, for many queries: text queries are gathered once, and the chosen backend (eager, sdpa, flex_attention)
-  runs twice, over the gathered text keys and over the gathered image keys. Image queries take part in no product.
+* `FusedMask`, for many queries on an NVIDIA GPU under "sdpa": one kernel (see kernels_dsvl.py).
+* `MultimodalMask`, for many queries elsewhere: text queries are gathered once, and the chosen backend (eager, sdpa,
+  flex_attention) runs twice, over the gathered text keys and over the gathered image keys. Image queries take part in no
+  product.
 * a tensor of codes, for a decode step and for `"mmca_reference"`: one product, two softmaxes.
 """
 
@@ -25,10 +27,13 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
     create_masks_for_generate,
     sdpa_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .kernels_dsvl import FusedMask, can_fuse, fuse_mask, fused_attention
 
 HIDDEN, TEXT, IMAGE = -1, 0, 1  # the modality of a key; text and image as in `mm_token_type_ids`
 
@@ -187,7 +192,8 @@ def _capture_visibility(
         q_offset=q_offset,
         kv_offset=kv_offset,
         padding=attention_mask,
-        is_causal=allow_is_causal_skip and (local_size is None or kv_length <= local_size),
+        is_causal=mask_function is causal_mask_function
+        or (allow_is_causal_skip and (local_size is None or kv_length <= local_size)),
         device=torch.device(device),
     )
 
@@ -259,12 +265,14 @@ def _query_types(visibility: Visibility, token_types: torch.Tensor) -> torch.Ten
     return token_types[:, token_types.shape[1] - visibility.q_length :]
 
 
-def sees_pictures(token_types: torch.Tensor, past_key_values: Cache | None) -> bool:
-    """Whether any key is an image token; what a cache already knows is not asked of the device again."""
+def sees_pictures(token_types: torch.Tensor, past_key_values: Cache | None, known: bool | None = None) -> bool:
+    """Whether any key is an image token; what the caller knows of the new tokens, or a cache of its own, is not asked of the
+    device again."""
     if torch.compiler.is_compiling():
         return True
-    known = getattr(past_key_values, "sees_pictures", None)
-    seen = known is True or bool((token_types == 1).any())
+    seen = getattr(past_key_values, "sees_pictures", None) is True or known is True
+    if not seen and (known is None or past_key_values is not None):
+        seen = bool((token_types == 1).any())
     if past_key_values is not None:
         past_key_values.sees_pictures = seen
     return seen
@@ -314,23 +322,36 @@ class MultimodalMask:
 
 
 def multimodal_mask(
-    visibility: Visibility, token_types: torch.Tensor, backend: str, dtype: torch.dtype, softcapped: bool = False
-) -> MultimodalMask:
-    """Gather the modalities of one forward call and build the backend's masks over them.
+    visibility: Visibility,
+    token_types: torch.Tensor,
+    text_config: PreTrainedConfig,
+    dtype: torch.dtype,
+    training: bool = False,
+    image_queries: int = 0,
+) -> MultimodalMask | FusedMask:
+    """Tell the modalities of one forward call apart, for the fused kernels where these apply and else for the backend.
 
     Args:
         visibility: what transformers lets a query see.
         token_types: (batch, positions up to the last query), 1 = image.
-        backend: one of `BACKENDS`.
+        text_config: the decoder's; `_attn_implementation` is one of `BACKENDS`.
         dtype: the dtype of the attention scores (an additive mask has it).
-        softcapped: whether the decoder caps its scores, which no causal kernel of sdpa does.
+        training: whether the decoder drops weights, if it is configured to.
+        image_queries: how many of the queries are known to be image tokens; it saves the fused kernels memory.
     """
+    backend = text_config._attn_implementation or "eager"
     key_types = visibility.key_types(token_types)
     q_types = _query_types(visibility, token_types)
     if visibility.padding is not None:
         q_padding = visibility.padding[:, token_types.shape[1] - visibility.q_length : token_types.shape[1]]
         q_types = q_types.masked_fill(~q_padding, HIDDEN)
     is_text = q_types == TEXT
+    if backend == "sdpa" and can_fuse(text_config, dtype, visibility.device, training):
+        edges = _visible_edges(visibility)
+        if edges is not None:
+            own_key = _positions(visibility, queries=True) - visibility.kv_offset
+            rows = is_text.numel() - image_queries
+            return fuse_mask(is_text, key_types == TEXT, key_types == IMAGE, own_key, *edges, rows=rows)
     text_queries, _ = _gather_index(is_text)
     text_keys, has_text_key = _gather_index(key_types == TEXT)
     image_keys, has_image_key = _gather_index(key_types == IMAGE)
@@ -361,6 +382,8 @@ def multimodal_mask(
     # they are causal. (In an unwritten static cache, keys past the queries are hidden and so never gathered.)
     starts_empty = isinstance(visibility.q_offset, int) and visibility.q_offset == 0
     same_text = starts_empty and text_queries.shape == text_keys.shape
+    # ... for which no causal kernel of sdpa caps scores.
+    softcapped = getattr(text_config, "attn_logit_softcapping", None) is not None
     plainly_causal = visibility.is_causal and same_text and backend != "eager" and not softcapped
     text_mask = None if plainly_causal else build(sees_text, text_keys)
     image_mask, any_image = build(sees_image, image_keys), None
@@ -382,6 +405,39 @@ def multimodal_mask(
     )
 
 
+# How many pairs of a mask function are looked at together.
+_PAIRS_AT_ONCE = 2**24
+
+
+def _visible_edges(visibility: Visibility) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+    """The place of the first key that each query may see and the place behind the last, (batch, queries), modality and
+    padding aside. (None, None) if these are the first of all and its own; None if what it may see is no such interval, or
+    one that goes back from a query to the next.
+
+    A mask function other than the causal one (windows, packed documents) is asked for every pair, a few queries at a time,
+    and the answer is looked at on the host, once for each forward call.
+    """
+    if visibility.is_causal:
+        return None, None
+    if torch.compiler.is_compiling():
+        return None
+    rows, keys, device = visibility.batch_size, visibility.kv_length, visibility.device
+    batch = torch.arange(rows, device=device)[:, None, None]
+    head = torch.zeros((), dtype=torch.long, device=device)
+    q_positions = _positions(visibility, queries=True)[None, :, None]
+    kv_positions = _positions(visibility, queries=False)[None, None]
+    first, last, counts = [], [], []
+    for part in q_positions.split(max(_PAIRS_AT_ONCE // (rows * keys), 1), dim=1):
+        seen = visibility.mask_function(batch, head, part, kv_positions).expand(rows, part.shape[1], keys).to(torch.uint8)
+        first.append(seen.argmax(-1))
+        last.append(keys - seen.flip(-1).argmax(-1))
+        counts.append(seen.sum(-1))
+    since, up_to, count = (torch.cat(part, dim=1) for part in (first, last, counts))
+    is_interval = (count > 0) & (count == up_to - since)
+    never_back = (since.diff(dim=1) >= 0).all() & (up_to.diff(dim=1) >= 0).all()
+    return (since, up_to) if bool(is_interval.all() & never_back) else None
+
+
 def _gather_index(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The indices of each row's members, in order, and which of these slots are filled: both (batch, slots).
 
@@ -392,6 +448,29 @@ def _gather_index(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     slots = members.shape[1] if torch.compiler.is_compiling() else max(int(counts.max()), 1)
     index = members.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :slots]
     return index, torch.arange(slots, device=members.device) < counts[:, None]
+
+
+class _TakeRows(torch.autograd.Function):
+    """`rows[index]` of (rows, ...) for an index that names no row twice, so that its backward adds nothing up.
+
+    Autograd's own backward of `index_select` adds atomically, which costs more than the attention.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy(0, index, gradient), None
+
+
+def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`rows[index]` of (rows, ...), for an index that names no row twice."""
+    return _TakeRows.apply(rows, index)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -407,7 +486,7 @@ def _attention(backend: str) -> Callable:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        multimodal_masks: dict[str | None, MultimodalMask] | None = None,
+        multimodal_masks: dict[str | None, MultimodalMask | FusedMask] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # No picture in sight: the decoder's own attention, to the bit.
@@ -420,10 +499,19 @@ def _attention(backend: str) -> Callable:
                     "another decoder, or multimodal_attention='causal'."
                 )
         if multimodal_masks is None:
+            if attention_mask.shape[2] != query.shape[2]:  # these are not the codes of its queries
+                raise ValueError(
+                    f"{type(module).__name__} was not handed multimodal_masks: this decoder's layers do not pass keyword "
+                    "arguments on to their attention; choose another decoder, or multimodal_attention='causal'."
+                )
             output, weights = _coded_attention(module, query, key, value, attention_mask, **kwargs)
             return output, weights if backend == "eager" else None
         layer_types = getattr(module.config, "layer_types", None)
         mask = multimodal_masks[layer_types[module.layer_idx] if layer_types else None]
+        if isinstance(mask, FusedMask):
+            return fused_attention(query, key, value, mask, kwargs["scaling"], kwargs.get("softcap")), None
+        if callable(mask):  # an attention of its own (reuse_dsvl.py, text_prefill_dsvl.py)
+            return mask(backend, module, query, key, value, **kwargs)
         return _gathered_attention(backend, module, query, key, value, mask, **kwargs)
 
     return mmca_attention_forward
@@ -478,28 +566,10 @@ def _gathered_attention(
     return output, _dense_weights(mask, key.shape[2], text_weights, image_weights)
 
 
-class _TakeRows(torch.autograd.Function):
-    """`rows[index]` of (rows, ...) for an index that names no row twice, so that its backward adds nothing up.
-
-    Autograd's own backward of `index_select` adds atomically, which costs more than the attention.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows = rows.shape[0]
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        (index,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy(0, index, gradient), None
-
-
 def _take(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Tokens of (batch, heads, tokens, head_dim) by their (batch, slots) rows: (batch, heads, slots, head_dim)."""
     tokens = states.transpose(1, 2).flatten(0, 1)  # as a decoder's projections lie in memory
-    return _TakeRows.apply(tokens, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
+    return take_rows(tokens, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
 def _put(states: torch.Tensor, rows: torch.Tensor, tokens: int) -> torch.Tensor:

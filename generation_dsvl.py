@@ -5,12 +5,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .attention_dsvl import coded_masks, sees_pictures, visibilities
+from .picture_cache_dsvl import PictureCache
+
+NO_PICTURE_CACHE = (
+    "This way of decoding does not take a picture cache; choose greedy search, sampling or beams, or pass pixel_values."
+)
 
 
 class NoImageToken(LogitsProcessor):
@@ -34,9 +39,13 @@ class DSVLGenerationMixin(GenerationMixin):
         inputs: torch.Tensor | None = None,
         *args: Any,
         logits_processor: LogitsProcessorList | None = None,
+        picture_cache: PictureCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text; see `GenerationMixin.generate`. Inputs are those of `forward`.
+
+        With `picture_cache` of `encode_pictures`, the pictures in the order of their places, instead of `pixel_values`, only
+        the text of the prompt is computed. Greedy, sampling and beams; every prompt ends with text.
 
         With `past_key_values` of earlier rounds, pass the whole conversation: pictures whose tokens are cached are not
         encoded again (the new pictures alone may be passed as well).
@@ -45,6 +54,16 @@ class DSVLGenerationMixin(GenerationMixin):
         compared with the released code, which does not prevent it.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if picture_cache is not None:
+            if kwargs.get("assistant_model") is not None:
+                raise ValueError(NO_PICTURE_CACHE)
+            kwargs["picture_cache"] = picture_cache
+            given = [k for k in ("pixel_values", "image_features", "mm_encoder_outputs") if kwargs.get(k) is not None]
+            if given or input_ids is None:
+                raise ValueError(
+                    f"picture_cache goes with input_ids alone, but {', '.join(given) or 'no input_ids'} came with it; its "
+                    "pictures take all places (PictureCache.cat joins several)."
+                )
         if input_ids is not None:
             if kwargs.get("mm_token_type_ids") is None:  # of the prompt: whatever is generated is text
                 kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
@@ -104,6 +123,34 @@ class DSVLGenerationMixin(GenerationMixin):
             pixel_values = torch.cat([s[len(s) - count :] for s, count in zip(samples, new, strict=True)])
         return pixel_values if len(pixel_values) else None
 
+    def _prefill(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        picture_cache = model_kwargs.pop("picture_cache", None)
+        if picture_cache is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        for option in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
+            if getattr(generation_config, option, None):
+                raise ValueError(
+                    f"{option} concerns all tokens of a prompt, but with a picture cache only its text is computed; "
+                    "leave it out, or pass pixel_values."
+                )
+        if model_kwargs.get("past_key_values") is None:
+            raise ValueError("A picture cache needs a KV cache to be put into; leave use_cache at True.")
+        return self.prefill(
+            input_ids,
+            picture_cache,
+            model_kwargs["past_key_values"],
+            attention_mask=model_kwargs.get("attention_mask"),
+            position_ids=model_kwargs.get("position_ids"),
+            copies=max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1),
+        )
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
@@ -114,9 +161,12 @@ class DSVLGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        picture_cache: PictureCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one generation step, with the modality of the whole sequence."""
+        if picture_cache is not None:  # it would have been used by `_prefill`
+            raise ValueError(NO_PICTURE_CACHE)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -16,13 +18,19 @@ from .attention_dsvl import (
     multimodal_mask,
     route_attention,
     sees_pictures,
+    take_rows,
     visibilities,
 )
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
-from .pictures_dsvl import DSVLPicturesMixin, make_vision_tower
+from .picture_cache_dsvl import PictureCache
+from .pictures_dsvl import HostCopy, make_vision_tower
 from .projectors_dsvl import PROJECTORS
 from .resampler_dsvl import DSVLResampler
+from .text_prefill_dsvl import DSVLTextPrefillMixin
+
+# Logits of a loss that exist at once: 128 MiB in float32.
+_LOGITS_AT_ONCE = 2**25
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Outputs
@@ -97,7 +105,7 @@ class DSVLPreTrainedModel(PreTrainedModel):
         return push_part(self, repo_id, **kwargs)
 
 
-class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
+class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin):
     """Vision tower, projector and language model without its head.
 
     `language_model` is an unmodified decoder of transformers; only the configuration that its attention modules read is
@@ -123,6 +131,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
         """As for any module; but a tower with nothing to learn stays in evaluation mode: DINOv3 draws its positions at
         random in training mode, and others drop layers."""
         super().train(mode)
+        self._fingerprint = None  # training engines write weights in ways that cannot be seen
         if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
             self.vision_tower.eval()
         return self
@@ -177,7 +186,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
         if images is not None and images.pooler_output:
             image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         # Features that were passed in may be those of a chunk, which may begin or end inside a picture.
-        inputs_embeds = self._scatter_pictures(
+        inputs_embeds, check = self._scatter_pictures(
             input_ids, inputs_embeds, mm_token_type_ids, image_hidden_states, whole_pictures=pictures is not None
         )
         if images is None and self._others_may_see_pictures(past_key_values):
@@ -190,7 +199,14 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
             kwargs.setdefault("use_cache", False)
         if self.config.multimodal_attention != "causal":
             attention_mask, kwargs["multimodal_masks"] = self._modal_masks(
-                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, mm_token_type_ids
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                mm_token_type_ids,
+                # Where it could not be held against placeholders, what the embeddings hold is not known.
+                image_queries=None if input_ids is None else 0 if image_hidden_states is None else len(image_hidden_states),
             )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -199,6 +215,8 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
             past_key_values=past_key_values,
             **(kwargs | {"return_dict": True}),
         )
+        if check is not None:
+            check()
         if image_hidden_states is not None and len(image_hidden_states) % self.config.image_seq_length == 0:
             image_hidden_states = image_hidden_states.unflatten(0, (-1, self.config.image_seq_length))
         return DSVLModelOutputWithPast(
@@ -219,22 +237,26 @@ class DSVLModel(DSVLPreTrainedModel, DSVLPicturesMixin):
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         mm_token_type_ids: torch.Tensor | None,
+        image_queries: int | None,
     ) -> tuple[Any, dict | None]:
-        """The decoder's attention_mask and the `multimodal_masks` beside it (see attention_dsvl.py)."""
+        """The decoder's attention_mask and the `multimodal_masks` beside it (see attention_dsvl.py).
+
+        `image_queries` is how many of the new tokens are image tokens, if that is known.
+        """
         if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
             return self._check_ready_mask(attention_mask, input_ids, mm_token_type_ids), None
         token_types = self.token_types(inputs_embeds.shape[1], input_ids, mm_token_type_ids, past_key_values)
         attention = self.config.multimodal_attention
-        if attention == "mmca" and not sees_pictures(token_types, past_key_values):
+        known = None if image_queries is None else image_queries > 0
+        if attention == "mmca" and not sees_pictures(token_types, past_key_values, known):
             return attention_mask, None
         token_types = token_types.to(inputs_embeds.device)
         visible = visibilities(self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if attention == "mmca_reference" or inputs_embeds.shape[1] == 1:
             return coded_masks(visible, token_types, attention), None
         text = self.language_model.config
-        softcapped = getattr(text, "attn_logit_softcapping", None) is not None
         masks = {
-            k: multimodal_mask(v, token_types, text._attn_implementation, inputs_embeds.dtype, softcapped)
+            k: multimodal_mask(v, token_types, text, inputs_embeds.dtype, self.training, image_queries or 0)
             for k, v in visible.items()
         }
         # A four-dimensional mask keeps the decoder from building its own; the modality of the keys is short and true.
@@ -352,6 +374,27 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """Encode and project pictures; see `DSVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def encode_pictures(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> PictureCache:
+        """Run pictures through the whole model, once; see `DSVLModel.encode_pictures`."""
+        return self.model.encode_pictures(pixel_values, chunk_size)
+
+    def compile_text_prefill(self, **options: Any) -> None:
+        """Compile what a prompt over encoded pictures runs; see `DSVLModel.compile_text_prefill`."""
+        self.model.compile_text_prefill(**options)
+
+    def prefill(
+        self, input_ids: torch.Tensor, picture_cache: PictureCache, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> DSVLCausalLMOutputWithPast:
+        """Run prompts over pictures that are encoded already; see `DSVLModel.prefill_text`.
+
+        Returns:
+            `logits` of every row's last token, (batch, 1, vocabulary), and `past_key_values`, as after a call of the whole
+            prompt with `pixel_values`.
+        """
+        hidden, past_key_values = self.model.prefill_text(input_ids, picture_cache, past_key_values, **kwargs)
+        with torch.no_grad():
+            return DSVLCausalLMOutputWithPast(logits=self._logits(hidden), past_key_values=past_key_values)
+
     def set_trainable(
         self,
         projector: bool = True,
@@ -420,6 +463,14 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
                 in training mode, except in a compiled graph, whose shapes cannot depend on the labels.
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        if skip_logits is None:
+            skip_logits = self.training and not torch.compiler.is_compiling()
+        targets = supervised = None
+        if labels is not None:
+            # Token t learns to say token t + 1.
+            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            if skip_logits:
+                supervised = HostCopy((targets != -100).sum())
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -433,18 +484,11 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        if skip_logits is None:
-            skip_logits = self.training and not torch.compiler.is_compiling()
-
-        loss = logits = targets = None
-        if labels is not None:
-            # Token t learns to say token t + 1.
-            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].to(hidden.device)
-        if targets is not None and skip_logits:
-            supervised = targets != -100
-            loss = self._loss(self._logits(hidden[supervised]), targets[supervised], num_items_in_batch)
-            if not supervised.any():
-                loss = loss + hidden.sum() * 0  # a graph, for the ranks that wait for this one's gradients
+        loss = logits = None
+        if targets is not None:
+            targets = targets.to(hidden.device)
+        if targets is not None and supervised is not None:
+            loss = self._supervised_loss(hidden, targets, supervised, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             logits = self._logits(hidden[:, logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept])
@@ -458,6 +502,40 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _supervised_loss(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        supervised: HostCopy,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """The loss without the logits of a whole batch: of supervised tokens only, and of a part of these at a time, whose
+        logits are computed again in the backward pass.
+
+        Args:
+            hidden: (batch, tokens, hidden).
+            targets: (batch, tokens), -100 where nothing is supervised.
+            supervised: in how many places something is.
+            num_items_in_batch: as in `_loss`.
+        """
+        rows = supervised.tolist()
+        if num_items_in_batch is None:
+            num_items_in_batch = rows
+        first = (targets.flatten() == -100).to(torch.uint8).argsort(stable=True)[: max(rows, 1)]
+        hidden, targets = take_rows(hidden.flatten(0, 1), first), targets.flatten()[first]
+
+        def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return self._loss(self._logits(hidden), targets, num_items_in_batch)
+
+        at_once = max(_LOGITS_AT_ONCE // self.config.text_config.vocab_size, 1)
+        # Under ZeRO-3 all processes gather the head for each part, and must do so equally often.
+        if rows <= at_once or is_deepspeed_zero3_enabled():
+            return part(hidden, targets)
+        pairs = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.stack([part(*pair) for pair in pairs]).sum()
+        return torch.stack([checkpoint(part, *pair, use_reentrant=False) for pair in pairs]).sum()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head, and what the composed decoder's own causal model does to its logits."""
@@ -480,6 +558,8 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             num_items_in_batch = (targets != -100).sum()
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.clamp(min=1)
+        else:
+            num_items_in_batch = max(num_items_in_batch, 1)
         return self.loss_function(
             logits=logits,
             labels=None,

@@ -1,6 +1,7 @@
 """Pictures: encoded by tower and projector, and put in their places."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,26 @@ def tower_features(vision_tower: PreTrainedModel, config: DSVLConfig, pixel_valu
     if config.vision_feature_select_strategy == "default":
         features = features[:, config.num_prefix_tokens :]
     return features
+
+
+class HostCopy:
+    """A tensor on its way to the host, which is asked for now and read later: the device is not waited for if it has come
+    that far by then."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._values = tensor
+        if tensor.is_cuda:
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def tolist(self) -> Any:
+        """The values, as Python has them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
 
 
 class DSVLPicturesMixin:
@@ -90,18 +111,34 @@ class DSVLPicturesMixin:
         mm_token_type_ids: torch.Tensor | None,
         features: torch.Tensor | None,
         whole_pictures: bool,
-    ) -> torch.Tensor:
-        """Put the pictures' embeddings (image tokens, hidden) where their placeholders are."""
+    ) -> tuple[torch.Tensor, Callable[[], None] | None]:
+        """Put the pictures' embeddings (image tokens, hidden) where their placeholders are.
+
+        Returns:
+            The embeddings; and on an accelerator what is to be called once the decoder has been given its work, and raises
+            if pictures and placeholders do not match: by then the device can tell without being waited for.
+        """
         tokens = inputs_embeds.shape[1]
         if input_ids is None and features is None:
-            return inputs_embeds  # embeddings that already hold their pictures
+            return inputs_embeds, None  # embeddings that already hold their pictures
         placeholders = self._placeholders(input_ids, mm_token_type_ids, tokens)
+        check = None
         # A decode step has nothing to check, and nothing worth waiting for the device.
         if not torch.compiler.is_compiling() and (features is not None or tokens > 1):
-            self.check_placeholders(placeholders, 0 if features is None else len(features), whole_pictures)
+            number = 0 if features is None else len(features)
+            counts = HostCopy(placeholders.sum(-1))
+            if not placeholders.is_cuda or number > placeholders.numel():
+                self.check_counts(counts.tolist(), number, whole_pictures)
+            else:
+
+                def check() -> None:
+                    self.check_counts(counts.tolist(), number, whole_pictures)
+
         if features is None:
-            return inputs_embeds
-        return inputs_embeds.masked_scatter(placeholders[..., None].to(inputs_embeds.device), features)
+            return inputs_embeds, check
+        # By places, as many as there are features: a mask's backward would ask the device how many it hides.
+        places = (~placeholders.flatten()).to(inputs_embeds.device, torch.uint8).argsort(stable=True)[: len(features)]
+        return inputs_embeds.flatten(0, 1).index_copy(0, places, features).view_as(inputs_embeds), check
 
     def _placeholders(
         self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None, tokens: int
@@ -185,7 +222,11 @@ class DSVLPicturesMixin:
         Raises:
             ValueError: if they do not match.
         """
-        counts, per_picture = placeholders.sum(-1).tolist(), self.config.image_seq_length
+        self.check_counts(placeholders.sum(-1).tolist(), features, whole_pictures)
+
+    def check_counts(self, counts: list[int], features: int | None = None, whole_pictures: bool = False) -> None:
+        """As `check_placeholders`, by the number of image tokens of each sample."""
+        per_picture = self.config.image_seq_length
         if features is not None and sum(counts) != features:
             raise ValueError(
                 f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {features} picture embeddings "

@@ -14,8 +14,9 @@ from PIL import Image
 
 from ..data.conversations import SOURCES
 from ..data.pictures import open_picture
+from ..picture_cache_dsvl import reuse_is_exact
 from .answering import Answer, pieces_of_text
-from .memory import Memory, SeenPicture, new_cache, reuse_is_exact
+from .memory import Memory, SeenPicture, new_cache
 from .storing import load_messages, save_messages
 
 logger = logging.getLogger(__name__)

@@ -95,18 +95,3 @@ def new_cache(model: Any, static: bool, length: int) -> Cache:
     """An empty cache for a model's decoder; a static one has room for `length` tokens."""
     config = model.config.text_config
     return StaticCache(config=config, max_cache_len=length) if static else DynamicCache(config=config)
-
-
-def reuse_is_exact(config: Any) -> bool:
-    """Whether what a model computed for a prefix holds when the conversation goes on.
-
-    Not under "mmca_reference", whose earlier texts see later pictures; nor with pictures in reversed places, each of which
-    moves when another comes; nor where the positions' frequencies depend on how long the whole is.
-    """
-    rope = getattr(config.text_config, "rope_parameters", None) or {}
-    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
-    return not (
-        config.multimodal_attention == "mmca_reference"
-        or config.reversed_pictures
-        or any(kind in ("dynamic", "longrope") for kind in kinds)
-    )

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, IMAGE_ID, batch, pictures, rows, tiny_model
+import transformers
+from conftest import _COMMON, FAMILIES, IMAGE_ID, batch, pictures, rows, tiny_model
 from plain_loop import PlainLoop, run_by_loop
 
 LAYOUTS = ("tttItttIIttt", "Itt", "ttttttttttttt", "tI", "IItItttttttI", "ttttttttttttttttIt")
@@ -147,6 +148,14 @@ def test_gradients_equal_the_plain_loops(family, backend):
         if expected[name].grad is not None:
             scale = expected[name].grad.abs().max().clamp(min=1e-3)
             torch.testing.assert_close(parameter.grad / scale, expected[name].grad / scale, atol=1e-4, rtol=0, msg=name)
+
+
+def test_a_decoder_that_keeps_the_masks_from_its_attention_is_refused(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "nemotron", lambda: transformers.NemotronConfig(**_COMMON))
+    model = tiny_model("nemotron")
+    assert model(**batch("ttt")).logits.shape == (1, 3, 96)
+    with pytest.raises(ValueError, match="NemotronAttention was not handed multimodal_masks: .* choose another decoder"):
+        model(**batch("tItt"))
 
 
 def test_eager_returns_the_weights_it_used():

@@ -65,3 +65,12 @@ def test_a_late_answer_is_compared_with_the_whole_conversation_run_again(monkeyp
     assert (pictured["pictures_encoded"], text["pictures_encoded"]) == (1, 0)
     assert 0 < pictured["reused"] < pictured["tokens"] < text["reused"] + 100
     assert pictured["same_first_token"] == text["same_first_token"] == 1
+
+
+def test_a_prompt_over_known_pictures_is_compared_with_the_whole_prefill(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    flags = ["--pictures", "2", "--text", "20", "--repeats", "2", "--out", str(tmp_path / "reuse.json")]
+    importlib.import_module("reuse").main(flags)
+    results = json.loads((tmp_path / "reuse.json").read_text())["results"]
+    assert results["comparison"]["same_token"] and results["comparison"]["speed"] > 1
+    assert results["comparison"]["mib_a_picture"] == 2 * 8 * 257 * 512 * 4 / 2**20

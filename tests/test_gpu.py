@@ -163,3 +163,58 @@ def test_the_server_answers_as_the_model_does(tmp_path):
             assert list(pool.map(one, range(12))) == expected
             sampled = [list(pool.map(lambda n: one(n, temperature=1.3, top_p=0.9, seed=n), range(12))) for _ in range(2)]
     assert sampled[0] == sampled[1] != expected
+
+
+PROMPTS = (*LAYOUTS[:3], "IItItttttttt", LAYOUTS[4])  # which end with text
+
+
+def prefills(model, inputs, cache):
+    mask = inputs["attention_mask"]
+    prompt = {"input_ids": inputs["input_ids"], "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        expected = model(**prompt, pixel_values=inputs["pixel_values"], logits_to_keep=1, use_cache=True).logits
+    return expected, model.prefill(**prompt, picture_cache=cache).logits
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text"])
+def test_prompts_over_encoded_pictures_are_the_whole_prefill(family, backend):
+    if family == "gemma2" and backend == "sdpa":
+        pytest.skip("softcapping")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    wide = {"head_dim": 32, "hidden_size": 128, "initializer_range": 0.1}
+    model = tiny_model(family, backend=backend, dtype=torch.float32, **wide).cuda()
+    for layouts in (PROMPTS, ("tItIIt",), ("tt" * 60 + "I" + "t" * 40,)):
+        inputs = on_gpu(batch(*layouts, dtype=torch.float32))
+        cache = model.encode_pictures(inputs["pixel_values"])
+        expected, got = prefills(model, inputs, cache)
+        torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+        away = cache.to("cpu")
+        with pytest.raises(ValueError, match="is on cpu, but the model on cuda:0"):
+            prefills(model, inputs, away)
+        assert prefills(model, inputs, away.to("cuda"))[1].equal(got)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_text_over_encoded_pictures_may_be_compiled(mode):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch._dynamo.reset()
+    model = tiny_model(dtype=torch.float32, hidden_size=128, initializer_range=0.1).cuda()
+    model.compile_text_prefill(mode=mode)
+    for _ in range(3):  # CUDA graphs are recorded at the second call of a shape
+        for layouts in (PROMPTS, ("tItIIt",), ("tItIIttt",)):
+            inputs = on_gpu(batch(*layouts, dtype=torch.float32))
+            expected, got = prefills(model, inputs, model.encode_pictures(inputs["pixel_values"]))
+            torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", [None, "static"])
+def test_generation_over_encoded_pictures_is_the_same(kind):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch._dynamo.reset()
+    model = tiny_model(dtype=torch.float32).cuda()
+    inputs = on_gpu(batch(*PROMPTS, dtype=torch.float32))
+    how = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": kind}
+    expected = model.generate(**inputs, **how)
+    cache = model.encode_pictures(inputs.pop("pixel_values"))
+    assert model.generate(**inputs, picture_cache=cache, **how).equal(expected)

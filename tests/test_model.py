@@ -10,7 +10,7 @@ from conftest import FAMILIES, IMAGE_ID, VOCABULARY, batch, tiny_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from dsvl import DSVLForConditionalGeneration, DSVLModel
+from dsvl import DSVLForConditionalGeneration, DSVLModel, modeling_dsvl
 
 LAYOUTS = ("ttIttt", "ttttttt", "IttIttt")
 
@@ -45,6 +45,27 @@ def test_training_computes_no_logits_but_the_supervised_ones():
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
     assert model.eval()(**inputs).logits is not None
     assert model(**inputs, skip_logits=True).logits is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_in_parts_is_the_loss(tied, monkeypatch):
+    model, inputs = tiny_model(tie_word_embeddings=tied).train(), labelled(*LAYOUTS)
+    whole = model(**inputs).loss
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(whole, parameters, allow_unused=True)
+    monkeypatch.setattr(modeling_dsvl, "_LOGITS_AT_ONCE", 4 * VOCABULARY + 3)
+    asked = []
+    model.lm_head.register_forward_hook(lambda module, args, output: asked.append(len(output)))
+    loss = model(**inputs).loss
+    supervised = int((inputs["labels"][:, 1:] != -100).sum())
+    assert max(asked) == 4 and sum(asked) == supervised > 8
+    torch.testing.assert_close(loss, whole)
+    got = torch.autograd.grad(loss, parameters, allow_unused=True)
+    assert sum(asked) == 2 * supervised  # computed again, not kept
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).loss, whole)
 
 
 @pytest.mark.parametrize("skip_logits", [True, False])

@@ -14,7 +14,7 @@ README = (Path(dsvl.__file__).parent / "README.md").read_text()
 
 
 def test_every_example_runs_in_order(tmp_path, monkeypatch, photographs):
-    load, compose, fine_tune, talk = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    load, compose, fine_tune, talk, reuse = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     command, train, plan = (
         re.search(rf"^dsvl ({name} .*)$", README, re.MULTILINE)[1] for name in ("compose", "train", "plan")
     )
@@ -35,6 +35,9 @@ def test_every_example_runs_in_order(tmp_path, monkeypatch, photographs):
     exec(load, names)
     exec(talk, names)
     assert len(names["chat"].messages) == 4  # type: ignore[attr-defined]
+    first = names["answer"]
+    exec(reuse, names)
+    assert names["answer"].equal(first) and len(names["pictures"]) == 2  # type: ignore[attr-defined, arg-type]
     Path("my-model").rename("composed by command")
     for block in (compose, fine_tune):
         exec(block, {})

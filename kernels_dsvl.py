@@ -1,0 +1,816 @@
+"""MMCA fused into one kernel each way, for NVIDIA GPUs: no score is ever stored, no token is gathered.
+
+The definition is in attention_dsvl.py. What makes it fast: text keys and image keys are two lists of places, and what a
+text query sees is an interval of each list (all of it up to some place, under plain causality). So a block of queries
+walks two short lists whose inner blocks need no mask, and keys that no query of the block sees are never read. A query
+that is not text is copied from its own value. Softmaxes are computed online, and the backward pass recomputes them from
+their saved normalisers (FlashAttention-2, arXiv 2307.08691), once for each of the two branches.
+
+Written in Triton, which comes with PyTorch for CUDA; without it `is_available()` is False.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = tl = None
+
+LOG2_E = math.log2(math.e)
+MAX_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, training: bool = False) -> bool:
+    """Whether the kernels can compute a decoder's attention: on an NVIDIA GPU of compute capability 8.0 or later, with
+    Triton, for scores of this dtype, heads of up to 256, and no dropout."""
+    if triton is None or device.type != "cuda" or torch.version.cuda is None or dtype not in DTYPES:
+        return False
+    heads = text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    dropped = training and (getattr(text_config, "attention_dropout", None) or 0) > 0
+    return head_dim <= MAX_HEAD_DIM and not dropped and _capability(device) >= (8, 0)
+
+
+@dataclass
+class FusedMask:
+    """Who sees whom in one forward call: lists of places, and an interval of them for every query and key.
+
+    A *rank* is a place in a list. Nothing here needs to be asked of the device, so no shape depends on the data.
+
+    Attributes:
+        queries: (batch, queries) int32, the places of the queries: text first, in order, then the others.
+        keys: (batch, keys) int32, the places of the keys: text, then image, then those that are hidden.
+        counts: (batch, 4) int32: text queries, text keys, image keys, and the text queries of all earlier rows.
+        key_ranges: (batch, 4, queries) int32: from and up to which rank of the text keys, and of the image keys, a query of
+            a rank sees.
+        query_ranges: (batch, 2, keys) int32: from and up to which rank the text queries see a key of a rank.
+        own_key: (batch, queries) int32, the place of each query's own key; for a backward pass these must be consecutive.
+        rows: at least as many as there are text queries in the batch; what is saved for the backward pass is as large.
+        windowed: whether a query may not see the first keys of a list.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    counts: torch.Tensor
+    key_ranges: torch.Tensor
+    query_ranges: torch.Tensor
+    own_key: torch.Tensor
+    rows: int
+    windowed: bool
+
+    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> FusedMask:
+        """Move every tensor: a model spread over devices by accelerate calls this."""
+        return FusedMask.of(
+            [states.to(device, non_blocking=non_blocking) for states in self.lists], self.rows, self.windowed
+        )
+
+    @property
+    def lists(self) -> list[torch.Tensor]:
+        return [self.queries, self.keys, self.counts, self.key_ranges, self.query_ranges, self.own_key]
+
+    @classmethod
+    def of(cls, lists: Sequence[torch.Tensor], rows: int, windowed: bool) -> FusedMask:
+        queries, keys, counts, key_ranges, query_ranges, own_key = lists
+        return cls(queries, keys, counts, key_ranges, query_ranges, own_key, rows, windowed)
+
+
+def fuse_mask(
+    is_text_query: torch.Tensor,
+    is_text_key: torch.Tensor,
+    is_image_key: torch.Tensor,
+    own_key: torch.Tensor,
+    visible_from: torch.Tensor | None = None,
+    visible_up_to: torch.Tensor | None = None,
+    rows: int | None = None,
+) -> FusedMask:
+    """List the modalities of one forward call.
+
+    Args:
+        is_text_query: (batch, queries) bool.
+        is_text_key, is_image_key: (batch, keys) bool; a key that is neither is hidden from every query but its own.
+        own_key: (queries,) or (batch, queries), the place of each query's own key.
+        visible_from, visible_up_to: (batch or 1, queries), the places of keys between which a query may see; both must never
+            decrease from a query to the next. By default, from the first key up to its own.
+        rows: an upper bound of the number of text queries in the batch, if one is known; it saves memory.
+    """
+    batch, queries = is_text_query.shape
+    keys = is_text_key.shape[1]
+    up_to = (own_key + 1 if visible_up_to is None else visible_up_to).expand(batch, queries)
+    # Places in order: a stable sort of a few classes.
+    query_order = (~is_text_query).to(torch.uint8).argsort(dim=-1, stable=True)
+    key_class = torch.where(is_text_key, 0, torch.where(is_image_key, 1, 2)).to(torch.uint8)
+    key_order = key_class.argsort(dim=-1, stable=True)
+    text_count, image_count = is_text_key.sum(-1, keepdim=True), is_image_key.sum(-1, keepdim=True)
+    query_count = is_text_query.sum(-1, keepdim=True)
+    earlier = query_count.cumsum(0) - query_count
+
+    rank = torch.arange(queries, device=is_text_query.device)
+    is_query = rank < query_count
+    up_to = up_to.gather(1, query_order)
+    since = None if visible_from is None else visible_from.expand(batch, queries).gather(1, query_order)
+    key_rank = torch.arange(keys, device=is_text_query.device).expand(batch, keys)
+    ranges, seen_by = [], []
+    for members in (is_text_key, is_image_key):
+        before = torch.nn.functional.pad(members.cumsum(-1), (1, 0))  # how many members lie before a place
+        last = before.gather(1, up_to)
+        first = torch.zeros_like(last) if since is None else before.gather(1, since)
+        beyond = keys + 1  # slots past the text queries see nothing, and keep the lists sorted
+        first_sorted, last_sorted = first.masked_fill(~is_query, beyond), last.masked_fill(~is_query, beyond)
+        ranges += [first.masked_fill(~is_query, 0), last.masked_fill(~is_query, 0)]
+        within = (key_rank if members is is_text_key else key_rank - text_count).contiguous()
+        seen_by.append([torch.searchsorted(edge, within, right=True) for edge in (last_sorted, first_sorted)])
+    is_text, is_hidden = key_rank < text_count, key_rank >= text_count + image_count
+    query_ranges = [
+        torch.where(is_text, text, image).masked_fill(is_hidden, 0) for text, image in zip(*seen_by, strict=True)
+    ]
+    return FusedMask(
+        queries=query_order.to(torch.int32),
+        keys=key_order.to(torch.int32),
+        counts=torch.cat([query_count, text_count, image_count, earlier], dim=1).to(torch.int32),
+        key_ranges=torch.stack(ranges, dim=1).to(torch.int32),
+        query_ranges=torch.stack(query_ranges, dim=1).to(torch.int32),
+        own_key=own_key.expand(batch, queries).to(torch.int32).contiguous(),
+        rows=batch * queries if rows is None else rows,
+        windowed=visible_from is not None,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels. Scores are kept in units of log2, for exp2 is what the hardware has.
+
+# Lengths differ from batch to batch: a kernel must not be compiled again for one that is a multiple of 16.
+_LENGTHS = ["queries", "keys", "rows", "places", "slots", "query_slots", "key_slots"]
+
+
+def jit(function: Callable) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+def kernel(function: Callable) -> Any:
+    return (
+        function
+        if triton is None
+        else triton.jit(function, do_not_specialize=[n for n in _LENGTHS if n in function.__code__.co_varnames])
+    )
+
+
+@jit
+def _load_rows(pointer, places, stride, head_dim: tl.constexpr, block_d: tl.constexpr, valid, masked: tl.constexpr):
+    """Rows of (places, head_dim) at `places`; zero where not `valid`."""
+    columns = tl.arange(0, block_d)
+    at = pointer + places[:, None].to(tl.int64) * stride + columns[None, :]
+    if block_d != head_dim:
+        if masked:
+            return tl.load(at, mask=valid[:, None] & (columns < head_dim)[None, :], other=0.0)
+        return tl.load(at, mask=(columns < head_dim)[None, :], other=0.0)
+    if masked:
+        return tl.load(at, mask=valid[:, None], other=0.0)
+    return tl.load(at)
+
+
+@jit
+def _store_rows(pointer, places, stride, rows, head_dim: tl.constexpr, block_d: tl.constexpr, valid):
+    columns = tl.arange(0, block_d)
+    at = pointer + places[:, None].to(tl.int64) * stride + columns[None, :]
+    tl.store(at, rows.to(pointer.dtype.element_ty), mask=valid[:, None] & (columns < head_dim)[None, :])
+
+
+@jit
+def _cap(scores, scale, softcap):
+    """tanh(scores * scale / softcap), by which Gemma 2 caps its scores."""
+    return 2.0 / (1.0 + tl.exp2(scores * (scale * (-2.0 * 1.4426950408889634) / softcap))) - 1.0
+
+
+@jit
+def _seen(ranks, first, last, windowed: tl.constexpr):
+    """Which keys lie in the queries' intervals; `ranks` broadcasts against `first` and `last`."""
+    seen = ranks < last
+    if windowed:
+        seen &= ranks >= first
+    return seen
+
+
+@jit
+def _inner_blocks(first, last, valid, size: tl.constexpr):
+    """Of the intervals [first, last) of many queries: which blocks need a look, and which lie inside of all of them.
+
+    Returns:
+        start, inner start, inner end, end; all multiples of `size` but the last.
+    """
+    far = 2147483647
+    start = tl.min(tl.where(valid & (last > first), first, far), 0)
+    end = tl.max(tl.where(valid, last, 0), 0)
+    start = tl.minimum(start, end) // size * size
+    inner_start = tl.max(tl.where(valid, first, 0), 0)
+    inner_start = tl.maximum((inner_start + size - 1) // size * size, start)
+    inner_end = tl.minimum(tl.min(tl.where(valid, last, far), 0), end)
+    inner_end = tl.maximum(inner_end // size * size, inner_start)
+    return start, inner_start, inner_end, end
+
+
+@kernel
+def _pack_kernel(
+    States, Packed, Places, Counts, s_batch, s_head, s_token, heads, places, slots, lists: tl.constexpr,
+    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr,
+):  # fmt: skip
+    """Rows of (batch, heads, tokens, head_dim) in the order of a list: (batch, heads, slots, block_d).
+
+    A block is read whole, and what is hidden in it is weighed by 0, which nothing but numbers survives: slots behind the
+    list are set to 0 as far as any block of it reaches.
+    """
+    block, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
+    count = tl.load(Counts + batch * 4)
+    if lists == 2:  # text and image keys
+        count = tl.load(Counts + batch * 4 + 1) + tl.load(Counts + batch * 4 + 2)
+    if block * block_m >= count + block_m:
+        return
+    ranks = block * block_m + tl.arange(0, block_m)
+    valid = ranks < count
+    at = tl.load(Places + batch * places + ranks, mask=valid, other=0)
+    base = States + batch.to(tl.int64) * s_batch + head.to(tl.int64) * s_head
+    rows = _load_rows(base, at, s_token, head_dim, block_d, valid, True)
+    out = Packed + (batch * heads + head).to(tl.int64) * slots * block_d
+    _store_rows(out, ranks, block_d, rows, block_d, block_d, ranks < slots)
+
+
+@jit
+def _attend(
+    accumulator, normaliser, peak, query, Key, Value, row, first, last, start, end, scale, softcap,
+    capped: tl.constexpr, windowed: tl.constexpr, masked: tl.constexpr, block_n: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """The blocks of keys from rank `start` to `end`, by online softmax."""
+    for rank in range(start, end, block_n):
+        key = Key.load([row + rank, 0])
+        scores = tl.dot(query, tl.trans(key), input_precision=precision)
+        # One multiplication and addition for each score: the peak is kept in scaled units, the scores are not.
+        if capped:
+            scores, unit = _cap(scores, scale, softcap), softcap * 1.4426950408889634
+        else:
+            unit = scale * 1.4426950408889634
+        if masked:
+            ranks = rank + tl.arange(0, block_n)
+            seen = _seen(ranks[None, :], first[:, None], last[:, None], windowed)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * unit)
+        shift = new_peak
+        if masked:
+            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(scores * unit - shift[:, None])
+        decay = tl.exp2(peak - shift)
+        normaliser = normaliser * decay + tl.sum(weights, 1)
+        accumulator = accumulator * decay[:, None]
+        value = Value.load([row + rank, 0])
+        accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision=precision)
+        peak = new_peak
+    return accumulator, normaliser, peak
+
+
+@kernel
+def _forward_kernel(
+    Query, Key, Value, OwnValue, Out, Branches, Normalisers, Queries, Counts, KeyRanges, OwnKey,
+    v_batch, v_head, v_token, scale, softcap, heads, queries, rows, query_slots, key_slots, group: tl.constexpr,
+    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    capped: tl.constexpr, windowed: tl.constexpr, save: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head: text queries attend, others are given their own value."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the long ones first
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    kv_head = head // group
+    text_queries = tl.load(Counts + batch * 4)
+    value_base = OwnValue + batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    ranks = block * block_m + tl.arange(0, block_m)
+    within, valid = ranks < queries, ranks < text_queries
+    places = tl.load(Queries + batch * queries + ranks, mask=within, other=0)
+    out_base = Out + (batch.to(tl.int64) * queries * heads + head) * head_dim
+    if block * block_m >= text_queries:
+        own = tl.load(OwnKey + batch * queries + places, mask=within, other=0)
+        own_value = _load_rows(value_base, own, v_token, head_dim, block_d, within, True)
+        _store_rows(out_base, places, heads * head_dim, own_value, head_dim, block_d, within)
+        return
+    query = Query.load([(batch * heads + head) * query_slots + block * block_m, 0])
+    key_row = (batch * (heads // group) + kv_head) * key_slots
+    total = tl.zeros([block_m, block_d], dtype=Out.dtype.element_ty)
+    saved = tl.load(Counts + batch * 4 + 3) + ranks
+    for branch in tl.static_range(2):
+        edges = KeyRanges + (batch * 4 + 2 * branch) * queries + ranks
+        first = tl.load(edges, mask=within, other=0)
+        last = tl.load(edges + queries, mask=within, other=0)
+        if branch == 1:
+            key_row += tl.load(Counts + batch * 4 + 1)
+        accumulator = tl.zeros([block_m, block_d], dtype=tl.float32)
+        normaliser = tl.zeros([block_m], dtype=tl.float32)
+        peak = tl.full([block_m], float("-inf"), dtype=tl.float32)
+        start, inner_start, inner_end, end = _inner_blocks(first, last, valid, block_n)
+        if windowed:
+            accumulator, normaliser, peak = _attend(
+                accumulator, normaliser, peak, query, Key, Value, key_row, first, last,
+                start, tl.minimum(inner_start, end), scale, softcap, capped, windowed, True, block_n, precision,
+            )  # fmt: skip
+        accumulator, normaliser, peak = _attend(
+            accumulator, normaliser, peak, query, Key, Value, key_row, first, last,
+            inner_start, inner_end, scale, softcap, capped, windowed, False, block_n, precision,
+        )  # fmt: skip
+        accumulator, normaliser, peak = _attend(
+            accumulator, normaliser, peak, query, Key, Value, key_row, first, last,
+            inner_end, end, scale, softcap, capped, windowed, True, block_n, precision,
+        )  # fmt: skip
+        some = normaliser > 0
+        accumulator = accumulator / tl.where(some, normaliser, 1.0)[:, None]
+        # Kept in the output's precision between the branches: half the registers, which are what there is too little of.
+        total = (total.to(tl.float32) + accumulator).to(total.dtype)
+        if save:
+            # An empty softmax is infinitely normalised, so that its weights come back as 0.
+            log = tl.where(some, peak + tl.log2(normaliser), float("inf"))
+            at = (branch * heads + head).to(tl.int64) * rows + saved
+            tl.store(Normalisers + at, log, mask=valid)
+            branch_base = Branches + (head.to(tl.int64) + branch * rows * heads) * head_dim
+            _store_rows(branch_base, saved, heads * head_dim, accumulator, head_dim, block_d, valid)
+    if block * block_m + block_m > text_queries:
+        own = tl.load(OwnKey + batch * queries + places, mask=within, other=0)
+        own_value = _load_rows(value_base, own, v_token, head_dim, block_d, within & ~valid, True)
+        total = tl.where(valid[:, None], total, own_value)
+    _store_rows(out_base, places, heads * head_dim, total, head_dim, block_d, within)
+
+
+@kernel
+def _delta_kernel(
+    Gradient, Packed, Branches, Deltas, Queries, Counts, g_batch, g_head, g_token, heads, queries, rows, slots,
+    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr,
+):  # fmt: skip
+    """Packs the text queries' gradients, and multiplies each by each branch's output: what its softmax takes off its
+    scores' gradients."""
+    block = tl.program_id(0)
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    text_queries = tl.load(Counts + batch * 4)
+    if block * block_m >= text_queries + block_m:
+        return
+    ranks = block * block_m + tl.arange(0, block_m)
+    valid = ranks < text_queries
+    places = tl.load(Queries + batch * queries + ranks, mask=valid, other=0)
+    base = Gradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
+    gradient = _load_rows(base, places, g_token, head_dim, block_d, valid, True)
+    out = Packed + (batch * heads + head).to(tl.int64) * slots * block_d
+    _store_rows(out, ranks, block_d, gradient, block_d, block_d, ranks < slots)
+    saved = tl.load(Counts + batch * 4 + 3) + ranks
+    for branch in tl.static_range(2):
+        branch_base = Branches + (head.to(tl.int64) + branch * rows * heads) * head_dim
+        output = _load_rows(branch_base, saved, heads * head_dim, head_dim, block_d, valid, True)
+        at = (branch * heads + head).to(tl.int64) * rows + saved
+        tl.store(Deltas + at, tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1), mask=valid)
+
+
+@jit
+def _weights(scores, normaliser, seen, scale, softcap, capped: tl.constexpr, masked: tl.constexpr):
+    """Weights from raw products, and how fast the scores grow with these; `normaliser` broadcasts against `scores`."""
+    if capped:
+        cap = _cap(scores, scale, softcap)
+        weights, slope = tl.exp2(cap * (softcap * 1.4426950408889634) - normaliser), 1.0 - cap * cap
+    else:
+        weights, slope = tl.exp2(scores * (scale * 1.4426950408889634) - normaliser), 1.0
+    if masked:
+        weights = tl.where(seen, weights, 0.0)
+    return weights, slope
+
+
+@jit
+def _query_blocks(
+    gradient_sum, query, gradient, normaliser, delta, Key, Value, row, first, last, start, end, scale, softcap,
+    capped: tl.constexpr, windowed: tl.constexpr, masked: tl.constexpr, block_n: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    for rank in range(start, end, block_n):
+        key = Key.load([row + rank, 0])
+        value = Value.load([row + rank, 0])
+        scores = tl.dot(query, tl.trans(key), input_precision=precision)
+        weight_gradients = tl.dot(gradient, tl.trans(value), input_precision=precision)
+        ranks = rank + tl.arange(0, block_n)
+        seen = _seen(ranks[None, :], first[:, None], last[:, None], windowed)
+        weights, slope = _weights(scores, normaliser[:, None], seen, scale, softcap, capped, masked)
+        gradients = weights * (weight_gradients - delta[:, None]) * slope
+        gradient_sum = tl.dot(gradients.to(key.dtype), key, gradient_sum, input_precision=precision)
+    return gradient_sum
+
+
+@kernel
+def _query_gradient_kernel(
+    Query, Key, Value, Gradient, QueryGradient, Normalisers, Deltas, Queries, Counts, KeyRanges,
+    d_batch, d_head, d_token, scale, softcap, heads, queries, rows, query_slots, key_slots, group: tl.constexpr,
+    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    capped: tl.constexpr, windowed: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one block of queries of one head; 0 for queries that are not text."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    kv_head = head // group
+    text_queries = tl.load(Counts + batch * 4)
+    ranks = block * block_m + tl.arange(0, block_m)
+    within, valid = ranks < queries, ranks < text_queries
+    places = tl.load(Queries + batch * queries + ranks, mask=within, other=0)
+    out_base = QueryGradient + batch.to(tl.int64) * d_batch + head.to(tl.int64) * d_head
+    total = tl.zeros([block_m, block_d], dtype=tl.float32)
+    if block * block_m < text_queries:
+        query_row = (batch * heads + head) * query_slots + block * block_m
+        query, gradient = Query.load([query_row, 0]), Gradient.load([query_row, 0])
+        key_row = (batch * (heads // group) + kv_head) * key_slots
+        saved = tl.load(Counts + batch * 4 + 3) + ranks
+        for branch in tl.static_range(2):
+            edges = KeyRanges + (batch * 4 + 2 * branch) * queries + ranks
+            first = tl.load(edges, mask=within, other=0)
+            last = tl.load(edges + queries, mask=within, other=0)
+            if branch == 1:
+                key_row += tl.load(Counts + batch * 4 + 1)
+            at = (branch * heads + head).to(tl.int64) * rows + saved
+            normaliser = tl.load(Normalisers + at, mask=valid, other=float("inf"))
+            delta = tl.load(Deltas + at, mask=valid, other=0.0)
+            start, inner_start, inner_end, end = _inner_blocks(first, last, valid, block_n)
+            if windowed:
+                total = _query_blocks(
+                    total, query, gradient, normaliser, delta, Key, Value, key_row, first, last,
+                    start, tl.minimum(inner_start, end), scale, softcap, capped, windowed, True, block_n, precision,
+                )  # fmt: skip
+            total = _query_blocks(
+                total, query, gradient, normaliser, delta, Key, Value, key_row, first, last,
+                inner_start, inner_end, scale, softcap, capped, windowed, False, block_n, precision,
+            )  # fmt: skip
+            total = _query_blocks(
+                total, query, gradient, normaliser, delta, Key, Value, key_row, first, last,
+                inner_end, end, scale, softcap, capped, windowed, True, block_n, precision,
+            )  # fmt: skip
+    _store_rows(out_base, places, d_token, total * scale, head_dim, block_d, within)
+
+
+@jit
+def _key_blocks(
+    key_sum, value_sum, key, value, Query, Gradient, row, normalisers, deltas, edges, key_ranks, start, end, queries,
+    scale, softcap, capped: tl.constexpr, windowed: tl.constexpr, masked: tl.constexpr, block_m: tl.constexpr,
+    precision: tl.constexpr,
+):  # fmt: skip
+    for rank in range(start, end, block_m):
+        ranks = rank + tl.arange(0, block_m)
+        valid = ranks < end
+        query = Query.load([row + rank, 0])
+        gradient = Gradient.load([row + rank, 0])
+        if masked:
+            normaliser = tl.load(normalisers + ranks, mask=valid, other=float("inf"))
+            delta = tl.load(deltas + ranks, mask=valid, other=0.0)
+            last = tl.load(edges + queries + ranks, mask=valid, other=0)
+            first = last
+            if windowed:
+                first = tl.load(edges + ranks, mask=valid, other=0)
+            seen = _seen(key_ranks[:, None], first[None, :], last[None, :], windowed)
+        else:
+            normaliser = tl.load(normalisers + ranks)
+            delta = tl.load(deltas + ranks)
+            seen = valid
+        scores = tl.dot(key, tl.trans(query), input_precision=precision)
+        weights, slope = _weights(scores, normaliser[None, :], seen, scale, softcap, capped, masked)
+        value_sum = tl.dot(weights.to(gradient.dtype), gradient, value_sum, input_precision=precision)
+        weight_gradients = tl.dot(value, tl.trans(gradient), input_precision=precision)
+        gradients = weights * (weight_gradients - delta[None, :]) * slope
+        key_sum = tl.dot(gradients.to(query.dtype), query, key_sum, input_precision=precision)
+    return key_sum, value_sum
+
+
+@kernel
+def _key_gradient_kernel(
+    Query, Key, Value, Gradient, OwnGradient, KeyGradient, ValueGradient, Normalisers, Deltas,
+    Keys, Counts, KeyRanges, QueryRanges, OwnKey, g_batch, g_head, g_token,
+    dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, scale, softcap,
+    heads, queries, keys, rows, query_slots, key_slots, group: tl.constexpr,
+    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    capped: tl.constexpr, windowed: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one block of keys and values of one key-value head: text keys, or image and hidden keys."""
+    kv_heads = heads // group
+    batch, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    text_keys = tl.load(Counts + batch * 4 + 1)
+    block, text_blocks = tl.program_id(0), (text_keys + block_n - 1) // block_n
+    branch = (block >= text_blocks).to(tl.int32)
+    begin = tl.where(branch == 1, text_keys, 0)
+    count = tl.where(branch == 1, keys - text_keys, text_keys)
+    first_rank = (block - branch * text_blocks) * block_n  # within the text or the other keys
+    if first_rank >= count:
+        return
+    key_ranks = first_rank + tl.arange(0, block_n)
+    valid = key_ranks < count
+    places = tl.load(Keys + batch * keys + begin + key_ranks, mask=valid, other=0)
+    seen_by = QueryRanges + batch * 2 * keys + begin + key_ranks
+    first = tl.load(seen_by, mask=valid, other=0)
+    last = tl.load(seen_by + keys, mask=valid, other=0)
+    start, inner_start, inner_end, end = _inner_blocks(first, last, valid, block_m)
+    key_row = (batch * kv_heads + kv_head) * key_slots + begin + first_rank
+    key, value = Key.load([key_row, 0]), Value.load([key_row, 0])
+    edges = KeyRanges + (batch * 4 + 2 * branch) * queries
+    saved = tl.load(Counts + batch * 4 + 3)
+    key_sum = tl.zeros([block_n, block_d], dtype=tl.float32)
+    value_sum = tl.zeros([block_n, block_d], dtype=tl.float32)
+    # The query whose own key this is, if it is one of this call's and not text, was given the value itself.
+    own_query = places - tl.load(OwnKey + batch * queries)
+    is_own = valid & (own_query >= 0) & (own_query < queries) & (branch == 1)
+    for member in range(0, group):
+        head = kv_head * group + member
+        at = (branch * heads + head).to(tl.int64) * rows + saved
+        row = (batch * heads + head) * query_slots
+        key_sum, value_sum = _key_blocks(
+            key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
+            start, tl.minimum(inner_start, end), queries, scale, softcap, capped, windowed, True, block_m, precision,
+        )  # fmt: skip
+        key_sum, value_sum = _key_blocks(
+            key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
+            inner_start, inner_end, queries, scale, softcap, capped, windowed, False, block_m, precision,
+        )  # fmt: skip
+        key_sum, value_sum = _key_blocks(
+            key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
+            inner_end, end, queries, scale, softcap, capped, windowed, True, block_m, precision,
+        )  # fmt: skip
+        if branch == 1:
+            own_base = OwnGradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
+            value_sum += _load_rows(own_base, own_query, g_token, head_dim, block_d, is_own, True).to(tl.float32)
+    key_out = KeyGradient + batch.to(tl.int64) * dk_batch + kv_head.to(tl.int64) * dk_head
+    value_out = ValueGradient + batch.to(tl.int64) * dv_batch + kv_head.to(tl.int64) * dv_head
+    _store_rows(key_out, places, dk_token, key_sum * scale, head_dim, block_d, valid)
+    _store_rows(value_out, places, dv_token, value_sum, head_dim, block_d, valid)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Launching
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel cuts its work: queries and keys of a block, warps, and how many loads are in flight."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# What measured best with heads of 128 in half precision on Hopper; what shared memory and registers hold elsewhere.
+_HOPPER = {"forward": Blocks(64, 64, 4, 3), "queries": Blocks(128, 64, 8, 3), "keys": Blocks(32, 64, 4, 3)}
+_HOPPER_WIDE = {"forward": Blocks(64, 64, 8, 2), "queries": Blocks(64, 32, 8, 2), "keys": Blocks(32, 64, 8, 2)}
+_EARLIER = {"forward": Blocks(64, 64, 4, 2), "queries": Blocks(64, 64, 4, 1), "keys": Blocks(32, 64, 4, 2)}
+_EARLIER_WIDE = {"forward": Blocks(64, 32, 8, 1), "queries": Blocks(64, 32, 8, 1), "keys": Blocks(32, 64, 8, 1)}
+_SINGLE = {"forward": Blocks(64, 32, 4, 1), "queries": Blocks(64, 32, 4, 1), "keys": Blocks(32, 32, 4, 1)}
+
+
+def _blocks(kernel: str, packed: torch.Tensor) -> Blocks:
+    wide = packed.shape[3] > 128
+    if packed.element_size() == 4:
+        return replace(_SINGLE[kernel], queries=32) if wide else _SINGLE[kernel]
+    if packed.is_cuda and _capability(packed.device) >= (9, 0):
+        return (_HOPPER_WIDE if wide else _HOPPER)[kernel]
+    return (_EARLIER_WIDE if wide else _EARLIER)[kernel]
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _strides(states: torch.Tensor) -> tuple[int, int, int]:
+    """Of (batch, heads, tokens, head_dim), whose last dimension lies dense."""
+    return states.stride(0), states.stride(1), states.stride(2)
+
+
+def _dense(states: torch.Tensor) -> torch.Tensor:
+    return states if states.stride(3) == 1 else states.contiguous()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
+# Packed states are written by so many rows at a time, of which no block that is read has more.
+_ROOM = 128
+
+
+def _pack(states: torch.Tensor, places: torch.Tensor, counts: torch.Tensor, lists: int) -> torch.Tensor:
+    """(batch, heads, tokens, head_dim) in the order of a list of places: (batch, heads, slots, a power of two)."""
+    states = _dense(states)
+    batch, heads, tokens, head_dim = states.shape
+    packed = _empty_packed(states)
+    slots, block_d = packed.shape[2:]
+    _pack_kernel[(slots // _ROOM, batch * heads)](
+        states, packed, places, counts, *_strides(states), heads, tokens, slots, lists,
+        head_dim=head_dim, block_d=block_d, block_m=_ROOM, num_warps=8,
+    )  # fmt: skip
+    return packed
+
+
+def _empty_packed(states: torch.Tensor) -> torch.Tensor:
+    batch, heads, tokens, head_dim = states.shape
+    return states.new_empty(batch, heads, -(-tokens // _ROOM) * _ROOM, max(1 << (head_dim - 1).bit_length(), 16))
+
+
+def _empty_outputs(query: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the forward pass: the output, and of each branch its output and its normalisers, for so many text queries."""
+    batch, heads, tokens, head_dim = query.shape
+    return (
+        query.new_empty(batch, tokens, heads, head_dim),
+        query.new_empty(2, rows, heads, head_dim),
+        query.new_empty(2, heads, rows, dtype=torch.float32),
+    )
+
+
+def _empty_gradients(
+    gradient: torch.Tensor, key: torch.Tensor, keys: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of query, key and value, as a decoder's projections lie in memory; `gradient` is (batch, queries, heads, head_dim)."""
+    batch, tokens, heads, head_dim = gradient.shape
+    query_like = gradient.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    key_like, value_like = (gradient.new_empty(batch, keys, key.shape[1], head_dim).transpose(1, 2) for _ in range(2))
+    return query_like, key_like, value_like
+
+
+def _blocks_of(packed: torch.Tensor, rows: int) -> Any:
+    """Packed states as a kernel reads them, `rows` at a time."""
+    block_d = packed.shape[3]
+    return TensorDescriptor(packed, [packed.numel() // block_d, block_d], [block_d, 1], [rows, block_d])
+
+
+def _forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: FusedMask, scaling: float, softcap: float, save: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    value = _dense(value)
+    batch, heads, tokens, head_dim = query.shape
+    packed = (
+        _pack(query, mask.queries, mask.counts, 1),
+        _pack(key, mask.keys, mask.counts, 2),
+        _pack(value, mask.keys, mask.counts, 2),
+    )
+    cut = _blocks("forward", packed[0])
+    rows = mask.rows if save else 0
+    out, branches, normalisers = _empty_outputs(query, rows)
+    _forward_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
+        _blocks_of(packed[0], cut.queries), _blocks_of(packed[1], cut.keys), _blocks_of(packed[2], cut.keys),
+        value, out, branches, normalisers, mask.queries, mask.counts, mask.key_ranges, mask.own_key, *_strides(value),
+        scaling, softcap, heads, tokens, rows, packed[0].shape[2], packed[1].shape[2], group=heads // key.shape[1],
+        head_dim=head_dim, block_d=packed[0].shape[3], block_m=cut.queries, block_n=cut.keys,
+        capped=softcap > 0, windowed=mask.windowed, save=save, precision=_precision(query.dtype),
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return out, *packed, branches, normalisers
+
+
+def _backward(
+    out_gradient: torch.Tensor, saved: Sequence[torch.Tensor], mask: FusedMask, scaling: float, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, key, value, branches, normalisers = saved
+    gradient = _dense(out_gradient.transpose(1, 2))
+    batch, heads, tokens, head_dim = gradient.shape
+    kv_heads, kv_tokens = key.shape[1], mask.keys.shape[1]
+    rows, block_d = mask.rows, query.shape[3]
+    deltas, packed_gradient = torch.empty_like(normalisers), torch.empty_like(query)
+    query_gradient, key_gradient, value_gradient = _empty_gradients(out_gradient, key, kv_tokens)
+    common = dict(head_dim=head_dim, block_d=block_d)
+    exact = dict(
+        group=heads // kv_heads, capped=softcap > 0, windowed=mask.windowed, precision=_precision(query.dtype), **common
+    )
+    slots = (query.shape[2], key.shape[2])
+    _delta_kernel[(slots[0] // _ROOM, batch * heads)](
+        gradient, packed_gradient, branches, deltas, mask.queries, mask.counts, *_strides(gradient), heads, tokens, rows,
+        slots[0], block_m=_ROOM, num_warps=8, **common,
+    )  # fmt: skip
+    cut = _blocks("keys", query)
+    # One block more than there are keys for, as the last block of text keys may be partly filled.
+    _key_gradient_kernel[(triton.cdiv(kv_tokens, cut.keys) + 1, batch * kv_heads)](
+        _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
+        _blocks_of(packed_gradient, cut.queries), gradient, key_gradient, value_gradient, normalisers, deltas,
+        mask.keys, mask.counts, mask.key_ranges, mask.query_ranges, mask.own_key, *_strides(gradient),
+        *_strides(key_gradient), *_strides(value_gradient), scaling, softcap, heads, tokens, kv_tokens, rows, *slots,
+        block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
+    )  # fmt: skip
+    cut = _blocks("queries", query)
+    _query_gradient_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
+        _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
+        _blocks_of(packed_gradient, cut.queries), query_gradient, normalisers, deltas,
+        mask.queries, mask.counts, mask.key_ranges, *_strides(query_gradient), scaling, softcap,
+        heads, tokens, rows, *slots,
+        block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
+    )  # fmt: skip
+    return query_gradient, key_gradient, value_gradient
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, mask: FusedMask, scaling: float, softcap: float) -> torch.Tensor:
+        with torch.cuda.device_of(query):
+            out, *saved = _forward(query, key, value, mask, scaling, softcap, save=True)
+        ctx.save_for_backward(*saved)
+        ctx.options = mask, scaling, softcap
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
+        with torch.cuda.device_of(gradient):
+            return *_backward(gradient, ctx.saved_tensors, *ctx.options), None, None, None
+
+
+# The same as operators, for a compiled graph, which does not look into them. Two versions of this file may be loaded in one
+# process, as the remote code of two checkpoints: each has operators of its own.
+_NAMESPACE = "dsvl_" + "".join(c if c.isalnum() else "_" for c in __name__)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::mmca", mutates_args=())
+def _mmca(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lists: list[torch.Tensor],
+    rows: int,
+    windowed: bool,
+    scaling: float,
+    softcap: float,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _forward(query, key, value, FusedMask.of(lists, rows, windowed), scaling, softcap, save)
+
+
+@_mmca.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: Any, rows: int, *options: Any) -> Any:
+    packed = tuple(_empty_packed(states) for states in (query, key, value))
+    out, branches, normalisers = _empty_outputs(query, rows if options[-1] else 0)
+    return out, *packed, branches, normalisers
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::mmca_backward", mutates_args=())
+def _mmca_backward(
+    gradient: torch.Tensor,
+    saved: list[torch.Tensor],
+    lists: list[torch.Tensor],
+    rows: int,
+    windowed: bool,
+    scaling: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _backward(gradient, saved, FusedMask.of(lists, rows, windowed), scaling, softcap)
+
+
+@_mmca_backward.register_fake
+def _(gradient: torch.Tensor, saved: Any, lists: Any, *options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _empty_gradients(gradient, saved[1], lists[1].shape[1])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    query, key, value, lists, *options, save = inputs
+    ctx.save_for_backward(*lists, *output[1:])
+    ctx.options = options
+
+
+def _compiled_backward(ctx: Any, gradient: torch.Tensor, *unused: Any) -> tuple:
+    lists, saved = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
+    return *_mmca_backward(gradient, list(saved), list(lists), *ctx.options), None, None, None, None, None, None
+
+
+_mmca.register_autograd(_compiled_backward, setup_context=_save_for_backward)
+
+
+def fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: FusedMask,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """MMCA of one layer.
+
+    Args:
+        query: (batch, heads, queries, head_dim), bf16, fp16 or fp32, on an NVIDIA GPU.
+        key, value: (batch, key-value heads, keys, head_dim), of the same dtype.
+        mask: who sees whom; may be shared by all layers that see alike.
+        scaling: by what the products of queries and keys are multiplied.
+        softcap: to what the scores are capped, by softcap * tanh(scores / softcap).
+
+    Returns:
+        (batch, queries, heads, head_dim)
+
+    Raises:
+        ValueError: if values are not as wide as keys, or tensors have different dtypes.
+    """
+    if key.shape != value.shape or query.shape[3] != key.shape[3] or not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            "The fused kernels want queries, keys and values of one width and dtype; got a query "
+            f"{tuple(query.shape)} {query.dtype}, a key {tuple(key.shape)} {key.dtype} and a value {tuple(value.shape)} "
+            f"{value.dtype}. Choose "
+            "attn_implementation='eager' or 'flex_attention'."
+        )
+    save = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    options = float(scaling), float(softcap or 0.0)
+    if torch.compiler.is_compiling():
+        return _mmca(query, key, value, mask.lists, mask.rows, mask.windowed, *options, save)[0]
+    if save:
+        return _FusedAttention.apply(query, key, value, mask, *options)
+    with torch.cuda.device_of(query):
+        return _forward(query, key, value, mask, *options, save)[0]

@@ -1,0 +1,118 @@
+"""`PictureCache`: what a decoder computed for pictures, which any prompt may use; see reuse_dsvl.py."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+FORMAT = "dsvl_picture_cache_1"
+
+
+def reuse_is_exact(config: Any) -> bool:
+    """Whether what a model computed for a prefix holds when the conversation goes on.
+
+    Not under "mmca_reference", whose earlier texts see later pictures; nor with pictures in reversed places, each of which
+    moves when another comes; nor where the positions' frequencies depend on how long the whole is.
+    """
+    return not (
+        config.multimodal_attention == "mmca_reference" or config.reversed_pictures or changing_ropes(config.text_config)
+    )
+
+
+def changing_ropes(text_config: Any) -> list[str]:
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    return [kind for kind in kinds if kind in ("dynamic", "longrope")]
+
+
+class PictureCache:
+    """The keys and values of pictures in every layer of one model's decoder, before rotation.
+
+    `cache[2]`, `cache[1:3]` and `cache[[2, 0, 0]]` are caches of these pictures in this order; `PictureCache.cat` joins
+    several. A picture takes 2 x layers x image_seq_length x key-value heads x head_dim numbers: with LLaMA-7B, CLIP
+    ViT-L/14 (257 tokens) and 16 bits 128.5 MiB, with 8 key-value heads a quarter of it.
+
+    Args:
+        keys, values: (layers, pictures, image_seq_length, key-value heads, head_dim), in the model's dtype.
+        fingerprint: of the model that they belong to (`DSVLModel.picture_fingerprint`).
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, fingerprint: str) -> None:
+        self.keys, self.values, self.fingerprint = keys, values, fingerprint
+
+    def __len__(self) -> int:
+        return self.keys.shape[1]
+
+    def __repr__(self) -> str:
+        return f"PictureCache({len(self)} pictures, {self.nbytes / 2**20:.1f} MiB, {self.dtype}, {self.device})"
+
+    def __iter__(self) -> Iterator["PictureCache"]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, pictures: int | slice | Sequence[int] | torch.Tensor) -> "PictureCache":
+        if isinstance(pictures, int):
+            pictures = [pictures]
+        if not isinstance(pictures, slice):
+            pictures = torch.as_tensor(pictures, device=self.device)
+        return PictureCache(self.keys[:, pictures], self.values[:, pictures], self.fingerprint)
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def to(self, *args: Any, **kwargs: Any) -> "PictureCache":
+        """Move or convert; the arguments are those of `torch.Tensor.to`."""
+        return PictureCache(self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs), self.fingerprint)
+
+    @classmethod
+    def cat(cls, caches: Sequence["PictureCache"]) -> "PictureCache":
+        """One cache of all pictures of several, in this order.
+
+        Raises:
+            ValueError: if there are none, or they belong to different models.
+        """
+        if len({cache.fingerprint for cache in caches}) != 1:
+            raise ValueError(
+                f"{len(caches)} picture caches of {len({c.fingerprint for c in caches})} different models cannot be joined; "
+                "pass at least one, all encoded by the same model."
+            )
+        return cls(
+            torch.cat([cache.keys for cache in caches], 1),
+            torch.cat([cache.values for cache in caches], 1),
+            caches[0].fingerprint,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        metadata = {"format": FORMAT, "fingerprint": self.fingerprint}
+        save_file({"keys": self.keys.contiguous(), "values": self.values.contiguous()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "PictureCache":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is something else.
+        """
+        with safe_open(path, "pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"{str(path)!r} has the format {metadata.get('format')!r}, not {FORMAT!r}; pass a file that "
+                    "PictureCache.save of this version wrote, or encode the pictures again."
+                )
+            return cls(file.get_tensor("keys"), file.get_tensor("values"), metadata["fingerprint"])
+
+
+__all__ = ["PictureCache", "reuse_is_exact"]
