@@ -283,7 +283,16 @@ class DSVLReuseMixin(DSVLPicturesMixin):
 
         Args:
             options: of `torch.compile`.
+
+        Raises:
+            ValueError: for a mode of CUDA graphs: the decoder's would take the turned keys out of the memory of another
+                graph, which torch does not allow.
         """
+        if options.get("mode") in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"mode={options['mode']!r} records CUDA graphs, by which keys and decoder cannot be computed one after the "
+                "other; pass mode='default' or 'max-autotune-no-cudagraphs'."
+            )
         self._run_decoder = torch.compile(run_decoder, **options)
         self._turn_keys = torch.compile(turn_keys, **options)
 

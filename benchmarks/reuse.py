@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--backend", default="sdpa", help="sdpa, eager, flex_attention")
     parser.add_argument("--cache-implementation", choices=("dynamic", "static"), default="dynamic")
-    parser.add_argument("--compile", choices=("default", "reduce-overhead"), help="model.compile_text_prefill(mode=...)")
+    parser.add_argument("--compile", action="store_true", help="model.compile_text_prefill()")
     parser.add_argument("--out", help="write the figures as JSON")
     options = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
 
     encoding = [seconds(lambda: model.encode_pictures(pixels).keys.flatten()[None])[0] for _ in range(WARM_UP)]
     cache = model.encode_pictures(pixels)
-    if options.compile is not None:
-        model.compile_text_prefill(mode=options.compile)
+    if options.compile:
+        model.compile_text_prefill()
     how = {"max_new_tokens": 1, "do_sample": False, "disable_compile": True}
     how["cache_implementation"] = None if options.cache_implementation == "dynamic" else "static"
     ways = {

@@ -195,17 +195,15 @@ def test_prompts_over_encoded_pictures_are_the_whole_prefill(family, backend):
         assert prefills(model, inputs, away.to("cuda"))[1].equal(got)
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_text_over_encoded_pictures_may_be_compiled(mode):
+def test_text_over_encoded_pictures_may_be_compiled():
     torch.backends.cuda.matmul.allow_tf32 = False
     torch._dynamo.reset()
     model = tiny_model(dtype=torch.float32, hidden_size=128, initializer_range=0.1).cuda()
-    model.compile_text_prefill(mode=mode)
-    for _ in range(3):  # CUDA graphs are recorded at the second call of a shape
-        for layouts in (PROMPTS, ("tItIIt",), ("tItIIttt",)):
-            inputs = on_gpu(batch(*layouts, dtype=torch.float32))
-            expected, got = prefills(model, inputs, model.encode_pictures(inputs["pixel_values"]))
-            torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+    model.compile_text_prefill()
+    for layouts in (PROMPTS, ("tItIIt",), ("tItIIttt",)):
+        inputs = on_gpu(batch(*layouts, dtype=torch.float32))
+        expected, got = prefills(model, inputs, model.encode_pictures(inputs["pixel_values"]))
+        torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("kind", [None, "static"])

@@ -283,6 +283,12 @@ def test_beams_and_samples_are_the_same(options, layouts):
     assert results[0].equal(results[1])
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_of_the_text_are_refused(mode):
+    with pytest.raises(ValueError, match=f"mode='{mode}' records CUDA graphs"):
+        tiny_model().compile_text_prefill(mode=mode)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_the_text_may_be_computed_by_a_compiled_decoder(family):
