@@ -6,7 +6,7 @@ OLDEST ?= .venv-oldest
 # Threads that wait busily slow small models down beside anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-deepspeed test test-slow bench-gpu clean
+.PHONY: demo demo-deepspeed test test-slow bench bench-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m dsvl.demo --overwrite
@@ -23,6 +23,11 @@ test: $(VENV)/ready $(OLDEST)/ready
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest tests -m slow
+
+# Small measurements on a CPU.
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/attention_cpu.py
+	$(BIN)/python benchmarks/reuse.py
 
 # On a machine with an NVIDIA GPU, in an environment of its own: `pip install -e .` and then this, with BIN naming its bin.
 bench-gpu:

@@ -307,6 +307,8 @@ class MultimodalMask:
     text_mask: Any  # what the backend takes; None where it is plainly causal, for which sdpa has the fastest kernels
     image_mask: Any
     sees_image: torch.Tensor | None  # (batch, text queries, 1, 1); None where the backend itself gives 0 for no key
+    # On a CPU under sdpa: the image branch in parts, (first query, last, image keys in reach, mask or None for all of them).
+    image_parts: list[tuple[int, int, int, torch.Tensor | None]] | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "MultimodalMask":
         """Move every tensor: a model spread over devices by accelerate calls this."""
@@ -317,6 +319,8 @@ class MultimodalMask:
                 value = value.to(device, non_blocking=non_blocking)
             elif hasattr(value, "to"):  # a BlockMask
                 value = value.to(device)
+            elif field.name == "image_parts":
+                value = None
             moved[field.name] = value
         return MultimodalMask(**moved)
 
@@ -386,8 +390,10 @@ def multimodal_mask(
     softcapped = getattr(text_config, "attn_logit_softcapping", None) is not None
     plainly_causal = visibility.is_causal and same_text and backend != "eager" and not softcapped
     text_mask = None if plainly_causal else build(sees_text, text_keys)
-    image_mask, any_image = build(sees_image, image_keys), None
+    image_mask, any_image, image_parts = build(sees_image, image_keys), None, None
     if backend == "sdpa":
+        if visibility.device.type == "cpu" and not torch.compiler.is_compiling():
+            image_parts = _image_parts(image_mask)
         any_image = image_mask.any(-1, keepdim=True)
         image_mask = image_mask | ~any_image  # a row without a key is NaN in some kernels; its result is not used
     elif backend == "eager":
@@ -402,7 +408,31 @@ def multimodal_mask(
         text_mask=text_mask,
         image_mask=image_mask,
         sees_image=None if any_image is None else any_image.transpose(1, 2),
+        image_parts=image_parts,
     )
+
+
+# Fewer queries are not worth a call of their own.
+_LEAST_PART = 256
+
+
+def _image_parts(mask: torch.Tensor) -> list[tuple[int, int, int, torch.Tensor | None]]:
+    """Cut a (batch, 1, text queries, image keys) mask where a picture comes into sight: the queries before need not be
+    multiplied with it, and those that see all that came until then need no mask."""
+    queries, keys = mask.shape[2:]
+    seen = mask.any(0)[0]
+    reach = torch.where(seen.any(-1), keys - seen.flip(-1).to(torch.uint8).argmax(-1), 0)
+    cuts = [0]
+    for place in (reach.diff().nonzero()[:, 0] + 1).tolist():
+        if place - cuts[-1] >= _LEAST_PART and queries - place >= _LEAST_PART:
+            cuts.append(place)
+    parts: list[tuple[int, int, int, torch.Tensor | None]] = []
+    for first, last in zip(cuts, [*cuts[1:], queries], strict=True):
+        in_reach = int(reach[first:last].max())
+        part = mask[:, :, first:last, :in_reach]
+        # A row without a key is NaN in some kernels; its result is not used.
+        parts.append((first, last, in_reach, None if part.all() else part | ~part.any(-1, keepdim=True)))
+    return parts
 
 
 # How many pairs of a mask function are looked at together.
@@ -551,7 +581,17 @@ def _gathered_attention(
         return attend(module, text_query, _take(key, keys), _take(value, keys), branch_mask, **kwargs)
 
     output, text_weights = branch(mask.text_keys, mask.text_mask)
-    image_output, image_weights = branch(mask.image_keys, mask.image_mask)
+    if mask.image_parts is None:
+        image_output, image_weights = branch(mask.image_keys, mask.image_mask)
+    else:
+        image_key, image_value, image_weights = _take(key, mask.image_keys), _take(value, mask.image_keys), None
+        parts = [output.new_zeros(len(output), last - first, *output.shape[2:]) for first, last, _, _ in mask.image_parts]
+        for number, (first, last, keys, part_mask) in enumerate(mask.image_parts):
+            if keys:
+                states = text_query[:, :, first:last], image_key[:, :, :keys], image_value[:, :, :keys]
+                options = kwargs | {"is_causal": False}
+                parts[number] = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *states, part_mask, **options)[0]
+        image_output = torch.cat(parts, dim=1)
     if mask.sees_image is not None:
         image_output = torch.where(mask.sees_image, image_output, 0)
         if image_weights is not None:

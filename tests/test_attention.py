@@ -1,10 +1,14 @@
 """MMCA computes what its definition says, in every backend and decoder."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from conftest import _COMMON, FAMILIES, IMAGE_ID, batch, pictures, rows, tiny_model
 from plain_loop import PlainLoop, run_by_loop
+
+from dsvl import attention_dsvl
 
 LAYOUTS = ("tttItttIIttt", "Itt", "ttttttttttttt", "tI", "IItItttttttI", "ttttttttttttttttIt")
 
@@ -170,3 +174,27 @@ def test_eager_returns_the_weights_it_used():
     # text before a picture 1; after it 2; an image token, like padding, its own value alone
     torch.testing.assert_close(sums[0], torch.tensor([1.0] * 7 + [2, 2] + [1] * 5 + [2], dtype=torch.float64))
     torch.testing.assert_close(sums[1], torch.tensor([1.0] * 7 + [1] * 5 + [2] * 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_the_image_branch_in_parts_is_the_whole(family, least, monkeypatch):
+    """Cut where pictures come into sight, in a padded batch and alone, with a window."""
+    monkeypatch.setattr(attention_dsvl, "_LEAST_PART", least)
+    cut = []
+    parts = attention_dsvl._image_parts
+    monkeypatch.setattr(attention_dsvl, "_image_parts", lambda mask: cut.append(parts(mask)) or cut[-1])
+    sdpa = tiny_model(family, backend="sdpa", **({"sliding_window": 9} if family == "mistral" else {}))
+    eager = copy.deepcopy(sdpa)
+    eager.set_attn_implementation({"text_config": "eager"})
+    for layouts in (("ttIttttIttttIIttt", "IttttItt", "ttttttIttttt", "tttt"), ("tttIttttttIttttt",)):
+        inputs = batch(*layouts)
+        real = inputs["attention_mask"].bool()
+        got, expected = (model(**inputs).logits[real] for model in (sdpa, eager))
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
+        (got.square().sum() + expected.square().sum()).backward()
+    for ours, theirs in zip(sdpa.parameters(), eager.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-9)
+    assert any(len(found) > 2 for found in cut)
+    assert family == "mistral" or any(keys and mask is None for found in cut for _, _, keys, mask in found)
