@@ -7,6 +7,7 @@ import torch
 import transformers
 from conftest import _COMMON, FAMILIES, IMAGE_ID, batch, pictures, rows, tiny_model
 from plain_loop import PlainLoop, run_by_loop
+from transformers import StaticCache
 
 from dsvl import attention_dsvl
 
@@ -198,3 +199,43 @@ def test_the_image_branch_in_parts_is_the_whole(family, least, monkeypatch):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-9)
     assert any(len(found) > 2 for found in cut)
     assert family == "mistral" or any(keys and mask is None for found in cut for _, _, keys, mask in found)
+
+
+def dense_edges(visible):
+    """The interval that each query sees, read off the whole mask; without padding, all rows of which are alike here."""
+    seen = visible.dense()[:, 0].to(torch.uint8)
+    return seen.argmax(-1), seen.shape[-1] - seen.flip(-1).argmax(-1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("pairs", [10**6, 40])
+def test_what_a_query_sees_is_told_as_an_interval(family, pairs, monkeypatch):
+    """Whole prompts, packed documents, windows, prompts that go on from a cache: what the fused kernels are told."""
+    monkeypatch.setattr(attention_dsvl, "_PAIRS_AT_ONCE", pairs)
+    config = tiny_model(family, **({} if family == "llama" else {"sliding_window": 5})).config.text_config
+    embeds, found = torch.zeros(2, 12, 4), 0
+    documents = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0, 1]] * 2)
+    static = StaticCache(config=config, max_cache_len=20)
+    for position_ids, cache in ((None, None), (documents, None), (None, static)):
+        for visible in attention_dsvl.visibilities(config, embeds, None, cache, position_ids).values():
+            edges = attention_dsvl._visible_edges(visible)
+            since, up_to = dense_edges(visible)
+            if edges == (None, None):  # from the first key to its own
+                assert not since.any() and up_to.equal(torch.arange(12).add(1).expand(2, 12))
+            else:
+                assert edges[0].equal(since) and edges[1].equal(up_to)
+                found += 1
+    assert found >= (1 if family == "llama" else 2)
+
+
+def test_what_is_no_interval_is_not_fused():
+    config = tiny_model().config.text_config
+    (visible,) = attention_dsvl.visibilities(config, torch.zeros(1, 8, 4), None, None, None).values()
+    visible.is_causal = False
+    for function in (
+        lambda b, h, q, k: (k <= q) & (k != 2),  # a hole
+        lambda b, h, q, k: (k <= q) & (k >= 4 - q),  # one that goes back
+        lambda b, h, q, k: k < q,  # nothing at all
+    ):
+        visible.mask_function = function
+        assert attention_dsvl._visible_edges(visible) is None
