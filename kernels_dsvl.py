@@ -33,14 +33,18 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, training: bool = False) -> bool:
-    """Whether the kernels are to compute a decoder's attention: on an NVIDIA GPU of compute capability 8.0 or later, with
-    Triton, for scores in half precision, heads of up to 256, and no dropout."""
+    """Whether the kernels are to compute a decoder's attention: on an NVIDIA GPU of the Hopper generation (H100,
+    H200), with Triton, for scores in half precision, heads of up to 256, and no dropout.
+
+    Earlier GPUs have no memory accelerator that reads a block without registers, and the kernels spill there; later ones
+    compile them, but nobody has measured them yet.
+    """
     if triton is None or device.type != "cuda" or torch.version.cuda is None or dtype not in DTYPES:
         return False
     heads = text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     dropped = training and (getattr(text_config, "attention_dropout", None) or 0) > 0
-    return head_dim <= MAX_HEAD_DIM and not dropped and _capability(device) >= (8, 0)
+    return head_dim <= MAX_HEAD_DIM and not dropped and _capability(device)[0] == 9
 
 
 @dataclass
@@ -557,11 +561,9 @@ class Blocks:
     stages: int
 
 
-# What measured best with heads of 128 in half precision on Hopper; what shared memory and registers hold elsewhere.
-_HOPPER = {"forward": Blocks(64, 64, 4, 3), "queries": Blocks(128, 64, 8, 3), "keys": Blocks(32, 64, 4, 3)}
-_HOPPER_WIDE = {"forward": Blocks(64, 64, 8, 2), "queries": Blocks(64, 32, 8, 2), "keys": Blocks(32, 64, 8, 2)}
-_EARLIER = {"forward": Blocks(64, 64, 4, 2), "queries": Blocks(64, 64, 4, 1), "keys": Blocks(32, 64, 4, 2)}
-_EARLIER_WIDE = {"forward": Blocks(64, 32, 8, 1), "queries": Blocks(64, 32, 8, 1), "keys": Blocks(32, 64, 8, 1)}
+# What measured best with heads of 128 in half precision on Hopper; what its shared memory and registers hold otherwise.
+_NARROW = {"forward": Blocks(64, 64, 4, 3), "queries": Blocks(128, 64, 8, 3), "keys": Blocks(32, 64, 4, 3)}
+_WIDE = {"forward": Blocks(64, 64, 8, 2), "queries": Blocks(64, 32, 8, 2), "keys": Blocks(32, 64, 8, 2)}
 _SINGLE = {"forward": Blocks(64, 32, 4, 1), "queries": Blocks(64, 32, 4, 1), "keys": Blocks(32, 32, 4, 1)}
 
 
@@ -569,9 +571,7 @@ def _blocks(kernel: str, packed: torch.Tensor) -> Blocks:
     wide = packed.shape[3] > 128
     if packed.element_size() == 4:
         return replace(_SINGLE[kernel], queries=32) if wide else _SINGLE[kernel]
-    if packed.is_cuda and _capability(packed.device) >= (9, 0):
-        return (_HOPPER_WIDE if wide else _HOPPER)[kernel]
-    return (_EARLIER_WIDE if wide else _EARLIER)[kernel]
+    return (_WIDE if wide else _NARROW)[kernel]
 
 
 @lru_cache
