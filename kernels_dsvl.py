@@ -1,17 +1,17 @@
-"""MMCA fused into one kernel each way, for NVIDIA GPUs: no score is ever stored, no token is gathered.
+"""MMCA in fused kernels, for NVIDIA GPUs: no score is ever stored.
 
 The definition is in attention_dsvl.py. What makes it fast: text keys and image keys are two lists of places, and what a
 text query sees is an interval of each list (all of it up to some place, under plain causality). So a block of queries
-walks two short lists whose inner blocks need no mask, and keys that no query of the block sees are never read. A query
-that is not text is copied from its own value. Softmaxes are computed online, and the backward pass recomputes them from
-their saved normalisers (FlashAttention-2, arXiv 2307.08691), once for each of the two branches.
+walks two short lists whose inner blocks need no mask, and keys that no query of the block sees are never read. States are
+packed in the order of the lists first, so that a block is read as one. A query that is not text is copied from its own
+value. Softmaxes are computed online, and the backward pass recomputes them from their saved normalisers (FlashAttention-2,
+arXiv 2307.08691), once for each of the two branches.
 
-Written in Triton, which comes with PyTorch for CUDA; without it `is_available()` is False.
+Written in Triton, which comes with PyTorch for CUDA; without it `can_fuse` is False.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,7 +26,6 @@ try:
 except ImportError:
     triton = tl = None
 
-LOG2_E = math.log2(math.e)
 MAX_HEAD_DIM = 256
 # In single precision the kernels are right, but their products leave no registers for anything else: others are faster.
 DTYPES = (torch.bfloat16, torch.float16)
@@ -804,8 +803,7 @@ def fused_attention(
         raise ValueError(
             "The fused kernels want queries, keys and values of one width and dtype; got a query "
             f"{tuple(query.shape)} {query.dtype}, a key {tuple(key.shape)} {key.dtype} and a value {tuple(value.shape)} "
-            f"{value.dtype}. Choose "
-            "attn_implementation='eager' or 'flex_attention'."
+            f"{value.dtype}. Choose attn_implementation='eager' or 'flex_attention'."
         )
     save = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     options = float(scaling), float(softcap or 0.0)

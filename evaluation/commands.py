@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..chat.commands import add_generation_arguments, add_loading_arguments, generation_options
+from .compare import add_report_arguments, write_reports
 
 if TYPE_CHECKING:
     from .answers import AnswerFile
@@ -20,8 +21,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("data", metavar="DATA", help="conversations as for dsvl train, or a file of DeepSpeed-VisualChat's")
     parser.add_argument("--split", default="train", help="of a data set that has several (default train)")
     parser.add_argument("--out", metavar="FILE", default="answers.jsonl", help="JSON lines (default answers.jsonl)")
-    parser.add_argument("--csv", metavar="FILE", help="write a table for spreadsheets as well")
-    parser.add_argument("--html", metavar="FILE", help="write a page with the pictures as well")
+    add_report_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time (default 8)")
     parser.add_argument(
         "--given-answers", action="store_true", help="ask follow-ups after the data's answers, not after the model's own"
@@ -91,16 +91,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if not file.answers:
         raise ValueError(f"no question of {arguments.data} could be asked.")
     runs = {Path(header["model"]).name: list(file.answers.values())}
-    if arguments.csv is not None:
-        from .report import write_csv
-
-        write_csv(arguments.csv, runs)
-        print(arguments.csv)
-    if arguments.html is not None:
-        from .report import write_html
-
-        write_html(arguments.html, runs, title=Path(arguments.data).name, allow_urls=arguments.allow_urls)
-        print(arguments.html)
+    write_reports(arguments, runs, title=Path(arguments.data).name)
 
 
 def _options(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:

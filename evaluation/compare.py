@@ -14,8 +14,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add `dsvl compare` to the command's parser."""
     parser = commands.add_parser("compare", help="the answers of evaluations side by side: scores, a table, a page")
     parser.add_argument("answers", nargs="+", metavar="ANSWERS", help="JSON lines that dsvl evaluate wrote")
-    parser.add_argument("--csv", metavar="FILE", help="write a table for spreadsheets")
-    parser.add_argument("--html", metavar="FILE", help="write a page with the pictures")
+    add_report_arguments(parser)
     parser.add_argument("--allow-urls", action="store_true", help="fetch pictures that are http(s) addresses for the page")
     parser.set_defaults(run=_compare)
 
@@ -37,15 +36,26 @@ def _compare(arguments: argparse.Namespace) -> None:
             print("\n".join(table(common)))
         else:
             print("\nThere is no round that all have.")
-    if arguments.csv is not None:
-        from .report import write_csv
+    write_reports(arguments, runs)
 
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `write_reports` reads."""
+    parser.add_argument("--csv", metavar="FILE", help="write a table for spreadsheets as well")
+    parser.add_argument("--html", metavar="FILE", help="write a page with the pictures as well")
+
+
+def write_reports(arguments: argparse.Namespace, runs: "Mapping[str, list[Record]]", **page: str) -> None:
+    """Write the table and the page that were asked for, and say where; `page` goes to `report.write_html`."""
+    if arguments.csv is None and arguments.html is None:
+        return
+    from .report import write_csv, write_html
+
+    if arguments.csv is not None:
         write_csv(arguments.csv, runs)
         print(arguments.csv)
     if arguments.html is not None:
-        from .report import write_html
-
-        write_html(arguments.html, runs, allow_urls=arguments.allow_urls)
+        write_html(arguments.html, runs, allow_urls=arguments.allow_urls, **page)
         print(arguments.html)
 
 
