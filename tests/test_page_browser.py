@@ -111,7 +111,7 @@ def test_a_conversation_about_two_pictures(parts: tuple[Any, Any], browser: Any,
         assert person.box.input_value() == "And the first?"
         person.press("Undo")
         eventually(lambda: person.answers.count() == 0)
-        assert person.page.locator(".thumbnails img").count() == 2
+        eventually(lambda: person.page.locator(".thumbnails img").count() == 2)
         person.box.press("Enter")
         person.wait()
         assert person.last_answer().split() == expected[0].split()
