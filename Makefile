@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
+# Where the benchmarks write their figures.
+RESULTS ?= bench_output
 # Threads that wait busily slow small models down beside anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -24,18 +26,22 @@ test: $(VENV)/ready $(OLDEST)/ready
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest tests -m slow
 
-# Small measurements on a CPU.
+# Small measurements on a CPU, on one thread.
+bench: export OMP_NUM_THREADS := 1
 bench: $(VENV)/ready
-	$(BIN)/python benchmarks/attention_cpu.py
-	$(BIN)/python benchmarks/reuse.py
+	$(BIN)/python benchmarks/attention.py --budget 0.7 --out $(RESULTS)/attention.json
+	$(BIN)/python benchmarks/training_step.py --rounds 3 --out $(RESULTS)/training_step.json
+	$(BIN)/python benchmarks/chat.py --repeats 5 --out $(RESULTS)/chat.json
+	$(BIN)/python benchmarks/reuse.py --repeats 5 --out $(RESULTS)/reuse.json
 
-# On a machine with an NVIDIA GPU, in an environment of its own: `pip install -e .` and then this, with BIN naming its bin.
+# On a machine with an NVIDIA GPU, in an environment of its own: `pip install -e '.[gpu,train]'` and then this, with BIN
+# naming its bin.
 bench-gpu:
-	$(BIN)/python benchmarks/attention.py
-	$(BIN)/python benchmarks/training_step.py
-	$(BIN)/python benchmarks/fine_tuning.py
-	$(BIN)/python benchmarks/chat.py --size 7b
-	$(BIN)/python benchmarks/reuse.py --size 7b
+	$(BIN)/python benchmarks/attention.py --out $(RESULTS)/attention.json
+	$(BIN)/python benchmarks/training_step.py --out $(RESULTS)/training_step.json
+	$(BIN)/python benchmarks/fine_tuning.py --out $(RESULTS)/fine_tuning.json
+	$(BIN)/python benchmarks/chat.py --size 7b --out $(RESULTS)/chat.json
+	$(BIN)/python benchmarks/reuse.py --size 7b --out $(RESULTS)/reuse.json
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,4 +56,4 @@ $(OLDEST)/ready: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo_output build *.egg-info
+	rm -rf $(VENV) $(OLDEST) demo_output bench_output build *.egg-info

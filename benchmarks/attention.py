@@ -1,24 +1,53 @@
-"""One attention layer of a 7B decoder on a GPU: MMCA beside plain causal sdpa, forward and forward + backward.
+"""One attention layer: MMCA beside plain causal sdpa and the released arithmetic, forward and forward + backward, in turns.
 
-python benchmarks/attention.py [--shapes 2x4096 1x32768] [--shares 0 0.5 0.88] [--out attention.json]
+    python benchmarks/attention.py [--shapes 2x4096 1x32768] [--shares 0 0.5 0.88] [--ways fused released] [--out FILE]
 
-"causal sdpa" is what transformers calls for a plain decoder, with the kernel that PyTorch itself picks. Times are the
-device's: each step is a CUDA graph (but flex_attention's, which cannot be one). What Python needs to launch it is in the
-table "as called".
+On a GPU it is a layer of a 7B decoder in bf16 (32 heads of 128, pictures of 257 tokens), on a CPU a small one in float32 (8
+heads of 64, pictures of 64). "causal sdpa" is what transformers calls for a plain decoder, with the kernel that PyTorch
+itself picks. On a GPU times are the device's: each step is a CUDA graph (but flex_attention's, which cannot be one). What
+Python needs to launch it is in the table "as called". TFLOP/s count the scores that exist by a row's own definition.
 """
 
 import argparse
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from measure import graphed, in_turns, report, write
+from flops import attention_flops, attention_pairs
+from measure import Table, describe_device, device_type, graphed, in_turns, peak_gib, report, utilise, write
+from released import additive_masks, free_bytes, needed_bytes, released_attention
 from torch import nn
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsvl.attention_dsvl import multimodal_mask, routed_name, visibilities
+from dsvl.kernels_dsvl import can_fuse
 
-PER_PICTURE = 257
-WAYS = ("fused", "gathered sdpa", "flex_attention")
+WAYS = ("fused", "gathered sdpa", "flex_attention", "released")
+BASE = "causal sdpa"
+FORWARD, BOTH = "forward", "forward + backward"
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What is measured of a decoder, and what a picture takes of it; `head_dim` in channels, `per_picture` in tokens."""
+
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    per_picture: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        grouped = "" if self.heads == self.key_value_heads else f" ({self.key_value_heads} of keys and values)"
+        return f"{self.heads} heads{grouped} of {self.head_dim}, {str(self.dtype).removeprefix('torch.')}"
+
+
+HEADS = {"cuda": Heads(32, 32, 128, 257, torch.bfloat16), "cpu": Heads(8, 8, 64, 64, torch.float32)}
 
 
 class Layer(nn.Module):
@@ -30,92 +59,239 @@ class Layer(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
 
 
-def token_types(batch: int, tokens: int, pictures: int) -> torch.Tensor:
-    """Pictures spread evenly over the sequence."""
+def token_types(batch: int, tokens: int, pictures: int, per_picture: int) -> torch.Tensor:
+    """Pictures spread evenly over the sequence: (batch, tokens), 1 = image."""
     types = torch.zeros(batch, tokens, dtype=torch.long)
     for number in range(pictures):
         start = 1 + number * (tokens // pictures)
-        types[:, start : start + PER_PICTURE] = 1
-    assert types.sum() == batch * pictures * PER_PICTURE
-    return types.cuda()
+        types[:, start : start + per_picture] = 1
+    if types.sum() != batch * pictures * per_picture:
+        raise ValueError(f"{pictures} pictures of {per_picture} tokens do not fit into {tokens} tokens; ask for fewer.")
+    return types
 
 
-def measure(batch: int, tokens: int, pictures: int, ways: list[str], heads: int = 32) -> dict:
-    config = LlamaConfig(hidden_size=4096, num_attention_heads=heads, num_key_value_heads=heads, head_dim=128)
-    layer = Layer(config)
-    shape = (batch, tokens, heads, 128)  # in memory, as a decoder's projections leave them
-    states = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3)]
-    query, key, value = states
-    gradient = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    embeds = torch.empty(batch, tokens, 0, device="cuda", dtype=torch.bfloat16)
-    types = token_types(batch, tokens, pictures)
-    codes = torch.zeros(1, 1, 1, 1, dtype=torch.int8, device="cuda") if pictures else None
+class Attention:
+    """The inputs of one layer, and the ways to compute its attention.
 
-    def causal() -> torch.Tensor:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](layer, query, key, value, None, scaling=128**-0.5)[0]
+    Args:
+        size: of the layer.
+        batch, tokens, pictures: of the inputs; a sample has so many tokens and pictures.
+    """
 
-    def build(way: str):
-        config._attn_implementation = "flex_attention" if way == "flex_attention" else "sdpa"
-        # Dropout is one of the things that the fused kernels leave to the others.
-        config.attention_dropout = 0.1 if way == "gathered sdpa" else 0.0
-        visible = visibilities(config, embeds, None, None, None)[None]
-        return multimodal_mask(
-            visible, types, config, torch.bfloat16, way == "gathered sdpa", batch * pictures * PER_PICTURE
+    def __init__(self, size: Heads, batch: int, tokens: int, pictures: int) -> None:
+        self.size, self.pictures, self.device = size, pictures, device_type()
+        self.config = LlamaConfig(
+            hidden_size=size.heads * size.head_dim,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.key_value_heads,
+            head_dim=size.head_dim,
+            attn_implementation="sdpa",
         )
+        self.layer, self.scaling = Layer(self.config), size.head_dim**-0.5
 
-    def mmca(way: str):
-        masks = {None: build(way)}
+        def states(heads: int) -> torch.Tensor:  # in memory, as a decoder's projections leave them
+            return torch.randn(batch, tokens, heads, size.head_dim, device=self.device, dtype=size.dtype)
+
+        self.gradient = states(size.heads)
+        self.states = [
+            states(heads).transpose(1, 2).requires_grad_()
+            for heads in (size.heads, size.key_value_heads, size.key_value_heads)
+        ]
+        self.types = token_types(batch, tokens, pictures, size.per_picture).to(self.device)
+
+    def __str__(self) -> str:
+        batch, tokens = self.types.shape
+        share = self.pictures * self.size.per_picture / tokens
+        return f"{batch} x {tokens} tokens, {self.pictures} pictures of {self.size.per_picture} ({share:.0%}), {self.size}"
+
+    def left_out(self, way: str, backward: bool = True) -> str | None:
+        """Why a way cannot be measured here, if it cannot."""
+        if way == "fused" and not can_fuse(self.config, self.size.dtype, torch.device(self.device)):
+            return "the fused kernels need an NVIDIA GPU of the Hopper generation, Triton, and half precision"
+        if way == "flex_attention" and self.device == "cpu":
+            return "flex_attention has no backward on a CPU"
+        if way == "released":
+            needed = needed_bytes(len(self.types), self.size.heads, self.types.shape[1], self.size.dtype, backward)
+            # Some room is left to the others.
+            if 1.5 * needed > free_bytes():
+                return f"its matrices take {needed / 2**30:.1f} GiB, of {free_bytes() / 2**30:.1f} that are free"
+        return None
+
+    def masks(self, way: str) -> Any:
+        """What a model builds once a step for all layers."""
+        if way == "released":
+            return additive_masks(self.types, self.size.dtype)
+        self.config._attn_implementation = "flex_attention" if way == "flex_attention" else "sdpa"
+        # Dropout is one of the things that the fused kernels leave to the others.
+        self.config.attention_dropout = 0.1 if way == "gathered sdpa" else 0.0
+        batch, tokens = self.types.shape
+        embeds = torch.empty(batch, tokens, 0, device=self.device, dtype=self.size.dtype)
+        visible = visibilities(self.config, embeds, None, None, None)[None]
+        in_pictures = batch * self.pictures * self.size.per_picture
+        return multimodal_mask(visible, self.types, self.config, self.size.dtype, way == "gathered sdpa", in_pictures)
+
+    def causal(self) -> torch.Tensor:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](self.layer, *self.states, None, scaling=self.scaling)[0]
+
+    def forward(self, way: str) -> Callable[[], torch.Tensor]:
+        """One way's forward pass over masks that are built already: (batch, tokens, heads, head_dim)."""
+        masks = self.masks(way)
+        if way == "released":
+            return partial(released_attention, *self.states, masks, self.scaling)
         function = ALL_ATTENTION_FUNCTIONS[routed_name("flex_attention" if way == "flex_attention" else "sdpa")]
-        # As in the model, the masks are built once for all layers and are not part of a layer's time.
-        return lambda: function(layer, query, key, value, codes, multimodal_masks=masks, scaling=128**-0.5)[0]
+        codes = torch.zeros(1, 1, 1, 1, dtype=torch.int8, device=self.device) if self.pictures else None
+        options: dict[str, Any] = {"multimodal_masks": {None: masks}, "scaling": self.scaling}
+        return lambda: function(self.layer, *self.states, codes, **options)[0]
 
-    forwards = {"causal sdpa": causal} | {f"mmca {way}": mmca(way) for way in ways}
+    def flops(self, backward: bool) -> dict[str, float]:
+        """Of each row."""
+        kinds = {BASE: "causal"} | {row(way): "mmca_reference" if way == "released" else "mmca" for way in WAYS}
+        pairs = {kind: attention_pairs(self.types, kind) for kind in set(kinds.values())}
+        size = self.size.heads, self.size.head_dim, backward
+        return {name: attention_flops(pairs[kind], *size) for name, kind in kinds.items()}
 
-    def without_graph(run):
-        def step():
+    def step(self, run: Callable[[], torch.Tensor], backward: bool) -> Step:
+        def forward_alone() -> torch.Tensor:
             with torch.no_grad():
                 return run()
 
-        return step
+        return (lambda: torch.autograd.grad(run(), self.states, self.gradient)) if backward else forward_alone
 
-    def with_backward(run):
-        def step():
-            return torch.autograd.grad(run(), (query, key, value), gradient)
 
-        return step
+def row(way: str) -> str:
+    """What a way is called in a table."""
+    return "released arithmetic" if way == "released" else f"mmca {way}"
 
-    def on_device(steps):  # flex_attention cannot be captured
-        return in_turns({name: graphed(step) for name, step in steps.items() if "flex" not in name})
 
-    results = {
-        "forward": on_device({name: without_graph(run) for name, run in forwards.items()}),
-        "forward + backward": on_device({name: with_backward(run) for name, run in forwards.items()}),
-        "forward + backward, as called": in_turns({name: with_backward(run) for name, run in forwards.items()}),
-        "masks, once a step": in_turns({f"mmca {way}": lambda way=way: build(way) for way in ways}),
-    }
-    share = pictures * PER_PICTURE / tokens
-    for what, table in results.items():
-        size = f"{batch} x {tokens} tokens, {pictures} pictures of {PER_PICTURE} ({share:.0%})"
-        title = f"{what}: {size}, {heads} heads of 128, bf16"
-        report(title, table, base="causal sdpa" if "causal sdpa" in table else f"mmca {ways[0]}")
+def default_ways() -> list[str]:
+    """What "sdpa" computes here, beside the others that run."""
+    device = device_type()
+    fused = can_fuse(LlamaConfig(), HEADS[device].dtype, torch.device(device))
+    ours = "fused" if fused else "gathered sdpa"
+    return [ours, "flex_attention", "released"] if device == "cuda" else [ours, "released"]
+
+
+def compare(attention: Attention, ways: list[str], backward: bool, timing: dict[str, Any]) -> tuple[Table, dict[str, Step]]:
+    """The time that each way takes on the device, masks apart, and the steps themselves.
+
+    Args:
+        attention: whose layer and inputs.
+        ways: of `WAYS`, beside causal attention.
+        backward: whether a step has a backward pass.
+        timing: what `in_turns` takes.
+    """
+    reasons = {way: attention.left_out(way, backward) for way in ways}
+    forwards = {BASE: attention.causal} | {row(way): attention.forward(way) for way in ways if reasons[way] is None}
+    steps = {name: attention.step(run, backward) for name, run in forwards.items()}
+    if attention.device == "cuda":
+        captured = {name: step for name, step in steps.items() if name != row("flex_attention")}
+        peaks = {name: peak_gib(step) for name, step in captured.items()}
+        table = in_turns({name: graphed(step) for name, step in captured.items()}, **timing)
+        for name, figures in table.items():
+            figures["peak_gib"] = peaks[name]  # the graph's own memory is taken before it runs
+        if "flex_attention" in ways:
+            reasons["flex_attention"] = "flex_attention cannot be captured in a CUDA graph"
+    else:
+        table = in_turns(steps, **timing)
+    utilise(table, attention.flops(backward))
+    table |= {row(way): {"left_out": reason} for way, reason in reasons.items() if reason is not None}
+    return table, steps
+
+
+def free_memory() -> None:
+    """Give back what graphs and N x N matrices took."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure(attention: Attention, ways: list[str], timing: dict[str, Any]) -> dict[str, Table]:
+    """All tables of a shape, printed as they come."""
+    results: dict[str, Table] = {}
+
+    def add(what: str, table: Table) -> None:
+        results[what] = table
+        report(f"{what}: {attention}", table)
+
+    for backward in (False, True):
+        table, steps = compare(attention, ways, backward, timing)
+        add(BOTH if backward else FORWARD, table)
+        free_memory()
+    if attention.device == "cuda":
+        add(f"{BOTH}, as called", in_turns(steps, **timing))
+    steps.clear()
+    free_memory()
+    can = [way for way in ways if attention.left_out(way) is None]
+    if can:
+        add("masks, once a step", in_turns({row(way): partial(attention.masks, way) for way in can}, **timing))
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["2x4096", "1x32768"], help="batch x tokens")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.5, 0.88], help="how much is pictures")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["fused", "flex_attention"])
+def add_layer_options(parser: argparse.ArgumentParser) -> None:
+    """Options about the layer and how long it is measured, which growth.py has as well."""
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, help="beside causal sdpa; by default what sdpa picks here, and others"
+    )
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--key-value-heads", type=int)
+    parser.add_argument("--head-dim", type=int)
+    parser.add_argument("--per-picture", type=int, help="tokens of a picture")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--rounds", type=int, help="in a table; 20 on a GPU, 15 on a CPU")
+    parser.add_argument(
+        "--budget", type=float, help="seconds for each row of a table, if that is less; 10 on a GPU, 3 on a CPU"
+    )
     parser.add_argument("--out", help="write the figures as JSON")
-    options = parser.parse_args()
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+
+
+def layer_options(options: argparse.Namespace) -> tuple[Heads, list[str], dict[str, Any]]:
+    """The layer, the ways and what `in_turns` takes."""
+    on_gpu = device_type() == "cuda"
+    if not on_gpu:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    usual = HEADS[device_type()]
+    size = Heads(
+        heads=options.heads or usual.heads,
+        key_value_heads=options.key_value_heads or options.heads or usual.key_value_heads,
+        head_dim=options.head_dim or usual.head_dim,
+        per_picture=options.per_picture or usual.per_picture,
+        dtype=usual.dtype,
+    )
+    timing = {
+        "rounds": options.rounds or (20 if on_gpu else 15),
+        "warm_up": 5 if on_gpu else 2,
+        "budget": options.budget or (10.0 if on_gpu else 3.0),
+    }
+    ways = options.ways or default_ways()
+    vars(options).update(asdict(size), dtype=str(size.dtype).removeprefix("torch."), ways=ways)  # for whoever reads the file
+    return size, ways, timing
+
+
+def main(argv: list[str] | None = None) -> None:
+    on_gpu = device_type() == "cuda"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--shapes", nargs="+", default=["2x4096", "1x32768"] if on_gpu else ["1x512", "1x2048"], help="batch x tokens"
+    )
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=[0, 0.5, 0.88] if on_gpu else [0.1, 0.3, 0.5, 0.88],
+        help="how much is pictures",
+    )
+    add_layer_options(parser)
+    options = parser.parse_args(argv)
+    size, ways, timing = layer_options(options)
+    print(describe_device())
     results = {}
     for shape in options.shapes:
         batch, tokens = map(int, shape.split("x"))
         for share in options.shares:
-            pictures = round(share * tokens / PER_PICTURE)
-            results[f"{shape}, {pictures} pictures"] = measure(batch, tokens, pictures, options.ways)
-    write(options.out, results)
+            pictures = round(share * tokens / size.per_picture)
+            results[f"{shape}, {pictures} pictures"] = measure(Attention(size, batch, tokens, pictures), ways, timing)
+    write(options.out, options, results)
 
 
 if __name__ == "__main__":

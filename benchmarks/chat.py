@@ -1,5 +1,5 @@
-"""Time to the first token of an answer late in a conversation: `DSVLChat`, which goes on from its cache, beside running the
-whole conversation again. Eight rounds, a picture in each; and then a question without one. Weights are random.
+"""Time to the first token of an answer in every round of a conversation: `DSVLChat`, which goes on from its cache, beside
+running the whole conversation again. Eight rounds, a picture in each; and then a question without one. Weights are random.
 
     python benchmarks/chat.py [--size demo|7b] [--rounds 8] [--repeats 10] [--out chat.json]
 
@@ -8,13 +8,11 @@ a trained model it is reused as well.
 """
 
 import argparse
-import json
-import statistics
 import time
-from pathlib import Path
 
 import torch
-from models import Shape
+from measure import compared, describe_device, device_type, write
+from models import Shape, build
 from PIL import Image
 from transformers import CLIPImageProcessor
 
@@ -41,7 +39,9 @@ SHAPES = {"demo": DEMO, "7b": Shape()}
 QUESTION = "What do you see in this picture, and how does it differ from the one before?"
 
 
-def build(shape: Shape, backend: str, device: str, dtype: torch.dtype) -> tuple[DSVLForConditionalGeneration, DSVLProcessor]:
+def build_parts(
+    shape: Shape, backend: str, device: str, dtype: torch.dtype
+) -> tuple[DSVLForConditionalGeneration, DSVLProcessor]:
     """A model of this shape, with the demo's tokenizer."""
     tokenizer = train_tokenizer([HEADINGS.format(text) for text in words()])
     side = {"height": shape.image_size, "width": shape.image_size}
@@ -49,11 +49,7 @@ def build(shape: Shape, backend: str, device: str, dtype: torch.dtype) -> tuple[
     processor = DSVLProcessor(image_processor, tokenizer, image_seq_length=shape.per_picture)
     vision, text = shape.configs()
     config = DSVLConfig(vision, text, image_token_id=processor.image_token_id)
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        model = DSVLForConditionalGeneration(config).eval()
-    torch.set_default_dtype(torch.float32)
+    model = build(DSVLForConditionalGeneration, config, device, dtype).eval()
     model.set_attn_implementation({"text_config": backend})
     return model, processor
 
@@ -74,23 +70,23 @@ def run_again(model: DSVLForConditionalGeneration, processor: DSVLProcessor, mes
     return time.perf_counter() - started, token
 
 
-def compare(chat: DSVLChat, repeats: int, pictured: bool) -> dict[str, float]:
+def compare(chat: DSVLChat, repeats: int, pictured: bool) -> dict[str, object]:
     """The next round, both ways in turns; each time with another question, so that nothing of it is known."""
-    times: dict[str, list[float]] = {"incremental": [], "again": []}
+    times: dict[str, list[float]] = {"run again": [], "incremental": []}
     same = 0
     length = len(chat.messages)
     for repeat in range(repeats + 1):
+        if not chat.messages:  # nothing was said before the first round
+            chat.reset()
         chat.ask(f"{repeat}. {QUESTION}", [picture(1000 + repeat)] if pictured else [], max_new_tokens=1)
         seconds, token = run_again(chat.model, chat.processor, chat.messages[:-1])
         if repeat:
-            times["incremental"].append(chat.last_round.first_token_seconds)
-            times["again"].append(seconds)
+            times["incremental"].append(1000 * chat.last_round.first_token_seconds)
+            times["run again"].append(1000 * seconds)
             same += chat.last_round.answer_ids == [token]
         del chat.messages[length:]
-    medians = {f"{name}_ms": 1000 * statistics.median(values) for name, values in times.items()}
     cost = chat.last_round
-    return medians | {
-        "speed": medians["again_ms"] / medians["incremental_ms"],
+    return compared(times) | {
         "tokens": cost.prompt_tokens,
         "reused": cost.reused_tokens,
         "pictures_encoded": cost.encoded_pictures,
@@ -108,12 +104,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache-implementation", choices=("dynamic", "static"), default="dynamic")
     parser.add_argument("--out", help="write the figures as JSON")
     options = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = device_type()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    print(f"{options.size} on {name}, torch {torch.__version__}, {dtype}, {options.backend}, {options.cache_implementation}")
+    print(f"{options.size} on {describe_device()}, {dtype}, {options.backend}, {options.cache_implementation}")
 
-    model, processor = build(SHAPES[options.size], options.backend, device, dtype)
+    model, processor = build_parts(SHAPES[options.size], options.backend, device, dtype)
     chat = DSVLChat(
         model,
         processor,
@@ -123,21 +118,20 @@ def main(argv: list[str] | None = None) -> None:
         cache_implementation=options.cache_implementation,
     )
     answer = {"min_new_tokens": options.answer_tokens, "max_new_tokens": options.answer_tokens}
-    for number in range(options.rounds - 1):
-        chat.ask(QUESTION, picture(number), **answer)
-    results = {f"round {options.rounds}, with a picture": compare(chat, options.repeats, pictured=True)}
-    chat.ask(QUESTION, picture(options.rounds), **answer)
-    results[f"round {options.rounds + 1}, text alone"] = compare(chat, options.repeats, pictured=False)
-
+    results: dict[str, dict] = {}
     print(f"{'':28}{'incremental':>13}{'run again':>13}{'speed':>8}{'tokens':>8}{'reused':>8}{'same':>7}")
-    for title, row in results.items():
+    for number in range(1, options.rounds + 2):
+        pictured = number <= options.rounds
+        title = f"round {number}, {'with a picture' if pictured else 'text alone'}"
+        row = results[title] = compare(chat, options.repeats, pictured)
         print(
-            f"{title:28}{row['incremental_ms']:10.1f} ms{row['again_ms']:10.1f} ms{row['speed']:8.1f}{row['tokens']:8.0f}"
-            f"{row['reused']:8.0f}{row['same_first_token']:7.0%}"
+            f"{title:28}{row['incremental']['ms']:10.1f} ms{row['run again']['ms']:10.1f} ms"
+            f"{row['incremental']['speed']:8.1f}{row['tokens']:8.0f}{row['reused']:8.0f}{row['same_first_token']:7.0%}",
+            flush=True,
         )
-    if options.out is not None:
-        record = {"device": name, "torch": torch.__version__, "options": vars(options), "results": results}
-        Path(options.out).write_text(json.dumps(record, indent=1))
+        if pictured:
+            chat.ask(QUESTION, picture(number - 1), **answer)
+    write(options.out, options, results)
 
 
 if __name__ == "__main__":

@@ -118,13 +118,13 @@ def loaders(path: Path, batch_size: int, workers: int) -> dict[str, DataLoader]:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore", "An image token sequence", UserWarning)
     with tempfile.TemporaryDirectory() as folder:
         path = write_conversations(Path(folder), arguments.samples)

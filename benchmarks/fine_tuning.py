@@ -362,6 +362,21 @@ HEADER = (
 )
 
 
+def write_all(options: argparse.Namespace, shape: Shape, peak: float | None, results: dict[str, dict[str, Any]]) -> None:
+    """As measure.write does; but this process leaves the device to the rows', which tell its name."""
+    ran = next((result for result in results.values() if "ms" in result), {})
+    record = {
+        "device": ran.get("device"),
+        "torch": torch.__version__,
+        "options": {name: value for name, value in vars(options).items() if name not in ("out", "row")},
+        "shape": asdict(shape),
+        "peak_tflops": peak,
+        "results": results,
+    }
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
+
+
 def measure_all(names: list[str], options: argparse.Namespace, shape: Shape) -> bool:
     """Measure rows while the budget lasts; print each as it comes. Returns whether all of them ran."""
     began, longest = time.monotonic(), 0.0
@@ -385,9 +400,7 @@ def measure_all(names: list[str], options: argparse.Namespace, shape: Shape) -> 
         peak = options.peak_tflops or peak_tflops(results[label].get("device", ""))
         print(describe(label, results[label], results.get(Row.parse(name).baseline), peak), flush=True)
         if options.out:
-            Path(options.out).write_text(
-                json.dumps({"shape": asdict(shape), "peak_tflops": peak, "rows": results}, indent=1)
-            )
+            write_all(options, shape, peak, results)
     ran = [result for result in results.values() if "ms" in result]
     if ran:
         print(f"\n{ran[0]['device']}, torch {ran[0]['torch']}, {time.monotonic() - began:.0f} s in all")

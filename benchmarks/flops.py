@@ -1,4 +1,4 @@
-"""The floating-point operations that a training step at a shape is worth, whichever model computes it.
+"""The floating-point operations that a training step at a shape is worth, whichever model computes it, and an attention.
 
 Counted are the matrix products of the mathematics (2 operations a multiplication and addition), not what a program does: no
 recomputation for checkpointing, logits of supervised tokens only, every causal pair of the decoder's attention once. Both
@@ -51,6 +51,29 @@ def step_flops(shape: Shape, supervised: int, lora_rank: int = 0) -> float:
         (supervised * shape.hidden * shape.vocabulary, 1),  # the head, frozen: its input
     )
     return float(sum(2 * count * (1 + backward) for count, backward in multiplications_and_backward))
+
+
+def attention_pairs(token_types: torch.Tensor, kind: str) -> int:
+    """How many scores of a query and a key exist by the definition of an attention.
+
+    Args:
+        token_types: (batch, tokens), 1 = image; nothing is padded.
+        kind: a `multimodal_attention`. Under "mmca" an image query has none: it is its own value. Under "mmca_reference" it
+            sees the text before it; the uniform rows are not counted.
+    """
+    batch, tokens = token_types.shape
+    if kind == "causal":
+        return batch * tokens * (tokens + 1) // 2
+    is_text = (token_types == 0).long()
+    pairs = is_text * torch.arange(1, tokens + 1, device=is_text.device)  # a text query: every key up to its own, in one set
+    if kind == "mmca_reference":
+        pairs = pairs + (1 - is_text) * is_text.cumsum(1)
+    return int(pairs.sum())
+
+
+def attention_flops(pairs: int, heads: int, head_dim: int, backward: bool) -> float:
+    """Operations of one layer's attention: q k^T and p v, and for the backward pass both factors of each."""
+    return float(2 * 2 * pairs * heads * head_dim * (3 if backward else 1))
 
 
 def supervised_tokens(labels: torch.Tensor) -> int:

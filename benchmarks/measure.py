@@ -1,51 +1,153 @@
-"""Timing that compares alternatives in one process, in turns."""
+"""Timing that compares alternatives in one process, in turns, on a CPU or an NVIDIA GPU, and how the figures are kept."""
 
+import argparse
 import json
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from flops import peak_tflops
+
+# One alternative's figures, or {"left_out": reason}; and those of all, in the order in which they ran.
+Figures = dict[str, Any]
+Table = dict[str, Figures]
+
+LEAST_ROUNDS = 3  # that an alternative takes part in, however long they take
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """The GPU; or the processor, as far as it tells its name, and on how many threads torch runs."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+
+
+def _processor() -> str:
+    known = Path("/proc/cpuinfo")
+    names = [line for line in known.read_text().splitlines() if line.startswith("model name")] if known.exists() else []
+    return names[0].partition(":")[2].strip() if names else "CPU"
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def host_ms(run: Callable[[], object]) -> float:
+    """Milliseconds until the device is done and the host has what it returns."""
+    synchronize()
+    started = time.perf_counter()
+    run()
+    synchronize()
+    return 1000 * (time.perf_counter() - started)
+
+
+def device_ms(run: Callable[[], object]) -> float:
+    """Milliseconds on the GPU between what was asked of it before and after; on a CPU, the host's."""
+    if not torch.cuda.is_available():
+        return host_ms(run)
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
 
 
 def in_turns(
-    alternatives: dict[str, Callable[[], object]], rounds: int = 20, warm_up: int = 5
-) -> dict[str, dict[str, float]]:
+    alternatives: Mapping[str, Callable[[], object]],
+    base: str | None = None,
+    rounds: int = 20,
+    warm_up: int = 5,
+    clock: Callable[[Callable[[], object]], float] = device_ms,
+    budget: float = float("inf"),
+) -> Table:
     """Run each alternative once a round, so that a change of the machine's speed meets them all.
 
     Args:
-        alternatives: name -> what to run, on the current CUDA device.
+        alternatives: name -> what to run.
+        base: the alternative that speeds are relative to; by default the first.
         rounds: how many timed rounds.
         warm_up: rounds before, for compilation and clocks.
+        clock: what times a run, in milliseconds.
+        budget: seconds for each alternative. One that has spent them takes part in no further round, but in one to warm up
+            and in `LEAST_ROUNDS`; the base takes part in all.
 
     Returns:
-        For each name: median, lowest and highest time (`ms`, `ms_low`, `ms_high`) and peak memory above what was allocated
-        before (`peak_gib`).
+        What `compared` says of the times, and on a GPU the peak memory above what was allocated before (`peak_gib`).
     """
     times: dict[str, list[float]] = {name: [] for name in alternatives}
+    spent = dict.fromkeys(alternatives, 0.0)
     peaks: dict[str, float] = {}
+    base = next(iter(alternatives)) if base is None else base
     for step in range(warm_up + rounds):
+        due = step == 0 or warm_up <= step < warm_up + LEAST_ROUNDS
+        running = {name for name in alternatives if due or spent[name] < budget}
+        if not running:
+            continue
         for name, run in alternatives.items():
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
+            if name not in running and name != base:
+                continue
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            took = clock(run)
+            spent[name] += took / 1000
             if step >= warm_up:
-                times[name].append(start.elapsed_time(end))
-                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
-    return {
-        name: {
+                times[name].append(took)
+                if torch.cuda.is_available():
+                    peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    table = compared(times, base)
+    for name, peak in peaks.items():
+        table[name]["peak_gib"] = peak
+    return table
+
+
+def compared(times: Mapping[str, Sequence[float]], base: str | None = None) -> Table:
+    """What the milliseconds of alternatives that took turns say.
+
+    Args:
+        times: name -> one time a round, from the first round on; the base's are the longest list.
+        base: the alternative that speeds are relative to; by default the first.
+
+    Returns:
+        For each name: median, lowest and highest time (`ms`, `ms_low`, `ms_high`); the same of how many times as fast as the
+        base it was in each round (`speed`, `speed_low`, `speed_high`); and how many `rounds` there were.
+    """
+    reference = times[next(iter(times)) if base is None else base]
+    table: Table = {}
+    for name, values in times.items():
+        ratios = [one / other for one, other in zip(reference, values, strict=False)]
+        table[name] = {
             "ms": statistics.median(values),
             "ms_low": min(values),
             "ms_high": max(values),
-            "peak_gib": peaks[name],
+            "speed": statistics.median(ratios),
+            "speed_low": min(ratios),
+            "speed_high": max(ratios),
+            "rounds": len(values),
         }
-        for name, values in times.items()
-    }
+    return table
+
+
+def peak_gib(run: Callable[[], object]) -> float:
+    """The memory that a run on a GPU takes at most, above what is allocated."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def graphed(run: Callable[[], object]) -> Callable[[], object]:
@@ -62,16 +164,60 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def report(title: str, results: dict[str, dict[str, float]], base: str) -> None:
-    """Print a table with each alternative's speed relative to `base`."""
-    print(f"\n{title}\n{'':34}{'ms':>10}{'low':>9}{'high':>9}{'speed':>8}{'peak GiB':>10}")
-    for name, r in results.items():
-        speed = results[base]["ms"] / r["ms"]
-        print(f"{name:34}{r['ms']:10.3f}{r['ms_low']:9.3f}{r['ms_high']:9.3f}{speed:8.2f}{r['peak_gib']:10.2f}")
+def utilise(table: Table, flops: Mapping[str, float], peak: float | None = None) -> None:
+    """Add to a table what its alternatives' operations come to: `tflop_per_s`, and `utilisation` of the device's peak.
+
+    Args:
+        table: of `in_turns`.
+        flops: of one run of each alternative.
+        peak: the device's TFLOP/s; by default what flops.py knows of it, and no utilisation is given if that is nothing.
+    """
+    peak = peak_tflops(device_name()) if peak is None else peak
+    for name, figures in table.items():
+        if "ms" in figures and name in flops:
+            figures["tflop_per_s"] = flops[name] / figures["ms"] / 1e9
+            if peak is not None:
+                figures["utilisation"] = figures["tflop_per_s"] / peak
 
 
-def write(path: str | None, results: object) -> None:
-    """Write everything that was measured as JSON, with the device it was measured on."""
-    if path is not None:
-        record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}
-        Path(path).write_text(json.dumps(record, indent=1))
+# Title, key, width and format of the columns that not every table has.
+_COLUMNS = (
+    ("peak GiB", "peak_gib", 10, ".2f"),
+    ("TFLOP/s", "tflop_per_s", 9, ".3g"),
+    ("of peak", "utilisation", 9, ".1%"),
+)
+
+
+def report(title: str, table: Table) -> None:
+    """Print a table: times in milliseconds, how many times as fast as the base, and what else was measured."""
+    columns = [column for column in _COLUMNS if any(column[1] in figures for figures in table.values())]
+    heads = "".join(f"{head:>{width}}" for head, _, width, _ in columns)
+    print(f"\n{title}\n{'':34}{'ms':>10}{'low':>10}{'high':>10}   {'speed (low to high)':22}{heads}")
+    for name, figures in table.items():
+        if "left_out" in figures:
+            print(f"{name:34}  left out: {figures['left_out']}")
+            continue
+        speed = f"{figures['speed']:.2f} ({figures['speed_low']:.2f} to {figures['speed_high']:.2f})"
+        cells = "".join(
+            f"{figures[key]:{width}{form}}" if key in figures else f"{'-':>{width}}" for _, key, width, form in columns
+        )
+        print(f"{name:34}{figures['ms']:10.3f}{figures['ms_low']:10.3f}{figures['ms_high']:10.3f}   {speed:22}{cells}")
+
+
+def describe_device() -> str:
+    return f"{device_name()}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def write(path: str | None, options: argparse.Namespace, results: object) -> None:
+    """Write everything that was measured as JSON, with the device and the options it was measured with."""
+    if path is None:
+        return
+    record = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "options": {name: value for name, value in vars(options).items() if name != "out"},
+        "results": results,
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(record, indent=1) + "\n")

@@ -4,6 +4,7 @@ Projector and embeddings learn, tower and decoder are frozen, as DeepSpeed-Visua
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -65,24 +66,42 @@ class Shape:
         return vision, text
 
 
-def _build(cls, config, device: str):
+# CLIP ViT-L/14's 257 tokens a picture at widths that a CPU can run; and CLIP ViT-L/14 + LLaMA-7B.
+SMALL = Shape(
+    layers=8,
+    hidden=512,
+    intermediate=1376,
+    heads=8,
+    vocabulary=4096,
+    vision_layers=4,
+    vision_hidden=256,
+    vision_intermediate=1024,
+    vision_heads=4,
+)
+SHAPES = {"small": SMALL, "7b": Shape()}
+
+
+def build(cls: Any, config: Any, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A model of random weights, made where and as it is used."""
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     with torch.device(device):
         model = cls(config).train()
     torch.set_default_dtype(torch.float32)
     return model
 
 
-def dsvl(shape: Shape, attention: str, backend: str, device: str = "cuda") -> DSVLForConditionalGeneration:
+def dsvl(
+    shape: Shape, attention: str, backend: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> DSVLForConditionalGeneration:
     vision, text = shape.configs()
     config = DSVLConfig(vision, text, multimodal_attention=attention, image_token_id=shape.image_token_id)
-    model = _build(DSVLForConditionalGeneration, config, device).set_trainable()
+    model = build(DSVLForConditionalGeneration, config, device, dtype).set_trainable()
     model.set_attn_implementation({"text_config": backend})
     return model
 
 
-def llava(shape: Shape, device: str = "cuda") -> LlavaForConditionalGeneration:
+def llava(shape: Shape, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> LlavaForConditionalGeneration:
     """transformers' own, with sdpa (its default), all 257 tokens of a picture and the same parts frozen."""
     vision, text = shape.configs()
     config = LlavaConfig(
@@ -92,19 +111,19 @@ def llava(shape: Shape, device: str = "cuda") -> LlavaForConditionalGeneration:
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     )
-    model = _build(LlavaForConditionalGeneration, config, device)
+    model = build(LlavaForConditionalGeneration, config, device, dtype)
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(True)
     return model
 
 
-def inputs(shape: Shape, device: str = "cuda") -> dict[str, torch.Tensor]:
+def inputs(shape: Shape, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """Pictures spread evenly; the last quarter of the text between two pictures is an answer."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, shape.image_token_id, (shape.batch, shape.tokens), generator=generator)
     labels = torch.full_like(ids, -100)
-    stride = shape.tokens // shape.pictures
+    stride = shape.tokens // max(shape.pictures, 1)
     for number in range(shape.pictures):
         start, end = 1 + number * stride, (number + 1) * stride
         ids[:, start : start + shape.per_picture] = shape.image_token_id
@@ -112,5 +131,7 @@ def inputs(shape: Shape, device: str = "cuda") -> dict[str, torch.Tensor]:
         labels[:, end - answer : end] = ids[:, end - answer : end]
     size = (shape.batch * shape.pictures, 3, shape.image_size, shape.image_size)
     pixels = torch.randn(size, generator=generator, dtype=torch.float32)
-    made = {"input_ids": ids, "labels": labels, "pixel_values": pixels.to(torch.bfloat16)}
+    made = {"input_ids": ids, "labels": labels}
+    if shape.pictures:
+        made["pixel_values"] = pixels.to(dtype)
     return {key: tensor.to(device) for key, tensor in made.items()}

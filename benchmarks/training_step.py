@@ -1,17 +1,20 @@
-"""One training step at CLIP ViT-L/14 + LLaMA-7B size with random weights, bf16: DSVL beside transformers' Llava.
+"""One training step with random weights, in turns: DSVL beside transformers' Llava. CLIP ViT-L/14 + LLaMA-7B in bf16 on a
+GPU, a small model in float32 on a CPU.
 
 Projector and embeddings learn, tower and decoder are frozen, as DeepSpeed-VisualChat trains. No optimizer step: forward and
-backward are what differs.
+backward are what differs. TFLOP/s are of what a step is worth, whichever model computes it (flops.py).
 
     python benchmarks/training_step.py [--tokens 4096] [--batch 2] [--pictures 8] [--layers 32] [--out step.json]
 """
 
 import argparse
 import gc
+from dataclasses import replace
 
 import torch
-from measure import in_turns, report, write
-from models import Shape, dsvl, inputs, llava
+from flops import step_flops, supervised_tokens
+from measure import Table, describe_device, device_type, in_turns, report, utilise, write
+from models import SHAPES, Shape, dsvl, inputs, llava
 
 
 def step(model, batch: dict[str, torch.Tensor]):
@@ -37,10 +40,11 @@ def attending(model, batch: dict[str, torch.Tensor], attention: str, backend: st
     return switched
 
 
-def compare(options: argparse.Namespace, checkpointing: bool) -> dict[str, dict[str, float]]:
-    shape = Shape(batch=options.batch, tokens=options.tokens, pictures=options.pictures, layers=options.layers)
-    batch = inputs(shape)
-    ours, theirs = dsvl(shape, "mmca", "sdpa"), llava(shape)
+def compare(shape: Shape, checkpointing: bool, rounds: int, budget: float) -> Table:
+    device = device_type()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    batch = inputs(shape, device, dtype)
+    ours, theirs = dsvl(shape, "mmca", "sdpa", device, dtype), llava(shape, device, dtype)
     if checkpointing:
         for model in (ours, theirs):
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -48,32 +52,45 @@ def compare(options: argparse.Namespace, checkpointing: bool) -> dict[str, dict[
         "Llava, sdpa": step(theirs, batch),
         "DSVL causal, sdpa": attending(ours, batch, "causal", "sdpa"),
         "DSVL mmca, sdpa": attending(ours, batch, "mmca", "sdpa"),
-        "DSVL mmca, flex_attention": attending(ours, batch, "mmca", "flex_attention"),
     }
-    table = in_turns(alternatives, rounds=options.rounds, warm_up=3)
-    title = f"{options.batch} x {options.tokens} tokens, {options.pictures} pictures a sample"
+    title = f"{shape.batch} x {shape.tokens} tokens, {shape.pictures} pictures a sample"
     title += ", gradient checkpointing" if checkpointing else ""
-    weights = torch.cuda.memory_allocated() / 2**30
-    report(f"{title} (peak: above the {weights:.1f} GiB of both models' weights)", table, base="Llava, sdpa")
+    if device == "cuda":
+        alternatives["DSVL mmca, flex_attention"] = attending(ours, batch, "mmca", "flex_attention")
+        title += f" (peak: above the {torch.cuda.memory_allocated() / 2**30:.1f} GiB of both models' weights)"
+    table = in_turns(alternatives, rounds=rounds, warm_up=3 if device == "cuda" else 1, budget=budget)
+    utilise(table, dict.fromkeys(table, step_flops(shape, supervised_tokens(batch["labels"]))))
+    if device == "cpu":
+        table["DSVL mmca, flex_attention"] = {"left_out": "flex_attention has no backward on a CPU"}
+    report(title, table)
     return table
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    on_gpu = device_type() == "cuda"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--pictures", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=32, help="of the decoder; fewer for a smaller GPU")
+    parser.add_argument("--size", choices=SHAPES, default="7b" if on_gpu else "small")
+    parser.add_argument("--tokens", type=int, default=4096 if on_gpu else 512)
+    parser.add_argument("--batch", type=int, default=2 if on_gpu else 1)
+    parser.add_argument("--pictures", type=int, default=8 if on_gpu else 1)
+    parser.add_argument("--layers", type=int, help="of the decoder; fewer for a smaller GPU")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for each row, if that is less")
     parser.add_argument("--out", help="write the figures as JSON")
-    options = parser.parse_args()
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    options = parser.parse_args(argv)
+    print(describe_device())
+    shape = SHAPES[options.size]
+    layers = options.layers or shape.layers
+    shape = replace(shape, batch=options.batch, tokens=options.tokens, pictures=options.pictures, layers=layers)
     results = {}
     for checkpointing in (False, True):
-        results["checkpointing" if checkpointing else "plain"] = compare(options, checkpointing)
+        results["checkpointing" if checkpointing else "plain"] = compare(
+            shape, checkpointing, options.rounds, options.budget
+        )
         gc.collect()
-        torch.cuda.empty_cache()
-    write(options.out, results)
+        if on_gpu:
+            torch.cuda.empty_cache()
+    write(options.out, options, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks are made of, as far as a CPU can tell."""
+"""The benchmarks run, at the tiniest size that a CPU has time for, and count and compare what they say."""
 
 import importlib
 import json
@@ -7,16 +7,46 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_model
+from plain_loop import PlainLoop
 from torch.utils.flop_counter import FlopCounterMode
 
+from dsvl.attention_dsvl import (
+    IN_IMAGE,
+    IN_TEXT,
+    UNIFORM_IMAGE,
+    UNIFORM_TEXT,
+    mmca_codes,
+    mmca_reference_codes,
+    routed_name,
+    visibilities,
+)
 from dsvl.training.kernels import use_liger
 
 
 @pytest.fixture
-def fine_tuning(monkeypatch):
+def load(monkeypatch):
+    """Import a benchmark by name, as it is run on a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return importlib.import_module("fine_tuning")
+    return importlib.import_module
+
+
+@pytest.fixture
+def fine_tuning(load):
+    return load("fine_tuning")
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is counted
 
 
 @pytest.mark.parametrize("rank", [0, 16])
@@ -35,6 +65,132 @@ def test_a_steps_operations_are_those_that_torch_counts(fine_tuning, rank):
     # Eager attention computes the pairs that causality hides, too.
     hidden_pairs = shape.batch * shape.tokens * (shape.tokens - 1) // 2
     assert counter.get_total_flops() == worth + 2 * 3 * shape.layers * hidden_pairs * 2 * shape.hidden
+
+
+# A picture at the start, at the end and none: rows of the same length.
+TYPES = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1], [0] * 11])
+
+
+def test_the_pairs_of_an_attention_are_those_of_its_codes(load):
+    config = tiny_model().config.text_config
+    visible = visibilities(config, torch.empty(*TYPES.shape, 0), None, None, None)[None]
+    pairs, images = load("flops").attention_pairs, int(TYPES.sum())
+    assert pairs(TYPES, "causal") == visible.dense().expand(len(TYPES), -1, -1, -1).sum()
+    assert pairs(TYPES, "mmca") == mmca_codes(visible, TYPES).bool().sum() - images  # its own value is no product
+    codes, is_text_query = mmca_reference_codes(visible, TYPES), (TYPES == 0)[:, None, :, None]
+    in_text = (codes & (IN_TEXT | UNIFORM_TEXT)) == IN_TEXT  # uniform rows are not counted
+    in_image = ((codes & (IN_IMAGE | UNIFORM_IMAGE)) == IN_IMAGE) & is_text_query
+    assert pairs(TYPES, "mmca_reference") == in_text.sum() + in_image.sum()
+
+
+def test_alternatives_take_turns_and_the_slow_ones_leave_early(load):
+    measure = load("measure")
+    said = []
+    alternatives = {name: lambda name=name: said.append(name) for name in ("base", "slow", "fast")}
+    took = {"base": 10.0, "slow": 400.0, "fast": 5.0}
+
+    def clock(run):
+        run()
+        return took[said[-1]] * (1 + 0.1 * (said.count("base") % 2))  # every other round all are slower
+
+    table = measure.in_turns(alternatives, rounds=6, warm_up=2, clock=clock, budget=0.5)
+    assert said[:3] == ["base", "slow", "fast"] and said.count("slow") == 2 + measure.LEAST_ROUNDS
+    assert [figures["rounds"] for figures in table.values()] == [6, 3, 6]
+    assert table["fast"]["speed_low"] == pytest.approx(2) == table["fast"]["speed_high"]
+    assert table["slow"]["speed"] == pytest.approx(1 / 40) and table["slow"]["ms"] == pytest.approx(400, rel=0.11)
+    measure.utilise(table, {"base": 2e9}, peak=1.0)
+    assert table["base"]["tflop_per_s"] == pytest.approx(2e9 / table["base"]["ms"] / 1e9)
+    assert table["base"]["utilisation"] == table["base"]["tflop_per_s"] and "utilisation" not in table["fast"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention: every row computes what it is called
+
+
+def layer_over(load, types, heads=4, key_value_heads=2):
+    """The benchmark's layer, with tokens as they are given."""
+    benchmark = load("attention")
+    attention = benchmark.Attention(benchmark.Heads(heads, key_value_heads, 8, 3, torch.float32), *types.shape, 0)
+    attention.types, attention.pictures = types, int(types[0].sum()) // 3
+    return attention
+
+
+@pytest.mark.parametrize("key_value_heads", [4, 2])
+def test_the_released_arithmetic_is_the_reference(load, key_value_heads):
+    attention = layer_over(load, TYPES, key_value_heads=key_value_heads)
+    visible = visibilities(attention.config, torch.empty(*TYPES.shape, 0), None, None, None)[None]
+    codes = mmca_reference_codes(visible, TYPES)
+    wide = [state.detach().double().requires_grad_() for state in attention.states]
+    reference = load("attention").ALL_ATTENTION_FUNCTIONS[routed_name("eager")]
+    expected = reference(attention.layer, *wide, codes, scaling=attention.scaling)[0]
+    got = attention.forward("released")()
+    torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-6)
+    ours = torch.autograd.grad(got, attention.states, attention.gradient)
+    theirs = torch.autograd.grad(expected, wide, attention.gradient.double())
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-5)
+
+
+def test_the_row_of_gathered_sdpa_is_mmca(load):
+    attention = layer_over(load, TYPES)
+    got = attention.forward("gathered sdpa")()
+    expected, _ = PlainLoop(TYPES)(attention.layer, *attention.states, None, scaling=attention.scaling)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_what_does_not_fit_is_left_out_with_its_reason(load, monkeypatch):
+    benchmark = load("attention")
+    attention = benchmark.Attention(benchmark.Heads(2, 2, 8, 4, torch.float32), 1, 64, 4)
+    assert attention.left_out("released") is None
+    monkeypatch.setattr(benchmark, "free_bytes", lambda: 2**18)
+    table, _ = benchmark.compare(attention, ["gathered sdpa", "released"], True, {"rounds": 1, "warm_up": 0})
+    assert table["released arithmetic"]["left_out"].startswith("its matrices take 0.0 GiB, of 0.0 that are free")
+    assert table["mmca gathered sdpa"]["ms"] > 0
+    assert "NVIDIA GPU" in attention.left_out("fused") and "backward" in attention.left_out("flex_attention")
+    with pytest.raises(ValueError, match="17 pictures of 4 tokens do not fit into 64 tokens"):
+        benchmark.token_types(1, 64, 17, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every script, from its flags to its file
+
+LAYER = ["--heads", "2", "--head-dim", "8", "--per-picture", "8", "--rounds", "1"]
+
+
+def results(path):
+    record = json.loads(path.read_text())
+    assert record["device"] and record["torch"] == torch.__version__ and "out" not in record["options"]
+    return record["results"]
+
+
+def test_attention(load, tmp_path, one_thread, capsys):
+    load("attention").main([*LAYER, "--shapes", "1x48", "--shares", "0", "0.5", "--out", str(tmp_path / "attention.json")])
+    tables = results(tmp_path / "attention.json")
+    assert list(tables) == ["1x48, 0 pictures", "1x48, 3 pictures"]
+    table = tables["1x48, 3 pictures"]["forward + backward"]
+    assert list(table) == ["causal sdpa", "mmca gathered sdpa", "released arithmetic"]
+    assert all(figures["ms"] > 0 and figures["tflop_per_s"] > 0 for figures in table.values())
+    assert "forward + backward: 1 x 48 tokens, 3 pictures of 8 (50%), 2 heads of 8, float32" in capsys.readouterr().out
+
+
+def test_training_step(load, tmp_path):
+    flags = ["--tokens", "264", "--layers", "1", "--rounds", "1", "--out", str(tmp_path / "training_step.json")]
+    load("training_step").main(flags)
+    tables = results(tmp_path / "training_step.json")
+    assert list(tables) == ["plain", "checkpointing"]
+    measured = [figures for figures in tables["plain"].values() if "ms" in figures]
+    assert len(measured) >= 3 and len({figures["tflop_per_s"] * figures["ms"] for figures in measured}) <= 2  # rounding
+
+
+def test_fine_tuning(fine_tuning, tmp_path, monkeypatch):
+    shape = replace(fine_tuning.TINY, tokens=64)
+    monkeypatch.setattr(fine_tuning, "in_own_process", lambda name, timeout: fine_tuning.measure(name, shape, "sdpa", 1))
+    flags = ["--tiny", "--rows", "llava", "dsvl", "--out", str(tmp_path / "fine_tuning.json")]
+    monkeypatch.setattr(sys, "argv", ["fine_tuning.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        fine_tuning.main()
+    assert ended.value.code == 0
+    assert list(results(tmp_path / "fine_tuning.json")) == ["llava", "dsvl", "llava (again)"]
 
 
 def test_a_row_is_named_by_what_it_is(fine_tuning):
@@ -57,20 +213,26 @@ def test_liger_that_is_not_installed_is_asked_for(monkeypatch):
         use_liger(tiny_model())
 
 
-def test_a_late_answer_is_compared_with_the_whole_conversation_run_again(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+def test_every_rounds_answer_is_compared_with_the_whole_conversation_run_again(load, tmp_path):
     flags = ["--rounds", "3", "--answer-tokens", "4", "--repeats", "2", "--out", str(tmp_path / "chat.json")]
-    importlib.import_module("chat").main(flags)
-    pictured, text = json.loads((tmp_path / "chat.json").read_text())["results"].values()
-    assert (pictured["pictures_encoded"], text["pictures_encoded"]) == (1, 0)
-    assert 0 < pictured["reused"] < pictured["tokens"] < text["reused"] + 100
-    assert pictured["same_first_token"] == text["same_first_token"] == 1
+    load("chat").main(flags)
+    rounds = results(tmp_path / "chat.json")
+    assert list(rounds) == [*(f"round {n}, with a picture" for n in (1, 2, 3)), "round 4, text alone"]
+    first, *_, pictured, text = rounds.values()
+    assert (first["pictures_encoded"], pictured["pictures_encoded"], text["pictures_encoded"]) == (1, 1, 0)
+    assert first["reused"] == 0 < pictured["reused"] < pictured["tokens"] < text["reused"] + 100
+    assert all(table["same_first_token"] == 1 and table["incremental"]["ms"] > 0 for table in rounds.values())
 
 
-def test_a_prompt_over_known_pictures_is_compared_with_the_whole_prefill(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+def test_a_prompt_over_known_pictures_is_compared_with_the_whole_prefill(load, tmp_path):
     flags = ["--pictures", "2", "--text", "20", "--repeats", "2", "--out", str(tmp_path / "reuse.json")]
-    importlib.import_module("reuse").main(flags)
-    results = json.loads((tmp_path / "reuse.json").read_text())["results"]
-    assert results["comparison"]["same_token"] and results["comparison"]["speed"] > 1
-    assert results["comparison"]["mib_a_picture"] == 2 * 8 * 257 * 512 * 4 / 2**20
+    load("reuse").main(flags)
+    tables = results(tmp_path / "reuse.json")
+    assert tables["pictures"]["same_token"] and tables["picture cache"]["speed"] > 1
+    assert tables["pictures"]["mib_a_picture"] == 2 * 8 * 257 * 512 * 4 / 2**20
+
+
+def test_data_loading(load, capsys):
+    load("data_loading").main(["--samples", "4", "--batch-size", "2", "--rounds", "1", "--workers", "0"])
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["workers", "llava", "dsvl"] and all(float(cell) >= 0 for cell in row.split())
