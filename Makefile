@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
-# Where the benchmarks write their figures.
+# Where the benchmarks write their figures and plots.
 RESULTS ?= bench_output
 # Threads that wait busily slow small models down beside anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -30,18 +30,22 @@ test-slow: $(VENV)/ready
 bench: export OMP_NUM_THREADS := 1
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/attention.py --budget 0.7 --out $(RESULTS)/attention.json
+	$(BIN)/python benchmarks/growth.py --budget 0.3 --out $(RESULTS)/growth.json
 	$(BIN)/python benchmarks/training_step.py --rounds 3 --out $(RESULTS)/training_step.json
 	$(BIN)/python benchmarks/chat.py --repeats 5 --out $(RESULTS)/chat.json
 	$(BIN)/python benchmarks/reuse.py --repeats 5 --out $(RESULTS)/reuse.json
+	$(BIN)/python benchmarks/plots.py $(RESULTS)
 
-# On a machine with an NVIDIA GPU, in an environment of its own: `pip install -e '.[gpu,train]'` and then this, with BIN
+# On a machine with an NVIDIA GPU, in an environment of its own: `pip install -e '.[bench,gpu,train]'` and then this, with BIN
 # naming its bin.
 bench-gpu:
 	$(BIN)/python benchmarks/attention.py --out $(RESULTS)/attention.json
+	$(BIN)/python benchmarks/growth.py --out $(RESULTS)/growth.json
 	$(BIN)/python benchmarks/training_step.py --out $(RESULTS)/training_step.json
 	$(BIN)/python benchmarks/fine_tuning.py --out $(RESULTS)/fine_tuning.json
 	$(BIN)/python benchmarks/chat.py --size 7b --out $(RESULTS)/chat.json
 	$(BIN)/python benchmarks/reuse.py --size 7b --out $(RESULTS)/reuse.json
+	$(BIN)/python benchmarks/plots.py $(RESULTS)
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_left_out_with_its_reason(load, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Every script, from its flags to its file
+# Every script, from its flags to its file and its plot
 
 LAYER = ["--heads", "2", "--head-dim", "8", "--per-picture", "8", "--rounds", "1"]
 
@@ -163,7 +163,23 @@ def results(path):
     return record["results"]
 
 
-def test_attention(load, tmp_path, one_thread, capsys):
+@pytest.fixture
+def drawn(load, tmp_path, capsys):
+    """Draw what a benchmark wrote; every row of it must be in the plot's legend or beside its bars."""
+
+    def draw(name, *texts):
+        plots = load("plots")
+        with plots.matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
+            assert plots.main([str(tmp_path), "--out", str(tmp_path / "plots")]) == 0
+        svg = (tmp_path / "plots" / f"{name}.svg").read_text()
+        for text in (*texts, f"torch {torch.__version__}"):
+            assert text in svg, text
+        return capsys.readouterr().out
+
+    return draw
+
+
+def test_attention(load, tmp_path, drawn, one_thread, capsys):
     load("attention").main([*LAYER, "--shapes", "1x48", "--shares", "0", "0.5", "--out", str(tmp_path / "attention.json")])
     tables = results(tmp_path / "attention.json")
     assert list(tables) == ["1x48, 0 pictures", "1x48, 3 pictures"]
@@ -171,18 +187,50 @@ def test_attention(load, tmp_path, one_thread, capsys):
     assert list(table) == ["causal sdpa", "mmca gathered sdpa", "released arithmetic"]
     assert all(figures["ms"] > 0 and figures["tflop_per_s"] > 0 for figures in table.values())
     assert "forward + backward: 1 x 48 tokens, 3 pictures of 8 (50%), 2 heads of 8, float32" in capsys.readouterr().out
+    said = drawn("attention", "causal sdpa", "mmca gathered sdpa", "released arithmetic", "48 tokens, forward + backward")
+    assert "decoding.json is missing, so decoding.svg is not drawn: python benchmarks/decoding.py" in said
 
 
-def test_training_step(load, tmp_path):
+def test_growth(load, tmp_path, drawn, one_thread, monkeypatch):
+    growth = load("growth")
+    monkeypatch.setitem(growth.SHAPES, "small", load("fine_tuning").TINY)
+    sizes = {"length": [32, 64], "pictures": [0, 3], "batch": [1, 2]}
+    for what in ("attention", "prefill"):
+        monkeypatch.setitem(growth.DEFAULTS, (load("measure").device_type(), what), sizes)
+    flags = ["--tokens", "64", "--text", "16", "--out", str(tmp_path / "growth.json")]
+    growth.main([*LAYER, *flags])
+    sweeps = results(tmp_path / "growth.json")
+    assert list(sweeps) == ["length", "pictures", "batch"]
+    for sweep, values in sizes.items():
+        for tables in sweeps[sweep].values():
+            assert list(map(int, tables)) == values
+            assert all(figures["ms"] > 0 for table in tables.values() for figures in table.values())
+    assert "DSVL mmca, encoded pictures" in sweeps["pictures"]["prefill"]["3"]
+    assert "DSVL mmca, encoded pictures" not in sweeps["pictures"]["prefill"]["0"]
+    drawn("growth", "Llava, sdpa", "DSVL mmca, encoded pictures", "released arithmetic", "prefill", "in 16 tokens of text")
+
+
+def test_a_way_that_grew_too_slow_is_left_out_of_larger_sizes(load):
+    growth, heads = load("growth"), load("attention").Heads(2, 2, 8, 8, torch.float32)
+    points = {tokens: growth.Point(1, tokens, 1) for tokens in (32, 64)}
+    tables = growth.sweep_attention(points, heads, ["released"], False, {"rounds": 1, "warm_up": 0}, patience=1e-9)
+    assert "ms" in tables[32]["released arithmetic"] and "ms" in tables[64]["causal sdpa"]
+    assert tables[64]["released arithmetic"]["left_out"].startswith("one run would take about")
+    with pytest.raises(SystemExit):
+        growth.main(["--values", "32"])
+
+
+def test_training_step(load, tmp_path, drawn):
     flags = ["--tokens", "264", "--layers", "1", "--rounds", "1", "--out", str(tmp_path / "training_step.json")]
     load("training_step").main(flags)
     tables = results(tmp_path / "training_step.json")
     assert list(tables) == ["plain", "checkpointing"]
     measured = [figures for figures in tables["plain"].values() if "ms" in figures]
     assert len(measured) >= 3 and len({figures["tflop_per_s"] * figures["ms"] for figures in measured}) <= 2  # rounding
+    drawn("training_step", "Llava, sdpa", "DSVL mmca, sdpa, checkpointing", "ms a step")
 
 
-def test_fine_tuning(fine_tuning, tmp_path, monkeypatch):
+def test_fine_tuning(fine_tuning, tmp_path, drawn, monkeypatch):
     shape = replace(fine_tuning.TINY, tokens=64)
     monkeypatch.setattr(fine_tuning, "in_own_process", lambda name, timeout: fine_tuning.measure(name, shape, "sdpa", 1))
     flags = ["--tiny", "--rows", "llava", "dsvl", "--out", str(tmp_path / "fine_tuning.json")]
@@ -191,6 +239,7 @@ def test_fine_tuning(fine_tuning, tmp_path, monkeypatch):
         fine_tuning.main()
     assert ended.value.code == 0
     assert list(results(tmp_path / "fine_tuning.json")) == ["llava", "dsvl", "llava (again)"]
+    drawn("fine_tuning", "dsvl", "llava (again)", "2 x 128 tokens")
 
 
 def test_a_row_is_named_by_what_it_is(fine_tuning):
@@ -213,7 +262,7 @@ def test_liger_that_is_not_installed_is_asked_for(monkeypatch):
         use_liger(tiny_model())
 
 
-def test_every_rounds_answer_is_compared_with_the_whole_conversation_run_again(load, tmp_path):
+def test_every_rounds_answer_is_compared_with_the_whole_conversation_run_again(load, tmp_path, drawn):
     flags = ["--rounds", "3", "--answer-tokens", "4", "--repeats", "2", "--out", str(tmp_path / "chat.json")]
     load("chat").main(flags)
     rounds = results(tmp_path / "chat.json")
@@ -222,6 +271,7 @@ def test_every_rounds_answer_is_compared_with_the_whole_conversation_run_again(l
     assert (first["pictures_encoded"], pictured["pictures_encoded"], text["pictures_encoded"]) == (1, 1, 0)
     assert first["reused"] == 0 < pictured["reused"] < pictured["tokens"] < text["reused"] + 100
     assert all(table["same_first_token"] == 1 and table["incremental"]["ms"] > 0 for table in rounds.values())
+    drawn("chat", "run again", "incremental", "text alone")
 
 
 def test_a_prompt_over_known_pictures_is_compared_with_the_whole_prefill(load, tmp_path):
@@ -236,3 +286,20 @@ def test_data_loading(load, capsys):
     load("data_loading").main(["--samples", "4", "--batch-size", "2", "--rounds", "1", "--workers", "0"])
     head, row = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["workers", "llava", "dsvl"] and all(float(cell) >= 0 for cell in row.split())
+
+
+def test_decoding_is_drawn_from_its_file(load, tmp_path, drawn):
+    speeds = {"Llava batch 1": 50.0, "DSVL static, compiled batch 1": 240.0, "DSVL static, compiled batch 16": 3000.0}
+    table = {
+        name: {"tokens_per_s": speed, "tokens_per_s_low": 0.9 * speed, "tokens_per_s_high": 1.1 * speed}
+        for name, speed in speeds.items()
+    }
+    record = {"device": "a GPU", "torch": torch.__version__, "options": {}, "results": table}
+    (tmp_path / "decoding.json").write_text(json.dumps(record))
+    drawn("decoding", "Llava", "DSVL static, compiled", "tokens/s", "a GPU")
+
+
+def test_nothing_to_draw_is_an_error(load, tmp_path, capsys):
+    assert load("plots").main([str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert all(f"{name} is missing" in said for name in ("attention.json", "growth.json", "chat.json", "training_step.json"))

@@ -1,0 +1,183 @@
+"""How cost grows with a sequence's length, with pictures, and with the batch: attention, and the prefill of a whole model.
+
+    python benchmarks/growth.py [--sweep length pictures batch] [--what attention prefill] [--values 512 1024] [--out FILE]
+
+    length    a share of the tokens (--share) is in pictures
+    pictures  a text of --text tokens with so many pictures in it, so that the sequence grows with them
+    batch     so many samples of --tokens tokens, a share of them in pictures
+
+`attention` is the layer of attention.py: causal sdpa, MMCA, and the released arithmetic. `prefill` is a whole model of
+models.py (--size), its vision tower included, up to the first token's logits: transformers' Llava, DSVL with causal
+attention and with MMCA, and with pictures that were encoded before. A way of attention that would take longer than
+--patience for one run, judged by the size before, is left out.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from attention import (
+    BASE,
+    BOTH,
+    FORWARD,
+    Attention,
+    Heads,
+    add_layer_options,
+    compare,
+    default_ways,
+    free_memory,
+    layer_options,
+    row,
+)
+from measure import Table, describe_device, device_type, in_turns, report, write
+from models import SHAPES, Shape, dsvl, inputs, llava
+
+SWEEPS = ("length", "pictures", "batch")
+DEFAULTS = {
+    ("cuda", "attention"): {
+        "length": [1024 * 2**n for n in range(8)],
+        "pictures": [0, 8, 32, 64, 128, 256],
+        "batch": [1, 2, 4, 8, 16],
+    },
+    ("cuda", "prefill"): {"length": [1024, 4096, 16384], "pictures": [0, 8, 32, 64], "batch": [1, 2, 4]},
+    ("cpu", "attention"): {"length": [512, 1024, 2048, 4096, 8192], "pictures": [0, 4, 16, 64, 256], "batch": [1, 2, 4, 8]},
+    ("cpu", "prefill"): {"length": [512, 1024, 2048], "pictures": [0, 2, 4, 8], "batch": [1, 2, 4]},
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size of a sweep: samples of so many tokens and pictures."""
+
+    batch: int
+    tokens: int
+    pictures: int
+
+    @property
+    def pairs(self) -> int:
+        """What dense attention costs, up to a factor."""
+        return self.batch * self.tokens**2
+
+
+def point(sweep: str, value: int, options: argparse.Namespace, per_picture: int) -> Point:
+    """The size that a sweep has at a value."""
+    if sweep == "pictures":
+        return Point(1, options.text + value * per_picture, value)
+    tokens, batch = (value, 1) if sweep == "length" else (options.tokens, value)
+    return Point(batch, tokens, round(options.share * tokens / per_picture))
+
+
+def sweep_attention(
+    points: dict[int, Point], size: Heads, ways: list[str], backward: bool, timing: dict[str, Any], patience: float
+) -> dict[int, Table]:
+    """Value -> the times of a layer at the value's size."""
+    tables: dict[int, Table] = {}
+    seconds_a_pair: dict[str, float] = {}
+    for value, where in points.items():
+        attention = Attention(size, where.batch, where.tokens, where.pictures)
+        expected = {way: seconds_a_pair.get(row(way), 0.0) * where.pairs for way in ways}
+        table = compare(attention, [way for way in ways if expected[way] <= patience], backward, timing)[0]
+        for way, seconds in expected.items():
+            if seconds > patience:
+                table[row(way)] = {"left_out": f"one run would take about {seconds:.0f} s"}
+        for name, figures in table.items():
+            if "ms" in figures and name != BASE:
+                seconds_a_pair[name] = figures["ms"] / 1000 / where.pairs
+        report(f"{BOTH if backward else FORWARD}: {attention}", table)
+        tables[value] = table
+        del attention
+        free_memory()
+    return tables
+
+
+class Prefill:
+    """Both models, made once; a prompt's logits for its next token are what is measured."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.device = shape, device_type()
+        self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.ours = dsvl(shape, "mmca", "sdpa", self.device, self.dtype).eval()
+        self.theirs = llava(shape, self.device, self.dtype).eval()
+
+    def measure(self, where: Point, timing: dict[str, Any]) -> Table:
+        shape = replace(self.shape, batch=where.batch, tokens=where.tokens, pictures=where.pictures)
+        batch = inputs(shape, self.device, self.dtype)
+        batch.pop("labels")
+
+        def by_llava() -> object:
+            return self.theirs(**batch, logits_to_keep=1, use_cache=True).logits
+
+        def by_dsvl(attention: str) -> object:
+            self.ours.config.multimodal_attention = attention
+            return self.ours(**batch, logits_to_keep=1, use_cache=True).logits
+
+        alternatives: dict[str, Callable[[], object]] = {
+            "Llava, sdpa": by_llava,
+            "DSVL causal, sdpa": partial(by_dsvl, "causal"),
+            "DSVL mmca, sdpa": partial(by_dsvl, "mmca"),
+        }
+        if where.pictures:
+            self.ours.config.multimodal_attention = "mmca"
+            cache = self.ours.encode_pictures(batch["pixel_values"])
+            alternatives["DSVL mmca, encoded pictures"] = lambda: self.ours.prefill(batch["input_ids"], cache).logits
+        with torch.no_grad():
+            table = in_turns(alternatives, **timing)
+        report(f"prefill: {where.batch} x {where.tokens} tokens, {where.pictures} pictures of {shape.per_picture}", table)
+        free_memory()
+        return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    on_gpu = device_type() == "cuda"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
+    parser.add_argument(
+        "--what", nargs="+", choices=["attention", "prefill"], default=["attention"] if on_gpu else ["attention", "prefill"]
+    )
+    parser.add_argument("--values", type=int, nargs="+", help="of one sweep: tokens, pictures or samples")
+    parser.add_argument("--share", type=float, default=0.5, help="of a sample's tokens in pictures")
+    parser.add_argument("--tokens", type=int, default=4096 if on_gpu else 512, help="of a sample, as the batch grows")
+    parser.add_argument("--text", type=int, default=4096 if on_gpu else 256, help="tokens of text, as pictures are added")
+    parser.add_argument(
+        "--directions",
+        nargs="+",
+        choices=[FORWARD, BOTH],
+        default=[FORWARD, BOTH] if on_gpu else [FORWARD],
+        help="of attention",
+    )
+    parser.add_argument("--patience", type=float, default=3, help="seconds that one run of attention may take")
+    parser.add_argument("--size", choices=SHAPES, default="7b" if on_gpu else "small", help="of the models")
+    add_layer_options(parser)
+    options = parser.parse_args(argv)
+    if options.values is not None and len(options.sweep) != 1:
+        parser.error("--values are those of one sweep; name it by --sweep")
+    if options.ways is None:  # what cannot be captured would be left out of every table
+        options.ways = [way for way in default_ways() if way != "flex_attention"]
+    size, ways, timing = layer_options(options)
+    print(describe_device())
+
+    def points(what: str, sweep: str, per_picture: int) -> dict[int, Point]:
+        values = options.values or DEFAULTS[device_type(), what][sweep]
+        return {value: point(sweep, value, options, per_picture) for value in values}
+
+    results: dict[str, dict[str, dict[int, Table]]] = {sweep: {} for sweep in options.sweep}
+    if "attention" in options.what:
+        for sweep in options.sweep:
+            for direction in options.directions:
+                sizes = points("attention", sweep, size.per_picture)
+                results[sweep][f"attention, {direction}"] = sweep_attention(
+                    sizes, size, ways, direction == BOTH, timing, options.patience
+                )
+    if "prefill" in options.what:
+        models = Prefill(SHAPES[options.size])
+        for sweep in options.sweep:
+            sizes = points("prefill", sweep, models.shape.per_picture)
+            results[sweep]["prefill"] = {value: models.measure(where, timing) for value, where in sizes.items()}
+    write(options.out, options, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Plots of what the benchmarks wrote, as SVG on a white ground, which GitHub shows in light and in dark alike.
+
+    python benchmarks/plots.py FOLDER [--out FOLDER]
+
+FOLDER holds the JSON files under the names of `PLOTS`; what is missing is named. matplotlib comes with the extra `bench`.
+Colours are Okabe and Ito's, which colour-blind eyes tell apart, and every line has a marker of its own besides. Bands and
+bars' whiskers are the lowest and the highest of the rounds.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot, ticker  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+# Who is drawn how: the first that begins a name.
+STYLES = {
+    "causal": ("#444444", "o"),
+    "Llava": ("#444444", "o"),
+    "llava": ("#444444", "o"),
+    "run again": ("#444444", "o"),
+    "DSVL causal": ("#56B4E9", "v"),
+    "DSVL mmca, encoded": ("#009E73", "P"),
+    "DSVL mmca, flex": ("#E69F00", "D"),
+    "mmca flex": ("#E69F00", "D"),
+    "mmca gathered": ("#0072B2", "s"),
+    "mmca": ("#0072B2", "s"),
+    "DSVL": ("#0072B2", "s"),
+    "dsvl": ("#0072B2", "s"),
+    "incremental": ("#0072B2", "s"),
+    "released": ("#D55E00", "^"),
+}
+PALETTE = (
+    ("#444444", "o"),
+    ("#E69F00", "D"),
+    ("#0072B2", "s"),
+    ("#009E73", "P"),
+    ("#CC79A7", "X"),
+    ("#D55E00", "^"),
+    ("#56B4E9", "v"),
+)
+LIGHT = ("#56B4E9", "#E69F00")  # colours on which black is read better than white
+
+AXES = {"length": "tokens", "pictures": "pictures", "batch": "samples in a batch"}
+
+
+def style(name: str) -> dict[str, Any]:
+    """Colour and marker of a row."""
+    name = name.rsplit("/", 1)[-1]  # of fine_tuning.py's rows, the model
+    colour, marker = next((drawn for begin, drawn in STYLES.items() if name.startswith(begin)), PALETTE[4])
+    return {"color": colour, "marker": marker}
+
+
+def line(axes: Axes, name: str, points: dict[float, dict[str, float]], key: str = "ms", **drawn: Any) -> None:
+    """A row's figures over what was varied, without those that were left out."""
+    measured = {x: figures for x, figures in points.items() if key in figures}
+    if not measured:
+        return
+    drawn = drawn or style(name)
+    axes.plot(list(measured), [figures[key] for figures in measured.values()], label=name, markersize=5, **drawn)
+    low, high = ([figures[f"{key}_{end}"] for figures in measured.values()] for end in ("low", "high"))
+    axes.fill_between(list(measured), low, high, color=drawn["color"], alpha=0.15, linewidth=0)
+
+
+def transposed(tables: dict[Any, dict[str, Any]]) -> dict[str, dict[float, Any]]:
+    """{what was varied: {row: figures}} as {row: {what was varied: figures}}."""
+    rows = dict.fromkeys(name for table in tables.values() for name in table)
+    return {name: {float(x): table[name] for x, table in tables.items() if name in table} for name in rows}
+
+
+def ticks_at(axes: Axes, values: list[float]) -> None:
+    """A horizontal axis of powers of two, or of 0 and these, with a tick for each value."""
+    least = min((value for value in values if value > 0), default=1)
+    if 0 in values:
+        axes.set_xscale("symlog", base=2, linthresh=least)
+    else:
+        axes.set_xscale("log", base=2)
+    names = [f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}" for value in values]
+    axes.set_xticks(values, names)
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def logarithmic(axes: Axes) -> None:
+    """A vertical axis of powers of ten, in plain numbers."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One figure for each file
+
+
+def draw_attention(record: dict[str, Any]) -> Figure:
+    """A layer's time by the share of the tokens that is in pictures; a column for each shape, a row for each direction."""
+    shapes: dict[str, dict[int, dict[str, Any]]] = {}
+    for title, tables in record["results"].items():
+        shape, pictures = title.split(", ")
+        shapes.setdefault(shape, {})[int(pictures.split()[0])] = tables
+    directions = ("forward", "forward + backward")
+    figure, grid = pyplot.subplots(
+        len(directions), len(shapes), figsize=(1.2 + 3.0 * len(shapes), 5.6), squeeze=False, sharex=True
+    )
+    per_picture = record["options"]["per_picture"]
+    for column, (shape, by_pictures) in enumerate(shapes.items()):
+        tokens = int(shape.split("x")[1])
+        for axes, direction in zip(grid[:, column], directions, strict=True):
+            tables = {100 * count * per_picture / tokens: tables[direction] for count, tables in by_pictures.items()}
+            for name, points in transposed(tables).items():
+                line(axes, name, points)
+            logarithmic(axes)
+            axes.set_title(f"{shape.replace('x', ' x ')} tokens, {direction}")
+        grid[-1, column].set_xlabel("% of the tokens in pictures")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("ms")
+    options = record["options"]
+    finish(figure, f"One attention layer, {options['heads']} heads of {options['head_dim']}, {options['dtype']}")
+    return figure
+
+
+def draw_growth(record: dict[str, Any]) -> Figure:
+    """Time over length, pictures and batch; a row for attention in each direction, and one for the prefill."""
+    sweeps = {sweep: tables for sweep, tables in record["results"].items() if tables}
+    rows = list(dict.fromkeys(what for tables in sweeps.values() for what in tables))
+    options = record["options"]
+    figure, grid = pyplot.subplots(
+        len(rows), len(sweeps), figsize=(1.2 + 3.0 * len(sweeps), 1.2 + 2.7 * len(rows)), squeeze=False
+    )
+    for column, (sweep, tables) in enumerate(sweeps.items()):
+        fixed = {
+            "length": f"{options['share']:.0%} in pictures",
+            "pictures": f"in {options['text']:,} tokens of text",
+            "batch": f"of {options['tokens']:,} tokens each",
+        }[sweep]
+        for axes, what in zip(grid[:, column], rows, strict=True):
+            for name, points in transposed(tables[what]).items():
+                line(axes, name, points)
+            ticks_at(axes, [float(value) for value in tables[what]])
+            logarithmic(axes)
+            axes.set_xlabel(f"{AXES[sweep]}, {fixed}")
+            axes.set_title(what)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("ms")
+    layer = f"{options['heads']} heads of {options['head_dim']}, pictures of {options['per_picture']} tokens"
+    finish(figure, f"How cost grows: one attention layer ({layer})" + (", a whole prefill" if "prefill" in rows else ""))
+    return figure
+
+
+def bars(axes: Axes, rows: dict[str, dict[str, Any]], key: str, label: str) -> None:
+    """A horizontal bar for each row, from the top."""
+    measured = {name: figures for name, figures in rows.items() if figures.get(key) is not None}
+    places = range(len(measured))
+    lengths = [figures[key] for figures in measured.values()]
+    colours = [style(name)["color"] for name in measured]
+    ends = [
+        [abs(figures.get(f"{key}_{end}", figures[key]) - figures[key]) for figures in measured.values()]
+        for end in ("low", "high")
+    ]
+    axes.barh(places, lengths, xerr=ends, color=colours, ecolor="#999999", height=0.7)
+    for place, length, colour in zip(places, lengths, colours, strict=True):
+        said = f"{length:,.0f}" if length >= 100 else f"{length:.3g}"
+        ink = "black" if colour in LIGHT else "white"
+        axes.annotate(said, (0, place), xytext=(5, 0), textcoords="offset points", va="center", color=ink)
+    axes.set_yticks(places, list(measured))
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+
+
+def draw_steps(rows: dict[str, dict[str, Any]], title: str) -> Figure:
+    """Time and peak memory, as far as it was measured, of training steps."""
+    has_memory = any(figures.get("peak_gib") is not None for figures in rows.values())
+    height = 1.6 + 0.3 * len(rows)
+    figure, grid = pyplot.subplots(1, 1 + has_memory, figsize=(6.5 + 3.0 * has_memory, height), squeeze=False, sharey=True)
+    bars(grid[0, 0], rows, "ms", "ms a step")
+    if has_memory:
+        bars(grid[0, 1], rows, "peak_gib", "peak GiB")
+    finish(figure, title, legend=False)
+    return figure
+
+
+def draw_training_step(record: dict[str, Any]) -> Figure:
+    rows = {
+        name + (f", {setup}" if setup != "plain" else ""): figures
+        for setup, table in record["results"].items()
+        for name, figures in table.items()
+    }
+    options = record["options"]
+    return draw_steps(
+        rows,
+        f"Forward and backward, {options['size']} models, {options['batch']} x {options['tokens']:,} tokens, "
+        f"{options['pictures']} pictures each",
+    )
+
+
+def draw_fine_tuning(record: dict[str, Any]) -> Figure:
+    shape = record["shape"]
+    title = f"Whole training steps, {shape['batch']} x {shape['tokens']:,} tokens, {shape['pictures']} pictures each"
+    return draw_steps({name: row for name, row in record["results"].items() if "ms" in row}, title)
+
+
+def draw_chat(record: dict[str, Any]) -> Figure:
+    """Time to the first token in each round."""
+    figure, axes = pyplot.subplots(figsize=(6.5, 3.6))
+    rounds = list(record["results"].values())
+    for name in ("run again", "incremental"):
+        line(axes, name, {number: table[name] for number, table in enumerate(rounds, start=1)})
+    titles = [
+        title.removeprefix("round ").replace(", with a picture", "").replace(", ", ",\n") for title in record["results"]
+    ]
+    axes.set_xticks(range(1, len(rounds) + 1), titles)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("round of a conversation, a picture in each")
+    axes.set_ylabel("ms to the first token")
+    finish(figure, f"Time to the first token, {record['options']['size']} model, {rounds[-1]['tokens']:,} tokens at the end")
+    return figure
+
+
+def draw_decoding(record: dict[str, Any]) -> Figure:
+    """Tokens a second over the batch."""
+    ways: dict[str, dict[float, Any]] = {}
+    for title, figures in record["results"].items():
+        way, _, batch = title.rpartition(" batch ")
+        ways.setdefault(way, {})[float(batch)] = figures
+    figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
+    for place, (way, points) in enumerate(ways.items()):
+        colour, marker = PALETTE[place % len(PALETTE)]
+        repeated = place >= len(PALETTE)
+        line(axes, way, points, "tokens_per_s", color=colour, marker=marker, linestyle="--" if repeated else "-")
+    ticks_at(axes, sorted({batch for points in ways.values() for batch in points}))
+    logarithmic(axes)
+    axes.set_xlabel(AXES["batch"])
+    axes.set_ylabel("tokens/s")
+    finish(figure, "Decoding")
+    return figure
+
+
+# File that is read -> what draws it, and what writes it. The plot has the file's name.
+PLOTS: dict[str, tuple[Callable[[dict[str, Any]], Figure], str]] = {
+    "attention.json": (draw_attention, "attention.py"),
+    "growth.json": (draw_growth, "growth.py"),
+    "training_step.json": (draw_training_step, "training_step.py"),
+    "fine_tuning.json": (draw_fine_tuning, "fine_tuning.py"),
+    "chat.json": (draw_chat, "chat.py"),
+    "decoding.json": (draw_decoding, "decoding.py"),
+}
+
+
+def finish(figure: Figure, title: str, legend: bool = True) -> None:
+    """Title, one legend for all panels, and a grid."""
+    figure.suptitle(title, fontsize=10)
+    for axes in figure.axes:
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    if legend:
+        found: dict[str, Any] = {}
+        for axes in figure.axes:
+            handles, labels = axes.get_legend_handles_labels()
+            found |= dict(zip(labels, handles, strict=True))
+        columns = max(int(figure.get_figwidth() / 2.2), 1)
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def save(figure: Figure, record: dict[str, Any], path: Path) -> None:
+    versions = [f"{name} {record[name]}" for name in ("torch", "transformers") if name in record]
+    figure.suptitle("\n".join([figure.get_suptitle(), ", ".join([record["device"], *versions])]), fontsize=10)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="with the JSON files")
+    parser.add_argument("--out", type=Path, help="folder for the plots; by default the same")
+    options = parser.parse_args(argv)
+    out = options.out or options.folder
+    # Hashes that do not change, so that a plot of the same figures is the same file.
+    look = {
+        "svg.hashsalt": "dsvl",
+        "figure.constrained_layout.use": True,
+        "figure.facecolor": "white",
+        "font.size": 9,
+        "axes.titlesize": 9,
+    }
+    drawn = 0
+    with pyplot.rc_context(look):
+        for name, (draw, script) in PLOTS.items():
+            source, plot = options.folder / name, out / name.replace(".json", ".svg")
+            if not source.exists():
+                print(f"{source} is missing, so {plot.name} is not drawn: python benchmarks/{script} --out {source}")
+                continue
+            record = json.loads(source.read_text())
+            out.mkdir(parents=True, exist_ok=True)
+            save(draw(record), record, plot)
+            print(plot)
+            drawn += 1
+    return 0 if drawn else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
