@@ -260,7 +260,7 @@ def layer_options(options: argparse.Namespace) -> tuple[Heads, list[str], dict[s
     )
     timing = {
         "rounds": options.rounds or (20 if on_gpu else 15),
-        "warm_up": 5 if on_gpu else 2,
+        "warm_up": 5 if on_gpu else 1,
         "budget": options.budget or (10.0 if on_gpu else 3.0),
     }
     ways = options.ways or default_ways()

@@ -44,7 +44,7 @@ DEFAULTS = {
     },
     ("cuda", "prefill"): {"length": [1024, 4096, 16384], "pictures": [0, 8, 32, 64], "batch": [1, 2, 4]},
     ("cpu", "attention"): {"length": [512, 1024, 2048, 4096, 8192], "pictures": [0, 4, 16, 64, 256], "batch": [1, 2, 4, 8]},
-    ("cpu", "prefill"): {"length": [512, 1024, 2048], "pictures": [0, 2, 4, 8], "batch": [1, 2, 4]},
+    ("cpu", "prefill"): {"length": [512, 1024, 2048], "pictures": [0, 2, 6], "batch": [1, 2]},
 }
 
 
@@ -148,7 +148,9 @@ def main(argv: list[str] | None = None) -> None:
         default=[FORWARD, BOTH] if on_gpu else [FORWARD],
         help="of attention",
     )
-    parser.add_argument("--patience", type=float, default=3, help="seconds that one run of attention may take")
+    parser.add_argument(
+        "--patience", type=float, default=3 if on_gpu else 1.5, help="seconds that one run of attention may take"
+    )
     parser.add_argument("--size", choices=SHAPES, default="7b" if on_gpu else "small", help="of the models")
     add_layer_options(parser)
     options = parser.parse_args(argv)

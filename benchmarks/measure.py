@@ -80,8 +80,8 @@ def in_turns(
         rounds: how many timed rounds.
         warm_up: rounds before, for compilation and clocks.
         clock: what times a run, in milliseconds.
-        budget: seconds for each alternative. One that has spent them takes part in no further round, but in one to warm up
-            and in `LEAST_ROUNDS`; the base takes part in all.
+        budget: seconds for each alternative, its first run apart. One that has spent them takes part in no further round
+            than `LEAST_ROUNDS`; the base takes part in all.
 
     Returns:
         What `compared` says of the times, and on a GPU the peak memory above what was allocated before (`peak_gib`).
@@ -102,7 +102,8 @@ def in_turns(
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
             took = clock(run)
-            spent[name] += took / 1000
+            if step > 0:  # the first run may compile
+                spent[name] += took / 1000
             if step >= warm_up:
                 times[name].append(took)
                 if torch.cuda.is_available():
@@ -141,7 +142,8 @@ def compared(times: Mapping[str, Sequence[float]], base: str | None = None) -> T
 
 
 def peak_gib(run: Callable[[], object]) -> float:
-    """The memory that a run on a GPU takes at most, above what is allocated."""
+    """The memory that a run on a GPU takes at most, above what is allocated. It runs twice: the first may compile."""
+    run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

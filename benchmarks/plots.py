@@ -31,7 +31,7 @@ STYLES = {
     "DSVL mmca, encoded": ("#009E73", "P"),
     "DSVL mmca, flex": ("#E69F00", "D"),
     "mmca flex": ("#E69F00", "D"),
-    "mmca gathered": ("#0072B2", "s"),
+    "mmca fused": ("#009E73", "P"),
     "mmca": ("#0072B2", "s"),
     "DSVL": ("#0072B2", "s"),
     "dsvl": ("#0072B2", "s"),
