@@ -66,7 +66,6 @@ def device_ms(run: Callable[[], object]) -> float:
 
 def in_turns(
     alternatives: Mapping[str, Callable[[], object]],
-    base: str | None = None,
     rounds: int = 20,
     warm_up: int = 5,
     clock: Callable[[Callable[[], object]], float] = device_ms,
@@ -75,8 +74,7 @@ def in_turns(
     """Run each alternative once a round, so that a change of the machine's speed meets them all.
 
     Args:
-        alternatives: name -> what to run.
-        base: the alternative that speeds are relative to; by default the first.
+        alternatives: name -> what to run. Speeds are relative to the first, the base.
         rounds: how many timed rounds.
         warm_up: rounds before, for compilation and clocks.
         clock: what times a run, in milliseconds.
@@ -89,7 +87,7 @@ def in_turns(
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     spent = dict.fromkeys(alternatives, 0.0)
     peaks: dict[str, float] = {}
-    base = next(iter(alternatives)) if base is None else base
+    base = next(iter(alternatives))
     for step in range(warm_up + rounds):
         due = step == 0 or warm_up <= step < warm_up + LEAST_ROUNDS
         running = {name for name in alternatives if due or spent[name] < budget}
@@ -108,24 +106,23 @@ def in_turns(
                 times[name].append(took)
                 if torch.cuda.is_available():
                     peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
-    table = compared(times, base)
+    table = compared(times)
     for name, peak in peaks.items():
         table[name]["peak_gib"] = peak
     return table
 
 
-def compared(times: Mapping[str, Sequence[float]], base: str | None = None) -> Table:
+def compared(times: Mapping[str, Sequence[float]]) -> Table:
     """What the milliseconds of alternatives that took turns say.
 
     Args:
-        times: name -> one time a round, from the first round on; the base's are the longest list.
-        base: the alternative that speeds are relative to; by default the first.
+        times: name -> one time a round, from the first round on. The first, the base, took part in all.
 
     Returns:
         For each name: median, lowest and highest time (`ms`, `ms_low`, `ms_high`); the same of how many times as fast as the
         base it was in each round (`speed`, `speed_low`, `speed_high`); and how many `rounds` there were.
     """
-    reference = times[next(iter(times)) if base is None else base]
+    reference = times[next(iter(times))]
     table: Table = {}
     for name, values in times.items():
         ratios = [one / other for one, other in zip(reference, values, strict=False)]
