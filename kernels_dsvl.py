@@ -769,8 +769,10 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _compiled_backward(ctx: Any, gradient: torch.Tensor, *unused: Any) -> tuple:
-    lists, saved = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
-    return *_mmca_backward(gradient, list(saved), list(lists), *ctx.options), None, None, None, None, None, None
+    tensors = ctx.saved_tensors  # asked for once: under checkpointing a second time is an error
+    lists, saved = list(tensors[:-5]), list(tensors[-5:])
+    gradients = _mmca_backward(gradient, saved, lists, *ctx.options)
+    return *gradients, [None] * len(lists), None, None, None, None, None  # a list of them for a list
 
 
 _mmca.register_autograd(_compiled_backward, setup_context=_save_for_backward)
