@@ -24,18 +24,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    causal_mask_function,
-    create_masks_for_generate,
-    sdpa_mask,
-)
+from transformers import AttentionInterface, Cache, PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kernels_dsvl import FusedMask, can_fuse, fuse_mask, fused_attention
-
-HIDDEN, TEXT, IMAGE = -1, 0, 1  # the modality of a key; text and image as in `mm_token_type_ids`
+from .visibility_dsvl import HIDDEN, IMAGE, TEXT, ConfigView, Visibility, visible_edges
 
 # Bits of a code: the key takes part in the text softmax, in the image softmax, and ...
 IN_TEXT, IN_IMAGE = 1, 2
@@ -44,13 +38,13 @@ UNIFORM_TEXT, UNIFORM_IMAGE = 4, 8
 
 BACKENDS = ("eager", "sdpa", "flex_attention")
 
-# The names are registered in tables that all models of a process share, and the remote code of two checkpoints may be
-# two versions of this file: each copy registers under its own module's name.
-_CAPTURE = f"dsvl_visibility:{__name__}"
-
 
 def routed_name(backend: str) -> str:
-    """The name under which the decoder's modules find the MMCA function of a backend."""
+    """The name under which the decoder's modules find the MMCA function of a backend.
+
+    It is registered in a table that all models of a process share, and the remote code of two checkpoints may be two
+    versions of this file: each copy registers under its own module's name.
+    """
     return f"mmca_{backend}:{__name__}"
 
 
@@ -58,15 +52,12 @@ def routed_name(backend: str) -> str:
 # Routing: the decoder's attention modules see a configuration that names our functions.
 
 
-class RoutedConfig:
-    """A live view of a decoder's configuration that names another attention implementation.
-
-    Everything else is read from and written to the configuration behind it, so `set_attn_implementation`, deepcopy and
-    pickle need no special case, and config.json never contains our names.
-    """
+class RoutedConfig(ConfigView):
+    """The view that leads a decoder's attention modules to the MMCA functions."""
 
     def __init__(self, text_config: PreTrainedConfig, dsvl_config: PreTrainedConfig) -> None:
-        self.__dict__.update(_text_config=text_config, _dsvl_config=dsvl_config)
+        super().__init__(text_config)
+        self.__dict__["_dsvl_config"] = dsvl_config
 
     @property
     def _attn_implementation(self) -> str:
@@ -79,26 +70,6 @@ class RoutedConfig:
                 f"{self._dsvl_config.multimodal_attention!r}; choose one of {', '.join(map(repr, BACKENDS))}."
             )
         return routed_name(backend)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_text_config" not in self.__dict__:  # during copy and unpickling
-            raise AttributeError(name)
-        return getattr(self.__dict__["_text_config"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._text_config, name, value)
-
-
-class _CapturingConfig(RoutedConfig):
-    """The view that makes transformers' mask builders hand over what they know instead of building a mask."""
-
-    _attn_implementation = _CAPTURE
-
-    def __init__(self, text_config: PreTrainedConfig) -> None:
-        super().__init__(text_config, text_config)
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> "_CapturingConfig":
-        return self
 
 
 def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) -> None:
@@ -124,102 +95,6 @@ def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) ->
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Visibility: what transformers' own mask builders know about one kind of decoder layer.
-
-
-@dataclass
-class Visibility:
-    """Which key a query may see, modality aside. Positions are absolute: they count from the start of the sequence."""
-
-    mask_function: Callable  # (batch, head, query position, key position) -> bool, elementwise on tensors
-    batch_size: int
-    q_length: int
-    kv_length: int
-    q_offset: int | torch.Tensor  # position of the first query
-    kv_offset: int  # position of the first key (a sliding cache forgets)
-    padding: torch.Tensor | None  # (batch, positions), False where padded
-    is_causal: bool  # nothing but causality and padding hides a key
-    device: torch.device
-
-    def key_types(self, token_types: torch.Tensor) -> torch.Tensor:
-        """The modality of every key, `HIDDEN` where padded or not yet written: (batch, keys)."""
-        end = self.kv_offset + self.kv_length
-        types = token_types
-        if self.padding is not None:
-            if self.padding.shape[1] < types.shape[1]:
-                raise ValueError(
-                    f"attention_mask covers {self.padding.shape[1]} tokens, but {types.shape[1]} are seen, cached ones "
-                    "included; pass the mask of the whole sequence."
-                )
-            types = types.masked_fill(~self.padding[:, : types.shape[1]], HIDDEN)
-        if types.shape[1] < end:
-            types = nn.functional.pad(types, (0, end - types.shape[1]), value=HIDDEN)
-        return types[:, self.kv_offset : end]
-
-    def dense(self) -> torch.Tensor:
-        """Everything as one boolean tensor: (batch, 1, queries, keys)."""
-        return sdpa_mask(
-            batch_size=self.batch_size,
-            q_length=self.q_length,
-            kv_length=self.kv_length,
-            q_offset=self.q_offset,
-            kv_offset=self.kv_offset,
-            mask_function=self.mask_function,
-            attention_mask=self.padding,
-            allow_is_causal_skip=False,
-            device=self.device,
-        )
-
-
-def _capture_visibility(
-    mask_function: Callable,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    kv_offset: int = 0,
-    attention_mask: torch.Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    local_size: int | None = None,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Visibility:
-    return Visibility(
-        mask_function=mask_function,
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        padding=attention_mask,
-        is_causal=mask_function is causal_mask_function
-        or (allow_is_causal_skip and (local_size is None or kv_length <= local_size)),
-        device=torch.device(device),
-    )
-
-
-AttentionMaskInterface.register(_CAPTURE, _capture_visibility)
-
-
-def visibilities(
-    text_config: PreTrainedConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Any,
-    position_ids: torch.Tensor | None,
-) -> dict[str | None, Visibility]:
-    """Ask transformers' mask builders what is visible: one answer for each layer type, or one under the key None."""
-    built = create_masks_for_generate(
-        config=_CapturingConfig(text_config),
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        position_ids=position_ids,
-    )
-    return built if isinstance(built, dict) else {None: built}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Masks
 
 
@@ -241,7 +116,7 @@ def mmca_reference_codes(visibility: Visibility, token_types: torch.Tensor) -> t
     """
     keys = visibility.key_types(token_types)[:, None, None, :]
     visible, own = visibility.dense(), _own_key(visibility)
-    past = _positions(visibility, queries=True)[:, None] >= _positions(visibility, queries=False)
+    past = visibility.query_positions()[:, None] >= visibility.key_positions()
     codes = torch.zeros(1, dtype=torch.int8, device=keys.device)
     for kind, bit, uniform_bit in ((TEXT, IN_TEXT, UNIFORM_TEXT), (IMAGE, IN_IMAGE, UNIFORM_IMAGE)):
         members = visible & (keys == kind)
@@ -251,14 +126,8 @@ def mmca_reference_codes(visibility: Visibility, token_types: torch.Tensor) -> t
     return torch.where(is_image, (codes & (IN_TEXT | UNIFORM_TEXT)) + own * IN_IMAGE, codes).to(torch.int8)
 
 
-def _positions(visibility: Visibility, queries: bool) -> torch.Tensor:
-    if queries:
-        return torch.arange(visibility.q_length, device=visibility.device) + visibility.q_offset
-    return torch.arange(visibility.kv_length, device=visibility.device) + visibility.kv_offset
-
-
 def _own_key(visibility: Visibility) -> torch.Tensor:
-    return _positions(visibility, queries=True)[:, None] == _positions(visibility, queries=False)
+    return visibility.query_positions()[:, None] == visibility.key_positions()
 
 
 def _query_types(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
@@ -351,11 +220,12 @@ def multimodal_mask(
         q_types = q_types.masked_fill(~q_padding, HIDDEN)
     is_text = q_types == TEXT
     if backend == "sdpa" and can_fuse(text_config, dtype, visibility.device, training):
-        edges = _visible_edges(visibility)
+        edges = visible_edges(visibility)
         if edges is not None:
-            own_key = _positions(visibility, queries=True) - visibility.kv_offset
+            own_key = visibility.query_positions() - visibility.kv_offset
             rows = is_text.numel() - image_queries
             return fuse_mask(is_text, key_types == TEXT, key_types == IMAGE, own_key, *edges, rows=rows)
+    visibility = visibility.settled()
     text_queries, _ = _gather_index(is_text)
     text_keys, has_text_key = _gather_index(key_types == TEXT)
     image_keys, has_image_key = _gather_index(key_types == IMAGE)
@@ -404,7 +274,7 @@ def multimodal_mask(
         text_keys=text_keys + first_row * visibility.kv_length,
         image_keys=image_keys + first_row * visibility.kv_length,
         is_text=is_text,
-        own_key=_positions(visibility, queries=True) - visibility.kv_offset,
+        own_key=visibility.query_positions() - visibility.kv_offset,
         text_mask=text_mask,
         image_mask=image_mask,
         sees_image=None if any_image is None else any_image.transpose(1, 2),
@@ -433,39 +303,6 @@ def _image_parts(mask: torch.Tensor) -> list[tuple[int, int, int, torch.Tensor |
         # A row without a key is NaN in some kernels; its result is not used.
         parts.append((first, last, in_reach, None if part.all() else part | ~part.any(-1, keepdim=True)))
     return parts
-
-
-# How many pairs of a mask function are looked at together.
-_PAIRS_AT_ONCE = 2**24
-
-
-def _visible_edges(visibility: Visibility) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-    """The place of the first key that each query may see and the place behind the last, (batch, queries), modality and
-    padding aside. (None, None) if these are the first of all and its own; None if what it may see is no such interval, or
-    one that goes back from a query to the next.
-
-    A mask function other than the causal one (windows, packed documents) is asked for every pair, a few queries at a time,
-    and the answer is looked at on the host, once for each forward call.
-    """
-    if visibility.is_causal:
-        return None, None
-    if torch.compiler.is_compiling():
-        return None
-    rows, keys, device = visibility.batch_size, visibility.kv_length, visibility.device
-    batch = torch.arange(rows, device=device)[:, None, None]
-    head = torch.zeros((), dtype=torch.long, device=device)
-    q_positions = _positions(visibility, queries=True)[None, :, None]
-    kv_positions = _positions(visibility, queries=False)[None, None]
-    first, last, counts = [], [], []
-    for part in q_positions.split(max(_PAIRS_AT_ONCE // (rows * keys), 1), dim=1):
-        seen = visibility.mask_function(batch, head, part, kv_positions).expand(rows, part.shape[1], keys).to(torch.uint8)
-        first.append(seen.argmax(-1))
-        last.append(keys - seen.flip(-1).argmax(-1))
-        counts.append(seen.sum(-1))
-    since, up_to, count = (torch.cat(part, dim=1) for part in (first, last, counts))
-    is_interval = (count > 0) & (count == up_to - since)
-    never_back = (since.diff(dim=1) >= 0).all() & (up_to.diff(dim=1) >= 0).all()
-    return (since, up_to) if bool(is_interval.all() & never_back) else None
 
 
 def _gather_index(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .attention_dsvl import coded_masks, sees_pictures, visibilities
+from .attention_dsvl import coded_masks, sees_pictures
 from .picture_cache_dsvl import PictureCache
+from .visibility_dsvl import visibilities
 
 NO_PICTURE_CACHE = (
     "This way of decoding does not take a picture cache; choose greedy search, sampling or beams, or pass pixel_values."

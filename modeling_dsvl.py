@@ -19,7 +19,6 @@ from .attention_dsvl import (
     route_attention,
     sees_pictures,
     take_rows,
-    visibilities,
 )
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
@@ -28,6 +27,7 @@ from .pictures_dsvl import HostCopy, make_vision_tower
 from .projectors_dsvl import PROJECTORS
 from .resampler_dsvl import DSVLResampler
 from .text_prefill_dsvl import DSVLTextPrefillMixin
+from .visibility_dsvl import visibilities
 
 # Logits of a loss that exist at once: 128 MiB in float32.
 _LOGITS_AT_ONCE = 2**25
