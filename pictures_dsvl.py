@@ -39,9 +39,13 @@ def tower_features(vision_tower: PreTrainedModel, config: DSVLConfig, pixel_valu
 
 class HostCopy:
     """A tensor on its way to the host, which is asked for now and read later: the device is not waited for if it has come
-    that far by then."""
+    that far by then.
+
+    `is_here` says that there is nothing to wait for: the tensor was on the host.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
+        self.is_here = not tensor.is_cuda
         self._event: torch.cuda.Event | None = None
         self._values = tensor
         if tensor.is_cuda:
@@ -127,7 +131,7 @@ class DSVLPicturesMixin:
         if not torch.compiler.is_compiling() and (features is not None or tokens > 1):
             number = 0 if features is None else len(features)
             counts = HostCopy(placeholders.sum(-1))
-            if not placeholders.is_cuda or number > placeholders.numel():
+            if counts.is_here or number > placeholders.numel():
                 self.check_counts(counts.tolist(), number, whole_pictures)
             else:
 
