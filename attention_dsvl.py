@@ -55,9 +55,11 @@ def routed_name(backend: str) -> str:
 class RoutedConfig(ConfigView):
     """The view that leads a decoder's attention modules to the MMCA functions."""
 
-    def __init__(self, text_config: PreTrainedConfig, dsvl_config: PreTrainedConfig) -> None:
+    def __init__(self, text_config: PreTrainedConfig, dsvl_config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__(text_config)
-        self.__dict__["_dsvl_config"] = dsvl_config
+        # Layers of one type are alike: a graph that is compiled for one of them must not know its number.
+        layer_types = getattr(text_config, "layer_types", None)
+        self.__dict__.update(_dsvl_config=dsvl_config, _layer_type=layer_types[layer_idx] if layer_types else None)
 
     @property
     def _attn_implementation(self) -> str:
@@ -78,7 +80,7 @@ def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) ->
     Raises:
         ValueError: if the decoder does not route all of its attention through transformers' `AttentionInterface`.
     """
-    modules = [
+    modules: list[Any] = [
         module
         for module in language_model.modules()
         if all(hasattr(module, name) for name in ("config", "layer_idx", "is_causal"))
@@ -91,7 +93,7 @@ def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) ->
             "another decoder (Llama, Qwen, Mistral, Gemma, Phi3 ... do), or multimodal_attention='causal'."
         )
     for module in modules:
-        module.__dict__["config"] = RoutedConfig(language_model.config, dsvl_config)
+        module.__dict__["config"] = RoutedConfig(language_model.config, dsvl_config, module.layer_idx)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,6 +195,13 @@ class MultimodalMask:
             moved[field.name] = value
         return MultimodalMask(**moved)
 
+    def let_lengths_vary(self) -> None:
+        """Tell the compiler that there are more or fewer text and image tokens in the next batch."""
+        varying = [(self.text_queries, [1]), (self.text_keys, [1]), (self.image_keys, [1]), (self.sees_image, [1])]
+        for states, dims in [*varying, (self.text_mask, [2, 3]), (self.image_mask, [2, 3])]:
+            if isinstance(states, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(states, dims)
+
 
 def multimodal_mask(
     visibility: Visibility,
@@ -201,6 +210,7 @@ def multimodal_mask(
     dtype: torch.dtype,
     training: bool = False,
     image_queries: int = 0,
+    compiled: bool = False,
 ) -> MultimodalMask | FusedMask:
     """Tell the modalities of one forward call apart, for the fused kernels where these apply and else for the backend.
 
@@ -211,6 +221,7 @@ def multimodal_mask(
         dtype: the dtype of the attention scores (an additive mask has it).
         training: whether the decoder drops weights, if it is configured to.
         image_queries: how many of the queries are known to be image tokens; it saves the fused kernels memory.
+        compiled: whether it is for compiled layers, which are to take the next call's mask too.
     """
     backend = text_config._attn_implementation or "eager"
     key_types = visibility.key_types(token_types)
@@ -224,7 +235,10 @@ def multimodal_mask(
         if edges is not None:
             own_key = visibility.query_positions() - visibility.kv_offset
             rows = is_text.numel() - image_queries
-            return fuse_mask(is_text, key_types == TEXT, key_types == IMAGE, own_key, *edges, rows=rows)
+            fused = fuse_mask(is_text, key_types == TEXT, key_types == IMAGE, own_key, *edges, rows=rows)
+            if compiled:
+                torch._dynamo.maybe_mark_dynamic(fused.room, 0)
+            return fused
     visibility = visibility.settled()
     text_queries, _ = _gather_index(is_text)
     text_keys, has_text_key = _gather_index(key_types == TEXT)
@@ -262,14 +276,14 @@ def multimodal_mask(
     text_mask = None if plainly_causal else build(sees_text, text_keys)
     image_mask, any_image, image_parts = build(sees_image, image_keys), None, None
     if backend == "sdpa":
-        if visibility.device.type == "cpu" and not torch.compiler.is_compiling():
+        if visibility.device.type == "cpu" and not compiled and not torch.compiler.is_compiling():
             image_parts = _image_parts(image_mask)
         any_image = image_mask.any(-1, keepdim=True)
         image_mask = image_mask | ~any_image  # a row without a key is NaN in some kernels; its result is not used
     elif backend == "eager":
         any_image = (image_mask == 0).any(-1, keepdim=True)
     first_row = torch.arange(visibility.batch_size, device=visibility.device)[:, None]
-    return MultimodalMask(
+    gathered = MultimodalMask(
         text_queries=text_queries + first_row * visibility.q_length,
         text_keys=text_keys + first_row * visibility.kv_length,
         image_keys=image_keys + first_row * visibility.kv_length,
@@ -280,6 +294,9 @@ def multimodal_mask(
         sees_image=None if any_image is None else any_image.transpose(1, 2),
         image_parts=image_parts,
     )
+    if compiled:
+        gathered.let_lengths_vary()
+    return gathered
 
 
 # Fewer queries are not worth a call of their own.
@@ -373,8 +390,7 @@ def _attention(backend: str) -> Callable:
                 )
             output, weights = _coded_attention(module, query, key, value, attention_mask, **kwargs)
             return output, weights if backend == "eager" else None
-        layer_types = getattr(module.config, "layer_types", None)
-        mask = multimodal_masks[layer_types[module.layer_idx] if layer_types else None]
+        mask = multimodal_masks[getattr(module.config, "_layer_type", None)]
         if isinstance(mask, FusedMask):
             return fused_attention(query, key, value, mask, kwargs["scaling"], kwargs.get("softcap")), None
         if callable(mask):  # an attention of its own (reuse_dsvl.py, text_prefill_dsvl.py)

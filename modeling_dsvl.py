@@ -20,6 +20,7 @@ from .attention_dsvl import (
     sees_pictures,
     take_rows,
 )
+from .compilation_dsvl import DSVLCompilationMixin
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
 from .picture_cache_dsvl import PictureCache
@@ -105,7 +106,7 @@ class DSVLPreTrainedModel(PreTrainedModel):
         return push_part(self, repo_id, **kwargs)
 
 
-class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin):
+class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin):
     """Vision tower, projector and language model without its head.
 
     `language_model` is an unmodified decoder of transformers; only the configuration that its attention modules read is
@@ -134,6 +135,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin):
         self._fingerprint = None  # training engines write weights in ways that cannot be seen
         if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
             self.vision_tower.eval()
+        self._switch_layers()
         return self
 
     def forward(
@@ -256,7 +258,9 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin):
             return coded_masks(visible, token_types, attention), None
         text = self.language_model.config
         masks = {
-            k: multimodal_mask(v, token_types, text, inputs_embeds.dtype, self.training, image_queries or 0)
+            k: multimodal_mask(
+                v, token_types, text, inputs_embeds.dtype, self.training, image_queries or 0, self.compiles_layers
+            )
             for k, v in visible.items()
         }
         # A four-dimensional mask keeps the decoder from building its own; the modality of the keys is short and true.
@@ -381,6 +385,10 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
     def compile_text_prefill(self, **options: Any) -> None:
         """Compile what a prompt over encoded pictures runs; see `DSVLModel.compile_text_prefill`."""
         self.model.compile_text_prefill(**options)
+
+    def compile_decoder_layers(self, **options: Any) -> None:
+        """Compile the decoder's layers for training; see `DSVLModel.compile_decoder_layers`."""
+        self.model.compile_decoder_layers(**options)
 
     def prefill(
         self, input_ids: torch.Tensor, picture_cache: PictureCache, past_key_values: Cache | None = None, **kwargs: Any

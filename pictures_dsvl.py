@@ -142,7 +142,8 @@ class DSVLPicturesMixin:
             return inputs_embeds, check
         # By places, as many as there are features: a mask's backward would ask the device how many it hides.
         places = (~placeholders.flatten()).to(inputs_embeds.device, torch.uint8).argsort(stable=True)[: len(features)]
-        return inputs_embeds.flatten(0, 1).index_copy(0, places, features).view_as(inputs_embeds), check
+        # No view of something flat: compiled layers would tell the first one's input from the others'.
+        return inputs_embeds.index_put((places // tokens, places % tokens), features), check
 
     def _placeholders(
         self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None, tokens: int

@@ -80,7 +80,7 @@ def device(monkeypatch):
     def fused_attention(query, key, value, mask, scaling, softcap=None):
         save = torch.is_grad_enabled() and query.requires_grad
         options = float(scaling), float(softcap or 0.0), save
-        return kernels_dsvl._mmca(query, key, value, mask.lists, mask.rows, mask.windowed, *options)[0]
+        return kernels_dsvl._mmca(query, key, value, mask.lists, mask.windowed, *options)[0]
 
     monkeypatch.setattr(attention_dsvl, "can_fuse", lambda *args: True)
     monkeypatch.setattr(attention_dsvl, "fused_attention", fused_attention)
