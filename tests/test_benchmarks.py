@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,3 +75,24 @@ def test_a_prompt_over_known_pictures_is_compared_with_the_whole_prefill(monkeyp
     results = json.loads((tmp_path / "reuse.json").read_text())["results"]
     assert results["comparison"]["same_token"] and results["comparison"]["speed"] > 1
     assert results["comparison"]["mib_a_picture"] == 2 * 8 * 257 * 512 * 4 / 2**20
+
+
+def test_every_training_step_that_is_measured_computes_its_models_loss(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    torch._dynamo.reset()
+    steps = importlib.import_module("steps")
+    losses = steps.check("aot_eager", "cpu")
+    assert len({round(loss, 3) for loss in losses.values()}) == 2 < len(losses)
+    table = {name: {"ms": 10.0, "peak_gib": 1.0} for name in losses}
+    steps.add_rates(table, steps.TINY, steps.inputs(steps.TINY, "cpu"), 2.0)
+    for figures in table.values():
+        assert (figures["tokens_per_s"], figures["total_gib"]) == (12800, 3)
+    assert "Llava, compiled, chunked loss" in capsys.readouterr().out
+
+
+def test_a_compiled_twin_shares_the_weights(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    model = tiny_model()
+    twin = importlib.import_module("steps").compiled(model, "aot_eager")
+    assert all(one is other for one, other in zip(model.parameters(), twin.parameters(), strict=True))
+    assert twin.train().model.compiles_layers and not model.train().model.compiles_layers
