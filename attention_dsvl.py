@@ -240,9 +240,11 @@ def multimodal_mask(
                 torch._dynamo.maybe_mark_dynamic(fused.room, 0)
             return fused
     visibility = visibility.settled()
-    text_queries, _ = _gather_index(is_text)
-    text_keys, has_text_key = _gather_index(key_types == TEXT)
-    image_keys, has_image_key = _gather_index(key_types == IMAGE)
+    # A length of 1 would be a graph of its own.
+    least = 2 if compiled else 1
+    text_queries, _ = _gather_index(is_text, least)
+    text_keys, has_text_key = _gather_index(key_types == TEXT, least)
+    image_keys, has_image_key = _gather_index(key_types == IMAGE, least)
     q_positions, kv_positions = text_queries + visibility.q_offset, text_keys + visibility.kv_offset
     image_positions = image_keys + visibility.kv_offset
 
@@ -322,14 +324,15 @@ def _image_parts(mask: torch.Tensor) -> list[tuple[int, int, int, torch.Tensor |
     return parts
 
 
-def _gather_index(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The indices of each row's members, in order, and which of these slots are filled: both (batch, slots).
+def _gather_index(members: torch.Tensor, least: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices of each row's members, in order, and which of these slots are filled: both (batch, slots), at least so
+    many.
 
     A slot that is not filled holds some other index of the row, and none twice.
     """
     counts = members.sum(-1)
     # A compiled graph cannot ask how many there are, so it gets a slot for each token.
-    slots = members.shape[1] if torch.compiler.is_compiling() else max(int(counts.max()), 1)
+    slots = members.shape[1] if torch.compiler.is_compiling() else max(int(counts.max()), least)
     index = members.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :slots]
     return index, torch.arange(slots, device=members.device) < counts[:, None]
 

@@ -250,6 +250,8 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         token_types = self.token_types(inputs_embeds.shape[1], input_ids, mm_token_type_ids, past_key_values)
         attention = self.config.multimodal_attention
         known = None if image_queries is None else image_queries > 0
+        if self.compiles_layers:
+            known = True  # the graph is one for MMCA, and takes texts alone as well
         if attention == "mmca" and not sees_pictures(token_types, past_key_values, known):
             return attention_mask, None
         token_types = token_types.to(inputs_embeds.device)

@@ -78,6 +78,7 @@ def main() -> None:
         for checkpointing in (False, True):
             name = ("checkpointing" if checkpointing else "plain") + ", Liger" * liger
             results[name] = compare(options, checkpointing, liger)
+            torch._dynamo.reset()  # which makes so many graphs of the layers' code, and no more
             gc.collect()
             torch.cuda.empty_cache()
     write(options.out, results)

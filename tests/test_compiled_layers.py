@@ -1,18 +1,21 @@
 """A decoder whose layers are compiled learns what it learns otherwise, by one graph for every kind of layer."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from conftest import IMAGE_ID, PER_PICTURE, batch, tiny_model
 from plain_kernels import use_plain_kernels
 from torch._dynamo.utils import counters
+from training_runs import BATCH, STEPS, furthest, losses, make_checkpoint, make_conversations, run, weights
 
 from dsvl import DSVLForConditionalGeneration
 from dsvl.training.adapters import lora_config
 
 TOKENS = 28
-PLACES = ([[3, 12], [6]], [[0], [1, 8, 16]], [[5], [20]], [[23], []])  # of the pictures of two rows; labels differ as well
+# Of the pictures of two rows; labels differ as well.
+PLACES = ([[3, 12], [6]], [[0], [1, 8, 16]], [[5], [20]], [[23], []], [[], []])
 
 
 @pytest.fixture(autouse=True)
@@ -83,14 +86,14 @@ def graphs() -> int:
     ],
 )
 def test_loss_and_gradients_are_the_same_and_the_graph_holds(family, rows, way, monkeypatch):
-    """Ten layers, more than torch compiles a function anew; pictures, their places and the labels change."""
+    """Ten layers, more than torch compiles a function anew; pictures (in a batch none), places and labels change."""
     if way == "fused":
         use_plain_kernels(monkeypatch)
     layers, kinds = {"num_hidden_layers": 10, "initializer_range": 0.1}, 1
     if family == "gemma3_text":
         layers["layer_types"], kinds = ["sliding_attention", "full_attention"] * 5, 2
     model, compiled = pair(family, "language_model", backend="eager" if way == "eager" else "sdpa", **layers)
-    for number, places in enumerate(PLACES):
+    for number, places in enumerate(reversed(PLACES) if way == "fused" else PLACES):
         inputs = labelled(places, number)
         assert_same(compiled, model, packed(inputs) if rows == "packed" else inputs)
         assert graphs() == kinds
@@ -210,3 +213,20 @@ def test_generated_code_agrees_as_well(way, monkeypatch):
             for name, gradient in gradients.items():
                 torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
     assert graphs() == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--lora-rank 4", "--activation-checkpointing true --packing --max-length 400"])
+def test_a_run_learns_the_same_and_resumes(flags, tmp_path):
+    make_checkpoint(tmp_path)
+    data = make_conversations(tmp_path)
+    common = ["--model", tmp_path / "model", "--data", data, BATCH, "4", *STEPS, *flags.split()]
+    run(*common, "--output", tmp_path / "plain")
+    run(*common, "--output", tmp_path / "compiled", "--compile-decoder-layers")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+    whole = weights(tmp_path / "compiled")
+    assert furthest(whole, weights(tmp_path / "plain")) < 1e-3
+    shutil.rmtree(tmp_path / "compiled" / "checkpoint-4")
+    done = run(*common, "--output", tmp_path / "compiled", "--compile-decoder-layers")
+    assert "Resuming from" in done.stderr
+    assert furthest(weights(tmp_path / "compiled"), whole) < 1e-6
