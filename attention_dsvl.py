@@ -14,7 +14,8 @@ compute the same thing:
 * `MultimodalMask`, for many queries elsewhere: text queries are gathered once, and the chosen backend (eager, sdpa,
   flex_attention) runs twice, over the gathered text keys and over the gathered image keys. Image queries take part in no
   product.
-* a tensor of codes, for a decode step and for `"mmca_reference"`: one product, two softmaxes.
+* `StepMask`, for a decode step: one product, two softmaxes whose weights are added before the values are read. A tensor of
+  codes says the same, and is what `"mmca_reference"` is computed by.
 """
 
 import sys
@@ -292,6 +293,27 @@ def by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
 
 
 @dataclass
+class StepMask:
+    """`"mmca"` for few queries: what is added to the scores of the text and of the image branch, ready for every layer."""
+
+    bias: torch.Tensor  # (batch, 2, 1, 1, queries, keys): 0 for a key that takes part, -inf for others; 0 where none does
+    sees: torch.Tensor  # (batch, 2, 1, 1, queries, 1): 0 where no key takes part, else 1
+
+    @classmethod
+    def of(cls, codes: torch.Tensor, dtype: torch.dtype) -> "StepMask":
+        """From a (batch, 1, queries, keys) tensor of `mmca_codes`, for scores of a dtype."""
+        members = torch.stack([(codes & bit).bool() for bit in (IN_TEXT, IN_IMAGE)], dim=1)[:, :, :, None]
+        sees = members.any(-1, keepdim=True)
+        dtype = torch.promote_types(dtype, torch.float32)
+        bias = torch.zeros(members.shape, dtype=dtype, device=codes.device).masked_fill(~members & sees, -torch.inf)
+        return cls(bias, sees.to(dtype))
+
+    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "StepMask":
+        """Move every tensor: a model spread over devices by accelerate calls this."""
+        return StepMask(self.bias.to(device, non_blocking=non_blocking), self.sees.to(device, non_blocking=non_blocking))
+
+
+@dataclass
 class MultimodalMask:
     """`"mmca"` for many queries: where text and image tokens are, and the backend's masks over the gathered tokens.
 
@@ -516,7 +538,7 @@ def _attention(backend: str) -> Callable:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        multimodal_masks: dict[str | None, MultimodalMask | FusedMask] | None = None,
+        multimodal_masks: dict[str | None, MultimodalMask | FusedMask | StepMask] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # No picture in sight: the decoder's own attention, to the bit.
@@ -538,6 +560,9 @@ def _attention(backend: str) -> Callable:
             return output, weights if backend == "eager" else None
         layer_types = getattr(module.config, "layer_types", None)
         mask = multimodal_masks[layer_types[module.layer_idx] if layer_types else None]
+        if isinstance(mask, StepMask):
+            output, weights = _step_attention(module, query, key, value, mask, **kwargs)
+            return output, weights if backend == "eager" else None
         if isinstance(mask, FusedMask):
             return fused_attention(query, key, value, mask, kwargs["scaling"], kwargs.get("softcap")), None
         if callable(mask):  # an attention of its own (reuse_dsvl.py, text_prefill_dsvl.py)
@@ -645,6 +670,23 @@ def _eager_attention(
     weights = _softmax(_scores(query, key, scaling, softcap) + _grouped(mask, key), query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return _weighted_values(weights, value)
+
+
+def _step_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: StepMask,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One product, two softmaxes, and one product of the sum of their weights: keys and values are read once."""
+    weights = (_scores(query, key, scaling, softcap)[:, None] + mask.bias[..., : key.shape[2]]).softmax(-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return _weighted_values((weights * mask.sees).sum(1).to(query.dtype), value)
 
 
 def _coded_attention(

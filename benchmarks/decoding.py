@@ -1,10 +1,10 @@
-"""Tokens a second after the first: DSVL beside transformers' Llava, with a dynamic cache and with a static one and a compiled
-step, as `generate` has them. Weights and pictures are random; the prompt is a picture and some text.
+"""Tokens a second after the first: DSVL beside transformers' Llava, with a dynamic cache and with a static one and a
+compiled step, as `generate` has them. Weights and pictures are random; the prompt is a picture and some text.
 
-    python benchmarks/decoding.py [--size small|7b] [--batches 1 16] [--new-tokens 128] [--quantize int8] [--out decoding.json]
+    python benchmarks/decoding.py [--size small|7b] [--batches 1 16] [--new-tokens 128] [--quantize int8] [--out FILE]
 
-All run in turns in one process. The time of one new token is taken from that of many, so that prompts do not count. Beside it
-stands what of the weights is read in that time, in GB/s: at batch 1 it is what bounds a step.
+All run in turns in one process. The time of two new tokens is taken from that of many, so that prompts do not count. Beside
+it stands what of the weights is read in that time, in GB/s: at batch 1 it is what bounds a step.
 """
 
 import argparse

@@ -151,7 +151,9 @@ def test_a_step_is_queued_before_the_last_one_is_looked_at(monkeypatch: pytest.M
     was_the_last = decoding_dsvl._Step.was_the_last
     monkeypatch.setattr(decoding_dsvl._Step, "was_the_last", lambda step: events.append("look") or was_the_last(step))
     monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
-    monkeypatch.setattr(model, "get_compiled_call", lambda config: lambda **inputs: events.append("queue") or model(**inputs))
+    monkeypatch.setattr(
+        model, "get_compiled_call", lambda config: lambda **inputs: events.append("queue") or model(**inputs)
+    )
     model.generate(**inputs, max_new_tokens=6, do_sample=False, cache_implementation="static")
     # The first of the six tokens comes from the prefill. When the n-th is looked at, the step that follows it is queued.
     assert events == [*["queue", "look"] * 5, "look"]
