@@ -24,7 +24,14 @@ def weight_bytes(model: PreTrainedModel) -> int:
     table = model.get_input_embeddings().weight
     parts = [*model.model.language_model.parameters(), model.lm_head.weight]
     read = {id(weight): weight for weight in parts if weight is not table or weight is model.lm_head.weight}
-    return sum(weight.nbytes for weight in read.values())
+    return sum(_stored_bytes(weight) for weight in read.values())
+
+
+def _stored_bytes(weight: torch.Tensor) -> int:
+    """In memory; a quantized weight tells the size of what it stands for, not its own."""
+    if hasattr(weight, "__tensor_flatten__"):
+        return sum(_stored_bytes(getattr(weight, part)) for part in weight.__tensor_flatten__()[0])
+    return weight.nbytes
 
 
 def seconds(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: int, static: bool) -> float:
@@ -45,7 +52,7 @@ def seconds(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens:
 
 
 def quantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The decoder's weights in 8 bits, by torchao."""
+    """The decoder's weights in 8 bits, as `from_pretrained(quantization_config=...)` makes them of a checkpoint."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model.model.language_model, Int8WeightOnlyConfig())

@@ -1,13 +1,15 @@
 """The decoding loop in which the host runs ahead gives what transformers' own loop gives."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import PAD_ID, batch, tiny_model
-from transformers import StaticCache, StopStringCriteria, TextStreamer
+from transformers import CompileConfig, StaticCache, StopStringCriteria, TextStreamer
 
-from dsvl import decoding_dsvl
+from dsvl import DSVLForConditionalGeneration, decoding_dsvl
+from dsvl.composition.quantization import quantization_config
 
 LAYOUTS = ("ttItttIIttttttIttt", "tttItt", "tttt")
 
@@ -157,3 +159,19 @@ def test_a_step_is_queued_before_the_last_one_is_looked_at(monkeypatch: pytest.M
     model.generate(**inputs, max_new_tokens=6, do_sample=False, cache_implementation="static")
     # The first of the six tokens comes from the prefill. When the n-th is looked at, the step that follows it is queued.
     assert events == [*["queue", "look"] * 5, "look"]
+
+
+def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
+    config = quantization_config("int8", torch.float32)
+    model = DSVLForConditionalGeneration.from_pretrained(tmp_path, device_map={"": "cpu"}, quantization_config=config)
+    inputs = batch(*LAYOUTS, dtype=torch.float32)
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    compile_config = CompileConfig(fullgraph=True, backend="eager", mode="default")
+    compile_config._compile_all_devices = True  # transformers compiles on accelerators alone, unless told so
+    got = model.generate(
+        **inputs, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=compile_config
+    )
+    assert "_compiled_call" in model.__dict__, "nothing was compiled"
+    assert got.equal(expected)
