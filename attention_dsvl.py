@@ -685,7 +685,8 @@ def _step_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One product, two softmaxes, and one product of the sum of their weights: keys and values are read once."""
     weights = (_scores(query, key, scaling, softcap)[:, None] + mask.bias[..., : key.shape[2]]).softmax(-1)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    if dropout > 0:
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return _weighted_values((weights * mask.sees).sum(1).to(query.dtype), value)
 
 
