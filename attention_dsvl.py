@@ -14,8 +14,8 @@ compute the same thing:
 * `MultimodalMask`, for many queries elsewhere: text queries are gathered once, and the chosen backend (eager, sdpa,
   flex_attention) runs twice, over the gathered text keys and over the gathered image keys. Image queries take part in no
   product.
-* `StepMask`, for a decode step: one product, two softmaxes whose weights are added before the values are read. A tensor of
-  codes says the same, and is what `"mmca_reference"` is computed by.
+* `StepMask`, for few queries, as in a decode step: one product, two softmaxes whose weights are added before the values are
+  read. A tensor of codes says the same, and is what `"mmca_reference"` is computed by.
 """
 
 import sys
@@ -285,6 +285,16 @@ def coded_masks(
     """The codes of a forward call, as a decoder takes its `attention_mask`: a tensor, or one for each layer type."""
     codes = mmca_reference_codes if multimodal_attention == "mmca_reference" else mmca_codes
     return by_layer_type({layer_type: codes(v, token_types) for layer_type, v in visible.items()})
+
+
+# Where less than this is added to a cache, one product with all of it is cheaper than to gather it by modality (on a CPU).
+_FEW = 16
+
+
+def few_queries(visible: dict[str | None, Visibility], queries: int) -> bool:
+    """Whether so many queries are to be computed by codes and `StepMask`: one, or a few that follow a cache."""
+    after_cache = all(isinstance(v.q_offset, torch.Tensor) or v.q_offset > 0 for v in visible.values())
+    return queries == 1 or (queries <= _FEW and after_cache)
 
 
 def by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
@@ -716,12 +726,14 @@ def _coded_attention(
 
 
 # Scores and weights are kept as (batch, key-value heads, query heads of each, queries, keys): a key-value head is never
-# copied for the queries that share it.
+# copied for the queries that share it, which are multiplied with it as if they were more queries of one head.
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
-    query = query.unflatten(1, (key.shape[1], -1))
-    scores = torch.matmul(query, key[:, :, None].transpose(-1, -2)) * scaling
+    batch, heads, queries, head_dim = query.shape
+    group = heads // key.shape[1]
+    rows = query.reshape(batch, key.shape[1], group * queries, head_dim) * scaling
+    scores = torch.matmul(rows, key.transpose(-1, -2)).unflatten(2, (group, queries))
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
@@ -734,8 +746,9 @@ def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _weighted_values(weights: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    output = torch.matmul(weights, value[:, :, None])
-    return output.flatten(1, 2).transpose(1, 2).contiguous(), weights.flatten(1, 2)
+    batch, kv_heads, group, queries, _ = weights.shape
+    output = torch.matmul(weights.flatten(2, 3), value).view(batch, kv_heads * group, queries, -1)
+    return output.transpose(1, 2).contiguous(), weights.flatten(1, 2)
 
 
 for _backend in BACKENDS:

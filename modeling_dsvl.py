@@ -16,6 +16,7 @@ from .attention_dsvl import (
     StepMask,
     by_layer_type,
     coded_masks,
+    few_queries,
     multimodal_mask,
     route_attention,
     sees_pictures,
@@ -254,7 +255,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin):
             return attention_mask, None
         token_types = token_types.to(inputs_embeds.device)
         visible = visibilities(self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        if attention == "mmca_reference" or inputs_embeds.shape[1] == 1:
+        if attention == "mmca_reference" or few_queries(visible, inputs_embeds.shape[1]):
             codes = coded_masks(visible, token_types, attention)
             return codes, self._step_masks(codes, inputs_embeds.dtype)
         text = self.language_model.config
