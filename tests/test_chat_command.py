@@ -224,7 +224,7 @@ def test_flags_reach_the_model(checkpoint, folder, monkeypatch, capsys, flags, d
     [("4bit", "bitsandbytes", "Params4bit"), ("8bit", "bitsandbytes", "Int8Params"), ("int8", "torchao", "Int8Tensor")],
 )
 def test_a_quantized_decoder_answers(tmp_path, kind, package, made_of):
-    pytest.importorskip(package)
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}")
     checkpoint = make_checkpoint(tmp_path, intermediate_size=128)  # whole blocks of 64
     model, processor = load(str(checkpoint), device="cpu", quantization=kind)
     weights = [module.weight for module in model.model.language_model.layers.modules() if isinstance(module, nn.Linear)]

@@ -162,7 +162,7 @@ def test_a_step_is_queued_before_the_last_one_is_looked_at(monkeypatch: pytest.M
 
 
 def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
     tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
     config = quantization_config("int8", torch.float32)
     model = DSVLForConditionalGeneration.from_pretrained(tmp_path, device_map={"": "cpu"}, quantization_config=config)
