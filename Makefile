@@ -36,6 +36,7 @@ bench-gpu:
 	$(BIN)/python benchmarks/fine_tuning.py
 	$(BIN)/python benchmarks/chat.py --size 7b
 	$(BIN)/python benchmarks/reuse.py --size 7b
+	$(BIN)/python benchmarks/decoding.py --size 7b
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -14,7 +14,8 @@ compute the same thing:
 * `MultimodalMask`, for many queries elsewhere: text queries are gathered once, and the chosen backend (eager, sdpa,
   flex_attention) runs twice, over the gathered text keys and over the gathered image keys. Image queries take part in no
   product.
-* a tensor of codes, for a decode step and for `"mmca_reference"`: one product, two softmaxes.
+* `StepMask`, for few queries, as in a decode step: one product, two softmaxes whose weights are added before the values are
+  read. A tensor of codes says the same, and is what `"mmca_reference"` is computed by.
 """
 
 import sys
@@ -157,9 +158,40 @@ def coded_masks(
     return by_layer_type({layer_type: codes(v, token_types) for layer_type, v in visible.items()})
 
 
+# Where less than this is added to a cache, one product with all of it is cheaper than to gather it by modality (on a CPU).
+_FEW = 16
+
+
+def few_queries(visible: dict[str | None, Visibility], queries: int) -> bool:
+    """Whether so many queries are to be computed by codes and `StepMask`: one, or a few that follow a cache."""
+    after_cache = all(isinstance(v.q_offset, torch.Tensor) or v.q_offset > 0 for v in visible.values())
+    return queries == 1 or (queries <= _FEW and after_cache)
+
+
 def by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
     """Decoders with layer types take a dict of masks, the others one tensor."""
     return masks.get(None, masks)
+
+
+@dataclass
+class StepMask:
+    """`"mmca"` for few queries: what is added to the scores of the text and of the image branch, ready for every layer."""
+
+    bias: torch.Tensor  # (batch, 2, 1, 1, queries, keys): 0 for a key that takes part, -inf for others; 0 where none does
+    sees: torch.Tensor  # (batch, 2, 1, 1, queries, 1): 0 where no key takes part, else 1
+
+    @classmethod
+    def of(cls, codes: torch.Tensor, dtype: torch.dtype) -> "StepMask":
+        """From a (batch, 1, queries, keys) tensor of `mmca_codes`, for scores of a dtype."""
+        members = torch.stack([(codes & bit).bool() for bit in (IN_TEXT, IN_IMAGE)], dim=1)[:, :, :, None]
+        sees = members.any(-1, keepdim=True)
+        dtype = torch.promote_types(dtype, torch.float32)
+        bias = torch.zeros(members.shape, dtype=dtype, device=codes.device).masked_fill(~members & sees, -torch.inf)
+        return cls(bias, sees.to(dtype))
+
+    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "StepMask":
+        """Move every tensor: a model spread over devices by accelerate calls this."""
+        return StepMask(self.bias.to(device, non_blocking=non_blocking), self.sees.to(device, non_blocking=non_blocking))
 
 
 @dataclass
@@ -373,7 +405,7 @@ def _attention(backend: str) -> Callable:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        multimodal_masks: dict[str | None, MultimodalMask | FusedMask] | None = None,
+        multimodal_masks: dict[str | None, MultimodalMask | FusedMask | StepMask] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # No picture in sight: the decoder's own attention, to the bit.
@@ -394,6 +426,9 @@ def _attention(backend: str) -> Callable:
             output, weights = _coded_attention(module, query, key, value, attention_mask, **kwargs)
             return output, weights if backend == "eager" else None
         mask = multimodal_masks[getattr(module.config, "_layer_type", None)]
+        if isinstance(mask, StepMask):
+            output, weights = _step_attention(module, query, key, value, mask, **kwargs)
+            return output, weights if backend == "eager" else None
         if isinstance(mask, FusedMask):
             return fused_attention(query, key, value, mask, kwargs["scaling"], kwargs.get("softcap")), None
         if callable(mask):  # an attention of its own (reuse_dsvl.py, text_prefill_dsvl.py)
@@ -503,6 +538,24 @@ def _eager_attention(
     return _weighted_values(weights, value)
 
 
+def _step_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: StepMask,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One product, two softmaxes, and one product of the sum of their weights: keys and values are read once."""
+    weights = (_scores(query, key, scaling, softcap)[:, None] + mask.bias[..., : key.shape[2]]).softmax(-1)
+    if dropout > 0:
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return _weighted_values((weights * mask.sees).sum(1).to(query.dtype), value)
+
+
 def _coded_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -529,12 +582,14 @@ def _coded_attention(
 
 
 # Scores and weights are kept as (batch, key-value heads, query heads of each, queries, keys): a key-value head is never
-# copied for the queries that share it.
+# copied for the queries that share it, which are multiplied with it as if they were more queries of one head.
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
-    query = query.unflatten(1, (key.shape[1], -1))
-    scores = torch.matmul(query, key[:, :, None].transpose(-1, -2)) * scaling
+    batch, heads, queries, head_dim = query.shape
+    group = heads // key.shape[1]
+    rows = query.reshape(batch, key.shape[1], group * queries, head_dim) * scaling
+    scores = torch.matmul(rows, key.transpose(-1, -2)).unflatten(2, (group, queries))
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
@@ -547,8 +602,9 @@ def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _weighted_values(weights: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    output = torch.matmul(weights, value[:, :, None])
-    return output.flatten(1, 2).transpose(1, 2).contiguous(), weights.flatten(1, 2)
+    batch, kv_heads, group, queries, _ = weights.shape
+    output = torch.matmul(weights.flatten(2, 3), value).view(batch, kv_heads * group, queries, -1)
+    return output.transpose(1, 2).contiguous(), weights.flatten(1, 2)
 
 
 for _backend in BACKENDS:

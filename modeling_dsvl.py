@@ -13,8 +13,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .attention_dsvl import (
+    StepMask,
     by_layer_type,
     coded_masks,
+    few_queries,
     multimodal_mask,
     route_attention,
     sees_pictures,
@@ -246,7 +248,8 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         `image_queries` is how many of the new tokens are image tokens, if that is known.
         """
         if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
-            return self._check_ready_mask(attention_mask, input_ids, mm_token_type_ids), None
+            attention_mask = self._check_ready_mask(attention_mask, input_ids, mm_token_type_ids)
+            return attention_mask, self._step_masks(attention_mask, inputs_embeds.dtype)
         token_types = self.token_types(inputs_embeds.shape[1], input_ids, mm_token_type_ids, past_key_values)
         attention = self.config.multimodal_attention
         known = None if image_queries is None else image_queries > 0
@@ -256,8 +259,9 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             return attention_mask, None
         token_types = token_types.to(inputs_embeds.device)
         visible = visibilities(self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        if attention == "mmca_reference" or inputs_embeds.shape[1] == 1:
-            return coded_masks(visible, token_types, attention), None
+        if attention == "mmca_reference" or few_queries(visible, inputs_embeds.shape[1]):
+            codes = coded_masks(visible, token_types, attention)
+            return codes, self._step_masks(codes, inputs_embeds.dtype)
         text = self.language_model.config
         masks = {
             k: multimodal_mask(
@@ -268,6 +272,15 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         # A four-dimensional mask keeps the decoder from building its own; the modality of the keys is short and true.
         keys = {k: (v.key_types(token_types) + 1)[:, None, None].to(torch.int8) for k, v in visible.items()}
         return by_layer_type(keys), masks
+
+    def _step_masks(self, codes: Any, dtype: torch.dtype) -> dict[str | None, StepMask] | None:
+        """What the layers make of codes under "mmca", made once; None if these are no codes."""
+        by_type = codes if isinstance(codes, dict) else {None: codes}
+        if self.config.multimodal_attention != "mmca" or any(
+            mask is None or mask.dtype != torch.int8 for mask in by_type.values()
+        ):
+            return None
+        return {layer_type: StepMask.of(mask, dtype) for layer_type, mask in by_type.items()}
 
     def _check_ready_mask(
         self,

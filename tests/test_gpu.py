@@ -168,6 +168,23 @@ def test_a_training_step_waits_for_nothing(family, is_packed, compiled):
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_the_decoding_loop_waits_for_nothing_but_earlier_steps(monkeypatch):
+    """The host looks at a step through an event, which lets it queue the next one; nothing else synchronizes."""
+    model, inputs = tiny_model(dtype=torch.float32).cuda(), on_gpu(batch("ttIttt", dtype=torch.float32))
+
+    def step(**kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        return model(**kwargs)
+
+    options = dict(max_new_tokens=8, do_sample=False, cache_implementation="static")
+    monkeypatch.setattr(model, "get_compiled_call", lambda config: step)
+    try:
+        got = model.generate(**inputs, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert got.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False))
+
+
 def test_the_server_answers_as_the_model_does(tmp_path):
     pytest.importorskip("openai")
     from concurrent.futures import ThreadPoolExecutor
