@@ -14,7 +14,8 @@ compute the same thing:
 * `MultimodalMask`, for many queries elsewhere: text queries are gathered once, and the chosen backend (eager, sdpa,
   flex_attention) runs twice, over the gathered text keys and over the gathered image keys. Image queries take part in no
   product.
-* a tensor of codes, for a decode step and for `"mmca_reference"`: one product, two softmaxes.
+* `StepMask`, for few queries, as in a decode step: one product, two softmaxes whose weights are added before the values are
+  read. A tensor of codes says the same, and is what `"mmca_reference"` is computed by.
 """
 
 import sys
@@ -24,18 +25,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    causal_mask_function,
-    create_masks_for_generate,
-    sdpa_mask,
-)
+from transformers import AttentionInterface, Cache, PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kernels_dsvl import FusedMask, can_fuse, fuse_mask, fused_attention
-
-HIDDEN, TEXT, IMAGE = -1, 0, 1  # the modality of a key; text and image as in `mm_token_type_ids`
+from .visibility_dsvl import HIDDEN, IMAGE, TEXT, ConfigView, Visibility, visible_edges
 
 # Bits of a code: the key takes part in the text softmax, in the image softmax, and ...
 IN_TEXT, IN_IMAGE = 1, 2
@@ -44,13 +39,13 @@ UNIFORM_TEXT, UNIFORM_IMAGE = 4, 8
 
 BACKENDS = ("eager", "sdpa", "flex_attention")
 
-# The names are registered in tables that all models of a process share, and the remote code of two checkpoints may be
-# two versions of this file: each copy registers under its own module's name.
-_CAPTURE = f"dsvl_visibility:{__name__}"
-
 
 def routed_name(backend: str) -> str:
-    """The name under which the decoder's modules find the MMCA function of a backend."""
+    """The name under which the decoder's modules find the MMCA function of a backend.
+
+    It is registered in a table that all models of a process share, and the remote code of two checkpoints may be two
+    versions of this file: each copy registers under its own module's name.
+    """
     return f"mmca_{backend}:{__name__}"
 
 
@@ -58,15 +53,14 @@ def routed_name(backend: str) -> str:
 # Routing: the decoder's attention modules see a configuration that names our functions.
 
 
-class RoutedConfig:
-    """A live view of a decoder's configuration that names another attention implementation.
+class RoutedConfig(ConfigView):
+    """The view that leads a decoder's attention modules to the MMCA functions."""
 
-    Everything else is read from and written to the configuration behind it, so `set_attn_implementation`, deepcopy and
-    pickle need no special case, and config.json never contains our names.
-    """
-
-    def __init__(self, text_config: PreTrainedConfig, dsvl_config: PreTrainedConfig) -> None:
-        self.__dict__.update(_text_config=text_config, _dsvl_config=dsvl_config)
+    def __init__(self, text_config: PreTrainedConfig, dsvl_config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__(text_config)
+        # Layers of one type are alike: a graph that is compiled for one of them must not know its number.
+        layer_types = getattr(text_config, "layer_types", None)
+        self.__dict__.update(_dsvl_config=dsvl_config, _layer_type=layer_types[layer_idx] if layer_types else None)
 
     @property
     def _attn_implementation(self) -> str:
@@ -80,26 +74,6 @@ class RoutedConfig:
             )
         return routed_name(backend)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_text_config" not in self.__dict__:  # during copy and unpickling
-            raise AttributeError(name)
-        return getattr(self.__dict__["_text_config"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._text_config, name, value)
-
-
-class _CapturingConfig(RoutedConfig):
-    """The view that makes transformers' mask builders hand over what they know instead of building a mask."""
-
-    _attn_implementation = _CAPTURE
-
-    def __init__(self, text_config: PreTrainedConfig) -> None:
-        super().__init__(text_config, text_config)
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> "_CapturingConfig":
-        return self
-
 
 def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) -> None:
     """Let every self-attention module of a decoder find the MMCA functions.
@@ -107,7 +81,7 @@ def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) ->
     Raises:
         ValueError: if the decoder does not route all of its attention through transformers' `AttentionInterface`.
     """
-    modules = [
+    modules: list[Any] = [
         module
         for module in language_model.modules()
         if all(hasattr(module, name) for name in ("config", "layer_idx", "is_causal"))
@@ -120,103 +94,7 @@ def route_attention(language_model: nn.Module, dsvl_config: PreTrainedConfig) ->
             "another decoder (Llama, Qwen, Mistral, Gemma, Phi3 ... do), or multimodal_attention='causal'."
         )
     for module in modules:
-        module.__dict__["config"] = RoutedConfig(language_model.config, dsvl_config)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Visibility: what transformers' own mask builders know about one kind of decoder layer.
-
-
-@dataclass
-class Visibility:
-    """Which key a query may see, modality aside. Positions are absolute: they count from the start of the sequence."""
-
-    mask_function: Callable  # (batch, head, query position, key position) -> bool, elementwise on tensors
-    batch_size: int
-    q_length: int
-    kv_length: int
-    q_offset: int | torch.Tensor  # position of the first query
-    kv_offset: int  # position of the first key (a sliding cache forgets)
-    padding: torch.Tensor | None  # (batch, positions), False where padded
-    is_causal: bool  # nothing but causality and padding hides a key
-    device: torch.device
-
-    def key_types(self, token_types: torch.Tensor) -> torch.Tensor:
-        """The modality of every key, `HIDDEN` where padded or not yet written: (batch, keys)."""
-        end = self.kv_offset + self.kv_length
-        types = token_types
-        if self.padding is not None:
-            if self.padding.shape[1] < types.shape[1]:
-                raise ValueError(
-                    f"attention_mask covers {self.padding.shape[1]} tokens, but {types.shape[1]} are seen, cached ones "
-                    "included; pass the mask of the whole sequence."
-                )
-            types = types.masked_fill(~self.padding[:, : types.shape[1]], HIDDEN)
-        if types.shape[1] < end:
-            types = nn.functional.pad(types, (0, end - types.shape[1]), value=HIDDEN)
-        return types[:, self.kv_offset : end]
-
-    def dense(self) -> torch.Tensor:
-        """Everything as one boolean tensor: (batch, 1, queries, keys)."""
-        return sdpa_mask(
-            batch_size=self.batch_size,
-            q_length=self.q_length,
-            kv_length=self.kv_length,
-            q_offset=self.q_offset,
-            kv_offset=self.kv_offset,
-            mask_function=self.mask_function,
-            attention_mask=self.padding,
-            allow_is_causal_skip=False,
-            device=self.device,
-        )
-
-
-def _capture_visibility(
-    mask_function: Callable,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    kv_offset: int = 0,
-    attention_mask: torch.Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    local_size: int | None = None,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Visibility:
-    return Visibility(
-        mask_function=mask_function,
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        padding=attention_mask,
-        is_causal=mask_function is causal_mask_function
-        or (allow_is_causal_skip and (local_size is None or kv_length <= local_size)),
-        device=torch.device(device),
-    )
-
-
-AttentionMaskInterface.register(_CAPTURE, _capture_visibility)
-
-
-def visibilities(
-    text_config: PreTrainedConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Any,
-    position_ids: torch.Tensor | None,
-) -> dict[str | None, Visibility]:
-    """Ask transformers' mask builders what is visible: one answer for each layer type, or one under the key None."""
-    built = create_masks_for_generate(
-        config=_CapturingConfig(text_config),
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        position_ids=position_ids,
-    )
-    return built if isinstance(built, dict) else {None: built}
+        module.__dict__["config"] = RoutedConfig(language_model.config, dsvl_config, module.layer_idx)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,7 +119,7 @@ def mmca_reference_codes(visibility: Visibility, token_types: torch.Tensor) -> t
     """
     keys = visibility.key_types(token_types)[:, None, None, :]
     visible, own = visibility.dense(), _own_key(visibility)
-    past = _positions(visibility, queries=True)[:, None] >= _positions(visibility, queries=False)
+    past = visibility.query_positions()[:, None] >= visibility.key_positions()
     codes = torch.zeros(1, dtype=torch.int8, device=keys.device)
     for kind, bit, uniform_bit in ((TEXT, IN_TEXT, UNIFORM_TEXT), (IMAGE, IN_IMAGE, UNIFORM_IMAGE)):
         members = visible & (keys == kind)
@@ -251,14 +129,8 @@ def mmca_reference_codes(visibility: Visibility, token_types: torch.Tensor) -> t
     return torch.where(is_image, (codes & (IN_TEXT | UNIFORM_TEXT)) + own * IN_IMAGE, codes).to(torch.int8)
 
 
-def _positions(visibility: Visibility, queries: bool) -> torch.Tensor:
-    if queries:
-        return torch.arange(visibility.q_length, device=visibility.device) + visibility.q_offset
-    return torch.arange(visibility.kv_length, device=visibility.device) + visibility.kv_offset
-
-
 def _own_key(visibility: Visibility) -> torch.Tensor:
-    return _positions(visibility, queries=True)[:, None] == _positions(visibility, queries=False)
+    return visibility.query_positions()[:, None] == visibility.key_positions()
 
 
 def _query_types(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
@@ -286,9 +158,40 @@ def coded_masks(
     return by_layer_type({layer_type: codes(v, token_types) for layer_type, v in visible.items()})
 
 
+# Where less than this is added to a cache, one product with all of it is cheaper than to gather it by modality (on a CPU).
+_FEW = 16
+
+
+def few_queries(visible: dict[str | None, Visibility], queries: int) -> bool:
+    """Whether so many queries are to be computed by codes and `StepMask`: one, or a few that follow a cache."""
+    after_cache = all(isinstance(v.q_offset, torch.Tensor) or v.q_offset > 0 for v in visible.values())
+    return queries == 1 or (queries <= _FEW and after_cache)
+
+
 def by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
     """Decoders with layer types take a dict of masks, the others one tensor."""
     return masks.get(None, masks)
+
+
+@dataclass
+class StepMask:
+    """`"mmca"` for few queries: what is added to the scores of the text and of the image branch, ready for every layer."""
+
+    bias: torch.Tensor  # (batch, 2, 1, 1, queries, keys): 0 for a key that takes part, -inf for others; 0 where none does
+    sees: torch.Tensor  # (batch, 2, 1, 1, queries, 1): 0 where no key takes part, else 1
+
+    @classmethod
+    def of(cls, codes: torch.Tensor, dtype: torch.dtype) -> "StepMask":
+        """From a (batch, 1, queries, keys) tensor of `mmca_codes`, for scores of a dtype."""
+        members = torch.stack([(codes & bit).bool() for bit in (IN_TEXT, IN_IMAGE)], dim=1)[:, :, :, None]
+        sees = members.any(-1, keepdim=True)
+        dtype = torch.promote_types(dtype, torch.float32)
+        bias = torch.zeros(members.shape, dtype=dtype, device=codes.device).masked_fill(~members & sees, -torch.inf)
+        return cls(bias, sees.to(dtype))
+
+    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "StepMask":
+        """Move every tensor: a model spread over devices by accelerate calls this."""
+        return StepMask(self.bias.to(device, non_blocking=non_blocking), self.sees.to(device, non_blocking=non_blocking))
 
 
 @dataclass
@@ -324,6 +227,13 @@ class MultimodalMask:
             moved[field.name] = value
         return MultimodalMask(**moved)
 
+    def let_lengths_vary(self) -> None:
+        """Tell the compiler that there are more or fewer text and image tokens in the next batch."""
+        varying = [(self.text_queries, [1]), (self.text_keys, [1]), (self.image_keys, [1]), (self.sees_image, [1])]
+        for states, dims in [*varying, (self.text_mask, [2, 3]), (self.image_mask, [2, 3])]:
+            if isinstance(states, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(states, dims)
+
 
 def multimodal_mask(
     visibility: Visibility,
@@ -332,6 +242,7 @@ def multimodal_mask(
     dtype: torch.dtype,
     training: bool = False,
     image_queries: int = 0,
+    compiled: bool = False,
 ) -> MultimodalMask | FusedMask:
     """Tell the modalities of one forward call apart, for the fused kernels where these apply and else for the backend.
 
@@ -342,6 +253,7 @@ def multimodal_mask(
         dtype: the dtype of the attention scores (an additive mask has it).
         training: whether the decoder drops weights, if it is configured to.
         image_queries: how many of the queries are known to be image tokens; it saves the fused kernels memory.
+        compiled: whether it is for compiled layers, which are to take the next call's mask too.
     """
     backend = text_config._attn_implementation or "eager"
     key_types = visibility.key_types(token_types)
@@ -351,14 +263,20 @@ def multimodal_mask(
         q_types = q_types.masked_fill(~q_padding, HIDDEN)
     is_text = q_types == TEXT
     if backend == "sdpa" and can_fuse(text_config, dtype, visibility.device, training):
-        edges = _visible_edges(visibility)
+        edges = visible_edges(visibility)
         if edges is not None:
-            own_key = _positions(visibility, queries=True) - visibility.kv_offset
+            own_key = visibility.query_positions() - visibility.kv_offset
             rows = is_text.numel() - image_queries
-            return fuse_mask(is_text, key_types == TEXT, key_types == IMAGE, own_key, *edges, rows=rows)
-    text_queries, _ = _gather_index(is_text)
-    text_keys, has_text_key = _gather_index(key_types == TEXT)
-    image_keys, has_image_key = _gather_index(key_types == IMAGE)
+            fused = fuse_mask(is_text, key_types == TEXT, key_types == IMAGE, own_key, *edges, rows=rows)
+            if compiled:
+                torch._dynamo.maybe_mark_dynamic(fused.room, 0)
+            return fused
+    visibility = visibility.settled()
+    # A length of 1 would be a graph of its own.
+    least = 2 if compiled else 1
+    text_queries, _ = _gather_index(is_text, least)
+    text_keys, has_text_key = _gather_index(key_types == TEXT, least)
+    image_keys, has_image_key = _gather_index(key_types == IMAGE, least)
     q_positions, kv_positions = text_queries + visibility.q_offset, text_keys + visibility.kv_offset
     image_positions = image_keys + visibility.kv_offset
 
@@ -392,24 +310,27 @@ def multimodal_mask(
     text_mask = None if plainly_causal else build(sees_text, text_keys)
     image_mask, any_image, image_parts = build(sees_image, image_keys), None, None
     if backend == "sdpa":
-        if visibility.device.type == "cpu" and not torch.compiler.is_compiling():
+        if visibility.device.type == "cpu" and not compiled and not torch.compiler.is_compiling():
             image_parts = _image_parts(image_mask)
         any_image = image_mask.any(-1, keepdim=True)
         image_mask = image_mask | ~any_image  # a row without a key is NaN in some kernels; its result is not used
     elif backend == "eager":
         any_image = (image_mask == 0).any(-1, keepdim=True)
     first_row = torch.arange(visibility.batch_size, device=visibility.device)[:, None]
-    return MultimodalMask(
+    gathered = MultimodalMask(
         text_queries=text_queries + first_row * visibility.q_length,
         text_keys=text_keys + first_row * visibility.kv_length,
         image_keys=image_keys + first_row * visibility.kv_length,
         is_text=is_text,
-        own_key=_positions(visibility, queries=True) - visibility.kv_offset,
+        own_key=visibility.query_positions() - visibility.kv_offset,
         text_mask=text_mask,
         image_mask=image_mask,
         sees_image=None if any_image is None else any_image.transpose(1, 2),
         image_parts=image_parts,
     )
+    if compiled:
+        gathered.let_lengths_vary()
+    return gathered
 
 
 # Fewer queries are not worth a call of their own.
@@ -435,47 +356,15 @@ def _image_parts(mask: torch.Tensor) -> list[tuple[int, int, int, torch.Tensor |
     return parts
 
 
-# How many pairs of a mask function are looked at together.
-_PAIRS_AT_ONCE = 2**24
-
-
-def _visible_edges(visibility: Visibility) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-    """The place of the first key that each query may see and the place behind the last, (batch, queries), modality and
-    padding aside. (None, None) if these are the first of all and its own; None if what it may see is no such interval, or
-    one that goes back from a query to the next.
-
-    A mask function other than the causal one (windows, packed documents) is asked for every pair, a few queries at a time,
-    and the answer is looked at on the host, once for each forward call.
-    """
-    if visibility.is_causal:
-        return None, None
-    if torch.compiler.is_compiling():
-        return None
-    rows, keys, device = visibility.batch_size, visibility.kv_length, visibility.device
-    batch = torch.arange(rows, device=device)[:, None, None]
-    head = torch.zeros((), dtype=torch.long, device=device)
-    q_positions = _positions(visibility, queries=True)[None, :, None]
-    kv_positions = _positions(visibility, queries=False)[None, None]
-    first, last, counts = [], [], []
-    for part in q_positions.split(max(_PAIRS_AT_ONCE // (rows * keys), 1), dim=1):
-        seen = visibility.mask_function(batch, head, part, kv_positions).expand(rows, part.shape[1], keys).to(torch.uint8)
-        first.append(seen.argmax(-1))
-        last.append(keys - seen.flip(-1).argmax(-1))
-        counts.append(seen.sum(-1))
-    since, up_to, count = (torch.cat(part, dim=1) for part in (first, last, counts))
-    is_interval = (count > 0) & (count == up_to - since)
-    never_back = (since.diff(dim=1) >= 0).all() & (up_to.diff(dim=1) >= 0).all()
-    return (since, up_to) if bool(is_interval.all() & never_back) else None
-
-
-def _gather_index(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The indices of each row's members, in order, and which of these slots are filled: both (batch, slots).
+def _gather_index(members: torch.Tensor, least: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices of each row's members, in order, and which of these slots are filled: both (batch, slots), at least so
+    many.
 
     A slot that is not filled holds some other index of the row, and none twice.
     """
     counts = members.sum(-1)
     # A compiled graph cannot ask how many there are, so it gets a slot for each token.
-    slots = members.shape[1] if torch.compiler.is_compiling() else max(int(counts.max()), 1)
+    slots = members.shape[1] if torch.compiler.is_compiling() else max(int(counts.max()), least)
     index = members.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :slots]
     return index, torch.arange(slots, device=members.device) < counts[:, None]
 
@@ -516,7 +405,7 @@ def _attention(backend: str) -> Callable:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        multimodal_masks: dict[str | None, MultimodalMask | FusedMask] | None = None,
+        multimodal_masks: dict[str | None, MultimodalMask | FusedMask | StepMask] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # No picture in sight: the decoder's own attention, to the bit.
@@ -536,8 +425,10 @@ def _attention(backend: str) -> Callable:
                 )
             output, weights = _coded_attention(module, query, key, value, attention_mask, **kwargs)
             return output, weights if backend == "eager" else None
-        layer_types = getattr(module.config, "layer_types", None)
-        mask = multimodal_masks[layer_types[module.layer_idx] if layer_types else None]
+        mask = multimodal_masks[getattr(module.config, "_layer_type", None)]
+        if isinstance(mask, StepMask):
+            output, weights = _step_attention(module, query, key, value, mask, **kwargs)
+            return output, weights if backend == "eager" else None
         if isinstance(mask, FusedMask):
             return fused_attention(query, key, value, mask, kwargs["scaling"], kwargs.get("softcap")), None
         if callable(mask):  # an attention of its own (reuse_dsvl.py, text_prefill_dsvl.py)
@@ -647,6 +538,24 @@ def _eager_attention(
     return _weighted_values(weights, value)
 
 
+def _step_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: StepMask,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One product, two softmaxes, and one product of the sum of their weights: keys and values are read once."""
+    weights = (_scores(query, key, scaling, softcap)[:, None] + mask.bias[..., : key.shape[2]]).softmax(-1)
+    if dropout > 0:
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return _weighted_values((weights * mask.sees).sum(1).to(query.dtype), value)
+
+
 def _coded_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -673,12 +582,14 @@ def _coded_attention(
 
 
 # Scores and weights are kept as (batch, key-value heads, query heads of each, queries, keys): a key-value head is never
-# copied for the queries that share it.
+# copied for the queries that share it, which are multiplied with it as if they were more queries of one head.
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
-    query = query.unflatten(1, (key.shape[1], -1))
-    scores = torch.matmul(query, key[:, :, None].transpose(-1, -2)) * scaling
+    batch, heads, queries, head_dim = query.shape
+    group = heads // key.shape[1]
+    rows = query.reshape(batch, key.shape[1], group * queries, head_dim) * scaling
+    scores = torch.matmul(rows, key.transpose(-1, -2)).unflatten(2, (group, queries))
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
@@ -691,8 +602,9 @@ def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _weighted_values(weights: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    output = torch.matmul(weights, value[:, :, None])
-    return output.flatten(1, 2).transpose(1, 2).contiguous(), weights.flatten(1, 2)
+    batch, kv_heads, group, queries, _ = weights.shape
+    output = torch.matmul(weights.flatten(2, 3), value).view(batch, kv_heads * group, queries, -1)
+    return output.transpose(1, 2).contiguous(), weights.flatten(1, 2)
 
 
 for _backend in BACKENDS:

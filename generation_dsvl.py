@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .attention_dsvl import coded_masks, sees_pictures, visibilities
+from .attention_dsvl import coded_masks, sees_pictures
+from .decoding_dsvl import DSVLDecodingMixin
 from .picture_cache_dsvl import PictureCache
+from .visibility_dsvl import visibilities
 
 NO_PICTURE_CACHE = (
     "This way of decoding does not take a picture cache; choose greedy search, sampling or beams, or pass pixel_values."
@@ -30,7 +32,7 @@ class NoImageToken(LogitsProcessor):
         return scores
 
 
-class DSVLGenerationMixin(GenerationMixin):
+class DSVLGenerationMixin(DSVLDecodingMixin):
     """What `GenerationMixin` does not know: pictures, and that a key has a modality."""
 
     @torch.no_grad()

@@ -60,7 +60,8 @@ class FusedMask:
             a rank sees.
         query_ranges: (batch, 2, keys) int32: from and up to which rank the text queries see a key of a rank.
         own_key: (batch, queries) int32, the place of each query's own key; for a backward pass these must be consecutive.
-        rows: at least as many as there are text queries in the batch; what is saved for the backward pass is as large.
+        room: (rows,) in no memory, at least as many rows as there are text queries in the batch; what is saved for the
+            backward pass is as large. A shape, not a number, so that a graph can be compiled for all of them.
         windowed: whether a query may not see the first keys of a list.
     """
 
@@ -70,23 +71,25 @@ class FusedMask:
     key_ranges: torch.Tensor
     query_ranges: torch.Tensor
     own_key: torch.Tensor
-    rows: int
+    room: torch.Tensor
     windowed: bool
 
     def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> FusedMask:
         """Move every tensor: a model spread over devices by accelerate calls this."""
-        return FusedMask.of(
-            [states.to(device, non_blocking=non_blocking) for states in self.lists], self.rows, self.windowed
-        )
+        return FusedMask.of([states.to(device, non_blocking=non_blocking) for states in self.lists], self.windowed)
 
     @property
     def lists(self) -> list[torch.Tensor]:
-        return [self.queries, self.keys, self.counts, self.key_ranges, self.query_ranges, self.own_key]
+        return [self.queries, self.keys, self.counts, self.key_ranges, self.query_ranges, self.own_key, self.room]
+
+    @property
+    def rows(self) -> int:
+        return self.room.shape[0]
 
     @classmethod
-    def of(cls, lists: Sequence[torch.Tensor], rows: int, windowed: bool) -> FusedMask:
-        queries, keys, counts, key_ranges, query_ranges, own_key = lists
-        return cls(queries, keys, counts, key_ranges, query_ranges, own_key, rows, windowed)
+    def of(cls, lists: Sequence[torch.Tensor], windowed: bool) -> FusedMask:
+        queries, keys, counts, key_ranges, query_ranges, own_key, room = lists
+        return cls(queries, keys, counts, key_ranges, query_ranges, own_key, room, windowed)
 
 
 def fuse_mask(
@@ -145,7 +148,7 @@ def fuse_mask(
         key_ranges=torch.stack(ranges, dim=1).to(torch.int32),
         query_ranges=torch.stack(query_ranges, dim=1).to(torch.int32),
         own_key=own_key.expand(batch, queries).to(torch.int32).contiguous(),
-        rows=batch * queries if rows is None else rows,
+        room=is_text_query.new_empty(()).expand(batch * queries if rows is None else rows),
         windowed=visible_from is not None,
     )
 
@@ -728,19 +731,18 @@ def _mmca(
     key: torch.Tensor,
     value: torch.Tensor,
     lists: list[torch.Tensor],
-    rows: int,
     windowed: bool,
     scaling: float,
     softcap: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _forward(query, key, value, FusedMask.of(lists, rows, windowed), scaling, softcap, save)
+    return _forward(query, key, value, FusedMask.of(lists, windowed), scaling, softcap, save)
 
 
 @_mmca.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: Any, rows: int, *options: Any) -> Any:
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: Any, *options: Any) -> Any:
     packed = tuple(_empty_packed(states) for states in (query, key, value))
-    out, branches, normalisers = _empty_outputs(query, rows if options[-1] else 0)
+    out, branches, normalisers = _empty_outputs(query, lists[-1].shape[0] if options[-1] else 0)
     return out, *packed, branches, normalisers
 
 
@@ -749,12 +751,11 @@ def _mmca_backward(
     gradient: torch.Tensor,
     saved: list[torch.Tensor],
     lists: list[torch.Tensor],
-    rows: int,
     windowed: bool,
     scaling: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward(gradient, saved, FusedMask.of(lists, rows, windowed), scaling, softcap)
+    return _backward(gradient, saved, FusedMask.of(lists, windowed), scaling, softcap)
 
 
 @_mmca_backward.register_fake
@@ -769,8 +770,10 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _compiled_backward(ctx: Any, gradient: torch.Tensor, *unused: Any) -> tuple:
-    lists, saved = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
-    return *_mmca_backward(gradient, list(saved), list(lists), *ctx.options), None, None, None, None, None, None
+    tensors = ctx.saved_tensors  # asked for once: under checkpointing a second time is an error
+    lists, saved = list(tensors[:-5]), list(tensors[-5:])
+    gradients = _mmca_backward(gradient, saved, lists, *ctx.options)
+    return *gradients, [None] * len(lists), None, None, None, None  # a list of them for a list
 
 
 _mmca.register_autograd(_compiled_backward, setup_context=_save_for_backward)
@@ -808,7 +811,7 @@ def fused_attention(
     save = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     options = float(scaling), float(softcap or 0.0)
     if torch.compiler.is_compiling():
-        return _mmca(query, key, value, mask.lists, mask.rows, mask.windowed, *options, save)[0]
+        return _mmca(query, key, value, mask.lists, mask.windowed, *options, save)[0]
     if save:
         return _FusedAttention.apply(query, key, value, mask, *options)
     with torch.cuda.device_of(query):

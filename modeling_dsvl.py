@@ -13,14 +13,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .attention_dsvl import (
+    StepMask,
     by_layer_type,
     coded_masks,
+    few_queries,
     multimodal_mask,
     route_attention,
     sees_pictures,
     take_rows,
-    visibilities,
 )
+from .compilation_dsvl import DSVLCompilationMixin
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
 from .picture_cache_dsvl import PictureCache
@@ -28,6 +30,7 @@ from .pictures_dsvl import HostCopy, make_vision_tower
 from .projectors_dsvl import PROJECTORS
 from .resampler_dsvl import DSVLResampler
 from .text_prefill_dsvl import DSVLTextPrefillMixin
+from .visibility_dsvl import visibilities
 
 # Logits of a loss that exist at once: 128 MiB in float32.
 _LOGITS_AT_ONCE = 2**25
@@ -105,7 +108,7 @@ class DSVLPreTrainedModel(PreTrainedModel):
         return push_part(self, repo_id, **kwargs)
 
 
-class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin):
+class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin):
     """Vision tower, projector and language model without its head.
 
     `language_model` is an unmodified decoder of transformers; only the configuration that its attention modules read is
@@ -134,6 +137,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin):
         self._fingerprint = None  # training engines write weights in ways that cannot be seen
         if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
             self.vision_tower.eval()
+        self._switch_layers()
         return self
 
     def forward(
@@ -244,24 +248,39 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin):
         `image_queries` is how many of the new tokens are image tokens, if that is known.
         """
         if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
-            return self._check_ready_mask(attention_mask, input_ids, mm_token_type_ids), None
+            attention_mask = self._check_ready_mask(attention_mask, input_ids, mm_token_type_ids)
+            return attention_mask, self._step_masks(attention_mask, inputs_embeds.dtype)
         token_types = self.token_types(inputs_embeds.shape[1], input_ids, mm_token_type_ids, past_key_values)
         attention = self.config.multimodal_attention
         known = None if image_queries is None else image_queries > 0
+        if self.compiles_layers:
+            known = True  # the graph is one for MMCA, and takes texts alone as well
         if attention == "mmca" and not sees_pictures(token_types, past_key_values, known):
             return attention_mask, None
         token_types = token_types.to(inputs_embeds.device)
         visible = visibilities(self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        if attention == "mmca_reference" or inputs_embeds.shape[1] == 1:
-            return coded_masks(visible, token_types, attention), None
+        if attention == "mmca_reference" or few_queries(visible, inputs_embeds.shape[1]):
+            codes = coded_masks(visible, token_types, attention)
+            return codes, self._step_masks(codes, inputs_embeds.dtype)
         text = self.language_model.config
         masks = {
-            k: multimodal_mask(v, token_types, text, inputs_embeds.dtype, self.training, image_queries or 0)
+            k: multimodal_mask(
+                v, token_types, text, inputs_embeds.dtype, self.training, image_queries or 0, self.compiles_layers
+            )
             for k, v in visible.items()
         }
         # A four-dimensional mask keeps the decoder from building its own; the modality of the keys is short and true.
         keys = {k: (v.key_types(token_types) + 1)[:, None, None].to(torch.int8) for k, v in visible.items()}
         return by_layer_type(keys), masks
+
+    def _step_masks(self, codes: Any, dtype: torch.dtype) -> dict[str | None, StepMask] | None:
+        """What the layers make of codes under "mmca", made once; None if these are no codes."""
+        by_type = codes if isinstance(codes, dict) else {None: codes}
+        if self.config.multimodal_attention != "mmca" or any(
+            mask is None or mask.dtype != torch.int8 for mask in by_type.values()
+        ):
+            return None
+        return {layer_type: StepMask.of(mask, dtype) for layer_type, mask in by_type.items()}
 
     def _check_ready_mask(
         self,
@@ -381,6 +400,10 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
     def compile_text_prefill(self, **options: Any) -> None:
         """Compile what a prompt over encoded pictures runs; see `DSVLModel.compile_text_prefill`."""
         self.model.compile_text_prefill(**options)
+
+    def compile_decoder_layers(self, **options: Any) -> None:
+        """Compile the decoder's layers for training; see `DSVLModel.compile_decoder_layers`."""
+        self.model.compile_decoder_layers(**options)
 
     def prefill(
         self, input_ids: torch.Tensor, picture_cache: PictureCache, past_key_values: Cache | None = None, **kwargs: Any

@@ -39,9 +39,13 @@ def tower_features(vision_tower: PreTrainedModel, config: DSVLConfig, pixel_valu
 
 class HostCopy:
     """A tensor on its way to the host, which is asked for now and read later: the device is not waited for if it has come
-    that far by then."""
+    that far by then.
+
+    `is_here` says that there is nothing to wait for: the tensor was on the host.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
+        self.is_here = not tensor.is_cuda
         self._event: torch.cuda.Event | None = None
         self._values = tensor
         if tensor.is_cuda:
@@ -127,7 +131,7 @@ class DSVLPicturesMixin:
         if not torch.compiler.is_compiling() and (features is not None or tokens > 1):
             number = 0 if features is None else len(features)
             counts = HostCopy(placeholders.sum(-1))
-            if not placeholders.is_cuda or number > placeholders.numel():
+            if counts.is_here or number > placeholders.numel():
                 self.check_counts(counts.tolist(), number, whole_pictures)
             else:
 
@@ -138,7 +142,8 @@ class DSVLPicturesMixin:
             return inputs_embeds, check
         # By places, as many as there are features: a mask's backward would ask the device how many it hides.
         places = (~placeholders.flatten()).to(inputs_embeds.device, torch.uint8).argsort(stable=True)[: len(features)]
-        return inputs_embeds.flatten(0, 1).index_copy(0, places, features).view_as(inputs_embeds), check
+        # No view of something flat: compiled layers would tell the first one's input from the others'.
+        return inputs_embeds.index_put((places // tokens, places % tokens), features), check
 
     def _placeholders(
         self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None, tokens: int

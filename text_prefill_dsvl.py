@@ -15,10 +15,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_dsvl import Visibility, visibilities
 from .attention_dsvl import _eager_attention as eager_attention
 from .picture_cache_dsvl import PictureCache
 from .reuse_dsvl import DSVLReuseMixin
+from .visibility_dsvl import Visibility, visibilities
 
 
 @dataclass

@@ -190,7 +190,8 @@ def draw_steps(rows: dict[str, dict[str, Any]], title: str) -> Figure:
 
 def draw_training_step(record: dict[str, Any]) -> Figure:
     rows = {
-        name + (f", {setup}" if setup != "plain" else ""): figures
+        # Memory in all, where it is known, rather than above two models' weights.
+        name + (f", {setup}" if setup != "plain" else ""): figures | {"peak_gib": figures.get("total_gib")}
         for setup, table in record["results"].items()
         for name, figures in table.items()
     }
@@ -230,7 +231,7 @@ def draw_decoding(record: dict[str, Any]) -> Figure:
     ways: dict[str, dict[float, Any]] = {}
     for title, figures in record["results"].items():
         way, _, batch = title.rpartition(" batch ")
-        ways.setdefault(way, {})[float(batch)] = figures
+        ways.setdefault(way.rstrip(","), {})[float(batch)] = figures
     figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
     for place, (way, points) in enumerate(ways.items()):
         colour, marker = PALETTE[place % len(PALETTE)]

@@ -5,6 +5,7 @@ Projector and embeddings learn, tower and decoder are frozen, as DeepSpeed-Visua
 backward are what differs. TFLOP/s are of what a step is worth, whichever model computes it (flops.py).
 
     python benchmarks/training_step.py [--tokens 4096] [--batch 2] [--pictures 8] [--layers 32] [--out step.json]
+    python benchmarks/training_step.py --check    # every row once, tiny, on a CPU as well
 """
 
 import argparse
@@ -15,16 +16,7 @@ import torch
 from flops import step_flops, supervised_tokens
 from measure import Table, describe_device, device_type, in_turns, report, utilise, write
 from models import SHAPES, Shape, dsvl, inputs, llava
-
-
-def step(model, batch: dict[str, torch.Tensor]):
-    """Forward and backward of one batch."""
-
-    def run():
-        model(**batch, use_cache=False).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    return run
+from steps import add_rates, check, compiled_steps, has_liger, liger_steps, step, weights_gib
 
 
 def attending(model, batch: dict[str, torch.Tensor], attention: str, backend: str):
@@ -40,7 +32,7 @@ def attending(model, batch: dict[str, torch.Tensor], attention: str, backend: st
     return switched
 
 
-def compare(shape: Shape, checkpointing: bool, rounds: int, budget: float) -> Table:
+def compare(shape: Shape, options: argparse.Namespace, checkpointing: bool, liger: bool) -> Table:
     device = device_type()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     batch = inputs(shape, device, dtype)
@@ -48,19 +40,31 @@ def compare(shape: Shape, checkpointing: bool, rounds: int, budget: float) -> Ta
     if checkpointing:
         for model in (ours, theirs):
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    alternatives = {
-        "Llava, sdpa": step(theirs, batch),
-        "DSVL causal, sdpa": attending(ours, batch, "causal", "sdpa"),
-        "DSVL mmca, sdpa": attending(ours, batch, "mmca", "sdpa"),
-    }
+    compiler = None if options.compiler == "none" else options.compiler
+    if liger:
+        alternatives = liger_steps(ours, theirs, batch, compiler)
+    else:
+        alternatives = {
+            "Llava, sdpa": step(theirs, batch),
+            "DSVL causal, sdpa": attending(ours, batch, "causal", "sdpa"),
+            "DSVL mmca, sdpa": attending(ours, batch, "mmca", "sdpa"),
+        }
+        if device == "cuda":
+            alternatives["DSVL mmca, flex_attention"] = attending(ours, batch, "mmca", "flex_attention")
+        if compiler is not None:
+            alternatives |= compiled_steps(ours, theirs, batch, compiler)
+    warm_up = 3 if device == "cuda" else 1
+    table = in_turns(alternatives, rounds=options.rounds, warm_up=warm_up, budget=options.budget)
     title = f"{shape.batch} x {shape.tokens} tokens, {shape.pictures} pictures a sample"
     title += ", gradient checkpointing" if checkpointing else ""
+    title += ", Liger" if liger else ""
     if device == "cuda":
-        alternatives["DSVL mmca, flex_attention"] = attending(ours, batch, "mmca", "flex_attention")
-        title += f" (peak: above the {torch.cuda.memory_allocated() / 2**30:.1f} GiB of both models' weights)"
-    table = in_turns(alternatives, rounds=rounds, warm_up=3 if device == "cuda" else 1, budget=budget)
+        weights = torch.cuda.memory_allocated() / 2**30
+        report(f"{title} (peak: above the {weights:.1f} GiB of both models' weights)", table)
+        add_rates(table, shape, batch, weights_gib(ours))
+        return table
     utilise(table, dict.fromkeys(table, step_flops(shape, supervised_tokens(batch["labels"]))))
-    if device == "cpu":
+    if not liger:
         table["DSVL mmca, flex_attention"] = {"left_out": "flex_attention has no backward on a CPU"}
     report(title, table)
     return table
@@ -76,20 +80,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="of the decoder; fewer for a smaller GPU")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for each row, if that is less")
+    parser.add_argument(
+        "--compiler", default="inductor" if on_gpu else "none", help="torch.compile's backend; none leaves its rows out"
+    )
+    parser.add_argument("--check", action="store_true", help="run every row once at a tiny size instead, and compare losses")
     parser.add_argument("--out", help="write the figures as JSON")
     options = parser.parse_args(argv)
+    if options.check:
+        check(options.compiler, device_type())
+        return
     print(describe_device())
     shape = SHAPES[options.size]
     layers = options.layers or shape.layers
     shape = replace(shape, batch=options.batch, tokens=options.tokens, pictures=options.pictures, layers=layers)
     results = {}
-    for checkpointing in (False, True):
-        results["checkpointing" if checkpointing else "plain"] = compare(
-            shape, checkpointing, options.rounds, options.budget
-        )
-        gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
+    for liger in (False, True) if on_gpu and has_liger() else (False,):  # last: it changes transformers' functions
+        for checkpointing in (False, True):
+            name = ("checkpointing" if checkpointing else "plain") + ", Liger" * liger
+            results[name] = compare(shape, options, checkpointing, liger)
+            torch._dynamo.reset()  # which makes so many graphs of the layers' code, and no more
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()
     write(options.out, options, results)
 
 

@@ -37,7 +37,9 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     how = parser.add_argument_group("how to run it")
     how.add_argument("--device", help="cuda, cuda:1, mps, cpu; auto: spread over all (default: a GPU, if there is one)")
     how.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: as saved)")
-    how.add_argument("--quantization", choices=QUANTIZATIONS, help="of the decoder's layers; needs bitsandbytes")
+    how.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="of the decoder's layers; needs bitsandbytes, int8 torchao"
+    )
     how.add_argument("--attn-implementation", help="the decoder's: sdpa, eager, flex_attention")
     return how
 

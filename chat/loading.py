@@ -23,7 +23,7 @@ def load(
         device: "cuda", "cuda:1", "mps", "cpu"; "auto" spreads it over what there is (accelerate). By default the first GPU,
             if there is one.
         dtype: "auto" (as saved), or "float32", "bfloat16", "float16".
-        quantization: "4bit" or "8bit", of the decoder's layers (bitsandbytes).
+        quantization: of the decoder's layers, one of `QUANTIZATIONS` (composition/quantization.py).
         attn_implementation: the decoder's: "sdpa", "eager", "flex_attention".
 
     Raises:

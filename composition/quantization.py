@@ -1,10 +1,10 @@
-"""Fewer bits for the decoder's weights, by bitsandbytes through transformers."""
+"""Fewer bits for the decoder's weights, by bitsandbytes or torchao through transformers."""
 
 from typing import Any
 
 import torch
 
-QUANTIZATIONS = ("4bit", "8bit")
+QUANTIZATIONS = ("4bit", "8bit", "int8")
 # Small, or too delicate: they stay as they are.
 UNQUANTIZED = ("model.multi_modal_projector", "model.vision_tower", "lm_head")
 
@@ -13,13 +13,15 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     """What `from_pretrained(quantization_config=...)` takes.
 
     Args:
-        kind: "4bit" (NF4, quantized twice) or "8bit".
+        kind: "4bit" (NF4, quantized twice) or "8bit" (LLM.int8()) by bitsandbytes; "int8" (weights alone, a scale for each
+            output) by torchao, which torch.compile sees through.
         dtype: to compute in.
 
     Raises:
         ValueError: for another kind.
+        ImportError: naming the package to install.
     """
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if kind == "4bit":
         return BitsAndBytesConfig(
@@ -31,4 +33,10 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
         )
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED))
+    if kind == "int8":
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig
+        except ImportError as error:
+            raise ImportError("quantization='int8' needs torchao: pip install torchao") from error
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(UNQUANTIZED))
     raise ValueError(f"quantization={kind!r} is not known; choose from {', '.join(map(repr, QUANTIZATIONS))}.")

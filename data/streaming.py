@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .conversations import LeftOut, check_conversation, parse_line, without_decoding, without_nones
@@ -97,14 +98,16 @@ class Stream(IterableDataset):
 
 
 class StreamLoader(DataLoader):
-    """A data loader of a `Stream`, with as many workers as have something to read."""
+    """A data loader of a `Stream`, with as many workers as have something to read, whose batches come on `device`."""
 
-    def __init__(self, stream: Stream, num_workers: int = 0, **kwargs: Any) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream, num_workers: int = 0, device: Any = "cpu", **kwargs: Any) -> None:
+        self.stream, self.device = stream, device
         super().__init__(stream, num_workers=min(num_workers, stream.shards), **kwargs)
 
     def __iter__(self) -> Any:
-        return itertools.islice(super().__iter__(), self.stream.batches_ahead(self.num_workers), None)
+        ahead = self.stream.batches_ahead(self.num_workers)
+        for batch in itertools.islice(super().__iter__(), ahead, None):
+            yield send_to_device(batch, self.device, non_blocking=self.pin_memory)
 
 
 def _open(source: str, split: str) -> Any:

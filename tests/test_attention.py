@@ -8,8 +8,14 @@ import transformers
 from conftest import _COMMON, FAMILIES, IMAGE_ID, batch, pictures, rows, tiny_model
 from plain_loop import PlainLoop, run_by_loop
 from transformers import StaticCache
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
-from dsvl import attention_dsvl
+from dsvl import attention_dsvl, visibility_dsvl
 
 LAYOUTS = ("tttItttIIttt", "Itt", "ttttttttttttt", "tI", "IItItttttttI", "ttttttttttttttttIt")
 
@@ -211,31 +217,57 @@ def dense_edges(visible):
 @pytest.mark.parametrize("pairs", [10**6, 40])
 def test_what_a_query_sees_is_told_as_an_interval(family, pairs, monkeypatch):
     """Whole prompts, packed documents, windows, prompts that go on from a cache: what the fused kernels are told."""
-    monkeypatch.setattr(attention_dsvl, "_PAIRS_AT_ONCE", pairs)
+    monkeypatch.setattr(visibility_dsvl, "_PAIRS_AT_ONCE", pairs)
     config = tiny_model(family, **({} if family == "llama" else {"sliding_window": 5})).config.text_config
     embeds, found = torch.zeros(2, 12, 4), 0
     documents = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0, 1]] * 2)
     static = StaticCache(config=config, max_cache_len=20)
     for position_ids, cache in ((None, None), (documents, None), (None, static)):
-        for visible in attention_dsvl.visibilities(config, embeds, None, cache, position_ids).values():
-            edges = attention_dsvl._visible_edges(visible)
+        for visible in visibility_dsvl.visibilities(config, embeds, None, cache, position_ids).values():
             since, up_to = dense_edges(visible)
-            if edges == (None, None):  # from the first key to its own
-                assert not since.any() and up_to.equal(torch.arange(12).add(1).expand(2, 12))
-            else:
-                assert edges[0].equal(since) and edges[1].equal(up_to)
-                found += 1
+            for edges in (visibility_dsvl.visible_edges(visible), visibility_dsvl._looked_up_edges(visible)):
+                if edges == (None, None):  # from the first key to its own
+                    assert not since.any() and up_to.equal(torch.arange(12).add(1).expand(2, 12))
+                else:
+                    assert edges[0].equal(since) and edges[1].equal(up_to)
+                    found += edges is not None
     assert found >= (1 if family == "llama" else 2)
+
+
+def test_a_mask_function_is_known_by_what_it_does():
+    """Not by its name, nor by what it was made of."""
+    window = sliding_window_causal_mask_function(5)
+    sizes = dict(batch_size=1, q_length=8, kv_length=8, local_size=5)
+    known = visibility_dsvl._capture_visibility(window, **sizes)
+    assert known.reach == 5
+    for function in (
+        sliding_window_causal_mask_function(4),
+        and_masks(window, causal_mask_function),
+        and_masks(causal_mask_function, window),
+        chunked_causal_mask_function(5, torch.zeros(1, dtype=torch.long)),
+    ):
+        assert visibility_dsvl._capture_visibility(function, **sizes).reach is None
+
+
+def test_positions_that_go_on_are_one_conversation():
+    """Which the host may be told, or not: what is seen is the same."""
+    config, embeds = tiny_model().config.text_config, torch.zeros(2, 6, 4)
+    for position_ids in (torch.arange(6)[None], torch.arange(3, 9).expand(2, 6)):
+        (visible,) = visibility_dsvl.visibilities(config, embeds, None, None, position_ids).values()
+        assert not visible.is_causal and visible.settled().is_causal
+        assert visible.dense().equal(visible.settled().dense())
+    (divided,) = visibility_dsvl.visibilities(config, embeds, None, None, torch.tensor([[0, 1, 2, 0, 1, 2]])).values()
+    assert divided.settled() is divided
 
 
 def test_what_is_no_interval_is_not_fused():
     config = tiny_model().config.text_config
-    (visible,) = attention_dsvl.visibilities(config, torch.zeros(1, 8, 4), None, None, None).values()
-    visible.is_causal = False
+    (visible,) = visibility_dsvl.visibilities(config, torch.zeros(1, 8, 4), None, None, None).values()
+    visible.is_causal, visible.reach = False, None
     for function in (
         lambda b, h, q, k: (k <= q) & (k != 2),  # a hole
         lambda b, h, q, k: (k <= q) & (k >= 4 - q),  # one that goes back
         lambda b, h, q, k: k < q,  # nothing at all
     ):
         visible.mask_function = function
-        assert attention_dsvl._visible_edges(visible) is None
+        assert visibility_dsvl.visible_edges(visible) is None

@@ -20,9 +20,9 @@ from dsvl.attention_dsvl import (
     mmca_codes,
     mmca_reference_codes,
     routed_name,
-    visibilities,
 )
 from dsvl.training.kernels import use_liger
+from dsvl.visibility_dsvl import visibilities
 
 
 @pytest.fixture
@@ -230,6 +230,25 @@ def test_training_step(load, tmp_path, drawn):
     drawn("training_step", "Llava, sdpa", "DSVL mmca, sdpa, checkpointing", "ms a step")
 
 
+def test_every_training_step_that_is_measured_computes_its_models_loss(load, capsys):
+    torch._dynamo.reset()
+    steps = load("steps")
+    losses = steps.check("aot_eager", "cpu")
+    assert len({round(loss, 3) for loss in losses.values()}) == 2 < len(losses)
+    table = {name: {"ms": 10.0, "peak_gib": 1.0} for name in losses}
+    steps.add_rates(table, steps.TINY, steps.inputs(steps.TINY, "cpu"), 2.0)
+    for figures in table.values():
+        assert (figures["tokens_per_s"], figures["total_gib"]) == (12800, 3)
+    assert "Llava, compiled, chunked loss" in capsys.readouterr().out
+
+
+def test_a_compiled_twin_shares_the_weights(load):
+    model = tiny_model()
+    twin = load("steps").compiled(model, "aot_eager")
+    assert all(one is other for one, other in zip(model.parameters(), twin.parameters(), strict=True))
+    assert twin.train().model.compiles_layers and not model.train().model.compiles_layers
+
+
 def test_fine_tuning(fine_tuning, tmp_path, drawn, monkeypatch):
     shape = replace(fine_tuning.TINY, tokens=64)
     monkeypatch.setattr(fine_tuning, "in_own_process", lambda name, timeout: fine_tuning.measure(name, shape, "sdpa", 1))
@@ -288,15 +307,12 @@ def test_data_loading(load, capsys):
     assert head.split()[:3] == ["workers", "llava", "dsvl"] and all(float(cell) >= 0 for cell in row.split())
 
 
-def test_decoding_is_drawn_from_its_file(load, tmp_path, drawn):
-    speeds = {"Llava batch 1": 50.0, "DSVL static, compiled batch 1": 240.0, "DSVL static, compiled batch 16": 3000.0}
-    table = {
-        name: {"tokens_per_s": speed, "tokens_per_s_low": 0.9 * speed, "tokens_per_s_high": 1.1 * speed}
-        for name, speed in speeds.items()
-    }
-    record = {"device": "a GPU", "torch": torch.__version__, "options": {}, "results": table}
-    (tmp_path / "decoding.json").write_text(json.dumps(record))
-    drawn("decoding", "Llava", "DSVL static, compiled", "tokens/s", "a GPU")
+def test_decoding(load, tmp_path, drawn, monkeypatch, uncompiled):
+    monkeypatch.setitem(load("decoding").SHAPES, "small", load("fine_tuning").TINY)
+    flags = ["--batches", "1", "2", "--text", "8", "--new-tokens", "12", "--rounds", "1"]
+    load("decoding").main([*flags, "--out", str(tmp_path / "decoding.json")])
+    assert len(results(tmp_path / "decoding.json")) == 8  # two models, two caches, two batches
+    drawn("decoding", "Llava, static, compiled", "DSVL, dynamic", "tokens/s", "samples in a batch")
 
 
 def test_nothing_to_draw_is_an_error(load, tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_tower_config
 from PIL import Image
+from transformers import StaticCache
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.chat import DSVLChat
@@ -73,10 +74,16 @@ ROUNDS = [("What is it?", [0, 1]), ("And why?", []), ("Compare them.", [2]), ("S
 
 
 @pytest.mark.parametrize("attention", ["mmca", "causal"])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "static, a step ahead"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_each_round_answers_as_if_afresh_and_costs_what_is_new(processor, family, cache, attention):
+def test_each_round_answers_as_if_afresh_and_costs_what_is_new(processor, monkeypatch, family, cache, attention):
     model, end = make_model(processor, family, attention), {"forced_eos_token_id": processor.tokenizer.eos_token_id}
+    if cache == "static, a step ahead":  # as on an accelerator, but for the compilation
+        cache = "static"
+        monkeypatch.setattr(
+            model, "_valid_auto_compile_criteria", lambda inputs, config: isinstance(inputs["past_key_values"], StaticCache)
+        )
+        monkeypatch.setattr(model, "get_compiled_call", lambda config: model.__call__)
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache, **end)
     meter, held = Meter(model), torch.zeros(0, dtype=torch.long)
     for text, numbers in ROUNDS:

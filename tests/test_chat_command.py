@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from training_runs import make_checkpoint
 
 from dsvl.chat import DSVLChat
@@ -218,14 +219,18 @@ def test_flags_reach_the_model(checkpoint, folder, monkeypatch, capsys, flags, d
     assert chat.generation == expected
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_quantized_decoder_answers(tmp_path, bits):
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize(
+    ("kind", "package", "made_of"),
+    [("4bit", "bitsandbytes", "Params4bit"), ("8bit", "bitsandbytes", "Int8Params"), ("int8", "torchao", "Int8Tensor")],
+)
+def test_a_quantized_decoder_answers(tmp_path, kind, package, made_of):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}")
     checkpoint = make_checkpoint(tmp_path, intermediate_size=128)  # whole blocks of 64
-    model, processor = load(str(checkpoint), device="cpu", quantization=bits)
-    kinds = {type(module).__name__ for module in model.model.language_model.layers.modules()}
-    assert {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[bits] in kinds
-    assert {type(module).__name__ for module in model.model.vision_tower.modules()} & kinds <= {"Linear", "ModuleList"}
+    model, processor = load(str(checkpoint), device="cpu", quantization=kind)
+    weights = [module.weight for module in model.model.language_model.layers.modules() if isinstance(module, nn.Linear)]
+    assert {type(weight).__name__ for weight in weights} == {made_of}
+    others = [model.model.vision_tower, model.model.multi_modal_projector, model.lm_head]
+    assert {type(parameter).__name__ for part in others for parameter in part.parameters()} == {"Parameter"}
     chat = DSVLChat(model, processor, max_new_tokens=3, min_new_tokens=3)
     chat.ask("What?", Image.new("RGB", (30, 30)))
     assert len(chat.last_round.answer_ids) == 3

@@ -6,6 +6,8 @@ from conftest import FAMILIES, IMAGE_ID, batch, tiny_model
 from test_attention import packed
 from transformers import StaticCache
 
+from dsvl.kernels_dsvl import can_fuse
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 LAYOUTS = ("tttItttIIttt", "Itt", "ttttttttttttt", "IItItttttttI", "tt" * 60 + "I" + "t" * 40)
@@ -138,6 +140,49 @@ def test_a_static_cache_step_waits_for_nothing():
             model(**step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_training_step_waits_for_nothing(family, is_packed, compiled):
+    """On the GPU itself, where the fused kernels apply; tests/test_step.py tells it without one."""
+    torch._dynamo.reset()
+    model = tiny_model(family, dtype=torch.bfloat16, hidden_size=128, head_dim=32).set_trainable().cuda().train()
+    if not can_fuse(model.config.text_config, torch.bfloat16, model.device):
+        pytest.skip("the fused kernels do not apply")
+    if compiled:
+        model.compile_decoder_layers(fullgraph=True)
+    inputs = batch(*LAYOUTS[:3], side="right", dtype=torch.bfloat16)
+    if is_packed:
+        del inputs["attention_mask"]
+        inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).remainder(9).expand_as(inputs["input_ids"])
+    labels = torch.where(inputs["input_ids"] == IMAGE_ID, -100, inputs["input_ids"])
+    inputs = on_gpu(inputs | {"labels": labels})
+    for step in range(3):  # kernels are compiled in the first
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            model(**inputs, use_cache=False).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_decoding_loop_waits_for_nothing_but_earlier_steps(monkeypatch):
+    """The host looks at a step through an event, which lets it queue the next one; nothing else synchronizes."""
+    model, inputs = tiny_model(dtype=torch.float32).cuda(), on_gpu(batch("ttIttt", dtype=torch.float32))
+
+    def step(**kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        return model(**kwargs)
+
+    options = dict(max_new_tokens=8, do_sample=False, cache_implementation="static")
+    monkeypatch.setattr(model, "get_compiled_call", lambda config: step)
+    try:
+        got = model.generate(**inputs, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert got.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False))
 
 
 def test_the_server_answers_as_the_model_does(tmp_path):

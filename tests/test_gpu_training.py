@@ -46,6 +46,8 @@ SETUPS = {
     "bf16": ["--bf16"],
     "flex": ["--bf16", "--attn-implementation", "flex_attention"],
     "liger": ["--bf16", "--use-liger-kernel", "--activation-checkpointing", "true"],
+    "compiled": ["--bf16", "--compile-decoder-layers"],
+    "compiled and checkpointed": ["--bf16", "--compile-decoder-layers", "--activation-checkpointing", "true"],
     "adapters": ["--bf16", "--lora-rank", "8", "--lora-vision"],
     "zero2": ["--bf16", "--deepspeed", "zero2"],
     "zero3": ["--bf16", "--deepspeed", "zero3", "--activation-checkpointing", "true"],

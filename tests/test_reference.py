@@ -8,7 +8,8 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from dsvl import DSVLConfig
-from dsvl.attention_dsvl import mmca_reference_codes, route_attention, visibilities
+from dsvl.attention_dsvl import mmca_reference_codes, route_attention
+from dsvl.visibility_dsvl import visibilities
 
 CASES = {
     "A_baseline_mmca_off": "causal",

@@ -147,6 +147,31 @@ def test_compiling_and_deepspeed_do_not_go_together(refused, stage):
     assert refused("--torch-compile", "--deepspeed", stage) == expected
 
 
+def test_layers_that_cannot_be_compiled_are_refused(refused):
+    expected = "--compile-decoder-layers with --torch-compile: the layers would be compiled twice; choose one of them."
+    assert refused("--compile-decoder-layers", "--torch-compile") == expected
+    expected = "--compile-decoder-layers with ZeRO-3: it fetches weights inside of the layers, where a graph would break;"
+    assert refused("--compile-decoder-layers", "--deepspeed", "zero3-offload").startswith(expected)
+
+
+def test_the_decoders_layers_are_compiled_when_they_are_asked_for(checkpoint):
+    for rank in (0, 4):
+        flags = ("--compile-decoder-layers", "--lora-rank", rank, "--model", checkpoint)
+        model_arguments, _, arguments = parsed(*flags)
+        model = run.load_model(model_arguments, arguments)
+        inner = (model.get_base_model() if rank else model).model
+        assert inner.train().compiles_layers and not inner.vision_tower.training
+        assert all(layer._compiled_call_impl is not None for layer in inner.language_model.layers)
+
+
+def test_a_step_is_not_waited_for():
+    """Neither for its loss nor to copy the next batch; unless somebody asks for it."""
+    _, _, arguments = parsed()
+    assert not arguments.logging_nan_inf_filter and arguments.accelerator_config.non_blocking
+    _, _, arguments = parsed("--logging-nan-inf-filter", "--dataloader-pin-memory", "false")
+    assert arguments.logging_nan_inf_filter and not arguments.accelerator_config.non_blocking
+
+
 def test_evaluations_need_held_out_data(refused):
     expected = "--early-stopping-patience has nothing to watch; pass --eval-data."
     assert refused("--early-stopping-patience", 2) == expected

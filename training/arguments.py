@@ -32,6 +32,9 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "the decoder's attention: sdpa, eager or flex_attention"}
     )
+    compile_decoder_layers: bool = field(
+        default=False, metadata={"help": "torch.compile for each decoder layer; --torch-compile has the whole model instead"}
+    )
     lora_rank: int = field(default=0, metadata={"help": "rank of LoRA adapters; 0 for none"})
     lora_alpha: int | None = field(
         default=None,
@@ -107,6 +110,14 @@ class DSVLTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "the learning rate's course"})
     warmup_steps: float = field(default=0.03, metadata={"help": "steps, or a share of all if less than 1"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "the collator reads the conversations themselves"})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "log the mean of the others for a loss that is no number; the device is waited for at every step"},
+    )
+    accelerator_config: dict | str | None = field(
+        default=None,
+        metadata={"help": "accelerate's: a mapping, or a JSON file of one. Default: batches are copied without waiting"},
+    )
     embeddings_learning_rate: float | None = field(
         default=None, metadata={"help": "of the token embeddings (learning_rate_pretraining_components). Default: the same"}
     )
@@ -125,6 +136,9 @@ class DSVLTrainingArguments(TrainingArguments):
             self.deepspeed = str(zero_configuration(self.deepspeed))
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.accelerator_config is None and self.dataloader_pin_memory:
+            # Batches are copied behind the step before them, instead of after it.
+            self.accelerator_config = {"non_blocking": True}
         if self.deepspeed is not None:
             _start_deepspeed(on_cpu=self.use_cpu)
         super().__post_init__()
@@ -261,6 +275,8 @@ def check_options(values: dict[str, Any]) -> None:
         raise ValueError("--qlora needs bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out.")
     if stage is not None and values.get("torch_compile"):
         raise ValueError("--torch-compile with --deepspeed: their hooks do not go together; choose one of them.")
+    if values.get("compile_decoder_layers"):
+        _check_compilation(values, stage)
     held_out = values.get("eval_data") or values.get("eval_share")
     if values.get("early_stopping_patience") and not held_out:
         raise ValueError("--early-stopping-patience has nothing to watch; pass --eval-data.")
@@ -271,6 +287,18 @@ def check_options(values: dict[str, Any]) -> None:
             "--cache-image-features with a vision tower that learns: its features change; leave one of them out."
         )
     _check_data_options(values)
+
+
+def _check_compilation(values: dict[str, Any], stage: int | None) -> None:
+    if values.get("torch_compile") or values.get("torch_compile_backend") or values.get("torch_compile_mode"):
+        raise ValueError(
+            "--compile-decoder-layers with --torch-compile: the layers would be compiled twice; choose one of them."
+        )
+    if stage == 3:
+        raise ValueError(
+            "--compile-decoder-layers with ZeRO-3: it fetches weights inside of the layers, where a graph would break; "
+            "choose --deepspeed zero2."
+        )
 
 
 def _check_data_options(values: dict[str, Any]) -> None:

@@ -108,6 +108,7 @@ class DSVLTrainer(Trainer):
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
+            device=args.device,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
             # Its own: a run that resumes would otherwise draw from the restored one what another run did not.

@@ -1,0 +1,110 @@
+"""Tokens a second after the first: DSVL beside transformers' Llava, with a dynamic cache and with a static one and a
+compiled step, as `generate` has them. Weights and pictures are random; the prompt is a picture and some text.
+
+    python benchmarks/decoding.py [--size small|7b] [--batches 1 16] [--new-tokens 128] [--quantize int8] [--out FILE]
+
+All run in turns in one process. The time of two new tokens is taken from that of many, so that prompts do not count. Beside
+it stands what of the weights is read in that time, in GB/s: at batch 1 it is what bounds a step.
+"""
+
+import argparse
+import statistics
+
+import torch
+from measure import describe_device, device_type, host_ms, write
+from models import SHAPES, Shape, llava
+from reuse import build_model, prompt
+from transformers import CompileConfig, PreTrainedModel
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """What a step reads of the weights: the decoder's and the head's, one row of the embeddings aside."""
+    table = model.get_input_embeddings().weight
+    parts = [*model.model.language_model.parameters(), model.lm_head.weight]
+    read = {id(weight): weight for weight in parts if weight is not table or weight is model.lm_head.weight}
+    return sum(_stored_bytes(weight) for weight in read.values())
+
+
+def _stored_bytes(weight: torch.Tensor) -> int:
+    """In memory; a quantized weight tells the size of what it stands for, not its own."""
+    if hasattr(weight, "__tensor_flatten__"):
+        return sum(_stored_bytes(getattr(weight, part)) for part in weight.__tensor_flatten__()[0])
+    return weight.nbytes
+
+
+def seconds(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: int, static: bool) -> float:
+    """Of a whole `generate`, prompt included."""
+    options: dict = {}
+    if static:
+        compile_config = CompileConfig(mode="reduce-overhead" if torch.cuda.is_available() else "default")
+        compile_config._compile_all_devices = True  # on a CPU transformers does not, unless told so
+        options = {"cache_implementation": "static", "compile_config": compile_config}
+    made: list[torch.Tensor] = []
+    taken = host_ms(lambda: made.append(model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **options)))
+    assert made[0].shape[1] == inputs["input_ids"].shape[1] + new_tokens
+    return taken / 1000
+
+
+def quantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder's weights in 8 bits, as `from_pretrained(quantization_config=...)` makes them of a checkpoint."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model.model.language_model, Int8WeightOnlyConfig())
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SHAPES, default="small")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--pictures", type=int, default=1, help="of a prompt")
+    parser.add_argument("--text", type=int, default=60, help="tokens of text in a prompt")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backend", default="sdpa", help="sdpa, eager, flex_attention")
+    parser.add_argument("--quantize", choices=("int8",), help="DSVL's decoder beside itself in 8 bits")
+    parser.add_argument("--out", help="write the figures as JSON")
+    options = parser.parse_args(argv)
+    device = device_type()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shape: Shape = SHAPES[options.size]
+    print(f"{options.size} on {describe_device()}, {dtype}, {options.backend}")
+
+    theirs = llava(shape, device).to(dtype).eval()
+    theirs.generation_config.eos_token_id = None
+    models = {"Llava": theirs, "DSVL": build_model(shape, options.backend, device, dtype)}
+    if options.quantize:
+        models["DSVL int8"] = quantized(build_model(shape, options.backend, device, dtype))
+    results: dict[str, dict[str, float]] = {}
+    for batch in options.batches:
+        one = prompt(shape, options.pictures, options.text, device)
+        inputs = {key: tensor.repeat(batch, *[1] * (tensor.ndim - 1)) for key, tensor in one.items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        ways = {(model, static): [] for static in (False, True) for model in models}
+        for number in range(options.rounds + 1):
+            for (model, static), rates in ways.items():
+                once, many = (seconds(models[model], inputs, n, static) for n in (2, options.new_tokens))
+                if number:  # the first compiles
+                    rates.append(batch * (options.new_tokens - 2) / (many - once))
+        print(f"\nbatch {batch}, prompts of {inputs['input_ids'].shape[1]} tokens, {options.new_tokens} new ones")
+        base = ways[("Llava", True)]
+        for (model, static), rates in ways.items():
+            way = f"{model}, {'static, compiled' if static else 'dynamic'}"
+            row = {
+                "tokens_per_s": statistics.median(rates),
+                "tokens_per_s_low": min(rates),
+                "tokens_per_s_high": max(rates),
+                "ms_per_step": 1000 * batch / statistics.median(rates),
+                "speed": statistics.median([rate / other for rate, other in zip(rates, base, strict=True)]),
+                "weights_gb_per_s": weight_bytes(models[model]) / 1e9 * statistics.median(rates) / batch,
+            }
+            results[f"{way}, batch {batch}"] = row
+            print(
+                f"{way:28}{row['tokens_per_s']:9.1f} tokens/s ({min(rates):.1f} to {max(rates):.1f})"
+                f"{row['ms_per_step']:9.2f} ms a step{row['weights_gb_per_s']:8.0f} GB/s{row['speed']:7.2f}x"
+            )
+    write(options.out, options, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The decoding loop in which the host runs ahead gives what transformers' own loop gives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PAD_ID, batch, tiny_model
+from transformers import CompileConfig, StaticCache, StopStringCriteria, TextStreamer
+
+from dsvl import DSVLForConditionalGeneration, decoding_dsvl
+from dsvl.composition.quantization import quantization_config
+
+LAYOUTS = ("ttItttIIttttttIttt", "tttItt", "tttt")
+
+
+class Collector(TextStreamer):
+    """Keeps what it is handed."""
+
+    def __init__(self) -> None:
+        self.tokens: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def both_ways(model: Any, monkeypatch: pytest.MonkeyPatch, run: Any) -> tuple[Any, Any]:
+    """The results of `run` by transformers' loop and by ours, whose step is not compiled here: that is tested elsewhere."""
+    expected = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
+        steps: list[int] = []
+
+        def compiled_call(config: Any) -> Any:
+            def call(**inputs: Any) -> Any:
+                steps.append(inputs["input_ids"].shape[1])
+                return model(**inputs)
+
+            return call
+
+        patch.setattr(model, "get_compiled_call", compiled_call)
+        patch.setattr(model, "_has_unfinished_sequences", None)  # of transformers' loop
+        got = run()
+    assert steps and set(steps) == {1}
+    return expected, got
+
+
+def endings(model: Any, inputs: dict[str, Any], **options: Any) -> list[int]:
+    """Tokens that end the rows of an answer, each at another step, if they are its end-of-sequence tokens."""
+    free = model.generate(**inputs, max_new_tokens=40, **options | {"eos_token_id": None})
+    new = free[:, inputs["input_ids"].shape[1] :].tolist()
+    return [row[8 + 7 * number] for number, row in enumerate(new)]
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 2.0}, {"repetition_penalty": 1.5}])
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_same_tokens(monkeypatch: pytest.MonkeyPatch, options: dict, ends: bool) -> None:
+    model, inputs = tiny_model(dtype=torch.float32), batch(*LAYOUTS, dtype=torch.float32)
+    options = {"do_sample": False} | options
+    torch.manual_seed(0)
+    eos = endings(model, inputs, **options) if ends else None
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(0)
+        return model.generate(**inputs, max_new_tokens=40, cache_implementation="static", eos_token_id=eos, **options)
+
+    expected, got = both_ways(model, monkeypatch, run)
+    assert got.equal(expected)
+    assert (got.shape[1] - inputs["input_ids"].shape[1] < 40) == ends
+    if ends:  # rows that ended before the last are padded
+        assert (got[:, -1] == PAD_ID).any() and not (got[:, -1] == PAD_ID).all()
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 40])
+def test_every_token_is_streamed_once(monkeypatch: pytest.MonkeyPatch, max_new_tokens: int) -> None:
+    model, inputs = tiny_model(dtype=torch.float32), batch(LAYOUTS[0], dtype=torch.float32)
+    eos = endings(model, inputs, do_sample=False)
+    streamers: list[Collector] = []
+
+    def run() -> torch.Tensor:
+        streamers.append(Collector())
+        options = dict(max_new_tokens=max_new_tokens, do_sample=False, cache_implementation="static", eos_token_id=eos)
+        return model.generate(**inputs, streamer=streamers[-1], **options)
+
+    if max_new_tokens == 1:
+        monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
+        expected = got = run()
+        streamers.append(streamers[0])
+    else:
+        expected, got = both_ways(model, monkeypatch, run)
+    assert got.equal(expected)
+    assert all(streamer.ended for streamer in streamers)
+    assert streamers[0].tokens == streamers[1].tokens
+    assert sum(streamers[1].tokens, []) == got[0].tolist()
+
+
+def test_a_callers_cache_is_left_as_transformers_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny_model(dtype=torch.float32), batch(LAYOUTS[0], dtype=torch.float32)
+    eos = endings(model, inputs, do_sample=False)
+    caches: list[StaticCache] = []
+
+    def run() -> torch.Tensor:
+        caches.append(StaticCache(config=model.config.text_config, max_cache_len=96))
+        options = dict(max_new_tokens=40, do_sample=False, eos_token_id=eos)
+        return model.generate(**inputs, past_key_values=caches[-1], **options)
+
+    expected, got = both_ways(model, monkeypatch, run)
+    assert got.equal(expected) and int(got[0, -1]) in eos
+    lengths = [int(cache.get_seq_length()) for cache in caches]
+    assert lengths == [got.shape[1] - 1] * 2
+    assert caches[0].mm_token_type_ids.equal(caches[1].mm_token_type_ids)
+    more = torch.cat([got, torch.tensor([[5, 6, 7]])], dim=1)
+    answers = [model.generate(input_ids=more, past_key_values=cache, max_new_tokens=8, do_sample=False) for cache in caches]
+    assert answers[0].equal(answers[1])
+
+
+def test_a_callers_cache_that_cannot_step_back_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny_model("mistral", dtype=torch.float32), batch(LAYOUTS[0], dtype=torch.float32)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=96)
+    assert not decoding_dsvl.can_step_back(cache)
+    monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
+    monkeypatch.setattr(model, "get_compiled_call", lambda config: model.__call__)
+    steps: list[int] = []
+    monkeypatch.setattr(decoding_dsvl, "_Step", lambda *args: steps.append(1))
+    model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    assert not steps
+
+
+def test_other_ways_to_end_are_heeded(monkeypatch: pytest.MonkeyPatch, processor: Any) -> None:
+    model, inputs = tiny_model(dtype=torch.float32), batch(LAYOUTS[0], dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    free = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    word = processor.tokenizer.decode(free[9])
+
+    def run() -> torch.Tensor:
+        stop = [StopStringCriteria(processor.tokenizer, word)]
+        return model.generate(
+            **inputs, max_new_tokens=20, do_sample=False, cache_implementation="static", stopping_criteria=stop
+        )
+
+    expected, got = both_ways(model, monkeypatch, run)
+    assert got.equal(expected) and got.shape[1] <= inputs["input_ids"].shape[1] + 10
+
+
+def test_a_step_is_queued_before_the_last_one_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny_model(dtype=torch.float32), batch(LAYOUTS[0], dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    events: list[str] = []
+    was_the_last = decoding_dsvl._Step.was_the_last
+    monkeypatch.setattr(decoding_dsvl._Step, "was_the_last", lambda step: events.append("look") or was_the_last(step))
+    monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
+    monkeypatch.setattr(
+        model, "get_compiled_call", lambda config: lambda **inputs: events.append("queue") or model(**inputs)
+    )
+    model.generate(**inputs, max_new_tokens=6, do_sample=False, cache_implementation="static")
+    # The first of the six tokens comes from the prefill. When the n-th is looked at, the step that follows it is queued.
+    assert events == [*["queue", "look"] * 5, "look"]
+
+
+def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
+    config = quantization_config("int8", torch.float32)
+    model = DSVLForConditionalGeneration.from_pretrained(tmp_path, device_map={"": "cpu"}, quantization_config=config)
+    inputs = batch(*LAYOUTS, dtype=torch.float32)
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    compile_config = CompileConfig(fullgraph=True, backend="eager", mode="default")
+    compile_config._compile_all_devices = True  # transformers compiles on accelerators alone, unless told so
+    got = model.generate(
+        **inputs, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=compile_config
+    )
+    assert "_compiled_call" in model.__dict__, "nothing was compiled"
+    assert got.equal(expected)

@@ -1,0 +1,142 @@
+"""Nothing in a training step waits for the device: told without one.
+
+The model lies on "meta", where tensors have shapes and no values, so that whatever must know a value raises. The fused
+kernels are operators there, which know the shapes of what they give.
+"""
+
+import pytest
+import torch
+from conftest import IMAGE_ID, batch, tiny_model
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dsvl import attention_dsvl, kernels_dsvl, modeling_dsvl, pictures_dsvl
+
+LAYOUTS = ("ttItttItttt", "tItttttItttt", "IttIttt")
+
+
+class NoLists(TorchFunctionMode):
+    """Refuses tensors of Python's numbers, which are copied to their device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor) and torch.device((kwargs or {}).get("device") or "cpu").type != "cpu":
+            raise RuntimeError(f"{func} copies from the host to the device")
+        return func(*args, **(kwargs or {}))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what "meta" lets pass, but makes the host wait for a GPU: copies between the two, indexing by a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[str] = []
+        self.lists = NoLists()
+
+    def __enter__(self):
+        self.lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.lists.__exit__(*exception)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.done.append(str(func))
+        made = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        # A number in a CPU tensor is an argument of a kernel.
+        devices = {tensor.device.type for tensor in given if tensor.ndim > 0}
+        devices |= {tensor.device.type for tensor in tree_leaves(made) if isinstance(tensor, torch.Tensor)}
+        if devices > {"cpu"}:
+            raise RuntimeError(f"{func} copies between host and device")
+        if "index_put" in str(func) and any(tensor.dtype == torch.bool for tensor in given[1:]):
+            raise RuntimeError(f"{func} asks how many a mask names")
+        return made
+
+
+class LateCopy:
+    """A `HostCopy` of values that nobody has: what the host is told is `told`, by the shape of what it asks for."""
+
+    is_here = False
+    told: dict[tuple[int, ...], object] = {}
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.shape = tuple(tensor.shape)
+
+    def tolist(self) -> object:
+        self.read()
+        return self.told[self.shape]
+
+    @staticmethod
+    def read() -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Takes "meta" for an NVIDIA GPU of the Hopper generation."""
+
+    def fused_attention(query, key, value, mask, scaling, softcap=None):
+        save = torch.is_grad_enabled() and query.requires_grad
+        options = float(scaling), float(softcap or 0.0), save
+        return kernels_dsvl._mmca(query, key, value, mask.lists, mask.windowed, *options)[0]
+
+    monkeypatch.setattr(attention_dsvl, "can_fuse", lambda *args: True)
+    monkeypatch.setattr(attention_dsvl, "fused_attention", fused_attention)
+    for module in (modeling_dsvl, pictures_dsvl):
+        monkeypatch.setattr(module, "HostCopy", LateCopy)
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.any()),
+        lambda x: x.equal(x),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.index_put_((x > 0,), x[:1]),
+        lambda x: x.repeat_interleave(x.long()),
+        lambda x: x.unique(),
+        lambda x: x.cpu(),
+        lambda x: torch.ones(3).to(x.device),
+        lambda x: torch.tensor([1.0, 2.0], device=x.device),
+        lambda x: x.copy_(torch.ones(3)),
+    ],
+)
+def test_what_waits_is_noticed(wait):
+    states = torch.empty(3, device="meta")
+    with NoWaiting(), pytest.raises((RuntimeError, NotImplementedError)):
+        wait(states)
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "qwen2"])
+def test_a_step_waits_for_nothing(family, rows, checkpointing, device, monkeypatch):
+    """Pictures in every sample, padding, a label here and there; and what the host does ask for comes when it is done."""
+    model = tiny_model(family, dtype=torch.bfloat16).set_trainable().train().to(device)
+    if checkpointing:
+        model.activation_checkpointing_enable(checkpointing)
+    inputs = batch(*LAYOUTS, side="right", dtype=torch.bfloat16)
+    ids = inputs["input_ids"]
+    labels = torch.where((ids != IMAGE_ID) & (ids % 3 > 0) & inputs["attention_mask"].bool(), ids, -100)
+    if rows == "packed":
+        inputs["position_ids"] = torch.arange(ids.shape[1]).remainder(7).expand_as(ids)
+        del inputs["attention_mask"]
+    supervised = int((labels[:, 1:] != -100).sum())
+    monkeypatch.setattr(LateCopy, "told", {(): supervised, (3,): (ids == IMAGE_ID).sum(-1).tolist()})
+    on_device = {key: tensor.to(device) for key, tensor in (inputs | {"labels": labels}).items()}
+    with NoWaiting() as step:
+        queued: list[int] = []
+        monkeypatch.setattr(LateCopy, "read", lambda copy: queued.append(sum("mmca" in name for name in step.done)))
+        model(**on_device, use_cache=False).loss.backward()
+    layers = model.config.text_config.num_hidden_layers
+    assert queued == [layers, layers]  # the whole decoder was given to the device before the first was read
+    assert sum(name.endswith("mmca_backward.default") for name in step.done) == layers
+    learnt = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learnt == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
