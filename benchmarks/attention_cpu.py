@@ -15,7 +15,8 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dsvl.attention_dsvl import multimodal_mask, routed_name
+from dsvl.attention_dsvl import routed_name
+from dsvl.masks_dsvl import multimodal_mask
 from dsvl.visibility_dsvl import visibilities
 
 PER_PICTURE = 64
