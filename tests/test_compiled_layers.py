@@ -99,8 +99,10 @@ def test_loss_and_gradients_are_the_same_and_the_graph_holds(family, rows, way, 
         assert graphs() == kinds
 
 
-@pytest.mark.parametrize("learning", [(), ("language_model", "lm_head")])
-def test_lengths_share_one_more_graph(learning):
+@pytest.mark.parametrize(("way", "learning"), [("gathered", ()), ("fused", ("language_model", "lm_head"))])
+def test_lengths_share_one_more_graph(way, learning, monkeypatch):
+    if way == "fused":
+        use_plain_kernels(monkeypatch)
     model, compiled = pair("llama", *learning)
     for number, tokens in enumerate((28, 40, 31, 57)):
         assert_same(compiled, model, labelled([[3], [9]], number, tokens))
