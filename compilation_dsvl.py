@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,8 @@ class DSVLCompilationMixin:
         projector and the loss run as they are written, and so does all of the model in evaluation mode, where every length
         and every layer's cache would be a graph of its own. Parameters keep their names, and nothing of it is saved.
 
+        For all of the process, torch is told not to cut graphs for `DistributedDataParallel` (`optimize_ddp`).
+
         Args:
             options: of `torch.compile`.
 
@@ -38,6 +41,9 @@ class DSVLCompilationMixin:
                 f"{type(self.language_model).__name__} has no list of layers to compile one by one; compile the whole model "
                 "by torch.compile."
             )
+        # Torch would cut a graph where DDP's buckets end, for gradients to be sent early, and refuse one with checkpointing:
+        # between layers they are sent early as it is.
+        torch._dynamo.config.optimize_ddp = False
         self._layer_compilation = options
         self._switch_layers()
 

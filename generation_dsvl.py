@@ -10,8 +10,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .attention_dsvl import coded_masks, sees_pictures
 from .decoding_dsvl import DSVLDecodingMixin
+from .masks_dsvl import coded_masks, sees_pictures
 from .picture_cache_dsvl import PictureCache
 from .visibility_dsvl import visibilities
 

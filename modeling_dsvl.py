@@ -12,19 +12,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .attention_dsvl import (
-    StepMask,
-    by_layer_type,
-    coded_masks,
-    few_queries,
-    multimodal_mask,
-    route_attention,
-    sees_pictures,
-    take_rows,
-)
+from .attention_dsvl import route_attention, take_rows
 from .compilation_dsvl import DSVLCompilationMixin
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
+from .masks_dsvl import StepMask, by_layer_type, coded_masks, few_queries, multimodal_mask, sees_pictures
 from .picture_cache_dsvl import PictureCache
 from .pictures_dsvl import HostCopy, make_vision_tower
 from .projectors_dsvl import PROJECTORS
@@ -243,7 +235,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         mm_token_type_ids: torch.Tensor | None,
         image_queries: int | None,
     ) -> tuple[Any, dict | None]:
-        """The decoder's attention_mask and the `multimodal_masks` beside it (see attention_dsvl.py).
+        """The decoder's attention_mask and the `multimodal_masks` beside it (see masks_dsvl.py).
 
         `image_queries` is how many of the new tokens are image tokens, if that is known.
         """

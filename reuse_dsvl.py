@@ -19,7 +19,8 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from .attention_dsvl import RoutedConfig, by_layer_type
+from .attention_dsvl import RoutedConfig
+from .masks_dsvl import by_layer_type
 from .picture_cache_dsvl import PictureCache, changing_ropes
 from .pictures_dsvl import DSVLPicturesMixin
 

@@ -23,8 +23,9 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dsvl.attention_dsvl import multimodal_mask, routed_name
+from dsvl.attention_dsvl import routed_name
 from dsvl.kernels_dsvl import can_fuse
+from dsvl.masks_dsvl import multimodal_mask
 from dsvl.visibility_dsvl import visibilities
 
 WAYS = ("fused", "gathered sdpa", "flex_attention", "released")

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from dsvl import attention_dsvl, kernels_dsvl
+from dsvl import kernels_dsvl, masks_dsvl
 
 
 def use_plain_kernels(monkeypatch: Any) -> None:
     """Let every decoder take the fused way, and this compute it."""
-    monkeypatch.setattr(attention_dsvl, "can_fuse", lambda *args: True)
+    monkeypatch.setattr(masks_dsvl, "can_fuse", lambda *args: True)
     monkeypatch.setattr(kernels_dsvl, "_forward", forward)
     monkeypatch.setattr(kernels_dsvl, "_backward", backward)
 

@@ -15,7 +15,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from dsvl import attention_dsvl, visibility_dsvl
+from dsvl import masks_dsvl, visibility_dsvl
 
 LAYOUTS = ("tttItttIIttt", "Itt", "ttttttttttttt", "tI", "IItItttttttI", "ttttttttttttttttIt")
 
@@ -187,10 +187,10 @@ def test_eager_returns_the_weights_it_used():
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 def test_the_image_branch_in_parts_is_the_whole(family, least, monkeypatch):
     """Cut where pictures come into sight, in a padded batch and alone, with a window."""
-    monkeypatch.setattr(attention_dsvl, "_LEAST_PART", least)
+    monkeypatch.setattr(masks_dsvl, "_LEAST_PART", least)
     cut = []
-    parts = attention_dsvl._image_parts
-    monkeypatch.setattr(attention_dsvl, "_image_parts", lambda mask: cut.append(parts(mask)) or cut[-1])
+    parts = masks_dsvl._image_parts
+    monkeypatch.setattr(masks_dsvl, "_image_parts", lambda mask: cut.append(parts(mask)) or cut[-1])
     sdpa = tiny_model(family, backend="sdpa", **({"sliding_window": 9} if family == "mistral" else {}))
     eager = copy.deepcopy(sdpa)
     eager.set_attn_implementation({"text_config": "eager"})

@@ -12,15 +12,8 @@ from conftest import tiny_model
 from plain_loop import PlainLoop
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsvl.attention_dsvl import (
-    IN_IMAGE,
-    IN_TEXT,
-    UNIFORM_IMAGE,
-    UNIFORM_TEXT,
-    mmca_codes,
-    mmca_reference_codes,
-    routed_name,
-)
+from dsvl.attention_dsvl import routed_name
+from dsvl.masks_dsvl import IN_IMAGE, IN_TEXT, UNIFORM_IMAGE, UNIFORM_TEXT, mmca_codes, mmca_reference_codes
 from dsvl.training.kernels import use_liger
 from dsvl.visibility_dsvl import visibilities
 

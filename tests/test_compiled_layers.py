@@ -99,8 +99,10 @@ def test_loss_and_gradients_are_the_same_and_the_graph_holds(family, rows, way, 
         assert graphs() == kinds
 
 
-@pytest.mark.parametrize("learning", [(), ("language_model", "lm_head")])
-def test_lengths_share_one_more_graph(learning):
+@pytest.mark.parametrize(("way", "learning"), [("gathered", ()), ("fused", ("language_model", "lm_head"))])
+def test_lengths_share_one_more_graph(way, learning, monkeypatch):
+    if way == "fused":
+        use_plain_kernels(monkeypatch)
     model, compiled = pair("llama", *learning)
     for number, tokens in enumerate((28, 40, 31, 57)):
         assert_same(compiled, model, labelled([[3], [9]], number, tokens))
@@ -147,6 +149,26 @@ def test_adapters_learn_the_same():
         assert_same(compiled, model, labelled(places, number))
     assert graphs() == 1
     assert any("lora_A" in name for name in step(compiled, labelled(PLACES[0], 0))[1])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@torch._dynamo.config.patch(optimize_ddp=True)
+def test_data_parallel_training_keeps_the_graph_whole(checkpointing, tmp_path):
+    """However small DDP's buckets are."""
+    model, compiled = pair("llama", "language_model", "lm_head")
+    if checkpointing:
+        compiled.activation_checkpointing_enable({"use_reentrant": False})
+    compiled.compile_decoder_layers(backend="aot_eager", fullgraph=True)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=0.005)
+        inputs = labelled(PLACES[0], 0)
+        wrapped(**inputs, use_cache=False).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, gradient in step(model, inputs)[1].items():
+        torch.testing.assert_close(compiled.get_parameter(name).grad, gradient, atol=1e-7, rtol=1e-6, msg=name)
+    assert graphs() == 1
 
 
 def test_evaluation_is_not_compiled_and_training_goes_on_with_its_graph():

@@ -8,7 +8,8 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from dsvl import DSVLConfig
-from dsvl.attention_dsvl import mmca_reference_codes, route_attention
+from dsvl.attention_dsvl import route_attention
+from dsvl.masks_dsvl import mmca_reference_codes
 from dsvl.visibility_dsvl import visibilities
 
 CASES = {

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dsvl import attention_dsvl, kernels_dsvl, modeling_dsvl, pictures_dsvl
+from dsvl import attention_dsvl, kernels_dsvl, masks_dsvl, modeling_dsvl, pictures_dsvl
 
 LAYOUTS = ("ttItttItttt", "tItttttItttt", "IttIttt")
 
@@ -82,7 +82,7 @@ def device(monkeypatch):
         options = float(scaling), float(softcap or 0.0), save
         return kernels_dsvl._mmca(query, key, value, mask.lists, mask.windowed, *options)[0]
 
-    monkeypatch.setattr(attention_dsvl, "can_fuse", lambda *args: True)
+    monkeypatch.setattr(masks_dsvl, "can_fuse", lambda *args: True)
     monkeypatch.setattr(attention_dsvl, "fused_attention", fused_attention)
     for module in (modeling_dsvl, pictures_dsvl):
         monkeypatch.setattr(module, "HostCopy", LateCopy)
