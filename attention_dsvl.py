@@ -198,22 +198,28 @@ def _gathered_attention(
         image_output, image_weights = branch(mask.image_keys, mask.image_mask)
     else:
         image_key, image_value, image_weights = _take(key, mask.image_keys), _take(value, mask.image_keys), None
-        parts = [output.new_zeros(len(output), last - first, *output.shape[2:]) for first, last, _, _ in mask.image_parts]
-        for number, (first, last, keys, part_mask) in enumerate(mask.image_parts):
-            if keys:
-                states = text_query[:, :, first:last], image_key[:, :, :keys], image_value[:, :, :keys]
-                options = kwargs | {"is_causal": False}
-                parts[number] = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *states, part_mask, **options)[0]
-        image_output = torch.cat(parts, dim=1)
-    if mask.sees_image is not None:
-        image_output = torch.where(mask.sees_image, image_output, 0)
+        parts = []
+        for first, last, keys, part_mask in mask.image_parts:
+            if keys == 0:
+                parts.append(output.new_zeros(len(output), last - first, *output.shape[2:]))
+                continue
+            states = text_query[:, :, first:last], image_key[:, :, :keys], image_value[:, :, :keys]
+            options = kwargs | {"is_causal": False}
+            parts.append(ALL_ATTENTION_FUNCTIONS["sdpa"](module, *states, part_mask, **options)[0])
+        image_output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if mask.sees_image is None:
+        output = output + image_output
+    else:
+        output = torch.addcmul(output, image_output, mask.sees_image)
         if image_weights is not None:
             image_weights = torch.where(mask.sees_image.transpose(1, 2), image_weights, 0)
     own = (value if value.shape[2] == query.shape[2] else value.index_select(2, mask.own_key)).transpose(1, 2)
     if query.shape[1] != value.shape[1]:
         own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=2)
-    spread = _put(output + image_output, mask.text_queries, query.shape[2])
-    output = torch.where(mask.is_text[:, :, None, None], spread, own)
+    own, rows = own.flatten(0, 1), mask.text_queries.flatten()
+    if mask.text_filled is not None:
+        output = torch.where(mask.text_filled, output, take_rows(own, rows).view_as(output))
+    output = own.index_copy(0, rows, output.flatten(0, 1)).unflatten(0, (-1, query.shape[2]))
     if backend != "eager" or text_weights is None or image_weights is None:
         return output, None
     return output, _dense_weights(mask, key.shape[2], text_weights, image_weights)

@@ -124,6 +124,7 @@ class MultimodalMask:
     text_queries: torch.Tensor  # (batch, text queries) the gathered queries, as rows of the flattened (batch x queries)
     text_keys: torch.Tensor  # (batch, text keys) as rows of (batch x keys)
     image_keys: torch.Tensor  # (batch, image keys)
+    text_filled: torch.Tensor | None  # (batch, text queries, 1, 1), which slots of these are filled; None where all are
     is_text: torch.Tensor  # (batch, queries); all others, padding too, have their own value
     own_key: torch.Tensor  # (queries,) index of each query's own key
     text_mask: Any  # what the backend takes; None where it is plainly causal, for which sdpa has the fastest kernels
@@ -149,6 +150,7 @@ class MultimodalMask:
     def let_lengths_vary(self) -> None:
         """Tell the compiler that there are more or fewer text and image tokens in the next batch."""
         varying = [(self.text_queries, [1]), (self.text_keys, [1]), (self.image_keys, [1]), (self.sees_image, [1])]
+        varying.append((self.text_filled, [1]))
         for states, dims in [*varying, (self.text_mask, [2, 3]), (self.image_mask, [2, 3])]:
             if isinstance(states, torch.Tensor):
                 torch._dynamo.maybe_mark_dynamic(states, dims)
@@ -193,7 +195,7 @@ def multimodal_mask(
     visibility = visibility.settled()
     # A length of 1 would be a graph of its own.
     least = 2 if compiled else 1
-    text_queries, _ = _gather_index(is_text, least)
+    text_queries, is_text_query = _gather_index(is_text, least)
     text_keys, has_text_key = _gather_index(key_types == TEXT, least)
     image_keys, has_image_key = _gather_index(key_types == IMAGE, least)
     q_positions, kv_positions = text_queries + visibility.q_offset, text_keys + visibility.kv_offset
@@ -235,11 +237,13 @@ def multimodal_mask(
         image_mask = image_mask | ~any_image  # a row without a key is NaN in some kernels; its result is not used
     elif backend == "eager":
         any_image = (image_mask == 0).any(-1, keepdim=True)
+    whole = not compiled and not torch.compiler.is_compiling() and bool(is_text_query.all())
     first_row = torch.arange(visibility.batch_size, device=visibility.device)[:, None]
     gathered = MultimodalMask(
         text_queries=text_queries + first_row * visibility.q_length,
         text_keys=text_keys + first_row * visibility.kv_length,
         image_keys=image_keys + first_row * visibility.kv_length,
+        text_filled=None if whole else is_text_query[:, :, None, None],
         is_text=is_text,
         own_key=visibility.query_positions() - visibility.kv_offset,
         text_mask=text_mask,
