@@ -45,7 +45,9 @@ class DSVLDecodingMixin(GenerationMixin):
         pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         pad_token = generation_config._pad_token_tensor
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        before: _Step | None = None
+        first_length = input_ids.shape[1] + 1
+        unseen: _Step | None = None  # the last step that the host has not looked at
+        came_late = False
         outputs = self._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
         with self._optimize_model_for_decode():
             while True:
@@ -63,15 +65,20 @@ class DSVLDecodingMixin(GenerationMixin):
                 input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
                 unfinished = unfinished & ~stopping_criteria(input_ids, None)
                 step = _Step(unfinished, tokens, streamer)
-                if before is not None and before.was_the_last():
+                is_first = input_ids.shape[1] == first_length
+                if is_first and step.was_the_last():  # who waits for the first token need not wait for a compilation
                     break
-                before = step
+                if unseen is not None and unseen.was_the_last():
+                    came_late = True
+                    break
+                unseen = None if is_first else step
                 if input_ids.shape[1] >= stopping_criteria.max_length:
-                    before.was_the_last()  # and is streamed
+                    if unseen is not None:
+                        unseen.was_the_last()  # and is streamed
                     break
                 inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
                 outputs = model_forward(**inputs, return_dict=True)
-        if step is not before:  # it came after the end
+        if came_late:
             input_ids = input_ids[:, :-1]
             step_back(model_kwargs["past_key_values"])
         if streamer is not None:

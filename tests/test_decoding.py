@@ -157,8 +157,9 @@ def test_a_step_is_queued_before_the_last_one_is_looked_at(monkeypatch: pytest.M
         model, "get_compiled_call", lambda config: lambda **inputs: events.append("queue") or model(**inputs)
     )
     model.generate(**inputs, max_new_tokens=6, do_sample=False, cache_implementation="static")
-    # The first of the six tokens comes from the prefill. When the n-th is looked at, the step that follows it is queued.
-    assert events == [*["queue", "look"] * 5, "look"]
+    # The first of six tokens comes from the prefill, and is looked at. From then on, when the n-th is looked at, the step
+    # that follows it is queued.
+    assert events == ["look", "queue", *["queue", "look"] * 4, "look"]
 
 
 def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path: Path) -> None:
