@@ -1,5 +1,6 @@
 """Conversations that are read one after the other, and never held all at once."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -82,9 +83,11 @@ class Stream(IterableDataset):
         Raises:
             ValueError: for a broken sample, if those are not left out; if nothing is left.
         """
-        self._rows.set_epoch(number)
+        # A copy: a data set's epoch lies in memory that workers share, and one that is ahead would set it for the others.
+        rows = copy.deepcopy(self._rows)
+        rows.set_epoch(number)
         empty = True
-        for row in self._rows:
+        for row in rows:
             try:
                 sample = _sample(row)
                 check_conversation(sample)

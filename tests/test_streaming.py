@@ -67,6 +67,18 @@ def test_a_stream_starts_where_it_was_left(numbered, workers):
         assert rest == whole[batches:]
 
 
+def test_a_worker_that_is_ahead_changes_nothing_for_the_others(numbered, monkeypatch):
+    expected = list(Stream(numbered).epoch(0))
+    stream, set_epoch = Stream(numbered), datasets.IterableDataset.set_epoch
+
+    def meanwhile(rows, epoch):
+        set_epoch(rows, epoch)
+        set_epoch(stream._rows, epoch + 1)  # as by another worker, who has this object from the same process
+
+    monkeypatch.setattr(datasets.IterableDataset, "set_epoch", meanwhile)
+    assert list(stream.epoch(0)) == expected
+
+
 @given(st.lists(st.text(max_size=9).map(lambda text: text.encode().replace(b"\n", b" ")), max_size=12), st.data())
 def test_parts_of_a_file_hold_every_line_once(lines, data):
     import tempfile
