@@ -28,14 +28,14 @@ class DSVLDecodingMixin(GenerationMixin):
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        cache = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get("past_key_values")
         runs_ahead = (
             self._valid_auto_compile_criteria(model_kwargs, generation_config)
             and not generation_config.return_dict_in_generate
             and not generation_config.is_assistant
             and not synced_gpus
             and stopping_criteria.max_length is not None
-            and (not getattr(cache, "_is_user_defined", False) or can_step_back(cache))
+            and (not getattr(cache, "_is_user_defined", False) or can_crop(cache))
         )
         if not runs_ahead:
             options = dict(synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
@@ -80,7 +80,8 @@ class DSVLDecodingMixin(GenerationMixin):
                 outputs = model_forward(**inputs, return_dict=True)
         if came_late:
             input_ids = input_ids[:, :-1]
-            step_back(model_kwargs["past_key_values"])
+            if can_crop(cache):  # else it is nobody else's
+                crop(cache, int(cache.get_seq_length()) - 1)
         if streamer is not None:
             streamer.end()
         return input_ids
@@ -101,20 +102,30 @@ class _Step:
         return not any(self._unfinished.tolist())
 
 
-def can_step_back(cache: Cache | None) -> bool:
-    """Whether the last token of a static cache can be forgotten: a layer with a window has dropped another for it."""
-    return cache is not None and all(type(layer) is StaticLayer for layer in cache.layers)
+def can_crop(cache: Cache) -> bool:
+    """Whether tokens can be taken off the end with no trace. A layer with a window has forgotten what would come back."""
+
+    def layer_can(layer: Any) -> bool:
+        if type(layer) is StaticLayer:
+            return True
+        if not layer.is_croppable:
+            return False
+        return not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
+
+    return all(layer_can(layer) for layer in cache.layers)
 
 
-def step_back(cache: Cache) -> None:
-    """Forget the last token of a static cache, if it can be forgotten. What lies beyond the end is hidden by causality until
-    it is written again."""
-    if not can_step_back(cache):
-        return
-    for layer in cache.layers:
-        layer.cumulative_length.sub_(1)
+def crop(cache: Cache, length: int) -> None:
+    """Forget all but the first `length` tokens of a cache that can be cropped."""
+    surplus = int(cache.get_seq_length()) - length
+    if surplus:
+        for layer in cache.layers:
+            if type(layer) is StaticLayer:  # what lies beyond is hidden by causality until it is written again
+                layer.cumulative_length.fill_(length)
+            else:
+                layer.crop(-surplus)
     if getattr(cache, "mm_token_type_ids", None) is not None:
-        cache.mm_token_type_ids = cache.mm_token_type_ids[:, :-1]
+        cache.mm_token_type_ids = cache.mm_token_type_ids[:, :length]
 
 
 __all__ = ["DSVLDecodingMixin"]

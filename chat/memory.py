@@ -6,7 +6,8 @@ from typing import Any
 
 from PIL import Image
 from transformers import Cache, DynamicCache, StaticCache
-from transformers.cache_utils import StaticLayer
+
+from ..decoding_dsvl import can_crop, crop
 
 
 class SeenPicture:
@@ -62,33 +63,12 @@ class Memory:
 
     def crop(self, length: int, image_token_id: int, per_picture: int) -> bool:
         """Forget all but the first `length` tokens; False, with nothing done, if this cache cannot."""
-        surplus = int(self.cache.get_seq_length()) - length
-        if surplus and not _can_crop(self.cache):
+        if int(self.cache.get_seq_length()) != length and not can_crop(self.cache):
             return False
-        if surplus:
-            for layer in self.cache.layers:
-                if type(layer) is StaticLayer:  # what lies beyond is hidden by causality until it is written again
-                    layer.cumulative_length.fill_(length)
-                else:
-                    layer.crop(-surplus)
-        if getattr(self.cache, "mm_token_type_ids", None) is not None:
-            self.cache.mm_token_type_ids = self.cache.mm_token_type_ids[:, :length]
+        crop(self.cache, length)
         self.ids = self.ids[:length]
         self.pictures = self.pictures[: self.ids.count(image_token_id) // per_picture]
         return True
-
-
-def _can_crop(cache: Cache) -> bool:
-    """Whether tokens can be taken off the end with no trace. A layer with a window has forgotten what would come back."""
-
-    def layer_can(layer: Any) -> bool:
-        if type(layer) is StaticLayer:
-            return True
-        if not layer.is_croppable:
-            return False
-        return not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
-
-    return all(layer_can(layer) for layer in cache.layers)
 
 
 def new_cache(model: Any, static: bool, length: int) -> Cache:

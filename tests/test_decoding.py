@@ -121,7 +121,7 @@ def test_a_callers_cache_is_left_as_transformers_leaves_it(monkeypatch: pytest.M
 def test_a_callers_cache_that_cannot_step_back_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_model("mistral", dtype=torch.float32), batch(LAYOUTS[0], dtype=torch.float32)
     cache = StaticCache(config=model.config.text_config, max_cache_len=96)
-    assert not decoding_dsvl.can_step_back(cache)
+    assert not decoding_dsvl.can_crop(cache)
     monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
     monkeypatch.setattr(model, "get_compiled_call", lambda config: model.__call__)
     steps: list[int] = []
