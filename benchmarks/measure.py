@@ -182,6 +182,8 @@ def utilise(table: Table, flops: Mapping[str, float], peak: float | None = None)
 # Title, key, width and format of the columns that not every table has.
 _COLUMNS = (
     ("peak GiB", "peak_gib", 10, ".2f"),
+    ("in all", "total_gib", 9, ".2f"),
+    ("tokens/s", "tokens_per_s", 10, ".0f"),
     ("TFLOP/s", "tflop_per_s", 9, ".3g"),
     ("of peak", "utilisation", 9, ".1%"),
 )

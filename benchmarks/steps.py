@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from flops import step_flops, supervised_tokens
+from measure import Table, utilise
 from models import Shape, dsvl, inputs, llava
 from torch.utils.checkpoint import checkpoint
 
@@ -108,8 +109,8 @@ def has_liger() -> bool:
     return find_spec("liger_kernel") is not None
 
 
-def add_rates(table: dict[str, dict[str, Any]], shape: Shape, batch: dict[str, torch.Tensor], weights_gib: float) -> None:
-    """Add to each alternative's figures, and print, what a step comes to: tokens and operations a second, memory in all.
+def add_rates(table: Table, shape: Shape, batch: dict[str, torch.Tensor], weights_gib: float) -> None:
+    """Add to each alternative's figures what a step comes to: tokens and operations a second, memory in all.
 
     Args:
         table: of `in_turns`.
@@ -117,17 +118,13 @@ def add_rates(table: dict[str, dict[str, Any]], shape: Shape, batch: dict[str, t
         batch: whose labels say what is supervised.
         weights_gib: of one model, which `peak_gib` leaves out.
     """
+    for figures in table.values():
+        if "ms" in figures:
+            figures["tokens_per_s"] = 1000 * shape.batch * shape.tokens / figures["ms"]
+        if "peak_gib" in figures:
+            figures["total_gib"] = weights_gib + figures["peak_gib"]
     worth = step_flops(shape, supervised_tokens(batch["labels"]))
-    print(f"{'':34}{'tokens/s':>10}{'GiB':>9}{'TFLOP/s':>9}{f'of {LARGE_PRODUCT}':>9}")
-    for name, figures in table.items():
-        if "ms" not in figures:
-            continue
-        figures["tokens_per_s"] = 1000 * shape.batch * shape.tokens / figures["ms"]
-        figures["total_gib"] = weights_gib + figures.get("peak_gib", 0.0)
-        figures["step_tflop_per_s"] = worth / figures["ms"] / 1e9
-        figures["of_large_product"] = figures["step_tflop_per_s"] / LARGE_PRODUCT
-        rates = f"{figures['tokens_per_s']:10.0f}{figures['total_gib']:9.2f}{figures['step_tflop_per_s']:9.3g}"
-        print(f"{name:34}{rates}{figures['of_large_product']:9.1%}")
+    utilise(table, dict.fromkeys(table, worth), LARGE_PRODUCT if torch.cuda.is_available() else None)
 
 
 def weights_gib(model: Any) -> float:

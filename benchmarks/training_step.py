@@ -13,10 +13,9 @@ import gc
 from dataclasses import replace
 
 import torch
-from flops import step_flops, supervised_tokens
-from measure import Table, describe_device, device_type, in_turns, report, utilise, write
+from measure import Table, describe_device, device_type, in_turns, report, write
 from models import SHAPES, Shape, dsvl, inputs, llava
-from steps import add_rates, check, compiled_steps, has_liger, liger_steps, step, weights_gib
+from steps import LARGE_PRODUCT, add_rates, check, compiled_steps, has_liger, liger_steps, step, weights_gib
 
 
 def attending(model, batch: dict[str, torch.Tensor], attention: str, backend: str):
@@ -58,13 +57,10 @@ def compare(shape: Shape, options: argparse.Namespace, checkpointing: bool, lige
     title = f"{shape.batch} x {shape.tokens} tokens, {shape.pictures} pictures a sample"
     title += ", gradient checkpointing" if checkpointing else ""
     title += ", Liger" if liger else ""
+    add_rates(table, shape, batch, weights_gib(ours))
     if device == "cuda":
-        weights = torch.cuda.memory_allocated() / 2**30
-        report(f"{title} (peak: above the {weights:.1f} GiB of both models' weights)", table)
-        add_rates(table, shape, batch, weights_gib(ours))
-        return table
-    utilise(table, dict.fromkeys(table, step_flops(shape, supervised_tokens(batch["labels"]))))
-    if not liger:
+        title += f" (of peak: of {LARGE_PRODUCT} TFLOP/s; peak: above both models' weights, in all: with one's)"
+    elif not liger:
         table["DSVL mmca, flex_attention"] = {"left_out": "flex_attention has no backward on a CPU"}
     report(title, table)
     return table
