@@ -149,9 +149,8 @@ class MultimodalMask:
 
     def let_lengths_vary(self) -> None:
         """Tell the compiler that there are more or fewer text and image tokens in the next batch."""
-        varying = [(self.text_queries, [1]), (self.text_keys, [1]), (self.image_keys, [1]), (self.sees_image, [1])]
-        varying.append((self.text_filled, [1]))
-        for states, dims in [*varying, (self.text_mask, [2, 3]), (self.image_mask, [2, 3])]:
+        slots = (self.text_queries, self.text_keys, self.image_keys, self.text_filled, self.sees_image)
+        for states, dims in [*((part, [1]) for part in slots), (self.text_mask, [2, 3]), (self.image_mask, [2, 3])]:
             if isinstance(states, torch.Tensor):
                 torch._dynamo.maybe_mark_dynamic(states, dims)
 
