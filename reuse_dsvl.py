@@ -227,6 +227,7 @@ class DSVLReuseMixin(DSVLPicturesMixin):
     _picture_rotation: tuple[torch.dtype, PictureRotation] | None = None
     _run_decoder: Callable = staticmethod(run_decoder)
     _turn_keys: Callable = staticmethod(turn_keys)
+    _text_step = 1  # to which multiple the text of prompts is padded
     _fingerprint: tuple[str, list[nn.Parameter], list[int]] | None = None
 
     @torch.no_grad()
@@ -279,23 +280,20 @@ class DSVLReuseMixin(DSVLPicturesMixin):
 
     def compile_text_prefill(self, **options: Any) -> None:
         """Let `torch.compile` have what `generate(..., picture_cache=...)` runs of the decoder, and the rotation of keys.
-        The first prompt then waits for the compilation, and the first one of another length once more; later ones spare
-        most of Python's time, and of the rotation's.
+
+        The first prompt then waits for the compilation. On a GPU the decoder is recorded as a CUDA graph besides, once for
+        each number of pictures and every 32 tokens of text, and what follows spares Python's time and the launches'.
 
         Args:
-            options: of `torch.compile`.
-
-        Raises:
-            ValueError: for a mode of CUDA graphs: the decoder's would take the turned keys out of the memory of another
-                graph, which torch does not allow.
+            options: of `torch.compile`; `mode` is "reduce-overhead" on a GPU, unless given.
         """
-        if options.get("mode") in ("reduce-overhead", "max-autotune"):
-            raise ValueError(
-                f"mode={options['mode']!r} records CUDA graphs, by which keys and decoder cannot be computed one after the "
-                "other; pass mode='default' or 'max-autotune-no-cudagraphs'."
-            )
+        if self.language_model.device.type == "cuda" and not options.keys() & {"mode", "options"}:
+            options["mode"] = "reduce-overhead"
         self._run_decoder = torch.compile(run_decoder, **options)
+        if options.get("mode") in ("reduce-overhead", "max-autotune"):  # no graph may read what another will overwrite
+            options["mode"] = "default"
         self._turn_keys = torch.compile(turn_keys, **options)
+        self._text_step = 32
 
     def picture_fingerprint(self) -> str:
         """What ties a picture cache to this model: a hash of its configuration and of samples of every weight on which a

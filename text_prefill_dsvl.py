@@ -5,7 +5,7 @@ this call and the rotated keys of the pictures, each as far as the decoder's own
 into the KV cache in the order of the prompt, which is what an ordinary prefill leaves there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,9 @@ from .attention_dsvl import _eager_attention as eager_attention
 from .picture_cache_dsvl import PictureCache
 from .reuse_dsvl import DSVLReuseMixin
 from .visibility_dsvl import Visibility, visibilities
+
+# Queries of which a compiled decoder computes attention by plain products.
+_FEW_QUERIES = 128
 
 
 @dataclass
@@ -34,11 +37,12 @@ class Slots:
     filled: torch.Tensor | None
 
     @classmethod
-    def of(cls, members: torch.Tensor, counts: list[int]) -> "Slots":
-        """Those of members (batch, tokens), of which the rows have so many."""
-        slots = max(counts)
+    def of(cls, members: torch.Tensor, counts: list[int], step: int = 1) -> "Slots":
+        """Those of members (batch, tokens), of which the rows have so many; slots come in multiples of a step, if that is
+        more than 1, and some may then always be empty."""
+        slots = min(-(-max(counts) // step) * step, members.shape[1])
         index = members.to(torch.uint8).argsort(dim=-1, stable=True)[:, members.shape[1] - slots :]
-        return cls(index, None if min(counts) == slots else members.gather(1, index))
+        return cls(index, None if step == 1 and min(counts) == slots else members.gather(1, index))
 
     def rows(self, tokens: int) -> torch.Tensor:
         """Flat rows of (batch x tokens, and one more for the empty slots): (batch x slots,)."""
@@ -66,8 +70,11 @@ class TextOverPictures:
     def __call__(
         self, backend: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
+        # Of so few queries sdpa's kernels give a GPU too little to do at a time; compiled, two products are twice as fast.
+        few = torch.compiler.is_compiling() and backend == "sdpa" and query.shape[2] <= _FEW_QUERIES
+
         def branch(key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
-            if backend == "eager":
+            if backend == "eager" or (few and mask is not None):
                 return eager_attention(module, query, key, value, mask, **kwargs)[0]
             return ALL_ATTENTION_FUNCTIONS["sdpa" if mask is None else backend](module, query, key, value, mask, **kwargs)[0]
 
@@ -204,11 +211,15 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
                 f"Row {ends_with_text.index(0)} of the prompts ends with a picture or with padding, but the picture cache "
                 "holds nothing that could be continued; end prompts with text, and pad them on the left."
             )
-        text, image = Slots.of(is_text, text_counts), Slots.of(is_image, image_counts)
+        text, image = Slots.of(is_text, text_counts, self._text_step), Slots.of(is_image, image_counts)
         if order != list(range(len(picture_cache))):
             picture_cache = picture_cache[order]
         keys, values = picture_cache.keys.flatten(1, 2), picture_cache.values.flatten(1, 2)
         keys = rotation(keys, position_ids.gather(1, image.index).flatten(), self._turn_keys)
+
+        # Before the decoder runs: what is large is moved while the host still prepares the rest.
+        padded = any(i + t < tokens for i, t in zip(image_counts, text_counts, strict=True))
+        whole = [_Prompt((batch, tokens), padded, image.rows(tokens), states) for states in (keys, values)]
 
         decoder = self.language_model
         config = decoder.config
@@ -231,10 +242,9 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
             decoder, embeds, position_ids.gather(1, text.index), attention
         )
 
-        padded = any(i + t < tokens for i, t in zip(image_counts, text_counts, strict=True))
-        places = (text.rows(tokens), image.rows(tokens))
-        new_keys = _put_together((batch, tokens), padded, places, (text_keys, keys))
-        new_values = _put_together((batch, tokens), padded, places, (text_values, values))
+        new_keys, new_values = (
+            part.with_text(text.rows(tokens), states) for part, states in zip(whole, (text_keys, text_values), strict=True)
+        )
         for number, device in enumerate(devices):
             _fill(past_key_values, number, new_keys[number].to(device), new_values[number].to(device))
         past_key_values.mm_token_type_ids = is_image.long()
@@ -267,22 +277,32 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
         return order
 
 
-def _put_together(
-    shape: tuple[int, int], padded: bool, places: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """States (layers, ..., heads, head_dim) at their places in the prompts.
+class _Prompt:
+    """Keys or values of whole prompts, of which the pictures' come first and the text's later.
 
-    Returns:
-        For each layer (batch, heads, tokens, head_dim), 0 where padded.
+    Args:
+        shape: (batch, tokens) of the prompts.
+        padded: whether some of these tokens are padding, whose states are 0.
+        rows: (batch x image slots,), `Slots.rows` of the pictures.
+        states: of the pictures, (layers, batch x image slots, heads, head_dim).
     """
-    rows = shape[0] * shape[1]
-    # The last row takes what belongs nowhere.
-    whole = parts[0].new_empty(len(parts[0]), rows + 1, *parts[0].shape[-2:])
-    if padded:
-        whole.zero_()
-    for place, states in zip(places, parts, strict=True):
-        whole.index_copy_(1, place, states.flatten(1, -3))
-    return whole[:, :rows].unflatten(1, shape).transpose(2, 3).unbind(0)
+
+    def __init__(self, shape: tuple[int, int], padded: bool, rows: torch.Tensor, states: torch.Tensor) -> None:
+        self.shape = shape
+        # The last row takes what belongs nowhere.
+        self.states = states.new_empty(len(states), shape[0] * shape[1] + 1, *states.shape[-2:])
+        if padded:
+            self.states.zero_()
+        self.states.index_copy_(1, rows, states)
+
+    def with_text(self, rows: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Put the text's states (layers, batch, text slots, heads, head_dim) into their rows.
+
+        Returns:
+            For each layer (batch, heads, tokens, head_dim).
+        """
+        self.states.index_copy_(1, rows, states.flatten(1, 2))
+        return self.states[:, : self.shape[0] * self.shape[1]].unflatten(1, self.shape).transpose(2, 3).unbind(0)
 
 
 def _fill(cache: Cache, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:

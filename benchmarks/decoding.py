@@ -3,18 +3,21 @@ compiled step, as `generate` has them. Weights and pictures are random; the prom
 
     python benchmarks/decoding.py [--size small|7b] [--batches 1 16] [--new-tokens 128] [--quantize int8] [--out FILE]
 
-All run in turns in one process. The time of two new tokens is taken from that of many, so that prompts do not count. Beside
-it stands what of the weights is read in that time, in GB/s: at batch 1 it is what bounds a step.
+All run in turns in one process. The clock is a streamer: it runs from the first new token to the last, as the host gets
+them, so that prompts do not count. Beside it stands what of the weights is read in that time, in GB/s: at batch 1 it is what
+bounds a step.
 """
 
 import argparse
 import statistics
+import time
 
 import torch
-from measure import describe_device, device_type, host_ms, write
+from measure import describe_device, device_type, write
 from models import SHAPES, Shape, llava
 from reuse import build_model, prompt
 from transformers import CompileConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -32,17 +35,31 @@ def _stored_bytes(weight: torch.Tensor) -> int:
     return weight.nbytes
 
 
-def seconds(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: int, static: bool) -> float:
-    """Of a whole `generate`, prompt included."""
+class Clock(BaseStreamer):
+    """When tokens reach the host; the prompt comes first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def tokens_per_second(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: int, static: bool) -> float:
+    """Of all rows of a batch, after the first token."""
     options: dict = {}
     if static:
-        compile_config = CompileConfig(mode="reduce-overhead" if torch.cuda.is_available() else "default")
-        compile_config._compile_all_devices = True  # on a CPU transformers does not, unless told so
-        options = {"cache_implementation": "static", "compile_config": compile_config}
-    made: list[torch.Tensor] = []
-    taken = host_ms(lambda: made.append(model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **options)))
-    assert made[0].shape[1] == inputs["input_ids"].shape[1] + new_tokens
-    return taken / 1000
+        options = {"cache_implementation": "static"}
+        if not torch.cuda.is_available():  # on a CPU transformers does not compile, unless told so
+            options["compile_config"] = CompileConfig(mode="default")
+            options["compile_config"]._compile_all_devices = True
+    clock = Clock()
+    made = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock, **options)
+    assert made.shape[1] == inputs["input_ids"].shape[1] + new_tokens == inputs["input_ids"].shape[1] + len(clock.times) - 1
+    return len(made) * (new_tokens - 1) / (clock.times[-1] - clock.times[1])
 
 
 def quantized(model: PreTrainedModel) -> PreTrainedModel:
@@ -83,9 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         ways = {(model, static): [] for static in (False, True) for model in models}
         for number in range(options.rounds + 1):
             for (model, static), rates in ways.items():
-                once, many = (seconds(models[model], inputs, n, static) for n in (2, options.new_tokens))
+                rate = tokens_per_second(models[model], inputs, options.new_tokens, static)
                 if number:  # the first compiles
-                    rates.append(batch * (options.new_tokens - 2) / (many - once))
+                    rates.append(rate)
         print(f"\nbatch {batch}, prompts of {inputs['input_ids'].shape[1]} tokens, {options.new_tokens} new ones")
         base = ways[("Llava", True)]
         for (model, static), rates in ways.items():

@@ -149,6 +149,13 @@ def peak_gib(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def large_product_tflops(size: int = 16384) -> float:
+    """What a GPU reaches in a large bf16 product, when it has been at it for a while."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = [device_ms(lambda: a @ b) for _ in range(60)]
+    return 2 * size**3 / statistics.median(times[20:]) / 1e9
+
+
 def graphed(run: Callable[[], object]) -> Callable[[], object]:
     """The same work as a CUDA graph: what the device does, without the host that asks for it."""
     stream = torch.cuda.Stream()

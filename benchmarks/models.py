@@ -3,6 +3,7 @@
 Projector and embeddings learn, tower and decoder are frozen, as DeepSpeed-VisualChat trains.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,12 @@ def llava(shape: Shape, device: str = "cuda", dtype: torch.dtype = torch.bfloat1
     model.model.multi_modal_projector.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(True)
     return model
+
+
+def twin(model: Any) -> Any:
+    """Another model of the same weights: two models of 7B are enough for one GPU."""
+    weights = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
 
 
 def inputs(shape: Shape, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:

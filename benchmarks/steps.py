@@ -1,6 +1,5 @@
 """Training steps as users would have them: plain, with compiled layers, with a loss in chunks, with Liger's kernels."""
 
-import copy
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -8,15 +7,13 @@ from typing import Any
 import torch
 from flops import step_flops, supervised_tokens
 from measure import Table, utilise
-from models import Shape, dsvl, inputs, llava
+from models import Shape, dsvl, inputs, llava, twin
 from torch.utils.checkpoint import checkpoint
 
 from dsvl.training.kernels import use_liger
 
 Step = Callable[[], torch.Tensor]
 
-# TFLOP/s of a large bf16 product on an H200, which a step's are held against; the data sheet promises 989.
-LARGE_PRODUCT = 790
 # Positions whose logits the chunked loss holds at once.
 CHUNK = 1024
 # Small enough to be compiled and run on a CPU.
@@ -72,15 +69,14 @@ def supervised_step(model: Any, batch: dict[str, torch.Tensor]) -> Step:
 
 
 def compiled(model: Any, compiler: str) -> Any:
-    """Another model of the same weights, whose decoder's layers are compiled: two models of 7B are enough for one GPU."""
-    weights = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
-    if hasattr(twin, "compile_decoder_layers"):
-        twin.compile_decoder_layers(backend=compiler)
+    """Another model of the same weights, whose decoder's layers are compiled."""
+    fast = twin(model)
+    if hasattr(fast, "compile_decoder_layers"):
+        fast.compile_decoder_layers(backend=compiler)
     else:
-        for layer in twin.model.language_model.layers:
+        for layer in fast.model.language_model.layers:
             layer.compile(backend=compiler)
-    return twin
+    return fast
 
 
 def compiled_steps(ours: Any, theirs: Any, batch: dict[str, torch.Tensor], compiler: str) -> dict[str, Step]:
@@ -109,7 +105,9 @@ def has_liger() -> bool:
     return find_spec("liger_kernel") is not None
 
 
-def add_rates(table: Table, shape: Shape, batch: dict[str, torch.Tensor], weights_gib: float) -> None:
+def add_rates(
+    table: Table, shape: Shape, batch: dict[str, torch.Tensor], weights_gib: float, peak: float | None = None
+) -> None:
     """Add to each alternative's figures what a step comes to: tokens and operations a second, memory in all.
 
     Args:
@@ -117,6 +115,7 @@ def add_rates(table: Table, shape: Shape, batch: dict[str, torch.Tensor], weight
         shape: of models and batch.
         batch: whose labels say what is supervised.
         weights_gib: of one model, which `peak_gib` leaves out.
+        peak: TFLOP/s that the step's are held against, if any.
     """
     for figures in table.values():
         if "ms" in figures:
@@ -124,7 +123,7 @@ def add_rates(table: Table, shape: Shape, batch: dict[str, torch.Tensor], weight
         if "peak_gib" in figures:
             figures["total_gib"] = weights_gib + figures["peak_gib"]
     worth = step_flops(shape, supervised_tokens(batch["labels"]))
-    utilise(table, dict.fromkeys(table, worth), LARGE_PRODUCT if torch.cuda.is_available() else None)
+    utilise(table, dict.fromkeys(table, worth), peak)
 
 
 def weights_gib(model: Any) -> float:

@@ -13,9 +13,9 @@ import gc
 from dataclasses import replace
 
 import torch
-from measure import Table, describe_device, device_type, in_turns, report, write
+from measure import Table, describe_device, device_type, in_turns, large_product_tflops, report, write
 from models import SHAPES, Shape, dsvl, inputs, llava
-from steps import LARGE_PRODUCT, add_rates, check, compiled_steps, has_liger, liger_steps, step, weights_gib
+from steps import add_rates, check, compiled_steps, has_liger, liger_steps, step, weights_gib
 
 
 def attending(model, batch: dict[str, torch.Tensor], attention: str, backend: str):
@@ -57,9 +57,10 @@ def compare(shape: Shape, options: argparse.Namespace, checkpointing: bool, lige
     title = f"{shape.batch} x {shape.tokens} tokens, {shape.pictures} pictures a sample"
     title += ", gradient checkpointing" if checkpointing else ""
     title += ", Liger" if liger else ""
-    add_rates(table, shape, batch, weights_gib(ours))
+    add_rates(table, shape, batch, weights_gib(ours), options.large_product)
     if device == "cuda":
-        title += f" (of peak: of {LARGE_PRODUCT} TFLOP/s; peak: above both models' weights, in all: with one's)"
+        peak = f"{options.large_product:.0f} TFLOP/s, which a large bf16 product reaches here"
+        title += f" (of peak: of {peak}; peak GiB: above both models' weights, in all: with one's)"
     elif not liger:
         table["DSVL mmca, flex_attention"] = {"left_out": "flex_attention has no backward on a CPU"}
     report(title, table)
@@ -86,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         check(options.compiler, device_type())
         return
     print(describe_device())
+    options.large_product = large_product_tflops() if on_gpu else None
     shape = SHAPES[options.size]
     layers = options.layers or shape.layers
     shape = replace(shape, batch=options.batch, tokens=options.tokens, pictures=options.pictures, layers=layers)

@@ -283,10 +283,14 @@ def test_beams_and_samples_are_the_same(options, layouts):
     assert results[0].equal(results[1])
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_cuda_graphs_of_the_text_are_refused(mode):
-    with pytest.raises(ValueError, match=f"mode='{mode}' records CUDA graphs"):
-        tiny_model().compile_text_prefill(mode=mode)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_text_padded_to_a_multiple_gives_the_same(family, monkeypatch):
+    """As a compiled decoder has it, lest every length be a graph of its own."""
+    model = tiny_model(family)
+    monkeypatch.setattr(model.model, "_text_step", 8)
+    for layouts in LAYOUTS:
+        inputs = batch(*layouts)
+        assert_same(model, inputs, model.encode_pictures(inputs["pixel_values"]))
 
 
 @pytest.mark.slow
