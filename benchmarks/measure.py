@@ -200,16 +200,16 @@ def report(title: str, table: Table) -> None:
     """Print a table: times in milliseconds, how many times as fast as the base, and what else was measured."""
     columns = [column for column in _COLUMNS if any(column[1] in figures for figures in table.values())]
     heads = "".join(f"{head:>{width}}" for head, _, width, _ in columns)
-    print(f"\n{title}\n{'':34}{'ms':>10}{'low':>10}{'high':>10}   {'speed (low to high)':22}{heads}")
+    print(f"\n{title}\n{'':38}{'ms':>10}{'low':>10}{'high':>10}   {'speed (low to high)':22}{heads}")
     for name, figures in table.items():
         if "left_out" in figures:
-            print(f"{name:34}  left out: {figures['left_out']}")
+            print(f"{name:38}  left out: {figures['left_out']}")
             continue
         speed = f"{figures['speed']:.2f} ({figures['speed_low']:.2f} to {figures['speed_high']:.2f})"
         cells = "".join(
             f"{figures[key]:{width}{form}}" if key in figures else f"{'-':>{width}}" for _, key, width, form in columns
         )
-        print(f"{name:34}{figures['ms']:10.3f}{figures['ms_low']:10.3f}{figures['ms_high']:10.3f}   {speed:22}{cells}")
+        print(f"{name:38}{figures['ms']:10.3f}{figures['ms_low']:10.3f}{figures['ms_high']:10.3f}   {speed:22}{cells}")
 
 
 def describe_device() -> str:

@@ -79,6 +79,13 @@ def compiled(model: Any, compiler: str) -> Any:
     return fast
 
 
+def compiled_and_recomputed(model: Any, compiler: str, every: int) -> Any:
+    """The same, with every so many of its layers recomputed in the backward pass."""
+    fast = compiled(model, compiler)
+    fast.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    return fast
+
+
 def compiled_steps(ours: Any, theirs: Any, batch: dict[str, torch.Tensor], compiler: str) -> dict[str, Step]:
     """The steps of both models with their layers compiled."""
     fast = compiled(theirs, compiler)

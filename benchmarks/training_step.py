@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from measure import Table, describe_device, device_type, in_turns, large_product_tflops, report, write
 from models import SHAPES, Shape, dsvl, inputs, llava
-from steps import add_rates, check, compiled_steps, has_liger, liger_steps, step, weights_gib
+from steps import add_rates, check, compiled_and_recomputed, compiled_steps, has_liger, liger_steps, step, weights_gib
 
 
 def attending(model, batch: dict[str, torch.Tensor], attention: str, backend: str):
@@ -52,6 +52,9 @@ def compare(shape: Shape, options: argparse.Namespace, checkpointing: bool, lige
             alternatives["DSVL mmca, flex_attention"] = attending(ours, batch, "mmca", "flex_attention")
         if compiler is not None:
             alternatives |= compiled_steps(ours, theirs, batch, compiler)
+            if not checkpointing:
+                some = compiled_and_recomputed(ours, compiler, every=8)
+                alternatives["DSVL mmca, compiled, recomputing 1/8"] = step(some, batch)
     warm_up = 3 if device == "cuda" else 1
     table = in_turns(alternatives, rounds=options.rounds, warm_up=warm_up, budget=options.budget)
     title = f"{shape.batch} x {shape.tokens} tokens, {shape.pictures} pictures a sample"
