@@ -3,7 +3,7 @@
 The definition is in attention_dsvl.py, whose functions compute what these masks say. All layers of a type share one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -194,9 +194,8 @@ def multimodal_mask(
     visibility = visibility.settled()
     # A length of 1 would be a graph of its own.
     least = 2 if compiled else 1
-    text_queries, is_text_query = _gather_index(is_text, least)
-    text_keys, has_text_key = _gather_index(key_types == TEXT, least)
-    image_keys, has_image_key = _gather_index(key_types == IMAGE, least)
+    gathered, whole = _gather_indices((is_text, key_types == TEXT, key_types == IMAGE), least)
+    (text_queries, is_text_query), (text_keys, has_text_key), (image_keys, has_image_key) = gathered
     q_positions, kv_positions = text_queries + visibility.q_offset, text_keys + visibility.kv_offset
     image_positions = image_keys + visibility.kv_offset
 
@@ -236,13 +235,12 @@ def multimodal_mask(
         image_mask = image_mask | ~any_image  # a row without a key is NaN in some kernels; its result is not used
     elif backend == "eager":
         any_image = (image_mask == 0).any(-1, keepdim=True)
-    whole = not compiled and not torch.compiler.is_compiling() and bool(is_text_query.all())
     first_row = torch.arange(visibility.batch_size, device=visibility.device)[:, None]
-    gathered = MultimodalMask(
+    mask = MultimodalMask(
         text_queries=text_queries + first_row * visibility.q_length,
         text_keys=text_keys + first_row * visibility.kv_length,
         image_keys=image_keys + first_row * visibility.kv_length,
-        text_filled=None if whole else is_text_query[:, :, None, None],
+        text_filled=None if whole and not compiled else is_text_query[:, :, None, None],
         is_text=is_text,
         own_key=visibility.query_positions() - visibility.kv_offset,
         text_mask=text_mask,
@@ -251,8 +249,8 @@ def multimodal_mask(
         image_parts=image_parts,
     )
     if compiled:
-        gathered.let_lengths_vary()
-    return gathered
+        mask.let_lengths_vary()
+    return mask
 
 
 # Fewer queries are not worth a call of their own.
@@ -278,14 +276,21 @@ def _image_parts(mask: torch.Tensor) -> list[tuple[int, int, int, torch.Tensor |
     return parts
 
 
-def _gather_index(members: torch.Tensor, least: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """The indices of each row's members, in order, and which of these slots are filled: both (batch, slots), at least so
-    many.
+def _gather_indices(kinds: Sequence[torch.Tensor], least: int = 1) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], bool]:
+    """Where the members of each kind (batch, tokens) are.
 
-    A slot that is not filled holds some other index of the row, and none twice.
+    Returns:
+        For each kind the indices of each row's members, in order, and which of these slots are filled: both (batch, slots),
+        at least so many. A slot that is not filled holds some other index of the row, and none twice. And whether every
+        slot of the first kind is known to be filled.
     """
-    counts = members.sum(-1)
-    # A compiled graph cannot ask how many there are, so it gets a slot for each token.
-    slots = members.shape[1] if torch.compiler.is_compiling() else max(int(counts.max()), least)
-    index = members.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :slots]
-    return index, torch.arange(slots, device=members.device) < counts[:, None]
+    counts = torch.stack([members.sum(-1) for members in kinds])
+    # A compiled graph cannot ask how many there are, so it gets a slot for each token. Asked of all kinds at once: the
+    # device is waited for.
+    known = None if torch.compiler.is_compiling() else counts.tolist()
+    gathered = []
+    for number, members in enumerate(kinds):
+        slots = members.shape[1] if known is None else max(*known[number], least)
+        index = members.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :slots]
+        gathered.append((index, torch.arange(slots, device=members.device) < counts[number][:, None]))
+    return gathered, known is not None and min(known[0]) == gathered[0][0].shape[1]

@@ -27,9 +27,11 @@ def tower_features(vision_tower: PreTrainedModel, config: DSVLConfig, pixel_valu
 
     A tower with nothing to learn runs without a graph.
     """
-    learns = pixel_values.requires_grad or any(p.requires_grad for p in vision_tower.parameters())
+    learns = torch.is_grad_enabled() and (
+        pixel_values.requires_grad or any(p.requires_grad for p in vision_tower.parameters())
+    )
     last = config.vision_feature_layer == -1
-    with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+    with torch.set_grad_enabled(learns):
         tower = vision_tower(pixel_values.to(vision_tower.dtype), output_hidden_states=not last)
         features = tower.last_hidden_state if last else tower.hidden_states[config.vision_feature_layer]
     if config.vision_feature_select_strategy == "default":

@@ -191,7 +191,7 @@ def draw_steps(rows: dict[str, dict[str, Any]], title: str) -> Figure:
 def draw_training_step(record: dict[str, Any]) -> Figure:
     rows = {
         # Memory in all, where it is known, rather than above two models' weights.
-        name + (f", {setup}" if setup != "plain" else ""): figures | {"peak_gib": figures.get("total_gib")}
+        name + (", checkpointing" if "checkpointing" in setup else ""): figures | {"peak_gib": figures.get("total_gib")}
         for setup, table in record["results"].items()
         for name, figures in table.items()
     }

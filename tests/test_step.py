@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsvl import attention_dsvl, kernels_dsvl, masks_dsvl, modeling_dsvl, pictures_dsvl
+from dsvl.visibility_dsvl import visibilities
 
 LAYOUTS = ("ttItttItttt", "tItttttItttt", "IttIttt")
 
@@ -140,3 +141,36 @@ def test_a_step_waits_for_nothing(family, rows, checkpointing, device, monkeypat
     assert sum(name.endswith("mmca_backward.default") for name in step.done) == layers
     learnt = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert learnt == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+class Questions(TorchFunctionMode):
+    """Counts what the host asks of tensors, for which it would wait where these are a device's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", str(func))
+        if name in ("tolist", "item", "__bool__", "__int__", "__index__", "__float__", "nonzero"):
+            self.asked.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("rows", "questions"), [("padded", ["tolist"]), ("packed", ["__bool__", "tolist"])])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_gathering_asks_once_how_many_there_are(backend, rows, questions, monkeypatch):
+    """Where the fused kernels do not apply, a mask's lengths are those of the batch; and whether there are packs at all."""
+    monkeypatch.setattr(masks_dsvl, "_image_parts", lambda mask: None)  # for a CPU alone
+    config = tiny_model(backend=backend).config.text_config
+    inputs = batch(*LAYOUTS, side="right")
+    ids, positions = inputs["input_ids"], None
+    if rows == "packed":
+        positions = torch.arange(ids.shape[1]).remainder(7).expand_as(ids)
+        del inputs["attention_mask"]
+    embeds = torch.zeros(*ids.shape, 0)
+    with Questions() as host:
+        visible = visibilities(config, embeds, inputs.get("attention_mask"), None, positions)
+        host.asked.clear()
+        masks_dsvl.multimodal_mask(visible[None], (ids == IMAGE_ID).long(), config, torch.float32)
+    assert host.asked == questions
