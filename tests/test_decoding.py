@@ -176,3 +176,13 @@ def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path: Path) -> None:
     )
     assert "_compiled_call" in model.__dict__, "nothing was compiled"
     assert got.equal(expected)
+
+
+def test_on_a_gpu_products_of_one_row_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` knows these options, and a step compiled without any gets them; elsewhere it is transformers' way."""
+    model = tiny_model()
+    assert model._default_compile_config() == CompileConfig()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert model._default_compile_config().options == {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    model.get_compiled_call(None)
+    assert model._last_compile_config == model._default_compile_config()

@@ -293,6 +293,24 @@ def test_text_padded_to_a_multiple_gives_the_same(family, monkeypatch):
         assert_same(model, inputs, model.encode_pictures(inputs["pixel_values"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "decoder", "keys"),
+    [
+        ({}, {"mode": "reduce-overhead"}, {"mode": "default"}),
+        ({"mode": "max-autotune"}, {"mode": "max-autotune"}, {"mode": "default"}),
+        ({"mode": "default", "dynamic": True}, {"mode": "default", "dynamic": True}, {"mode": "default", "dynamic": True}),
+        ({"options": {"max_autotune": True}}, {"options": {"max_autotune": True}}, {"options": {"max_autotune": True}}),
+    ],
+)
+def test_on_a_gpu_the_decoder_alone_is_recorded(options, decoder, keys, monkeypatch):
+    """Two CUDA graphs in a row: the second would read what the first one's next run may overwrite."""
+    model, asked = tiny_model(), {}
+    monkeypatch.setattr(type(model.model.language_model), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch, "compile", lambda function, **given: asked.update({function.__name__: given}))
+    model.compile_text_prefill(**options)
+    assert asked == {"run_decoder": decoder, "turn_keys": keys}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_the_text_may_be_computed_by_a_compiled_decoder(family):
