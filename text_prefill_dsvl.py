@@ -249,7 +249,7 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
             _fill(past_key_values, number, new_keys[number].to(device), new_values[number].to(device))
         past_key_values.mm_token_type_ids = is_image.long()
         past_key_values.sees_pictures = True
-        return hidden[:, -1:], past_key_values
+        return hidden[:, -1:].clone(), past_key_values  # what a CUDA graph returned is overwritten by its next run
 
     def _picture_order(self, image_counts: list[int], pictures: int, copies: int) -> list[int]:
         """Which picture takes which place, row by row; rows with fewer places than others get any picture before.
