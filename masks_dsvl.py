@@ -5,6 +5,7 @@ The definition is in attention_dsvl.py, whose functions compute what these masks
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,21 @@ IN_TEXT, IN_IMAGE = 1, 2
 UNIFORM_TEXT, UNIFORM_IMAGE = 4, 8
 
 
-def mmca_codes(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
-    """`"mmca"` as a dense tensor of codes: (batch, 1, queries, keys), int8."""
-    keys = visibility.key_types(token_types)[:, None, None, :]
-    visible, own = visibility.dense(), _own_key(visibility)
-    codes = (visible & (keys == TEXT)) * IN_TEXT + (visible & (keys == IMAGE)) * IN_IMAGE
-    is_image = (_query_types(visibility, token_types) == IMAGE)[:, None, :, None]
-    return torch.where(is_image, own * IN_IMAGE, codes).to(torch.int8)
+def mmca_codes(visibility: Visibility, token_types: torch.Tensor, text_alone: bool = False) -> torch.Tensor:
+    """`"mmca"` as a dense tensor of codes: (batch, 1, queries, keys), int8.
+
+    Args:
+        visibility: what transformers lets a query see.
+        token_types: (batch, positions up to the last query), 1 = image.
+        text_alone: whether no query is known to be an image token.
+    """
+    codes = (visibility.key_types(token_types) + 1)[:, None, None, :]  # IN_TEXT, IN_IMAGE, or 0 where hidden
+    if visibility.q_length > 1 or not visibility.is_causal:  # else the one query sees whatever is there
+        codes = codes * visibility.dense()
+    if not text_alone:
+        is_image = (_query_types(visibility, token_types) == IMAGE)[:, None, :, None]
+        codes = torch.where(is_image, _own_key(visibility) * IN_IMAGE, codes)
+    return codes.to(torch.int8)
 
 
 def mmca_reference_codes(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
@@ -70,10 +79,10 @@ def sees_pictures(token_types: torch.Tensor, past_key_values: Cache | None, know
 
 
 def coded_masks(
-    visible: dict[str | None, Visibility], token_types: torch.Tensor, multimodal_attention: str
+    visible: dict[str | None, Visibility], token_types: torch.Tensor, multimodal_attention: str, text_alone: bool = False
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """The codes of a forward call, as a decoder takes its `attention_mask`: a tensor, or one for each layer type."""
-    codes = mmca_reference_codes if multimodal_attention == "mmca_reference" else mmca_codes
+    codes = mmca_reference_codes if multimodal_attention == "mmca_reference" else partial(mmca_codes, text_alone=text_alone)
     return by_layer_type({layer_type: codes(v, token_types) for layer_type, v in visible.items()})
 
 
@@ -102,7 +111,8 @@ class StepMask:
     @classmethod
     def of(cls, codes: torch.Tensor, dtype: torch.dtype) -> "StepMask":
         """From a (batch, 1, queries, keys) tensor of `mmca_codes`, for scores of a dtype."""
-        members = torch.stack([(codes & bit).bool() for bit in (IN_TEXT, IN_IMAGE)], dim=1)[:, :, :, None]
+        bits = torch.arange(IN_TEXT, IN_IMAGE + 1, dtype=codes.dtype, device=codes.device)[:, None, None]
+        members = (codes & bits).bool()[:, :, None, None]
         sees = members.any(-1, keepdim=True)
         dtype = torch.promote_types(dtype, torch.float32)
         bias = torch.zeros(members.shape, dtype=dtype, device=codes.device).masked_fill(~members & sees, -torch.inf)

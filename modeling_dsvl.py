@@ -259,7 +259,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         token_types = token_types.to(inputs_embeds.device)
         visible = visibilities(self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if attention == "mmca_reference" or few_queries(visible, inputs_embeds.shape[1]):
-            codes = coded_masks(visible, token_types, attention)
+            codes = coded_masks(visible, token_types, attention, text_alone=image_queries == 0)
             return codes, self._step_masks(codes, inputs_embeds.dtype)
         text = self.language_model.config
         masks = {
