@@ -21,6 +21,11 @@ IN_TEXT, IN_IMAGE = 1, 2
 UNIFORM_TEXT, UNIFORM_IMAGE = 4, 8
 
 
+def key_codes(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
+    """In which softmax each key takes part: (batch, 1, 1, keys), int8, `IN_TEXT`, `IN_IMAGE` or, where hidden, 0."""
+    return (visibility.key_types(token_types) + 1)[:, None, None].to(torch.int8)
+
+
 def mmca_codes(visibility: Visibility, token_types: torch.Tensor, text_alone: bool = False) -> torch.Tensor:
     """`"mmca"` as a dense tensor of codes: (batch, 1, queries, keys), int8.
 
@@ -29,7 +34,7 @@ def mmca_codes(visibility: Visibility, token_types: torch.Tensor, text_alone: bo
         token_types: (batch, positions up to the last query), 1 = image.
         text_alone: whether no query is known to be an image token.
     """
-    codes = (visibility.key_types(token_types) + 1)[:, None, None, :]  # IN_TEXT, IN_IMAGE, or 0 where hidden
+    codes = key_codes(visibility, token_types)
     if visibility.q_length > 1 or not visibility.is_causal:  # else the one query sees whatever is there
         codes = codes * visibility.dense()
     if not text_alone:
@@ -111,6 +116,7 @@ class StepMask:
     @classmethod
     def of(cls, codes: torch.Tensor, dtype: torch.dtype) -> "StepMask":
         """From a (batch, 1, queries, keys) tensor of `mmca_codes`, for scores of a dtype."""
+        # The two bits are made where the codes are: a list of them would be copied there.
         bits = torch.arange(IN_TEXT, IN_IMAGE + 1, dtype=codes.dtype, device=codes.device)[:, None, None]
         members = (codes & bits).bool()[:, :, None, None]
         sees = members.any(-1, keepdim=True)

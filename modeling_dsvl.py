@@ -16,7 +16,7 @@ from .attention_dsvl import route_attention, take_rows
 from .compilation_dsvl import DSVLCompilationMixin
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
-from .masks_dsvl import StepMask, by_layer_type, coded_masks, few_queries, multimodal_mask, sees_pictures
+from .masks_dsvl import StepMask, by_layer_type, coded_masks, few_queries, key_codes, multimodal_mask, sees_pictures
 from .picture_cache_dsvl import PictureCache
 from .pictures_dsvl import HostCopy, make_vision_tower
 from .projectors_dsvl import PROJECTORS
@@ -269,7 +269,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             for k, v in visible.items()
         }
         # A four-dimensional mask keeps the decoder from building its own; the modality of the keys is short and true.
-        keys = {k: (v.key_types(token_types) + 1)[:, None, None].to(torch.int8) for k, v in visible.items()}
+        keys = {k: key_codes(v, token_types) for k, v in visible.items()}
         return by_layer_type(keys), masks
 
     def _step_masks(self, codes: Any, dtype: torch.dtype) -> dict[str | None, StepMask] | None:

@@ -219,7 +219,8 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
 
         # Before the decoder runs: what is large is moved while the host still prepares the rest.
         padded = any(i + t < tokens for i, t in zip(image_counts, text_counts, strict=True))
-        whole = [_Prompt((batch, tokens), padded, image.rows(tokens), states) for states in (keys, values)]
+        image_rows, text_rows = image.rows(tokens), text.rows(tokens)
+        whole = [_room(states, batch * tokens, padded).index_copy_(1, image_rows, states) for states in (keys, values)]
 
         decoder = self.language_model
         config = decoder.config
@@ -242,9 +243,9 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
             decoder, embeds, position_ids.gather(1, text.index), attention
         )
 
-        new_keys, new_values = (
-            part.with_text(text.rows(tokens), states) for part, states in zip(whole, (text_keys, text_values), strict=True)
-        )
+        for part, states in zip(whole, (text_keys, text_values), strict=True):
+            part.index_copy_(1, text_rows, states.flatten(1, 2))
+        new_keys, new_values = (part[:, :-1].unflatten(1, (batch, tokens)).transpose(2, 3) for part in whole)
         for number, device in enumerate(devices):
             _fill(past_key_values, number, new_keys[number].to(device), new_values[number].to(device))
         past_key_values.mm_token_type_ids = is_image.long()
@@ -277,32 +278,14 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
         return order
 
 
-class _Prompt:
-    """Keys or values of whole prompts, of which the pictures' come first and the text's later.
+def _room(states: torch.Tensor, rows: int, padded: bool) -> torch.Tensor:
+    """For keys or values of so many tokens, and a last row that takes what belongs nowhere; 0 if some tokens are padding.
 
     Args:
-        shape: (batch, tokens) of the prompts.
-        padded: whether some of these tokens are padding, whose states are 0.
-        rows: (batch x image slots,), `Slots.rows` of the pictures.
-        states: of the pictures, (layers, batch x image slots, heads, head_dim).
+        states: of the pictures among these tokens, (layers, tokens, heads, head_dim).
     """
-
-    def __init__(self, shape: tuple[int, int], padded: bool, rows: torch.Tensor, states: torch.Tensor) -> None:
-        self.shape = shape
-        # The last row takes what belongs nowhere.
-        self.states = states.new_empty(len(states), shape[0] * shape[1] + 1, *states.shape[-2:])
-        if padded:
-            self.states.zero_()
-        self.states.index_copy_(1, rows, states)
-
-    def with_text(self, rows: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Put the text's states (layers, batch, text slots, heads, head_dim) into their rows.
-
-        Returns:
-            For each layer (batch, heads, tokens, head_dim).
-        """
-        self.states.index_copy_(1, rows, states.flatten(1, 2))
-        return self.states[:, : self.shape[0] * self.shape[1]].unflatten(1, self.shape).transpose(2, 3).unbind(0)
+    room = states.new_empty(len(states), rows + 1, *states.shape[-2:])
+    return room.zero_() if padded else room
 
 
 def _fill(cache: Cache, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
