@@ -29,6 +29,8 @@ except ImportError:
 MAX_HEAD_DIM = 256
 # In single precision the kernels are right, but their products leave no registers for anything else: others are faster.
 DTYPES = (torch.bfloat16, torch.float16)
+# Figures of a softmax are read in blocks that begin at a multiple of 16 bytes.
+_ALIGNED = 4
 
 
 def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, training: bool = False) -> bool:
@@ -55,13 +57,13 @@ class FusedMask:
     Attributes:
         queries: (batch, queries) int32, the places of the queries: text first, in order, then the others.
         keys: (batch, keys) int32, the places of the keys: text, then image, then those that are hidden.
-        counts: (batch, 4) int32: text queries, text keys, image keys, and the text queries of all earlier rows.
+        counts: (batch, 4) int32: text queries, text keys, image keys, and where a sample's rows begin in what is saved.
         key_ranges: (batch, 4, queries) int32: from and up to which rank of the text keys, and of the image keys, a query of
             a rank sees.
         query_ranges: (batch, 2, keys) int32: from and up to which rank the text queries see a key of a rank.
         own_key: (batch, queries) int32, the place of each query's own key; for a backward pass these must be consecutive.
-        room: (rows,) in no memory, at least as many rows as there are text queries in the batch; what is saved for the
-            backward pass is as large. A shape, not a number, so that a graph can be compiled for all of them.
+        room: (rows,) in no memory, enough rows for the text queries of the batch; what is saved for the backward pass has so
+            many. A shape, not a number, so that a graph can be compiled for all of them.
         windowed: whether a query may not see the first keys of a list.
     """
 
@@ -120,7 +122,9 @@ def fuse_mask(
     key_order = key_class.argsort(dim=-1, stable=True)
     text_count, image_count = is_text_key.sum(-1, keepdim=True), is_image_key.sum(-1, keepdim=True)
     query_count = is_text_query.sum(-1, keepdim=True)
-    earlier = query_count.cumsum(0) - query_count
+    taken = -(-query_count // _ALIGNED) * _ALIGNED
+    earlier = taken.cumsum(0) - taken
+    rows = (-(-(batch * queries if rows is None else rows) // _ALIGNED) + batch) * _ALIGNED
 
     rank = torch.arange(queries, device=is_text_query.device)
     is_query = rank < query_count
@@ -148,7 +152,7 @@ def fuse_mask(
         key_ranges=torch.stack(ranges, dim=1).to(torch.int32),
         query_ranges=torch.stack(query_ranges, dim=1).to(torch.int32),
         own_key=own_key.expand(batch, queries).to(torch.int32).contiguous(),
-        room=is_text_query.new_empty(()).expand(batch * queries if rows is None else rows),
+        room=is_text_query.new_empty(()).expand(rows),
         windowed=visible_from is not None,
     )
 
@@ -173,17 +177,13 @@ def kernel(function: Callable) -> Any:
 
 
 @jit
-def _load_rows(pointer, places, stride, head_dim: tl.constexpr, block_d: tl.constexpr, valid, masked: tl.constexpr):
+def _load_rows(pointer, places, stride, head_dim: tl.constexpr, block_d: tl.constexpr, valid):
     """Rows of (places, head_dim) at `places`; zero where not `valid`."""
     columns = tl.arange(0, block_d)
     at = pointer + places[:, None].to(tl.int64) * stride + columns[None, :]
     if block_d != head_dim:
-        if masked:
-            return tl.load(at, mask=valid[:, None] & (columns < head_dim)[None, :], other=0.0)
-        return tl.load(at, mask=(columns < head_dim)[None, :], other=0.0)
-    if masked:
-        return tl.load(at, mask=valid[:, None], other=0.0)
-    return tl.load(at)
+        return tl.load(at, mask=valid[:, None] & (columns < head_dim)[None, :], other=0.0)
+    return tl.load(at, mask=valid[:, None], other=0.0)
 
 
 @jit
@@ -209,54 +209,57 @@ def _seen(ranks, first, last, windowed: tl.constexpr):
 
 
 @jit
-def _inner_blocks(first, last, valid, size: tl.constexpr):
-    """Of the intervals [first, last) of many queries: which blocks need a look, and which lie inside of all of them.
+def _edges(first, last, others, size: tl.constexpr, windowed: tl.constexpr):
+    """Of consecutive intervals, whose ends never decrease: which blocks lie in any of them, and which in all.
+
+    Args:
+        first, last: pointers to where the first of them begins and ends; `others` more follow.
+        windowed: whether they may begin elsewhere than at 0.
 
     Returns:
         start, inner start, inner end, end; all multiples of `size` but the last.
     """
-    far = 2147483647
-    start = tl.min(tl.where(valid & (last > first), first, far), 0)
-    end = tl.max(tl.where(valid, last, 0), 0)
-    start = tl.minimum(start, end) // size * size
-    inner_start = tl.max(tl.where(valid, first, 0), 0)
-    inner_start = tl.maximum((inner_start + size - 1) // size * size, start)
-    inner_end = tl.minimum(tl.min(tl.where(valid, last, far), 0), end)
-    inner_end = tl.maximum(inner_end // size * size, inner_start)
+    end, inner_end = tl.load(last + others), tl.load(last) // size * size
+    start, inner_start = 0, 0
+    if windowed:
+        start = tl.minimum(tl.load(first), end) // size * size
+        inner_start = (tl.load(first + others) + size - 1) // size * size
     return start, inner_start, inner_end, end
 
 
 @kernel
 def _pack_kernel(
-    States, Packed, Places, Counts, s_batch, s_head, s_token, heads, places, slots, lists: tl.constexpr,
+    States, Packed, Places, Counts, s_batch, s_head, s_token, heads, places, slots,
     head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr,
 ):  # fmt: skip
-    """Rows of (batch, heads, tokens, head_dim) in the order of a list: (batch, heads, slots, block_d).
+    """Rows of (batch, key-value heads, tokens, head_dim) in the order of the keys: (batch, heads, slots, block_d).
 
     A block is read whole, and what is hidden in it is weighed by 0, which nothing but numbers survives: slots behind the
-    list are set to 0 as far as any block of it reaches.
+    image keys are set to 0 as far as any block of them reaches.
     """
     block, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
-    count = tl.load(Counts + batch * 4)
-    if lists == 2:  # text and image keys
-        count = tl.load(Counts + batch * 4 + 1) + tl.load(Counts + batch * 4 + 2)
+    count = tl.load(Counts + batch * 4 + 1) + tl.load(Counts + batch * 4 + 2)
     if block * block_m >= count + block_m:
         return
     ranks = block * block_m + tl.arange(0, block_m)
     valid = ranks < count
     at = tl.load(Places + batch * places + ranks, mask=valid, other=0)
     base = States + batch.to(tl.int64) * s_batch + head.to(tl.int64) * s_head
-    rows = _load_rows(base, at, s_token, head_dim, block_d, valid, True)
+    rows = _load_rows(base, at, s_token, head_dim, block_d, valid)
     out = Packed + (batch * heads + head).to(tl.int64) * slots * block_d
     _store_rows(out, ranks, block_d, rows, block_d, block_d, ranks < slots)
 
 
 @jit
 def _attend(
-    accumulator, normaliser, peak, query, Key, Value, row, first, last, start, end, scale, softcap,
-    capped: tl.constexpr, windowed: tl.constexpr, masked: tl.constexpr, block_n: tl.constexpr, precision: tl.constexpr,
+    query, Key, Value, row, first, last, start, inner_start, inner_end, end, scale, softcap, block_d: tl.constexpr,
+    capped: tl.constexpr, windowed: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of keys from rank `start` to `end`, by online softmax."""
+    """The blocks of keys from rank `start` to `end`, by online softmax; every query sees those from `inner_start` to
+    `inner_end`."""
+    accumulator = tl.zeros([block_m, block_d], dtype=tl.float32)
+    normaliser = tl.zeros([block_m], dtype=tl.float32)
+    peak = tl.full([block_m], float("-inf"), dtype=tl.float32)
     for rank in range(start, end, block_n):
         key = Key.load([row + rank, 0])
         scores = tl.dot(query, tl.trans(key), input_precision=precision)
@@ -265,14 +268,12 @@ def _attend(
             scores, unit = _cap(scores, scale, softcap), softcap * 1.4426950408889634
         else:
             unit = scale * 1.4426950408889634
-        if masked:
+        if (rank < inner_start) | (rank >= inner_end):
             ranks = rank + tl.arange(0, block_n)
             seen = _seen(ranks[None, :], first[:, None], last[:, None], windowed)
             scores = tl.where(seen, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * unit)
-        shift = new_peak
-        if masked:
-            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores * unit - shift[:, None])
         decay = tl.exp2(peak - shift)
         normaliser = normaliser * decay + tl.sum(weights, 1)
@@ -285,8 +286,9 @@ def _attend(
 
 @kernel
 def _forward_kernel(
-    Query, Key, Value, OwnValue, Out, Branches, Normalisers, Queries, Counts, KeyRanges, OwnKey,
-    v_batch, v_head, v_token, scale, softcap, heads, queries, rows, query_slots, key_slots, group: tl.constexpr,
+    Query, Key, Value, OwnValue, Out, PackedQuery, Branches, Normalisers, Queries, Counts, KeyRanges, OwnKey,
+    q_batch, q_head, q_token, v_batch, v_head, v_token, scale, softcap,
+    heads, queries, rows, query_slots, key_slots, group: tl.constexpr,
     head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
     capped: tl.constexpr, windowed: tl.constexpr, save: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
@@ -302,35 +304,27 @@ def _forward_kernel(
     out_base = Out + (batch.to(tl.int64) * queries * heads + head) * head_dim
     if block * block_m >= text_queries:
         own = tl.load(OwnKey + batch * queries + places, mask=within, other=0)
-        own_value = _load_rows(value_base, own, v_token, head_dim, block_d, within, True)
+        own_value = _load_rows(value_base, own, v_token, head_dim, block_d, within)
         _store_rows(out_base, places, heads * head_dim, own_value, head_dim, block_d, within)
         return
-    query = Query.load([(batch * heads + head) * query_slots + block * block_m, 0])
+    query_base = Query + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
+    query = _load_rows(query_base, places, q_token, head_dim, block_d, valid)
+    if save:
+        packed_base = PackedQuery + (batch * heads + head).to(tl.int64) * query_slots * block_d
+        _store_rows(packed_base, ranks, block_d, query, block_d, block_d, ranks < query_slots)
     key_row = (batch * (heads // group) + kv_head) * key_slots
     total = tl.zeros([block_m, block_d], dtype=Out.dtype.element_ty)
+    row, others = tl.arange(0, block_m), tl.minimum(block_m, text_queries - block * block_m) - 1
     saved = tl.load(Counts + batch * 4 + 3) + ranks
     for branch in tl.static_range(2):
-        edges = KeyRanges + (batch * 4 + 2 * branch) * queries + ranks
-        first = tl.load(edges, mask=within, other=0)
-        last = tl.load(edges + queries, mask=within, other=0)
+        begin = KeyRanges + (batch * 4 + 2 * branch) * queries + block * block_m
+        first, last = tl.load(begin + row, mask=within, other=0), tl.load(begin + queries + row, mask=within, other=0)
         if branch == 1:
             key_row += tl.load(Counts + batch * 4 + 1)
-        accumulator = tl.zeros([block_m, block_d], dtype=tl.float32)
-        normaliser = tl.zeros([block_m], dtype=tl.float32)
-        peak = tl.full([block_m], float("-inf"), dtype=tl.float32)
-        start, inner_start, inner_end, end = _inner_blocks(first, last, valid, block_n)
-        if windowed:
-            accumulator, normaliser, peak = _attend(
-                accumulator, normaliser, peak, query, Key, Value, key_row, first, last,
-                start, tl.minimum(inner_start, end), scale, softcap, capped, windowed, True, block_n, precision,
-            )  # fmt: skip
+        start, inner_start, inner_end, end = _edges(begin, begin + queries, others, block_n, windowed)
         accumulator, normaliser, peak = _attend(
-            accumulator, normaliser, peak, query, Key, Value, key_row, first, last,
-            inner_start, inner_end, scale, softcap, capped, windowed, False, block_n, precision,
-        )  # fmt: skip
-        accumulator, normaliser, peak = _attend(
-            accumulator, normaliser, peak, query, Key, Value, key_row, first, last,
-            inner_end, end, scale, softcap, capped, windowed, True, block_n, precision,
+            query, Key, Value, key_row, first, last, start, inner_start, inner_end, end, scale, softcap, block_d,
+            capped, windowed, block_m, block_n, precision,
         )  # fmt: skip
         some = normaliser > 0
         accumulator = accumulator / tl.where(some, normaliser, 1.0)[:, None]
@@ -345,64 +339,44 @@ def _forward_kernel(
             _store_rows(branch_base, saved, heads * head_dim, accumulator, head_dim, block_d, valid)
     if block * block_m + block_m > text_queries:
         own = tl.load(OwnKey + batch * queries + places, mask=within, other=0)
-        own_value = _load_rows(value_base, own, v_token, head_dim, block_d, within & ~valid, True)
+        own_value = _load_rows(value_base, own, v_token, head_dim, block_d, within & ~valid)
         total = tl.where(valid[:, None], total, own_value)
     _store_rows(out_base, places, heads * head_dim, total, head_dim, block_d, within)
 
 
-@kernel
-def _delta_kernel(
-    Gradient, Packed, Branches, Deltas, Queries, Counts, g_batch, g_head, g_token, heads, queries, rows, slots,
-    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr,
-):  # fmt: skip
-    """Packs the text queries' gradients, and multiplies each by each branch's output: what its softmax takes off its
-    scores' gradients."""
-    block = tl.program_id(0)
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    text_queries = tl.load(Counts + batch * 4)
-    if block * block_m >= text_queries + block_m:
-        return
-    ranks = block * block_m + tl.arange(0, block_m)
-    valid = ranks < text_queries
-    places = tl.load(Queries + batch * queries + ranks, mask=valid, other=0)
-    base = Gradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
-    gradient = _load_rows(base, places, g_token, head_dim, block_d, valid, True)
-    out = Packed + (batch * heads + head).to(tl.int64) * slots * block_d
-    _store_rows(out, ranks, block_d, gradient, block_d, block_d, ranks < slots)
-    saved = tl.load(Counts + batch * 4 + 3) + ranks
-    for branch in tl.static_range(2):
-        branch_base = Branches + (head.to(tl.int64) + branch * rows * heads) * head_dim
-        output = _load_rows(branch_base, saved, heads * head_dim, head_dim, block_d, valid, True)
-        at = (branch * heads + head).to(tl.int64) * rows + saved
-        tl.store(Deltas + at, tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1), mask=valid)
+@jit
+def _delta(gradient, Branch, places, stride, head_dim: tl.constexpr, block_d: tl.constexpr, valid):
+    """What a branch's softmax takes off the gradients of its scores: the output's gradient times the branch's output."""
+    output = _load_rows(Branch, places, stride, head_dim, block_d, valid)
+    return tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
 
 
 @jit
-def _weights(scores, normaliser, seen, scale, softcap, capped: tl.constexpr, masked: tl.constexpr):
+def _weights(scores, normaliser, scale, softcap, capped: tl.constexpr):
     """Weights from raw products, and how fast the scores grow with these; `normaliser` broadcasts against `scores`."""
     if capped:
         cap = _cap(scores, scale, softcap)
         weights, slope = tl.exp2(cap * (softcap * 1.4426950408889634) - normaliser), 1.0 - cap * cap
     else:
         weights, slope = tl.exp2(scores * (scale * 1.4426950408889634) - normaliser), 1.0
-    if masked:
-        weights = tl.where(seen, weights, 0.0)
     return weights, slope
 
 
 @jit
 def _query_blocks(
-    gradient_sum, query, gradient, normaliser, delta, Key, Value, row, first, last, start, end, scale, softcap,
-    capped: tl.constexpr, windowed: tl.constexpr, masked: tl.constexpr, block_n: tl.constexpr, precision: tl.constexpr,
+    gradient_sum, query, gradient, normaliser, delta, Key, Value, row, first, last, start, inner_start, inner_end, end,
+    scale, softcap, capped: tl.constexpr, windowed: tl.constexpr, block_n: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     for rank in range(start, end, block_n):
         key = Key.load([row + rank, 0])
         value = Value.load([row + rank, 0])
         scores = tl.dot(query, tl.trans(key), input_precision=precision)
+        weights, slope = _weights(scores, normaliser[:, None], scale, softcap, capped)
+        if (rank < inner_start) | (rank >= inner_end):
+            ranks = rank + tl.arange(0, block_n)
+            seen = _seen(ranks[None, :], first[:, None], last[:, None], windowed)
+            weights = tl.where(seen, weights, 0.0)
         weight_gradients = tl.dot(gradient, tl.trans(value), input_precision=precision)
-        ranks = rank + tl.arange(0, block_n)
-        seen = _seen(ranks[None, :], first[:, None], last[:, None], windowed)
-        weights, slope = _weights(scores, normaliser[:, None], seen, scale, softcap, capped, masked)
         gradients = weights * (weight_gradients - delta[:, None]) * slope
         gradient_sum = tl.dot(gradients.to(key.dtype), key, gradient_sum, input_precision=precision)
     return gradient_sum
@@ -410,9 +384,10 @@ def _query_blocks(
 
 @kernel
 def _query_gradient_kernel(
-    Query, Key, Value, Gradient, QueryGradient, Normalisers, Deltas, Queries, Counts, KeyRanges,
-    d_batch, d_head, d_token, scale, softcap, heads, queries, rows, query_slots, key_slots, group: tl.constexpr,
-    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    Query, Key, Value, Gradient, PackedGradient, QueryGradient, Branches, Normalisers, Deltas, Queries, Counts, KeyRanges,
+    g_batch, g_head, g_token, d_batch, d_head, d_token, scale, softcap,
+    heads, queries, rows, query_slots, key_slots, group: tl.constexpr, head_dim: tl.constexpr, block_d: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr,
     capped: tl.constexpr, windowed: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of queries of one head; 0 for queries that are not text."""
@@ -426,61 +401,55 @@ def _query_gradient_kernel(
     out_base = QueryGradient + batch.to(tl.int64) * d_batch + head.to(tl.int64) * d_head
     total = tl.zeros([block_m, block_d], dtype=tl.float32)
     if block * block_m < text_queries:
-        query_row = (batch * heads + head) * query_slots + block * block_m
-        query, gradient = Query.load([query_row, 0]), Gradient.load([query_row, 0])
+        query_row = (batch * heads + head) * query_slots
+        query = Query.load([query_row + block * block_m, 0])
+        gradient_base = Gradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
+        gradient = _load_rows(gradient_base, places, g_token, head_dim, block_d, valid)
+        packed_base = PackedGradient + query_row.to(tl.int64) * block_d
+        _store_rows(packed_base, ranks, block_d, gradient, block_d, block_d, ranks < query_slots)
         key_row = (batch * (heads // group) + kv_head) * key_slots
         saved = tl.load(Counts + batch * 4 + 3) + ranks
+        text, image = Branches + head.to(tl.int64) * head_dim, Branches + (head.to(tl.int64) + rows * heads) * head_dim
+        deltas = (
+            _delta(gradient, text, saved, heads * head_dim, head_dim, block_d, valid),
+            _delta(gradient, image, saved, heads * head_dim, head_dim, block_d, valid),
+        )
+        row, others = tl.arange(0, block_m), tl.minimum(block_m, text_queries - block * block_m) - 1
         for branch in tl.static_range(2):
-            edges = KeyRanges + (batch * 4 + 2 * branch) * queries + ranks
-            first = tl.load(edges, mask=within, other=0)
-            last = tl.load(edges + queries, mask=within, other=0)
+            begin = KeyRanges + (batch * 4 + 2 * branch) * queries + block * block_m
+            first, last = tl.load(begin + row, mask=within, other=0), tl.load(begin + queries + row, mask=within, other=0)
             if branch == 1:
                 key_row += tl.load(Counts + batch * 4 + 1)
             at = (branch * heads + head).to(tl.int64) * rows + saved
             normaliser = tl.load(Normalisers + at, mask=valid, other=float("inf"))
-            delta = tl.load(Deltas + at, mask=valid, other=0.0)
-            start, inner_start, inner_end, end = _inner_blocks(first, last, valid, block_n)
-            if windowed:
-                total = _query_blocks(
-                    total, query, gradient, normaliser, delta, Key, Value, key_row, first, last,
-                    start, tl.minimum(inner_start, end), scale, softcap, capped, windowed, True, block_n, precision,
-                )  # fmt: skip
+            delta = deltas[branch]
+            tl.store(Deltas + at, delta, mask=valid)
+            start, inner_start, inner_end, end = _edges(begin, begin + queries, others, block_n, windowed)
             total = _query_blocks(
                 total, query, gradient, normaliser, delta, Key, Value, key_row, first, last,
-                inner_start, inner_end, scale, softcap, capped, windowed, False, block_n, precision,
+                start, inner_start, inner_end, end, scale, softcap, capped, windowed, block_n, precision,
             )  # fmt: skip
-            total = _query_blocks(
-                total, query, gradient, normaliser, delta, Key, Value, key_row, first, last,
-                inner_end, end, scale, softcap, capped, windowed, True, block_n, precision,
-            )  # fmt: skip
-    _store_rows(out_base, places, d_token, total * scale, head_dim, block_d, within)
+    total = tl.where(valid[:, None], total * scale, 0.0)
+    _store_rows(out_base, places, d_token, total, head_dim, block_d, within)
 
 
 @jit
 def _key_blocks(
-    key_sum, value_sum, key, value, Query, Gradient, row, normalisers, deltas, edges, key_ranks, start, end, queries,
-    scale, softcap, capped: tl.constexpr, windowed: tl.constexpr, masked: tl.constexpr, block_m: tl.constexpr,
-    precision: tl.constexpr,
+    key_sum, value_sum, key, value, Query, Gradient, Normalisers, Deltas, row, line, saved, first, last, start,
+    inner_start, inner_end, end, scale, softcap, capped: tl.constexpr, block_m: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     for rank in range(start, end, block_m):
-        ranks = rank + tl.arange(0, block_m)
-        valid = ranks < end
         query = Query.load([row + rank, 0])
         gradient = Gradient.load([row + rank, 0])
-        if masked:
-            normaliser = tl.load(normalisers + ranks, mask=valid, other=float("inf"))
-            delta = tl.load(deltas + ranks, mask=valid, other=0.0)
-            last = tl.load(edges + queries + ranks, mask=valid, other=0)
-            first = last
-            if windowed:
-                first = tl.load(edges + ranks, mask=valid, other=0)
-            seen = _seen(key_ranks[:, None], first[None, :], last[None, :], windowed)
-        else:
-            normaliser = tl.load(normalisers + ranks)
-            delta = tl.load(deltas + ranks)
-            seen = valid
+        normaliser = Normalisers.load([line, saved + rank]).reshape([block_m])
+        delta = Deltas.load([line, saved + rank]).reshape([block_m])
         scores = tl.dot(key, tl.trans(query), input_precision=precision)
-        weights, slope = _weights(scores, normaliser[None, :], seen, scale, softcap, capped, masked)
+        weights, slope = _weights(scores, normaliser[None, :], scale, softcap, capped)
+        if (rank < inner_start) | (rank >= inner_end):
+            ranks = rank + tl.arange(0, block_m)
+            seen = (ranks[None, :] >= first[:, None]) & (ranks[None, :] < last[:, None])
+            weights = tl.where(seen, weights, 0.0)
+            delta = tl.where(ranks < end, delta, 0.0)  # behind the last query nothing was written
         value_sum = tl.dot(weights.to(gradient.dtype), gradient, value_sum, input_precision=precision)
         weight_gradients = tl.dot(value, tl.trans(gradient), input_precision=precision)
         gradients = weights * (weight_gradients - delta[None, :]) * slope
@@ -491,11 +460,11 @@ def _key_blocks(
 @kernel
 def _key_gradient_kernel(
     Query, Key, Value, Gradient, OwnGradient, KeyGradient, ValueGradient, Normalisers, Deltas,
-    Keys, Counts, KeyRanges, QueryRanges, OwnKey, g_batch, g_head, g_token,
+    Keys, Counts, QueryRanges, OwnKey, g_batch, g_head, g_token,
     dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, scale, softcap,
-    heads, queries, keys, rows, query_slots, key_slots, group: tl.constexpr,
+    heads, queries, keys, query_slots, key_slots, group: tl.constexpr,
     head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    capped: tl.constexpr, windowed: tl.constexpr, precision: tl.constexpr,
+    capped: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of keys and values of one key-value head: text keys, or image and hidden keys."""
     kv_heads = heads // group
@@ -508,16 +477,17 @@ def _key_gradient_kernel(
     first_rank = (block - branch * text_blocks) * block_n  # within the text or the other keys
     if first_rank >= count:
         return
-    key_ranks = first_rank + tl.arange(0, block_n)
-    valid = key_ranks < count
-    places = tl.load(Keys + batch * keys + begin + key_ranks, mask=valid, other=0)
-    seen_by = QueryRanges + batch * 2 * keys + begin + key_ranks
-    first = tl.load(seen_by, mask=valid, other=0)
-    last = tl.load(seen_by + keys, mask=valid, other=0)
-    start, inner_start, inner_end, end = _inner_blocks(first, last, valid, block_m)
+    row = tl.arange(0, block_n)
+    valid = first_rank + row < count
+    places = tl.load(Keys + batch * keys + begin + first_rank + row, mask=valid, other=0)
+    seen_by = QueryRanges + batch * 2 * keys + begin + first_rank
+    first, last = tl.load(seen_by + row, mask=valid, other=0), tl.load(seen_by + keys + row, mask=valid, other=0)
+    # Hidden keys come last, and no query sees them.
+    shown = tl.minimum(tl.where(branch == 1, tl.load(Counts + batch * 4 + 2), text_keys) - first_rank, block_n)
+    start, inner_start, inner_end, end = _edges(seen_by, seen_by + keys, tl.maximum(shown - 1, 0), block_m, True)
+    end = tl.where(shown > 0, end, 0)
     key_row = (batch * kv_heads + kv_head) * key_slots + begin + first_rank
     key, value = Key.load([key_row, 0]), Value.load([key_row, 0])
-    edges = KeyRanges + (batch * 4 + 2 * branch) * queries
     saved = tl.load(Counts + batch * 4 + 3)
     key_sum = tl.zeros([block_n, block_d], dtype=tl.float32)
     value_sum = tl.zeros([block_n, block_d], dtype=tl.float32)
@@ -526,23 +496,18 @@ def _key_gradient_kernel(
     is_own = valid & (own_query >= 0) & (own_query < queries) & (branch == 1)
     for member in range(0, group):
         head = kv_head * group + member
-        at = (branch * heads + head).to(tl.int64) * rows + saved
-        row = (batch * heads + head) * query_slots
         key_sum, value_sum = _key_blocks(
-            key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
-            start, tl.minimum(inner_start, end), queries, scale, softcap, capped, windowed, True, block_m, precision,
+            key_sum, value_sum, key, value, Query, Gradient, Normalisers, Deltas, (batch * heads + head) * query_slots,
+            branch * heads + head, saved, first, last, start, inner_start, inner_end, end, scale, softcap, capped, block_m,
+            precision,
         )  # fmt: skip
-        key_sum, value_sum = _key_blocks(
-            key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
-            inner_start, inner_end, queries, scale, softcap, capped, windowed, False, block_m, precision,
-        )  # fmt: skip
-        key_sum, value_sum = _key_blocks(
-            key_sum, value_sum, key, value, Query, Gradient, row, Normalisers + at, Deltas + at, edges, key_ranks,
-            inner_end, end, queries, scale, softcap, capped, windowed, True, block_m, precision,
-        )  # fmt: skip
-        if branch == 1:
+    key_sum = tl.where((row < shown)[:, None], key_sum, 0.0)
+    value_sum = tl.where((row < shown)[:, None], value_sum, 0.0)
+    if branch == 1:
+        for member in range(0, group):
+            head = kv_head * group + member
             own_base = OwnGradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
-            value_sum += _load_rows(own_base, own_query, g_token, head_dim, block_d, is_own, True).to(tl.float32)
+            value_sum += _load_rows(own_base, own_query, g_token, head_dim, block_d, is_own).to(tl.float32)
     key_out = KeyGradient + batch.to(tl.int64) * dk_batch + kv_head.to(tl.int64) * dk_head
     value_out = ValueGradient + batch.to(tl.int64) * dv_batch + kv_head.to(tl.int64) * dv_head
     _store_rows(key_out, places, dk_token, key_sum * scale, head_dim, block_d, valid)
@@ -563,8 +528,9 @@ class Blocks:
     stages: int
 
 
-# What measured best with heads of 128 in half precision on Hopper; what its shared memory and registers hold otherwise.
-_NARROW = {"forward": Blocks(64, 64, 4, 3), "queries": Blocks(128, 64, 8, 3), "keys": Blocks(32, 64, 4, 3)}
+# What measured best with heads of 128 in half precision on Hopper; what its shared memory and registers hold otherwise. The
+# forward and the query kernel write what the key kernel reads: its blocks of queries are no longer than theirs.
+_NARROW = {"forward": Blocks(64, 64, 4, 3), "queries": Blocks(128, 64, 8, 3), "keys": Blocks(64, 64, 4, 2)}
 _WIDE = {"forward": Blocks(64, 64, 8, 2), "queries": Blocks(64, 32, 8, 2), "keys": Blocks(32, 64, 8, 2)}
 _SINGLE = {"forward": Blocks(64, 32, 4, 1), "queries": Blocks(64, 32, 4, 1), "keys": Blocks(32, 32, 4, 1)}
 
@@ -598,22 +564,23 @@ def _precision(dtype: torch.dtype) -> str:
 _ROOM = 128
 
 
-def _pack(states: torch.Tensor, places: torch.Tensor, counts: torch.Tensor, lists: int) -> torch.Tensor:
-    """(batch, heads, tokens, head_dim) in the order of a list of places: (batch, heads, slots, a power of two)."""
+def _pack(states: torch.Tensor, mask: FusedMask) -> torch.Tensor:
+    """Keys or values (batch, heads, tokens, head_dim) in the order of their list: (batch, heads, slots, a power of two)."""
     states = _dense(states)
     batch, heads, tokens, head_dim = states.shape
     packed = _empty_packed(states)
     slots, block_d = packed.shape[2:]
     _pack_kernel[(slots // _ROOM, batch * heads)](
-        states, packed, places, counts, *_strides(states), heads, tokens, slots, lists,
+        states, packed, mask.keys, mask.counts, *_strides(states), heads, tokens, slots,
         head_dim=head_dim, block_d=block_d, block_m=_ROOM, num_warps=8,
     )  # fmt: skip
     return packed
 
 
-def _empty_packed(states: torch.Tensor) -> torch.Tensor:
+def _empty_packed(states: torch.Tensor, wanted: bool = True) -> torch.Tensor:
     batch, heads, tokens, head_dim = states.shape
-    return states.new_empty(batch, heads, -(-tokens // _ROOM) * _ROOM, max(1 << (head_dim - 1).bit_length(), 16))
+    slots = -(-tokens // _ROOM) * _ROOM if wanted else 0
+    return states.new_empty(batch, heads, slots, max(1 << (head_dim - 1).bit_length(), 16))
 
 
 def _empty_outputs(query: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -642,28 +609,30 @@ def _blocks_of(packed: torch.Tensor, rows: int) -> Any:
     return TensorDescriptor(packed, [packed.numel() // block_d, block_d], [block_d, 1], [rows, block_d])
 
 
+def _lines_of(figures: torch.Tensor, columns: int) -> Any:
+    """Figures of softmaxes (2, heads, rows) as a kernel reads them, those of so many queries of one head at a time."""
+    rows = figures.shape[2]
+    return TensorDescriptor(figures, [figures.numel() // rows, rows], [rows, 1], [1, columns])
+
+
 def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: FusedMask, scaling: float, softcap: float, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    value = _dense(value)
+    query, value = _dense(query), _dense(value)
     batch, heads, tokens, head_dim = query.shape
-    packed = (
-        _pack(query, mask.queries, mask.counts, 1),
-        _pack(key, mask.keys, mask.counts, 2),
-        _pack(value, mask.keys, mask.counts, 2),
-    )
-    cut = _blocks("forward", packed[0])
+    packed_query, packed_key, packed_value = _empty_packed(query, save), _pack(key, mask), _pack(value, mask)
+    cut = _blocks("forward", packed_key)
     rows = mask.rows if save else 0
     out, branches, normalisers = _empty_outputs(query, rows)
     _forward_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
-        _blocks_of(packed[0], cut.queries), _blocks_of(packed[1], cut.keys), _blocks_of(packed[2], cut.keys),
-        value, out, branches, normalisers, mask.queries, mask.counts, mask.key_ranges, mask.own_key, *_strides(value),
-        scaling, softcap, heads, tokens, rows, packed[0].shape[2], packed[1].shape[2], group=heads // key.shape[1],
-        head_dim=head_dim, block_d=packed[0].shape[3], block_m=cut.queries, block_n=cut.keys,
+        query, _blocks_of(packed_key, cut.keys), _blocks_of(packed_value, cut.keys), value, out, packed_query, branches,
+        normalisers, mask.queries, mask.counts, mask.key_ranges, mask.own_key, *_strides(query), *_strides(value),
+        scaling, softcap, heads, tokens, rows, packed_query.shape[2], packed_key.shape[2], group=heads // key.shape[1],
+        head_dim=head_dim, block_d=packed_key.shape[3], block_m=cut.queries, block_n=cut.keys,
         capped=softcap > 0, windowed=mask.windowed, save=save, precision=_precision(query.dtype),
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
-    return out, *packed, branches, normalisers
+    return out, packed_query, packed_key, packed_value, branches, normalisers
 
 
 def _backward(
@@ -673,33 +642,29 @@ def _backward(
     gradient = _dense(out_gradient.transpose(1, 2))
     batch, heads, tokens, head_dim = gradient.shape
     kv_heads, kv_tokens = key.shape[1], mask.keys.shape[1]
-    rows, block_d = mask.rows, query.shape[3]
+    rows, slots = mask.rows, (query.shape[2], key.shape[2])
     deltas, packed_gradient = torch.empty_like(normalisers), torch.empty_like(query)
     query_gradient, key_gradient, value_gradient = _empty_gradients(out_gradient, key, kv_tokens)
-    common = dict(head_dim=head_dim, block_d=block_d)
     exact = dict(
-        group=heads // kv_heads, capped=softcap > 0, windowed=mask.windowed, precision=_precision(query.dtype), **common
-    )
-    slots = (query.shape[2], key.shape[2])
-    _delta_kernel[(slots[0] // _ROOM, batch * heads)](
-        gradient, packed_gradient, branches, deltas, mask.queries, mask.counts, *_strides(gradient), heads, tokens, rows,
-        slots[0], block_m=_ROOM, num_warps=8, **common,
+        group=heads // kv_heads, head_dim=head_dim, block_d=query.shape[3], capped=softcap > 0,
+        precision=_precision(query.dtype),
+    )  # fmt: skip
+    cut = _blocks("queries", query)
+    _query_gradient_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
+        _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
+        gradient, packed_gradient, query_gradient, branches, normalisers, deltas,
+        mask.queries, mask.counts, mask.key_ranges, *_strides(gradient), *_strides(query_gradient), scaling, softcap,
+        heads, tokens, rows, *slots, windowed=mask.windowed,
+        block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
     )  # fmt: skip
     cut = _blocks("keys", query)
     # One block more than there are keys for, as the last block of text keys may be partly filled.
     _key_gradient_kernel[(triton.cdiv(kv_tokens, cut.keys) + 1, batch * kv_heads)](
         _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
-        _blocks_of(packed_gradient, cut.queries), gradient, key_gradient, value_gradient, normalisers, deltas,
-        mask.keys, mask.counts, mask.key_ranges, mask.query_ranges, mask.own_key, *_strides(gradient),
-        *_strides(key_gradient), *_strides(value_gradient), scaling, softcap, heads, tokens, kv_tokens, rows, *slots,
-        block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
-    )  # fmt: skip
-    cut = _blocks("queries", query)
-    _query_gradient_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
-        _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
-        _blocks_of(packed_gradient, cut.queries), query_gradient, normalisers, deltas,
-        mask.queries, mask.counts, mask.key_ranges, *_strides(query_gradient), scaling, softcap,
-        heads, tokens, rows, *slots,
+        _blocks_of(packed_gradient, cut.queries), gradient, key_gradient, value_gradient,
+        _lines_of(normalisers, cut.queries), _lines_of(deltas, cut.queries),
+        mask.keys, mask.counts, mask.query_ranges, mask.own_key, *_strides(gradient),
+        *_strides(key_gradient), *_strides(value_gradient), scaling, softcap, heads, tokens, kv_tokens, *slots,
         block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
     )  # fmt: skip
     return query_gradient, key_gradient, value_gradient
@@ -741,9 +706,9 @@ def _mmca(
 
 @_mmca.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: Any, *options: Any) -> Any:
-    packed = tuple(_empty_packed(states) for states in (query, key, value))
-    out, branches, normalisers = _empty_outputs(query, lists[-1].shape[0] if options[-1] else 0)
-    return out, *packed, branches, normalisers
+    save = options[-1]
+    out, branches, normalisers = _empty_outputs(query, lists[-1].shape[0] if save else 0)
+    return out, _empty_packed(query, save), _empty_packed(key), _empty_packed(value), branches, normalisers
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::mmca_backward", mutates_args=())
