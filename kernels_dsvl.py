@@ -528,18 +528,20 @@ class Blocks:
     stages: int
 
 
-# What measured best with heads of 128 in half precision on Hopper; what its shared memory and registers hold otherwise. The
-# forward and the query kernel write what the key kernel reads: its blocks of queries are no longer than theirs.
+# What measured best in half precision on Hopper, with heads of up to 64, 128 and 256; what its shared memory and registers
+# hold in single precision. The forward and the query kernel write what the key kernel reads: its blocks of queries are no
+# longer than theirs.
+_SMALL = {"forward": Blocks(64, 64, 4, 3), "queries": Blocks(64, 64, 4, 3), "keys": Blocks(32, 64, 4, 3)}
 _NARROW = {"forward": Blocks(64, 64, 4, 3), "queries": Blocks(128, 64, 8, 3), "keys": Blocks(64, 64, 4, 2)}
-_WIDE = {"forward": Blocks(64, 64, 8, 2), "queries": Blocks(64, 32, 8, 2), "keys": Blocks(32, 64, 8, 2)}
+_WIDE = {"forward": Blocks(64, 64, 8, 2), "queries": Blocks(64, 64, 8, 2), "keys": Blocks(64, 64, 8, 2)}
 _SINGLE = {"forward": Blocks(64, 32, 4, 1), "queries": Blocks(64, 32, 4, 1), "keys": Blocks(32, 32, 4, 1)}
 
 
 def _blocks(kernel: str, packed: torch.Tensor) -> Blocks:
-    wide = packed.shape[3] > 128
+    block_d = packed.shape[3]
     if packed.element_size() == 4:
-        return replace(_SINGLE[kernel], queries=32) if wide else _SINGLE[kernel]
-    return (_WIDE if wide else _NARROW)[kernel]
+        return replace(_SINGLE[kernel], queries=32) if block_d > 128 else _SINGLE[kernel]
+    return (_SMALL if block_d <= 64 else _NARROW if block_d <= 128 else _WIDE)[kernel]
 
 
 @lru_cache
