@@ -5,13 +5,14 @@
 
 A step is forward, backward and AdamW's step. Projector and embeddings learn, tower and decoder are frozen; with LoRA
 adapters learn beside them. A row is named by what it is,
-`[lora/][zero2/|zero3/][checkpointing/]MODEL[+liger][+everyN][+cached]`:
+`[lora/][zero2/|zero3/][checkpointing/]MODEL[+liger][+compiled][+everyN][+cached]`:
 
     lora           adapters at every linear map of the decoder
     zero2, zero3   a DeepSpeed engine of one process, with the bucket sizes that transformers fills in for "auto"
     checkpointing  every layer is recomputed in the backward, as Trainer's `activation_checkpointing` has it
     MODEL          llava (by sdpa) or dsvl (MMCA, by --attention-backend)
     +liger         Liger's kernels: in the decoder, and for Llava its fused loss too (DSVL has supervised logits only)
+    +compiled      DSVL's decoder layers, as `dsvl train --compile-decoder-layers` has them
     +everyN        only every Nth layer is recomputed
     +cached        DSVL, the tower's features read from a cache instead of computed (`dsvl train --cache-image-features`)
 
@@ -47,12 +48,14 @@ from models import Shape, dsvl, inputs, llava
 ROWS = (
     "llava",
     "dsvl",
+    "dsvl+compiled",
     "dsvl+liger",
     "dsvl+liger+cached",
     "dsvl+liger+every4",
     "llava+liger",
     "zero2/llava",
     "zero2/dsvl",
+    "zero2/dsvl+compiled",
     "zero2/dsvl+liger+every4",
     "zero3/llava",
     "zero3/dsvl",
@@ -94,20 +97,22 @@ class Row:
     zero_stage: int
     checkpoint_every: int  # layers; 0 keeps all activations
     liger: bool
+    compiled: bool
     cached: bool
     baseline: str  # the name of Llava's row in the same setup
 
     @classmethod
     def parse(cls, name: str) -> "Row":
         match = re.fullmatch(
-            r"((lora/)?(?:zero([23])/)?(checkpointing/)?)(llava|dsvl)(\+liger)?(?:\+every([1-9]\d*))?(\+cached)?", name
+            r"((lora/)?(?:zero([23])/)?(checkpointing/)?)(llava|dsvl)(\+liger)?(\+compiled)?(?:\+every([1-9]\d*))?(\+cached)?",
+            name,
         )
-        if match is None or (match[8] and match[5] == "llava"):
+        if match is None or ((match[7] or match[9]) and match[5] == "llava"):
             raise ValueError(
-                f"{name!r} names no row; expected [lora/][zero2/|zero3/][checkpointing/]llava|dsvl[+liger][+everyN][+cached]"
-                f" (DSVL alone is cached), such as {', '.join(ROWS)}."
+                f"{name!r} names no row; expected [lora/][zero2/|zero3/][checkpointing/]llava|dsvl[+liger][+compiled]"
+                f"[+everyN][+cached] (DSVL alone is compiled and cached), such as {', '.join(ROWS)}."
             )
-        setup, lora, stage, checkpointing, model, liger, every, cached = match.groups()
+        setup, lora, stage, checkpointing, model, liger, compiled, every, cached = match.groups()
         if checkpointing and every:
             raise ValueError(f"{name!r} asks for every layer and for every {every}th to be recomputed; name one of them.")
         return cls(
@@ -116,6 +121,7 @@ class Row:
             zero_stage=int(stage or 0),
             checkpoint_every=1 if checkpointing else int(every or 0),
             liger=liger is not None,
+            compiled=compiled is not None,
             cached=cached is not None,
             baseline=f"{setup}llava",
         )
@@ -145,6 +151,8 @@ def build(row: Row, shape: Shape, backend: str) -> torch.nn.Module:
         # On the whole model, as Trainer does. Llava's frozen tower then has a graph, and is recomputed as well; DSVL's runs
         # without one in any case.
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=row.checkpoint_every)
+    if row.compiled:
+        model.compile_decoder_layers()
     if row.lora:
         from peft import LoraConfig, get_peft_model
 
@@ -227,8 +235,8 @@ def peak_gib() -> float | None:
 
 
 def planned_gib(row: Row, shape: Shape, supervised: int) -> float | None:
-    """What `dsvl plan` expects of a row; it knows neither Liger's kernels nor the recomputation of some layers."""
-    if row.model != "dsvl" or row.liger or row.checkpoint_every > 1:
+    """What `dsvl plan` expects of a row; it knows neither Liger's kernels, nor compiled layers, nor the recomputation of some."""
+    if row.model != "dsvl" or row.liger or row.compiled or row.checkpoint_every > 1:
         return None
     from dsvl import DSVLConfig
     from dsvl.training.plan import plan
@@ -300,8 +308,7 @@ def measure(name: str, shape: Shape, backend: str, rounds: int) -> dict[str, Any
 
 def measure_alone(name: str, options: argparse.Namespace, shape: Shape) -> None:
     """What the process of a row does."""
-    backend = options.attention_backend or ("flex_attention" if torch.cuda.is_available() else "sdpa")
-    result = measure(name, shape, backend, options.rounds) | {"attention_backend": backend}
+    result = measure(name, shape, options.attention_backend, options.rounds)
     Path(options.out).write_text(json.dumps(result))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -415,9 +422,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--pictures", type=int, help="a sample")
     parser.add_argument("--layers", type=int, help="of the decoder; fewer for a smaller GPU")
-    parser.add_argument(
-        "--attention-backend", choices=["sdpa", "flex_attention"], help="DSVL's; the default is flex on a GPU"
-    )
+    parser.add_argument("--attention-backend", choices=["sdpa", "flex_attention"], default="sdpa", help="DSVL's")
     parser.add_argument("--rounds", type=int, default=8, help="timed steps of a row")
     parser.add_argument("--budget", type=float, default=520, help="seconds, after which no row is started")
     parser.add_argument("--peak-tflops", type=float, help="of a device that flops.py does not know")
