@@ -235,7 +235,7 @@ def peak_gib() -> float | None:
 
 
 def planned_gib(row: Row, shape: Shape, supervised: int) -> float | None:
-    """What `dsvl plan` expects of a row; it knows neither Liger's kernels, nor compiled layers, nor the recomputation of some."""
+    """What `dsvl plan` expects of a row; but it knows no Liger, no compiled layers and no recomputation of some."""
     if row.model != "dsvl" or row.liger or row.compiled or row.checkpoint_every > 1:
         return None
     from dsvl import DSVLConfig
