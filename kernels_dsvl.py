@@ -2,10 +2,11 @@
 
 The definition is in attention_dsvl.py. What makes it fast: text keys and image keys are two lists of places, and what a
 text query sees is an interval of each list (all of it up to some place, under plain causality). So a block of queries
-walks two short lists whose inner blocks need no mask, and keys that no query of the block sees are never read. States are
-packed in the order of the lists first, so that a block is read as one. A query that is not text is copied from its own
-value. Softmaxes are computed online, and the backward pass recomputes them from their saved normalisers (FlashAttention-2,
-arXiv 2307.08691), once for each of the two branches.
+walks two short lists whose inner blocks need no mask, and keys that no query of the block sees are never read. Keys and
+values are packed in the order of their lists first, so that a block is read as one; queries and gradients by the kernels
+that are the first to read them. A query that is not text is copied from its own value. Softmaxes are computed online, and
+the backward pass recomputes them from their saved normalisers (FlashAttention-2, arXiv 2307.08691), once for each of the two
+branches.
 
 Written in Triton, which comes with PyTorch for CUDA; without it `can_fuse` is False.
 """
@@ -386,8 +387,8 @@ def _query_blocks(
 def _query_gradient_kernel(
     Query, Key, Value, Gradient, PackedGradient, QueryGradient, Branches, Normalisers, Deltas, Queries, Counts, KeyRanges,
     g_batch, g_head, g_token, d_batch, d_head, d_token, scale, softcap,
-    heads, queries, rows, query_slots, key_slots, group: tl.constexpr, head_dim: tl.constexpr, block_d: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr,
+    heads, queries, rows, query_slots, key_slots, group: tl.constexpr,
+    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
     capped: tl.constexpr, windowed: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of queries of one head; 0 for queries that are not text."""
