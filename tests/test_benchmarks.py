@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -256,11 +257,13 @@ def test_fine_tuning(fine_tuning, tmp_path, drawn, monkeypatch):
 
 def test_a_row_is_named_by_what_it_is(fine_tuning):
     row = fine_tuning.Row.parse("lora/zero2/dsvl+liger+every4")
-    assert row == fine_tuning.Row("dsvl", True, 2, 4, True, False, baseline="lora/zero2/llava")
+    assert row == fine_tuning.Row("dsvl", True, 2, 4, liger=True, compiled=False, cached=False, baseline="lora/zero2/llava")
     assert fine_tuning.Row.parse("dsvl+liger+cached").cached
+    assert fine_tuning.Row.parse("zero2/dsvl+compiled").compiled
     assert fine_tuning.Row.parse("checkpointing/llava").checkpoint_every == 1
-    with pytest.raises(ValueError, match="'zero1/llava' names no row"):
-        fine_tuning.Row.parse("zero1/llava")
+    for wrong in ("zero1/llava", "llava+compiled"):
+        with pytest.raises(ValueError, match=f"'{re.escape(wrong)}' names no row"):
+            fine_tuning.Row.parse(wrong)
 
 
 def test_every_baseline_comes_before_its_rows(fine_tuning):
