@@ -123,7 +123,7 @@ def fuse_mask(
     key_order = key_class.argsort(dim=-1, stable=True)
     text_count, image_count = is_text_key.sum(-1, keepdim=True), is_image_key.sum(-1, keepdim=True)
     query_count = is_text_query.sum(-1, keepdim=True)
-    taken = -(-query_count // _ALIGNED) * _ALIGNED
+    taken = -(-query_count // _ALIGNED) * _ALIGNED  # what is saved of a sample begins at such a multiple
     earlier = taken.cumsum(0) - taken
     rows = (-(-(batch * queries if rows is None else rows) // _ALIGNED) + batch) * _ALIGNED
 
@@ -202,7 +202,7 @@ def _cap(scores, scale, softcap):
 
 @jit
 def _seen(ranks, first, last, windowed: tl.constexpr):
-    """Which keys lie in the queries' intervals; `ranks` broadcasts against `first` and `last`."""
+    """Which ranks lie in which intervals; `ranks` broadcasts against `first` and `last`."""
     seen = ranks < last
     if windowed:
         seen &= ranks >= first
@@ -210,22 +210,25 @@ def _seen(ranks, first, last, windowed: tl.constexpr):
 
 
 @jit
-def _edges(first, last, others, size: tl.constexpr, windowed: tl.constexpr):
-    """Of consecutive intervals, whose ends never decrease: which blocks lie in any of them, and which in all.
+def _intervals(First, Last, row, valid, others, size: tl.constexpr, windowed: tl.constexpr):
+    """Consecutive intervals, whose ends never decrease: which blocks lie in any of them, and which in all.
 
     Args:
-        first, last: pointers to where the first of them begins and ends; `others` more follow.
+        First, Last: pointers to where the first of them begins and ends.
+        row, valid: which of them a program has, and whether they exist.
+        others: how many follow the first.
         windowed: whether they may begin elsewhere than at 0.
 
     Returns:
-        start, inner start, inner end, end; all multiples of `size` but the last.
+        Where each begins and ends; and start, inner start, inner end, end of all, multiples of `size` but the last.
     """
-    end, inner_end = tl.load(last + others), tl.load(last) // size * size
+    first, last = tl.load(First + row, mask=valid, other=0), tl.load(Last + row, mask=valid, other=0)
+    end, inner_end = tl.load(Last + others), tl.load(Last) // size * size
     start, inner_start = 0, 0
     if windowed:
-        start = tl.minimum(tl.load(first), end) // size * size
-        inner_start = (tl.load(first + others) + size - 1) // size * size
-    return start, inner_start, inner_end, end
+        start = tl.minimum(tl.load(First), end) // size * size
+        inner_start = (tl.load(First + others) + size - 1) // size * size
+    return first, last, start, inner_start, inner_end, end
 
 
 @kernel
@@ -271,8 +274,7 @@ def _attend(
             unit = scale * 1.4426950408889634
         if (rank < inner_start) | (rank >= inner_end):
             ranks = rank + tl.arange(0, block_n)
-            seen = _seen(ranks[None, :], first[:, None], last[:, None], windowed)
-            scores = tl.where(seen, scores, float("-inf"))
+            scores = tl.where(_seen(ranks[None, :], first[:, None], last[:, None], windowed), scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * unit)
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores * unit - shift[:, None])
@@ -319,10 +321,11 @@ def _forward_kernel(
     saved = tl.load(Counts + batch * 4 + 3) + ranks
     for branch in tl.static_range(2):
         begin = KeyRanges + (batch * 4 + 2 * branch) * queries + block * block_m
-        first, last = tl.load(begin + row, mask=within, other=0), tl.load(begin + queries + row, mask=within, other=0)
+        first, last, start, inner_start, inner_end, end = _intervals(
+            begin, begin + queries, row, within, others, block_n, windowed
+        )
         if branch == 1:
             key_row += tl.load(Counts + batch * 4 + 1)
-        start, inner_start, inner_end, end = _edges(begin, begin + queries, others, block_n, windowed)
         accumulator, normaliser, peak = _attend(
             query, Key, Value, key_row, first, last, start, inner_start, inner_end, end, scale, softcap, block_d,
             capped, windowed, block_m, block_n, precision,
@@ -375,8 +378,7 @@ def _query_blocks(
         weights, slope = _weights(scores, normaliser[:, None], scale, softcap, capped)
         if (rank < inner_start) | (rank >= inner_end):
             ranks = rank + tl.arange(0, block_n)
-            seen = _seen(ranks[None, :], first[:, None], last[:, None], windowed)
-            weights = tl.where(seen, weights, 0.0)
+            weights = tl.where(_seen(ranks[None, :], first[:, None], last[:, None], windowed), weights, 0.0)
         weight_gradients = tl.dot(gradient, tl.trans(value), input_precision=precision)
         gradients = weights * (weight_gradients - delta[:, None]) * slope
         gradient_sum = tl.dot(gradients.to(key.dtype), key, gradient_sum, input_precision=precision)
@@ -418,14 +420,15 @@ def _query_gradient_kernel(
         row, others = tl.arange(0, block_m), tl.minimum(block_m, text_queries - block * block_m) - 1
         for branch in tl.static_range(2):
             begin = KeyRanges + (batch * 4 + 2 * branch) * queries + block * block_m
-            first, last = tl.load(begin + row, mask=within, other=0), tl.load(begin + queries + row, mask=within, other=0)
+            first, last, start, inner_start, inner_end, end = _intervals(
+                begin, begin + queries, row, within, others, block_n, windowed
+            )
             if branch == 1:
                 key_row += tl.load(Counts + batch * 4 + 1)
             at = (branch * heads + head).to(tl.int64) * rows + saved
             normaliser = tl.load(Normalisers + at, mask=valid, other=float("inf"))
             delta = deltas[branch]
             tl.store(Deltas + at, delta, mask=valid)
-            start, inner_start, inner_end, end = _edges(begin, begin + queries, others, block_n, windowed)
             total = _query_blocks(
                 total, query, gradient, normaliser, delta, Key, Value, key_row, first, last,
                 start, inner_start, inner_end, end, scale, softcap, capped, windowed, block_n, precision,
@@ -448,8 +451,7 @@ def _key_blocks(
         weights, slope = _weights(scores, normaliser[None, :], scale, softcap, capped)
         if (rank < inner_start) | (rank >= inner_end):
             ranks = rank + tl.arange(0, block_m)
-            seen = (ranks[None, :] >= first[:, None]) & (ranks[None, :] < last[:, None])
-            weights = tl.where(seen, weights, 0.0)
+            weights = tl.where(_seen(ranks[None, :], first[:, None], last[:, None], True), weights, 0.0)
             delta = tl.where(ranks < end, delta, 0.0)  # behind the last query nothing was written
         value_sum = tl.dot(weights.to(gradient.dtype), gradient, value_sum, input_precision=precision)
         weight_gradients = tl.dot(value, tl.trans(gradient), input_precision=precision)
@@ -482,10 +484,11 @@ def _key_gradient_kernel(
     valid = first_rank + row < count
     places = tl.load(Keys + batch * keys + begin + first_rank + row, mask=valid, other=0)
     seen_by = QueryRanges + batch * 2 * keys + begin + first_rank
-    first, last = tl.load(seen_by + row, mask=valid, other=0), tl.load(seen_by + keys + row, mask=valid, other=0)
     # Hidden keys come last, and no query sees them.
     shown = tl.minimum(tl.where(branch == 1, tl.load(Counts + batch * 4 + 2), text_keys) - first_rank, block_n)
-    start, inner_start, inner_end, end = _edges(seen_by, seen_by + keys, tl.maximum(shown - 1, 0), block_m, True)
+    first, last, start, inner_start, inner_end, end = _intervals(
+        seen_by, seen_by + keys, row, valid, tl.maximum(shown - 1, 0), block_m, True
+    )
     end = tl.where(shown > 0, end, 0)
     key_row = (batch * kv_heads + kv_head) * key_slots + begin + first_rank
     key, value = Key.load([key_row, 0]), Value.load([key_row, 0])
