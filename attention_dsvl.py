@@ -11,11 +11,12 @@ and the attention modules of the decoder find our functions because the configur
 ways compute the same thing, each by a mask of its own:
 
 * `FusedMask`, for many queries on an NVIDIA GPU under "sdpa": one kernel (see kernels_dsvl.py).
-* `MultimodalMask`, for many queries elsewhere: text queries are gathered once, and the chosen backend (eager, sdpa,
+* `MultimodalMask`, for many queries elsewhere: text queries are gathered once, and the chosen backend (sdpa,
   flex_attention) runs twice, over the gathered text keys and over the gathered image keys. Image queries take part in no
   product.
 * `StepMask`, for few queries, as in a decode step: one product, two softmaxes whose weights are added before the values are
-  read. A tensor of codes says the same, and is what `"mmca_reference"` is computed by.
+  read. A tensor of codes says the same; "eager", whose weights a caller may want with their gradients, and
+  `"mmca_reference"` are computed by it.
 """
 
 import sys
@@ -25,10 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kernels_dsvl import FusedMask, fused_attention
 from .masks_dsvl import IN_IMAGE, IN_TEXT, UNIFORM_IMAGE, UNIFORM_TEXT, MultimodalMask, StepMask
+from .transformers_dsvl import ALL_ATTENTION_FUNCTIONS
 from .visibility_dsvl import ConfigView
 
 BACKENDS = ("eager", "sdpa", "flex_attention")
@@ -155,7 +156,7 @@ def _attention(backend: str) -> Callable:
             return fused_attention(query, key, value, mask, kwargs["scaling"], kwargs.get("softcap")), None
         if callable(mask):  # an attention of its own (reuse_dsvl.py, text_prefill_dsvl.py)
             return mask(backend, module, query, key, value, **kwargs)
-        return _gathered_attention(backend, module, query, key, value, mask, **kwargs)
+        return _gathered_attention(backend, module, query, key, value, mask, **kwargs), None
 
     return mmca_attention_forward
 
@@ -175,29 +176,26 @@ def _gathered_attention(
     value: torch.Tensor,
     mask: MultimodalMask,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> torch.Tensor:
     """MMCA by two calls of a backend over gathered tokens.
 
     Args:
         query: (batch, heads, queries, head_dim); key, value: (batch, key-value heads, keys, head_dim).
 
     Returns:
-        (batch, queries, heads, head_dim), and for the eager backend the weights (batch, heads, queries, keys).
+        (batch, queries, heads, head_dim).
     """
     text_query = _take(query, mask.text_queries)
 
-    def branch(keys: torch.Tensor, branch_mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if backend == "eager":
-            attend = _eager_attention
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS["sdpa" if branch_mask is None else backend]
-        return attend(module, text_query, _take(key, keys), _take(value, keys), branch_mask, **kwargs)
+    def branch(keys: torch.Tensor, branch_mask: Any) -> torch.Tensor:
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa" if branch_mask is None else backend]
+        return attend(module, text_query, _take(key, keys), _take(value, keys), branch_mask, **kwargs)[0]
 
-    output, text_weights = branch(mask.text_keys, mask.text_mask)
+    output = branch(mask.text_keys, mask.text_mask)
     if mask.image_parts is None:
-        image_output, image_weights = branch(mask.image_keys, mask.image_mask)
+        image_output = branch(mask.image_keys, mask.image_mask)
     else:
-        image_key, image_value, image_weights = _take(key, mask.image_keys), _take(value, mask.image_keys), None
+        image_key, image_value = _take(key, mask.image_keys), _take(value, mask.image_keys)
         parts = []
         for first, last, keys, part_mask in mask.image_parts:
             if keys == 0:
@@ -207,22 +205,15 @@ def _gathered_attention(
             options = kwargs | {"is_causal": False}
             parts.append(ALL_ATTENTION_FUNCTIONS["sdpa"](module, *states, part_mask, **options)[0])
         image_output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    if mask.sees_image is None:
-        output = output + image_output
-    else:
-        output = torch.addcmul(output, image_output, mask.sees_image)
-        if image_weights is not None:
-            image_weights = torch.where(mask.sees_image.transpose(1, 2), image_weights, 0)
+    sees = mask.sees_image
+    output = output + image_output if sees is None else torch.addcmul(output, image_output, sees)
     own = (value if value.shape[2] == query.shape[2] else value.index_select(2, mask.own_key)).transpose(1, 2)
     if query.shape[1] != value.shape[1]:
         own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=2)
     own, rows = own.flatten(0, 1), mask.text_queries.flatten()
     if mask.text_filled is not None:
         output = torch.where(mask.text_filled, output, take_rows(own, rows).view_as(output))
-    output = own.index_copy(0, rows, output.flatten(0, 1)).unflatten(0, (-1, query.shape[2]))
-    if backend != "eager" or text_weights is None or image_weights is None:
-        return output, None
-    return output, _dense_weights(mask, key.shape[2], text_weights, image_weights)
+    return own.index_copy(0, rows, output.flatten(0, 1)).unflatten(0, (-1, query.shape[2]))
 
 
 def _take(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -231,26 +222,7 @@ def _take(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return take_rows(tokens, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
-def _put(states: torch.Tensor, rows: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(batch, slots, heads, head_dim) back to the tokens that they were taken from: (batch, tokens, heads, head_dim)."""
-    out = states.new_zeros(states.shape[0] * tokens, *states.shape[2:])
-    return out.index_copy(0, rows.flatten(), states.flatten(0, 1)).unflatten(0, (-1, tokens))
-
-
-def _dense_weights(mask: MultimodalMask, keys: int, text_weights: torch.Tensor, image_weights: torch.Tensor) -> torch.Tensor:
-    """The two branches' weights in one (batch, heads, queries, keys) tensor, for `output_attentions`."""
-    batch, heads, slots, _ = text_weights.shape
-    weights = text_weights.new_zeros(batch, heads, slots, keys)
-    for rows, branch in ((mask.text_keys, text_weights), (mask.image_keys, image_weights)):
-        index = (rows % keys)[:, None, None, :].expand(-1, heads, slots, -1)
-        weights = weights.scatter_add(3, index, branch)
-    queries = mask.is_text.shape[1]
-    weights = _put(weights.transpose(1, 2), mask.text_queries, queries).transpose(1, 2)
-    own = weights.new_zeros(queries, keys).scatter(1, mask.own_key[:, None], 1.0)
-    return torch.where(mask.is_text[:, None, :, None], weights, own)
-
-
-def _eager_attention(
+def masked_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -260,10 +232,11 @@ def _eager_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
+    """One product and one softmax, by a (batch, 1, queries, keys) mask that is added to the scores."""
     weights = _softmax(_scores(query, key, scaling, softcap) + _grouped(mask, key), query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return _weighted_values(weights, value)
+    return _weighted_values(weights, value)[0]
 
 
 def _step_attention(
@@ -330,9 +303,10 @@ def _softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _weighted_values(weights: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, kv_heads, group, queries, _ = weights.shape
-    output = torch.matmul(weights.flatten(2, 3), value).view(batch, kv_heads * group, queries, -1)
-    return output.transpose(1, 2).contiguous(), weights.flatten(1, 2)
+    batch, kv_heads, group, queries, keys = weights.shape
+    weights = weights.flatten(1, 2)  # as they are returned: the output depends on this tensor, so that it gets a gradient
+    output = torch.matmul(weights.view(batch, kv_heads, group * queries, keys), value)
+    return output.view(batch, kv_heads * group, queries, -1).transpose(1, 2).contiguous(), weights
 
 
 for _backend in BACKENDS:

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.cache_utils import StaticLayer
-from transformers.generation.streamers import BaseStreamer
 
 from .pictures_dsvl import HostCopy
+from .transformers_dsvl import CACHE, BaseStreamer, StaticLayer
 
 
 class DSVLDecodingMixin(GenerationMixin):
@@ -28,7 +27,7 @@ class DSVLDecodingMixin(GenerationMixin):
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        cache: Any = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get(CACHE)
         runs_ahead = (
             self._valid_auto_compile_criteria(model_kwargs, generation_config)
             and not generation_config.return_dict_in_generate

@@ -6,13 +6,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .cache_dsvl import cached_types, remember_types
 from .decoding_dsvl import DSVLDecodingMixin
 from .masks_dsvl import coded_masks, sees_pictures
 from .picture_cache_dsvl import PictureCache
+from .transformers_dsvl import (
+    CACHE,
+    CHUNKED_PREFILL_TAKES_IMAGES,
+    BaseModelOutputWithPooling,
+    create_masks_for_generate,
+    is_deepspeed_zero3_enabled,
+    rename_cache,
+    takes_cache,
+)
 from .visibility_dsvl import visibilities
 
 NO_PICTURE_CACHE = (
@@ -49,12 +56,13 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         With `picture_cache` of `encode_pictures`, the pictures in the order of their places, instead of `pixel_values`, only
         the text of the prompt is computed. Greedy, sampling and beams; every prompt ends with text.
 
-        With `past_key_values` of earlier rounds, pass the whole conversation: pictures whose tokens are cached are not
-        encoded again (the new pictures alone may be passed as well).
+        With a `cache` (or `past_key_values`) of earlier rounds, pass the whole conversation: pictures whose tokens are in it
+        are not encoded again (the new pictures alone may be passed as well).
 
         The image token is never generated, as it stands for a picture; except under "mmca_reference", whose results are
         compared with the released code, which does not prevent it.
         """
+        rename_cache(kwargs)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if picture_cache is not None:
             if kwargs.get("assistant_model") is not None:
@@ -71,7 +79,7 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
                 kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
             if kwargs.get("pixel_values") is not None:
                 self.model.check_placeholders(input_ids == self.config.image_token_id, whole_pictures=True)
-                cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+                cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
                 # A mask that is longer than the ids comes with the new tokens alone, as transformers has it.
                 new_ids = input_ids
                 if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
@@ -80,7 +88,7 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
                 if self.config.reversed_pictures and kwargs["pixel_values"] is not None:
                     # transformers encodes them before the first step, and hands them over in the order of their places.
                     kwargs["pixel_values"] = self.model.reverse_pictures(
-                        kwargs["pixel_values"], new_ids == self.config.image_token_id, past_key_values=cache
+                        kwargs["pixel_values"], new_ids == self.config.image_token_id, cache=cache
                     )
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)
@@ -93,7 +101,7 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
             features = kwargs.pop("image_features")
             if self.config.reversed_pictures and input_ids is not None and len(features):
                 features = self.model.reverse_pictures(
-                    features, input_ids == self.config.image_token_id, past_key_values=kwargs.get("past_key_values")
+                    features, input_ids == self.config.image_token_id, cache=kwargs.get(CACHE)
                 )
             kwargs["mm_encoder_outputs"] = {"image": self.model.project_features(features)}
         assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
@@ -101,7 +109,9 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
             # An assistant sees by its own tower, but is handed what its main model got: both go there, it picks its own.
             pixel_values = kwargs.pop("pixel_values")
             seen_by: dict[str, Any] = {"image": self, "assistant": assistant}
-            kwargs["mm_encoder_outputs"] = {key: model.get_image_features(pixel_values) for key, model in seen_by.items()}
+            kwargs["mm_encoder_outputs"] = {
+                key: model.get_image_features(pixel_values, return_dict=True) for key, model in seen_by.items()
+            }
         elif "assistant" in encoded:
             kwargs["mm_encoder_outputs"] = {"image": encoded["assistant"]}
         if assistant is not None and not hasattr(assistant, "get_image_features") and input_ids is not None:
@@ -111,15 +121,13 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
             processors.append(NoImageToken(self.config.image_token_id))
         return super().generate(inputs, *args, logits_processor=processors, **kwargs)
 
-    def _new_pictures(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, past_key_values: Cache
-    ) -> torch.Tensor | None:
+    def _new_pictures(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, cache: Cache) -> torch.Tensor | None:
         """Of the pictures of a whole conversation, those whose tokens are not in the cache yet."""
 
         def pictures(ids: torch.Tensor) -> list[int]:
             return ((ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length).tolist()
 
-        total, new = pictures(input_ids), pictures(input_ids[:, int(past_key_values.get_seq_length()) :])
+        total, new = pictures(input_ids), pictures(input_ids[:, int(cache.get_seq_length()) :])
         if len(pixel_values) == sum(total):
             samples = pixel_values.split(total)
             pixel_values = torch.cat([s[len(s) - count :] for s, count in zip(samples, new, strict=True)])
@@ -135,6 +143,12 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
     ) -> Any:
         picture_cache = model_kwargs.pop("picture_cache", None)
         if picture_cache is None:
+            images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+            if not CHUNKED_PREFILL_TAKES_IMAGES and generation_config.prefill_chunk_size and images is not None:
+                raise ValueError(
+                    "prefill_chunk_size does not go with pictures in transformers below 5.23, which drops them; leave it "
+                    "out, or install transformers 5.23 or newer."
+                )
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         for option in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
             if getattr(generation_config, option, None):
@@ -142,22 +156,23 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
                     f"{option} concerns all tokens of a prompt, but with a picture cache only its text is computed; "
                     "leave it out, or pass pixel_values."
                 )
-        if model_kwargs.get("past_key_values") is None:
+        if model_kwargs.get(CACHE) is None:
             raise ValueError("A picture cache needs a KV cache to be put into; leave use_cache at True.")
         return self.prefill(
             input_ids,
             picture_cache,
-            model_kwargs["past_key_values"],
+            model_kwargs[CACHE],
             attention_mask=model_kwargs.get("attention_mask"),
             position_ids=model_kwargs.get("position_ids"),
             copies=max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1),
         )
 
+    @takes_cache
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -172,48 +187,57 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
         new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        if mm_encoder_outputs and (is_first_iteration or new.shape[1] == input_ids.shape[1]):
-            # An assistant starts from an empty cache in what transformers does not call a first iteration.
+        # An assistant starts from an empty cache in what transformers does not call a first iteration.
+        starts = is_first_iteration or (
+            new.shape[1] == input_ids.shape[1] and (cache is None or int(cache.get_seq_length()) == 0)
+        )
+        if mm_encoder_outputs and starts:
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
         if self.config.multimodal_attention == "causal" or mm_token_type_ids is None:
             return inputs
-        static = past_key_values is not None and past_key_values.is_compileable
-        known = getattr(past_key_values, "mm_token_type_ids", None)
+        static = cache is not None and cache.is_compileable
+        known = cached_types(cache)
         if static and not is_first_iteration and known is not None:
             past = known.shape[1]  # a static cache keeps its length on the device; asking would wait for it
         else:
-            past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+            past = int(cache.get_seq_length()) if cache is not None else 0
         types = _whole_types(mm_token_type_ids, input_ids, known, past + new.shape[1])
         inputs["mm_token_type_ids"] = types
-        if past_key_values is not None and static and new.shape[1] == 1:
+        if cache is not None and static and new.shape[1] == 1:
             # A decode step's mask is built here, in a fixed shape: a compiled step sees nothing that grows.
             del inputs["mm_token_type_ids"]
-            past_key_values.mm_token_type_ids = types
-            inputs["attention_mask"] = self._static_step_mask(
-                types, attention_mask, past_key_values, inputs.get("position_ids")
-            )
+            inputs["attention_mask"] = self._static_step_mask(types, attention_mask, cache, inputs.get("position_ids"))
         return inputs
 
     def _static_step_mask(
         self,
         token_types: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache,
+        cache: Cache,
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         config = self.model.language_model.config
         embeds = torch.empty((len(token_types), 1, 0), dtype=self.dtype, device=token_types.device)
         attention = self.config.multimodal_attention
-        if attention == "mmca" and not sees_pictures(token_types, past_key_values):
-            return create_masks_for_generate(config, embeds, attention_mask, past_key_values, position_ids=position_ids)
-        visible = visibilities(config, embeds, attention_mask, past_key_values, position_ids)
+        # Nothing is generated but text: as many may hold images as before.
+        may_hold_images = sees_pictures(token_types, cache, known=False)
+        remember_types(cache, token_types, may_hold_images)
+        if attention == "mmca" and not may_hold_images:
+            return create_masks_for_generate(
+                config=config,
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **{CACHE: cache},
+            )
+        visible = visibilities(config, embeds, attention_mask, cache, position_ids)
         return coded_masks(visible, token_types, attention)
 
     @property

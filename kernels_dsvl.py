@@ -13,6 +13,7 @@ Written in Triton, which comes with PyTorch for CUDA; without it `can_fuse` is F
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -692,8 +693,9 @@ class _FusedAttention(torch.autograd.Function):
 
 
 # The same as operators, for a compiled graph, which does not look into them. Two versions of this file may be loaded in one
-# process, as the remote code of two checkpoints: each has operators of its own.
-_NAMESPACE = "dsvl_" + "".join(c if c.isalnum() else "_" for c in __name__)
+# process, as the remote code of two checkpoints: each has operators of its own. The module's name holds that of the
+# checkpoint's directory, in any script, but the name of an operator must be ASCII.
+_NAMESPACE = f"dsvl_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::mmca", mutates_args=())

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from .cache_dsvl import cached_images
 from .kernels_dsvl import FusedMask, can_fuse, fuse_mask
+from .transformers_dsvl import ALL_MASK_ATTENTION_FUNCTIONS
 from .visibility_dsvl import HIDDEN, IMAGE, TEXT, Visibility, visible_edges
 
 # Bits of a code: the key takes part in the text softmax, in the image softmax, and ...
@@ -38,8 +39,8 @@ def mmca_codes(visibility: Visibility, token_types: torch.Tensor, text_alone: bo
     if visibility.q_length > 1 or not visibility.is_causal:  # else the one query sees whatever is there
         codes = codes * visibility.dense()
     if not text_alone:
-        is_image = (_query_types(visibility, token_types) == IMAGE)[:, None, :, None]
-        codes = torch.where(is_image, _own_key(visibility) * IN_IMAGE, codes)
+        is_text = (_query_types(visibility, token_types) == TEXT)[:, None, :, None]
+        codes = torch.where(is_text, codes, _own_key(visibility) * IN_IMAGE)
     return codes.to(torch.int8)
 
 
@@ -67,20 +68,28 @@ def _own_key(visibility: Visibility) -> torch.Tensor:
 
 
 def _query_types(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
-    return token_types[:, token_types.shape[1] - visibility.q_length :]
+    """The modality of every query, `HIDDEN` where padded: (batch, queries)."""
+    last = slice(token_types.shape[1] - visibility.q_length, token_types.shape[1])
+    types = token_types[:, last]
+    return types if visibility.padding is None else types.masked_fill(~visibility.padding[:, last], HIDDEN)
 
 
-def sees_pictures(token_types: torch.Tensor, past_key_values: Cache | None, known: bool | None = None) -> bool:
+def sees_pictures(token_types: torch.Tensor, cache: Cache | None, known: bool | None = None) -> bool:
     """Whether any key is an image token; what the caller knows of the new tokens, or a cache of its own, is not asked of the
-    device again."""
+    device again.
+
+    Args:
+        token_types: of the whole sequence, (batch, positions), 1 = image.
+        known: whether any of the new tokens is an image token, if that is known.
+    """
     if torch.compiler.is_compiling():
         return True
-    seen = getattr(past_key_values, "sees_pictures", None) is True or known is True
-    if not seen and (known is None or past_key_values is not None):
-        seen = bool((token_types == 1).any())
-    if past_key_values is not None:
-        past_key_values.sees_pictures = seen
-    return seen
+    cached = None if cache is None else cached_images(cache)
+    if known or cached:
+        return True
+    if known is not None and (cache is None or cached is not None):
+        return False
+    return bool((token_types == 1).any())
 
 
 def coded_masks(
@@ -141,7 +150,6 @@ class MultimodalMask:
     text_keys: torch.Tensor  # (batch, text keys) as rows of (batch x keys)
     image_keys: torch.Tensor  # (batch, image keys)
     text_filled: torch.Tensor | None  # (batch, text queries, 1, 1), which slots of these are filled; None where all are
-    is_text: torch.Tensor  # (batch, queries); all others, padding too, have their own value
     own_key: torch.Tensor  # (queries,) index of each query's own key
     text_mask: Any  # what the backend takes; None where it is plainly causal, for which sdpa has the fastest kernels
     image_mask: Any
@@ -185,19 +193,15 @@ def multimodal_mask(
     Args:
         visibility: what transformers lets a query see.
         token_types: (batch, positions up to the last query), 1 = image.
-        text_config: the decoder's; `_attn_implementation` is one of `BACKENDS`.
+        text_config: the decoder's; `_attn_implementation` is "sdpa" or "flex_attention".
         dtype: the dtype of the attention scores (an additive mask has it).
         training: whether the decoder drops weights, if it is configured to.
         image_queries: how many of the queries are known to be image tokens; it saves the fused kernels memory.
         compiled: whether it is for compiled layers, which are to take the next call's mask too.
     """
-    backend = text_config._attn_implementation or "eager"
+    backend = text_config._attn_implementation
     key_types = visibility.key_types(token_types)
-    q_types = _query_types(visibility, token_types)
-    if visibility.padding is not None:
-        q_padding = visibility.padding[:, token_types.shape[1] - visibility.q_length : token_types.shape[1]]
-        q_types = q_types.masked_fill(~q_padding, HIDDEN)
-    is_text = q_types == TEXT
+    is_text = _query_types(visibility, token_types) == TEXT
     if backend == "sdpa" and can_fuse(text_config, dtype, visibility.device, training):
         edges = visible_edges(visibility)
         if edges is not None:
@@ -241,7 +245,7 @@ def multimodal_mask(
     same_text = starts_empty and text_queries.shape == text_keys.shape
     # ... for which no causal kernel of sdpa caps scores.
     softcapped = getattr(text_config, "attn_logit_softcapping", None) is not None
-    plainly_causal = visibility.is_causal and same_text and backend != "eager" and not softcapped
+    plainly_causal = visibility.is_causal and same_text and not softcapped
     text_mask = None if plainly_causal else build(sees_text, text_keys)
     image_mask, any_image, image_parts = build(sees_image, image_keys), None, None
     if backend == "sdpa":
@@ -249,15 +253,12 @@ def multimodal_mask(
             image_parts = _image_parts(image_mask)
         any_image = image_mask.any(-1, keepdim=True)
         image_mask = image_mask | ~any_image  # a row without a key is NaN in some kernels; its result is not used
-    elif backend == "eager":
-        any_image = (image_mask == 0).any(-1, keepdim=True)
     first_row = torch.arange(visibility.batch_size, device=visibility.device)[:, None]
     mask = MultimodalMask(
         text_queries=text_queries + first_row * visibility.q_length,
         text_keys=text_keys + first_row * visibility.kv_length,
         image_keys=image_keys + first_row * visibility.kv_length,
         text_filled=None if whole and not compiled else is_text_query[:, :, None, None],
-        is_text=is_text,
         own_key=visibility.query_positions() - visibility.kv_offset,
         text_mask=text_mask,
         image_mask=image_mask,

@@ -1,5 +1,6 @@
 """The DSVL model: picture features are projected and scattered into a causal language model that attends by MMCA."""
 
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -8,20 +9,31 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, CompileConfig, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
-from transformers.utils.generic import can_return_tuple
 
 from .attention_dsvl import route_attention, take_rows
+from .cache_dsvl import cached_types, remember_types
 from .compilation_dsvl import DSVLCompilationMixin
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
+from .inputs_dsvl import check_labels, check_sequence, check_token_types
 from .masks_dsvl import StepMask, by_layer_type, coded_masks, few_queries, key_codes, multimodal_mask, sees_pictures
 from .picture_cache_dsvl import PictureCache
 from .pictures_dsvl import HostCopy, make_vision_tower
 from .projectors_dsvl import PROJECTORS
 from .resampler_dsvl import DSVLResampler
 from .text_prefill_dsvl import DSVLTextPrefillMixin
+from .transformers_dsvl import (
+    CACHE,
+    SDPA_SOFTCAPS,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    EitherCacheName,
+    can_return_tuple,
+    is_deepspeed_zero3_enabled,
+    keywords_of,
+    takes_cache,
+)
 from .visibility_dsvl import visibilities
 
 # Logits of a loss that exist at once: 128 MiB in float32.
@@ -31,37 +43,52 @@ _LOGITS_AT_ONCE = 2**25
 # Outputs
 
 
+class _ImageOutputs(EitherCacheName):
+    """What both outputs do with `image_outputs`."""
+
+    image_outputs: BaseModelOutputWithPooling | None
+
+    @property
+    def image_hidden_states(self) -> torch.Tensor | None:
+        """Deprecated: the projected pictures, (pictures, image_seq_length, hidden); those of `image_outputs`."""
+        warnings.warn(
+            "image_hidden_states is deprecated; use image_outputs.pooler_output, a list with one tensor for each image.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        if self.image_outputs is None or not self.image_outputs.pooler_output:
+            return None
+        images = list(self.image_outputs.pooler_output)
+        return torch.stack(images) if len({len(image) for image in images}) == 1 else torch.cat(images)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """All that is not None; `image_outputs` as a tuple of its own."""
+        parts = super().to_tuple()  # type: ignore[misc]
+        return tuple(part.to_tuple() if isinstance(part, BaseModelOutputWithPooling) else part for part in parts)
+
+
 @dataclass
-class DSVLModelOutputWithPast(ModelOutput):
+class DSVLModelOutputWithPast(_ImageOutputs, BaseModelOutputWithPast):
     """Output of `DSVLModel`.
 
     Attributes:
         last_hidden_state: (batch, tokens, hidden).
-        past_key_values: the cache, if one was used.
+        cache: the KV cache, if one was used; `past_key_values` is its name before transformers 5.24, and works in all.
         hidden_states: on request, (layers + 1) tensors of (batch, tokens, hidden).
         attentions: on request (eager), a (batch, heads, queries, keys) tensor per layer; under MMCA the sum of both
             branches, so that a text query's row sums to 2 where it sees text and pictures.
-        image_hidden_states: the projected pictures, (pictures, image_seq_length, hidden), as they stand in the texts.
+        image_outputs: what `get_image_features` gave for the pictures of this call, or what was passed in its place.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class DSVLCausalLMOutputWithPast(ModelOutput):
+class DSVLCausalLMOutputWithPast(_ImageOutputs, CausalLMOutputWithPast):
     """Output of `DSVLForConditionalGeneration`: as `DSVLModelOutputWithPast`, with `loss` (a scalar) and `logits`
     (batch, tokens, vocabulary), which is None where `skip_logits` applied."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,7 +101,7 @@ class DSVLPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
     # A flash kernel takes no mask that could tell the modalities apart.
@@ -119,6 +146,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         self.vision_tower = make_vision_tower(config.vision_config)
         self.multi_modal_projector = PROJECTORS[config.projector_type](config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self._known_keywords = keywords_of(self.language_model) | {"return_dict"}
         if config.multimodal_attention != "causal":
             route_attention(self.language_model, config)
         self.post_init()
@@ -139,13 +167,15 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         self._switch_layers()
         return self
 
+    @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -159,8 +189,12 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             pixel_values: (pictures of the whole batch, 3, height, width), in reading order.
             attention_mask: (batch, tokens, cached ones included), 0 where padded. Four-dimensional int8 tensors of codes,
                 and transformers' own masks where no picture is in sight, are handed through.
-            mm_token_type_ids: (batch, tokens), 1 for image tokens; of the new tokens or of the whole sequence. Told from
-                `input_ids` if absent; required with `inputs_embeds` unless `multimodal_attention` is "causal".
+            cache: a KV cache; `past_key_values` is the same argument.
+            inputs_embeds: (batch, tokens, hidden), instead of `input_ids`. Pictures that come with them take the places of
+                embeddings that equal the image token's, unless `mm_token_type_ids` says where they go.
+            mm_token_type_ids: (batch, tokens), 1 for image tokens and 0 for all others; of the new tokens or of the whole
+                sequence. Told from `input_ids` if absent; required with `inputs_embeds` that hold their pictures already,
+                unless `multimodal_attention` is "causal".
             mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`, in the order of the places
                 that they take.
             image_features: `get_image_features(...).last_hidden_state`, what a frozen tower gave for the same pictures
@@ -169,99 +203,137 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             kwargs: what the decoder takes (`use_cache`, `output_hidden_states`, `output_attentions`, ...).
 
         Raises:
-            ValueError: if pictures and placeholders do not match, or a token's modality cannot be told.
+            TypeError: for a keyword that nobody knows.
+            ValueError: if pictures and placeholders do not match, inputs contradict each other, or a token's modality
+                cannot be told.
         """
+        self.check_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if sum(given is not None for given in (pixel_values, mm_encoder_outputs, image_features)) > 1:
             raise ValueError("Pass one of pixel_values, mm_encoder_outputs and image_features: they are the same pictures.")
+        text_config = self.language_model.config
+        if not SDPA_SOFTCAPS and text_config._attn_implementation == "sdpa" and _softcaps(text_config):
+            raise ValueError(
+                "attn_implementation='sdpa' ignores attn_logit_softcapping in transformers below 5.21; pass "
+                "attn_implementation='eager' or 'flex_attention', or install transformers 5.21 or newer."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        check_sequence(inputs_embeds, attention_mask, cache)
+        types = check_token_types(mm_token_type_ids, inputs_embeds, cache)
 
         images = (mm_encoder_outputs or {}).get("image")
         pictures = image_features if pixel_values is None else pixel_values
+        has_pictures = images is not None or (pictures is not None and len(pictures) > 0)
+        is_image = self.image_tokens(input_ids, inputs_embeds, types, has_pictures)
         if pictures is not None and len(pictures) > 0:
-            if self.config.reversed_pictures:
-                places = self._placeholders(input_ids, mm_token_type_ids, inputs_embeds.shape[1])
-                pictures = self.reverse_pictures(pictures, places, position_ids, past_key_values)
-            images = self.project_features(pictures) if pixel_values is None else self.get_image_features(pictures)
-        image_hidden_states = None
+            if self.config.reversed_pictures and is_image is not None:
+                pictures = self.reverse_pictures(pictures, is_image, position_ids, cache)
+            encode = self.project_features if pixel_values is None else self.encode_images
+            images = encode(pictures)
+        embedded = None
         if images is not None and images.pooler_output:
-            image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            embedded = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         # Features that were passed in may be those of a chunk, which may begin or end inside a picture.
         inputs_embeds, check = self._scatter_pictures(
-            input_ids, inputs_embeds, mm_token_type_ids, image_hidden_states, whole_pictures=pictures is not None
+            input_ids, inputs_embeds, is_image, types, embedded, whole_pictures=pictures is not None
         )
-        if images is None and self._others_may_see_pictures(past_key_values):
+        if images is None and self._others_may_see_pictures(cache):
             blank = self.encode_blank_picture(image_features)
             inputs_embeds = inputs_embeds + blank.to(inputs_embeds.device, inputs_embeds.dtype)
 
-        if position_ids is not None and attention_mask is None and past_key_values is None:
+        if position_ids is not None and attention_mask is None and cache is None:
             # Positions that begin again are packed conversations, unless the decoder makes a cache: then each would see
             # those before it.
             kwargs.setdefault("use_cache", False)
-        if self.config.multimodal_attention != "causal":
+        token_types = may_hold_images = None
+        if self.config.multimodal_attention != "causal" and not is_ready_mask(attention_mask):
+            # How many of the new tokens are image tokens; where it could not be held against placeholders, it is not known.
+            image_queries = None if input_ids is None else 0 if embedded is None else len(embedded)
+            token_types = self.token_types(inputs_embeds.shape[1], is_image, types, cache)
+            known = None if image_queries is None else image_queries > 0
+            # The graph of compiled layers is one for MMCA, and takes texts alone as well.
+            may_hold_images = sees_pictures(token_types, cache, True if self.compiles_layers else known)
             attention_mask, kwargs["multimodal_masks"] = self._modal_masks(
-                input_ids,
-                inputs_embeds,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                mm_token_type_ids,
-                # Where it could not be held against placeholders, what the embeddings hold is not known.
-                image_queries=None if input_ids is None else 0 if image_hidden_states is None else len(image_hidden_states),
+                inputs_embeds, attention_mask, position_ids, cache, token_types, image_queries, may_hold_images
             )
+        elif self.config.multimodal_attention != "causal":
+            attention_mask = self._check_ready_mask(attention_mask, is_image if types is None else types)
+            kwargs["multimodal_masks"] = self._step_masks(attention_mask, inputs_embeds.dtype)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             **(kwargs | {"return_dict": True}),
         )
         if check is not None:
             check()
-        if image_hidden_states is not None and len(image_hidden_states) % self.config.image_seq_length == 0:
-            image_hidden_states = image_hidden_states.unflatten(0, (-1, self.config.image_seq_length))
+        if token_types is not None and not torch.compiler.is_compiling():  # also in a cache that the decoder made
+            remember_types(getattr(outputs, CACHE), token_types, may_hold_images)
         return DSVLModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_hidden_states,
+            image_outputs=images,
+            **{CACHE: getattr(outputs, CACHE)},
         )
+
+    def check_keywords(self, kwargs: dict[str, Any], more: tuple[str, ...] = ()) -> None:
+        """Refuse keyword arguments that neither the decoder nor transformers knows.
+
+        Args:
+            kwargs: what `forward` got beside its own arguments.
+            more: names that are known besides.
+
+        Raises:
+            TypeError: naming the first that is not known.
+            ValueError: for one that is known but cannot be honoured.
+        """
+        for name in kwargs:
+            if name not in self._known_keywords and name not in more:
+                raise TypeError(
+                    f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}: neither this model, nor "
+                    f"its decoder {type(self.language_model).__name__}, nor transformers' common arguments know it; check "
+                    "its spelling, or leave it out."
+                )
+        if kwargs.get("is_causal") is False and self.config.multimodal_attention != "causal":
+            raise ValueError(
+                f"is_causal=False does not go with multimodal_attention={self.config.multimodal_attention!r}, which is "
+                "causal; leave it out."
+            )
 
     # -- modality ------------------------------------------------------------------------------------------------------
 
     def _modal_masks(
         self,
-        input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
-        mm_token_type_ids: torch.Tensor | None,
+        cache: Cache | None,
+        token_types: torch.Tensor,
         image_queries: int | None,
+        may_hold_images: bool,
     ) -> tuple[Any, dict | None]:
         """The decoder's attention_mask and the `multimodal_masks` beside it (see masks_dsvl.py).
 
-        `image_queries` is how many of the new tokens are image tokens, if that is known.
+        Args:
+            token_types: of the whole sequence, (batch, tokens, cached ones included).
+            image_queries: how many of the new tokens are image tokens, if that is known.
+            may_hold_images: whether any token of the sequence may be an image token.
         """
-        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
-            attention_mask = self._check_ready_mask(attention_mask, input_ids, mm_token_type_ids)
-            return attention_mask, self._step_masks(attention_mask, inputs_embeds.dtype)
-        token_types = self.token_types(inputs_embeds.shape[1], input_ids, mm_token_type_ids, past_key_values)
         attention = self.config.multimodal_attention
-        known = None if image_queries is None else image_queries > 0
-        if self.compiles_layers:
-            known = True  # the graph is one for MMCA, and takes texts alone as well
-        if attention == "mmca" and not sees_pictures(token_types, past_key_values, known):
+        if attention == "mmca" and not may_hold_images:
             return attention_mask, None
         token_types = token_types.to(inputs_embeds.device)
-        visible = visibilities(self.language_model.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        if attention == "mmca_reference" or few_queries(visible, inputs_embeds.shape[1]):
-            codes = coded_masks(visible, token_types, attention, text_alone=image_queries == 0)
-            return codes, self._step_masks(codes, inputs_embeds.dtype)
         text = self.language_model.config
+        visible = visibilities(text, inputs_embeds, attention_mask, cache, position_ids)
+        few = few_queries(visible, inputs_embeds.shape[1])
+        eager = (text._attn_implementation or "eager") == "eager"
+        if attention == "mmca_reference" or few or eager:
+            codes = coded_masks(visible, token_types, attention, text_alone=image_queries == 0)
+            return codes, self._step_masks(codes, inputs_embeds.dtype) if few else None
         masks = {
             k: multimodal_mask(
                 v, token_types, text, inputs_embeds.dtype, self.training, image_queries or 0, self.compiles_layers
@@ -282,16 +354,12 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         return {layer_type: StepMask.of(mask, dtype) for layer_type, mask in by_type.items()}
 
     def _check_ready_mask(
-        self,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor],
-        input_ids: torch.Tensor | None,
-        mm_token_type_ids: torch.Tensor | None,
+        self, attention_mask: torch.Tensor | dict[str, torch.Tensor], types: torch.Tensor | None
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         masks = attention_mask.values() if isinstance(attention_mask, dict) else [attention_mask]
         if torch.compiler.is_compiling() or all(getattr(mask, "dtype", None) == torch.int8 for mask in masks):
             return attention_mask
-        types = mm_token_type_ids if mm_token_type_ids is not None else input_ids == self.config.image_token_id
-        if isinstance(types, torch.Tensor) and bool((types == 1).any()):
+        if types is not None and bool((types == 1).any()):
             raise ValueError(
                 f"A four-dimensional attention_mask of {[getattr(m, 'dtype', type(m)) for m in masks]} does not tell text "
                 f"from pictures, as multimodal_attention={self.config.multimodal_attention!r} must; pass the "
@@ -300,42 +368,43 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         return attention_mask
 
     def token_types(
-        self,
-        new_tokens: int,
-        input_ids: torch.Tensor | None,
-        mm_token_type_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        self, new_tokens: int, is_image: torch.Tensor | None, types: torch.Tensor | None, cache: Cache | None
     ) -> torch.Tensor:
         """The modality of the whole sequence, cached tokens included: (batch, positions), 1 = image.
 
         A cache remembers the modality of what it holds, so that a loop that feeds new tokens alone need not pass it.
+
+        Args:
+            is_image: (batch, new tokens), which of them are image tokens; None if that is not known.
+            types: the caller's `mm_token_type_ids`, of the new tokens or of all.
         """
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        types = mm_token_type_ids
+        past = int(cache.get_seq_length()) if cache is not None else 0
         if types is None:
-            if input_ids is None:
+            if is_image is None:
                 raise ValueError(
                     "inputs_embeds do not tell text from pictures; pass mm_token_type_ids (batch, tokens), 1 for image "
                     "tokens and 0 for text."
                 )
-            types = (input_ids == self.config.image_token_id).long()
-        if types.shape[1] == new_tokens and past > 0:
-            known = getattr(past_key_values, "mm_token_type_ids", None)
-            if known is None or len(known) != len(types) or known.shape[1] < past:
-                raise ValueError(
-                    f"The cache holds {past} tokens of unknown modality; pass mm_token_type_ids of the whole sequence, "
-                    f"(batch, {past + new_tokens}), or fill the cache by this model."
-                )
-            types = torch.cat([known[:, :past].to(types.device), types], dim=1)
-        if types.shape[1] < past + new_tokens:
+            types = is_image.long()
+        if types.shape[1] != new_tokens or past == 0:
+            return types
+        known = cached_types(cache)
+        if known is None or known.shape[0] != types.shape[0] or known.shape[1] < past:
             raise ValueError(
-                f"mm_token_type_ids covers {types.shape[1]} tokens; expected {new_tokens} (the new ones) or "
-                f"{past + new_tokens} (with the {past} cached ones)."
+                f"The cache holds {past} tokens of unknown modality; pass mm_token_type_ids of the whole sequence, "
+                f"({types.shape[0]}, {past + new_tokens}), or fill the cache by this model. (PEFT's prefix tuning fills a "
+                "cache by itself: it needs multimodal_attention='causal'; LoRA, prompt tuning and p-tuning do not.)"
             )
-        types = types[:, : past + new_tokens]
-        if past_key_values is not None and not torch.compiler.is_compiling():
-            past_key_values.mm_token_type_ids = types
-        return types
+        return torch.cat([known[:, :past].to(types.device), types], dim=1)
+
+
+def is_ready_mask(attention_mask: Any) -> bool:
+    """Whether a mask is four-dimensional, or a dict of such for each layer type, so that nothing is left to build."""
+    return isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4)
+
+
+def _softcaps(text_config: Any) -> bool:
+    return getattr(text_config, "attn_logit_softcapping", None) is not None
 
 
 class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
@@ -388,7 +457,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
         """Encode and project pictures; see `DSVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -404,18 +473,19 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """Compile the decoder's layers for training; see `DSVLModel.compile_decoder_layers`."""
         self.model.compile_decoder_layers(**options)
 
+    @takes_cache
     def prefill(
-        self, input_ids: torch.Tensor, picture_cache: PictureCache, past_key_values: Cache | None = None, **kwargs: Any
+        self, input_ids: torch.Tensor, picture_cache: PictureCache, cache: Cache | None = None, **kwargs: Any
     ) -> DSVLCausalLMOutputWithPast:
         """Run prompts over pictures that are encoded already; see `DSVLModel.prefill_text`.
 
         Returns:
-            `logits` of every row's last token, (batch, 1, vocabulary), and `past_key_values`, as after a call of the whole
-            prompt with `pixel_values`.
+            `logits` of every row's last token, (batch, 1, vocabulary), and `cache`, as after a call of the whole prompt with
+            `pixel_values`.
         """
-        hidden, past_key_values = self.model.prefill_text(input_ids, picture_cache, past_key_values, **kwargs)
+        hidden, cache = self.model.prefill_text(input_ids, picture_cache, cache, **kwargs)
         with torch.no_grad():
-            return DSVLCausalLMOutputWithPast(logits=self._logits(hidden), past_key_values=past_key_values)
+            return DSVLCausalLMOutputWithPast(logits=self._logits(hidden), **{CACHE: cache})
 
     def set_trainable(
         self,
@@ -458,13 +528,14 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         return self.train(self.training)  # a frozen tower is in evaluation mode
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -483,27 +554,38 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             logits_to_keep: compute logits for the last so many tokens only (0: all), or for these indices.
             skip_logits: with labels, compute no logits but those of supervised tokens, and return none. Defaults to True
                 in training mode, except in a compiled graph, whose shapes cannot depend on the labels.
+            kwargs: besides, `shift_labels`, (batch, tokens), instead of `labels`: what each token is to say next, as context
+                parallelism passes them; and `num_items_in_batch`.
+
+        Raises:
+            TypeError, ValueError: as `DSVLModel.forward`, and for labels of another shape than the inputs'.
         """
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        # No named parameters: the Trainer takes every one that is called a label for a column that all data sets have.
+        num_items_in_batch, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
         if skip_logits is None:
             skip_logits = self.training and not torch.compiler.is_compiling()
         targets = supervised = None
-        if labels is not None:
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is not None and shift_labels is not None:
+            check_labels("shift_labels", shift_labels, inputs)
+            targets = shift_labels
+        elif inputs is not None and labels is not None:
+            check_labels("labels", labels, inputs)
             # Token t learns to say token t + 1.
             targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-            if skip_logits:
-                supervised = HostCopy((targets != -100).sum())
+        if targets is not None and skip_logits:
+            supervised = HostCopy((targets != -100).sum())
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             image_features=image_features,
-            **kwargs,
+            **(kwargs | {"return_dict": True}),
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
@@ -519,10 +601,10 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         return DSVLCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _supervised_loss(

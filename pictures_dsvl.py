@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .cache_dsvl import cached_types
 from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
+from .transformers_dsvl import (
+    BaseModelOutputWithPooling,
+    can_return_tuple,
+    is_deepspeed_zero3_enabled,
+    no_init_weights,
+)
 from .vision_dsvl import DSVLQwenVisionModel
 
 
@@ -27,16 +31,37 @@ def tower_features(vision_tower: PreTrainedModel, config: DSVLConfig, pixel_valu
 
     A tower with nothing to learn runs without a graph.
     """
+    return run_tower(vision_tower, config, pixel_values).last_hidden_state
+
+
+def run_tower(
+    vision_tower: PreTrainedModel,
+    config: DSVLConfig,
+    pixel_values: torch.Tensor,
+    output_hidden_states: bool = False,
+    output_attentions: bool = False,
+) -> BaseModelOutputWithPooling:
+    """As `tower_features`, which are the `last_hidden_state` here; on request with the tower's states and attentions."""
     learns = torch.is_grad_enabled() and (
         pixel_values.requires_grad or any(p.requires_grad for p in vision_tower.parameters())
     )
     last = config.vision_feature_layer == -1
+    options = {"output_attentions": True} if output_attentions else {}
     with torch.set_grad_enabled(learns):
-        tower = vision_tower(pixel_values.to(vision_tower.dtype), output_hidden_states=not last)
+        tower = vision_tower(
+            pixel_values.to(vision_tower.dtype),
+            output_hidden_states=output_hidden_states or not last,
+            return_dict=True,
+            **options,
+        )
         features = tower.last_hidden_state if last else tower.hidden_states[config.vision_feature_layer]
     if config.vision_feature_select_strategy == "default":
         features = features[:, config.num_prefix_tokens :]
-    return features
+    return BaseModelOutputWithPooling(
+        last_hidden_state=features,
+        hidden_states=tower.hidden_states if output_hidden_states else None,
+        attentions=tower.attentions if output_attentions else None,
+    )
 
 
 class HostCopy:
@@ -70,9 +95,11 @@ class DSVLPicturesMixin:
     vision_tower: PreTrainedModel
     multi_modal_projector: nn.Module
     training: bool
+    get_input_embeddings: Callable[[], nn.Module]
 
     # -- encoding ------------------------------------------------------------------------------------------------------
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode and project pictures.
 
@@ -80,12 +107,23 @@ class DSVLPicturesMixin:
 
         Args:
             pixel_values: (pictures, 3, height, width), any float dtype.
+            kwargs: `output_hidden_states` and `output_attentions`, for the tower's; `return_dict`.
 
         Returns:
             `pooler_output`: a list with one (image_seq_length, decoder width) tensor for each picture, ready to be passed
-            back as `mm_encoder_outputs={"image": ...}`; `last_hidden_state`: the tower's features before projection.
+            back as `mm_encoder_outputs={"image": ...}`; `last_hidden_state`: the tower's features before projection; on
+            request the tower's `hidden_states` and `attentions`. With `return_dict=False` a tuple of these.
+
+        Raises:
+            TypeError: for another keyword.
         """
-        return self.project_features(tower_features(self.vision_tower, self.config, pixel_values))
+        return self.encode_images(pixel_values, **kwargs)
+
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """As `get_image_features`, whatever `config.return_dict` says."""
+        tower = run_tower(self.vision_tower, self.config, pixel_values, **kwargs)
+        tower.pooler_output = self.project_features(tower.last_hidden_state).pooler_output
+        return tower
 
     def project_features(self, image_features: torch.Tensor) -> BaseModelOutputWithPooling:
         """The second half of `get_image_features`, from the tower's features (pictures, tower tokens, tower width)."""
@@ -114,57 +152,81 @@ class DSVLPicturesMixin:
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
-        mm_token_type_ids: torch.Tensor | None,
+        is_image: torch.Tensor | None,
+        types: torch.Tensor | None,
         features: torch.Tensor | None,
         whole_pictures: bool,
     ) -> tuple[torch.Tensor, Callable[[], None] | None]:
         """Put the pictures' embeddings (image tokens, hidden) where their placeholders are.
 
+        Args:
+            is_image: (batch, new tokens), True where a picture goes.
+            types: the caller's `mm_token_type_ids`, of the new tokens or of all.
+
         Returns:
             The embeddings; and on an accelerator what is to be called once the decoder has been given its work, and raises
-            if pictures and placeholders do not match: by then the device can tell without being waited for.
+            if pictures, placeholders and types do not match: by then the device can tell without being waited for.
         """
         tokens = inputs_embeds.shape[1]
-        if input_ids is None and features is None:
+        if is_image is None or (input_ids is None and features is None):
             return inputs_embeds, None  # embeddings that already hold their pictures
-        placeholders = self._placeholders(input_ids, mm_token_type_ids, tokens)
         check = None
         # A decode step has nothing to check, and nothing worth waiting for the device.
         if not torch.compiler.is_compiling() and (features is not None or tokens > 1):
             number = 0 if features is None else len(features)
-            counts = HostCopy(placeholders.sum(-1))
-            if counts.is_here or number > placeholders.numel():
-                self.check_counts(counts.tolist(), number, whole_pictures)
+            told = [is_image.sum(-1)]
+            # Under "mmca_reference" the image token can be generated, as in the released code: it is text then.
+            if types is not None and input_ids is not None and self.config.multimodal_attention != "mmca_reference":
+                new = types[:, -tokens:].to(is_image.device)
+                told += [new.sum(-1), ((new == 1) != is_image).sum(-1), types.amin(-1), types.amax(-1)]
+            counts = HostCopy(torch.stack([part.to(is_image.device) for part in told]))
+
+            def check_values() -> None:
+                image_counts, *of_types = counts.tolist()
+                if of_types:
+                    self._check_types(image_counts, *of_types)
+                self.check_counts(image_counts, number, whole_pictures)
+
+            if counts.is_here or number > is_image.numel():
+                check_values()
             else:
-
-                def check() -> None:
-                    self.check_counts(counts.tolist(), number, whole_pictures)
-
+                check = check_values
         if features is None:
             return inputs_embeds, check
         # By places, as many as there are features: a mask's backward would ask the device how many it hides.
-        places = (~placeholders.flatten()).to(inputs_embeds.device, torch.uint8).argsort(stable=True)[: len(features)]
+        places = (~is_image.flatten()).to(inputs_embeds.device, torch.uint8).argsort(stable=True)[: len(features)]
         # No view of something flat: compiled layers would tell the first one's input from the others'.
         return inputs_embeds.index_put((places // tokens, places % tokens), features), check
 
-    def _placeholders(
-        self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None, tokens: int
-    ) -> torch.Tensor:
-        """(batch, tokens), True where a picture goes."""
+    def image_tokens(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        types: torch.Tensor | None,
+        has_pictures: bool,
+    ) -> torch.Tensor | None:
+        """Which of the new tokens are image tokens: (batch, tokens); None if that cannot be told.
+
+        Args:
+            inputs_embeds: (batch, tokens, hidden). Without ids and types, those that equal the image token's embedding are
+                its places, if there are pictures to put there.
+            types: `mm_token_type_ids`, of the new tokens or of all.
+        """
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        if mm_token_type_ids is None:
-            raise ValueError(
-                "Pictures beside inputs_embeds need mm_token_type_ids, which says where they go; pass it, or input_ids."
-            )
-        return mm_token_type_ids[:, -tokens:] == 1
+        if types is not None:
+            return types[:, -inputs_embeds.shape[1] :] == 1
+        if not has_pictures:
+            return None
+        image_token = torch.full((1,), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds)).all(-1)
 
     def reverse_pictures(
         self,
         pictures: torch.Tensor,
         placeholders: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """Pictures in reading order, put in the order of the places that they take under `reversed_pictures`: each
         sample's own, or each packed conversation's, turned round.
@@ -173,22 +235,22 @@ class DSVLPicturesMixin:
             pictures: those of the whole batch, (pictures, ...): their pixels, or their features.
             placeholders: (batch, new tokens), True where a picture goes.
             position_ids: (batch or 1, new tokens), which begin again where packed conversations do.
-            past_key_values: what came before the new tokens.
+            cache: what came before the new tokens.
 
         Raises:
             ValueError: if pictures are in the cache already: they took the places of those that come now.
         """
-        cached = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        known = getattr(past_key_values, "mm_token_type_ids", None)
+        cached = int(cache.get_seq_length()) if cache is not None else 0
+        known = cached_types(cache)
         if cached > 0 and (known is None or bool((known[:, :cached] == 1).any())):
             raise ValueError(
                 "config.reversed_pictures puts the last picture first, but the cache may hold pictures already; pass the "
-                "whole conversation without past_key_values."
+                "whole conversation without a cache."
             )
         order = _reversed_order(placeholders, len(pictures), self.config.image_seq_length, position_ids)
         return pictures[order.to(pictures.device)]
 
-    def _others_may_see_pictures(self, past_key_values: Cache | None) -> bool:
+    def _others_may_see_pictures(self, cache: Cache | None) -> bool:
         """Whether a batch of texts must run the tower and the projector as well.
 
         In training, other processes may have pictures where this one has none, and wait for its gradients of the projector;
@@ -201,7 +263,7 @@ class DSVLPicturesMixin:
         )
         # A decode step sees pictures nowhere. Asked last: a static cache's length is a tensor, on which no compiled step may
         # branch.
-        return waited_for and (past_key_values is None or past_key_values.get_seq_length() == 0)
+        return waited_for and (cache is None or cache.get_seq_length() == 0)
 
     def encode_blank_picture(self, image_features: torch.Tensor | None = None) -> torch.Tensor:
         """Zero, by way of tower and projector: what a process without pictures does where others encode theirs.
@@ -214,7 +276,7 @@ class DSVLPicturesMixin:
             return self.project_features(features).pooler_output[0].sum() * 0
         size = self.config.image_size
         blank = torch.zeros((1, 3, size, size), dtype=self.vision_tower.dtype, device=self.vision_tower.device)
-        return self.get_image_features(blank).pooler_output[0].sum() * 0
+        return self.encode_images(blank).pooler_output[0].sum() * 0
 
     def check_placeholders(
         self, placeholders: torch.Tensor, features: int | None = None, whole_pictures: bool = False
@@ -230,6 +292,26 @@ class DSVLPicturesMixin:
             ValueError: if they do not match.
         """
         self.check_counts(placeholders.sum(-1).tolist(), features, whole_pictures)
+
+    def _check_types(
+        self, image_counts: list[int], marked: list[int], contradictions: list[int], least: list[int], most: list[int]
+    ) -> None:
+        """Hold `mm_token_type_ids` against the placeholders among `input_ids`, by numbers of each sample.
+
+        Raises:
+            ValueError: for types other than 0 and 1, or that contradict the ids.
+        """
+        if min(least) < 0 or max(most) > 1:
+            raise ValueError(
+                f"mm_token_type_ids hold values from {min(least)} to {max(most)}; expected 1 for image tokens and 0 for all "
+                "others."
+            )
+        if any(contradictions):
+            raise ValueError(
+                f"input_ids hold {image_counts} image tokens (id {self.config.image_token_id}), but mm_token_type_ids mark "
+                f"{marked} as such and differ at {contradictions} places of the samples; pass those that the processor gave "
+                "with these ids, or leave them out."
+            )
 
     def check_counts(self, counts: list[int], features: int | None = None, whole_pictures: bool = False) -> None:
         """As `check_placeholders`, by the number of image tokens of each sample."""

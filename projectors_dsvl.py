@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from .configuration_dsvl import PERCEIVER_GRID_SIZE, DSVLConfig
 from .resampler_dsvl import DSVLResampler
+from .transformers_dsvl import CLIPEncoderLayer
 
 
 class DSVLLinearProjector(nn.Module):

@@ -2,7 +2,8 @@
 
 import torch
 from torch import nn
-from transformers import initialization as init
+
+from .transformers_dsvl import init
 
 HEAD_DIM = 128  # of the cross-attention, whatever the width (Qwen-VL, and DeepSpeed-VisualChat's perceiver)
 

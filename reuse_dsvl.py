@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from .attention_dsvl import RoutedConfig
 from .masks_dsvl import by_layer_type
 from .picture_cache_dsvl import PictureCache, changing_ropes
 from .pictures_dsvl import DSVLPicturesMixin
+from .transformers_dsvl import CACHE, DynamicLayer
 
 ROTATED_AT_ONCE = 400_000_000  # elements of keys; a rotation takes about four times their memory while it runs
 
@@ -65,7 +65,7 @@ def run_decoder(
         attention_mask=by_layer_type({layer_type: codes for layer_type in attention}),
         multimodal_masks=attention,
         position_ids=position_ids,
-        past_key_values=cache,
+        **{CACHE: cache},
         use_cache=True,
         return_dict=True,
     ).last_hidden_state
@@ -248,7 +248,7 @@ class DSVLReuseMixin(DSVLPicturesMixin):
         parts: list[PictureCache] = []
         fingerprint = self.picture_fingerprint()
         for chunk in pixel_values.split(chunk_size):
-            encoded = self.get_image_features(chunk).pooler_output
+            encoded = self.encode_images(chunk).pooler_output
             embeds = torch.stack(encoded).to(self.language_model.get_input_embeddings().weight.dtype)
             zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
             _, keys, values, _ = run_decoder(self.language_model, embeds, zeros, attention)

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_dsvl import _eager_attention as eager_attention
+from .attention_dsvl import masked_attention
+from .cache_dsvl import remember_types
 from .picture_cache_dsvl import PictureCache
 from .reuse_dsvl import DSVLReuseMixin
+from .transformers_dsvl import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, DynamicLayer
 from .visibility_dsvl import Visibility, visibilities
 
 # Queries of which a compiled decoder computes attention by plain products.
@@ -75,7 +74,7 @@ class TextOverPictures:
 
         def branch(key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
             if backend == "eager" or (few and mask is not None):
-                return eager_attention(module, query, key, value, mask, **kwargs)[0]
+                return masked_attention(module, query, key, value, mask, **kwargs)
             return ALL_ATTENTION_FUNCTIONS["sdpa" if mask is None else backend](module, query, key, value, mask, **kwargs)[0]
 
         keys, values = (part[module.layer_idx].transpose(1, 2).to(key.device) for part in (self.keys, self.values))
@@ -159,7 +158,7 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
         self,
         input_ids: torch.Tensor,
         picture_cache: PictureCache,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         copies: int = 1,
@@ -169,7 +168,7 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
         Args:
             input_ids: (batch, tokens); every picture holds `image_seq_length` copies of `image_token_id`, in the order of
                 `picture_cache`; every row ends with text.
-            past_key_values: an empty cache of any kind; a dynamic one by default.
+            cache: an empty KV cache of any kind; a dynamic one by default.
             attention_mask: (batch, tokens), 0 where padded, on the left.
             position_ids: (batch, tokens); by default they count what is not padded, as in `generate`.
             copies: every so many rows are one prompt with one set of pictures, as beams are.
@@ -182,11 +181,11 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
                 model's.
         """
         rotation = self.rotation_of(picture_cache)
-        if past_key_values is None:
-            past_key_values = DynamicCache(config=self.language_model.config)
-        if int(past_key_values.get_seq_length()) > 0:
+        if cache is None:
+            cache = DynamicCache(config=self.language_model.config)
+        if int(cache.get_seq_length()) > 0:
             raise ValueError(
-                f"past_key_values hold {int(past_key_values.get_seq_length())} tokens, but with a picture cache a prompt "
+                f"The KV cache holds {int(cache.get_seq_length())} tokens, but with a picture cache a prompt "
                 "starts afresh, which costs its text alone; pass the whole conversation and an empty KV cache."
             )
         batch, tokens = input_ids.shape
@@ -247,10 +246,9 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
             part.index_copy_(1, text_rows, states.flatten(1, 2))
         new_keys, new_values = (part[:, :-1].unflatten(1, (batch, tokens)).transpose(2, 3) for part in whole)
         for number, device in enumerate(devices):
-            _fill(past_key_values, number, new_keys[number].to(device), new_values[number].to(device))
-        past_key_values.mm_token_type_ids = is_image.long()
-        past_key_values.sees_pictures = True
-        return hidden[:, -1:].clone(), past_key_values  # what a CUDA graph returned is overwritten by its next run
+            _fill(cache, number, new_keys[number].to(device), new_values[number].to(device))
+        remember_types(cache, is_image.long(), may_hold_images=True)
+        return hidden[:, -1:].clone(), cache  # what a CUDA graph returned is overwritten by its next run
 
     def _picture_order(self, image_counts: list[int], pictures: int, copies: int) -> list[int]:
         """Which picture takes which place, row by row; rows with fewer places than others get any picture before.

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import (
+
+from .transformers_dsvl import (
+    CACHE,
     causal_mask_function,
     create_masks_for_generate,
     sdpa_mask,
@@ -182,17 +184,17 @@ def visibilities(
     text_config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Any,
+    cache: Any,
     position_ids: torch.Tensor | None,
 ) -> dict[str | None, Visibility]:
     """Ask transformers' mask builders what is visible: one answer for each layer type, or one under the key None."""
     # Only there do they look for packed conversations; and they would wait for the device to tell.
-    packed = position_ids if attention_mask is None and past_key_values is None else None
+    packed = position_ids if attention_mask is None and cache is None else None
     built = create_masks_for_generate(
         config=_CapturingConfig(text_config),
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
+        **{CACHE: cache},
         position_ids=None if packed is not None else position_ids,
     )
     visible = built if isinstance(built, dict) else {None: built}

@@ -5,14 +5,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dsvl import DSVLQwenVisionConfig
 from .resampler_dsvl import DSVLResampler, resize_grid
+from .transformers_dsvl import (
+    ALL_ATTENTION_FUNCTIONS,
+    BaseModelOutput,
+    GradientCheckpointingLayer,
+    capture_outputs,
+    init,
+)
 
 
 class DSVLQwenVisionAttention(nn.Module):

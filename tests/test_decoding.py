@@ -9,6 +9,7 @@ from conftest import PAD_ID, batch, tiny_model
 from transformers import CompileConfig, StaticCache, StopStringCriteria, TextStreamer
 
 from dsvl import DSVLForConditionalGeneration, decoding_dsvl
+from dsvl.cache_dsvl import cached_types
 from dsvl.composition.quantization import quantization_config
 
 LAYOUTS = ("ttItttIIttttttIttt", "tttItt", "tttt")
@@ -112,7 +113,7 @@ def test_a_callers_cache_is_left_as_transformers_leaves_it(monkeypatch: pytest.M
     assert got.equal(expected) and int(got[0, -1]) in eos
     lengths = [int(cache.get_seq_length()) for cache in caches]
     assert lengths == [got.shape[1] - 1] * 2
-    assert caches[0].mm_token_type_ids.equal(caches[1].mm_token_type_ids)
+    assert cached_types(caches[0]).equal(cached_types(caches[1]))
     more = torch.cat([got, torch.tensor([[5, 6, 7]])], dim=1)
     answers = [model.generate(input_ids=more, past_key_values=cache, max_new_tokens=8, do_sample=False) for cache in caches]
     assert answers[0].equal(answers[1])

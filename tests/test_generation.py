@@ -266,7 +266,7 @@ def test_a_cache_of_unknown_modality_is_refused():
     cache = DynamicCache(config=model.config.text_config)
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
-        del cache.mm_token_type_ids
+        cache.layers[0].mm_token_type_ids = None
         with pytest.raises(ValueError, match="10 tokens of unknown modality; pass mm_token_type_ids"):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 

@@ -151,7 +151,7 @@ def test_one_attention_layer(switch):
     real = modality != 0
 
     def run(hidden, types, real, cache, positions):
-        kwargs = dict(inputs_embeds=hidden, attention_mask=real, past_key_values=cache, position_ids=None)
+        kwargs = dict(inputs_embeds=hidden, attention_mask=real, cache=cache, position_ids=None)
         visible = visibilities(text_config, **kwargs)[None]
         codes = mmca_reference_codes(visible, types)
         if switch == "mmca_off":

@@ -10,6 +10,7 @@ from conftest import _COMMON, FAMILIES, IMAGE_ID, PER_PICTURE, batch, pictures, 
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from dsvl import PictureCache
+from dsvl.cache_dsvl import cached_images, cached_types
 from dsvl.reuse_dsvl import layer_types, own_value, run_decoder
 
 ROPES = {
@@ -69,8 +70,8 @@ def assert_same(model: Any, inputs: dict[str, Any], picture_cache: PictureCache,
     (logits, cache), (got_logits, got_cache) = prefills(model, inputs, picture_cache, make_cache)
     close = {"atol": 1e-12, "rtol": 1e-12}
     torch.testing.assert_close(got_logits, logits, **close)
-    assert got_cache.mm_token_type_ids.equal(cache.mm_token_type_ids)
-    assert got_cache.sees_pictures is cache.sees_pictures is True  # so that no step asks the device
+    assert cached_types(got_cache).equal(cached_types(cache))
+    assert cached_images(got_cache) is cached_images(cache) is True  # so that no step asks the device
     for layer, (expected, got) in enumerate(zip(cache.layers, got_cache.layers, strict=True)):
         assert int(got.get_seq_length()) == int(expected.get_seq_length()) == inputs["input_ids"].shape[1]
         tokens = expected.keys.shape[2]

@@ -130,7 +130,10 @@ def test_a_step_waits_for_nothing(family, rows, checkpointing, device, monkeypat
         inputs["position_ids"] = torch.arange(ids.shape[1]).remainder(7).expand_as(ids)
         del inputs["attention_mask"]
     supervised = int((labels[:, 1:] != -100).sum())
-    monkeypatch.setattr(LateCopy, "told", {(): supervised, (3,): (ids == IMAGE_ID).sum(-1).tolist()})
+    counts = (ids == IMAGE_ID).sum(-1).tolist()
+    # What is checked of each sample: its image tokens, how many are marked, where the two differ, least and largest mark.
+    told = [counts, counts, [0] * 3, [0] * 3, [1] * 3]
+    monkeypatch.setattr(LateCopy, "told", {(): supervised, (5, 3): told})
     on_device = {key: tensor.to(device) for key, tensor in (inputs | {"labels": labels}).items()}
     with NoWaiting() as step:
         queued: list[int] = []
