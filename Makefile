@@ -2,13 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-OLDEST ?= .venv-oldest
+# Environments of other transformers releases, the oldest that is admitted first; `make test` compares the pinned one with them.
+RELEASES ?= .venv-releases
+OTHER_RELEASES := 5.20.2 5.23.0
+# Tests run in files side by side.
+WORKERS ?= 2
+NEWEST ?= .venv-newest
 # Where the benchmarks write their figures and plots.
 RESULTS ?= bench_output
 # Threads that wait busily slow small models down beside anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-deepspeed test test-slow bench bench-gpu clean
+.PHONY: demo demo-deepspeed test test-slow test-newest bench bench-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m dsvl.demo --overwrite
@@ -17,14 +22,23 @@ demo: $(VENV)/ready
 demo-deepspeed: $(VENV)/ready
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m dsvl.demo --deepspeed --overwrite
 
-test: $(VENV)/ready $(OLDEST)/ready
+test: $(VENV)/ready $(OTHER_RELEASES:%=$(RELEASES)/%/ready)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	BIN=$(abspath $(BIN)) sh tests/typecheck.sh
-	DSVL_OLDEST=$(abspath $(OLDEST)) $(BIN)/python -m pytest tests -m "not slow"
+	DSVL_RELEASES=$(abspath $(RELEASES)) $(BIN)/python -m pytest tests -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest tests -m slow
+
+# The newest release of everything, without pins; for a scheduled run, which is to tell what the next release breaks.
+# torch alone is pinned, as its newest may come as a CUDA build of gigabytes.
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(NEWEST)/bin/pip install --quiet --upgrade --editable '.[test]'
+	$(NEWEST)/bin/pip install --quiet --upgrade --no-deps transformers
+	$(NEWEST)/bin/python -m pytest tests -m "not slow" -n $(WORKERS) --dist loadfile
 
 # Small measurements on a CPU, on one thread.
 bench: export OMP_NUM_THREADS := 1
@@ -53,12 +67,11 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-# The oldest transformers that is admitted, with what it requires and nothing of ours; the test lends it torch and Pillow.
-$(OLDEST)/ready: $(VENV)/ready
-	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
-	$(BIN)/pip --python $(OLDEST)/bin/python install --quiet \
-		"transformers==$$(sed -n 's/^ *"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
+# Another transformers, with what it requires and nothing of ours; the test lends it torch and Pillow.
+$(RELEASES)/%/ready: $(VENV)/ready
+	$(BIN)/python -m venv --clear --without-pip $(RELEASES)/$*
+	$(BIN)/pip --python $(RELEASES)/$*/bin/python install --quiet "transformers==$*"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo_output bench_output build *.egg-info
+	rm -rf $(VENV) $(RELEASES) $(NEWEST) demo_output bench_output build *.egg-info

@@ -26,6 +26,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_dsvl.DSVLConfig",
     "AutoModel": "modeling_dsvl.DSVLForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_dsvl.DSVLForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_dsvl.DSVLForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_dsvl.DSVLForConditionalGeneration",
     "AutoProcessor": "processing_dsvl.DSVLProcessor",
 }
@@ -40,7 +41,23 @@ def _one_of(field: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{field}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
 
 
-class DSVLQwenVisionConfig(PreTrainedConfig):
+def _whole(field: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number of at least so much: fractions, NaN, booleans, texts."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{field}={value!r} is not valid; pass a whole number of at least {least}.")
+
+
+class _InheritedConstructor:
+    """A subclass without an `__init__` keeps its parent's. (transformers generates one, which checks nothing.)"""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        inherits = "__init__" not in cls.__dict__
+        super().__init_subclass__(**kwargs)
+        if inherits and "__init__" in cls.__dict__:
+            del cls.__init__
+
+
+class DSVLQwenVisionConfig(_InheritedConstructor, PreTrainedConfig):
     """Configuration of Qwen-VL's vision tower; the defaults are its own.
 
     Args:
@@ -85,6 +102,11 @@ class DSVLQwenVisionConfig(PreTrainedConfig):
         self.num_queries = num_queries
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
+        for field, value in list(vars(self).items()):
+            if field not in ("layer_norm_eps", "initializer_range"):
+                _whole(field, value, least=1)
+            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{field}={value!r} is not valid; pass a positive number.")
         if hidden_size % num_attention_heads:
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_attention_heads}.")
         for field in ("num_positions", "num_queries"):
@@ -113,7 +135,7 @@ def _sub_config(field: str, value: Any, default: PreTrainedConfig) -> PreTrained
     return value
 
 
-class DSVLConfig(PreTrainedConfig):
+class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
     """Configuration of a DSVL model.
 
     Args:
@@ -143,6 +165,8 @@ class DSVLConfig(PreTrainedConfig):
 
     model_type = "dsvl"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    # What an evaluation does not gather: caches, and what only a batch with images has. Old and new names of transformers'.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
 
     def __init__(
         self,
@@ -169,6 +193,11 @@ class DSVLConfig(PreTrainedConfig):
         self._check_tower_fields()
         self.image_size = self.vision_config.image_size if image_size is None else image_size
         self.num_prefix_tokens = _prefix_tokens(self.vision_config) if num_prefix_tokens is None else num_prefix_tokens
+        _whole("image_size", self.image_size, least=1)
+        _whole("num_prefix_tokens", self.num_prefix_tokens, least=0)
+        _whole("image_token_id", self.image_token_id, least=0)
+        if not isinstance(self.reversed_pictures, bool):
+            raise ValueError(f"reversed_pictures={self.reversed_pictures!r} is not valid; pass True or False.")
         self._check()
         kwargs["auto_map"] = dict(AUTO_MAP)  # a saved copy carries its own code, wherever it was loaded from
         # The head is tied exactly when the language model's own is; transformers asks the top level.
@@ -223,7 +252,9 @@ class DSVLConfig(PreTrainedConfig):
                 f"vision_config.model_type={vision.model_type!r} is not a vision tower; pass its vision_config."
             )
         numbers = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
-        if wrong := [name for name in numbers if not isinstance(getattr(vision, name, None), int)]:
+        if wrong := [
+            name for name in numbers if not isinstance(getattr(vision, name, None), int) or getattr(vision, name) < 1
+        ]:
             raise ValueError(
                 f"vision_config.model_type={vision.model_type!r} is not a vision tower that can be used: "
                 f"{', '.join(f'{name}={getattr(vision, name, None)!r}' for name in wrong)}; expected whole numbers. Use one "
@@ -238,7 +269,8 @@ class DSVLConfig(PreTrainedConfig):
                 "picture has no patch; raise image_size."
             )
         layers = vision.num_hidden_layers
-        if not isinstance(self.vision_feature_layer, int) or not -layers - 1 <= self.vision_feature_layer <= layers:
+        layer = self.vision_feature_layer
+        if not isinstance(layer, int) or isinstance(layer, bool) or not -layers - 1 <= layer <= layers:
             raise ValueError(
                 f"vision_feature_layer={self.vision_feature_layer!r} does not exist: the tower has {layers} layers, so "
                 f"choose an integer from {-layers - 1} to {layers}."

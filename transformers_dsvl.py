@@ -12,7 +12,7 @@ from functools import wraps
 from typing import Any
 
 import transformers
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers import initialization as init
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation.streamers import BaseStreamer
@@ -47,24 +47,25 @@ OLDEST_TESTED, NEWEST_TESTED = (5, 20), (5, 24)
 # What the travelling code overrides, calls or reads of these classes, or of their instances, though it is not documented.
 MEMBERS: dict[type, tuple[str, ...]] = {
     Cache: ("layers", "offloading"),
-    DynamicLayer: ("is_sliding", "is_croppable", "keys", "values", "is_initialized", "device"),
+    DynamicLayer: ("is_sliding", "is_croppable", "keys", "values", "is_initialized"),
     StaticLayer: ("is_sliding", "keys", "values", "is_initialized", "cumulative_length"),
-    GenerationConfig: (),
     GenerationMixin: (
         "_optimize_model_for_decode",
         "_prefill",
         "_sample",
         "_update_model_kwargs_for_generation",
         "_valid_auto_compile_criteria",
-        "get_compiled_call",
         "prepare_inputs_for_generation",
     ),
     PreTrainedConfig: ("_attn_implementation",),
     PreTrainedModel: (
         "_can_compile_fullgraph",
+        "_can_record_outputs",
         "_default_compile_config",
         "_from_config",
         "_init_weights",
+        "_input_embed_layer",
+        "_no_split_modules",
         "_skip_keys_device_placement",
         "_supports_attention_backend",
         "_supports_flash_attn",
@@ -72,6 +73,7 @@ MEMBERS: dict[type, tuple[str, ...]] = {
         "_supports_sdpa",
         "_tied_weights_keys",
         "_tp_plan",
+        "get_compiled_call",
     ),
     ProcessorMixin: (
         "_check_special_mm_tokens",
@@ -79,6 +81,11 @@ MEMBERS: dict[type, tuple[str, ...]] = {
         "prepare_inputs_layout",
         "validate_inputs",
     ),
+}
+# What it sets on objects while it generates, by the module that does.
+MENTIONED = {
+    "transformers.cache_utils": ("device",),
+    "transformers.generation.utils": ("_pad_token_tensor", "_is_user_defined"),
 }
 
 
@@ -88,12 +95,17 @@ def installed_release() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-if installed_release() > NEWEST_TESTED:
-    warnings.warn(
-        f"transformers {transformers.__version__} is newer than {'.'.join(map(str, NEWEST_TESTED))}, the newest release "
-        "that this DSVL code was tested with. If results look wrong, update the package dsvl, or install an older one.",
-        stacklevel=2,
-    )
+def warn_of_a_newer_release() -> None:
+    """Say that the installed release is newer than any that was tested; on import, so once."""
+    if installed_release() > NEWEST_TESTED:
+        warnings.warn(
+            f"transformers {transformers.__version__} is newer than {'.'.join(map(str, NEWEST_TESTED))}, the newest release "
+            "that this DSVL code was tested with. If results look wrong, update the package dsvl, or install an older one.",
+            stacklevel=3,
+        )
+
+
+warn_of_a_newer_release()
 
 # transformers 5.24 calls the KV cache `cache`; until then it was `past_key_values`.
 CACHE = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"

@@ -17,7 +17,7 @@ from transformers import (
     ViTConfig,
 )
 
-from dsvl import DSVLConfig, DSVLForConditionalGeneration
+from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLQwenVisionConfig
 
 
 def config(**kwargs):
@@ -56,6 +56,7 @@ def test_survives_a_round_trip(tmp_path):
         "AutoModel",
         "AutoModelForImageTextToText",
         "AutoModelForCausalLM",
+        "AutoModelForMultimodalLM",
         "AutoProcessor",
     }
     assert DSVLConfig(**written).to_dict() == original.to_dict()
@@ -118,3 +119,52 @@ def test_softcapping_is_refused_where_it_would_be_ignored():
     assert model.model.language_model.config._attn_implementation == "eager"  # transformers' own choice for it
     with pytest.raises(ValueError, match="eager"):
         model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_token_id", 1.5),
+        ("image_token_id", float("nan")),
+        ("image_token_id", -1),
+        ("image_token_id", True),
+        ("image_token_id", "90"),
+        ("image_size", 8.5),
+        ("image_size", 0),
+        ("image_size", -8),
+        ("num_prefix_tokens", -1),
+        ("num_prefix_tokens", float("nan")),
+        ("vision_feature_layer", -1.0),
+        ("vision_feature_layer", True),
+        ("reversed_pictures", "yes"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+        config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size", 16.0), ("num_queries", -4), ("patch_size", 0), ("layer_norm_eps", float("nan")), ("image_size", -448)],
+)
+def test_numbers_that_are_none_are_refused_in_a_tower(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+        DSVLQwenVisionConfig(**{field: value})
+
+
+def test_a_subclass_needs_no_constructor_of_its_own(tmp_path):
+    class Mine(DSVLConfig):
+        model_type = "mine"
+
+    made = Mine(vision_config=tiny_vision_config(), text_config=FAMILIES["llama"](), image_token_id=90)
+    made.save_pretrained(tmp_path)
+    again = Mine.from_pretrained(tmp_path)
+    assert made.image_token_id == again.image_token_id == 90
+    assert again.image_seq_length == PER_PICTURE and again.model_type == "mine"
+    assert again.text_config.hidden_size == 32
+
+
+def test_an_evaluation_gathers_no_caches_and_no_images():
+    ignored = DSVLConfig.keys_to_ignore_at_inference
+    assert {"past_key_values", "cache", "image_hidden_states", "image_outputs"} <= set(ignored)
