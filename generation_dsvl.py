@@ -9,6 +9,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 
 from .cache_dsvl import cached_types, remember_types
 from .decoding_dsvl import DSVLDecodingMixin
+from .inputs_dsvl import PEFT_HINT
 from .masks_dsvl import coded_masks, sees_pictures
 from .picture_cache_dsvl import PictureCache
 from .transformers_dsvl import (
@@ -63,6 +64,10 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         compared with the released code, which does not prevent it.
         """
         rename_cache(kwargs)
+        # PEFT puts a method of its own model here.
+        wrapper = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(f"{type(wrapper.active_peft_config).__name__} cannot generate with a DSVL model. {PEFT_HINT}")
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if picture_cache is not None:
             if kwargs.get("assistant_model") is not None:

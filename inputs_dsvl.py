@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from transformers import Cache
 
+# What a sequence that does not fit its types may come from.
+PEFT_HINT = (
+    "(PEFT's prompt tuning, p-tuning and prefix tuning put virtual tokens before a sequence without its mm_token_type_ids; "
+    "use LoRA, or another method that adapts weights.)"
+)
+
 
 def check_sequence(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Cache | None) -> None:
     """Refuse a batch of nothing, and a two-dimensional mask of another shape than the sequence.
@@ -65,7 +71,7 @@ def check_token_types(types: torch.Tensor | None, inputs_embeds: torch.Tensor, c
         expected = f"{(batch, tokens)}" + (f", or {(batch, past + tokens)} with the {past} cached tokens" if past else "")
         raise ValueError(
             f"mm_token_type_ids are of shape {tuple(types.shape)}, but the inputs hold {batch} rows of {tokens} tokens; "
-            f"expected {expected}."
+            f"expected {expected}. {PEFT_HINT}"
         )
     return types
 
@@ -88,4 +94,4 @@ def check_labels(name: str, labels: torch.Tensor, inputs: torch.Tensor) -> None:
         )
 
 
-__all__ = ["check_labels", "check_sequence", "check_token_types"]
+__all__ = ["PEFT_HINT", "check_labels", "check_sequence", "check_token_types"]

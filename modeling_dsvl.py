@@ -15,7 +15,7 @@ from .cache_dsvl import cached_types, remember_types
 from .compilation_dsvl import DSVLCompilationMixin
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
-from .inputs_dsvl import check_labels, check_sequence, check_token_types
+from .inputs_dsvl import PEFT_HINT, check_labels, check_sequence, check_token_types
 from .masks_dsvl import StepMask, by_layer_type, coded_masks, few_queries, key_codes, multimodal_mask, sees_pictures
 from .picture_cache_dsvl import PictureCache
 from .pictures_dsvl import HostCopy, make_vision_tower
@@ -392,8 +392,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         if known is None or known.shape[0] != types.shape[0] or known.shape[1] < past:
             raise ValueError(
                 f"The cache holds {past} tokens of unknown modality; pass mm_token_type_ids of the whole sequence, "
-                f"({types.shape[0]}, {past + new_tokens}), or fill the cache by this model. (PEFT's prefix tuning fills a "
-                "cache by itself: it needs multimodal_attention='causal'; LoRA, prompt tuning and p-tuning do not.)"
+                f"({types.shape[0]}, {past + new_tokens}), or fill the cache by this model. {PEFT_HINT}"
             )
         return torch.cat([known[:, :past].to(types.device), types], dim=1)
 
