@@ -18,8 +18,9 @@ def fit_thin_image(image: "Image.Image", image_processor: Any, **kwargs: Any) ->
     """What to give the image processor in the place of a thin image, so that it needs no more memory than for others.
 
     CLIP's image processor makes 224 x 224 N pixels of 1 x N, and keeps the 224 x 224 in their middle. Here that middle alone
-    is resized, with a pixel more than is kept where the parity asks for it, so that the image processor resizes nothing more
-    and crops the same pixels. They differ by rounding alone: Pillow takes the edges of what it resizes as 32-bit floats.
+    is resized, with a few more pixels than are kept, so that the image processor resizes nothing more and crops the same
+    pixels. Where N is no whole number they may differ by a grey level: Pillow takes the ends of what it resizes as 32-bit
+    floats.
 
     Args:
         image: of mode RGB. Returned as it is if the image processor makes at most `PIXELS` of it, or as many as it has.
@@ -45,14 +46,15 @@ def fit_thin_image(image: "Image.Image", image_processor: Any, **kwargs: Any) ->
     crop = _sides(settings["crop_size"], True) if settings["do_center_crop"] else {}
     tall = image.height > image.width
     kept = crop.get("height" if tall else "width")
-    window = max(edge or 0, kept or 0)
-    if settings["do_pad"] or not edge or size.get("longest_edge") or not kept or window >= resized:
+    least = max(edge or 0, kept or 0)
+    if settings["do_pad"] or not edge or size.get("longest_edge") or not kept or least + 2 * edge > resized:
         raise ValueError(
             f"The picture of {image.width} x {image.height} pixels is too thin: {type(image_processor).__name__} would make "
             f"{made:,} pixels of it, more than {largest:,}. Crop it, or use an image processor that resizes to a fixed "
             "height and width, or crops the center (do_center_crop)."
         )
-    window += (resized - window) % 2  # so that the middle of both is the same
+    # The same middle; and where `resized` was not rounded, ends between two source pixels, which are exact in a float.
+    window = least + (resized - least) % (2 * edge)
     first = (resized - window) / 2 * long / resized
     last = long - first
     begin, end = max(0, math.floor(first) - _SUPPORT - 1), min(long, math.ceil(last) + _SUPPORT + 1)
