@@ -244,6 +244,7 @@ class DSVLProcessor(ProcessorMixin):
         """As the base class does; pictures that are given as their features need their placeholders alone."""
         if not isinstance(images, _Features):
             fitted = [fit_thin_image(image, self.image_processor, **kwargs) for image in images]
+            kwargs.pop("input_data_format", None)  # of what they were before they were read
             return super()._process_images(fitted, **kwargs)
         return {"image_features": list(images)}, [self.replace_image_token({}, place) for place in range(len(images))]
 

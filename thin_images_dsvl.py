@@ -59,10 +59,11 @@ def fit_thin_image(image: "Image.Image", image_processor: Any, **kwargs: Any) ->
     last = long - first
     begin, end = max(0, math.floor(first) - _SUPPORT - 1), min(long, math.ceil(last) + _SUPPORT + 1)
     # Cropped first, as floats are exact enough for small numbers only.
+    ends = (first - begin, last - begin)
     if tall:
-        part, shape, box = image.crop((0, begin, short, end)), (edge, window), (0, first - begin, short, last - begin)
+        part, shape, box = image.crop((0, begin, short, end)), (edge, window), (0.0, ends[0], float(short), ends[1])
     else:
-        part, shape, box = image.crop((begin, 0, end, short)), (window, edge), (first - begin, 0, last - begin, short)
+        part, shape, box = image.crop((begin, 0, end, short)), (window, edge), (ends[0], 0.0, ends[1], float(short))
     return part.resize(shape, _filter(settings["resample"]), box=box)
 
 

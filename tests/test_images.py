@@ -9,6 +9,7 @@ import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -489,6 +490,8 @@ def test_what_the_call_asks_for_counts():
     assert min(fit_thin_image(thin, image_processor).size) == 224
     assert fit_thin_image(thin, image_processor, size={"height": 224, "width": 224}) is thin
     assert fit_thin_image(thin, image_processor, do_resize=False) is thin
+    torchvisions = SimpleNamespace(value="bicubic")  # its enumeration of filters
+    assert fit_thin_image(thin, image_processor, resample=torchvisions) == fit_thin_image(thin, image_processor, resample=3)
     assert min(fit_thin_image(thin, image_processor, size={"shortest_edge": 300}).size) == 300
     for options in ({"do_center_crop": False}, {"do_pad": True, "size": {"shortest_edge": 5000}}):
         with pytest.raises(ValueError, match=r"of 1 x \d+ pixels is too thin: CLIPImageProcessor.* would make .* more than"):
