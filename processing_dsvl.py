@@ -1,20 +1,16 @@
 """The DSVL processor: pictures and conversations to model inputs."""
 
-import io
-import os
 from importlib import import_module
 from typing import Any
 
 from tokenizers.normalizers import Replace, Sequence
 from transformers import AddedToken, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
-from transformers.utils import requires_backends
 
-try:
-    from PIL import Image, ImageOps
-except ImportError:  # texts alone do without
-    Image = ImageOps = None  # type: ignore[assignment]
+from .image_reading_dsvl import read_image
+from .thin_images_dsvl import fit_thin_image
+
+decode_picture = read_image  # its name until now
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -143,7 +139,15 @@ class DSVLProcessor(ProcessorMixin):
         """Texts and their pictures to model inputs; see `ProcessorMixin.__call__`. The modality of each token goes along.
 
         Texts that begin with the tokenizer's BOS token, as rendered conversations do, get no second one.
+
+        `images` are what `read_image` takes. `image_features` may be passed instead: what the model's tower gave for each
+        image (`get_image_features(...).last_hidden_state`), of shape (tower tokens, tower width) each, in lists as images
+        are or stacked; the output then holds them as `image_features` instead of `pixel_values`.
         """
+        if (image_features := kwargs.pop("image_features", None)) is not None:
+            if args or kwargs.get("images") is not None:
+                raise ValueError("Pass images or image_features, by name: they are the same images.")
+            kwargs["images"] = _Features(_by_sample(image_features, stacked=3))
         kwargs.setdefault("return_mm_token_type_ids", self.return_mm_token_type_ids)
         text = kwargs.get("text", args[1] if len(args) > 1 else None)
         texts, bos = [text] if isinstance(text, str) else text or [], self.tokenizer.bos_token
@@ -160,7 +164,8 @@ class DSVLProcessor(ProcessorMixin):
 
         Args:
             conversation: messages `{"role", "content"}`; content is a text, or a list of parts
-                `{"type": "text", "text"}` and `{"type": "image", "image" | "path" | "url" | "base64"}` in reading order.
+                `{"type": "text", "text"}` and `{"type": "image", "image" | "path" | "url" | "base64"}` in reading order; or
+                `{"type": "image", "image_features"}`, see `__call__`.
             kwargs: see `ProcessorMixin.apply_chat_template`.
 
         A special token in a message's text is text: it never becomes a picture or the end of an answer.
@@ -170,6 +175,9 @@ class DSVLProcessor(ProcessorMixin):
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         if "number_after" in (templates.get(chat_template or "default") or chat_template or ""):
             kwargs.setdefault("number_after", self.number_after)
+        features = _features_of(conversation)
+        if features and kwargs.get("tokenize"):
+            kwargs["processor_kwargs"] = (kwargs.get("processor_kwargs") or {}) | {"image_features": features}
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
     def count_tokens(self, conversation: Any, add_generation_prompt: bool = False) -> int:
@@ -203,10 +211,13 @@ class DSVLProcessor(ProcessorMixin):
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
         if images is not None:
-            samples = _by_sample(images)
-            images = [decode_picture(image) for image in sum(samples, [])] or None
+            samples = images.samples if isinstance(images, _Features) else _by_sample(images)
             if text is not None:
                 self._check_counts(samples, text)
+            if isinstance(images, _Features):
+                _, *others = super().prepare_inputs_layout(text=text, **kwargs)
+                return images, *others
+            images = _read_images(sum(samples, []), **kwargs) or None
         elif text is not None:
             self._check_counts([], text)
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
@@ -226,13 +237,15 @@ class DSVLProcessor(ProcessorMixin):
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """As the base class does, which does not know pictures that are given as their features."""
-        if images is None or not _are_features(images):
+        if not isinstance(images, _Features):
             super().validate_inputs(images=images, text=text, **kwargs)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple:
         """As the base class does; pictures that are given as their features need their placeholders alone."""
-        if not _are_features(images):
-            return super()._process_images(images, **kwargs)
+        if not isinstance(images, _Features):
+            fitted = [fit_thin_image(image, self.image_processor, **kwargs) for image in images]
+            kwargs.pop("input_data_format", None)  # of what they were before they were read
+            return super()._process_images(fitted, **kwargs)
         return {"image_features": list(images)}, [self.replace_image_token({}, place) for place in range(len(images))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
@@ -270,78 +283,67 @@ class DSVLProcessor(ProcessorMixin):
         )
 
 
-def _are_features(images: Any) -> bool:
-    """Whether pictures are given as what the model's tower gave for them, (tower tokens, tower width) each.
+def _read_images(images: list, images_kwargs: dict | None = None, **kwargs: Any) -> list:
+    """Read images as the arguments of a call ask for it, those of the image processor among themselves or flat.
 
     Raises:
-        ValueError: if only some are.
+        ValueError: as `read_image` does; and for floats that the call takes for rescaled, as what is processed has 8 bits.
     """
-    known = [getattr(image, "ndim", 0) == 2 for image in images]
-    if any(known) and not all(known):
-        raise ValueError(
-            f"{sum(known)} of {len(known)} pictures are given as their features; pass all of a batch so, or none."
-        )
-    return any(known)
+    options = kwargs | (images_kwargs or {})
+    if options.get("do_rescale") is False and any("float" in str(getattr(image, "dtype", "")) for image in images):
+        raise ValueError("Floats become 8-bit images, 0..1 and 0..255 alike; leave do_rescale=False out, or pass integers.")
+    return [read_image(image, input_data_format=options.get("input_data_format")) for image in images]
 
 
-def _by_sample(images: Any) -> list[list]:
-    """Pictures as one list for each sample; a single picture or a flat list belongs to one sample."""
-    if isinstance(images, (list, tuple)):
-        if any(isinstance(element, (list, tuple)) for element in images):
-            return [list(element) if isinstance(element, (list, tuple)) else [element] for element in images]
-        return [list(images)]
-    if getattr(images, "ndim", 0) == 4:
-        return [list(images)]
-    return [[images]]
+def _features_of(conversation: Any) -> list[list]:
+    """What the parts of a conversation, or of each of a batch, hold as `image_features`; empty if none does.
+
+    Raises:
+        ValueError: if only some of the images have them.
+    """
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        return []
+    batch = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
+    contents = [
+        [message["content"] for message in messages if isinstance(message.get("content"), list)] for messages in batch
+    ]
+    parts = [[part for content in one for part in content if part.get("type") == "image"] for one in contents]
+    features = [[part["image_features"] for part in one if part.get("image_features") is not None] for one in parts]
+    known, all_of_them = len(sum(features, [])), len(sum(parts, []))
+    if known and known < all_of_them:
+        raise ValueError(f"{known} of {all_of_them} pictures are given as their features; pass all of a batch so, or none.")
+    return features if known else []
 
 
-def decode_picture(source: Any) -> Any:
-    """A picture as upright RGB, whatever it is stored as.
+class _Features(list):
+    """What the model's tower gave for images, (tower tokens, tower width) each, where others are images."""
 
-    16-bit greys are scaled to 8 bits, transparency lies on white, an animation shows its first frame, EXIF's rotation is
-    applied. (transformers' `load_image` clips the former to white and leaves what lies under the transparent.)
+    def __init__(self, samples: list[list]) -> None:
+        super().__init__(sum(samples, []))
+        self.samples = samples
+        shapes = {tuple(getattr(one, "shape", ())) for one in self}
+        if any(len(shape) != 2 for shape in shapes) or len(shapes) > 1:
+            raise ValueError(
+                f"image_features have the shapes {sorted(shapes)}; expected (tower tokens, tower width) for each image, the "
+                "same for all, in a list or stacked."
+            )
+
+
+def _by_sample(images: Any, stacked: int = 4) -> list[list]:
+    """Pictures as one list for each sample; a single picture or a flat list belongs to one sample.
 
     Args:
-        source: a PIL image, a file's bytes or path, an address or base64; an array or tensor (of a picture, or of its
-            features) is returned as it is.
-
-    Returns:
-        a PIL image of mode RGB, the given one itself if it is upright RGB already.
-
-    Raises:
-        ValueError: naming the source, if it cannot be decoded.
+        stacked: how many dimensions an array of several pictures has.
     """
-    if getattr(source, "ndim", 0) in (2, 3):
-        return source
-    requires_backends(decode_picture, ["vision"])
-    try:
-        # An address, base64, and what is no picture at all are transformers' to read, or to refuse.
-        image = source
-        if isinstance(source, bytes):
-            image = Image.open(io.BytesIO(source))
-        elif isinstance(source, str) and os.path.isfile(source):
-            image = Image.open(source)
-        if not isinstance(image, Image.Image):
-            return load_image(source)
-        if image.getexif().get(0x0112, 1) != 1:  # how the picture was held; a transposition copies even where it need not
-            image = ImageOps.exif_transpose(image)
-        if image.mode == "RGB" and not image.has_transparency_data:
-            image.load()
-            return image
-        if image.mode.startswith("I"):
-            image = image.point(lambda value: value * (1 / 257)).convert("L")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        # SyntaxError: Pillow, for a broken PNG
-        name = source if isinstance(source, str) and len(source) < 300 else type(source).__name__
-        name = f"of {len(source)} bytes" if isinstance(source, bytes) else name
-        raise ValueError(
-            f"The picture {name} cannot be decoded: {error}. Pass a PIL image, an array of shape (height, width, 3), or the "
-            "path of a picture file."
-        ) from error
+
+    def is_several(element: Any) -> bool:
+        return isinstance(element, (list, tuple)) or getattr(element, "ndim", 0) == stacked
+
+    if isinstance(images, (list, tuple)):
+        if any(map(is_several, images)):
+            return [list(element) if is_several(element) else [element] for element in images]
+        return [list(images)]
+    return [list(images)] if getattr(images, "ndim", 0) == stacked else [[images]]
 
 
 __all__ = ["DSVLProcessor"]

@@ -117,8 +117,7 @@ class DSVLChat:
 
         Args:
             text: the question.
-            images: pictures that belong to it, which stand before it: PIL images, paths, a file's bytes, arrays (height,
-                width, 3); addresses if `allow_urls`.
+            images: pictures that belong to it, which stand before it, as `read_image` takes them; addresses if `allow_urls`.
             generation: as for the constructor, for this round.
 
         Raises:
@@ -242,7 +241,7 @@ class DSVLChat:
             "use_cache": True,
         }
         if new_pictures:
-            pixels = self.processor.image_processor(images=new_pictures, return_tensors="pt")["pixel_values"]
+            pixels = self.processor(images=new_pictures, return_tensors="pt")["pixel_values"]
             inputs["pixel_values"] = pixels.to(device)
         return inputs
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..image_reading_dsvl import image_size
 from .conversations import NAMED, ON_BAD_SAMPLE, check_conversation
 from .converters import CONVERTERS, LeftOut, Record
 
@@ -211,25 +212,13 @@ def _placed(picture: Any, root: Path, out: Path) -> str:
         raise ValueError(f"a picture is {type(picture).__name__}; expected a path or bytes.")
     if not path.is_file():
         raise ValueError(f"the picture {path} does not exist.")
-    width, height = picture_size(path)
+    try:
+        width, height = image_size(path)
+    except ValueError as error:
+        raise ValueError(f"the picture {path} cannot be opened: {error}") from error
     if width <= 1 or height <= 1:
         raise LeftOut("a picture of one pixel, which stands for one that is gone")
     return os.path.relpath(path, out)
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a picture file in pixels, by its header.
-
-    Raises:
-        ValueError: if it is no picture, or too large a one to decode safely.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the picture {path} cannot be opened: {error}.") from error
 
 
 def _resumed(state_file: Path, report: Report) -> Report:

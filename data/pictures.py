@@ -9,13 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..processing_dsvl import decode_picture
+from ..image_reading_dsvl import FORMATS, MAX_BYTES, MAX_PIXELS, ImageError, file_of, read_image
 from .addresses import AddressError, fetch
 
-MAX_PIXELS = 89_000_000  # decoded, 0.27 GB; from here on Pillow warns
-MAX_BYTES = 64 * 2**20  # of a file
-# Not all that Pillow reads: some of its formats start other programs.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
 
@@ -24,36 +20,33 @@ class PictureError(ValueError):
 
 
 def open_picture(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A picture as upright RGB (`decode_picture`), refused if decoding it could take the memory of the machine.
+    """A picture as upright RGB, whatever `read_image` takes, within bounds: of its file's size, and of where it comes from.
 
     Args:
-        source: a PIL image, an array (height, width, 3) of bytes, a file's bytes or path, or an http(s) address.
-        allow_urls: whether an address is fetched (see `addresses.fetch`).
+        source: see `read_image`.
+        allow_urls: whether an http(s) address is fetched (see `addresses.fetch`).
         max_pixels: the largest picture.
 
     Raises:
         ValueError: naming the source and the reason.
     """
-    name = str(source)[:300] if isinstance(source, (str, Path)) else f"({type(source).__name__})"
-    if isinstance(source, str) and "://" in source:
+    source = file_of(source)
+    is_data = isinstance(source, str) and source[:5].lower() == "data:"
+    is_text = isinstance(source, (str, os.PathLike)) and not is_data
+    name = os.fspath(source)[:300] if is_text else "(a data URL)" if is_data else f"({type(source).__name__})"
+    if isinstance(source, str) and is_text and "://" in source:
         if not allow_urls:
             raise ValueError(f"The picture {name} is an address, and fetching is not allowed here; pass a file.")
         try:
             source = fetch(source, MAX_BYTES)
         except AddressError as error:
             raise ValueError(f"The picture {name} was not fetched: {error}.") from error
-    elif isinstance(source, (str, Path)):
+    elif is_text:
         source = _read(Path(source).expanduser(), name)
     try:
-        if isinstance(source, bytes):
-            return decode_within(source, max_pixels)
-        if not isinstance(source, Image.Image) and hasattr(source, "__array_interface__"):
-            source = Image.fromarray(source)
-        if not isinstance(source, Image.Image):
-            raise ValueError(f"A picture is a PIL image, an array, a path or bytes, not {type(source).__name__}.")
-        return _within(source, max_pixels)
-    except PictureError as error:
-        raise ValueError(f"The picture {name} {error}.") from error
+        return read_image(source, max_pixels=max_pixels, allow_urls=False)
+    except ImageError as error:
+        raise ValueError(f"The picture {name} {error.words}.") from error
 
 
 def decode_within(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
@@ -68,13 +61,9 @@ def decode_within(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[s
         PictureError: if it is larger, of another format, or broken.
     """
     try:
-        Image.init()
-        image = Image.open(io.BytesIO(data), formats=[name for name in formats if name in Image.OPEN])
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError(f"has too many pixels; at most {max_pixels:,} are taken, make it smaller") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise PictureError(f"cannot be read; pass one of {', '.join(formats)}, unbroken") from error
-    return _within(image, max_pixels)
+        return read_image(data, formats=formats, max_pixels=max_pixels)
+    except ImageError as error:
+        raise PictureError(error.words) from error
 
 
 def thumbnail(image: Image.Image, width: int, quality: int = 80) -> str:
@@ -84,16 +73,6 @@ def thumbnail(image: Image.Image, width: int, quality: int = 80) -> str:
     file = io.BytesIO()
     small.save(file, "JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _within(image: Image.Image, max_pixels: int) -> Image.Image:
-    """Decode a picture unless it is too large."""
-    if image.width * image.height > max_pixels:
-        raise PictureError(f"has {image.width} x {image.height} pixels; at most {max_pixels:,} are taken, make it smaller")
-    try:
-        return decode_picture(image)
-    except ValueError as error:
-        raise PictureError("cannot be decoded; its file may be cut or broken, pass it whole") from error
 
 
 def _read(path: Path, name: str) -> bytes:

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..processing_dsvl import CHAT_TEMPLATE, decode_picture
+from ..image_reading_dsvl import read_image
+from ..processing_dsvl import CHAT_TEMPLATE
 from .conversations import complete_messages, load_conversations, pictures_of
 from .pictures import thumbnail
 
@@ -68,7 +69,7 @@ def render(sample: dict[str, Any], processor: Any = None) -> Shown:
     (text,), (learnt,) = render_jinja_template(
         [messages], chat_template=template, return_assistant_tokens_mask=True, **tokens
     )
-    pictures = [decode_picture(source) for source in pictures_of(messages)]
+    pictures = [read_image(source) for source in pictures_of(messages)]
     return Shown(text, learnt, pictures, None if processor is None else processor.count_tokens(messages))
 
 

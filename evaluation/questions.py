@@ -213,6 +213,8 @@ def _with_plain_pictures(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(source: Any) -> str | bytes:
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return _decoded(source)
     if isinstance(source, str) and "://" not in source:
         return os.path.abspath(source)
     if not isinstance(source, (str, bytes)):
@@ -222,7 +224,7 @@ def _absolute(source: Any) -> str | bytes:
 
 def _decoded(text: Any) -> bytes:
     try:
-        return base64.b64decode(text.partition("base64,")[2] if text.startswith("data:") else text, validate=True)
+        return base64.b64decode(text.partition("base64,")[2] if text[:5].lower() == "data:" else text, validate=True)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"a picture's base64 is broken ({error}).") from error
 

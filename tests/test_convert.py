@@ -20,7 +20,7 @@ from dsvl.data import complete_messages, load_conversations
 from dsvl.data import convert as convert_module
 from dsvl.data.convert import convert
 from dsvl.data.converters.public import PLACEHOLDER, rounds, split
-from dsvl.processing_dsvl import decode_picture
+from dsvl.image_reading_dsvl import read_image
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_a_picture_looks_the_same_however_it_is_stored(photographs, tmp_path, ki
     path = stored(photographs[0], kind, tmp_path)
     expected = photographs[0].resize((40, 30))
     expected = expected.convert("L").convert("RGB") if kind == "16 bits" else expected
-    from_path, from_memory = decode_picture(str(path)), decode_picture(Image.open(path))
+    from_path, from_memory = read_image(str(path)), read_image(Image.open(path))
     assert from_path.mode == "RGB" and np.array_equal(from_path, from_memory)
     if kind == "transparent":
         assert np.asarray(from_path)[:, 40:].min() == 255

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dsvl.data import complete_messages, load_conversations
 from dsvl.data.conversations import NAMED, check_conversation, pictures_of
-from dsvl.processing_dsvl import decode_picture
+from dsvl.image_reading_dsvl import read_image
 
 QUESTION = {"role": "user", "content": "What is red?"}
 ANSWER = {"role": "assistant", "content": "A cup."}
@@ -264,7 +264,7 @@ def pixels(messages):
         if part["type"] == "text":
             return part
         (source,) = (value for key, value in part.items() if key != "type")
-        return {"type": "image", "pixels": np.asarray(decode_picture(source)).tolist()}
+        return {"type": "image", "pixels": np.asarray(read_image(source)).tolist()}
 
     return [message | {"content": [read(part) for part in message["content"]]} for message in messages]
 
@@ -334,8 +334,8 @@ def test_a_table_is_opened_without_decoding_pictures(tmp_path, column):
     rows.to_parquet(tmp_path / "table.parquet")
     (sample,) = load_conversations(tmp_path / "table.parquet")
     (source,) = pictures_of(complete_messages(sample))
-    with pytest.raises(ValueError, match="The picture of 10 bytes cannot be decoded: cannot identify"):
-        decode_picture(source)
+    with pytest.raises(ValueError, match="The picture of 10 bytes cannot be decoded: cannot identify its format"):
+        read_image(source)
 
 
 def test_broken_rows_are_named_or_counted(tmp_path, caplog):

@@ -93,13 +93,14 @@ def test_every_source_of_a_picture_is_a_path_an_address_or_bytes(folder):
         {"type": "image", "url": "https://example.org/cup.png"},
         {"type": "image", "base64": base64.b64encode(data).decode()},
         {"type": "image", "base64": "data:image/png;base64," + base64.b64encode(data).decode()},
+        {"type": "image", "url": "data:image/png;base64," + base64.b64encode(data).decode()},
         {"type": "image", "image": str(folder / "images/two.png")},
         {"type": "image"},
     ]
     sample = {"messages": [{"role": "user", "content": parts}], "images": ["images/one.png"]}
     (found,) = Questions(write(folder / "data.jsonl", sample))
     paths = [str(folder / f"images/{name}.png") for name in ("two", "one")]
-    assert found.pictures == ["https://example.org/cup.png", data, data, *paths]
+    assert found.pictures == ["https://example.org/cup.png", data, data, data, *paths]
     broken = {"messages": [{"role": "user", "content": [{"type": "image", "base64": "§"}]}]}
     with pytest.raises(ValueError, match="base64 is broken"):
         Questions(write(folder / "data.jsonl", broken))

@@ -98,7 +98,7 @@ def test_generation_from_features_is_generation_from_pictures(filled, data, proc
     (message, *_) = next(sample for sample in load_conversations(data) if "image" in str(sample))["messages"]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     answers = []
-    for sources in ({}, {"image": filled.of(message["content"][0]["path"])}):
+    for sources in ({}, {"image_features": filled.of(message["content"][0]["path"])}):
         content = [message["content"][0] if not sources else {"type": "image"} | sources, *message["content"][1:]]
         inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
         answers.append(loaded.eval().generate(**inputs, max_new_tokens=8, do_sample=False))
@@ -108,7 +108,7 @@ def test_generation_from_features_is_generation_from_pictures(filled, data, proc
 def test_pictures_and_features_do_not_mix(filled, data, processor):
     (message, *_) = next(sample for sample in load_conversations(data) if "image" in str(sample))["messages"]
     picture = message["content"][0]
-    content = [picture, {"type": "image", "image": filled.of(picture["path"])}]
+    content = [picture, {"type": "image", "image_features": filled.of(picture["path"])}]
     with pytest.raises(ValueError, match="1 of 2 pictures are given as their features"):
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
 

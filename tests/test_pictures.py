@@ -57,7 +57,7 @@ def test_a_picture_may_be_bounded_more_narrowly():
 
 def test_what_is_no_picture_is_refused(tmp_path):
     (tmp_path / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")  # Pillow starts a program
-    with pytest.raises(ValueError, match=r"page.eps cannot be read; pass one of PNG, JPEG"):
+    with pytest.raises(ValueError, match=r"page.eps cannot be read: its format is EPS; pass one of PNG, JPEG"):
         open_picture(tmp_path / "page.eps")
     (tmp_path / "cut.png").write_bytes(png(PICTURE)[:48])
     with pytest.raises(ValueError, match=r"cut.png cannot be decoded"):
@@ -66,7 +66,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
         open_picture("/dev/zero")
     with pytest.raises(ValueError, match=r"missing.png does not exist"):
         open_picture(tmp_path / "missing.png")
-    with pytest.raises(ValueError, match="not int"):
+    with pytest.raises(ValueError, match="of type int"):
         open_picture(7)
     with open(tmp_path / "large.png", "wb") as file:
         file.truncate(2**30)

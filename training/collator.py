@@ -9,7 +9,8 @@ import torch
 
 from ..data import complete_messages
 from ..data.conversations import NAMED, ON_BAD_SAMPLE, WORKERS, picture_source, worker_row
-from ..processing_dsvl import decode_picture
+from ..image_reading_dsvl import read_image
+from ..thin_images_dsvl import fit_thin_image
 from .features import FeatureCache
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,9 @@ class ConversationCollator:
         if part["type"] != "image":
             return part
         source = picture_source(part)
-        return {"type": "image", "image": decode_picture(source) if self.features is None else self.features.of(source)}
+        if self.features is not None:
+            return {"type": "image", "image_features": self.features.of(source)}
+        return {"type": "image", "image": fit_thin_image(read_image(source), self.processor.image_processor)}
 
     def _nothing(self) -> dict[str, torch.Tensor]:
         """A batch of one token with nothing to learn, for a rank that others wait for."""

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from ..data import complete_messages
 from ..data.conversations import pictures_of
+from ..image_reading_dsvl import file_of, read_image
 from ..pictures_dsvl import tower_features
-from ..processing_dsvl import decode_picture
+from ..thin_images_dsvl import fit_thin_image
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,11 @@ def picture_key(source: Any) -> str:
     Raises:
         ValueError: if it can only be hashed decoded, and cannot be decoded.
     """
-    if isinstance(source, str) and os.path.isfile(source):
+    source = file_of(source)
+    if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
         source = Path(source).read_bytes()
     if not isinstance(source, bytes):
-        pixels = np.asarray(decode_picture(source))
+        pixels = np.asarray(read_image(source))
         source = f"{pixels.dtype} {pixels.shape} ".encode() + pixels.tobytes()
     return hashlib.blake2b(source, digest_size=16).hexdigest()
 
@@ -109,7 +111,7 @@ class FeatureCache:
         """
         key = picture_key(source)
         if key not in self.files:
-            decode_picture(source)
+            read_image(source)
             raise ValueError(
                 f"The picture {source if isinstance(source, str) else type(source).__name__} is not in {self.directory}: it "
                 "was another one when its features were computed; start again."
@@ -193,8 +195,8 @@ class _NewPictures(Dataset):
             try:
                 key = picture_key(source)
                 if key not in self.known and key not in pixels:
-                    made = self.image_processor(decode_picture(source), return_tensors="pt")
-                    pixels[key] = made["pixel_values"][0]
+                    image = fit_thin_image(read_image(source), self.image_processor)
+                    pixels[key] = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
                 keys.append(key)
             except ValueError:  # told when its batch is made
                 continue

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from dsvl.data import complete_messages, load_conversations
 from dsvl.data.conversations import pictures_of
-from dsvl.processing_dsvl import decode_picture
+from dsvl.image_reading_dsvl import read_image
 
 _read: list[Any] = []  # the data set: a document of the harness is written into its logs, so it holds no pictures
 
@@ -30,7 +30,7 @@ def load(data: str, **metadata: Any) -> dict[str, Dataset]:
 
 def pictures(document: dict[str, Any]) -> list[Any]:
     """The pictures of a document's question."""
-    return [decode_picture(source) for source in pictures_of(_first_round(document["place"])[:1])]
+    return [read_image(source) for source in pictures_of(_first_round(document["place"])[:1])]
 
 
 def _first_round(place: int) -> list[dict[str, Any]]:

@@ -1,0 +1,442 @@
+"""Reading an image: whatever it is given as, to upright 8-bit RGB, within bounds.
+
+Whatever looks at an image's pixels reads it here: the processor, the collator, the data tools, chat, serving, evaluation.
+"""
+
+import base64
+import binascii
+import io
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import numpy as np
+import torch
+from transformers.utils import requires_backends
+
+try:
+    from PIL import Image, ImageFile
+except ImportError:  # texts alone do without
+    Image = ImageFile = None  # type: ignore[assignment]
+
+MAX_PIXELS = 89_000_000  # decoded, 0.27 GB; from here on Pillow warns
+MAX_BYTES = 64 * 2**20  # of a file that is fetched
+FETCH_SECONDS = 60.0  # without a byte
+# Not all that Pillow reads: some of its formats start other programs (EPS, Ghostscript), and most are hardly ever used.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+
+_ORIENTATION = 0x0112  # EXIF's tag
+_BITS_PER_SAMPLE = 258  # TIFF's
+_PNG = b"\x89PNG\r\n\x1a\n"
+_SMALLEST_FILE = 24  # bytes: less is no image, whatever its base64 looks like
+_RESCALE = "pass integers of 0..255 or 0..65535, or floats of 0..1 or 0..255"
+
+
+class ImageError(ValueError):
+    """An image that is refused.
+
+    Attributes:
+        words: what is wrong with it and what to do, without its name: words for whoever sent the image, which say nothing of
+            this machine.
+    """
+
+    words: str = ""
+
+
+class _Refused(Exception):
+    """Why an image is refused, whose name is not known here."""
+
+    def __init__(self, detail: str, remedy: str, words: str | None = None) -> None:
+        super().__init__(detail)
+        self.detail, self.remedy = detail, remedy
+        self.words = words or f"cannot be decoded: {detail}; {remedy}"
+
+    def of(self, name: str) -> ImageError:
+        """The error for an image that is called so."""
+        error = ImageError(f"The picture {name} cannot be decoded: {self.detail}; {self.remedy}.")
+        error.words = self.words
+        return error
+
+
+def read_image(
+    source: Any,
+    *,
+    formats: Sequence[str] = FORMATS,
+    max_pixels: int = MAX_PIXELS,
+    input_data_format: str | None = None,
+    allow_urls: bool = True,
+) -> "Image.Image":
+    """An image as upright 8-bit RGB, whatever it is given as.
+
+    A file's first frame is shown, EXIF's rotation is applied, and transparency lies on white. Grey levels are decided by the
+    type and, where that leaves it open, by the range of the values:
+
+    - bool: black and white;
+    - 8 bits: as they are; 16 bits unsigned, and the 16-bit greys of PNG, PPM and TIFF: their whole range becomes 0..255;
+    - other integers: as they are if all lie in 0..255, as 16 bits if all lie in 0..65535;
+    - floats: 0..1 becomes 0..255 if all lie in 0..1, and they are rounded as they are if all lie in 0..255 and one is at
+      least 2.
+
+    Args:
+        source: one of
+            - a PIL image;
+            - a file: its path (`str` or `os.PathLike`), its bytes, an object to read bytes from such as `io.BytesIO`, or
+              `{"bytes", "path"}` as `datasets` stores it;
+            - text: an http(s) or file URL, a data URL, or base64;
+            - an array or tensor of shape (height, width), (height, width, channels) or (channels, height, width) with 1
+              (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels. Where both ends of a shape could be the channels, 3 or 4
+              are preferred to 1 or 2.
+        formats: Pillow's names of the file formats that are read.
+        max_pixels: of the largest image.
+        input_data_format: "channels_first" or "channels_last", for arrays whose shape does not tell.
+        allow_urls: whether http(s) URLs are fetched and file URLs opened.
+
+    Returns:
+        A PIL image of mode RGB; the given one itself if it is upright RGB already.
+
+    Raises:
+        ImageError: (a `ValueError`) naming the source, the reason and the remedy: for what is no image, is broken, of
+            another format, without pixels or of too many, or has values whose meaning cannot be told.
+    """
+    requires_backends(read_image, ["vision"])
+    try:
+        return _read(source, formats, max_pixels, input_data_format, allow_urls)
+    except _Refused as refused:
+        raise refused.of(_name(source)) from refused.__cause__
+
+
+def image_size(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of an image file by its header, in pixels; nothing is decoded.
+
+    Raises:
+        ImageError: if by its header alone `read_image` would refuse it.
+    """
+    requires_backends(image_size, ["vision"])
+    try:
+        with _open_path(path) as file:
+            return _opened(file, FORMATS, max_pixels).size
+    except _Refused as refused:
+        raise refused.of(os.fspath(path)) from refused.__cause__
+
+
+def file_of(source: Any) -> Any:
+    """What `datasets` stores an image as, `{"bytes", "path"}`, as the bytes, or else the path; anything else as it is.
+
+    Raises:
+        ValueError: if it holds neither.
+    """
+    if not isinstance(source, dict):
+        return source
+    if strange := sorted(map(str, set(source) - {"bytes", "path"})):
+        raise ValueError(f"A stored picture has the keys bytes and path; got {', '.join(strange)}.")
+    held = source.get("bytes") if source.get("bytes") is not None else source.get("path")
+    if held is None:
+        raise ValueError("A stored picture has neither bytes nor a path; pass one of them.")
+    return held
+
+
+# -- what it is given as ---------------------------------------------------------------------------------------------------
+
+
+def _read(
+    source: Any, formats: Sequence[str], max_pixels: int, input_data_format: str | None, allow_urls: bool
+) -> "Image.Image":
+    if isinstance(source, dict):
+        try:
+            source = file_of(source)
+        except ValueError as error:
+            raise _Refused(str(error).rstrip("."), 'pass {"bytes": ..., "path": ...}') from error
+    if isinstance(source, Image.Image):
+        # Loading a file that the caller has only opened is reading it.
+        if (getattr(source, "tile", None) or isinstance(source, ImageFile.StubImageFile)) and source.format not in formats:
+            raise _other_format(source.format, formats)
+        return _to_rgb(source, max_pixels)
+    if isinstance(source, (torch.Tensor, np.ndarray)) or hasattr(source, "__array__"):
+        return _to_rgb(_from_array(source, max_pixels, input_data_format), max_pixels)
+    if isinstance(source, str):
+        source = _from_text(source, allow_urls)
+    if isinstance(source, os.PathLike):
+        with _open_path(source) as file:
+            return _to_rgb(_opened(file, formats, max_pixels), max_pixels)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _to_rgb(_opened(io.BytesIO(source), formats, max_pixels), max_pixels)
+    if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
+        return _to_rgb(_opened(source, formats, max_pixels), max_pixels)
+    raise _Refused(
+        "it is a text file" if isinstance(source, io.TextIOBase) else f"it is of type {type(source).__name__}",
+        "pass a PIL image, an array of shape (height, width, 3), an image file's path or bytes, or a file in binary mode",
+    )
+
+
+def _from_text(text: str, allow_urls: bool) -> Any:
+    """A path, or the bytes that a URL or base64 stands for."""
+    scheme = text.partition(":")[0].lower() if "://" in text[:10] else ""
+    if text[:5].lower() == "data:":
+        head, comma, data = text.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise _Refused("it is no base64 data URL", "pass data:image/png;base64,...")
+        decoded = _from_base64(data)
+        if decoded is None:
+            raise _Refused("its base64 is not valid", "encode its file's bytes")
+        return decoded
+    if scheme in ("http", "https", "file") and not allow_urls:
+        raise _Refused("it is an address, and fetching is not allowed here", "pass a file")
+    if scheme in ("http", "https"):
+        return _fetch(text)
+    if scheme == "file":
+        return Path(url2pathname(urlsplit(text).path))
+    if os.path.isfile(text):
+        return Path(text)
+    decoded = _from_base64(text)
+    if decoded is None or len(decoded) < _SMALLEST_FILE:
+        raise _Refused("it is no file, no address and no base64 of a picture", "pass the path of an image file")
+    return decoded
+
+
+def _from_base64(text: str) -> bytes | None:
+    """Decoded; None if it is no base64. Lines may be broken anywhere."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _fetch(url: str) -> bytes:
+    import httpx  # transformers' own way to the Hub
+
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=FETCH_SECONDS) as response:
+            response.raise_for_status()
+            body = bytearray()
+            for part in response.iter_bytes():
+                body += part
+                if len(body) > MAX_BYTES:
+                    raise _Refused(f"it is larger than {MAX_BYTES:,} bytes", "pass a smaller file")
+            return bytes(body)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _Refused(f"it was not fetched ({error})", "pass an address that answers, or a file") from error
+
+
+def _open_path(path: str | os.PathLike) -> BinaryIO:
+    if not os.path.isfile(path):  # nor is a pipe or a device opened, which may never end
+        raise _Refused("it does not exist, or is no file", "pass the path of an image file")
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise _Refused(f"its file cannot be opened ({error.strerror})", "make it readable") from error
+
+
+def _name(source: Any) -> str:
+    """How a message calls an image: by what finds it again, and never by its content."""
+    if isinstance(source, dict):
+        source = next((source[key] for key in ("path", "bytes") if source.get(key) is not None), source)
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"of {len(source)} bytes"
+    if isinstance(source, str):
+        short = len(source) < 300 and source[:5].lower() != "data:"
+        return source if short else f"given as {len(source):,} characters"
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "")) or f"of mode {source.mode}"
+    if hasattr(source, "shape") and hasattr(source, "dtype"):
+        return f"of shape {tuple(source.shape)} and type {source.dtype}"
+    return type(source).__name__
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def _opened(file: BinaryIO, formats: Sequence[str], max_pixels: int) -> "Image.Image":
+    """A file's header; its pixels are not decoded yet."""
+    Image.init()
+    try:
+        image = Image.open(file, formats=[name for name in formats if name in Image.OPEN])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large("too many", max_pixels) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a broken header makes them stumble over
+        raise _unknown_format(file, formats) from error
+    _check_size(image.width, image.height, max_pixels)
+    return image
+
+
+def _unknown_format(file: BinaryIO, formats: Sequence[str]) -> _Refused:
+    """Of a file that Pillow's readers of these formats do not take: what it seems to be, told by its first bytes alone."""
+    try:
+        file.seek(0)
+        start = file.read(32).ljust(32, b"\0")
+    except (OSError, ValueError):  # it cannot be read a second time
+        start = bytes(32)
+    if start.startswith(_PNG) and "PNG" in formats:
+        width, height = struct.unpack(">II", start[16:24])
+        if not width or not height:
+            return _without_pixels(width, height)
+    for name, (_, accepts) in sorted(Image.OPEN.items()):
+        if name not in formats and accepts is not None and accepts(start) is True:
+            return _other_format(name, formats)
+    remedy = f"pass one of {', '.join(formats)}, unbroken"
+    return _Refused("cannot identify its format", remedy, f"cannot be read; {remedy}")
+
+
+def _other_format(name: str | None, formats: Sequence[str]) -> _Refused:
+    remedy = f"pass one of {', '.join(formats)}"
+    return _Refused(f"its format is {name}", remedy, f"cannot be read: its format is {name}; {remedy}")
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise _without_pixels(width, height)
+    if width * height > max_pixels:
+        raise _too_large(f"{width} x {height}", max_pixels)
+
+
+def _without_pixels(width: int, height: int) -> _Refused:
+    remedy = "pass one with at least one pixel"
+    return _Refused(f"it has {width} x {height} pixels", remedy, f"has {width} x {height} pixels; {remedy}")
+
+
+def _too_large(pixels: str, max_pixels: int) -> _Refused:
+    remedy = f"at most {max_pixels:,} are taken, make it smaller"
+    return _Refused(f"it has {pixels} pixels", remedy, f"has {pixels} pixels; {remedy}")
+
+
+# -- pixels --------------------------------------------------------------------------------------------------------------
+
+
+def _to_rgb(image: "Image.Image", max_pixels: int) -> "Image.Image":
+    """Decode an opened image, and make it upright RGB."""
+    _check_size(image.width, image.height, max_pixels)
+    try:
+        image.load()
+        # After loading: Pillow turns a TIFF by itself then, and says so here.
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        upright = _to_mode_rgb(image)
+    except (_Refused, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
+        raise _Refused(
+            str(error) or type(error).__name__,
+            "its file may be cut or broken, pass it whole",
+            "cannot be decoded; its file may be cut or broken, pass it whole",
+        ) from error
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    if orientation in turns:
+        upright = upright.transpose(turns[orientation])
+    if upright is not image:
+        upright.info = {}  # what it says of rotation and transparency has been done
+    return upright
+
+
+def _to_mode_rgb(image: "Image.Image") -> "Image.Image":
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I;16"):
+        # Of a TIFF's 12 bits Pillow makes 16 without scaling them.
+        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+        return _from_greys(_scaled(np.asarray(image), 2**bits - 1), image)
+    if image.mode == "I":
+        # PNG and PPM have no more than 16 bits, which Pillow may give as 32.
+        greys = np.asarray(image)
+        return _from_greys(_scaled(greys, 65535) if image.format in ("PNG", "PPM") else _to_bytes(greys), image)
+    if image.mode == "F":
+        return _from_greys(_to_bytes(np.asarray(image)), image)
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_greys(greys: np.ndarray, image: "Image.Image") -> "Image.Image":
+    """RGB of an image's grey levels in 8 bits, white where the image is transparent."""
+    clear = image.info.get("transparency")  # one of its own grey levels
+    if isinstance(clear, int):
+        greys = np.where(np.asarray(image) == clear, np.uint8(255), greys)
+    return Image.fromarray(greys).convert("RGB")
+
+
+def _from_array(source: Any, max_pixels: int, input_data_format: str | None) -> "Image.Image":
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    try:
+        array = np.asarray(source)
+    except Exception as error:  # whatever the caller's own type raises
+        raise _Refused(f"it does not give an array ({error})", "pass a NumPy array") from error
+    array = _channels_last(array, input_data_format)
+    _check_size(array.shape[1], array.shape[0], max_pixels)
+    array = np.ascontiguousarray(_to_bytes(array))
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
+    """An image of any layout as (height, width, channels)."""
+    if array.ndim == 2:
+        return array[..., None]
+    expected = "pass (height, width), (height, width, channels) or (channels, height, width) with 1 to 4 channels"
+    if array.ndim != 3:
+        raise _Refused(f"it has {array.ndim} dimensions", f"{expected}, and several images as a list")
+    if input_data_format not in (None, "channels_first", "channels_last"):
+        raise _Refused(f"input_data_format={input_data_format!r} is not known", "pass 'channels_first' or 'channels_last'")
+    ends = {"channels_first": array.shape[0], "channels_last": array.shape[2]}
+    possible = [name for name, channels in ends.items() if 1 <= channels <= 4 and input_data_format in (None, name)]
+    if len(possible) == 2:
+        possible = [name for name in possible if ends[name] >= 3] or possible
+    if not possible:
+        raise _Refused(f"its shape {array.shape} has no channels", expected)
+    if len(possible) == 2 and array.shape != (1, 1, 1):
+        raise _Refused(f"its shape {array.shape} may have its channels first or last", "pass input_data_format=")
+    return array if possible[0] == "channels_last" else np.moveaxis(array, 0, -1)
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """Grey levels of any type as 8 bits; see `read_image` for the rule."""
+    kind = values.dtype.kind
+    if values.dtype == np.uint8:
+        return values
+    if kind == "b":
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype == np.uint16:
+        return _scaled(values, 65535)
+    if kind not in "iuf":
+        raise _Refused(f"its values are of type {values.dtype}", _RESCALE)
+    low, high = values.min(), values.max()
+    if kind in "iu" and low >= 0 and high <= 65535:
+        return values.astype(np.uint8) if high <= 255 else _scaled(values, 65535)
+    # Half a level beyond the ends still rounds to them.
+    if kind == "f" and low >= -0.5 / 255 and high <= 1 + 0.5 / 255:
+        return _rounded(values, 255)
+    if kind == "f" and low >= -0.5 and 2 <= high <= 255.5:
+        if values.ndim == 3 and values.shape[2] in (2, 4) and 0 < values[..., -1].max() <= 1:
+            raise _Refused(f"its values go up to {high:g} and its alpha to {values[..., -1].max():g}", _RESCALE)
+        return _rounded(values, 1)
+    features = ", or what a vision tower gave as image_features=" if values.ndim == 3 and values.shape[2] == 1 else ""
+    raise _Refused(f"its values lie between {low:g} and {high:g}, which tells no grey levels", _RESCALE + features)
+
+
+def _scaled(values: np.ndarray, largest: int) -> np.ndarray:
+    """Integers of 0..largest as 0..255."""
+    if values.max() > largest or values.min() < 0:
+        raise _Refused(f"its values lie between {values.min()} and {values.max()}", f"expected 0 to {largest}")
+    if largest == 65535:  # in the type's own width: 65535 is 255 times 257
+        return (values // 257).astype(np.uint8)
+    return (values.astype(np.uint32) * 255 // largest).astype(np.uint8)
+
+
+def _rounded(values: np.ndarray, factor: int) -> np.ndarray:
+    values = values.astype(np.float32) * factor
+    return np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8)
