@@ -16,7 +16,8 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from transformers.utils import requires_backends
+
+from .transformers_dsvl import requires_backends
 
 try:
     from PIL import Image, ImageFile

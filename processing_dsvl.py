@@ -1,14 +1,15 @@
 """The DSVL processor: pictures and conversations to model inputs."""
 
+import inspect
 from importlib import import_module
 from typing import Any
 
 from tokenizers.normalizers import Replace, Sequence
 from transformers import AddedToken, ProcessorMixin
-from transformers.processing_utils import MultiModalData
 
 from .image_reading_dsvl import read_image
 from .thin_images_dsvl import fit_thin_image
+from .transformers_dsvl import MultiModalData, ProcessingKwargs, Unpack
 
 decode_picture = read_image  # its name until now
 
@@ -135,25 +136,57 @@ class DSVLProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        *,
+        image_features: Any = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> Any:
         """Texts and their pictures to model inputs; see `ProcessorMixin.__call__`. The modality of each token goes along.
 
-        Texts that begin with the tokenizer's BOS token, as rendered conversations do, get no second one.
+        Args:
+            images: what `read_image` takes: one, a flat list, or a list for each text.
+            text: one or several. Those that begin with the tokenizer's BOS token, as rendered conversations do, get no
+                second one.
+            image_features: instead of `images`, what the model's tower gave for each
+                (`get_image_features(...).last_hidden_state`), of shape (tower tokens, tower width) each, in lists as images
+                are or stacked. The output then holds them as `image_features` instead of `pixel_values`.
+            kwargs: of the tokenizer and of the image processor, flat or as `text_kwargs` and `images_kwargs`.
 
-        `images` are what `read_image` takes. `image_features` may be passed instead: what the model's tower gave for each
-        image (`get_image_features(...).last_hidden_state`), of shape (tower tokens, tower width) each, in lists as images
-        are or stacked; the output then holds them as `image_features` instead of `pixel_values`.
+        Raises:
+            TypeError: for a keyword that neither of them knows.
+            ValueError: if images and texts do not go together, or an image cannot be read.
         """
-        if (image_features := kwargs.pop("image_features", None)) is not None:
-            if args or kwargs.get("images") is not None:
-                raise ValueError("Pass images or image_features, by name: they are the same images.")
-            kwargs["images"] = _Features(_by_sample(image_features, stacked=3))
+        self._check_keywords(kwargs)
+        if image_features is not None:
+            if images is not None:
+                raise ValueError("Pass images or image_features, not both: they are the same images.")
+            images = _Features(_by_sample(image_features, stacked=3))
         kwargs.setdefault("return_mm_token_type_ids", self.return_mm_token_type_ids)
-        text = kwargs.get("text", args[1] if len(args) > 1 else None)
         texts, bos = [text] if isinstance(text, str) else text or [], self.tokenizer.bos_token
         if texts and bos and all(isinstance(one, str) and one.startswith(bos) for one in texts):
             kwargs.setdefault("add_special_tokens", False)
-        return super().__call__(*args, **kwargs)
+        return super().__call__(images, text, **kwargs)
+
+    def _check_keywords(self, kwargs: dict[str, Any]) -> None:
+        """Refuse what transformers would ignore with a warning, or without one.
+
+        Raises:
+            TypeError: naming the first.
+        """
+        groups = self.valid_processor_kwargs.__annotations__
+        known = {"common_kwargs", *groups, *_call_keywords(self.tokenizer)}
+        for group, part in (("text_kwargs", None), ("images_kwargs", self.image_processor)):
+            known |= set(groups[group].__annotations__)
+            known |= set(getattr(getattr(part, "valid_kwargs", None), "__annotations__", {}))
+        for name, value in kwargs.items():
+            if value is not None and name not in known:
+                raise TypeError(
+                    f"DSVLProcessor got an unexpected keyword argument {name!r}: neither its tokenizer nor its image "
+                    "processor knows it; check its spelling, or leave it out."
+                )
 
     @property
     def model_input_names(self) -> list[str]:
@@ -281,6 +314,11 @@ class DSVLProcessor(ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
+
+
+def _call_keywords(tokenizer: Any) -> set[str]:
+    """The named arguments of a tokenizer's call."""
+    return set(inspect.signature(type(tokenizer).__call__).parameters) - {"self", "kwargs"}
 
 
 def _read_images(images: list, images_kwargs: dict | None = None, **kwargs: Any) -> list:

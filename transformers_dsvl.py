@@ -36,7 +36,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils import TransformersKwargs, requires_backends
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -79,6 +79,7 @@ MEMBERS: dict[type, tuple[str, ...]] = {
         "_check_special_mm_tokens",
         "_process_images",
         "prepare_inputs_layout",
+        "valid_processor_kwargs",
         "validate_inputs",
     ),
 }
@@ -180,7 +181,9 @@ __all__ = [
     "DynamicLayer",
     "GradientCheckpointingLayer",
     "MultiModalData",
+    "ProcessingKwargs",
     "StaticLayer",
+    "Unpack",
     "can_return_tuple",
     "capture_outputs",
     "causal_mask_function",

@@ -1,5 +1,6 @@
 """From conversations and pictures to model inputs."""
 
+import inspect
 import json
 
 import numpy as np
@@ -269,3 +270,24 @@ def test_a_slow_tokenizer_is_refused(processor):
 
     with pytest.raises(ValueError, match="Slow is not backed by the `tokenizers` library"):
         DSVLProcessor(processor.image_processor, Slow())
+
+
+def test_the_call_shows_its_signature(processor):
+    parameters = inspect.signature(processor.__call__).parameters
+    assert list(parameters) == ["images", "text", "image_features", "kwargs"]
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_keywords_reach_their_part(processor, picture, flat):
+    images = {"crop_size": {"height": 14, "width": 14}, "size": {"shortest_edge": 14}, "do_normalize": False}
+    text = {"padding": "max_length", "max_length": 30, "padding_side": "right"}
+    given = images | text if flat else {"images_kwargs": images, "text_kwargs": text}
+    inputs = processor(text="<image> x", images=picture, return_tensors="pt", **given)
+    assert inputs["pixel_values"].shape == (1, 3, 14, 14) and inputs["pixel_values"].min() >= 0
+    assert inputs["input_ids"].shape == (1, 30) and inputs["input_ids"][0, -1] == processor.tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("name", ["crop_sizes", "videos", "audio"])
+def test_a_keyword_that_no_part_knows_is_named(processor, picture, name):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        processor(text="<image> x", images=picture, **{name: [1]})
