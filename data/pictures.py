@@ -11,6 +11,9 @@ from PIL import Image
 
 from ..processing_dsvl import decode_picture
 from .addresses import AddressError, fetch
+from .bad_samples import shortened
+from .forms import decode_data_url
+from .messages import is_address
 
 MAX_PIXELS = 89_000_000  # decoded, 0.27 GB; from here on Pillow warns
 MAX_BYTES = 64 * 2**20  # of a file
@@ -34,15 +37,9 @@ def open_picture(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PI
     Raises:
         ValueError: naming the source and the reason.
     """
-    name = str(source)[:300] if isinstance(source, (str, Path)) else f"({type(source).__name__})"
-    if isinstance(source, str) and "://" in source:
-        if not allow_urls:
-            raise ValueError(f"The picture {name} is an address, and fetching is not allowed here; pass a file.")
-        try:
-            source = fetch(source, MAX_BYTES)
-        except AddressError as error:
-            raise ValueError(f"The picture {name} was not fetched: {error}.") from error
-    elif isinstance(source, (str, Path)):
+    name = shortened(str(source)) if isinstance(source, (str, Path)) else f"({type(source).__name__})"
+    source = fetched(source, allow_urls)
+    if isinstance(source, (str, Path)):
         source = _read(Path(source).expanduser(), name)
     try:
         if isinstance(source, bytes):
@@ -54,6 +51,32 @@ def open_picture(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PI
         return _within(source, max_pixels)
     except PictureError as error:
         raise ValueError(f"The picture {name} {error}.") from error
+
+
+def fetched(source: Any, allow_urls: bool = False) -> Any:
+    """An image's source, with what an address or a data URL stands for in its place: the file's bytes.
+
+    Args:
+        source: an http(s) address, a data URL; anything else is returned as it is. Not `file://`, which a stranger may have
+            written: those of a data file have been made paths when it was read.
+        allow_urls: whether an address is fetched (see `addresses.fetch`).
+
+    Raises:
+        ValueError: naming the source and the reason.
+    """
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return decode_data_url(source)
+    if not is_address(source):
+        return source
+    name = shortened(source)
+    if not allow_urls:
+        raise ValueError(
+            f"The picture {name} is an address, and fetching is not allowed here; pass a file, or allow it (--allow-urls)."
+        )
+    try:
+        return fetch(source, MAX_BYTES)
+    except AddressError as error:
+        raise ValueError(f"The picture {name} was not fetched: {error}.") from error
 
 
 def decode_within(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
