@@ -113,9 +113,12 @@ def stops_the_run(error: BaseException) -> bool:
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    if not isinstance(error, ValueError) or not text:  # written by somebody who did not know what a sample is
+    if isinstance(error, RecursionError):
+        text = "is nested too deeply."
+    elif not isinstance(error, ValueError) or not text:  # written by somebody who did not know what a sample is
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return shortened(text, REASON)
+    text = shortened(text, REASON)
+    return text if text.endswith((".", "!", "?", ")")) else f"{text}."
 
 
 class BadSamples:

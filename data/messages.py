@@ -8,6 +8,7 @@ may have a `weight` of 0, then it is read but not trained on; `references` are a
 """
 
 import os
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from .bad_samples import Location, shortened
@@ -108,7 +109,7 @@ def is_address(source: Any) -> bool:
     return isinstance(source, str) and "://" in source[:20]
 
 
-def _refuse_keys(where: dict[str, Any], keys: set[Any], name: str, known: frozenset[str]) -> None:
+def _refuse_keys(where: dict[str, Any], keys: AbstractSet[Any], name: str, known: frozenset[str]) -> None:
     given = sorted(str(key) for key in keys if is_given(where[key]))
     if given:
         raise ValueError(

@@ -203,8 +203,8 @@ def _open(source: str, split: str) -> tuple[Any, _Reader, Form]:
         records = opener(path)
         form = look_at(records)
         tell(form, str(path))
-        parts = _parts(len(records), min(max(len(records), 1), SHARDS))
-        rows = datasets.IterableDataset.from_generator(_indices, gen_kwargs={"parts": parts})
+        spans = _parts(len(records), min(max(len(records), 1), SHARDS))
+        rows = datasets.IterableDataset.from_generator(_indices, gen_kwargs={"parts": spans})
         return rows, _Indices(records), form
     root = path if path.is_dir() else path.parent
     if path.suffix in TABLE_SUFFIXES:
