@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .bad_samples import shortened
+from .bad_samples import shortened, stops_the_run
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -362,12 +362,12 @@ def open_table(source: str, split: str = "train") -> Any:
     if path.suffix in TABLE_SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file; pass one, or a data set's name.")
-        return _loaded(source, path.suffix[1:], data_files=source, split="train")
+        return load_table(source, path.suffix[1:], data_files=source, split="train")
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         loaded = datasets.load_from_disk(source)
         return loaded if isinstance(loaded, datasets.Dataset) else _split(loaded, split, source)
     check_is_no_path(source)
-    return _split(_loaded(source, source), split, source)
+    return _split(load_table(source, source), split, source)
 
 
 def import_datasets() -> Any:
@@ -381,11 +381,14 @@ def import_datasets() -> Any:
     return datasets
 
 
-def _loaded(source: str, *args: Any, **kwargs: Any) -> Any:
+def load_table(source: str, *args: Any, **kwargs: Any) -> Any:
+    """`datasets.load_dataset(*args, **kwargs)`, whose errors name a local source."""
     datasets = import_datasets()
     try:
         return datasets.load_dataset(*args, **kwargs)
-    except datasets.exceptions.DatasetGenerationError as error:
+    except Exception as error:  # Arrow and datasets have many, few of which name the file
+        if stops_the_run(error) or not Path(source).exists():
+            raise
         raise ValueError(f"{source} cannot be read: {shortened(str(error.__cause__ or error))}.") from error
 
 

@@ -20,6 +20,7 @@ from .files import (
     check_is_no_path,
     check_is_there,
     import_datasets,
+    load_table,
     metadata_of,
     parse_json,
     reader_of,
@@ -210,13 +211,13 @@ def _open(source: str, split: str) -> tuple[Any, _Reader, Form]:
     if path.suffix in TABLE_SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file; pass one, or a data set's name.")
-        rows = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=True)
+        rows = load_table(source, path.suffix[1:], data_files=str(path), split="train", streaming=True)
     elif path.is_dir() and (path / "state.json").exists():
         saved = datasets.load_from_disk(str(path))
         rows = saved.to_iterable_dataset(num_shards=min(len(saved), SHARDS))
     else:
         check_is_no_path(source)
-        rows = datasets.load_dataset(source, split=split, streaming=True)
+        rows = load_table(source, source, split=split, streaming=True)
     if rows.features is not None:
         rows = rows.cast(without_decoding(rows.features))
     reader = _Reader(source, root if path.exists() else None)
