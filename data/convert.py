@@ -182,7 +182,7 @@ def _convert_chunk(task: tuple[str, str, str, int, list[Record]]) -> list[_Conve
                 line.encode()
         except BadSample as error:
             if isinstance(error.__cause__, LeftOut):
-                converted.append(_Converted(record.id, None, record.dropped, left_out=error.reason))
+                converted.append(_Converted(record.id, None, record.dropped, left_out=str(error.__cause__)))
             else:
                 converted.append(_Converted(record.id, None, record.dropped, broken=error.reason))
         else:
