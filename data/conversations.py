@@ -23,7 +23,7 @@ from .bad_samples import (
     one_sample,
     worker_row,
 )
-from .files import Records, open_records
+from .files import open_records
 from .forms import Form, recognised
 from .messages import (
     ROLES,
@@ -35,6 +35,7 @@ from .messages import (
     picture_source,
     pictures_of,
 )
+from .records import Records
 
 __all__ = [
     "NAMED",

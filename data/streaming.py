@@ -15,20 +15,18 @@ from .bad_samples import MAX_BAD_SAMPLES, BadSample, BadSamples, Location, one_s
 from .conversations import LOOKED_AT, as_sample, look_at, tell
 from .files import (
     TABLE_SUFFIXES,
-    JsonRecords,
-    Records,
     check_is_no_path,
     check_is_there,
     import_datasets,
     load_table,
     metadata_of,
-    parse_json,
     reader_of,
     without_decoding,
     without_nones,
 )
 from .forms import Form, recognised
 from .messages import SAMPLE_KEYS, check_conversation
+from .records import JsonRecords, Records, parse_json
 
 SHARDS = 64  # of a JSON lines file, at most; workers and processes share them out
 SHARD_BYTES = 1 << 16  # at least
