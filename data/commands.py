@@ -2,6 +2,12 @@
 
 import argparse
 import sys
+from typing import Any
+
+MAX_BAD_SAMPLES_HELP = (
+    "stop when more than this share of the samples had to be skipped, taken of at least 100 samples: of fewer, 5 may be "
+    "(default 0.05)"
+)
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,6 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     one.add_argument("--seed", type=int, default=0, help="of what is chosen at random (default 0)")
     one.add_argument("--workers", type=int, default=0, help="processes beside this one (default 0)")
     one.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="a broken record (default error)")
+    one.add_argument("--max-bad-samples", type=float, default=0.05, help=MAX_BAD_SAMPLES_HELP)
     one.set_defaults(run=_convert)
 
     one = actions.add_parser("list", help="the data sets that can be converted")
@@ -27,6 +34,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     one.add_argument("-n", "--number", type=int, default=3, help="how many (default 3)")
     one.add_argument("--model", help="a checkpoint, whose template and tokens are used then")
     one.add_argument("--html", metavar="FILE", help="write a page with the pictures instead")
+    one.add_argument("--on-bad-sample", choices=("error", "skip"), default="skip", help="a broken sample (default skip)")
+    one.add_argument("--allow-urls", action="store_true", help="pictures may be http(s) addresses, which are fetched")
     one.set_defaults(run=_show)
 
 
@@ -42,6 +51,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         on_bad_sample=arguments.on_bad_sample,
         progress=True,
+        max_bad_samples=arguments.max_bad_samples,
     )
     print("\n".join(report.lines()))
 
@@ -61,9 +71,10 @@ def _show(arguments: argparse.Namespace) -> None:
         from transformers import AutoProcessor
 
         processor = AutoProcessor.from_pretrained(arguments.model)
+    options: dict[str, Any] = {"on_bad_sample": arguments.on_bad_sample, "allow_urls": arguments.allow_urls}
     if arguments.html is not None:
-        show_page(arguments.file, arguments.html, arguments.number, processor)
+        show_page(arguments.file, arguments.html, arguments.number, processor, **options)
         print(arguments.html)
         return
-    for text in show(arguments.file, arguments.number, processor, color=sys.stdout.isatty()):
+    for text in show(arguments.file, arguments.number, processor, color=sys.stdout.isatty(), **options):
         print(text)

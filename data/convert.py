@@ -17,8 +17,19 @@ from typing import Any
 from tqdm import tqdm
 
 from ..image_reading_dsvl import image_size
-from .conversations import NAMED, ON_BAD_SAMPLE, check_conversation
+from .bad_samples import (
+    MAX_BAD_SAMPLES,
+    NAMED,
+    ON_BAD_SAMPLE,
+    BadSample,
+    TooManyBadSamples,
+    are_too_many,
+    one_sample,
+    shortened,
+    too_many,
+)
 from .converters import CONVERTERS, LeftOut, Record
+from .messages import check_conversation
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +90,7 @@ def convert(
     workers: int = 0,
     on_bad_sample: str = "error",
     progress: bool = False,
+    max_bad_samples: float = MAX_BAD_SAMPLES,
 ) -> Report:
     """Convert a data set to `out/NAME.jsonl`, pictures by relative paths; `out/NAME.report.json` says what was left out.
 
@@ -91,9 +103,10 @@ def convert(
         limit: stop after so many conversations.
         workers: processes beside this one.
         on_bad_sample: "error" or "skip": a broken record, or one whose picture is absent or cannot be opened.
+        max_bad_samples: the share of records that may be skipped as broken, see `BadSamples`.
 
     Raises:
-        ValueError: for a broken record, with its id, or an unknown name.
+        ValueError: for a broken record, with its id, too many of them, or an unknown name.
         FileNotFoundError: if a raw file is absent.
     """
     if name not in CONVERTERS:
@@ -126,7 +139,7 @@ def convert(
             for one in converted:
                 if limit is not None and report.samples >= limit:
                     break
-                _take_up(one, report, file)
+                _take_up(one, report, file, max_bad_samples)
             file.flush()
             os.fsync(file.fileno())
             report.written = file.tell()
@@ -160,20 +173,25 @@ def _convert_chunk(task: tuple[str, str, str, int, list[Record]]) -> list[_Conve
         # Numbers of its own: neither workers nor records before it change what is chosen.
         random = Random(f"{seed} {name} {record.id}")
         try:
-            sample = CONVERTERS[name].convert(record.value, random)
-            sample["images"] = [_placed(picture, Path(root), Path(out)) for picture in sample["images"]]
-            check_conversation(sample | {"images": [os.path.join(out, path) for path in sample["images"]]})
-        except LeftOut as reason:
-            converted.append(_Converted(record.id, None, record.dropped, left_out=str(reason)))
-        except ValueError as error:
-            converted.append(_Converted(record.id, None, record.dropped, broken=str(error)))
+            with one_sample():
+                if record.broken is not None:
+                    raise BadSample(record.broken)
+                sample = CONVERTERS[name].convert(record.value, random)
+                sample["images"] = [_placed(picture, Path(root), Path(out)) for picture in sample["images"]]
+                check_conversation(sample | {"images": [os.path.join(out, path) for path in sample["images"]]})
+                line = json.dumps(sample, ensure_ascii=False)
+                line.encode()
+        except BadSample as error:
+            if isinstance(error.__cause__, LeftOut):
+                converted.append(_Converted(record.id, None, record.dropped, left_out=str(error.__cause__)))
+            else:
+                converted.append(_Converted(record.id, None, record.dropped, broken=error.reason))
         else:
-            line = json.dumps(sample, ensure_ascii=False)
             converted.append(_Converted(record.id, line, record.dropped))
     return converted
 
 
-def _take_up(one: _Converted, report: Report, file: Any) -> None:
+def _take_up(one: _Converted, report: Report, file: Any, max_bad_samples: float) -> None:
     if one.broken is not None and report.on_bad_sample == "error":
         raise ValueError(
             f"{report.name}, record {one.id}: {one.broken} Mend it, or leave such records out (--on-bad-sample skip)."
@@ -188,6 +206,10 @@ def _take_up(one: _Converted, report: Report, file: Any) -> None:
         if one.broken is not None and report.left_out["broken"] < NAMED:
             logger.warning("Left out: %s, record %s: %s", report.name, one.id, one.broken)
         report.count(report.left_out, one.left_out or "broken", one.id)
+        broken = report.left_out["broken"]
+        if one.broken is not None and are_too_many(broken, report.records, max_bad_samples):
+            last = BadSample(one.broken, f"record {one.id}")
+            raise TooManyBadSamples(too_many(report.name, broken, report.records, max_bad_samples, last))
 
 
 def _placed(picture: Any, root: Path, out: Path) -> str:
@@ -211,11 +233,11 @@ def _placed(picture: Any, root: Path, out: Path) -> str:
     else:
         raise ValueError(f"a picture is {type(picture).__name__}; expected a path or bytes.")
     if not path.is_file():
-        raise ValueError(f"the picture {path} does not exist.")
+        raise ValueError(f"the picture {shortened(str(path))} does not exist.")
     try:
         width, height = image_size(path)
     except ValueError as error:
-        raise ValueError(f"the picture {path} cannot be opened: {error}") from error
+        raise ValueError(f"the picture {shortened(str(path))} cannot be opened: {shortened(str(error))}") from error
     if width <= 1 or height <= 1:
         raise LeftOut("a picture of one pixel, which stands for one that is gone")
     return os.path.relpath(path, out)

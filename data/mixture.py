@@ -1,7 +1,7 @@
 """Several data sets as one: how much of each, and how many of its conversations make one."""
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -9,9 +9,13 @@ from typing import Any
 import yaml
 from torch.utils.data import Dataset
 
-from .conversations import Conversations, _short, complete_messages, load_conversations
+from .bad_samples import MAX_BAD_SAMPLES, SHOWN, resolved, shortened
+from .conversations import Conversations, load_conversations
+from .messages import Sample, complete_messages, location_of
 
 logger = logging.getLogger(__name__)
+
+MAX_WEIGHT = 1000.0  # each time a conversation comes in an epoch is an entry of the index
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,22 @@ class Part:
     concatenate: int = 1
 
     def __post_init__(self) -> None:
+        for field, value in (("path", self.path), ("name", self.name)):
+            if not isinstance(value, str) or (field == "path" and not value):
+                raise ValueError(f"{field} is {shortened(repr(value))}; expected a text.")
         object.__setattr__(self, "name", self.name or Path(self.path).stem)
         if self.samples is not None and (not _is_number(self.samples, int) or self.samples < 1):
-            raise ValueError(f"{self.name}: samples is {self.samples!r}; expected a number of conversations, or 'all'.")
-        if not _is_number(self.weight, (int, float)) or not self.weight > 0:
-            raise ValueError(f"{self.name}: weight is {self.weight!r}; expected a number above 0.")
+            raise ValueError(
+                f"{self.name}: samples is {shortened(self.samples)}; expected a number of conversations, or 'all'."
+            )
+        if not _is_number(self.weight, (int, float)) or not 0 < self.weight <= MAX_WEIGHT:
+            raise ValueError(
+                f"{self.name}: weight is {shortened(self.weight)}; expected a number above 0, and at most {MAX_WEIGHT:,.0f}."
+            )
         if self.samples is not None and self.weight != 1:
             raise ValueError(f"{self.name} has samples and a weight; pass one of them.")
         if not _is_number(self.concatenate, int) or self.concatenate < 1:
-            raise ValueError(f"{self.name}: concatenate is {self.concatenate!r}; expected a number of at least 1.")
+            raise ValueError(f"{self.name}: concatenate is {shortened(self.concatenate)}; expected a number of at least 1.")
 
 
 class Mixture(Dataset):
@@ -105,7 +116,10 @@ def concatenated(samples: list[dict[str, Any]]) -> dict[str, Any]:
         if messages and own[0]["role"] == "system":
             raise ValueError("a conversation with a system message of its own cannot follow another.")
         messages += own
-    return {"messages": messages}
+    whole = Sample(messages=messages)
+    locations = [location for sample in samples if (location := resolved(location_of(sample))) is not None]
+    whole.location = shortened("; ".join(locations)) if locations else None
+    return whole
 
 
 def read_yaml(path: Path) -> Any:
@@ -118,15 +132,26 @@ def read_yaml(path: Path) -> Any:
         raise FileNotFoundError(f"{path} is not a file; pass a YAML file.")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8 ({error}).") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        raise ValueError(f"{path} is not YAML: {shortened(str(error), 2 * SHOWN)}") from error
 
 
-def load_mixture(path: str | Path, on_bad_sample: str = "error") -> Mixture:
+def load_mixture(
+    path: str | Path,
+    on_bad_sample: str = "error",
+    allow_urls: bool = True,
+    max_bad_samples: float = MAX_BAD_SAMPLES,
+) -> Mixture:
     """Open the mixture that a YAML file describes; paths start at its folder.
 
     The file: `datasets`, a list of the fields of `Part` (`samples: all` for all), and perhaps `seed` and
     `max_num_image_per_sample`.
+
+    Args:
+        path: of the file.
+        on_bad_sample, allow_urls, max_bad_samples: as for `load_conversations`.
 
     Raises:
         FileNotFoundError, ValueError: naming what is wrong.
@@ -136,31 +161,53 @@ def load_mixture(path: str | Path, on_bad_sample: str = "error") -> Mixture:
     known = {"datasets", "seed", "max_num_image_per_sample"}
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) - known:
-        raise ValueError(f"{path} holds {_short(content)}; expected a list `datasets`, and perhaps {', '.join(known)}.")
+        raise ValueError(f"{path} holds {shortened(content)}; expected a list `datasets`, and perhaps {', '.join(known)}.")
     parts = []
     for number, entry in enumerate(entries):
         allowed = {field.name for field in fields(Part)}
         if not isinstance(entry, dict) or "path" not in entry or set(entry) - allowed:
-            raise ValueError(f"{path}: datasets[{number}] is {_short(entry)}; expected path, and some of {sorted(allowed)}.")
+            raise ValueError(
+                f"{path}: datasets[{number}] is {shortened(entry)}; expected path, and some of {sorted(allowed)}."
+            )
         entry = {key: value for key, value in entry.items() if not (key == "samples" and value == "all")}
-        local = path.parent / str(entry["path"])
-        parts.append(Part(**entry | {"path": str(local) if local.exists() else str(entry["path"])}))
+        try:
+            part = Part(**entry)
+        except ValueError as error:
+            raise ValueError(f"{path}: datasets[{number}]: {error}") from error
+        local = path.parent / part.path
+        parts.append(replace(part, path=str(local)) if local.exists() else part)
+    seed = content.get("seed", 0)
+    if not _is_number(seed, int):
+        raise ValueError(f"{path}: seed is {shortened(repr(seed))}; expected a whole number.")
     return open_parts(
-        parts, on_bad_sample, content.get("seed", 0), content.get("max_num_image_per_sample"), source=str(path)
+        parts,
+        on_bad_sample,
+        seed,
+        content.get("max_num_image_per_sample"),
+        source=str(path),
+        allow_urls=allow_urls,
+        max_bad_samples=max_bad_samples,
     )
 
 
 def open_parts(
-    parts: list[Part], on_bad_sample: str, seed: int = 0, max_pictures: int | None = None, source: str = "mixture"
+    parts: list[Part],
+    on_bad_sample: str,
+    seed: int = 0,
+    max_pictures: int | None = None,
+    source: str = "mixture",
+    allow_urls: bool = True,
+    max_bad_samples: float = MAX_BAD_SAMPLES,
 ) -> Mixture:
     """A mixture of parts that are not open yet."""
     if max_pictures is not None and (not _is_number(max_pictures, int) or max_pictures < 1):
-        raise ValueError(f"max_num_image_per_sample is {max_pictures!r}; expected a number of at least 1.")
+        raise ValueError(f"max_num_image_per_sample is {shortened(repr(max_pictures))}; expected a number of at least 1.")
     names = [part.name for part in parts]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"{', '.join(sorted(twice))} stands for several data sets; give each a name of its own.")
-    opened = [(part, load_conversations(part.path, on_bad_sample)) for part in parts]
+    options: dict[str, Any] = {"allow_urls": allow_urls, "max_bad_samples": max_bad_samples}
+    opened = [(part, load_conversations(part.path, on_bad_sample, **options)) for part in parts]
     return Mixture(opened, seed, max_pictures, source)
 
 

@@ -8,7 +8,8 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import Dataset
 
-from .conversations import LeftOut, complete_messages, pictures_of
+from .bad_samples import MAX_BAD_SAMPLES, BadSamples
+from .messages import complete_messages, location_of, pictures_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +94,16 @@ def measured(
     items: Iterable[tuple[T, dict[str, Any], int]],
     length: Callable[[dict[str, Any]], int],
     max_pictures: int | None,
-    left_out: LeftOut,
+    bad: BadSamples,
 ) -> Iterator[tuple[T, int, int]]:
     """What `pack` takes: (item, its conversation, its pictures) -> (item, its tokens, its pictures)."""
     for item, sample, pictures in items:
-        try:
-            tokens = length(sample)
+        tokens = None
+        with bad.sample(location_of(sample)):
             if max_pictures is not None and pictures > max_pictures:
                 raise ValueError(f"A conversation has {pictures} pictures, more than the {max_pictures} of a pack.")
-        except ValueError as error:
-            left_out(error)
-        else:
+            tokens = length(sample)
+        if tokens is not None:
             yield item, tokens, pictures
 
 
@@ -112,11 +112,11 @@ def pack_stream(
     length: Callable[[dict[str, Any]], int],
     max_tokens: int,
     max_pictures: int | None,
-    left_out: LeftOut,
+    bad: BadSamples,
 ) -> Iterator[list[dict[str, Any]]]:
     """Packs of conversations that come one after the other; see `pack`."""
     items = ((sample, sample, len(pictures_of(complete_messages(sample)))) for sample in samples)
-    for one in pack(measured(items, length, max_pictures, left_out), max_tokens, max_pictures):
+    for one in pack(measured(items, length, max_pictures, bad), max_tokens, max_pictures):
         yield one.items
 
 
@@ -128,7 +128,7 @@ class PackedConversations(Dataset):
         length: a conversation -> its tokens; raises ValueError if it cannot be used.
         max_tokens, max_pictures: of a pack.
         seed: of the order in which conversations are packed.
-        on_bad_sample: "error", or "skip" to leave out, counted, what cannot be used.
+        on_bad_sample, max_bad_samples: "error", or "skip" to skip, counted, what cannot be used; see `BadSamples`.
 
     Attributes:
         source, skipped: as of `Conversations`.
@@ -143,16 +143,17 @@ class PackedConversations(Dataset):
         max_pictures: int | None = None,
         seed: int = 0,
         on_bad_sample: str = "error",
+        max_bad_samples: float = MAX_BAD_SAMPLES,
     ) -> None:
         self.data, self.source, self.skipped = data, data.source, data.skipped
         order = list(range(len(data)))
         Random(f"{seed} packs").shuffle(order)
-        left_out = LeftOut(on_bad_sample)
+        bad = BadSamples(on_bad_sample, max_bad_samples, self.source, total=len(data))
         items = ((place, data[place], data.pictures(place)) for place in order)
-        packs = list(pack(measured(items, length, max_pictures, left_out), max_tokens, max_pictures))
-        self.skipped += left_out.count
-        if left_out.count:
-            logger.warning("%s: %d conversations cannot be packed and are left out.", self.source, left_out.count)
+        packs = list(pack(measured(items, length, max_pictures, bad), max_tokens, max_pictures))
+        self.skipped += bad.count
+        if bad.count:
+            logger.warning("%s: %d conversations cannot be packed and are left out.", self.source, bad.count)
         if not packs:
             raise ValueError(f"{self.source} holds no conversation that can be packed ({self.skipped} were left out).")
         self.packs = [one.items for one in packs]

@@ -11,6 +11,9 @@ from PIL import Image
 
 from ..image_reading_dsvl import FORMATS, MAX_BYTES, MAX_PIXELS, ImageError, file_of, read_image
 from .addresses import AddressError, fetch
+from .bad_samples import shortened
+from .forms import decode_data_url
+from .messages import is_address
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
@@ -31,22 +34,42 @@ def open_picture(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PI
         ValueError: naming the source and the reason.
     """
     source = file_of(source)
+    is_text = isinstance(source, (str, os.PathLike))
     is_data = isinstance(source, str) and source[:5].lower() == "data:"
-    is_text = isinstance(source, (str, os.PathLike)) and not is_data
-    name = os.fspath(source)[:300] if is_text else "(a data URL)" if is_data else f"({type(source).__name__})"
-    if isinstance(source, str) and is_text and "://" in source:
-        if not allow_urls:
-            raise ValueError(f"The picture {name} is an address, and fetching is not allowed here; pass a file.")
-        try:
-            source = fetch(source, MAX_BYTES)
-        except AddressError as error:
-            raise ValueError(f"The picture {name} was not fetched: {error}.") from error
-    elif is_text:
+    name = "(a data URL)" if is_data else shortened(os.fspath(source)) if is_text else f"({type(source).__name__})"
+    source = fetched(source, allow_urls)
+    if isinstance(source, (str, os.PathLike)):
         source = _read(Path(source).expanduser(), name)
     try:
         return read_image(source, max_pixels=max_pixels, allow_urls=False)
     except ImageError as error:
         raise ValueError(f"The picture {name} {error.words}.") from error
+
+
+def fetched(source: Any, allow_urls: bool = False) -> Any:
+    """An image's source, with what an address or a data URL stands for in its place: the file's bytes.
+
+    Args:
+        source: an http(s) address, a data URL; anything else is returned as it is. Not `file://`, which a stranger may have
+            written: those of a data file have been made paths when it was read.
+        allow_urls: whether an address is fetched (see `addresses.fetch`).
+
+    Raises:
+        ValueError: naming the source and the reason.
+    """
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return decode_data_url(source)
+    if not is_address(source):
+        return source
+    name = shortened(source)
+    if not allow_urls:
+        raise ValueError(
+            f"The picture {name} is an address, and fetching is not allowed here; pass a file, or allow it (--allow-urls)."
+        )
+    try:
+        return fetch(source, MAX_BYTES)
+    except AddressError as error:
+        raise ValueError(f"The picture {name} was not fetched: {error}.") from error
 
 
 def decode_within(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:

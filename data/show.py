@@ -10,8 +10,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..image_reading_dsvl import read_image
 from ..processing_dsvl import CHAT_TEMPLATE
-from .conversations import complete_messages, load_conversations, pictures_of
-from .pictures import thumbnail
+from .bad_samples import BadSamples
+from .conversations import Conversations, load_conversations
+from .messages import complete_messages, is_trained, location_of, pictures_of
+from .pictures import fetched, thumbnail
 
 WIDTH = 320  # pixels of a picture on the page
 PAGE = """<!doctype html>
@@ -57,7 +59,7 @@ class Shown:
         yield self.text[end:], False
 
 
-def render(sample: dict[str, Any], processor: Any = None) -> Shown:
+def render(sample: dict[str, Any], processor: Any = None, allow_urls: bool = False) -> Shown:
     """Render a sample with the processor's chat template; without one, with the default template and LLaMA's tokens."""
     messages = complete_messages(sample)
     template, tokens = CHAT_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>", "number_after": False}
@@ -69,33 +71,70 @@ def render(sample: dict[str, Any], processor: Any = None) -> Shown:
     (text,), (learnt,) = render_jinja_template(
         [messages], chat_template=template, return_assistant_tokens_mask=True, **tokens
     )
-    pictures = [read_image(source) for source in pictures_of(messages)]
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if len(learnt) == len(answers):
+        learnt = [stretch for stretch, answer in zip(learnt, answers, strict=True) if is_trained(answer)]
+    elif not all(map(is_trained, answers)):
+        raise ValueError("an answer has the weight 0, but the chat template does not mark each answer; remove it.")
+    pictures = [read_image(fetched(source, allow_urls), allow_urls=False) for source in pictures_of(messages)]
     return Shown(text, learnt, pictures, None if processor is None else processor.count_tokens(messages))
 
 
-def show(source: str, number: int = 3, processor: Any = None, color: bool = False) -> Iterator[str]:
-    """The first samples as texts for a terminal; what is learnt stands between « and », or is green."""
-    data = load_conversations(source)
+def samples(
+    source: str,
+    number: int,
+    processor: Any = None,
+    on_bad_sample: str = "skip",
+    allow_urls: bool = False,
+) -> tuple[Conversations, list[Shown]]:
+    """A data set, and the first of its samples that can be rendered.
+
+    Args:
+        source: whatever `load_conversations` opens.
+        number: how many.
+        processor: whose template and tokens are used.
+        on_bad_sample: "error", or "skip" to name broken samples and show the others, however few they are.
+        allow_urls: whether images are fetched from addresses.
+    """
+    data = load_conversations(source, on_bad_sample, allow_urls=allow_urls, max_bad_samples=1)
+    bad = BadSamples(on_bad_sample, max_bad_samples=1, source=data.source)
+    shown: list[Shown] = []
+    for index in range(len(data)):
+        if len(shown) >= number:
+            break
+        sample = data[index]
+        with bad.sample(location_of(sample)):
+            shown.append(render(sample, processor, allow_urls))
+    return data, shown
+
+
+def show(source: str, number: int = 3, processor: Any = None, color: bool = False, **options: Any) -> Iterator[str]:
+    """The first samples as texts for a terminal; what is learnt stands between « and », or is green.
+
+    Args:
+        options: as of `samples`.
+    """
+    data, found = samples(source, number, processor, **options)
     before, behind = ("\033[32m", "\033[0m") if color else ("«", "»")
-    for place in range(min(number, len(data))):
-        shown = render(data[place], processor)
+    if not data.form.plain:
+        yield f"{source}: recognised as {data.form.about}.\n"
+    for place, shown in enumerate(found, start=1):
         text = "".join(f"{before}{piece}{behind}" if learnt else piece for piece, learnt in shown.pieces())
-        yield f"-- {place + 1} of {len(data):,}: {_about(shown)}\n{text}\n"
+        yield f"-- {place} of {len(data):,}: {_about(shown)}\n{text}\n"
 
 
-def show_page(source: str, path: str | Path, number: int = 3, processor: Any = None) -> None:
-    """Write the first samples as one HTML file that holds their pictures."""
-    data = load_conversations(source)
+def show_page(source: str, path: str | Path, number: int = 3, processor: Any = None, **options: Any) -> None:
+    """Write the first samples as one HTML file that holds their pictures; options as of `samples`."""
+    data, found = samples(source, number, processor, **options)
     sections = []
-    for place in range(min(number, len(data))):
-        shown = render(data[place], processor)
+    for place, shown in enumerate(found, start=1):
         figures = "".join(
             f'<figure><img alt="" src="{thumbnail(picture, WIDTH)}"><figcaption>Image {index}: '
             f"{picture.width} x {picture.height}</figcaption></figure>"
             for index, picture in enumerate(shown.pictures, start=1)
         )
         text = "".join(f"<mark>{html.escape(p)}</mark>" if learnt else html.escape(p) for p, learnt in shown.pieces())
-        sections.append(f"<section><h2>{place + 1}</h2><p>{_about(shown)}</p>{figures}<pre>{text}</pre></section>")
+        sections.append(f"<section><h2>{place}</h2><p>{_about(shown)}</p>{figures}<pre>{text}</pre></section>")
     page = PAGE.format(title=html.escape(Path(source).name), total=len(data), sections="\n".join(sections))
     Path(path).write_text(page, encoding="utf-8")
 

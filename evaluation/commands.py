@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..chat.commands import add_generation_arguments, add_loading_arguments, generation_options
+from ..data.commands import MAX_BAD_SAMPLES_HELP
 from .compare import add_report_arguments, write_reports
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--given-answers", action="store_true", help="ask follow-ups after the data's answers, not after the model's own"
     )
-    parser.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="what is no conversation")
+    parser.add_argument(
+        "--on-bad-sample", choices=("error", "skip"), default="error", help="a broken conversation or picture"
+    )
+    parser.add_argument("--max-bad-samples", type=float, default=0.05, help=MAX_BAD_SAMPLES_HELP)
     parser.add_argument("--allow-urls", action="store_true", help="pictures may be http(s) addresses, which are fetched")
     add_loading_arguments(parser)
     options = add_generation_arguments(
@@ -50,7 +54,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from .questions import Questions
     from .run import Evaluation
 
-    questions = Questions(arguments.data, arguments.on_bad_sample, arguments.split)
+    questions = Questions(
+        arguments.data, arguments.on_bad_sample, arguments.split, arguments.allow_urls, arguments.max_bad_samples
+    )
     model, processor = load(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data import complete_messages, load_conversations
-from ..data.conversations import LeftOut
+from ..data.bad_samples import MAX_BAD_SAMPLES, BadSamples, shortened
+from ..data.forms import decode_data_url, form_of
+from ..data.messages import is_address, is_trained
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Conversation:
             letters=[len(one.question) for one in self.rounds],
             pictures=[len(one.pictures) for one in self.rounds],
             answered=[one.answer is not None for one in self.rounds],
-            address=next((p for p in self.pictures if isinstance(p, str) and "://" in p), None),
+            address=next((p for p in self.pictures if isinstance(p, str) and is_address(p)), None),
         )
 
     def digest(self) -> bytes:
@@ -104,46 +106,56 @@ class Questions:
     Args:
         source: a data set as `data.load_conversations` opens it; or a `.json` file of DeepSpeed-VisualChat, whose pictures'
             paths start at the file's folder, or else at the working directory.
-        on_bad_sample: "error", or "skip" to leave out, counted, what is no conversation. Pictures are not opened here.
+        on_bad_sample: "error", or "skip" to skip, counted, what is no conversation. Pictures are not opened here.
         split: of a data set that has several.
+        allow_urls: whether pictures of conversations may be addresses.
+        max_bad_samples: the share that may be skipped, see `data.bad_samples.BadSamples`.
 
     Attributes:
         outlines: of the conversations.
         fingerprint: of all that is asked and known, pictures in files by their paths.
         left_out: how many samples are no conversations.
+        bad: counts them, and those that whoever asks skips.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming the place of what is no conversation, or two conversations of the same name.
     """
 
-    def __init__(self, source: str | Path, on_bad_sample: str = "error", split: str = "train") -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        on_bad_sample: str = "error",
+        split: str = "train",
+        allow_urls: bool = True,
+        max_bad_samples: float = MAX_BAD_SAMPLES,
+    ) -> None:
         self.source = str(source)
         self._named = _read_named(Path(source))
-        left_out = LeftOut(on_bad_sample)
         if self._named is None:
-            self._samples = load_conversations(source, on_bad_sample, split, to_learn=False)
+            self._samples = load_conversations(
+                source, on_bad_sample, split, to_learn=False, allow_urls=allow_urls, max_bad_samples=max_bad_samples
+            )
             places: list[Any] = list(range(len(self._samples)))
         else:
             places = list(self._named)
         self._places, self.outlines = [], []
         ids, whole = set(), hashlib.sha256()
+        self.bad = BadSamples(on_bad_sample, max_bad_samples, self.source, total=len(places))
         for place in places:
-            try:
+            with self.bad.sample():
                 found = self._read(place)
                 if found.id in ids:
                     raise ValueError(
-                        f"{self.source}: two conversations have the id {found.id!r}; give each its own, or none."
+                        f"{self.source}: two conversations have the id {shortened(repr(found.id))}; give each its own, or "
+                        "none."
                     )
-            except ValueError as error:
-                left_out(error)
-            else:
                 ids.add(found.id)
                 whole.update(found.digest())
                 self._places.append(place)
                 self.outlines.append(found.outline())
         self.fingerprint = whole.hexdigest()
-        self.left_out = left_out.count + (0 if self._named is not None else self._samples.skipped)
+        self.left_out = self.bad.count + (0 if self._named is not None else self._samples.skipped)
         if not self._places:
             raise ValueError(f"{self.source} holds no question ({self.left_out} conversations were left out).")
 
@@ -156,6 +168,13 @@ class Questions:
     def __iter__(self) -> Iterator[Conversation]:
         return map(self._read, self._places)
 
+    def location(self, index: int) -> str:
+        """Where a conversation is from, for messages."""
+        place = self._places[index]
+        if self._named is not None:
+            return f"{self.source}, {shortened(repr(place))}"
+        return self._samples.records.location(self._samples.good[place])
+
     def _read(self, place: Any) -> Conversation:
         if self._named is not None:
             return _from_pairs(place, self._named[place], self.source)
@@ -164,7 +183,8 @@ class Questions:
         try:
             return from_messages(str(place if name is None else name), complete_messages(sample))
         except ValueError as error:
-            raise ValueError(f"{self.source}, conversation {place if name is None else name}: {error}") from error
+            named = shortened(str(place if name is None else name))
+            raise ValueError(f"{self.source}, conversation {named}: {error}") from error
 
 
 def from_messages(name: str, messages: list[dict[str, Any]]) -> Conversation:
@@ -183,7 +203,8 @@ def from_messages(name: str, messages: list[dict[str, Any]]) -> Conversation:
         if not asked:
             raise ValueError("two answers follow each other; expected a question before each.")
         answer = {"role": "assistant", "content": message["content"]}
-        rounds.append(Round(asked, answer, _references(message)))
+        known = _references(message) if is_trained(message) else []  # no answer to be held against
+        rounds.append(Round(asked, answer, known))
         asked = []
     if asked:
         rounds.append(Round(asked, None, []))
@@ -215,7 +236,7 @@ def _with_plain_pictures(message: dict[str, Any]) -> dict[str, Any]:
 def _absolute(source: Any) -> str | bytes:
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _decoded(source)
-    if isinstance(source, str) and "://" not in source:
+    if isinstance(source, str) and not is_address(source):
         return os.path.abspath(source)
     if not isinstance(source, (str, bytes)):
         raise ValueError(f"a picture is of type {type(source).__name__}; expected a path, an address or a file's bytes.")
@@ -224,7 +245,8 @@ def _absolute(source: Any) -> str | bytes:
 
 def _decoded(text: Any) -> bytes:
     try:
-        return base64.b64decode(text.partition("base64,")[2] if text[:5].lower() == "data:" else text, validate=True)
+        is_url = isinstance(text, str) and text[:5].lower() == "data:"
+        return decode_data_url(text) if is_url else base64.b64decode(text, validate=True)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"a picture's base64 is broken ({error}).") from error
 
@@ -244,18 +266,18 @@ def _read_named(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except (json.JSONDecodeError, UnicodeDecodeError):  # JSON lines may have this suffix as well
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # JSON lines may have this suffix as well
         return None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return value if isinstance(value, dict) and "messages" not in value else None
+    return value if isinstance(value, dict) and form_of(set(value)) is None else None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
-        raise ValueError(f"{twice!r} is there twice; each name may be used once.")
+        raise ValueError(f"{shortened(repr(twice))} is there twice; each name may be used once.")
     return found
 
 
@@ -286,7 +308,7 @@ def _split(paths: str) -> list[str]:
 
 def _find(path: str, folder: Path) -> str:
     """Beside the file; or else where the original looks, which is the working directory."""
-    if "://" in path:
+    if is_address(path):
         return path
     beside = folder / path
     return os.path.abspath(beside if beside.is_file() else path)

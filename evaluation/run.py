@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..data.conversations import NAMED
+from ..data.bad_samples import NAMED, BadSample, one_sample
 from ..data.pictures import open_picture
 from .answers import AnswerFile
 from .asking import ask
@@ -27,8 +27,9 @@ Item = tuple[int, Sequence[int]]  # a conversation's place in the data, and whic
 class Evaluation:
     """Ask a model what a data set asks.
 
-    Conversations go through their rounds together, batches of like length, the longest first. A conversation with a picture
-    that cannot be opened is left out, as are rounds for which the context has no room, and what follows them.
+    Conversations go through their rounds together, batches of like length, the longest first. One with a picture that cannot
+    be opened is an error, or is skipped, as the questions have it (`on_bad_sample`); rounds for which the context has no
+    room are left out, and what follows them.
 
     Args:
         model: a `DSVLForConditionalGeneration`, in evaluation mode.
@@ -123,7 +124,7 @@ class Evaluation:
         """Ask the rounds of a group; after each batch, how many were answered."""
         ids = {index: self.questions.outlines[index].id for index, _ in group}
         waiting = [item for item in group if any((ids[item[0]], place) not in file for place in item[1])]
-        opened = {index: self._open(self.questions[index], file) for index, _ in waiting}
+        opened = {index: self._open(index, file) for index, _ in waiting}
         for depth in range(max((len(places) for _, places in waiting), default=0)):
             batch = []
             for index, places in waiting:
@@ -185,19 +186,26 @@ class Evaluation:
                 messages.append({"role": "assistant", "content": file.answers[conversation.id, number].answer})
         return messages
 
-    def _open(
-        self, conversation: Conversation, file: AnswerFile
-    ) -> tuple[Conversation, list[list[Any]], list[list[str]]] | None:
-        """The pictures of each round, and their names; None if one cannot be opened."""
-        if conversation.id in self.skipped:
+    def _open(self, index: int, file: AnswerFile) -> tuple[Conversation, list[list[Any]], list[list[str]]] | None:
+        """A conversation with the pictures of each round, and their names; None if one cannot be opened."""
+        name = self.questions.outlines[index].id
+        if name in self.skipped:
             return None
-        try:
-            images = [[open_picture(source, self.allow_urls) for source in one.pictures] for one in conversation.rounds]
-        except ValueError as error:
-            self.skipped[conversation.id] = str(error)
-            if len(self.skipped) <= NAMED:
-                logger.warning("Conversation %s is left out: %s", conversation.id, error)
+        found = None
+        with self.questions.bad.again(self.questions.location(index)):
+            conversation = self.questions[index]
+            try:
+                with one_sample():
+                    images = [
+                        [open_picture(one, self.allow_urls) for one in asked.pictures] for asked in conversation.rounds
+                    ]
+            except BadSample as error:
+                self.skipped[name] = error.reason
+                raise
+            found = conversation, images
+        if found is None:
             return None
+        conversation, images = found
         names = [
             [source if isinstance(source, str) else file.keep_picture(source) for source in one.pictures]
             for one in conversation.rounds

@@ -298,7 +298,7 @@ def test_a_broken_picture_is_an_error(collator, photographs, tmp_path, kind):
 def test_broken_pictures_can_be_left_out(processor, collator, rounds, photographs, tmp_path, caplog):
     broken = broken_samples(tmp_path, photographs[0])
     assert list(broken) == KINDS
-    skipping = ConversationCollator(processor, on_bad_sample="skip")
+    skipping = ConversationCollator(processor, on_bad_sample="skip", max_bad_samples=1)
     with caplog.at_level(logging.WARNING, "dsvl"):
         batch = skipping([rounds, *broken.values(), rounds[:2]])
     assert_equal(batch, collator([rounds, rounds[:2]]))
@@ -307,7 +307,7 @@ def test_broken_pictures_can_be_left_out(processor, collator, rounds, photograph
 
 
 def test_many_broken_pictures_do_not_flood_the_log(processor, tmp_path, caplog):
-    skipping = ConversationCollator(processor, on_bad_sample="skip")
+    skipping = ConversationCollator(processor, on_bad_sample="skip", max_bad_samples=1)
     sample = [user(damaged(tmp_path), "?"), assistant("!")]
     with caplog.at_level(logging.WARNING, "dsvl"):
         skipping([sample] * (NAMED + 10))

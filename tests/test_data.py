@@ -121,7 +121,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
 def test_broken_lines_can_be_left_out_and_are_counted(tmp_path, caplog):
     path = write(tmp_path / "data.jsonl", GOOD, *BROKEN_LINES, GOOD)
     with caplog.at_level(logging.WARNING, "dsvl"):
-        data = load_conversations(path, on_bad_sample="skip")
+        data = load_conversations(path, on_bad_sample="skip", max_bad_samples=1)
     assert len(data) == 2 and data.skipped == len(BROKEN_LINES)
     assert data[0] == data[1] == GOOD
     messages = [record.getMessage() for record in caplog.records]
@@ -132,7 +132,8 @@ def test_broken_lines_can_be_left_out_and_are_counted(tmp_path, caplog):
 
 def test_a_file_of_rubbish_does_not_flood_the_log(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "dsvl"):
-        data = load_conversations(write(tmp_path / "data.jsonl", GOOD, *["{"] * (NAMED + 30)), "skip")
+        path = write(tmp_path / "data.jsonl", GOOD, *["{"] * (NAMED + 30))
+        data = load_conversations(path, "skip", max_bad_samples=1)
     assert data.skipped == NAMED + 30 and len(caplog.records) == NAMED + 1
 
 
@@ -354,9 +355,11 @@ def test_broken_rows_are_named_or_counted(tmp_path, caplog):
 def test_a_table_without_messages_is_refused(tmp_path):
     import datasets
 
-    datasets.Dataset.from_dict({"question": ["?"], "answer": ["!"]}).to_parquet(tmp_path / "table.parquet")
-    with pytest.raises(ValueError, match=r"has the columns \['question', 'answer'\]; expected messages \(and images\)"):
+    datasets.Dataset.from_dict({"prompt": ["?"], "reply": ["!"]}).to_parquet(tmp_path / "table.parquet")
+    expected = r"has the columns \['prompt', 'reply'\]; expected messages \(and images\)\. .*dsvl data list"
+    with pytest.raises(ValueError, match=expected) as error:
         load_conversations(tmp_path / "table.parquet")
+    assert "--on-bad-sample" not in str(error.value)  # it is no single sample
 
 
 def test_a_split_that_is_not_there_is_named(tmp_path):

@@ -258,6 +258,9 @@ def test_a_broken_picture_costs_its_own_conversation_alone(folder, evaluate, cap
     whole = answers(evaluate()[0])
     capsys.readouterr()
     for number, flags in enumerate(([], ["--given-answers"], ["--batch-size", "2"])):
+        with pytest.raises(ValueError, match=r"some_broken\.jsonl, line [245]: The picture .* Or leave such conversations"):
+            evaluate(*flags, data="some_broken.jsonl", out=f"{number}.jsonl")
+        flags = [*flags, "--on-bad-sample", "skip"]
         records, summary = evaluate(*flags, data="some_broken.jsonl", out=f"{number}.jsonl")
         assert {record.id for record in records} == {str(n) for n in range(9)} - set(wrong)
         assert summary["counts"]["conversations_skipped"] == 3
@@ -300,9 +303,9 @@ def test_nothing_answered_is_a_failure(folder, evaluate, monkeypatch):
     (folder / "nowhere.json").write_text(json.dumps({"cup": [["What?", "./eval/cup.png"]]}))
     monkeypatch.chdir(folder)
     with pytest.raises(
-        ValueError, match="Conversation cup is left out: The picture .*/eval/cup.png does not exist"
+        ValueError, match="Left out: .*nowhere.json, 'cup': The picture .*/eval/cup.png does not exist"
     ) as failure:
-        evaluate(data="nowhere.json")
+        evaluate("--on-bad-sample", "skip", data="nowhere.json")
     assert "no question of" in str(failure.value) and "Traceback" not in str(failure.value)
 
 

@@ -267,7 +267,7 @@ def test_a_run_says_what_it_trains_and_what_it_left_out(folder, tmp_path, caplog
     lines = (folder / "data.jsonl").read_text().splitlines()
     lines[3:3] = ["{broken", json.dumps({"messages": [{"role": "user", "content": "no answer"}]})]
     (folder / "broken.jsonl").write_text("\n".join(lines))
-    flags = ["--data", folder / "broken.jsonl", "--on-bad-sample", "skip", "--max-length", "60"]
+    flags = ["--data", folder / "broken.jsonl", "--on-bad-sample", "skip", "--max-length", "60", "--max-bad-samples", "1"]
     with caplog.at_level(logging.INFO, logger="dsvl"):
         output = train(folder, tmp_path / "output", *flags)
     said = caplog.text

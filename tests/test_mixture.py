@@ -12,6 +12,7 @@ from training_runs import make_checkpoint
 
 from dsvl.cli import main
 from dsvl.data import complete_messages, load_conversations
+from dsvl.data.messages import location_of
 from dsvl.data.mixture import Mixture, Part, concatenated, load_mixture, split
 
 
@@ -177,13 +178,42 @@ datasets:
         ("datasets: [{path: a.jsonl}, {path: a.jsonl}]", "a stands for several"),
         ("max_num_image_per_sample: 0\ndatasets: [{path: a.jsonl}]", "max_num_image_per_sample is 0"),
         ("datasets: [{path: b.jsonl}]", "b.jsonl is not a file"),
+        ("datasets: [{path: [1]}]", r"datasets\[0\]: path is \[1\]; expected a text"),
+        ("datasets: [{path: 3}]", "path is 3; expected a text"),
+        ("datasets: [{path: ''}]", "path is ''; expected a text"),
+        ("datasets: [{path: a.jsonl, name: {a: 1}}]", "name is {'a': 1}; expected a text"),
+        ("datasets: [{path: a.jsonl, weight: .inf}]", "weight is inf; expected a number above 0, and at most 1,000"),
+        ("datasets: [{path: a.jsonl, weight: .nan}]", "weight is nan; expected"),
+        ("datasets: [{path: a.jsonl, weight: 1.0e+300}]", r"weight is 1e\+300; expected"),
+        ("datasets: [{path: a.jsonl, weight: x}]", "weight is x; expected"),
+        ("seed: [1]\ndatasets: [{path: a.jsonl}]", r"seed is \[1\]; expected a whole number"),
+        ("datasets: [{path: a.jsonl, since: 2024-13-45}]", "is not YAML: month must be in 1..12"),
+        ("datasets: " + "[" * 5000, "is not YAML"),
+        ("datasets: [{path: a.jsonl, samples: " + "x" * 5000 + "}]", "samples is x+"),
     ],
 )
 def test_a_broken_description_is_told(tmp_path, text, reason):
     write_set(tmp_path, "a", 3, pictures=0)
     (tmp_path / "mix.yaml").write_text(text)
-    with pytest.raises((ValueError, FileNotFoundError), match=reason):
+    with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
         load_mixture(tmp_path / "mix.yaml")
+    assert len(str(error.value)) < 700
+
+
+def test_a_description_in_other_bytes_is_told(tmp_path):
+    (tmp_path / "mix.yaml").write_bytes("datasets: [{path: é.jsonl}]".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"mix\.yaml is not a text in UTF-8"):
+        load_mixture(tmp_path / "mix.yaml")
+
+
+def test_samples_of_a_mixture_know_where_they_are_from(tmp_path):
+    path = write_set(tmp_path, "a", 2, pictures=0)
+    blend = mixture(tmp_path, Part(str(path), concatenate=2), seed=2)
+    found = {location_of(blend[index]) for index in range(len(blend))}
+    single = {f"{path}, line {number}" for number in (1, 2)}
+    assert found == single or all(one in " ".join(found) for one in single)
+    sample = load_conversations(path)[0]
+    assert location_of(concatenated([sample, sample])) == f"{path}, line 1; {path}, line 1"
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_a_stream_is_packed_once_by_all_workers_of_all_processes(tmp_path):
                 length=lambda sample: 5 + number(sample) % 7,
                 max_tokens=32,
                 max_pictures=4,
-                left_out=stream.left_out,
+                bad=stream.bad,
             )
             loader = DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=lambda one: one)
             read.append([[number(sample) for sample in one] for one in itertools.islice(loader, 60)])
@@ -213,7 +213,7 @@ def test_what_cannot_be_packed_is_refused_or_counted(folder, caplog):
 
     with pytest.raises(ValueError, match="too long.*Or leave such conversations out"):
         PackedConversations(data, length, 40)
-    packs = PackedConversations(data, length, 40, max_pictures=1, on_bad_sample="skip")
+    packs = PackedConversations(data, length, 40, max_pictures=1, on_bad_sample="skip", max_bad_samples=1)
     good = [n for n in range(len(data)) if len(data[n]["messages"]) <= 4 and data.pictures(n) <= 1]
     assert packs.skipped == len(data) - len(good) > 0
     assert sorted(itertools.chain(*packs.packs)) == good

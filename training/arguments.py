@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..data.bad_samples import MAX_BAD_SAMPLES
+from ..data.commands import MAX_BAD_SAMPLES_HELP
 from ..data.mixture import read_yaml
 from .model_states import ZERO
 from .parts import PARTS
@@ -56,7 +58,8 @@ class DataArguments:
 
     data: str = field(
         metadata={
-            "help": "conversations: a JSON lines or Parquet file, a directory, a name on the Hub; a YAML file of a mixture; "
+            "help": "conversations: a file (.jsonl, .ndjson, .json, also .gz; .csv, .parquet, .tar), a directory, a name on "
+            "the Hub; a YAML file of a mixture; "
             "with --dataset-names, the folder of their files"
         }
     )
@@ -96,6 +99,10 @@ class DataArguments:
     )
     on_bad_sample: str = field(
         default="error", metadata={"help": "error or skip: a broken line, a missing picture, a first round that is too long"}
+    )
+    max_bad_samples: float = field(default=MAX_BAD_SAMPLES, metadata={"help": MAX_BAD_SAMPLES_HELP})
+    allow_urls: bool = field(
+        default=False, metadata={"help": "pictures may be http(s) addresses, which are fetched, in every epoch again"}
     )
 
 

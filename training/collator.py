@@ -1,19 +1,21 @@
 """Conversations to a batch that a DSVL model learns from."""
 
 import itertools
-import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..data import complete_messages
-from ..data.conversations import NAMED, ON_BAD_SAMPLE, WORKERS, picture_source, worker_row
+from ..data import check_conversation, complete_messages
+from ..data.bad_samples import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location, one_sample, shortened, worker_row
+from ..data.files import without_nones
+from ..data.forms import MESSAGES
+from ..data.messages import Sample, is_trained, location_of, picture_source
+from ..data.pictures import fetched
 from ..image_reading_dsvl import read_image
 from ..thin_images_dsvl import fit_thin_image
 from .features import FeatureCache
-
-logger = logging.getLogger(__name__)
 
 MULTIPLE = 8  # tokens: what matrix units like
 
@@ -26,9 +28,12 @@ class ConversationCollator:
     Args:
         processor: the model's `DSVLProcessor`.
         max_length: in tokens, image tokens included; None for no limit.
-        on_bad_sample: what happens if the first round does not fit, or a picture cannot be decoded: "error", or "skip" to
-            leave the conversation out of its batch. A batch that loses all of them has nothing to learn.
+        on_bad_sample: what happens if the first round does not fit, a picture cannot be decoded, or anything else is wrong
+            with a conversation: "error", or "skip" to leave it out of its batch. A batch that loses all of them has nothing
+            to learn.
         features: of the pictures, by a frozen tower; they are then looked up instead of decoded.
+        allow_urls: whether pictures are fetched from addresses (see `data.addresses.fetch`), in every epoch again.
+        max_bad_samples: the share that may be skipped, see `data.bad_samples.BadSamples`.
     """
 
     def __init__(
@@ -37,20 +42,22 @@ class ConversationCollator:
         max_length: int | None = None,
         on_bad_sample: str = "error",
         features: FeatureCache | None = None,
+        allow_urls: bool = False,
+        max_bad_samples: float = MAX_BAD_SAMPLES,
     ) -> None:
-        if on_bad_sample not in ON_BAD_SAMPLE:
-            raise ValueError(f"on_bad_sample={on_bad_sample!r} is not known; choose from {ON_BAD_SAMPLE}.")
+        self.bad = BadSamples(on_bad_sample, max_bad_samples, "The data")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} leaves no token; pass at least 1, or None for no limit.")
         self.processor, self.max_length, self.on_bad_sample = processor, max_length, on_bad_sample
         self.features = features if features is not None and len(features) else None  # without pictures there is none
+        self.allow_urls = allow_urls
         # Shared with the data loader's workers, a row for each, as they count at the same time.
-        self._counts = torch.zeros(WORKERS, 3, dtype=torch.int64).share_memory_()
+        self._shortened = torch.zeros(WORKERS, dtype=torch.int64).share_memory_()
 
     @property
     def counts(self) -> torch.Tensor:
         """How many conversations were seen, left out, and shortened, by all workers: (3,), int64."""
-        return self._counts.sum(0)
+        return torch.tensor([self.bad.seen, self.bad.count, int(self._shortened.sum())])
 
     def __call__(self, samples: list[Any]) -> dict[str, torch.Tensor]:
         """Make a batch.
@@ -74,14 +81,9 @@ class ConversationCollator:
         rows = [conversations for one in packs if (conversations := self._usable(one))]
         if not rows:
             return self._nothing()
-        batch = self.processor.apply_chat_template(
-            [conversation for row in rows for conversation in row],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            # No padding for packs: they are put together from what is real.
-            processor_kwargs={} if packed else {"padding": True, "pad_to_multiple_of": MULTIPLE},
-        )
+        rows, batch = self._rendered(rows, padded=not packed)
+        if not rows:
+            return self._nothing()
         if packed:
             self._join(batch, [len(row) for row in rows])
         tensors = {}
@@ -96,24 +98,53 @@ class ConversationCollator:
         tensors["labels"] = tensors["input_ids"].masked_fill(tensors.pop("assistant_masks") == 0, -100)
         return tensors
 
-    def _usable(self, samples: list[Any]) -> list[list[dict[str, Any]]]:
+    def _usable(self, samples: list[Any]) -> list["_Conversation"]:
         """The samples as messages with decoded pictures; what cannot be used is told or counted."""
-        counts = self._counts[worker_row()]
         conversations = []
         for sample in samples:
-            counts[0] += 1
-            try:
-                messages = complete_messages(sample)
+            location = location_of(sample)
+            with self.bad.sample(location):
+                messages = _messages(sample)
                 kept = self.shorten(messages)
-                conversations.append(self.decode(kept))
-                counts[2] += len(kept) < len(messages)
-            except ValueError as error:
-                if self.on_bad_sample == "error":
-                    raise ValueError(f"{error} Or leave such conversations out (--on-bad-sample skip).") from error
-                counts[1] += 1
-                if counts[1] <= NAMED:
-                    logger.warning("Left out: %s", error)
+                conversations.append(_Conversation(self.decode(kept), location))
+                self._shortened[worker_row()] += len(kept) < len(messages)
         return conversations
+
+    def _rendered(self, rows: list[list["_Conversation"]], padded: bool) -> tuple[list[list["_Conversation"]], Any]:
+        """The rows, and the batch of their conversations.
+
+        One that cannot be rendered spoils the batch; then each is rendered by itself, which finds it.
+        """
+        try:
+            return rows, self._render([one for row in rows for one in row], padded)
+        except Exception as error:
+            kept = []
+            for row in rows:
+                usable = []
+                for one in row:
+                    with self.bad.again(one.location):
+                        self._render([one], padded)
+                        usable.append(one)
+                if usable:
+                    kept.append(usable)
+            if sum(map(len, kept)) == sum(map(len, rows)):  # not a conversation's fault
+                raise error
+        return kept, self._render([one for row in kept for one in row], padded) if kept else None
+
+    def _render(self, conversations: list["_Conversation"], padded: bool) -> Any:
+        batch = self.processor.apply_chat_template(
+            [one.messages for one in conversations],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            # No padding for packs: they are put together from what is real.
+            processor_kwargs={"padding": True, "pad_to_multiple_of": MULTIPLE} if padded else {},
+        )
+        for row, one in enumerate(conversations):
+            answers = [message for message in one.messages if message["role"] == "assistant"]
+            if not all(map(is_trained, answers)):
+                batch["assistant_masks"][row] = _unmask(batch["assistant_masks"][row], list(map(is_trained, answers)))
+        return batch
 
     def _join(self, batch: Any, sizes: list[int]) -> None:
         """Make rows of so many conversations each, in place: lists of tokens one after the other, padded at the end."""
@@ -153,29 +184,36 @@ class ConversationCollator:
         )
 
     def sample_length(self, sample: Any) -> int:
-        """How many tokens a sample takes once it is shortened; raises ValueError as `shorten` does."""
-        return self.processor.count_tokens(self.shorten(complete_messages(sample)))
+        """How many tokens a sample takes once it is shortened; raises `BadSample`, whatever is wrong with it."""
+        with one_sample(location_of(sample)):
+            return self.processor.count_tokens(self.shorten(_messages(sample)))
 
-    def decode(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def decode(self, messages: list[dict[str, Any]], pixels: bool = False) -> list[dict[str, Any]]:
         """The messages with their pictures decoded, or their features, so that one that cannot be is told by itself.
+
+        Args:
+            messages: complete ones.
+            pixels: decode pictures whose features are known, too.
 
         Raises:
             ValueError: naming that picture.
         """
+        features = None if pixels else self.features
         return [
             message
             if isinstance(message["content"], str)
-            else message | {"content": [self._with_picture(part) for part in message["content"]]}
+            else message | {"content": [self._with_picture(part, features) for part in message["content"]]}
             for message in messages
         ]
 
-    def _with_picture(self, part: dict[str, Any]) -> dict[str, Any]:
+    def _with_picture(self, part: dict[str, Any], features: FeatureCache | None) -> dict[str, Any]:
         if part["type"] != "image":
             return part
-        source = picture_source(part)
-        if self.features is not None:
-            return {"type": "image", "image_features": self.features.of(source)}
-        return {"type": "image", "image": fit_thin_image(read_image(source), self.processor.image_processor)}
+        source = fetched(picture_source(part), self.allow_urls)
+        if features is not None:
+            return {"type": "image", "image_features": features.of(source)}
+        image = read_image(source, allow_urls=False)
+        return {"type": "image", "image": fit_thin_image(image, self.processor.image_processor)}
 
     def _nothing(self) -> dict[str, torch.Tensor]:
         """A batch of one token with nothing to learn, for a rank that others wait for."""
@@ -195,6 +233,35 @@ class ConversationCollator:
         return tensors
 
 
+@dataclass
+class _Conversation:
+    """Messages with decoded pictures, and where they are from."""
+
+    messages: list[dict[str, Any]]
+    location: Location
+
+
+def _messages(sample: Any) -> list[dict[str, Any]]:
+    """A sample's complete messages; one that no data set has checked is checked here."""
+    if not isinstance(sample, Sample):
+        sample = MESSAGES.sample(without_nones({"messages": sample} if isinstance(sample, list) else dict(sample)), None)
+        check_conversation(sample, to_learn=False)
+    return complete_messages(sample)
+
+
+def _unmask(mask: list[int], trained: list[bool]) -> list[int]:
+    """The mask of the assistant's tokens without those of answers of weight 0.
+
+    Raises:
+        ValueError: if it does not tell the answers apart.
+    """
+    runs = [(value, len(list(run))) for value, run in itertools.groupby(mask)]
+    if sum(value for value, _ in runs) != len(trained):
+        raise ValueError("an answer has the weight 0, but the chat template does not mark each answer; remove it.")
+    answers = iter(trained)
+    return [token for value, length in runs for token in [value and int(next(answers))] * length]
+
+
 def _is_pack(sample: Any) -> bool:
     """Whether this is a list of samples, rather than a sample, which may be a list of messages."""
     return isinstance(sample, list) and not (isinstance(sample[0], dict) and "role" in sample[0])
@@ -202,4 +269,4 @@ def _is_pack(sample: Any) -> bool:
 
 def _text(content: Any) -> str:
     texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
-    return " ".join(texts)[:60]
+    return shortened(" ".join(texts), 60)

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 
 from ..data import complete_messages
+from ..data.bad_samples import BadSample, one_sample
+from ..data.messages import is_trained, location_of
 from ..evaluation import metrics
 from ..evaluation.asking import ask
 from .collator import ConversationCollator
@@ -40,7 +42,8 @@ def exact_match(
             mine = places[start + rank * batch_size : start + (rank + 1) * batch_size]
             asked = mine or places[:1]  # a process without a question of its own goes along with the others
             messages = [complete_messages(conversations[index])[: end + 1] for index, end in asked]
-            answers = ask(model, collator.processor, [conversation[:-1] for conversation in messages], max_new_tokens)
+            prompts = [collator.decode(conversation[:-1], pixels=True) for conversation in messages]
+            answers = ask(model, collator.processor, prompts, max_new_tokens)
             truths = [_text(conversation[-1]["content"]) for conversation in messages]
             right = int(sum(metrics.exact_match(answer.text, [t]) for answer, t in zip(answers, truths, strict=True)))
             counts += torch.tensor([right, len(asked)]) * bool(mine)
@@ -57,14 +60,15 @@ def exact_match(
 def _answers(collator: ConversationCollator, sample: Any) -> list[int]:
     """The places of a conversation's answers; none if it is left out of training's batches as well."""
     try:
-        messages = collator.shorten(complete_messages(sample))
-        if collator.on_bad_sample == "skip":  # later would be too late: all processes ask equally often
-            collator.decode(messages)
-    except ValueError:
+        with one_sample(location_of(sample)):
+            messages = collator.shorten(complete_messages(sample))
+            if collator.on_bad_sample == "skip":  # later would be too late: all processes ask equally often
+                collator.decode(messages)
+    except BadSample:
         if collator.on_bad_sample == "error":
             raise
         return []
-    return [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    return [place for place, message in enumerate(messages) if is_trained(message)]
 
 
 def _text(content: Any) -> str:

@@ -1,5 +1,6 @@
 """What a frozen vision tower gives for each picture: computed once, kept on the disk, read back in every epoch."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,7 +17,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data import complete_messages
-from ..data.conversations import pictures_of
+from ..data.bad_samples import BadSample, one_sample, shortened
+from ..data.messages import pictures_of
+from ..data.pictures import fetched
 from ..image_reading_dsvl import file_of, read_image
 from ..pictures_dsvl import tower_features
 from ..thin_images_dsvl import fit_thin_image
@@ -111,10 +114,11 @@ class FeatureCache:
         """
         key = picture_key(source)
         if key not in self.files:
-            read_image(source)
+            read_image(source, allow_urls=False)
+            name = shortened(source) if isinstance(source, str) else type(source).__name__
             raise ValueError(
-                f"The picture {source if isinstance(source, str) else type(source).__name__} is not in {self.directory}: it "
-                "was another one when its features were computed; start again."
+                f"The picture {name} is not in {self.directory}: it was another one when its features were computed; start "
+                "again."
             )
         return self[key]
 
@@ -139,6 +143,7 @@ def fill(
     workers: int = 0,
     rank: int = 0,
     processes: int = 1,
+    allow_urls: bool = False,
 ) -> None:
     """Compute what the cache lacks of the pictures of data sets; a picture that cannot be decoded is passed over.
 
@@ -147,8 +152,9 @@ def fill(
         tower: of the cache's owner, on the device that is to compute.
         workers: that read and decode.
         rank, processes: this process takes one of so many shares of the samples.
+        allow_urls: whether pictures are fetched from addresses.
     """
-    pictures = _NewPictures(data, cache, image_processor)
+    pictures = _NewPictures(data, cache, image_processor, allow_urls)
     loader = DataLoader(pictures, batch_size=None, sampler=range(rank, len(pictures), processes), num_workers=workers)
     seen: set[str] = set()
     computed = 0
@@ -182,8 +188,9 @@ def _encode(pictures: list[tuple[str, torch.Tensor]], tower: Any, config: Any) -
 class _NewPictures(Dataset):
     """Of each sample the keys of its pictures, and the pixels of those that the cache does not have."""
 
-    def __init__(self, data: list[Any], cache: FeatureCache, image_processor: Any) -> None:
+    def __init__(self, data: list[Any], cache: FeatureCache, image_processor: Any, allow_urls: bool) -> None:
         self.data: ConcatDataset = ConcatDataset(data)
+        self.allow_urls = allow_urls
         self.known, self.image_processor = frozenset(cache.files), image_processor
 
     def __len__(self) -> int:
@@ -192,14 +199,13 @@ class _NewPictures(Dataset):
     def __getitem__(self, place: int) -> tuple[list[str], dict[str, torch.Tensor]]:
         keys, pixels = [], {}
         for source in pictures_of(complete_messages(self.data[place])):
-            try:
+            with contextlib.suppress(BadSample), one_sample():  # told when its batch is made
+                source = fetched(source, self.allow_urls)
                 key = picture_key(source)
                 if key not in self.known and key not in pixels:
-                    image = fit_thin_image(read_image(source), self.image_processor)
+                    image = fit_thin_image(read_image(source, allow_urls=False), self.image_processor)
                     pixels[key] = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
                 keys.append(key)
-            except ValueError:  # told when its batch is made
-                continue
         return keys, pixels
 
 

@@ -92,9 +92,21 @@ def train(
     features = None
     if data_arguments.cache_image_features is not None:
         features = cached_features(
-            data_arguments.cache_image_features, [train_data, eval_data], model_arguments, arguments, processor
+            data_arguments.cache_image_features,
+            [train_data, eval_data],
+            model_arguments,
+            arguments,
+            processor,
+            data_arguments.allow_urls,
         )
-    collator = ConversationCollator(processor, data_arguments.max_length, data_arguments.on_bad_sample, features)
+    collator = ConversationCollator(
+        processor,
+        data_arguments.max_length,
+        data_arguments.on_bad_sample,
+        features,
+        data_arguments.allow_urls,
+        data_arguments.max_bad_samples,
+    )
     if data_arguments.packing:
         train_data = packed(train_data, collator, data_arguments, seed)
     model = load_model(model_arguments, arguments)
@@ -159,7 +171,12 @@ def check_is_dsvl(name: str) -> None:
 
 
 def cached_features(
-    directory: str, data: list[Any], model_arguments: ModelArguments, arguments: DSVLTrainingArguments, processor: Any
+    directory: str,
+    data: list[Any],
+    model_arguments: ModelArguments,
+    arguments: DSVLTrainingArguments,
+    processor: Any,
+    allow_urls: bool = False,
 ) -> FeatureCache:
     """The cache of the tower's features, filled for these data sets (None among them for none) by all processes."""
     config = DSVLConfig.from_pretrained(model_arguments.model)
@@ -176,6 +193,7 @@ def cached_features(
         workers=arguments.dataloader_num_workers,
         rank=arguments.process_index,
         processes=arguments.world_size,
+        allow_urls=allow_urls,
     )
     if dist.is_initialized():
         dist.barrier()

@@ -22,20 +22,21 @@ def open_data(arguments: DataArguments, seed: int, rank: int = 0, processes: int
         rank, processes: of a stream, the share of this process.
     """
     train: Any
+    options: dict[str, Any] = {"allow_urls": arguments.allow_urls, "max_bad_samples": arguments.max_bad_samples}
     if arguments.streaming:
-        train = Stream(arguments.data, arguments.on_bad_sample, seed, rank=rank, processes=processes)
+        train = Stream(arguments.data, arguments.on_bad_sample, seed, rank=rank, processes=processes, **options)
     elif arguments.dataset_names:
         train = open_parts(
-            _parts(arguments), arguments.on_bad_sample, seed, arguments.max_num_image_per_sample, arguments.data
+            _parts(arguments), arguments.on_bad_sample, seed, arguments.max_num_image_per_sample, arguments.data, **options
         )
     elif arguments.data.endswith((".yaml", ".yml")):
-        train = load_mixture(arguments.data, arguments.on_bad_sample)
+        train = load_mixture(arguments.data, arguments.on_bad_sample, **options)
     else:
-        train = load_conversations(arguments.data, arguments.on_bad_sample)
+        train = load_conversations(arguments.data, arguments.on_bad_sample, **options)
     if arguments.eval_share is not None:
         return split(train, arguments.eval_share, seed)
     if arguments.eval_data is not None:
-        return train, load_conversations(arguments.eval_data, arguments.on_bad_sample)
+        return train, load_conversations(arguments.eval_data, arguments.on_bad_sample, **options)
     return train, None
 
 
@@ -64,7 +65,7 @@ def packed(data: Any, collator: ConversationCollator, arguments: DataArguments, 
             length=collator.sample_length,
             max_tokens=collator.max_length,
             max_pictures=arguments.max_pictures_per_pack,
-            left_out=data.left_out,
+            bad=data.bad,
         )
         return data
     packs = PackedConversations(
@@ -74,6 +75,7 @@ def packed(data: Any, collator: ConversationCollator, arguments: DataArguments, 
         arguments.max_pictures_per_pack,
         seed=seed,
         on_bad_sample=arguments.on_bad_sample,
+        max_bad_samples=arguments.max_bad_samples,
     )
     logger.info("Packs: %d of %d conversations, filled to %.1f%%.", len(packs), len(data), 100 * packs.filled)
     return packs

@@ -5,6 +5,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..bad_samples import shortened
 from .public import llava_conversations
 from .registry import LeftOut, Sample, assistant, converter, read_list, read_records, take, take_texts, user
 
@@ -38,7 +39,9 @@ def llava_picture(record: Any) -> Sample:
     """A LLaVA record about one picture of COCO."""
     sample = llava_conversations(record, Random())
     if len(sample["images"]) != 1 or not isinstance(sample["images"][0], str):
-        raise ValueError(f"'image' of the record is {record.get('image')!r}; expected the name of one picture.")
+        raise ValueError(
+            f"'image' of the record is {shortened(repr(record.get('image')))}; expected the name of one picture."
+        )
     return sample | {"images": [f"{TRAIN2017}/{sample['images'][0]}"]}
 
 
@@ -86,7 +89,7 @@ CAPTION_SPLITS = ("train", "restval")  # val and test are what captions are meas
 def coco_caption(record: Any, random: Random) -> Sample:
     split = take(record, "split", str)
     if split not in CAPTION_SPLITS:
-        raise LeftOut(f"split {split}")
+        raise LeftOut(f"split {shortened(split)}")
     captions = [take(sentence, "raw", str, "a sentence") for sentence in take(record, "sentences", list)]
     if not captions:
         raise LeftOut("no caption")
@@ -113,7 +116,9 @@ def coco_name(image_id: str) -> str:
     """MIMIC-IT's name of a COCO picture, without its first 8 characters (`CGD_IMG_`), as a path."""
     name = image_id[8:]
     if not re.fullmatch(r"\w+", name):
-        raise ValueError(f"the picture id {image_id!r} is no name of a COCO picture; expected CGD_IMG_ and 12 digits.")
+        raise ValueError(
+            f"the picture id {shortened(repr(image_id))} is no name of a COCO picture; expected CGD_IMG_ and 12 digits."
+        )
     return f"{TRAIN2017}/{name}.jpg"
 
 

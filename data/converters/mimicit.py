@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..bad_samples import shortened
 from .coco import LLAVA, LLAVA_DIAL, coco_name, conversations_by_picture, llava_picture
 from .registry import LeftOut, Record, Sample, assistant, converter, read_json, take, take_texts, user
 
@@ -105,7 +106,9 @@ def extract_pictures(source: Path, folder: Path) -> dict[str, str]:
             if suffix is None:
                 continue
             if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"{source}: the picture id {name!r} cannot be a file's name; expected letters and digits.")
+                raise ValueError(
+                    f"{source}: the picture id {shortened(repr(name))} cannot be a file's name; expected letters and digits."
+                )
             partial = folder / "partial"
             partial.write_bytes(content)
             partial.replace(folder / f"{name}{suffix}")

@@ -1,47 +1,34 @@
 """The common public forms: LLaVA's `conversations`, ShareGPT with `images`, The Cauldron's and FineVision's `texts`."""
 
-import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..conversations import encoded, open_table
-from .registry import LeftOut, Record, Sample, assistant, converter, read_records, take, user
+from ..bad_samples import BadSample, one_sample, shortened
+from ..files import open_records
+from .registry import LeftOut, Record, Sample, assistant, converter, take, user
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def read_file(root: Path, pictures: Path) -> Iterator[Record]:
-    """The records of a JSON or JSON lines file; of a Parquet file or a folder of `datasets`; `root` is that file."""
-    if root.suffix == ".json":
-        records: Any = read_records(root)
-    elif root.suffix == ".jsonl":
-        records = _lines(root)
-    else:
-        records = _rows(root)
-    for number, record in enumerate(records):
-        name = record.get("id", number) if isinstance(record, dict) else number
-        yield Record(str(name), record)
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; --root must be the file of this form.")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}, line {number}, is not JSON ({error}).") from error
-
-
-def _rows(path: Path) -> Iterator[Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; --root must be the file of this form, or a folder of datasets.")
-    rows = open_table(str(path))
-    yield from map(encoded(rows), range(len(rows)))
+    """The records of a file that `open_records` opens, or of a folder of `datasets`; `root` is that file."""
+    if not root.exists():
+        raise FileNotFoundError(f"{root} does not exist; --root must be the file of this form, or a folder of datasets.")
+    records = open_records(root)
+    for index in range(len(records)):
+        raw = records.read(index)
+        try:
+            with one_sample(partial(records.location, index)):
+                record = records.parse(raw)
+        except BadSample as error:
+            yield Record(str(index), None, broken=error.reason)
+            continue
+        name = record.get("id", index) if isinstance(record, dict) else index
+        yield Record(shortened(str(name)), record)
 
 
 def rounds(turns: list[tuple[str, str]], pictures: list[Any]) -> Sample:
@@ -154,5 +141,5 @@ def cauldron(record: Any, random: Random) -> Sample:
 
 def _role(name: str) -> str:
     if name not in ROLES:
-        raise ValueError(f"a turn is from {name!r}; expected one of {', '.join(ROLES)}.")
+        raise ValueError(f"a turn is from {shortened(repr(name))}; expected one of {', '.join(ROLES)}.")
     return ROLES[name]

@@ -8,6 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..bad_samples import shortened
+
 Sample = dict[str, Any]
 
 
@@ -23,11 +25,13 @@ class Record:
         id: what the data set calls it, for messages and as the seed of what is chosen at random.
         value: the record.
         dropped: parts of it that are left out already, by reason.
+        broken: why there is no value, if it could not be read.
     """
 
     id: str
     value: Any
     dropped: Counter[str] = field(default_factory=Counter)
+    broken: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def read_json(path: Path) -> Any:
     try:
         with path.open(encoding="utf-8") as file:
             return json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON, or only a part of it ({error}); fetch it again.") from error
 
 
@@ -149,5 +153,4 @@ def assistant(text: str) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} ({text if len(text) < 60 else text[:60] + '...'})"
+    return f"{type(value).__name__} ({shortened(repr(value), 60)})"

@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..bad_samples import shortened
 from .mimicit import MAX_PICTURES
 from .public import check_turns
 from .registry import LeftOut, Record, Sample, assistant, converter, read_records, take, user
@@ -37,7 +38,7 @@ def sparkles_dialogue(record: Any, random: Random) -> Sample:
         own = [str(take(image, "image_id", (str, int), "a picture")) for image in turn.get("images") or []]
         placed = [name[1] for name in NAME.finditer(text) if name[2]]
         if sorted(own) != sorted(set(placed)):
-            raise ValueError(f"a message has the pictures {own}, but its text places {placed}.")
+            raise ValueError(f"a message has the pictures {shortened(own)}, but its text places {shortened(placed)}.")
         new = [picture for picture in dict.fromkeys(placed) if picture not in numbers]
         for picture in new:
             numbers[picture] = len(numbers) + 1

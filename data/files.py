@@ -1,0 +1,159 @@
+"""Opening what holds records: a file, a folder, a table of the `datasets` library, a name on the Hub."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .bad_samples import shortened, stops_the_run
+from .records import CSV_DELIMITERS, CsvRecords, JsonRecords, Records, TarRecords
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+TABLE_SUFFIXES = (".parquet", ".arrow")
+TAR_SUFFIX = ".tar"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of a folder of images, as `datasets` has them
+FORMS = "JSON lines or a JSON array (.jsonl, .ndjson, .json, also .gz), .csv, .tsv, .parquet, .arrow, .tar"
+
+
+class TableRecords(Records):
+    """Rows of a `datasets.Dataset`; images stay the bytes or paths they are.
+
+    Args:
+        rows: the data set.
+        source, root: as of `Records`.
+    """
+
+    def __init__(self, rows: Any, source: str, root: Path | None) -> None:
+        self.source, self.root, self.keys = source, root, list(rows.column_names)
+        self._count = len(rows)
+        self._features = without_decoding(rows.features)
+        self._rows = rows.with_format("arrow")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def location(self, index: int) -> str:
+        return f"{self.source}, row {index}"
+
+    def read(self, index: int) -> Any:
+        return self._rows[index]
+
+    def parse(self, raw: Any) -> dict[str, Any]:
+        (row,) = raw.to_pylist()
+        return without_nones(self._features.decode_example(row))
+
+
+def open_records(source: str | Path, split: str = "train") -> Records:
+    """Open a file, a directory or a data set on the Hub.
+
+    Args:
+        source: as of `load_conversations`.
+        split: of a data set that has several.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is something else.
+    """
+    path = Path(source)
+    reader = reader_of(path)
+    if reader is not None:
+        check_is_there(path)
+        return reader(path)
+    metadata = metadata_of(path, split)
+    if metadata is not None:
+        return open_records(metadata)
+    root = path if path.is_dir() else path.parent if path.is_file() else None
+    return TableRecords(open_table(str(source), split), str(source), root)
+
+
+def reader_of(path: Path) -> Callable[[Path], Records] | None:
+    """What reads a file of this name by itself; None for what `datasets` reads."""
+    suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
+    if suffix in JSON_SUFFIXES:
+        return JsonRecords
+    if suffix in CSV_DELIMITERS:
+        return CsvRecords
+    return TarRecords if path.suffix == TAR_SUFFIX else None
+
+
+def metadata_of(path: Path, split: str) -> Path | None:
+    """The file that describes a folder of images, in it or in its folder of this split."""
+    if not path.is_dir():
+        return None
+    return next((file for folder in (path, path / split) for name in METADATA if (file := folder / name).is_file()), None)
+
+
+def check_is_there(path: Path) -> None:
+    """Raise FileNotFoundError if there is no such file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; pass a JSON lines file, a Parquet file or a data set's name.")
+
+
+def check_is_no_path(source: str) -> None:
+    """Tell a path that does not exist from a name on the Hub, which would be looked up."""
+    path = Path(source)
+    if path.is_file():
+        raise ValueError(f"{source} is of no known form; expected {FORMS}, a directory, or a data set's name.")
+    if not path.exists() and (path.suffix or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
+        raise FileNotFoundError(f"{source} does not exist; pass a file, a directory or a data set's name on the Hub.")
+
+
+def open_table(source: str, split: str = "train") -> Any:
+    """A `datasets.Dataset` from a Parquet or Arrow file, a directory written by `datasets`, or a name on the Hub."""
+    datasets = import_datasets()
+    path = Path(source)
+    if path.suffix in TABLE_SUFFIXES:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file; pass one, or a data set's name.")
+        return load_table(source, path.suffix[1:], data_files=source, split="train")
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        loaded = datasets.load_from_disk(source)
+        return loaded if isinstance(loaded, datasets.Dataset) else _split(loaded, split, source)
+    check_is_no_path(source)
+    return _split(load_table(source, source), split, source)
+
+
+def import_datasets() -> Any:
+    """The package `datasets`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{error}; Parquet, saved data sets and names on the Hub need it: pip install 'dsvl[data]'"
+        ) from error
+    return datasets
+
+
+def load_table(source: str, *args: Any, **kwargs: Any) -> Any:
+    """`datasets.load_dataset(*args, **kwargs)`, whose errors name a local source."""
+    datasets = import_datasets()
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except Exception as error:  # Arrow and datasets have many, few of which name the file
+        if stops_the_run(error) or not Path(source).exists():
+            raise
+        raise ValueError(f"{source} cannot be read: {shortened(str(error.__cause__ or error))}.") from error
+
+
+def without_decoding(feature: Any) -> Any:
+    """A feature of `datasets`, or a dict of them, that leaves images encoded."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return type(feature)({key: without_decoding(inner) for key, inner in feature.items()})
+    inner = getattr(feature, "feature", None)  # of a list
+    return feature if inner is None else type(feature)(without_decoding(inner))
+
+
+def without_nones(value: Any) -> Any:
+    """Arrow gives every part every key."""
+    if isinstance(value, dict):
+        return {key: without_nones(element) for key, element in value.items() if element is not None}
+    return [without_nones(element) for element in value] if isinstance(value, list) else value
+
+
+def _split(loaded: Any, split: str, source: str) -> Any:
+    if split not in loaded:
+        raise ValueError(f"{source} has the splits {list(loaded)}, not {split!r}.")
+    return loaded[split]

@@ -1,0 +1,237 @@
+"""The format of a conversation.
+
+A sample is `{"messages": [...]}`, or `{"messages": [...], "images": [...]}`. A message is `{"role", "content"}` with roles
+user and assistant after at most one system message; content is a text, or a list of parts in reading order:
+`{"type": "text", "text": ...}` and `{"type": "image", "path" | "url" | "base64" | "image": ...}`. A part `{"type": "image"}`
+without a source takes the next of `images`, whose elements are paths, addresses, bytes or PIL images. An assistant's message
+may have a `weight` of 0, then it is read but not trained on; `references` are an evaluation's.
+"""
+
+import os
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+from .bad_samples import Location, shortened
+
+ROLES = ("system", "user", "assistant")
+SOURCES = ("image", "path", "url", "base64")  # the keys under which transformers looks for a part's image
+MESSAGE_KEYS = frozenset(("role", "content", "weight", "references", "id"))
+PART_KEYS = frozenset(("type", "text", *SOURCES))
+SAMPLE_KEYS = frozenset(("messages", "images", "id"))
+# Keys of a sample that change what it means. Others (its origin, a score) are no part of the conversation.
+MEANINGFUL = frozenset(
+    ("image", "image_url", "image_urls", "image_path", "image_paths", "picture", "pictures", "video", "videos", "audio")
+    + ("audios", "tools", "functions", "documents", "system", "system_prompt", "prompt", "completion", "chosen", "rejected")
+    + ("conversations", "texts", "question", "answer", "answers", "weight", "reasoning_content", "chat_template_kwargs")
+    + ("choices", "options", "context", "hint")
+)
+
+
+class Sample(dict):
+    """A sample that has been checked and knows where it is from.
+
+    Attributes:
+        location: file and line, for messages, or what finds them out; None if they are not known.
+    """
+
+    location: Location = None
+
+
+def location_of(sample: Any) -> Location:
+    """Where a sample is from, if it knows that."""
+    return getattr(sample, "location", None)
+
+
+def check_conversation(sample: Any, to_learn: bool = True, allow_urls: bool = True) -> tuple[int, bool]:
+    """Check one sample, without decoding an image.
+
+    Args:
+        sample: what a data set gave.
+        to_learn: whether it must end with an answer, and its images' files be there. Otherwise a question may end it, and
+            whoever opens the images finds out.
+        allow_urls: whether its images may be addresses.
+
+    Returns:
+        how many images it has, and whether it begins with a system message.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if not isinstance(sample, dict) or not isinstance(sample.get("messages"), list) or not sample["messages"]:
+        what = sorted(map(str, sample)) if isinstance(sample, dict) else type(sample).__name__
+        raise ValueError(f"expected an object with a list of messages, got {shortened(what)}.")
+    _refuse_keys(sample, MEANINGFUL & set(sample), "the sample", SAMPLE_KEYS)
+    messages = sample["messages"]
+    sources: list[Any] = []
+    unnamed = images_of_parts = 0
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES or (role == "system" and number > 0):
+            raise ValueError(
+                f"message {number} has the role {shortened(repr(role))}; expected user or assistant, after at most one "
+                "system message."
+            )
+        _refuse_keys(message, set(message) - MESSAGE_KEYS, f"message {number} ({role})", MESSAGE_KEYS)
+        _check_weight(message, number)
+        own, own_unnamed = _check_content(message, number, sources)
+        images_of_parts, unnamed = images_of_parts + own, unnamed + own_unnamed
+    if messages[0]["role"] == "assistant" or (messages[0]["role"] == "system" and messages[1:2] == []):
+        raise ValueError("a conversation begins with a user's message (after at most one system message).")
+    if to_learn and messages[-1]["role"] != "assistant":
+        raise ValueError(f"the last message is the {messages[-1]['role']}'s; expected an assistant's answer to learn.")
+    if to_learn and not any(is_trained(message) for message in messages):
+        raise ValueError("every assistant's message has the weight 0; expected one to train on.")
+    images = [] if sample.get("images") is None else sample["images"]
+    if not isinstance(images, list):
+        raise ValueError(f"images is of type {type(images).__name__}; expected a list.")
+    if unnamed != len(images):
+        raise ValueError(
+            f"the messages hold {unnamed} image parts without a source, but there are {len(images)} images; expected one "
+            "for each, in reading order."
+        )
+    for source in [*sources, *images]:
+        _check_source(source, to_learn, allow_urls)
+    return images_of_parts, messages[0]["role"] == "system"
+
+
+def is_trained(message: dict[str, Any]) -> bool:
+    """Whether a message is an answer that is trained on."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def is_given(value: Any) -> bool:
+    """Whether a value asks for something; None and what is empty does not."""
+    return value is not None and not (isinstance(value, (str, list, tuple, dict)) and not value)
+
+
+def is_address(source: Any) -> bool:
+    """Whether an image would have to be fetched."""
+    return isinstance(source, str) and "://" in source[:20]
+
+
+def _refuse_keys(where: dict[str, Any], keys: AbstractSet[Any], name: str, known: frozenset[str]) -> None:
+    given = sorted(str(key) for key in keys if is_given(where[key]))
+    if given:
+        raise ValueError(
+            f"{name} has the key {shortened(', '.join(given))}, which would be lost; known are {', '.join(sorted(known))}. "
+            "Remove it, or convert it."
+        )
+
+
+def _check_weight(message: dict[str, Any], number: int) -> None:
+    weight = message.get("weight")
+    if weight is not None and (message["role"] != "assistant" or weight not in (0, 1)):
+        raise ValueError(
+            f"message {number} ({message['role']}) has the weight {shortened(repr(weight))}; expected 0 (not trained on) or "
+            "1, of an assistant's message."
+        )
+
+
+def _check_content(message: dict, number: int, sources: list[Any]) -> tuple[int, int]:
+    """Check a message's content; returns how many image parts there are, and how many of them without a source."""
+    content = message.get("content")
+    if isinstance(content, str):
+        _check_text(content, number)
+        return 0, 0
+    if not isinstance(content, list):
+        raise ValueError(f"message {number} has a content of type {type(content).__name__}; expected a text or parts.")
+    images = unnamed = 0
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        is_text = kind == "text" and isinstance(part.get("text"), str)
+        if not is_text and (kind != "image" or message["role"] != "user"):
+            raise ValueError(
+                f"message {number} ({message['role']}) has a part {shortened(repr(part), 100)}; expected a text, or in a "
+                "user's message an image."
+            )
+        known = PART_KEYS - (set(SOURCES) if is_text else {"text"})
+        _refuse_keys(part, set(part) - known, f"a part of type {kind} of message {number}", known)
+        if is_text:
+            _check_text(part["text"], number)
+            continue
+        images += 1
+        named = [key for key in SOURCES if part.get(key) is not None]
+        if len(named) > 1:
+            raise ValueError(f"an image of message {number} has {' and '.join(named)}; expected one of them.")
+        if not named:
+            unnamed += 1
+        elif named[0] != "base64":
+            sources.append(part[named[0]])
+    return images, unnamed
+
+
+def _check_text(text: str, number: int) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"message {number} holds half of a surrogate pair ({text[error.start]!a}), which is no character; expected "
+                "whole ones (an emoji that was cut?)."
+            ) from error
+
+
+def _check_source(source: Any, files: bool, allow_urls: bool) -> None:
+    if is_address(source) and not allow_urls and not source.startswith("file://"):
+        raise ValueError(f"the picture {shortened(source)} is an address; pass --allow-urls to fetch such pictures.")
+    if not files:
+        return
+    if isinstance(source, dict):  # as `datasets` stores it
+        source = source["bytes"] if source.get("bytes") else source.get("path")
+    if isinstance(source, str):
+        if not is_address(source) and not source.startswith("data:") and not os.path.isfile(source):
+            raise ValueError(f"the picture {shortened(source)} does not exist.")
+    elif source is None or isinstance(source, (bool, int, float, list, dict)):
+        raise ValueError(
+            f"a picture is {shortened(source, 60)} of type {type(source).__name__}; expected a path, an address or a file's "
+            "bytes."
+        )
+
+
+def complete_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages with every image at its index: `images` go where the parts without a source are.
+
+    Args:
+        sample: as `check_conversation` accepts it; or a list of messages as it is.
+
+    Returns:
+        Messages that a chat template and `DSVLProcessor.apply_chat_template` take.
+    """
+    if isinstance(sample, list):
+        sample = {"messages": sample}
+    images = iter(sample.get("images") or [])
+    messages = []
+    for message in sample["messages"]:
+        if not isinstance(message["content"], str):
+            parts = [_with_source(part, images) for part in message["content"]]
+            message = message | {"content": parts}
+        messages.append(message)
+    return messages
+
+
+def _with_source(part: dict[str, Any], images: Any) -> dict[str, Any]:
+    if part["type"] != "image":
+        return {"type": "text", "text": part["text"]}
+    for key in SOURCES:
+        if part.get(key) is not None:
+            return {"type": "image", key: _stored(part[key])}
+    return {"type": "image", "image": _stored(next(images))}
+
+
+def _stored(image: Any) -> Any:
+    """An image as `datasets` stores it, as its bytes or its path."""
+    if isinstance(image, dict):
+        return image["bytes"] if image.get("bytes") else image["path"]
+    return image
+
+
+def picture_source(part: dict[str, Any]) -> Any:
+    """Where the image of a part `{"type": "image", ...}` of complete messages is from."""
+    (source,) = (value for key, value in part.items() if key != "type")
+    return source
+
+
+def pictures_of(messages: list[dict[str, Any]]) -> list[Any]:
+    """The sources of the images of complete messages, in reading order."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    return [picture_source(part) for part in parts if part["type"] == "image"]
