@@ -50,7 +50,7 @@ _CLASSES: dict[type, type] = {}
 def _with_modality(layer_class: type) -> type:
     """The subclass of a layer class that moves `mm_token_type_ids` with the keys."""
     if layer_class not in _CLASSES:
-        members = {name: _moving(layer_class, name) for name in _MOVES if hasattr(layer_class, name)}
+        members: dict[str, Any] = {name: _moving(layer_class, name) for name in _MOVES if hasattr(layer_class, name)}
         members |= {
             "__module__": __name__,
             "__doc__": f"`{layer_class.__name__}` that keeps the modality of its tokens beside its keys.",

@@ -65,7 +65,7 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         """
         rename_cache(kwargs)
         # PEFT puts a method of its own model here.
-        wrapper = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        wrapper: Any = getattr(self.prepare_inputs_for_generation, "__self__", self)
         if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(f"{type(wrapper.active_peft_config).__name__} cannot generate with a DSVL model. {PEFT_HINT}")
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")

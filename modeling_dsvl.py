@@ -248,7 +248,12 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             # those before it.
             kwargs.setdefault("use_cache", False)
         token_types = may_hold_images = None
-        if self.config.multimodal_attention != "causal" and not is_ready_mask(attention_mask):
+        if self.config.multimodal_attention == "causal":
+            pass
+        elif isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
+            attention_mask = self._check_ready_mask(attention_mask, is_image if types is None else types)
+            kwargs["multimodal_masks"] = self._step_masks(attention_mask, inputs_embeds.dtype)
+        else:
             # How many of the new tokens are image tokens; where it could not be held against placeholders, it is not known.
             image_queries = None if input_ids is None else 0 if embedded is None else len(embedded)
             token_types = self.token_types(inputs_embeds.shape[1], is_image, types, cache)
@@ -258,9 +263,6 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             attention_mask, kwargs["multimodal_masks"] = self._modal_masks(
                 inputs_embeds, attention_mask, position_ids, cache, token_types, image_queries, may_hold_images
             )
-        elif self.config.multimodal_attention != "causal":
-            attention_mask = self._check_ready_mask(attention_mask, is_image if types is None else types)
-            kwargs["multimodal_masks"] = self._step_masks(attention_mask, inputs_embeds.dtype)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -395,11 +397,6 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
                 f"({types.shape[0]}, {past + new_tokens}), or fill the cache by this model. {PEFT_HINT}"
             )
         return torch.cat([known[:, :past].to(types.device), types], dim=1)
-
-
-def is_ready_mask(attention_mask: Any) -> bool:
-    """Whether a mask is four-dimensional, or a dict of such for each layer type, so that nothing is left to build."""
-    return isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4)
 
 
 def _softcaps(text_config: Any) -> bool:
