@@ -32,6 +32,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
         from ..chat.loading import load
         from .app import LOOPBACK, build_app
+        from .connections import UVICORN
         from .requests import Limits
     except ImportError as error:
         raise ImportError(f"{error}; dsvl serve needs more packages: pip install 'dsvl[serve]'") from error
@@ -56,15 +57,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     print(f"dsvl serve: {name} at http://{arguments.host}:{arguments.port}/v1; Ctrl-C ends it", flush=True)
     if hosts == ("*",):
         print("dsvl serve: whoever reaches this address can use it; there is no key", flush=True)
-    uvicorn.run(
-        app,
-        host=arguments.host,
-        port=arguments.port,
-        log_level="warning",
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
+    uvicorn.run(app, host=arguments.host, port=arguments.port, **UVICORN)
 
 
 def _is_loopback(host: str) -> bool:

@@ -12,7 +12,7 @@ from transformers import StaticCache
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.chat import DSVLChat
-from dsvl.chat.answering import pieces_of_text
+from dsvl.chat.detokenizer import pieces_of_text
 from dsvl.data.conversations import load_conversations
 
 PER_PICTURE, NEW = 5, 8
