@@ -66,7 +66,8 @@ def test_a_failing_choice_changes_no_seeded_answer(server: Server, monkeypatch: 
         return choose(self, input_ids, scores)
 
     monkeypatch.setattr(Generation, "choose", failing)
-    long = ask(server, question("two"), LONG, stream=True)
+    monkeypatch.setattr(server.engine, "turn", 2 * LONG)
+    long = ask(server, question("two"), LONG, stream=True)  # until it ends, all others wait
 
     def stranger() -> int:
         body = {"model": NAME, "messages": question("two"), "max_tokens": 4, "temperature": 1.75}
@@ -75,11 +76,12 @@ def test_a_failing_choice_changes_no_seeded_answer(server: Server, monkeypatch: 
 
     with ThreadPoolExecutor(12) as pool:
         seeded = [pool.submit(_sampled, server, 7 + number % 2) for number in range(8)]
+        eventually(lambda: server.engine.running == 9)
         strange = [pool.submit(stranger) for _ in range(4)]
+        eventually(lambda: server.engine.running == 13)
+        long.close()
         assert [future.result() for future in seeded] == [alone[7 + number % 2] for number in range(8)]
         assert [future.result() for future in strange] == [500] * 4
-    assert server.engine.running == 1  # nor has the long answer ended
-    long.close()
 
 
 def test_a_batch_that_fails_half_way_changes_no_answer(server: Server, parts: tuple[Any, Any], monkeypatch: Any) -> None:
