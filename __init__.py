@@ -1,5 +1,7 @@
 """DSVL: vision-language models with multi-modal causal attention, composed, trained and shared the Hugging Face way."""
 
+from typing import TYPE_CHECKING
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -8,13 +10,16 @@ from transformers import (
     AutoProcessor,
 )
 
-from . import migration
-from .composition import compose, save_checkpoint
 from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
 from .modeling_dsvl import DSVLForConditionalGeneration, DSVLModel
 from .picture_cache_dsvl import PictureCache
 from .processing_dsvl import DSVLProcessor
+from .utils.lazy import lazy_attributes
 from .vision_dsvl import DSVLQwenVisionModel
+
+if TYPE_CHECKING:
+    from . import migration
+    from .composition import compose, save_checkpoint
 
 # Where this package is installed, the Auto classes use it rather than the copy in a checkpoint ...
 AutoConfig.register(DSVLConfig.model_type, DSVLConfig, exist_ok=True)
@@ -42,3 +47,5 @@ __all__ = [
     "migration",
     "save_checkpoint",
 ]
+# What few need takes time to import.
+__getattr__ = lazy_attributes(__name__, {"compose": "composition", "migration": "", "save_checkpoint": "composition"})

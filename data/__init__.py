@@ -1,5 +1,18 @@
 """Conversations about pictures: the one format that everything here reads."""
 
-from .conversations import check_conversation, complete_messages, load_conversations
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from .conversations import check_conversation, complete_messages, load_conversations
 
 __all__ = ["check_conversation", "complete_messages", "load_conversations"]
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "check_conversation": "conversations",
+        "complete_messages": "conversations",
+        "load_conversations": "conversations",
+    },
+)

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from ..utils.local_paths import existing
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl data` to the command's parser."""
@@ -23,9 +25,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     one.set_defaults(run=_list)
 
     one = actions.add_parser("show", help="samples as the model will see them")
-    one.add_argument("file", help="conversations: whatever dsvl train takes as --data")
+    one.add_argument("file", type=existing, help="conversations: whatever dsvl train takes as --data")
     one.add_argument("-n", "--number", type=int, default=3, help="how many (default 3)")
-    one.add_argument("--model", help="a checkpoint, whose template and tokens are used then")
+    one.add_argument("--model", type=existing, help="a checkpoint, whose template and tokens are used then")
     one.add_argument("--html", metavar="FILE", help="write a page with the pictures instead")
     one.set_defaults(run=_show)
 

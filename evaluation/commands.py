@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..chat.commands import add_generation_arguments, add_loading_arguments, generation_options
+from ..utils.local_paths import existing
 from .compare import add_report_arguments, write_reports
 
 if TYPE_CHECKING:
@@ -17,8 +18,10 @@ MAX_NEW_TOKENS = 256  # DeepSpeed-VisualChat's; at most a quarter of the context
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl evaluate` to the command's parser."""
     parser = commands.add_parser("evaluate", help="ask a checkpoint what a data set asks, and score its answers")
-    parser.add_argument("model", metavar="DIR", help="a checkpoint, or its name on the Hub")
-    parser.add_argument("data", metavar="DATA", help="conversations as for dsvl train, or a file of DeepSpeed-VisualChat's")
+    parser.add_argument("model", type=existing, metavar="DIR", help="a checkpoint, or its name on the Hub")
+    parser.add_argument(
+        "data", type=existing, metavar="DATA", help="conversations as for dsvl train, or a file of DeepSpeed-VisualChat's"
+    )
     parser.add_argument("--split", default="train", help="of a data set that has several (default train)")
     parser.add_argument("--out", metavar="FILE", default="answers.jsonl", help="JSON lines (default answers.jsonl)")
     add_report_arguments(parser)

@@ -1,6 +1,5 @@
 """The arguments of `dsvl train`: as flags, or from a YAML file whose values flags override."""
 
-import argparse
 import importlib.util
 import json
 import logging
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from ..data.mixture import read_yaml
+from .help import TrainParser
 from .model_states import ZERO
 from .parts import PARTS
 
@@ -202,13 +202,12 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
     if argv[place : place + 1] and argv[place].endswith((".yaml", ".yml")):
         argv[place : place + 1] = _flags(Path(argv[place]))
     types: list[Any] = [ModelArguments, DataArguments, DSVLTrainingArguments]
-    parser = HfArgumentParser(
+    parser = TrainParser(
         types,
         prog="dsvl train",
-        description="Fine-tune a DSVL checkpoint. RUN.yaml holds flags without their dashes; every TrainingArguments field "
+        description="Fine-tune a DSVL checkpoint. RUN.yaml holds flags without their dashes; every field of TrainingArguments "
         "is one as well.",
         usage="dsvl train [RUN.yaml] --model DIR --data FILE --output DIR [flags]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     next(action for action in parser._actions if action.dest == "train").nargs = "*"  # adapters may learn alone
