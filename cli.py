@@ -1,6 +1,8 @@
 """The command `dsvl`."""
 
 import argparse
+import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -8,6 +10,7 @@ from typing import Any
 
 from .utils.command_line import CommandParser
 from .utils.console import hush_others
+from .utils.extras import with_remedy
 
 # What each does, and the module that reads its arguments; only that of the command that is called is imported.
 COMMANDS = {
@@ -25,6 +28,16 @@ COMMANDS = {
     "serve": ("a checkpoint behind the OpenAI chat-completions protocol", "serving.commands"),
 }
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C has ended, as shells have it
+# What is kept then, and how to go on, where the command itself does not know it better.
+KEPT = {
+    "train": "the checkpoints in its output directory are kept, and the same command goes on from the last of them.",
+    "data": "what was converted is kept, and the same command goes on from there.",
+    "evaluate": "answers that were written are kept, and the same command goes on from there.",
+    "push": "nothing was committed; the same command starts over.",
+    "chat": "nothing was saved; the same command starts over.",
+    "serve": "the same command starts it again.",
+    "demo": "the same command starts it again.",
+}
 
 
 def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] = lambda: None) -> int:
@@ -52,14 +65,19 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
             import_package()
             arguments.run(arguments)
     except KeyboardInterrupt as interruption:
-        # A command that keeps something raises it with a sentence that says so.
-        kept = str(interruption) or "nothing was written; the same command starts over."
-        print(f"\ndsvl {named}: interrupted; {kept}", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError, ImportError) as error:  # what a user can mend; anything else is ours, and shows where it is
+        kept = str(interruption) or KEPT.get(str(named), "nothing was written; the same command starts over.")
+    except ImportError as error:
+        print(f"dsvl {named}: {with_remedy(error, named)}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:  # what a user can mend; anything else is ours, and shows where it is
         print(f"dsvl {named}: {error}", file=sys.stderr)
         return 1
-    return 0
+    else:
+        return 0
+    gc.collect()  # progress bars end, with a line of their own
+    if os.environ.get("RANK", "0") == "0":  # once, of the processes of a launcher
+        print(f"\ndsvl {named}: interrupted; {kept}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _parser(named: str | None) -> CommandParser:

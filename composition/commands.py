@@ -3,16 +3,16 @@
 import argparse
 
 from ..configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
-from ..utils.local_paths import existing
+from ..utils.local_paths import check_exists
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl compose` to the command's parser."""
     parser = commands.add_parser("compose", help="vision tower + language model -> one checkpoint directory")
     parser.add_argument(
-        "--vision", type=existing, required=True, help="name or directory of a vision tower, or a model that has one"
+        "--vision", type=check_exists, required=True, help="name or directory of a vision tower, or a model that has one"
     )
-    parser.add_argument("--language", type=existing, required=True, help="name or directory of a causal language model")
+    parser.add_argument("--language", type=check_exists, required=True, help="name or directory of a causal language model")
     parser.add_argument("--out", required=True, help="new directory for the checkpoint")
     parser.add_argument("--projector-type", choices=PROJECTOR_TYPES, default="linear")
     parser.add_argument("--multimodal-attention", choices=MULTIMODAL_ATTENTIONS, default="mmca")

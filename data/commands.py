@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ..utils.local_paths import existing
+from ..utils.local_paths import check_exists
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,9 +25,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     one.set_defaults(run=_list)
 
     one = actions.add_parser("show", help="samples as the model will see them")
-    one.add_argument("file", type=existing, help="conversations: whatever dsvl train takes as --data")
+    one.add_argument("file", type=check_exists, help="conversations: whatever dsvl train takes as --data")
     one.add_argument("-n", "--number", type=int, default=3, help="how many (default 3)")
-    one.add_argument("--model", type=existing, help="a checkpoint, whose template and tokens are used then")
+    one.add_argument("--model", type=check_exists, help="a checkpoint, whose template and tokens are used then")
     one.add_argument("--html", metavar="FILE", help="write a page with the pictures instead")
     one.set_defaults(run=_show)
 
@@ -62,6 +62,9 @@ def _show(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         from transformers import AutoProcessor
 
+        from ..configuration_dsvl import DSVLConfig
+
+        DSVLConfig.from_pretrained(arguments.model)  # refuses another model's directory
         processor = AutoProcessor.from_pretrained(arguments.model)
     if arguments.html is not None:
         show_page(arguments.file, arguments.html, arguments.number, processor)

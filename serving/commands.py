@@ -4,13 +4,13 @@ import argparse
 import ipaddress
 from pathlib import Path
 
-from ..utils.local_paths import existing
+from ..utils.local_paths import check_exists
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl serve` to the command's parser."""
     parser = commands.add_parser("serve", help="a checkpoint behind the OpenAI chat-completions protocol")
-    parser.add_argument("model", type=existing, metavar="DIR", help="a checkpoint directory, or a name on the Hub")
+    parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint directory, or a name on the Hub")
     parser.add_argument("--name", help="what clients call the model (default: the last part of DIR)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="to listen on (default 8000)")

@@ -407,12 +407,10 @@ def test_answers_to_something_else_are_not_gone_on_from(folder, evaluate, tmp_pa
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
-def test_who_stops_a_run_is_told_how_to_go_on(evaluate, calls, capsys):
+def test_who_stops_a_run_is_told_how_to_go_on(evaluate, calls):
     calls.limit, calls.error = 2, KeyboardInterrupt
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ValueError, match="answers.jsonl holds 6 answers, and the same command goes on from there"):
         evaluate("--batch-size", "3")
-    assert stopped.value.code == 130
-    assert "6 answers; the same command goes on from here" in capsys.readouterr().out
     calls.error = torch.OutOfMemoryError
     with pytest.raises(ValueError, match="out of memory .not today.; .* a --batch-size below 3 goes on from 6 answers"):
         evaluate("--batch-size", "3")

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..data.mixture import read_yaml
+from ..utils.local_paths import check_exists
 from .help import TrainParser
 from .model_states import ZERO
 from .parts import PARTS
@@ -194,6 +195,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
 
     Raises:
         ValueError: if they do not go together, before anything is loaded.
+        FileNotFoundError: for a model or data that look like a path and do not exist.
         SystemExit: for an unknown flag.
     """
     argv = list(argv)
@@ -205,8 +207,8 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
     parser = TrainParser(
         types,
         prog="dsvl train",
-        description="Fine-tune a DSVL checkpoint. RUN.yaml holds flags without their dashes; every field of TrainingArguments "
-        "is one as well.",
+        description="Fine-tune a DSVL checkpoint. RUN.yaml holds flags without their dashes; every field of "
+        "TrainingArguments is one as well.",
         usage="dsvl train [RUN.yaml] --model DIR --data FILE --output DIR [flags]",
         allow_abbrev=False,
     )
@@ -220,6 +222,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
         if "load_best_model_at_end" not in given and values["save_strategy"] != "no":
             values["load_best_model_at_end"] = values["eval_strategy"] == values["save_strategy"]
     check_options(values)
+    for name in ("model", "data", "eval_data"):
+        if values.get(name):
+            check_exists(values[name])
     return parser.parse_dict(values)
 
 

@@ -18,18 +18,23 @@ GROUPS = {
     "what is trained": "train lora_rank lora_alpha lora_dropout lora_targets lora_language lora_vision dora qlora",
     "length and packing": "max_length packing max_pictures_per_pack",
     "optimisation": "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
-    "embeddings_learning_rate lr_scheduler_type warmup_steps weight_decay label_smoothing_factor seed",
+    "embeddings_learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed",
     "precision and memory": "bf16 activation_checkpointing gradient_checkpointing use_liger_kernel compile_decoder_layers "
     "torch_compile",
-    "evaluation": "eval_data eval_share eval_steps per_device_eval_batch_size eval_exact_match eval_max_new_tokens "
-    "early_stopping_patience",
-    "saving and publishing": "output_dir save_steps save_total_limit logging_steps report_to push_to_hub hub_model_id "
-    "hub_private_repo",
+    "evaluation": "eval_data eval_share eval_strategy eval_steps per_device_eval_batch_size eval_exact_match "
+    "eval_max_new_tokens early_stopping_patience",
+    "saving and publishing": "output_dir save_strategy save_steps save_total_limit logging_steps report_to push_to_hub "
+    "hub_model_id hub_private_repo",
     "distributed": "deepspeed",
 }
 # A field of ours that no group names stands in the group of its class.
 CLASSES = {"ModelArguments": "model", "DataArguments": "data", "DSVLTrainingArguments": "saving and publishing"}
 REST = "all other fields of TrainingArguments"
+# Where transformers' words do not hold here, or say too much.
+ABOUT = {
+    "hub_private_repo": "make the repository private",
+    "push_to_hub": "publish the output directory on the Hub, once, when it is complete",
+}
 REQUIRED = ("model", "data", "output_dir")
 SHORT = {"output_dir": "--output"}  # where it is not the field's name
 FEW = 8  # choices that are listed
@@ -78,10 +83,11 @@ class TrainParser(HfArgumentParser, CommandParser):
         return groups
 
     def _flags(self) -> Iterator[argparse.Action]:
-        """An action for each field: of what is on, the one that leaves it on is passed over."""
+        """An action for each field: no second one, which switches it off, and none for a deprecated name."""
         seen = set()
         for action in self._actions:
-            if action.dest not in seen and action.dest not in ("help", "help_all"):
+            deprecated = (action.help or "").startswith("Deprecated")
+            if action.dest not in seen and action.dest not in ("help", "help_all") and not deprecated:
                 seen.add(action.dest)
                 yield action
 
@@ -95,7 +101,7 @@ class _HelpAll(argparse.Action):
 
 def _told(action: argparse.Action) -> list[str]:
     """A flag, what it takes, what it does, and its default."""
-    about = " ".join((action.help or "").replace("%%", "%").split())
+    about = " ".join((ABOUT.get(action.dest) or action.help or "").replace("%%", "%").split())
     flag = SHORT.get(action.dest) or "--" + action.dest.replace("_", "-")
     if isinstance(action.default, bool) and action.nargs == "?":
         default = f"on; --no-{flag[2:]} switches it off" if action.default else "off"

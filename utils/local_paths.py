@@ -1,6 +1,5 @@
 """Names that may be a path here or a repository on the Hub."""
 
-import argparse
 import os
 import re
 
@@ -18,7 +17,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def check_exists(name: str) -> str:
-    """Refuse a path that does not exist, at once, instead of looking for it on the Hub.
+    """Refuse a path that does not exist, at once, instead of looking for it on the Hub; the `type` of commands' arguments.
 
     Args:
         name: a path, or the name of a repository on the Hub.
@@ -32,11 +31,3 @@ def check_exists(name: str) -> str:
     if looks_like_path(name) and not os.path.exists(os.path.expanduser(name)):
         raise FileNotFoundError(f"{name} does not exist (looked for in {os.getcwd()}); check the path.")
     return name
-
-
-def existing(name: str) -> str:
-    """`check_exists` as the `type` of an argument of a command."""
-    try:
-        return check_exists(name)
-    except FileNotFoundError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
