@@ -30,13 +30,13 @@ COMMANDS = {
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C has ended, as shells have it
 # What is kept then, and how to go on, where the command itself does not know it better.
 KEPT = {
-    "train": "the checkpoints in its output directory are kept, and the same command goes on from the last of them.",
-    "data": "what was converted is kept, and the same command goes on from there.",
-    "evaluate": "answers that were written are kept, and the same command goes on from there.",
-    "push": "nothing was committed; the same command starts over.",
-    "chat": "nothing was saved; the same command starts over.",
-    "serve": "the same command starts it again.",
-    "demo": "the same command starts it again.",
+    "train": "The checkpoints in its output directory are kept; the same command goes on from the last of them.",
+    "data": "What was converted is kept; the same command goes on from there.",
+    "evaluate": "Answers that were written are kept; the same command goes on from there.",
+    "push": "Nothing was committed; the same command starts over.",
+    "chat": "Nothing was saved; the same command starts over.",
+    "serve": "The same command starts it again.",
+    "demo": "The same command starts it again.",
 }
 
 
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
             import_package()
             arguments.run(arguments)
     except KeyboardInterrupt as interruption:
-        kept = str(interruption) or KEPT.get(str(named), "nothing was written; the same command starts over.")
+        kept = KEPT.get(str(named), "Nothing was written; the same command starts over.")
+        message = str(interruption) or f"Interrupted. {kept}"
     except ImportError as error:
         print(f"dsvl {named}: {with_remedy(error, named)}", file=sys.stderr)
         return 1
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
         return 0
     gc.collect()  # progress bars end, with a line of their own
     if os.environ.get("RANK", "0") == "0":  # once, of the processes of a launcher
-        print(f"\ndsvl {named}: interrupted; {kept}", file=sys.stderr)
+        print(f"\ndsvl {named}: {message}", file=sys.stderr)
     return INTERRUPTED
 
 

@@ -83,11 +83,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         **options,
     )
     file = AnswerFile(arguments.out, header)
+    file.check_conversations({outline.id: len(outline.answered) for outline in questions.outlines})
     try:
         summary = evaluation.run(file)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{arguments.out} holds {len(file.answers):,} answers, and the same command goes on from there."
+            f"Interrupted. {arguments.out} holds {len(file.answers):,} answers; the same command goes on from there."
         ) from None
     except torch.OutOfMemoryError as error:
         raise ValueError(
@@ -98,7 +99,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if not file.answers:
         raise ValueError(f"no question of {arguments.data} could be asked.")
     runs = {Path(header["model"]).name: list(file.answers.values())}
-    write_reports(arguments, runs, title=Path(arguments.data).name)
+    write_reports(arguments, runs, title=f"{Path(header['model']).name}: answers to {Path(arguments.data).name}")
 
 
 def _options(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:

@@ -284,9 +284,9 @@ def _interrupted(process: "subprocess.Popen[str]", after: str | float) -> str:
     [
         ("train", "'loss'", "kept"),
         ("train", 1.5, "kept"),
-        ("evaluate", 1.5, "kept, and the same command goes on from there"),
-        ("compose", 1.5, "nothing was written; the same command starts over"),
-        ("data", 4.0, "what was converted is kept, and the same command goes on from there"),
+        ("evaluate", 1.5, "kept; the same command goes on from there"),
+        ("compose", 1.5, "Nothing was written; the same command starts over"),
+        ("data", 4.0, "What was converted is kept; the same command goes on from there"),
     ],
 )
 def test_ctrl_c_is_one_line(checkpoint: Path, tmp_path: Path, command: str, after: str | float, kept: str) -> None:
@@ -306,7 +306,7 @@ def test_ctrl_c_is_one_line(checkpoint: Path, tmp_path: Path, command: str, afte
         text = _interrupted(process, after)
     assert process.returncode == 130, text
     assert "Traceback" not in text and "KeyboardInterrupt" not in text, text
-    assert text.rstrip().splitlines()[-1].startswith(f"dsvl {command}: interrupted; ") and kept in text, text
+    assert text.rstrip().splitlines()[-1].startswith(f"dsvl {command}: Interrupted") and kept in text, text
     assert not (tmp_path / "out" / "config.json").exists()
 
 

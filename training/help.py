@@ -23,8 +23,8 @@ GROUPS = {
     "torch_compile",
     "evaluation": "eval_data eval_share eval_strategy eval_steps per_device_eval_batch_size eval_exact_match "
     "eval_max_new_tokens early_stopping_patience",
-    "saving and publishing": "output_dir save_strategy save_steps save_total_limit logging_steps report_to push_to_hub "
-    "hub_model_id hub_private_repo",
+    "saving and publishing": "output_dir overwrite_output resume_from_checkpoint save_strategy save_steps save_total_limit "
+    "logging_steps report_to push_to_hub hub_model_id hub_private_repo",
     "distributed": "deepspeed",
 }
 # A field of ours that no group names stands in the group of its class.
