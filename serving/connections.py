@@ -48,7 +48,7 @@ class BoundedProtocol(H11Protocol):
         answered = self.cycle is not None and self.cycle.response_complete
         owes = self.conn.their_state is h11.IDLE or (self.conn.their_state is h11.SEND_BODY and answered)
         if not owes:
-            self._sending = _cancelled(self._sending)
+            self._sending = _stop(self._sending)
         elif self._sending is None:
             self._sending = self.loop.call_later(self.headers_seconds, self.transport.close)
 
@@ -58,16 +58,18 @@ class BoundedProtocol(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._reading = _cancelled(self._reading)
+        self._reading = _stop(self._reading)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._sending, self._reading = _cancelled(self._sending), _cancelled(self._reading)
+        self._sending, self._reading = _stop(self._sending), _stop(self._reading)
         super().connection_lost(exc)
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Stop a clock that may be running; then there is none."""
     if timer is not None:
         timer.cancel()
+    return None
 
 
 # All that `uvicorn.run` needs to know but the address.

@@ -234,7 +234,7 @@ def parse(body: bytes) -> ChatRequest:
         names = [str(part) for part in first["loc"] if not str(part).startswith("<")]
         raise RequestError(*_told(".".join(map(_short, names)), first)) from None
     for number, message in enumerate(asked.messages):
-        if message.role == "user" or isinstance(message.content, str):
+        if not isinstance(message, (Instruction, Answer)) or isinstance(message.content, str):
             continue
         for index, part in enumerate(message.content):
             if part.type == "image_url":

@@ -50,7 +50,7 @@ class TrainParser(HfArgumentParser, CommandParser):
     """
 
     def __init__(self, types: list[Any], **kwargs: Any) -> None:
-        super().__init__(types, **kwargs)
+        super().__init__(types, **kwargs)  # type: ignore[arg-type]  # of the next class, mypy takes the one after
         inherited = {name for one in types[-1].__mro__[1:] for name in getattr(one, "__dataclass_fields__", {})}
         self._ours = {
             name: CLASSES[one.__name__]
