@@ -136,7 +136,7 @@ def test_mistakes_are_told_and_change_nothing(talk, folder):
     ):
         assert said in err
     for said in (
-        "No closing quotation",
+        "has a quotation mark without its partner",
         "/load takes one directory",
         "holds no conversation.jsonl",
         "is no part of a saved",
