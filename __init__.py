@@ -1,26 +1,35 @@
 """DSVL: vision-language models with multi-modal causal attention, composed, trained and shared the Hugging Face way."""
 
+from typing import TYPE_CHECKING
+
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from . import migration
-from .composition import compose, save_checkpoint
 from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
 from .modeling_dsvl import DSVLForConditionalGeneration, DSVLModel
 from .picture_cache_dsvl import PictureCache
 from .processing_dsvl import DSVLProcessor
+from .utils.lazy import lazy_attributes
 from .vision_dsvl import DSVLQwenVisionModel
+
+if TYPE_CHECKING:
+    from . import migration
+    from .composition import compose, save_checkpoint
 
 # Where this package is installed, the Auto classes use it rather than the copy in a checkpoint ...
 AutoConfig.register(DSVLConfig.model_type, DSVLConfig, exist_ok=True)
 AutoProcessor.register(DSVLConfig, DSVLProcessor, exist_ok=True)
-for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(DSVLConfig, DSVLForConditionalGeneration, exist_ok=True)
+# Other libraries (TRL) tell by this table of names whether a model sees images.
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[DSVLConfig.model_type] = DSVLForConditionalGeneration.__name__
 AutoConfig.register(DSVLQwenVisionConfig.model_type, DSVLQwenVisionConfig, exist_ok=True)
 AutoModel.register(DSVLQwenVisionConfig, DSVLQwenVisionModel, exist_ok=True)
 # ... and every checkpoint that it saves takes a copy along.
@@ -42,3 +51,5 @@ __all__ = [
     "migration",
     "save_checkpoint",
 ]
+# What few need takes time to import.
+__getattr__ = lazy_attributes(__name__, {"compose": "composition", "migration": "", "save_checkpoint": "composition"})

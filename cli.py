@@ -1,129 +1,112 @@
 """The command `dsvl`."""
 
 import argparse
+import gc
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
-from .chat import commands as chat
-from .configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
-from .data import commands as data
-from .evaluation import commands as evaluation
-from .evaluation import compare
-from .migration import commands as migration
-from .page import commands as page
-from .publishing import commands as publishing
-from .serving import commands as serving
+from .utils.command_line import CommandParser
+from .utils.console import hush_others
+from .utils.extras import with_remedy
+
+# What each does, and the module that reads its arguments; only that of the command that is called is imported.
+COMMANDS = {
+    "compose": ("vision tower + language model -> one checkpoint directory", "composition.commands"),
+    "train": ("fine-tune a checkpoint; also python -m dsvl.training under a launcher", "training.run"),
+    "merge": ("a checkpoint + trained adapters -> one checkpoint directory", "training.merge"),
+    "plan": ("the memory of training, per GPU, from the configuration alone", "training.plan"),
+    "chat": ("talk to a checkpoint in the terminal", "chat.commands"),
+    "data": ("convert raw data sets to conversations, and look at them", "data.commands"),
+    "compare": ("the answers of evaluations side by side: scores, a table, a page", "evaluation.compare"),
+    "evaluate": ("ask a checkpoint what a data set asks, and score its answers", "evaluation.commands"),
+    "migrate": ("weights of DeepSpeed-VisualChat and of Qwen-VL -> checkpoints", "migration.commands"),
+    "demo": ("talk to a checkpoint on a page in the browser", "page.commands"),
+    "push": ("a checkpoint directory -> a repository on the Hub", "publishing.commands"),
+    "serve": ("a checkpoint behind the OpenAI chat-completions protocol", "serving.commands"),
+}
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C has ended, as shells have it
+# What is kept then, and how to go on, where the command itself does not know it better.
+KEPT = {
+    "train": "The checkpoints in its output directory are kept; the same command goes on from the last of them.",
+    "data": "What was converted is kept; the same command goes on from there.",
+    "evaluate": "Answers that were written are kept; the same command goes on from there.",
+    "push": "Nothing was committed; the same command starts over.",
+    "chat": "Nothing was saved; the same command starts over.",
+    "serve": "The same command starts it again.",
+    "demo": "The same command starts it again.",
+}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] = lambda: None) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments; by default the process's.
+        import_package: called before a command runs, where `dsvl/__init__.py` was not executed yet.
+
+    Returns:
+        its exit status.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="dsvl", description="Compose, train and share vision-language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_compose(commands)
-    # Its flags are those of three dataclasses, and reading them takes transformers: only when they are asked for.
-    commands.add_parser(
-        "train", help="fine-tune a checkpoint; also python -m dsvl.training under a launcher", add_help=False
-    )
-    _add_merge(commands)
-    if argv[:1] == ["plan"]:  # imports what a training does, which takes seconds
-        from .training import plan
-
-        plan.add_parser(commands)
-    else:
-        commands.add_parser("plan", help="the memory of training, per GPU, from the configuration alone", add_help=False)
-    chat.add_parser(commands)
-    data.add_parser(commands)
-    compare.add_parser(commands)
-    evaluation.add_parser(commands)
-    migration.add_parser(commands)
-    page.add_parser(commands)
-    publishing.add_parser(commands)
-    serving.add_parser(commands)
-    if argv[:1] == ["train"]:
-        arguments = argparse.Namespace(command="train", run=_train, argv=argv[1:])
-    else:
-        arguments = parser.parse_args(argv)
+    if not argv:
+        _parser(None).print_help()
+        return 0
+    hush_others()
+    named = argv[0] if argv[0] in COMMANDS else None
     try:
-        arguments.run(arguments)
-    except (ValueError, OSError, ImportError) as error:  # what a user can mend; anything else is ours, and shows where it is
-        print(f"dsvl {arguments.command}: {error}", file=sys.stderr)
+        if named == "train":  # a YAML file may stand before its flags, which are those of three dataclasses
+            import_package()
+            import_module(".training.run", __package__).main(argv[1:])
+        else:
+            arguments = _parser(named).parse_args(argv)
+            import_package()
+            arguments.run(arguments)
+    except KeyboardInterrupt as interruption:
+        kept = KEPT.get(str(named), "Nothing was written; the same command starts over.")
+        message = str(interruption) or f"Interrupted. {kept}"
+    except ImportError as error:
+        print(f"dsvl {named}: {with_remedy(error, named)}", file=sys.stderr)
         return 1
-    return 0
+    except (ValueError, OSError) as error:  # what a user can mend; anything else is ours, and shows where it is
+        print(f"dsvl {named}: {error}", file=sys.stderr)
+        return 1
+    else:
+        return 0
+    gc.collect()  # progress bars end, with a line of their own
+    if os.environ.get("RANK", "0") == "0":  # once, of the processes of a launcher
+        print(f"\ndsvl {named}: {message}", file=sys.stderr)
+    return INTERRUPTED
 
 
-def _add_compose(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("compose", help="vision tower + language model -> one checkpoint directory")
-    parser.add_argument("--vision", required=True, help="name or directory of a vision tower, or a model that has one")
-    parser.add_argument("--language", required=True, help="name or directory of a causal language model")
-    parser.add_argument("--out", required=True, help="new directory for the checkpoint")
-    parser.add_argument("--projector-type", choices=PROJECTOR_TYPES, default="linear")
-    parser.add_argument("--multimodal-attention", choices=MULTIMODAL_ATTENTIONS, default="mmca")
-    parser.add_argument("--vision-feature-layer", type=int, default=-1, help="the tower's layer to project (default -1)")
-    parser.add_argument(
-        "--vision-feature-select-strategy",
-        choices=FEATURE_SELECT_STRATEGIES,
-        default="full",
-        help="full keeps CLS and registers",
-    )
-    parser.add_argument("--number-after", action="store_true", help="repeat a picture's number behind it in prompts")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the language model's)")
-    parser.add_argument("--max-shard-size", default="5GB")
-    parser.set_defaults(run=_compose)
+def _parser(named: str | None) -> CommandParser:
+    """The parser, which knows the flags of one command alone."""
+    parser = CommandParser(prog="dsvl", description="Compose, train and share vision-language models.")
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (about, module) in COMMANDS.items():
+        if name == named:
+            import_module(f".{module}", __package__).add_parser(commands)
+        else:
+            commands.add_parser(name, help=about, add_help=False)
+    return parser
 
 
-def _compose(arguments: argparse.Namespace) -> None:
-    from .composition import compose, save_checkpoint
-    from .composition.checkpoint import check_new
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version of the package")
 
-    check_new(arguments.out)
-    model, processor = compose(
-        arguments.vision,
-        arguments.language,
-        projector_type=arguments.projector_type,
-        multimodal_attention=arguments.multimodal_attention,
-        vision_feature_layer=arguments.vision_feature_layer,
-        vision_feature_select_strategy=arguments.vision_feature_select_strategy,
-        number_after=arguments.number_after,
-        dtype=arguments.dtype,
-    )
-    out = save_checkpoint(
-        model,
-        processor,
-        arguments.out,
-        base_models=[arguments.vision, arguments.language],
-        untrained=True,
-        max_shard_size=arguments.max_shard_size,
-    )
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens a picture")
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
 
-
-def _train(arguments: argparse.Namespace) -> None:
-    from .training.run import main as train
-
-    train(arguments.argv)
-
-
-def _add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("merge", help="a checkpoint + trained adapters -> one checkpoint directory")
-    parser.add_argument("--model", required=True, help="the checkpoint that was trained")
-    parser.add_argument("--adapters", required=True, help="directory of its adapters")
-    parser.add_argument("--out", required=True, help="new directory for the checkpoint")
-    parser.set_defaults(run=_merge)
-
-
-def _merge(arguments: argparse.Namespace) -> None:
-    from transformers import AutoProcessor
-
-    from .composition import save_checkpoint
-    from .composition.checkpoint import check_new
-    from .training import merge_adapters
-
-    check_new(arguments.out)
-    model = merge_adapters(arguments.model, arguments.adapters)
-    processor = AutoProcessor.from_pretrained(arguments.model)
-    print(save_checkpoint(model, processor, arguments.out, base_models=[arguments.model]))
+        try:
+            installed = version("dsvl")
+        except PackageNotFoundError:
+            installed = "(not installed)"
+        print(f"dsvl {installed}")
+        parser.exit()
 
 
 if __name__ == "__main__":

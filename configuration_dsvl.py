@@ -204,6 +204,21 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """The values of a checkpoint's configuration; see `PreTrainedConfig.get_config_dict`.
+
+        Raises:
+            ValueError: for another model's. Its values would be dropped, and a model of random weights built.
+        """
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is of type {values.get('model_type')!r}, not a DSVL checkpoint; compose "
+                "one of a vision tower and a language model (dsvl compose), or pass its directory."
+            )
+        return values, kwargs
+
     @property
     def vision_feature_size(self) -> int:
         """The width of what the tower gives to the projector."""

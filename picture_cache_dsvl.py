@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 FORMAT = "dsvl_picture_cache_1"
@@ -105,14 +105,23 @@ class PictureCache:
         Raises:
             ValueError: if the file is something else.
         """
-        with safe_open(path, "pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{str(path)!r} has the format {metadata.get('format')!r}, not {FORMAT!r}; pass a file that "
-                    "PictureCache.save of this version wrote, or encode the pictures again."
-                )
-            return cls(file.get_tensor("keys"), file.get_tensor("values"), metadata["fingerprint"])
+        remedy = "pass a file that PictureCache.save of this version wrote, or encode the pictures again."
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{str(path)!r} has the format {metadata.get('format')!r}, not {FORMAT!r}; {remedy}")
+                if "fingerprint" not in metadata or set(file.keys()) != {"keys", "values"}:
+                    raise ValueError(f"{str(path)!r} lacks its keys, its values or its model's fingerprint; {remedy}")
+                keys, values = file.get_tensor("keys"), file.get_tensor("values")
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is no safetensors file, or cut off ({error}); {remedy}") from error
+        if keys.shape != values.shape or keys.ndim != 5 or keys.dtype != values.dtype or not keys.is_floating_point():
+            raise ValueError(
+                f"{str(path)!r} holds keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} "
+                f"{values.dtype}, not two alike of (layers, pictures, tokens, heads, head_dim); {remedy}"
+            )
+        return cls(keys, values, metadata["fingerprint"])
 
 
 __all__ = ["PictureCache", "reuse_is_exact"]

@@ -1,9 +1,8 @@
 """One answer, token by token, that can be stopped between any two of them."""
 
 import queue
-import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-
-_A_BYTE = re.compile("<0x[0-9A-F]{2}>")  # as sentencepiece names the tokens of single bytes
 
 
 class _Tokens(BaseStreamer):
@@ -78,25 +75,3 @@ class Answer:
         """
         self._asked.set()
         return self._future.result()
-
-
-def pieces_of_text(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """Text as soon as it is certain, never half a character. Together the pieces are what the tokens decode to."""
-    said: list[int] = []
-    given = 0
-
-    def text() -> str:
-        return tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    for token in tokens:
-        said.append(token)
-        # Single bytes are a character once the last of them is there, and none if one does not fit.
-        # A row of the table that fills it up to a round number has no token; it decodes to nothing.
-        if _A_BYTE.fullmatch(tokenizer.convert_ids_to_tokens(token) or ""):
-            continue
-        known = text()
-        if len(known) > given and not known.endswith("\ufffd"):
-            yield known[given:]
-            given = len(known)
-    if len(text()) > given:
-        yield text()[given:]

@@ -2,17 +2,18 @@
 
 import argparse
 
-from ..composition.quantization import QUANTIZATIONS
+from ..utils.choices import QUANTIZATIONS
+from ..utils.local_paths import check_exists
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl chat` to the command's parser."""
     parser = commands.add_parser("chat", help="talk to a checkpoint in the terminal")
-    parser.add_argument("model", metavar="DIR", help="a checkpoint, or its name on the Hub")
+    parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint, or its name on the Hub")
     parser.add_argument("--image", nargs="+", action="extend", default=[], help="pictures for the first question")
     parser.add_argument("--allow-urls", action="store_true", help="pictures may be http(s) addresses, which are fetched")
     parser.add_argument("--system", help="the system message, instead of the model's own")
-    parser.add_argument("--load", metavar="DIR", help="go on with a conversation that was saved")
+    parser.add_argument("--load", type=check_exists, metavar="DIR", help="go on with a conversation that was saved")
     parser.add_argument("--stats", action="store_true", help="say after each answer what it cost")
     parser.add_argument("--no-history", action="store_true", help="keep no file of what was typed")
 

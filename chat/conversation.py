@@ -15,8 +15,10 @@ from PIL import Image
 from ..data.conversations import SOURCES
 from ..data.pictures import open_picture
 from ..picture_cache_dsvl import reuse_is_exact
-from .answering import Answer, pieces_of_text
+from .answering import Answer
+from .detokenizer import pieces_of_text
 from .memory import Memory, SeenPicture, new_cache
+from .prompts import prompt_ids
 from .storing import load_messages, save_messages
 
 logger = logging.getLogger(__name__)
@@ -200,17 +202,9 @@ class DSVLChat:
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
-    def _ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The tokens of a conversation that waits for an answer, as the processor has them, no picture looked at."""
-        tokenizer, image = self.processor.tokenizer, self.processor.image_token_id
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        ids = tokenizer(text, add_special_tokens=not begun)["input_ids"]
-        return [copy for token in ids for copy in [token] * (self.processor.image_seq_length if token == image else 1)]
-
     def _fit(self, messages: list[dict[str, Any]], max_new_tokens: int) -> tuple[list[dict[str, Any]], list[int], int]:
         """The messages that the context has room for, their tokens, and how many rounds were dropped."""
-        dropped, ids = 0, self._ids(messages)
+        dropped, ids = 0, prompt_ids(self.processor, messages)
         while len(ids) + max_new_tokens > self.context_length:
             rest = _without_oldest_round(messages)
             if self.overflow == "error" or rest is None:
@@ -221,7 +215,7 @@ class DSVLChat:
                     f"answer are needed; pass a smaller max_new_tokens or fewer pictures{longer}."
                 )
             messages, dropped = rest, dropped + 1
-            ids = self._ids(messages)
+            ids = prompt_ids(self.processor, messages)
         if dropped:
             logger.warning(
                 "The context of %d tokens is full: the oldest %s dropped, and the rest is read again.",

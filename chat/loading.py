@@ -7,6 +7,7 @@ import torch
 from ..composition.quantization import quantization_config
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import DSVLProcessor
+from ..utils.local_paths import check_exists
 
 
 def load(
@@ -27,9 +28,11 @@ def load(
         attn_implementation: the decoder's: "sdpa", "eager", "flex_attention".
 
     Raises:
-        ValueError: for a value that is not known.
+        ValueError: for a value that is not known, or a model that is no DSVL checkpoint.
+        FileNotFoundError: for a directory that does not exist.
         ImportError: naming the package to install.
     """
+    check_exists(name)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r} is not known; choose auto, float32, bfloat16 or float16.")
     if device is None:

@@ -16,6 +16,7 @@ from ..data.pictures import SUFFIXES, open_picture
 from .conversation import DSVLChat
 
 PROMPT = "> "
+WORDS = {"exit": "/quit", "quit": "/quit", "clear": "/clear"}  # alone on a line, as people type them
 
 # A file that was dropped on a terminal: a whole path, quoted or with its spaces escaped, or a file:// address.
 _DROPPED = re.compile(
@@ -41,6 +42,25 @@ def dropped_pictures(line: str) -> tuple[str, list[str]]:
 
     text = _DROPPED.sub(take, line)
     return (re.sub(r" {2,}", " ", text) if paths else line).strip(), paths
+
+
+def _path_with_spaces(line: str) -> str | None:
+    """A file's path with spaces that a line begins with, unquoted, and that ends as a picture's does."""
+    ends = [match.end() for match in re.finditer("|".join(re.escape(suffix) for suffix in SUFFIXES), line, re.I)]
+    paths = (line[:end] for end in ends)
+    return next((path for path in paths if " " in path and Path(path).expanduser().is_file()), None)
+
+
+def _split(rest: str) -> list[str]:
+    """Words as a shell has them.
+
+    Raises:
+        ValueError: for a quotation mark without its partner.
+    """
+    try:
+        return shlex.split(rest)
+    except ValueError:
+        raise ValueError(f"{rest} has a quotation mark without its partner; quote the whole: {shlex.quote(rest)}") from None
 
 
 def printable(text: str) -> str:
@@ -98,12 +118,12 @@ class Terminal:
         self.waiting: list[Any] = []  # pictures for the next question
         self.commands: dict[str, tuple[Callable[[str], None], str, str]] = {
             "/image": (self._image, "PATH...", "add pictures to the next question; dropping files into a line does as well"),
-            "/clear": (self._clear, "", "begin anew; the system message stays"),
+            "/clear": (self._clear, "", "begin anew; the system message stays; clear as well"),
             "/system": (self.system, "TEXT", "set the system message; without TEXT, the model's own"),
             "/save": (self._save, "DIR", "write the conversation and its pictures into a directory"),
             "/load": (self.load, "DIR", "go on with a saved one"),
             "/help": (self._help, "", "this list"),
-            "/quit": (self._quit, "", "leave, as Ctrl-D does"),
+            "/quit": (self._quit, "", "leave, as Ctrl-D does; quit and exit as well"),
         }
 
     def run(self) -> None:
@@ -127,11 +147,15 @@ class Terminal:
             ValueError, OSError: what the person should read.
         """
         name, _, rest = line.strip().partition(" ")
+        if line.strip().lower() in WORDS:
+            name, rest = WORDS[line.strip().lower()], ""
         if name in self.commands:
             self.commands[name][0](rest.strip())
             return
         text, paths = dropped_pictures(line)
         if name.startswith("/") and not paths:
+            if spaced := _path_with_spaces(line.strip()):
+                raise ValueError(f"{spaced} is a path with spaces; quote it: {shlex.quote(spaced)}")
             raise ValueError(f"{name} is no command; /help lists them.")
         self.add_pictures(paths)
         if text:
@@ -167,7 +191,9 @@ class Terminal:
     def _image(self, rest: str) -> None:
         if not rest:
             raise ValueError("/image takes the paths of pictures; quote those with spaces.")
-        self.add_pictures(unquote(path.removeprefix("file://")) if "file://" in path else path for path in shlex.split(rest))
+        if " " in rest and Path(rest).expanduser().is_file():
+            raise ValueError(f"{rest} is a path with spaces; quote it: /image {shlex.quote(rest)}")
+        self.add_pictures(unquote(path.removeprefix("file://")) if "file://" in path else path for path in _split(rest))
 
     def _clear(self, rest: str) -> None:
         system = self.chat.messages[:1] if self._has_system() else []
@@ -196,9 +222,9 @@ class Terminal:
         print(f"({rounds} {'round' if rounds == 1 else 'rounds'} of {rest})")
 
     def _directory(self, rest: str, command: str) -> Path:
-        words = shlex.split(rest)
+        words = _split(rest)
         if len(words) != 1:
-            raise ValueError(f"{command} takes one directory; quote it if it has spaces.")
+            raise ValueError(f"{command} takes one directory; quote it if it has spaces: {command} {shlex.quote(rest)}")
         return Path(words[0]).expanduser()
 
     def _help(self, rest: str) -> None:

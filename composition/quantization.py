@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-QUANTIZATIONS = ("4bit", "8bit", "int8")
+from ..utils.choices import QUANTIZATIONS
+
 # Small, or too delicate: they stay as they are.
 UNQUANTIZED = ("model.multi_modal_projector", "model.vision_tower", "lm_head")
 

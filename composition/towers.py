@@ -3,14 +3,17 @@
 import copy
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..configuration_dsvl import NAFLEX_TOWERS, DSVLQwenVisionConfig
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +73,10 @@ def load_image_processor(vision: str | Path | PreTrainedModel) -> Any:
     return clip_image_processor(getattr(config, "vision_config", config).image_size)
 
 
-def clip_image_processor(size: int) -> CLIPImageProcessor:
+def clip_image_processor(size: int) -> "CLIPImageProcessor":
     """CLIP's image processor, for squares of `size` pixels."""
+    from transformers import CLIPImageProcessor  # without torchvision, this import warns
+
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 

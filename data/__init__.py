@@ -1,6 +1,15 @@
 """Conversations about images: the one format that everything here reads."""
 
-from .conversations import load_conversations
-from .messages import check_conversation, complete_messages
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from .conversations import load_conversations
+    from .messages import check_conversation, complete_messages
 
 __all__ = ["check_conversation", "complete_messages", "load_conversations"]
+__getattr__ = lazy_attributes(
+    __name__,
+    {"check_conversation": "messages", "complete_messages": "messages", "load_conversations": "conversations"},
+)

@@ -9,6 +9,8 @@ MAX_BAD_SAMPLES_HELP = (
     "(default 0.05)"
 )
 
+from ..utils.local_paths import check_exists
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl data` to the command's parser."""
@@ -30,9 +32,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     one.set_defaults(run=_list)
 
     one = actions.add_parser("show", help="samples as the model will see them")
-    one.add_argument("file", help="conversations: whatever dsvl train takes as --data")
+    one.add_argument("file", type=check_exists, help="conversations: whatever dsvl train takes as --data")
     one.add_argument("-n", "--number", type=int, default=3, help="how many (default 3)")
-    one.add_argument("--model", help="a checkpoint, whose template and tokens are used then")
+    one.add_argument("--model", type=check_exists, help="a checkpoint, whose template and tokens are used then")
     one.add_argument("--html", metavar="FILE", help="write a page with the pictures instead")
     one.add_argument("--on-bad-sample", choices=("error", "skip"), default="skip", help="a broken sample (default skip)")
     one.add_argument("--allow-urls", action="store_true", help="pictures may be http(s) addresses, which are fetched")
@@ -70,6 +72,9 @@ def _show(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         from transformers import AutoProcessor
 
+        from ..configuration_dsvl import DSVLConfig
+
+        DSVLConfig.from_pretrained(arguments.model)  # refuses another model's directory
         processor = AutoProcessor.from_pretrained(arguments.model)
     options: dict[str, Any] = {"on_bad_sample": arguments.on_bad_sample, "allow_urls": arguments.allow_urls}
     if arguments.html is not None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -131,7 +132,8 @@ def convert(
         bar = stack.enter_context(tqdm(desc=name, unit=" records", initial=report.records, disable=not progress))
         results: Iterable[list[_Converted]] = map(_convert_chunk, tasks)
         if workers > 0:
-            pool = stack.enter_context(ProcessPoolExecutor(workers))
+            # Ctrl-C is this process's to take; the others end with it.
+            pool = stack.enter_context(ProcessPoolExecutor(workers, None, signal.signal, (signal.SIGINT, signal.SIG_IGN)))
             stack.callback(pool.shutdown, cancel_futures=True)
             results = _in_order(pool, tasks, workers * AHEAD)
         file = stack.enter_context(partial.open("ab"))

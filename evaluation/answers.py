@@ -4,11 +4,11 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .records import Record, read_records
+from .records import Record, numbered_records
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,14 @@ class AnswerFile:
         self.path, self.header = Path(path), header
         self.summary = summary_path(path)
         self.answers: dict[tuple[str, int], Record] = {}
+        self._lines: dict[tuple[str, int], int] = {}  # of those that were there
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and self.path.stat().st_size:
             self._check_header()
             self._drop_half_line()
-            for record in read_records(self.path):
+            for number, record in numbered_records(self.path):
                 self.answers[record.id, record.round] = record
+                self._lines[record.id, record.round] = number
         self.write_summary({}, {})
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -50,6 +52,7 @@ class AnswerFile:
         try:
             before = json.loads(self.summary.read_text(encoding="utf-8"))
             options, fingerprint = dict(before["options"]), dict(before["fingerprint"])
+            before["model"], before["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.path} holds answers, but {self.summary} does not say to what ({error!r}); {remedy}."
@@ -77,6 +80,22 @@ class AnswerFile:
                 logger.warning("%s ends in the middle of a line, which is dropped and asked again.", self.path)
                 file.truncate(whole)
 
+    def check_conversations(self, rounds: Mapping[str, int]) -> None:
+        """Refuse answers to what is not asked.
+
+        Args:
+            rounds: a conversation's name -> its number of rounds.
+
+        Raises:
+            ValueError: naming the first line of such an answer.
+        """
+        for (name, number), line in self._lines.items():
+            if number >= rounds.get(name, 0):
+                raise ValueError(
+                    f"{self.path}, line {line} answers conversation {name[:80]!r}, round {number}, which is not in "
+                    f"{self.header['data']}; pass another --out, or delete the line."
+                )
+
     def __contains__(self, place: tuple[str, int]) -> bool:
         return place in self.answers
 
@@ -101,6 +120,7 @@ class AnswerFile:
         self._file.close()
         places = {name: number for number, name in enumerate(order)}
         records = sorted(self.answers.values(), key=lambda record: (places[record.id], record.round))
+        self.answers = {(record.id, record.round): record for record in records}
         _write_whole(self.path, "".join(f"{record.line()}\n" for record in records).encode())
 
     def scores(self) -> dict[str, tuple[float, int]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..chat.commands import add_generation_arguments, add_loading_arguments, generation_options
 from ..data.commands import MAX_BAD_SAMPLES_HELP
+from ..utils.local_paths import check_exists
 from .compare import add_report_arguments, write_reports
 
 if TYPE_CHECKING:
@@ -18,8 +19,13 @@ MAX_NEW_TOKENS = 256  # DeepSpeed-VisualChat's; at most a quarter of the context
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl evaluate` to the command's parser."""
     parser = commands.add_parser("evaluate", help="ask a checkpoint what a data set asks, and score its answers")
-    parser.add_argument("model", metavar="DIR", help="a checkpoint, or its name on the Hub")
-    parser.add_argument("data", metavar="DATA", help="conversations as for dsvl train, or a file of DeepSpeed-VisualChat's")
+    parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint, or its name on the Hub")
+    parser.add_argument(
+        "data",
+        type=check_exists,
+        metavar="DATA",
+        help="conversations as for dsvl train, or a file of DeepSpeed-VisualChat's",
+    )
     parser.add_argument("--split", default="train", help="of a data set that has several (default train)")
     parser.add_argument("--out", metavar="FILE", default="answers.jsonl", help="JSON lines (default answers.jsonl)")
     add_report_arguments(parser)
@@ -83,11 +89,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         **options,
     )
     file = AnswerFile(arguments.out, header)
+    file.check_conversations({outline.id: len(outline.answered) for outline in questions.outlines})
     try:
         summary = evaluation.run(file)
     except KeyboardInterrupt:
-        print(f"\n{arguments.out}: {len(file.answers):,} answers; the same command goes on from here")
-        raise SystemExit(130) from None
+        raise KeyboardInterrupt(
+            f"Interrupted. {arguments.out} holds {len(file.answers):,} answers; the same command goes on from there."
+        ) from None
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"out of memory ({error}); the same command with a --batch-size below {arguments.batch_size} goes on from "
@@ -97,7 +105,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if not file.answers:
         raise ValueError(f"no question of {arguments.data} could be asked.")
     runs = {Path(header["model"]).name: list(file.answers.values())}
-    write_reports(arguments, runs, title=Path(arguments.data).name)
+    write_reports(arguments, runs, title=f"{Path(header['model']).name}: answers to {Path(arguments.data).name}")
 
 
 def _options(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .comparison import Summary
+    from .comparison import Duel, Summary
     from .records import Record
 
 
@@ -20,7 +20,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .comparison import join, summarize
+    from .comparison import duels, join, summarize
     from .records import read_records
 
     records = {path: read_records(path) for path in dict.fromkeys(arguments.answers)}
@@ -36,6 +36,9 @@ def _compare(arguments: argparse.Namespace) -> None:
             print("\n".join(table(common)))
         else:
             print("\nThere is no round that all have.")
+    lines = standing(next(iter(runs)), duels(conversations))
+    if lines:
+        print("\n" + "\n".join(lines))
     write_reports(arguments, runs)
 
 
@@ -70,6 +73,17 @@ def labels(runs: Mapping[str, Sequence["Record"]]) -> list[str]:
         if len(set(names)) == len(names) and all(names):
             return names
     return list(runs)
+
+
+def standing(first: str, duels: Mapping[str, Mapping[str, "Duel"]]) -> list[str]:
+    """Wins, losses and ties of the first run against each other one, as lines of text."""
+    rows = [
+        (f"{first} against {other}", metric, f"{duel.wins:,} wins", f"{duel.losses:,} losses", f"{duel.ties:,} ties")
+        for other, metrics in duels.items()
+        for metric, duel in metrics.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def table(summaries: Mapping[str, "Summary"]) -> list[str]:

@@ -98,6 +98,41 @@ def summarize(conversations: Mapping[str, Sequence[Round]], common: bool = False
     return summaries
 
 
+@dataclass(frozen=True)
+class Duel:
+    """How a run's scores stand against another's, over the rounds in which both have one.
+
+    Attributes:
+        wins: rounds in which its score is the higher one.
+        losses: those in which it is the lower one.
+        ties: those in which they are equal.
+    """
+
+    wins: int
+    losses: int
+    ties: int
+
+
+def duels(conversations: Mapping[str, Sequence[Round]]) -> dict[str, dict[str, Duel]]:
+    """The first run against each other one: its label -> metric -> wins, losses and ties."""
+    rounds = [one.answers for several in conversations.values() for one in several]
+    first, *others = rounds[0] if rounds else [""]
+    found: dict[str, dict[str, Duel]] = {}
+    for other in others:
+        apart: dict[str, list[float]] = {}
+        for answers in rounds:
+            ours, theirs = answers[first], answers[other]
+            if ours is not None and theirs is not None:
+                for metric in ours.scores.keys() & theirs.scores.keys():
+                    apart.setdefault(metric, []).append(ours.scores[metric] - theirs.scores[metric])
+        found[other] = {
+            metric: Duel(sum(d > 0 for d in apart[metric]), sum(d < 0 for d in apart[metric]), apart[metric].count(0))
+            for metric in metrics_of(conversations)
+            if metric in apart
+        }
+    return found
+
+
 def score(value: float) -> str:
     """A score as it is shown: three digits behind the point, none for 0 and 1."""
     return f"{value:.0f}" if value in (0, 1) else f"{value:.3f}"

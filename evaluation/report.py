@@ -11,11 +11,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..data.pictures import open_picture, thumbnail
-from .comparison import Round, Runs, join, metrics_of, score, summarize
+from .comparison import Round, Runs, duels, join, metrics_of, score, summarize
 
 # A page is sent to somebody: mail takes about 25 MB, in an encoding that takes a third more.
 PAGE_BYTES = 12 * 2**20
 WIDTHS = {480: 250, 320: 500, 200: None}  # pixels of a picture -> up to how many pictures of a page
+
+# Longer answers are folded: in characters, and in lines; and what of them is seen then.
+LONG, LONG_LINES, SHOWN = 800, 16, 400
 
 # Spreadsheets compute a cell that begins with one of these: https://owasp.org/www-community/attacks/CSV_Injection
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
@@ -51,7 +54,7 @@ def write_csv(path: str | Path, runs: Runs) -> None:
                 )
 
 
-def write_html(path: str | Path, runs: Runs, title: str = "Answers", allow_urls: bool = False) -> None:
+def write_html(path: str | Path, runs: Runs, title: str | None = None, allow_urls: bool = False) -> None:
     """Write the answers as one page that needs nothing else: pictures beside questions and answers, runs side by side.
 
     Pictures are made smaller, the more there are; beyond `PAGE_BYTES` of them, and where one cannot be opened, the page
@@ -60,7 +63,7 @@ def write_html(path: str | Path, runs: Runs, title: str = "Answers", allow_urls:
     Args:
         path: of the file.
         runs: label -> records.
-        title: of the page.
+        title: of the page; by default the runs that are compared.
         allow_urls: fetch pictures that are http(s) addresses, to put them onto the page.
 
     Raises:
@@ -74,12 +77,13 @@ def write_html(path: str | Path, runs: Runs, title: str = "Answers", allow_urls:
     shown = {name: [_shown(one, shelf) for one in several] for name, several in conversations.items()}
     page = _environment().from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8"))
     text = page.render(
-        title=title,
+        title=title or _title(list(runs)),
         labels=list(runs),
         metrics=metrics_of(conversations),
         summaries=summarize(conversations),
         missing=any(one.missing for one in rounds),
         common=summarize(conversations, common=True),
+        duels=duels(conversations),
         conversations=shown,
         rounds=len(rounds),
         pictures=count,
@@ -132,6 +136,7 @@ def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["score"] = score
     environment.filters["best"] = _best
+    environment.filters["beginning"] = _beginning
     return environment
 
 
@@ -139,6 +144,21 @@ def _best(summaries: Mapping[str, Any], metric: str) -> float | None:
     """The best mean of a metric, if there is a worse one."""
     means = {summary.means[metric][0] for summary in summaries.values() if metric in summary.means}
     return max(means) if len(means) > 1 else None
+
+
+def _title(labels: list[str]) -> str:
+    """What is compared."""
+    if len(labels) == 1:
+        return f"Answers of {labels[0]}"
+    return f"{labels[0]} compared with {' and '.join(labels[1:])}"
+
+
+def _beginning(text: str) -> str | None:
+    """What is shown of a long text until it is unfolded; None for a text that is shown whole."""
+    if len(text) <= LONG and text.count("\n") < LONG_LINES:
+        return None
+    lines = text[:SHOWN].split("\n")
+    return "\n".join(lines[: LONG_LINES // 2]).rstrip() + " ..."
 
 
 def _listed(values: Sequence[str]) -> str:

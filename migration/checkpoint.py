@@ -191,6 +191,8 @@ def _config(
     table = original.get("lang_embed.weight")
     if table is None:
         raise ValueError(f"{checkpoint} has no lang_embed.weight, so it is no model of DeepSpeed-VisualChat.")
+    if table.ndim != 2:
+        raise ValueError(f"{checkpoint} has lang_embed.weight of shape {tuple(table.shape)}; expected (tokens, width).")
     text.vocab_size = table.shape[0]
     text.tie_word_embeddings = False  # the embeddings were trained apart from the head
     for part in (text, tower):

@@ -3,6 +3,7 @@
 import argparse
 
 from ..configuration_dsvl import PROJECTOR_TYPES
+from ..utils.local_paths import check_exists
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -18,8 +19,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
     one = actions.add_parser("checkpoint", help="what DeepSpeed-VisualChat's training wrote -> one checkpoint directory")
     one.add_argument("--checkpoint", required=True, help="the folder of an epoch, or its pytorch_model.bin")
-    one.add_argument("--vision", required=True, help="its CLIP, or the tower that dsvl migrate qwen-tower wrote")
-    one.add_argument("--language", required=True, help="name or directory of its language model")
+    one.add_argument(
+        "--vision", type=check_exists, required=True, help="its CLIP, or the tower that dsvl migrate qwen-tower wrote"
+    )
+    one.add_argument("--language", type=check_exists, required=True, help="name or directory of its language model")
     one.add_argument("--out", required=True, help="new directory for the checkpoint")
     one.add_argument(
         "--mmca",

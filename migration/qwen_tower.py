@@ -1,6 +1,5 @@
 """Qwen-VL's vision tower out of Qwen-VL's checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,14 @@ from ..composition.checkpoint import check_new, new_directory
 from ..composition.towers import clip_image_processor
 from ..configuration_dsvl import DSVLQwenVisionConfig
 from ..vision_dsvl import DSVLQwenVisionModel
-from .reading import read_tensors, weight_files
+from .reading import read_json, read_tensors, weight_files
 from .shapes import compare_shapes
 from .state_dict import QWEN_TOWER, translate_by
 
 PREFIX = "transformer.visual."
 # Qwen-VL's, for what a file of weights does not tell.
 HEADS, IMAGE_SIZE, MLP_RATIO = 16, 448, 4.9231
+SIZES = ("width", "mlp_ratio", "mlp_size", "layers", "heads", "image_size", "patch_size", "output_dim", "n_queries")
 
 
 def migrate_qwen_tower(source: str | Path, out: str | Path, *, max_shard_size: str = "5GB") -> DSVLQwenVisionConfig:
@@ -72,11 +72,19 @@ def migrate_qwen_tower(source: str | Path, out: str | Path, *, max_shard_size: s
 def _visual(source: str | Path) -> dict[str, Any]:
     """The tower's part of Qwen-VL's config.json, whose code is not run."""
     path = Path(source) / "config.json" if Path(source).is_dir() else Path(source).with_name("config.json")
-    return json.loads(path.read_text(encoding="utf-8")).get("visual", {}) if path.is_file() else {}
+    visual = read_json(path).get("visual", {}) if path.is_file() else {}
+    if not isinstance(visual, dict) or not all(type(visual.get(name, 1)) in (int, float) for name in SIZES):
+        raise ValueError(
+            f"{path}: visual is {str(visual)[:200]}; expected the sizes of Qwen-VL's tower ({', '.join(SIZES)})."
+        )
+    return visual
 
 
 def _config(visual: dict[str, Any], tensors: dict[str, torch.Tensor]) -> DSVLQwenVisionConfig:
     """As config.json says, or else as the tensors are shaped."""
+    for name, dimensions in (("embeddings.patch_embedding.weight", 4), ("resampler.query", 2)):
+        if tensors[name].ndim != dimensions:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {dimensions} dimensions.")
     width, _, patch_size, _ = tensors["embeddings.patch_embedding.weight"].shape
     num_queries, output_dim = tensors["resampler.query"].shape
     layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))

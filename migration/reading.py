@@ -3,12 +3,26 @@
 import json
 import pickle
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+# What unpickling bytes at random raises, beside its own errors.
+DAMAGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -21,6 +35,7 @@ def weight_files(source: str | Path, wanted: str = "") -> list[Path]:
 
     Raises:
         FileNotFoundError: if there is none, or a shard is missing.
+        ValueError: for an index that is none.
     """
     source = Path(source)
     if source.is_file():
@@ -28,8 +43,7 @@ def weight_files(source: str | Path, wanted: str = "") -> list[Path]:
     for name in NAMES:
         index = source / f"{name}.index.json"
         if index.is_file():
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted({source / file for key, file in places.items() if key.startswith(wanted)})
+            files = sorted({source / file for key, file in _places(index).items() if key.startswith(wanted)})
             if missing := [file.name for file in files if not file.is_file()]:
                 raise FileNotFoundError(f"{source} lacks {', '.join(missing)}, which {index.name} names; copy them there.")
             return files
@@ -38,6 +52,29 @@ def weight_files(source: str | Path, wanted: str = "") -> list[Path]:
     epochs = sorted(path.parent.name for path in source.glob("*/pytorch_model.bin"))
     remedy = f"; pass one of its folders, {', '.join(epochs)}" if epochs else f"; expected {' or '.join(NAMES)}"
     raise FileNotFoundError(f"{source} holds no weights{remedy}.")
+
+
+def _places(index: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f"{index} has no weight_map from names of tensors to files; copy it again.")
+    return places
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: naming the file, if it does not.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); copy it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object; copy it again.")
+    return value
 
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -63,6 +100,8 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
         mapped = opened.read(2) == b"PK"
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except DAMAGED as error:
+        raise ValueError(f"{file} is cut off or damaged ({type(error).__name__}: {error}); copy it again.") from error
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named is None:
@@ -73,7 +112,7 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
         ) from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{file} holds a {type(loaded).__name__}; expected a state dict, from names to tensors.")
-    if other := [name for name, tensor in loaded.items() if not isinstance(tensor, torch.Tensor)]:
+    if other := [n for n, tensor in loaded.items() if not (isinstance(n, str) and isinstance(tensor, torch.Tensor))]:
         raise ValueError(
             f"{file} holds {other[0]!r}, which is no tensor; pass the state dict of a model (pytorch_model.bin)."
         )

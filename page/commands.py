@@ -7,18 +7,21 @@ import threading
 from pathlib import Path
 
 from ..chat.commands import add_conversation_arguments, generation_options
+from ..utils.local_paths import check_exists
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl demo` to the command's parser."""
     parser = commands.add_parser("demo", help="talk to a checkpoint on a page in the browser")
-    parser.add_argument("model", metavar="DIR", help="a checkpoint, or its name on the Hub")
+    parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint, or its name on the Hub")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="to listen on (default 7860)")
     parser.add_argument("--share", action="store_true", help="ask Gradio for a public address, through its servers")
     parser.add_argument("--name", help="the page's title (default: the last part of DIR)")
     parser.add_argument("--system", help="the system message, instead of the model's own")
-    parser.add_argument("--examples", metavar="FILE", help="conversations whose first questions are offered")
+    parser.add_argument(
+        "--examples", type=check_exists, metavar="FILE", help="conversations whose first questions are offered"
+    )
     parser.add_argument(
         "--max-pictures", type=int, default=8, help="of a question; twice as many of a conversation (default 8)"
     )

@@ -1,5 +1,6 @@
 """What of a page's HTTP interface is open, and how much may come in through it."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, limits: Limits, uploads: Path) -> None:
         self.app, self.limits, self.uploads = app, limits, uploads.resolve()
+        self.receiving = 0  # bytes of uploads that are under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -57,19 +59,21 @@ class Gate:
         return path == "/" or path in READ + READ_API or path.startswith(READ_BELOW)
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _size(self.uploads) >= self.limits.upload_bytes:
+        kept = await asyncio.to_thread(_size, self.uploads)
+        if kept + self.receiving >= self.limits.upload_bytes:
             await PlainTextResponse("The server holds as many files as it takes; try again later.", 503)(
                 scope, receive, send
             )
             return
-        left = self.limits.pictures * self.limits.picture_bytes + BYTES_OF_A_FRAME
+        limit, received = self.limits.pictures * self.limits.picture_bytes + BYTES_OF_A_FRAME, 0
         begun = False
 
         async def counted() -> Message:
-            nonlocal left
+            nonlocal received
             message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
+            size = len(message.get("body", b""))
+            received, self.receiving = received + size, self.receiving + size
+            if received > limit:
                 raise _TooLarge
             return message
 
@@ -83,6 +87,8 @@ class Gate:
         except _TooLarge:
             if not begun:
                 await PlainTextResponse("These files are larger than the server takes.", 413)(scope, receive, send)
+        finally:
+            self.receiving -= received
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
         """JSON must be called so: a page elsewhere can send it here by that name only if it is asked first."""

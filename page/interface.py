@@ -8,11 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from ..data.pictures import SUFFIXES, open_picture
-from .limits import Limits, Refusal
+from ..data.pictures import SUFFIXES
+from .limits import Refusal
+from .uploads import open_upload
 from .visitors import Question, Turn, Visitors
 
-KEPT_SIDE = 2048  # pixels: what towers see is smaller, and the pictures of all conversations are in memory
 SECONDS_BETWEEN_UPDATES = 0.05
 STYLE = """
 footer, .dsvl-conversation [aria-label="Share"] {display: none !important}
@@ -37,7 +37,7 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
         name: of the model, the page's title.
         examples: questions, each with the files of its pictures, to be asked with a click.
     """
-    handlers = _Handlers(visitors, [Question(text, [str(file) for file in files], []) for text, files in examples])
+    handlers = _Handlers(visitors, [Question(text, [str(file) for file in files]) for text, files in examples])
     limits = visitors.limits
     with gr.Blocks(
         title=name,
@@ -198,31 +198,9 @@ class _Handlers:
             raise Refusal(f"A question has {limits.characters:,} characters at most here, and this has {len(text):,}.")
         if len(files) > limits.pictures:
             raise Refusal(f"A question takes {limits.pictures} pictures here, and this has {len(files)}.")
-        return Question(text, [*files], [_open(Path(file), limits) for file in files])
-
-
-def _open(file: Path, limits: Limits) -> Any:
-    """A picture, no larger than is of use.
-
-    Raises:
-        Refusal: naming the file as the visitor knows it.
-    """
-    try:
-        size = file.stat().st_size
-        data = file.read_bytes() if size <= limits.picture_bytes else b""
-    except OSError:
-        raise Refusal(f"{file.name} is not kept any more; add it again.") from None
-    if size > limits.picture_bytes:
-        raise Refusal(f"{file.name} has {size / 2**20:.3g} MB; the most is {limits.picture_bytes / 2**20:.3g} MB.")
-    try:
-        image = open_picture(data, max_pixels=limits.picture_pixels)
-    except ValueError:
-        raise Refusal(
-            f"{file.name} is refused: it is no picture that can be opened here (PNG, JPEG, WebP, ...), or has more than "
-            f"{limits.picture_pixels / 1e6:g} megapixels."
-        ) from None
-    image.thumbnail((KEPT_SIDE, KEPT_SIDE))
-    return image
+        for file in files:  # what cannot be opened is told at once; pixels are kept of nobody who waits
+            open_upload(file, limits)
+        return Question(text, [*files])
 
 
 def _session(request: gr.Request) -> str:

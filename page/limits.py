@@ -19,6 +19,7 @@ class Limits:
         caches: see there.
         idle_seconds: after which a conversation may be forgotten, and uploaded files are deleted.
         upload_bytes: of all files that are kept.
+        memory_bytes: of the pixels of all conversations; of the least recently used ones, only the files are kept.
     """
 
     pictures: int = 8
@@ -31,6 +32,7 @@ class Limits:
     caches: int = 4
     idle_seconds: float = 3600.0
     upload_bytes: int = 2 * 2**30
+    memory_bytes: int = 2**30
 
 
 class Refusal(Exception):

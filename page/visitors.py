@@ -6,17 +6,17 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ..chat import DSVLChat
 from .limits import Limits, Refusal
+from .uploads import open_upload
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +27,11 @@ class Question:
 
     Attributes:
         text: the question.
-        files: the uploaded files of its pictures, which the page shows.
-        images: the pictures.
+        files: the uploaded files of its pictures, which the page shows and the model reads.
     """
 
     text: str
     files: list[str]
-    images: list[Image.Image]
 
     def shown(self) -> dict[str, Any]:
         """As the page's `Chatbot` takes it."""
@@ -51,6 +49,7 @@ class Turn:
     Attributes:
         question: the question.
         said: what of the answer there is.
+        begun: whether its turn has come.
         stop: set to end it.
         done: when it is, whether there is an answer: a question that got no word is not kept. It is cancelled if its turn
             never came, and raises `Refusal` if there could be no answer.
@@ -60,6 +59,7 @@ class Turn:
 
     question: Question
     said: str = ""
+    begun: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     done: "Future[bool]" = field(init=False)
     dropped_rounds: int = 0
@@ -85,6 +85,24 @@ class Conversation:
     cached: bool = False
     gone: bool = False
     used: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_being_answered(self) -> bool:
+        """Whether the model's thread works on it."""
+        return self.turn is not None and self.turn.begun
+
+    def image_parts(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """The parts of the chat's messages that are pictures, and their files. (The oldest rounds may have been dropped.)"""
+        asked = [message["content"] for message in self.chat.messages if message["role"] == "user"]
+        for content, (question, _) in zip(reversed(asked), reversed(self.rounds), strict=False):
+            parts = [part for part in content if part["type"] == "image"] if isinstance(content, list) else []
+            yield from zip(parts, question.files, strict=True)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """The memory of its pictures."""
+        images = [part["image"] for part, _ in self.image_parts() if "image" in part]
+        return sum(3 * image.width * image.height for image in images)
 
     def shown(self) -> list[dict[str, Any]]:
         """As the page's `Chatbot` takes it."""
@@ -150,7 +168,7 @@ class Visitors:
         """
         with self._mutex:
             conversation = self._free(session)
-            pictures = len(question.images) + sum(len(asked.images) for asked, _ in conversation.rounds)
+            pictures = len(question.files) + sum(len(asked.files) for asked, _ in conversation.rounds)
             if pictures > self.limits.conversation_pictures:
                 raise Refusal(
                     f"A conversation takes {self.limits.conversation_pictures} pictures here, and this would be "
@@ -264,20 +282,36 @@ class Visitors:
         self._free_caches(list(self._kept.values())[: -self.limits.caches])
 
     def _free_caches(self, conversations: list[Conversation]) -> None:
-        """Keep what was said alone; the next question has it read again."""
+        """Keep what was said, and the files of its pictures, alone; the next question has it read again."""
         for conversation in conversations:
-            if conversation.cached and conversation.turn is None:
+            if conversation.cached and not conversation.is_being_answered:
                 fresh = self.new_chat()
                 fresh.messages = conversation.chat.messages
                 conversation.chat, conversation.cached = fresh, False
+                for part, file in conversation.image_parts():
+                    part.clear()
+                    part.update(type="image", path=file)
+
+    def _hold_memory(self) -> None:
+        """Free the least recently used conversations until the pixels of all are within the limit."""
+        sizes = {session: conversation.pixel_bytes for session, conversation in self._kept.items()}
+        total = sum(sizes.values())
+        for session, size in sizes.items():
+            if total > self.limits.memory_bytes and not self._kept[session].is_being_answered:
+                self._free_caches([self._kept[session]])
+                total -= size
 
     # -- in the model's thread -----------------------------------------------------------------------------------------
 
     def _answer(self, conversation: Conversation, turn: Turn, tell: Callable[[], None]) -> bool:
         answered = False
+        with self._mutex:
+            turn.begun = conversation.cached = True
         try:
-            self._generate(conversation.chat, turn, tell)
+            self._generate(conversation, turn, tell)
             answered = bool(turn.said) or not turn.stop.is_set()
+        except Refusal:  # a file that is not there any more
+            raise
         except torch.OutOfMemoryError:
             logger.exception("An answer failed.")
             with self._mutex:
@@ -301,11 +335,20 @@ class Visitors:
                     self._free_caches([conversation])
         return answered
 
-    @staticmethod
-    def _generate(chat: DSVLChat, turn: Turn, tell: Callable[[], None]) -> None:
+    def _generate(self, conversation: Conversation, turn: Turn, tell: Callable[[], None]) -> None:
         if turn.stop.is_set():
             return
-        with closing(chat.stream(turn.question.text, turn.question.images)) as pieces:
+        chat = conversation.chat
+        for part, file in conversation.image_parts():
+            if "image" not in part:
+                image = open_upload(file, self.limits)
+                part.clear()
+                part.update(type="image", image=image)
+        images = [open_upload(file, self.limits) for file in turn.question.files]
+        with self._mutex:
+            self._hold_memory()
+        with closing(chat.stream(turn.question.text, images)) as pieces:
+            del images  # the conversation has its own
             for piece in pieces:
                 turn.said += piece
                 tell()

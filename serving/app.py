@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from openai.types import Model
 from openai.types.shared import ErrorObject
@@ -23,8 +24,10 @@ from starlette.types import Receive, Scope, Send
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import Modality
 
+from ..chat.prompts import prompt_ids
+from .connections import Bodies
 from .engine import FAILURE, Engine, Sampling
-from .pictures import fetch_pictures, load_pictures
+from .pictures import fetch_pictures, load_picture, picture_parts
 from .requests import ChatRequest, Limits, RequestError, parse
 
 logger = logging.getLogger(__name__)
@@ -51,22 +54,29 @@ class ChatCompletions(ChatCompletionHandler):
     def __init__(self, model: Any, processor: Any, name: str, limits: Limits, engine: Engine) -> None:
         super().__init__(model_manager=None, generation_state=None)  # type: ignore[arg-type]  # one model, and one engine
         self.model, self.processor, self.name, self.limits, self.engine = model, processor, name, limits, engine
+        self.bodies = Bodies()
         self.held = 0
-        # Decoding pictures takes time and memory: beside the event loop, and never many at once.
+        # Beside the event loop. Decoding pictures takes time and memory, so never many at once; and requests take turns
+        # picture by picture, so that nobody waits for all of another's, and texts for none.
+        self.reading = ThreadPoolExecutor(2, thread_name_prefix="dsvl-serve-read")
         self.preparing = ThreadPoolExecutor(2, thread_name_prefix="dsvl-serve-prepare")
         self.fetching = ThreadPoolExecutor(16, thread_name_prefix="dsvl-serve-fetch")  # slow addresses hold nobody else up
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"  # ours: a client's could be another's
-        with self._place():
-            try:
-                response = await _while_there(receive, self._respond(await self._read(request), request_id))
+        try:
+            with self._place():
+                pass  # nothing is read that would be refused
+            body = await self._read(request)
+            with self._place():  # only now: whoever is slow to send takes nobody's place
+                response = await _while_there(receive, self._respond(body, request_id))
+                del body
                 await response(scope, receive, send)
-            except ClientDisconnect:
-                pass  # nobody is there to be told
-            finally:
-                self.engine.release(request_id)
+        except ClientDisconnect:
+            pass  # nobody is there to be told
+        finally:
+            self.engine.release(request_id)
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
@@ -87,19 +97,7 @@ class ChatCompletions(ChatCompletionHandler):
         """
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("Send the request with content-type application/json.", 415)
-
-        async def collect() -> bytes:
-            chunks = bytearray()
-            async for chunk in request.stream():
-                chunks += chunk
-                if len(chunks) > self.limits.body_bytes:
-                    raise RequestError(f"The request is larger than {self.limits.body_bytes:,} bytes.", 413)
-            return bytes(chunks)
-
-        try:
-            return await asyncio.wait_for(collect(), self.limits.body_seconds)
-        except asyncio.TimeoutError:
-            raise RequestError(f"The request took more than {self.limits.body_seconds:g} s to arrive.", 408) from None
+        return await self.bodies.read(request, self.limits)
 
     def _read_messages(self, body: bytes) -> tuple[ChatRequest, list[dict[str, Any]]]:
         """The request, and its messages as the processor takes them, but for the pictures."""
@@ -120,16 +118,30 @@ class ChatCompletions(ChatCompletionHandler):
             )
         return asked, messages
 
-    def _encode(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        """Messages to model inputs."""
-        load_pictures(messages, self.limits)
+    def _prompt(self, messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The model inputs of messages, but for the pictures' pixels; (1, tokens) each."""
         try:
-            inputs = self.processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
+            ids = torch.tensor([prompt_ids(self.processor, messages)])
         except TemplateError as error:  # the template's own words about the order of roles
             raise RequestError(f"messages: {error}.", param="messages") from None
-        return dict(inputs)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == self.processor.image_token_id).long(),
+        }
+
+    def _pixels(self, part: dict[str, Any], number: int) -> torch.Tensor:
+        """A picture as the tower takes it, (1, 3, height, width)."""
+        image = load_picture(part, number, self.limits)
+        try:
+            return self.processor(text=self.processor.image_token, images=[image], return_tensors="pt")["pixel_values"]
+        except ValueError as error:
+            logger.info("A picture was refused: %s", error)
+            raise RequestError(
+                f"Picture {number}, of {image.width} x {image.height} pixels, cannot be taken; pass another.",
+                code="invalid_image",
+                param="messages",
+            ) from None
 
     def _sampling(self, asked: ChatRequest, prompt_tokens: int) -> Sampling:
         """How to answer; what the request leaves open is the checkpoint's generation configuration.
@@ -168,11 +180,15 @@ class ChatCompletions(ChatCompletionHandler):
     async def _respond(self, body: bytes, request_id: str) -> Response:
         """The answer; one that is streamed has begun."""
         run = asyncio.get_running_loop().run_in_executor
-        asked, messages = await run(self.preparing, self._read_messages, body)
+        asked, messages = await run(self.reading, self._read_messages, body)
         del body  # as large as its pictures, and the answer may take long
         await run(self.fetching, fetch_pictures, messages, self.limits)
-        inputs = await run(self.preparing, self._encode, messages)
+        inputs = await run(self.reading, self._prompt, messages)
         sampling = self._sampling(asked, inputs["input_ids"].shape[-1])
+        parts = enumerate(picture_parts(messages, self.limits), 1)
+        pixels = [await run(self.preparing, self._pixels, part, number) for number, part in parts]
+        if pixels:
+            inputs["pixel_values"] = torch.cat(pixels)
         arguments = (request_id, self.model, self.processor, self.name, inputs, sampling)
         if not asked.stream:
             return await self._non_streaming(*arguments, gen_manager=self.engine)
@@ -257,7 +273,7 @@ def build_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        for pool in (chat.preparing, chat.fetching):
+        for pool in (chat.reading, chat.preparing, chat.fetching):
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(engine.stop)
 
@@ -265,6 +281,7 @@ def build_app(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/models", list_models, methods=["GET"]),
+            Route("/v1/models/", list_models, methods=["GET"]),
             Route("/v1/models/{model:path}", get_model, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
         ],
@@ -281,7 +298,8 @@ def _error(message: str, status: int, code: str | None = None, param: str | None
     body = ErrorObject(message=message, type=kind, code=code, param=param).model_dump(
         include={"message", "type", "code", "param"}
     )
-    return JSONResponse({"error": body}, status, headers={"Retry-After": "1"} if status == 429 else None)
+    headers = {429: {"Retry-After": "1"}, 408: {"Connection": "close"}}.get(status)
+    return JSONResponse({"error": body}, status, headers=headers)
 
 
 def _refused(request: Request, error: Exception) -> Response:

@@ -4,11 +4,13 @@ import argparse
 import ipaddress
 from pathlib import Path
 
+from ..utils.local_paths import check_exists
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl serve` to the command's parser."""
     parser = commands.add_parser("serve", help="a checkpoint behind the OpenAI chat-completions protocol")
-    parser.add_argument("model", metavar="DIR", help="a checkpoint directory, or a name on the Hub")
+    parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint directory, or a name on the Hub")
     parser.add_argument("--name", help="what clients call the model (default: the last part of DIR)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="to listen on (default 8000)")
@@ -32,6 +34,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
         from ..chat.loading import load
         from .app import LOOPBACK, build_app
+        from .connections import UVICORN
         from .requests import Limits
     except ImportError as error:
         raise ImportError(f"{error}; dsvl serve needs more packages: pip install 'dsvl[serve]'") from error
@@ -56,15 +59,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     print(f"dsvl serve: {name} at http://{arguments.host}:{arguments.port}/v1; Ctrl-C ends it", flush=True)
     if hosts == ("*",):
         print("dsvl serve: whoever reaches this address can use it; there is no key", flush=True)
-    uvicorn.run(
-        app,
-        host=arguments.host,
-        port=arguments.port,
-        log_level="warning",
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
+    uvicorn.run(app, host=arguments.host, port=arguments.port, **UVICORN)
 
 
 def _is_loopback(host: str) -> bool:

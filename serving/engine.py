@@ -12,11 +12,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.cli.serving.utils import BaseGenerateManager, _StreamError
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ..chat.detokenizer import Detokenizer
 from ..generation_dsvl import NoImageToken
-from .texts import StopTexts, TextPieces
+from .stops import StopTexts
 
 logger = logging.getLogger(__name__)
 FAILURE = "The answer could not be generated."  # all that a client learns; the log has the rest
+COLDEST = 1e-4  # a lower temperature would overflow scores, and leaves but the likeliest token
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Sampling:
     Args:
         max_new_tokens: at most so many; set to None by the engine for an answer that ended before, by itself (from this
             transformers' handler tells "stop" from "length").
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is one below `COLDEST`.
         top_p: share of the probability to sample from.
         top_k: sample from so many tokens; 0 is no limit.
         seed: of the answer's own generator; None draws one.
@@ -51,13 +53,15 @@ class Generation:
         self.token_ids: list[int] = []
         self.cancelled = False
         self.done = False
+        self.alone = False  # after a batch that failed
         self.queue: asyncio.Queue[Any] = asyncio.Queue()  # pieces of text; None at the end, or a _StreamError
         self._loop = asyncio.get_running_loop()
-        self._pieces = TextPieces(tokenizer)
+        self._pieces = Detokenizer(tokenizer)
         self._stop = StopTexts(sampling.stop)
         self._generator: torch.Generator | None = None
+        self._before: torch.Tensor | None = None  # the generator's state, before a token that was not taken yet
         self._warpers = LogitsProcessorList()
-        if sampling.temperature > 0:
+        if sampling.temperature >= COLDEST:
             self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_k > 0:
                 self._warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -89,10 +93,18 @@ class Generation:
             else:
                 self._generator.manual_seed(self.sampling.seed)
         probabilities = self._warpers(input_ids, scores).float().softmax(-1)
+        self._before = self._generator.get_state()
         return torch.multinomial(probabilities, 1, generator=self._generator)[0, 0]
+
+    def step_back(self) -> None:
+        """Forget a token that was chosen and not taken: whatever failed between, the answer goes on as if it had not."""
+        if self._generator is not None and self._before is not None:
+            self._generator.set_state(self._before)
+        self._before = None
 
     def take(self, token_id: int, end_of_text: set[int]) -> None:
         """The next token was chosen: pass its text on, and end where the answer ends."""
+        self._before = None
         if self.cancelled:
             self.finish()
             return
@@ -162,7 +174,8 @@ class Engine(BaseGenerateManager):
 
     A batch takes all that wait when it starts, `max_batch` at most; a row leaves it when its answer ends. If others came
     meanwhile, the batch pauses after `turn` tokens, and its rows wait again, behind them: nobody waits for the end of
-    another's long answer. A row that goes on runs through its prompt and what it has said so far again.
+    another's long answer. A row that goes on runs through its prompt and what it has said so far again. The rows of a batch
+    that fails go on one by one.
 
     Args:
         model: a DSVL model, in evaluation mode.
@@ -243,13 +256,19 @@ class Engine(BaseGenerateManager):
                     for one in self._waiting:
                         one.finish(FAILURE)
                     return
-                batch, self._waiting = self._waiting[: self.max_batch], self._waiting[self.max_batch :]
+                batch = self._next()
             self._answer(batch)
             del batch  # or the last visitor's words would stay until the next one comes
 
+    def _next(self) -> list[Generation]:
+        """Take the next batch from those that wait."""
+        first = self._waiting[0]
+        batch = [first] if first.alone else [one for one in self._waiting if not one.alone][: self.max_batch]
+        self._waiting = [one for one in self._waiting if one not in batch]
+        return batch
+
     def _answer(self, batch: list[Generation]) -> None:
         self.batches += 1
-        before = [one.total_tokens for one in batch]
         failed = False
         try:
             self._generate(batch)
@@ -257,13 +276,14 @@ class Engine(BaseGenerateManager):
             logger.exception("A batch of %d requests failed", len(batch))
             failed = True
         # Not in the handler above, where the error would keep the failed batch's memory.
-        if failed and len(batch) > 1 and before == [one.total_tokens for one in batch]:
-            for one in batch:  # too large together, or one of them is at fault
-                self._answer([one])
-            return
+        if failed:
+            for one in batch:
+                one.step_back()
         with self._changed:
             for one in batch:
-                if one.cancelled or failed:
+                # Too large together, or one of them is at fault: each goes on alone, from where it is.
+                one.alone = one.alone or failed
+                if one.cancelled or (failed and len(batch) == 1):
                     one.finish(None if one.cancelled else FAILURE)
                 elif not one.done:
                     self._waiting.append(one)

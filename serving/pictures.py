@@ -22,7 +22,7 @@ def fetch_pictures(messages: list[dict[str, Any]], limits: Limits) -> None:
         RequestError: for an address that cannot or may not be fetched.
     """
     deadline, left = time.monotonic() + FETCH_SECONDS, limits.body_bytes
-    for number, part in enumerate(_parts(messages, limits), 1):
+    for number, part in enumerate(picture_parts(messages, limits), 1):
         if not _is_address(part["url"]):
             continue
         if not limits.allow_urls:
@@ -34,15 +34,14 @@ def fetch_pictures(messages: list[dict[str, Any]], limits: Limits) -> None:
         left -= len(part["url"])
 
 
-def load_pictures(messages: list[dict[str, Any]], limits: Limits) -> None:
-    """Put pixels in the place of the `url` of every picture, a data URL or bytes.
+def load_picture(part: dict[str, Any], number: int, limits: Limits) -> Image.Image:
+    """A part's pixels; its `url`, a data URL or bytes, is taken out of it.
 
     Raises:
-        RequestError: for too many of them, and for one that is no data URL, is too large, or cannot be decoded.
+        RequestError: for one that is no data URL, is too large, or cannot be decoded.
     """
-    for number, part in enumerate(_parts(messages, limits), 1):
-        url = part.pop("url")
-        part["image"] = decode(url if isinstance(url, bytes) else read(url, number), number, limits)
+    url = part.pop("url")
+    return decode(url if isinstance(url, bytes) else read(url, number), number, limits)
 
 
 def read(url: str, number: int) -> bytes:
@@ -66,7 +65,12 @@ def decode(data: bytes, number: int, limits: Limits) -> Image.Image:
         raise RequestError(f"Picture {number} {error}.", code="invalid_image", param="messages") from None
 
 
-def _parts(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+def picture_parts(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+    """The parts of messages that are pictures.
+
+    Raises:
+        RequestError: for too many of them.
+    """
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
     if len(parts) > limits.pictures:
         raise RequestError(

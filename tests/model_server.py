@@ -19,6 +19,7 @@ from training_runs import WORDS, make_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dsvl.serving.app import build_app
+from dsvl.serving.connections import UVICORN
 from dsvl.serving.requests import Limits
 
 NAME = "tiny"
@@ -48,7 +49,7 @@ def served(model: Any, processor: Any, limits: Limits | None = None, max_batch: 
     app = build_app(model, processor, NAME, limits, max_batch)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, **UVICORN | {"log_level": "error", "timeout_graceful_shutdown": 1}))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -2,17 +2,20 @@
 
 import json
 from contextlib import nullcontext
+from random import Random
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from conftest import FAMILIES, tiny_tower_config
 from PIL import Image
-from transformers import StaticCache
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, StaticCache
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.chat import DSVLChat
-from dsvl.chat.answering import pieces_of_text
+from dsvl.chat.detokenizer import pieces_of_text
 from dsvl.data.conversations import load_conversations
 
 PER_PICTURE, NEW = 5, 8
@@ -320,6 +323,48 @@ def test_pieces_are_whole_characters_and_make_up_the_answer(processor):
     assert not any("\ufffd" in piece for piece in pieces)
     cut = ids[: ids.index(tokenizer.convert_tokens_to_ids("<0xF0>")) + 2]  # within a character
     assert "".join(pieces_of_text(tokenizer, cut)) == tokenizer.decode(cut)
+
+
+def _byte_level():
+    """A tokenizer of bytes, as GPT-2's and Qwen's are, without merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_pieces_of_any_tokens_make_up_what_they_decode_to(processor, kind):
+    tokenizer = processor.tokenizer if kind == "sentencepiece" else _byte_level()
+    random = Random(0)
+    for _ in range(200):
+        ids = [random.randrange(len(tokenizer)) for _ in range(random.randrange(1, 40))]
+        pieces = list(pieces_of_text(tokenizer, ids))
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes", "one byte", "special"])
+def test_the_detokenizer_is_linear(processor, kind):
+    """Decoding all that was said again for each token would be eight million tokens here."""
+    tokenizer = _byte_level() if "byte" in kind else processor.tokenizer
+    text = {"words": "a red cup, ", "bytes": "五只鸭子 "}.get(kind, "")
+    ids = tokenizer(text * 2000, add_special_tokens=False)["input_ids"][:4000]
+    ids = {"one byte": tokenizer("ö")["input_ids"][-1:], "special": tokenizer("</s>")["input_ids"][-1:]}.get(kind, ids)
+    ids = (ids * 4000)[:4000]
+    decoded = 0
+
+    class Counting:
+        added_tokens_decoder = tokenizer.added_tokens_decoder
+        convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
+
+        def decode(self, token_ids, **options):
+            nonlocal decoded
+            decoded += len(token_ids)
+            return tokenizer.decode(token_ids, **options)
+
+    pieces = list(pieces_of_text(Counting(), ids))
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert decoded < 100 * len(ids)
 
 
 def test_options_that_cannot_be_are_refused(chat):

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -135,7 +136,7 @@ def test_mistakes_are_told_and_change_nothing(talk, folder):
     ):
         assert said in err
     for said in (
-        "No closing quotation",
+        "has a quotation mark without its partner",
         "/load takes one directory",
         "holds no conversation.jsonl",
         "is no part of a saved",
@@ -153,6 +154,30 @@ def test_a_full_memory_ends_a_question_and_not_the_program(talk, monkeypatch):
         patch.setattr(torch.nn.Linear, "forward", full)
         out, err, chat = talk("What?", "And now?")
     assert err.count("CUDA out of memory.") == 2 and not chat.messages
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", " Quit ", "EXIT"])
+def test_words_that_leave(talk, word):
+    out, err, chat = talk("one", word, "two")
+    assert [message["content"] for message in chat.messages[::2]] == ["one"] and not err
+
+
+def test_a_word_that_clears_and_words_within_a_question(talk):
+    out, err, chat = talk("one", "clear", "clear the table", "how do I quit?")
+    assert [message["content"] for message in chat.messages[::2]] == ["clear the table", "how do I quit?"] and not err
+
+
+def test_a_path_with_spaces_is_shown_as_it_must_be_quoted(talk, folder):
+    path = folder / "two three.png"
+    lines = [f"/image {path}", f"{path} What is it?", f"/image '{path}", f"/save {folder}/a b", f"/image '{path}'"]
+    out, err, chat = talk(*lines)
+    assert err.splitlines() == [
+        f"{path} is a path with spaces; quote it: /image '{path}'",
+        f"{path} is a path with spaces; quote it: '{path}'",
+        f"'{path} has a quotation mark without its partner; quote the whole: {shlex.quote(chr(39) + str(path))}",
+        f"/save takes one directory; quote it if it has spaces: /save '{folder}/a b'",
+    ]
+    assert not chat.messages and "(1 picture waits" in out
 
 
 def test_words_cannot_command_the_terminal():

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from training_runs import environment, make_conversations  # noqa: E402
 
 import dsvl  # noqa: E402
 from dsvl.chat import DSVLChat  # noqa: E402
+from dsvl.page import gate  # noqa: E402
 from dsvl.page.app import open_page  # noqa: E402
 from dsvl.page.examples import read_examples  # noqa: E402
 from dsvl.page.limits import Refusal  # noqa: E402
@@ -243,7 +245,7 @@ def test_a_failure_names_nothing_and_gives_the_question_back(page: Any, error: E
 
 def test_visitors_share_the_model_one_after_the_other(parts: Any) -> None:
     visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=TOKENS), LIMITS)
-    turns = [visitors.ask(str(number), Question(f"Number {number}?", [], [])) for number in range(4)]
+    turns = [visitors.ask(str(number), Question(f"Number {number}?", [])) for number in range(4)]
     for number, turn in enumerate(turns):
         assert turn.done.result(timeout=60)
         (round_,) = visitors.of(str(number)).rounds
@@ -254,13 +256,13 @@ def test_old_caches_are_freed_and_old_conversations_forgotten(parts: Any) -> Non
     visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), replace(LIMITS, caches=1, conversations=2))
     whole = DSVLChat(*parts, max_new_tokens=4)
     first = [whole.ask("One?"), whole.ask("Two?")]
-    assert answered(visitors, "a", Question("One?", [], [])) == first[0]
+    assert answered(visitors, "a", Question("One?", [])) == first[0]
     cache = weakref.ref(visitors.of("a").chat._memory.cache)  # type: ignore[union-attr]
-    answered(visitors, "b", Question("Other?", [], []))
+    answered(visitors, "b", Question("Other?", []))
     gc.collect()
     assert cache() is None
-    assert answered(visitors, "a", Question("Two?", [], [])) == first[1]  # what was said is still there
-    answered(visitors, "c", Question("Other?", [], []))
+    assert answered(visitors, "a", Question("Two?", [])) == first[1]  # what was said is still there
+    answered(visitors, "c", Question("Other?", []))
     assert [*visitors._kept] == ["a", "c"]
     visitors.leave("a")
     gc.collect()
@@ -269,23 +271,88 @@ def test_old_caches_are_freed_and_old_conversations_forgotten(parts: Any) -> Non
 
 def test_idle_conversations_are_forgotten(parts: Any) -> None:
     visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), replace(LIMITS, idle_seconds=0.0))
-    answered(visitors, "a", Question("One?", [], []))
+    answered(visitors, "a", Question("One?", []))
     visitors.of("b")
     assert [*visitors._kept] == ["b"]
 
 
-def test_one_question_at_a_time_and_so_many_pictures(parts: Any) -> None:
+def test_one_question_at_a_time_and_so_many_pictures(parts: Any, tmp_path: Path) -> None:
     visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), LIMITS)
-    images = [Image.new("RGB", (30, 30))] * 3
-    turn = visitors.ask("a", Question("One?", ["x"] * 3, images))
+    files = pictures(tmp_path, 3)
+    turn = visitors.ask("a", Question("One?", files))
     with pytest.raises(Refusal, match="still being given"):
-        visitors.ask("a", Question("Two?", [], []))
+        visitors.ask("a", Question("Two?", []))
     for act in (visitors.take_back, visitors.ask_again):
         with pytest.raises(Refusal, match="still being given"):
             act("a")
     assert turn.done.result(timeout=60)
     with pytest.raises(Refusal, match="takes 4 pictures here, and this would be 6"):
-        visitors.ask("a", Question("Two?", ["x"] * 3, images))
+        visitors.ask("a", Question("Two?", files))
+
+
+def pixels(visitors: Visitors) -> int:
+    """What the conversations' images take, wherever they are referred to."""
+    gc.collect()
+    kept = {id(image.im): 3 * image.width * image.height for image in _images(visitors)}
+    return sum(kept.values())
+
+
+def _images(visitors: Visitors) -> Iterator[Image.Image]:
+    for conversation in visitors._kept.values():
+        for message in conversation.chat.messages:
+            for part in message["content"] if isinstance(message["content"], list) else []:
+                if "image" in part:
+                    yield part["image"]
+
+
+def test_the_pixels_of_all_visitors_have_one_budget(parts: Any, tmp_path: Path) -> None:
+    one = 3 * 80 * 60
+    limits = replace(LIMITS, caches=16, memory_bytes=6 * one)
+    visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), limits)
+    files = pictures(tmp_path, 3)
+    whole = DSVLChat(*parts, max_new_tokens=4)
+    first = [whole.ask("One?", files[:2]), whole.ask("And?", files[2])]
+    for number in range(8):
+        assert answered(visitors, str(number), Question("One?", files[:2])) == first[0]
+        assert pixels(visitors) <= (6 + 2) * one  # and those of the last question
+    assert len(visitors._kept) == 8 and not visitors.of("0").cached
+    assert answered(visitors, "0", Question("And?", files[2:])) == first[1]  # of the files, the same answer
+    assert pixels(visitors) <= (6 + 3) * one
+    assert len(visitors.of("0").rounds) == 2
+
+
+def test_pictures_are_kept_once(parts: Any, tmp_path: Path) -> None:
+    visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), LIMITS)
+    (file,) = pictures(tmp_path, 1, (71, 53))
+    answered(visitors, "a", Question("One?", [file]))
+    gc.collect()
+    size = (71, 53)
+    known = [image for image in gc.get_objects() if isinstance(image, Image.Image) and image.size == size]
+    assert len({id(image.im) for image in known}) == 1
+    visitors.leave("a")
+    del known
+    gc.collect()
+    assert not [image for image in gc.get_objects() if isinstance(image, Image.Image) and image.size == size]
+
+
+def test_a_file_that_is_gone_is_named(parts: Any, tmp_path: Path) -> None:
+    visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), LIMITS)
+    (file,) = pictures(tmp_path, 1)
+    answered(visitors, "a", Question("One?", [file]))
+    visitors.leave("a")
+    os.remove(file)
+    with pytest.raises(Refusal, match="picture 0.png is not kept any more; add it again"):
+        visitors.ask("a", Question("Two?", [])).done.result(timeout=60)
+    assert len(visitors.of("a").rounds) == 1
+
+
+def test_uploads_are_counted_beside_the_event_loop(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    size = gate._size
+    monkeypatch.setattr(gate, "_size", lambda folder: threads.append(threading.current_thread().name) or size(folder))
+    with opened(parts, examples=()) as (address, _), httpx.Client(base_url=address) as client:
+        upload(client, *pictures(tmp_path, 1))
+    assert threads and all("asyncio" in name for name in threads)  # a worker of asyncio.to_thread
 
 
 @pytest.mark.parametrize("way", ["the page", "the stream"])

@@ -385,7 +385,7 @@ def test_the_command_refuses_what_is_no_dsvl(tmp_path, capsys):
     assert main(["plan", "--model", str(tmp_path)]) == 1
     assert "holds a configuration of model_type 'llama', not 'dsvl'" in capsys.readouterr().err
     assert main(["plan", "--model", str(tmp_path / "nothing")]) == 1
-    assert "is neither a directory with a config.json nor a model on the Hub" in capsys.readouterr().err
+    assert "nothing does not exist" in capsys.readouterr().err
 
 
 def test_the_plan_rounds_like_the_allocator():

@@ -17,7 +17,8 @@ from PIL import Image
 
 from dsvl.cli import main
 from dsvl.evaluation import report
-from dsvl.evaluation.comparison import join, summarize
+from dsvl.evaluation.compare import standing
+from dsvl.evaluation.comparison import Duel, duels, join, summarize
 from dsvl.evaluation.records import Record, read_records
 from dsvl.evaluation.report import write_csv, write_html
 
@@ -183,6 +184,41 @@ def test_models_stand_side_by_side_and_missing_answers_are_shown(tmp_path):
     assert "There is no round that all have." in disjoint.words()
 
 
+def test_the_title_says_what_is_compared(tmp_path):
+    one = [record("a")]
+    for runs, title in (
+        ({"one": one}, "Answers of one"),
+        ({"one": one, "two": one}, "one compared with two"),
+        ({"one": one, "two": one, "three": one}, "one compared with two and three"),
+    ):
+        assert page_of(tmp_path / "p.html", runs).words().startswith(f"{title} ")
+
+
+def test_wins_losses_and_ties_of_the_rounds_that_both_have(tmp_path):
+    scores = {"one": [1.0, 0.5, 0.0, 1.0, None, 0.5], "two": [0.0, 0.5, 1.0, 0.5, 1.0], "three": [1.0]}
+    runs = {
+        label: [record("a", number, "x", value) for number, value in enumerate(values)] for label, values in scores.items()
+    }
+    found = duels(join(runs))
+    assert found == {"two": {"exact_match": Duel(2, 1, 1)}, "three": {"exact_match": Duel(0, 0, 1)}}
+    assert standing("one", found) == [
+        "one against two    exact_match  2 wins  1 losses  1 ties",
+        "one against three  exact_match  0 wins  0 losses  1 ties",
+    ]
+    words = page_of(tmp_path / "p.html", runs).words()
+    assert "one against by wins losses ties two exact match 2 1 1 three exact match 0 0 1" in words
+    assert "wins" not in page_of(tmp_path / "p.html", {"one": runs["one"]}).words()
+
+
+def test_long_answers_are_folded_and_whole(tmp_path):
+    long, lines = "word " * 400 + "end", "\n".join(map(str, range(40)))
+    one = [record("a", 0, "short"), record("a", 1, long), record("a", 2, lines)]
+    page = page_of(tmp_path / "p.html", {"one": one})
+    assert len(page.elements["details"]) == 2 and len(page.elements["summary"]) == 2
+    assert page.text.count(long) == 1 and page.text.count(lines) == 1
+    assert "2,003 characters" in page.words() and page.words().count("short") == 1
+
+
 def test_nothing_on_the_page_is_run_or_fetched(tmp_path):
     fields = dict(question=HOSTILE, references=[HOSTILE], images=[f"/x/{HOSTILE}.png", f"https://x.org/{HOSTILE}"])
     one = [record(HOSTILE, 0, HOSTILE, scores={HOSTILE: 0.5}, **fields)]
@@ -290,6 +326,8 @@ def test_the_command_prints_means_and_writes_table_and_page(tmp_path, capsys):
         "     rounds  missing  exact_match",
         "one       1        0        1 (1)",
         "two       1        0        1 (1)",
+        "",
+        "one against two  exact_match  0 wins  0 losses  1 ties",
         *out,
     ]
     assert "one blue exact match 1 two blue exact match 1" in Page(tmp_path / "p.html").words()
@@ -298,5 +336,5 @@ def test_the_command_prints_means_and_writes_table_and_page(tmp_path, capsys):
 def test_runs_of_one_model_are_told_apart_by_their_files(tmp_path, capsys):
     paths = [write(tmp_path / name, [record("a")]) for name in ("greedy.jsonl", "beams.jsonl")]
     assert main(["compare", *paths]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["greedy", "beams"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["greedy", "beams"]
     assert main(["compare", str(tmp_path / "none.jsonl")]) == 1

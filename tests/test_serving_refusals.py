@@ -94,7 +94,7 @@ def test_pictures_that_are_refused(server: Server, url: str, words: str) -> None
         ({"stop": ["a"] * 5}, 400, "stop"),
         ({"model": "../other"}, 404, "model"),
         ({"messages": []}, 400, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]}]}, 400, None),
         ({"messages": question("a") + [{"role": "system", "content": "late"}]}, 400, "messages"),
         ({"messages": question("a", *[data_url(picture(0))] * 9)}, 400, "messages"),
@@ -112,6 +112,86 @@ def test_what_is_not_followed_is_refused_by_name(
     assert set(refused.value.body) == {"message", "type", "param", "code"}
     if param is not None:
         assert refused.value.body["param"] == param
+
+
+TEXT = {"type": "text", "text": "x"}
+URL = data_url(picture(0))
+
+
+@pytest.mark.parametrize(
+    ("content", "param", "words"),
+    [
+        ([{"type": "image_url", "image_url": URL}, TEXT], "0.image_url", "pass an object"),
+        ([TEXT, {"type": "input_audio", "input_audio": {}}], "1.type", "'text' or 'image_url', not 'input_audio'"),
+        ([{"type": "image", "image": URL}, TEXT], "0.type", "'text' or 'image_url', not 'image'"),
+        ([{"type": "image_url", "image_url": {"url": URL, "detail": "original"}}], "0.image_url.detail", "not 'original'"),
+        ([{"type": "image_url", "image_url": {}}, TEXT], "0.image_url.url", "is missing"),
+        ([{"type": "image_url"}, TEXT], "0.image_url", "is missing"),
+        ([{"type": "text", "text": None}], "0.text", "is missing, or null"),
+        ([{"type": "text", "text": 5}], "0.text", "valid string"),
+        ([TEXT | {"cache_control": {"type": "ephemeral"}}], "0.cache_control", "leave it out"),
+        ([{"text": "x"}], "0.type", "is missing"),
+        (["x"], "0", "an object"),
+        (5, "", "a text or a list of parts"),
+        (None, "", "is missing, or null"),
+    ],
+)
+def test_errors_name_the_true_field(server: Server, content: Any, param: str, words: str) -> None:
+    body = {"model": NAME, "max_tokens": 4, "messages": [*question("one"), {"role": "user", "content": content}]}
+    with pytest.raises(openai.BadRequestError, match=words) as refused:
+        server.client().post("/chat/completions", body=body, cast_to=object)
+    place = f"messages.1.content.{param}".rstrip(".")
+    assert refused.value.body["param"] == place and refused.value.body["message"].startswith(place)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
+def test_images_stand_in_user_messages(server: Server, role: str) -> None:
+    messages = [{"role": role, "content": question("x", URL)[0]["content"]}, *question("one")]
+    with pytest.raises(openai.BadRequestError, match=f"'{role}'; images stand in user messages") as refused:
+        ask(server, messages)
+    assert refused.value.body["param"] == "messages.0.content.0"
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [
+        {"tools": None},
+        {"tools": []},
+        {"tool_choice": None},
+        {"logit_bias": None},
+        {"logit_bias": {}},
+        {"parallel_tool_calls": None},
+        {"reasoning_effort": None},
+        {"modalities": ["text"]},
+        {"stop": None},
+        {"temperature": None},
+        {"response_format": None},
+    ],
+    ids=str,
+)
+def test_null_asks_for_nothing(server: Server, idle: dict[str, Any]) -> None:
+    known = {"model": NAME, "messages": question("one"), "max_tokens": 4}
+    answer: Any = server.client().post("/chat/completions", body=known | idle, cast_to=object)
+    assert answer["choices"][0]["message"]["content"] == ask(server, question("one"), 4).choices[0].message.content
+
+
+def test_an_earlier_answer_as_other_servers_give_it(server: Server) -> None:
+    def conversation(**fields: Any) -> list[dict[str, Any]]:
+        return [*question("one"), {"role": "assistant", "content": "two"} | fields, *question("three")]
+
+    plain = ask(server, conversation()).choices[0].message.content
+    idle = {"tool_calls": [], "annotations": [], "reasoning_content": None, "refusal": None}
+    assert ask(server, conversation(**idle)).choices[0].message.content == plain
+    for fields, param in (({"content": None}, "content"), ({"tool_calls": [{"id": "1"}]}, "tool_calls")):
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(server, conversation(**fields))
+        assert refused.value.body["param"] == f"messages.1.{param}"
+
+
+def test_the_list_of_models_with_a_slash(server: Server) -> None:
+    with server.raw(b"GET /v1/models/ HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
+        answer = connection.recv(65536)
+    assert answer.split()[1] == b"200" and f'"id":"{NAME}"'.encode() in answer
 
 
 def _status(server: Server, request: bytes) -> int:

@@ -165,10 +165,13 @@ def test_adapters_of_the_tower_all_learn(parts, name):
 
 
 FRESH = """
-import importlib.util, json, sys
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-sys.path = [path for path in sys.path if "dsvl" not in path]
-assert importlib.util.find_spec("dsvl") is None
+import json, sys
+class NotInstalled:  # however the package is installed, and whatever the folders are called
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "dsvl":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, NotInstalled)
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor

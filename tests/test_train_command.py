@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -182,12 +183,12 @@ def test_an_output_is_needed(refused):
     assert refused(output=None) == "No output directory; pass --output DIR."
 
 
-def test_an_unknown_flag_ends_with_the_usage(refused, capsys):
+def test_an_unknown_flag_is_named(refused, capsys):
     with pytest.raises(SystemExit) as exit:
         refused("--no-such-flag", "1")
     said = capsys.readouterr().err
     assert exit.value.code == 2
-    assert said.startswith("usage: dsvl train [RUN.yaml]") and "--no-such-flag" in said
+    assert said == "dsvl train: unrecognized argument: --no-such-flag\ndsvl train --help lists what it takes.\n"
 
 
 # -- what is not there, or broken --------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def test_a_directory_without_a_model_is_refused(refused, tmp_path):
 @pytest.mark.parametrize("flag", ["data", "eval_data"])
 def test_data_that_is_not_there_is_named(refused, tmp_path, flag):
     path = tmp_path / "gone.jsonl"
-    expected = f"{path} is not a file; pass a JSON lines file, a Parquet file or a data set's name."
+    expected = f"{path} does not exist (looked for in {Path.cwd()}); check the path."
     if flag == "data":
         assert refused(data=path) == expected
     else:
@@ -405,10 +406,3 @@ def test_sound_combinations_pass_the_check():
     check_options(values | dict(train=["vision"], lora_rank=8))
     check_options(values | dict(train=["language"], lora_rank=8, lora_language=False, lora_vision=True))
     check_options(values | dict(deepspeed="zero3", eval_data="e", eval_exact_match=True, early_stopping_patience=2))
-
-
-def test_the_help_names_every_kind_of_flag(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["train", "--help"])
-    said = capsys.readouterr().out
-    assert exit.value.code == 0 and all(f in said for f in ("--lora_rank", "--max_length", "--output"))

@@ -1,10 +1,15 @@
 """Fine-tuning under the HF `Trainer`, from one process to ZeRO-3."""
 
-from .adapters import lora_config, merge_adapters
-from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
-from .collator import ConversationCollator
-from .evaluation import exact_match
-from .trainer import DSVLTrainer, parameter_groups
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from .adapters import lora_config, merge_adapters
+    from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
+    from .collator import ConversationCollator
+    from .evaluation import exact_match
+    from .trainer import DSVLTrainer, parameter_groups
 
 __all__ = [
     "CompleteCheckpoints",
@@ -16,3 +21,16 @@ __all__ = [
     "merge_adapters",
     "parameter_groups",
 ]
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "lora_config": "adapters",
+        "merge_adapters": "adapters",
+        "CompleteCheckpoints": "checkpoints",
+        "last_complete_checkpoint": "checkpoints",
+        "ConversationCollator": "collator",
+        "exact_match": "evaluation",
+        "DSVLTrainer": "trainer",
+        "parameter_groups": "trainer",
+    },
+)

@@ -1,6 +1,5 @@
 """The arguments of `dsvl train`: as flags, or from a YAML file whose values flags override."""
 
-import argparse
 import importlib.util
 import json
 import logging
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from ..data.bad_samples import MAX_BAD_SAMPLES
 from ..data.commands import MAX_BAD_SAMPLES_HELP
 from ..data.mixture import read_yaml
+from ..utils.local_paths import check_exists
+from .help import TrainParser
 from .model_states import ZERO
 from .parts import PARTS
 
@@ -201,6 +202,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
 
     Raises:
         ValueError: if they do not go together, before anything is loaded.
+        FileNotFoundError: for a model or data that look like a path and do not exist.
         SystemExit: for an unknown flag.
     """
     argv = list(argv)
@@ -209,13 +211,12 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
     if argv[place : place + 1] and argv[place].endswith((".yaml", ".yml")):
         argv[place : place + 1] = _flags(Path(argv[place]))
     types: list[Any] = [ModelArguments, DataArguments, DSVLTrainingArguments]
-    parser = HfArgumentParser(
+    parser = TrainParser(
         types,
         prog="dsvl train",
-        description="Fine-tune a DSVL checkpoint. RUN.yaml holds flags without their dashes; every TrainingArguments field "
-        "is one as well.",
+        description="Fine-tune a DSVL checkpoint. RUN.yaml holds flags without their dashes; every field of "
+        "TrainingArguments is one as well.",
         usage="dsvl train [RUN.yaml] --model DIR --data FILE --output DIR [flags]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     next(action for action in parser._actions if action.dest == "train").nargs = "*"  # adapters may learn alone
@@ -228,6 +229,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
         if "load_best_model_at_end" not in given and values["save_strategy"] != "no":
             values["load_best_model_at_end"] = values["eval_strategy"] == values["save_strategy"]
     check_options(values)
+    for name in ("model", "data", "eval_data"):
+        if values.get(name):
+            check_exists(values[name])
     return parser.parse_dict(values)
 
 

@@ -68,8 +68,10 @@ def what_is_missing(checkpoint: Path) -> str | None:
         return f"it has no {MARKER}, so writing it was interrupted"
     try:
         sizes = json.loads(marker.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return f"{MARKER} is not JSON"
+    if not isinstance(sizes, dict) or not sizes:
+        return f"{MARKER} does not name its files and their sizes"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..configuration_dsvl import DSVLConfig
+from ..utils.local_paths import check_exists
 from .model_states import ZERO, Memory, Sizes, arriving_gradients, model_states
 from .parts import PARTS
 
@@ -228,7 +229,12 @@ def _at_least(name: str, value: int, least: int) -> None:
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl plan`."""
     parser = commands.add_parser("plan", help="the memory of training, per GPU, from the configuration alone")
-    parser.add_argument("--model", required=True, help="directory or Hub name of a DSVL checkpoint; weights are not needed")
+    parser.add_argument(
+        "--model",
+        type=check_exists,
+        required=True,
+        help="directory or Hub name of a DSVL checkpoint; weights are not needed",
+    )
     parser.add_argument("--world-size", type=int, default=1, help="GPUs (default 1)")
     parser.add_argument("--deepspeed", choices=ZERO, help="default: plain data parallelism")
     parser.add_argument("--micro-batch", type=int, default=1, help="samples at a time on every GPU (default 1)")

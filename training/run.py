@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import DistributedType
 from transformers import AutoProcessor, EarlyStoppingCallback, PreTrainedConfig, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils.logging import disable_progress_bar
 
 from ..composition.quantization import quantization_config
 from ..configuration_dsvl import DSVLConfig
@@ -142,6 +143,7 @@ def train(
             steps = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
             train_data.start_after(steps * arguments.gradient_accumulation_steps, arguments.train_batch_size)
             arguments.ignore_data_skip = True  # the Trainer would make these batches, pictures and all, to drop them
+    disable_progress_bar()  # of the files that are written, between the lines of the training's own
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     _report_counts(collator, train_data)
     if eval_data is not None:

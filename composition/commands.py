@@ -1,0 +1,56 @@
+"""`dsvl compose`."""
+
+import argparse
+
+from ..configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
+from ..utils.local_paths import check_exists
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `dsvl compose` to the command's parser."""
+    parser = commands.add_parser("compose", help="vision tower + language model -> one checkpoint directory")
+    parser.add_argument(
+        "--vision", type=check_exists, required=True, help="name or directory of a vision tower, or a model that has one"
+    )
+    parser.add_argument("--language", type=check_exists, required=True, help="name or directory of a causal language model")
+    parser.add_argument("--out", required=True, help="new directory for the checkpoint")
+    parser.add_argument("--projector-type", choices=PROJECTOR_TYPES, default="linear")
+    parser.add_argument("--multimodal-attention", choices=MULTIMODAL_ATTENTIONS, default="mmca")
+    parser.add_argument("--vision-feature-layer", type=int, default=-1, help="the tower's layer to project (default -1)")
+    parser.add_argument(
+        "--vision-feature-select-strategy",
+        choices=FEATURE_SELECT_STRATEGIES,
+        default="full",
+        help="full keeps CLS and registers",
+    )
+    parser.add_argument("--number-after", action="store_true", help="repeat a picture's number behind it in prompts")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the language model's)")
+    parser.add_argument("--max-shard-size", default="5GB")
+    parser.set_defaults(run=_compose)
+
+
+def _compose(arguments: argparse.Namespace) -> None:
+    from .checkpoint import check_new, save_checkpoint
+    from .compose import compose
+
+    check_new(arguments.out)
+    model, processor = compose(
+        arguments.vision,
+        arguments.language,
+        projector_type=arguments.projector_type,
+        multimodal_attention=arguments.multimodal_attention,
+        vision_feature_layer=arguments.vision_feature_layer,
+        vision_feature_select_strategy=arguments.vision_feature_select_strategy,
+        number_after=arguments.number_after,
+        dtype=arguments.dtype,
+    )
+    out = save_checkpoint(
+        model,
+        processor,
+        arguments.out,
+        base_models=[arguments.vision, arguments.language],
+        untrained=True,
+        max_shard_size=arguments.max_shard_size,
+    )
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens a picture")

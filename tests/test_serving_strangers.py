@@ -1,0 +1,248 @@
+"""`dsvl serve`: no request, and no client, is another's trouble."""
+
+import base64
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from model_server import (
+    LONG,
+    NAME,
+    SENTENCES,
+    Server,
+    ask,
+    data_url,
+    eventually,
+    load_parts,
+    make_served_checkpoint,
+    picture,
+    post,
+    question,
+    served,
+)
+from PIL import Image
+
+from dsvl.serving import connections
+from dsvl.serving.app import ChatCompletions
+from dsvl.serving.connections import BoundedProtocol
+from dsvl.serving.engine import Generation
+from dsvl.serving.requests import Limits
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return load_parts(make_served_checkpoint(tmp_path_factory.mktemp("serving")))
+
+
+@pytest.fixture(scope="module")
+def server(parts: tuple[Any, Any]) -> Iterator[Server]:
+    with served(*parts) as one:
+        yield one
+
+
+def _sampled(server: Server, seed: int, tokens: int = 20) -> str:
+    return ask(server, question("one"), tokens, temperature=1.5, seed=seed).choices[0].message.content
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-38, 1e-8, 1e-4])
+def test_an_extreme_temperature_is_greedy(server: Server, temperature: float) -> None:
+    greedy = ask(server, question("one"), 20, temperature=0).choices[0].message.content
+    assert ask(server, question("one"), 20, temperature=temperature).choices[0].message.content == greedy
+
+
+def test_a_failing_choice_changes_no_seeded_answer(server: Server, monkeypatch: Any) -> None:
+    alone = {seed: _sampled(server, seed) for seed in (7, 8)}
+    choose = Generation.choose
+
+    def failing(self: Any, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        if self.sampling.temperature == 1.75 and self.total_tokens == 2:
+            raise RuntimeError("this row's own fault")
+        return choose(self, input_ids, scores)
+
+    monkeypatch.setattr(Generation, "choose", failing)
+    monkeypatch.setattr(server.engine, "turn", 2 * LONG)
+    long = ask(server, question("two"), LONG, stream=True)  # until it ends, all others wait
+
+    def stranger() -> int:
+        body = {"model": NAME, "messages": question("two"), "max_tokens": 4, "temperature": 1.75}
+        with server.raw(post(json.dumps(body).encode())) as connection:
+            return int(connection.recv(65536).split()[1])
+
+    with ThreadPoolExecutor(12) as pool:
+        seeded = [pool.submit(_sampled, server, 7 + number % 2) for number in range(8)]
+        eventually(lambda: server.engine.running == 9)
+        strange = [pool.submit(stranger) for _ in range(4)]
+        eventually(lambda: server.engine.running == 13)
+        long.close()
+        assert [future.result() for future in seeded] == [alone[7 + number % 2] for number in range(8)]
+        assert [future.result() for future in strange] == [500] * 4
+
+
+def test_a_batch_that_fails_half_way_changes_no_answer(server: Server, parts: tuple[Any, Any], monkeypatch: Any) -> None:
+    """Whatever makes it fail, memory for example: its rows go on alone, from where they were."""
+    model = parts[0]
+    alone = {seed: _sampled(server, seed) for seed in range(4)}
+    greedy = ask(server, question("one"), 20).choices[0].message.content
+    forward, failures = model.forward, []
+
+    def failing(*args: Any, **inputs: Any) -> Any:
+        ids = inputs["input_ids"]
+        if len(ids) > 1 and ids.shape[1] == 1 and len(failures) < 3:  # a step in the middle of an answer
+            failures.append(1)
+            raise torch.OutOfMemoryError("full")
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(model, "forward", failing)
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(_sampled, server, seed) for seed in range(4)]
+        others = [pool.submit(ask, server, question("one"), 20) for _ in range(4)]
+        assert [future.result() for future in futures] == list(alone.values())
+        assert {future.result().choices[0].message.content for future in others} == {greedy}
+    assert failures
+
+
+def test_slow_bodies_hold_nobody_up_and_are_cut_off(parts: tuple[Any, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(connections, "BODY_GRACE_SECONDS", 1.0)
+    with served(*parts, limits=Limits(requests=8)) as server:
+        slow = [server.raw(post(b"{", length=1000)) for _ in range(32)]
+        try:
+            begun = time.monotonic()
+            assert ask(server, question("one"), 3).usage.completion_tokens == 3
+            assert time.monotonic() - begun < 5
+            for connection in slow:
+                assert _all(connection).split()[1] == b"408"
+        finally:
+            for connection in slow:
+                connection.close()
+        assert server.chat.held == 0 and server.chat.bodies.received == 0
+
+
+def test_a_body_that_keeps_coming_may_take_its_time(server: Server, monkeypatch: Any) -> None:
+    monkeypatch.setattr(connections, "BODY_GRACE_SECONDS", 0.5)
+    body = json.dumps(
+        {"model": NAME, "messages": question("one", data_url(picture(0, (150, 150)))), "max_tokens": 1}
+    ).encode()
+    request = post(body)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        for start in range(0, len(request), len(request) // 12):
+            connection.sendall(request[start : start + len(request) // 12])
+            time.sleep(0.1)
+        assert connection.recv(65536).split()[1] == b"200"
+
+
+def test_bodies_are_bounded_together(parts: tuple[Any, Any]) -> None:
+    with served(*parts, limits=Limits(receiving_bytes=3000)) as server:
+        with server.raw(post(b" " * 2000, length=4000)):
+            eventually(lambda: server.chat.bodies.received == 2000)
+            with server.raw(post(b" " * 2000, length=4000)) as second:
+                assert second.recv(65536).split()[1] == b"429"
+        eventually(lambda: server.chat.bodies.received == 0)
+        assert ask(server, question("one"), 3).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127"])
+def test_half_a_header_is_cut_off(parts: tuple[Any, Any], monkeypatch: Any, sent: bytes) -> None:
+    monkeypatch.setattr(BoundedProtocol, "headers_seconds", 1.0)
+    with served(*parts) as server, server.raw(sent) as connection:
+        begun = time.monotonic()
+        connection.settimeout(0.3)
+        while time.monotonic() - begun < 10:  # a byte now and then gains nothing
+            try:
+                if connection.recv(1) == b"":
+                    break
+            except TimeoutError:
+                connection.sendall(b"7" if sent else b"")
+            except ConnectionError:
+                break
+        assert 0.5 < time.monotonic() - begun < 5
+
+
+def test_what_is_sent_after_a_refusal_is_cut_off(parts: tuple[Any, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(BoundedProtocol, "headers_seconds", 1.0)
+    with served(*parts) as server, server.raw(post(b"x", content_type="text/plain", length=10_000)) as connection:
+        assert connection.recv(65536).split()[1] == b"415"
+        begun = time.monotonic()
+        connection.settimeout(0.3)
+        while time.monotonic() - begun < 10:
+            try:
+                if connection.recv(1) == b"":
+                    break
+            except TimeoutError:
+                connection.sendall(b"x")
+            except ConnectionError:
+                break
+        assert time.monotonic() - begun < 5
+
+
+def test_a_connection_that_is_used_again_is_kept(server: Server, monkeypatch: Any) -> None:
+    monkeypatch.setattr(BoundedProtocol, "headers_seconds", 0.5)
+    request = post(json.dumps({"model": NAME, "messages": question("one"), "max_tokens": 2}).encode())
+    with server.raw(request) as connection:
+        for _ in range(3):
+            assert connection.recv(65536).split()[1] == b"200"
+            time.sleep(0.7)
+            connection.sendall(request)
+        assert connection.recv(65536).split()[1] == b"200"
+
+
+def test_whoever_does_not_read_the_answer_frees_the_place(parts: tuple[Any, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(BoundedProtocol, "reading_seconds", 1.0)
+    body = json.dumps({"model": NAME, "messages": question("one"), "max_tokens": LONG, "stream": True}).encode()
+    with served(*parts, limits=Limits(requests=1)) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        send = server.engine._known
+        monkeypatch.setattr(
+            ChatCompletions, "_build_chunk_sse", lambda self, *args, **kwargs: "data: " + "x" * 100_000 + "\n\n"
+        )
+        connection.sendall(post(body))
+        eventually(lambda: bool(send))
+        eventually(lambda: server.chat.held == 0 and server.engine.running == 0)
+
+
+def test_a_text_does_not_wait_for_anothers_pictures(server: Server, monkeypatch: Any) -> None:
+    release, taken = threading.Event(), []
+    pixels = server.chat._pixels
+
+    def slow(part: dict[str, Any], number: int) -> torch.Tensor:
+        taken.append(number)
+        release.wait(20)
+        return pixels(part, number)
+
+    monkeypatch.setattr(server.chat, "_pixels", slow)
+    with ThreadPoolExecutor(4) as pool:
+        urls = [data_url(picture(seed)) for seed in range(8)]
+        many = [pool.submit(ask, server, question("one", *urls)) for _ in range(3)]
+        eventually(lambda: len(taken) == 2)
+        assert ask(server, question("two"), 3).usage.completion_tokens == 3
+        few = pool.submit(ask, server, question("one", urls[0]))
+        release.set()
+        eventually(few.done)
+        assert taken.index(8) > 10  # requests took turns, picture by picture
+        assert [future.result().usage.completion_tokens for future in many] == [12] * 3
+
+
+def test_a_thin_picture(server: Server) -> None:
+    url = "data:image/png;base64," + base64.b64encode(_png(Image.new("1", (1, 20_000)))).decode()
+    body = {"model": NAME, "messages": question("one", url), "max_tokens": 2}
+    with server.raw(post(json.dumps(body).encode())) as connection:
+        assert connection.recv(65536).split()[1] in (b"200", b"400")
+    assert ask(server, question(SENTENCES[0]), 3).usage.completion_tokens == 3
+
+
+def _all(connection: socket.socket) -> bytes:
+    """What comes until the connection is closed."""
+    received = b""
+    while chunk := connection.recv(65536):
+        received += chunk
+    return received
+
+
+def _png(image: Image.Image) -> bytes:
+    return base64.b64decode(data_url(image).partition(",")[2])

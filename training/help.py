@@ -1,0 +1,135 @@
+"""The parser of `dsvl train`, and its help: groups of the flags that matter, each once."""
+
+import argparse
+import textwrap
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from ..utils.command_line import CommandParser
+
+# Ours, and those of transformers' that most trainings set; names that the installed release does not have are passed over.
+GROUPS = {
+    "model": "model attn_implementation",
+    "data": "data dataset_names dataset_samples dataset_concatenate_samples max_num_image_per_sample streaming "
+    "on_bad_sample cache_image_features dataloader_num_workers",
+    "what is trained": "train lora_rank lora_alpha lora_dropout lora_targets lora_language lora_vision dora qlora",
+    "length and packing": "max_length packing max_pictures_per_pack",
+    "optimisation": "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
+    "embeddings_learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed",
+    "precision and memory": "bf16 activation_checkpointing gradient_checkpointing use_liger_kernel compile_decoder_layers "
+    "torch_compile",
+    "evaluation": "eval_data eval_share eval_strategy eval_steps per_device_eval_batch_size eval_exact_match "
+    "eval_max_new_tokens early_stopping_patience",
+    "saving and publishing": "output_dir overwrite_output resume_from_checkpoint save_strategy save_steps save_total_limit "
+    "logging_steps report_to push_to_hub hub_model_id hub_private_repo",
+    "distributed": "deepspeed",
+}
+# A field of ours that no group names stands in the group of its class.
+CLASSES = {"ModelArguments": "model", "DataArguments": "data", "DSVLTrainingArguments": "saving and publishing"}
+REST = "all other fields of TrainingArguments"
+# Where transformers' words do not hold here, or say too much.
+ABOUT = {
+    "hub_private_repo": "make the repository private",
+    "push_to_hub": "publish the output directory on the Hub, once, when it is complete",
+}
+REQUIRED = ("model", "data", "output_dir")
+SHORT = {"output_dir": "--output"}  # where it is not the field's name
+FEW = 8  # choices that are listed
+COLUMN, WIDTH = 30, 110
+
+
+class TrainParser(HfArgumentParser, CommandParser):
+    """The parser of dataclasses, whose help is grouped, and which suggests what a mistyped flag may mean.
+
+    Args:
+        types: the dataclasses; the last is a subclass of `TrainingArguments`.
+        kwargs: see `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, types: list[Any], **kwargs: Any) -> None:
+        super().__init__(types, **kwargs)  # type: ignore[arg-type]  # of the next class, mypy takes the one after
+        inherited = {name for one in types[-1].__mro__[1:] for name in getattr(one, "__dataclass_fields__", {})}
+        self._ours = {
+            name: CLASSES[one.__name__]
+            for one in types
+            for name in one.__dataclass_fields__
+            if one is not types[-1] or name not in inherited
+        }
+        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every flag, and leave")
+
+    def format_help(self, everything: bool = False) -> str:
+        """The groups; with all flags of transformers' as well if asked."""
+        lines = [f"usage: {self.usage}", "", *textwrap.wrap(self.description or "", WIDTH)]
+        for title, actions in self.groups(everything).items():
+            lines += ["", f"{title}:"]
+            for action in actions:
+                lines += _told(action)
+        lines += ["", f"  {'-h, --help':{COLUMN - 2}}show this help, and leave"]
+        return "\n".join([*lines, f"  {'--help-all':{COLUMN - 2}}show {REST} as well, and leave", ""])
+
+    def groups(self, everything: bool = False) -> dict[str, list[argparse.Action]]:
+        """The flags of each group, each once."""
+        flags = {action.dest: action for action in self._flags()}
+        named = {name: title for title, names in GROUPS.items() for name in names.split()}
+        groups: dict[str, list[argparse.Action]] = {title: [] for title in [*GROUPS, *([REST] if everything else [])]}
+        order = [*named, *(name for name in flags if name not in named)]
+        for name in order:
+            title = named.get(name) or self._ours.get(name) or REST
+            if name in flags and title in groups:
+                groups[title].append(flags[name])
+        return groups
+
+    def _flags(self) -> Iterator[argparse.Action]:
+        """An action for each field: no second one, which switches it off, and none for a deprecated name."""
+        seen = set()
+        for action in self._actions:
+            deprecated = (action.help or "").startswith("Deprecated")
+            if action.dest not in seen and action.dest not in ("help", "help_all") and not deprecated:
+                seen.add(action.dest)
+                yield action
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        assert isinstance(parser, TrainParser)
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
+def _told(action: argparse.Action) -> list[str]:
+    """A flag, what it takes, what it does, and its default."""
+    about = " ".join((ABOUT.get(action.dest) or action.help or "").replace("%%", "%").split())
+    flag = SHORT.get(action.dest) or "--" + action.dest.replace("_", "-")
+    if isinstance(action.default, bool) and action.nargs == "?":
+        default = f"on; --no-{flag[2:]} switches it off" if action.default else "off"
+    else:
+        flag += f" {_metavar(action)}"
+        default = "required" if action.dest in REQUIRED else _default(action.default, about)
+    if action.choices and len(list(action.choices)) <= FEW:
+        about += f" ({', '.join(map(str, action.choices))})" if not all(str(one) in about for one in action.choices) else ""
+    about = f"{about.rstrip('.')} [{default}]" if default else about
+    wrapped = textwrap.wrap(about, WIDTH - COLUMN, break_long_words=False) or [""]
+    head = f"  {flag}"
+    first = [f"{head:{COLUMN}}{wrapped.pop(0)}"] if len(head) < COLUMN else [head]
+    return first + [" " * COLUMN + line for line in wrapped]
+
+
+def _metavar(action: argparse.Action) -> str:
+    kind = getattr(action.type, "__name__", "")
+    name = {"int": "N", "float": "X", "str": "NAME"}.get(kind, "VALUE")
+    if action.dest in ("data", "eval_data"):
+        name = "FILE"
+    elif action.dest in ("model", "output_dir") or action.dest.endswith(("_dir", "_features")):
+        name = "DIR"
+    return f"{name} ..." if action.nargs in ("+", "*") else name
+
+
+def _default(value: Any, about: str) -> str:
+    if value is None or value == "" or value == []:
+        return "" if "default" in about.lower() else "default: none"
+    if isinstance(value, Enum):
+        value = value.value
+    return f"default: {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"

@@ -1,0 +1,28 @@
+"""`dsvl merge`."""
+
+import argparse
+
+from ..utils.local_paths import check_exists
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `dsvl merge` to the command's parser."""
+    parser = commands.add_parser("merge", help="a checkpoint + trained adapters -> one checkpoint directory")
+    parser.add_argument("--model", type=check_exists, required=True, help="the checkpoint that was trained")
+    parser.add_argument("--adapters", type=check_exists, required=True, help="directory of its adapters")
+    parser.add_argument("--out", required=True, help="new directory for the checkpoint")
+    parser.set_defaults(run=_merge)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from transformers import AutoProcessor
+
+    from ..composition.checkpoint import check_new, save_checkpoint
+    from ..configuration_dsvl import DSVLConfig
+    from .adapters import merge_adapters
+
+    check_new(arguments.out)
+    DSVLConfig.from_pretrained(arguments.model)  # refuses another model's directory
+    model = merge_adapters(arguments.model, arguments.adapters)
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    print(save_checkpoint(model, processor, arguments.out, base_models=[arguments.model]))

@@ -1,0 +1,48 @@
+"""A parser whose errors are short and suggest what was meant."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of `dsvl`; its subcommands' parsers are of this class too."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is not known here, where it is known what is: the parser above has other flags.
+
+        A mistyped flag comes before what is missing without it.
+        """
+        args = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:
+            for argument in args[: args.index("--")] if "--" in args else args:
+                flag = argument.partition("=")[0]
+                if flag.startswith("--") and not self._knows(flag):
+                    known = [option for option in self._option_string_actions if "_" not in option]
+                    self.error(f"unrecognized argument: {flag}{did_you_mean(flag.replace('_', '-'), known)}")
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def _knows(self, flag: str) -> bool:
+        return flag in self._option_string_actions or (
+            self.allow_abbrev and any(option.startswith(flag) for option in self._option_string_actions)
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, without the usage of all flags, and leave with status 2."""
+        if match := _CHOICE.search(message):
+            message += did_you_mean(match[1], re.findall(r"[\w.-]+", match[2]))
+        self.exit(2, f"{self.prog}: {message}\n{self.prog} --help lists what it takes.\n")
+
+
+def did_you_mean(written: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown word; "" if no known one is like it."""
+    close = difflib.get_close_matches(written, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
