@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.state import GradientState, PartialState
 
 from ..data import complete_messages
 from ..data.conversations import NAMED, ON_BAD_SAMPLE, WORKERS, picture_source, worker_row
@@ -83,16 +85,19 @@ class ConversationCollator:
         )
         if packed:
             self._join(batch, [len(row) for row in rows])
-        tensors = {}
+        images = {}
         if "pixel_values" in batch:  # a single copy, without torch's threads, which wait for a core in a busy loader
-            tensors["pixel_values"] = torch.from_numpy(np.stack(batch.pop("pixel_values")))
+            images["pixel_values"] = torch.from_numpy(np.stack(batch.pop("pixel_values")))
         if self.features is not None:
             features = batch.pop("image_features", None)
-            tensors["image_features"] = self.features.none() if features is None else torch.stack(features)
+            images["image_features"] = self.features.none() if features is None else torch.stack(features)
         # Through numpy: torch reads lists three times slower; and with return_tensors="pt" transformers makes the mask by
-        # walking tensors element by element, slower still.
-        tensors |= {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in batch.items()}
+        # walking tensors element by element, slower still. The rows come first: accelerate and transformers take the length
+        # of a batch's first tensor for the number of its samples.
+        tensors = {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in batch.items()}
         tensors["labels"] = tensors["input_ids"].masked_fill(tensors.pop("assistant_masks") == 0, -100)
+        tensors |= images
+        check_dispatch(len(tensors["input_ids"]), sum(map(len, images.values())))
         return tensors
 
     def _usable(self, samples: list[Any]) -> list[list[dict[str, Any]]]:
@@ -190,6 +195,31 @@ class ConversationCollator:
         if self.features is not None:
             tensors["image_features"] = self.features.none()
         return tensors
+
+
+def check_dispatch(rows: int, images: int) -> None:
+    """Refuse a batch that accelerate is about to cut.
+
+    For a streaming data set accelerate's dispatcher reads in one process for all of them and cuts every tensor of a batch to
+    the number of its rows, the images too. `Trainer` uses it unless it is told not to.
+
+    Args:
+        rows, images: of the batch.
+
+    Raises:
+        ValueError: naming the setting that turns the dispatcher off.
+    """
+    state = GradientState()
+    loader = state.active_dataloader
+    if not isinstance(loader, DataLoaderDispatcher):
+        return
+    processes = PartialState().num_processes
+    if images > rows or (processes > 1 and images != rows):
+        raise ValueError(
+            f"A batch of {rows} rows has {images} images, and accelerate's DataLoaderDispatcher, which reads a streaming data "
+            f"set for {processes} {'process' if processes == 1 else 'processes'}, would cut them to the rows; pass "
+            'accelerator_config={"dispatch_batches": False} to TrainingArguments, or use DSVLTrainer.'
+        )
 
 
 def _is_pack(sample: Any) -> bool:
