@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
+    except KeyboardInterrupt as stop:  # a command that can say what is kept, and how to go on, does so
+        print(f"dsvl {arguments.command}: {stop.args[0] if stop.args else 'Interrupted.'}", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ImportError) as error:  # what a user can mend; anything else is ours, and shows where it is
         print(f"dsvl {arguments.command}: {error}", file=sys.stderr)
         return 1

@@ -34,6 +34,8 @@ class Stream(IterableDataset):
         left_out: what was broken.
         shards: how many workers of this process can share it.
         arrange: what makes of samples the items of this data set, packs for example.
+        usable: raises ValueError for a sample that a batch would have to skip. It is asked until one can be used, so that a
+            stream without any ends in an error.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Stream(IterableDataset):
         self._rows = split_dataset_by_node(_open(str(source), split).shuffle(seed, buffer_size=BUFFER), rank, processes)
         self.shards = self._rows.num_shards
         self.arrange: Callable[[Iterable[dict[str, Any]]], Iterator[Any]] = iter
+        self.usable: Callable[[dict[str, Any]], Any] = bool
         self._batches = self._batch_size = 0
 
     @property
@@ -91,6 +94,8 @@ class Stream(IterableDataset):
             try:
                 sample = _sample(row)
                 check_conversation(sample)
+                if empty:
+                    self.usable(sample)
             except ValueError as error:
                 self.left_out(ValueError(f"{self.source}, {_place(row)}: {error}"))
             else:

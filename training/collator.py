@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,23 @@ from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import GradientState, PartialState
 
 from ..data import complete_messages
-from ..data.conversations import NAMED, ON_BAD_SAMPLE, WORKERS, picture_source, worker_row
+from ..data.conversations import NAMED, ON_BAD_SAMPLE, WORKERS, picture_source, pictures_of, worker_row
 from ..processing_dsvl import decode_picture
 from .features import FeatureCache
 
 logger = logging.getLogger(__name__)
 
 MULTIPLE = 8  # tokens: what matrix units like
+
+
+@dataclass(frozen=True)
+class SampleSize:
+    """What a sample consists of: turns, images, tokens with those of the images, and the tokens that have a label."""
+
+    turns: int
+    images: int
+    tokens: int
+    trained: int
 
 
 class ConversationCollator:
@@ -143,10 +154,7 @@ class ConversationCollator:
         """
         if self.max_length is None:
             return messages
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-        # A round ends with its last answer.
-        ends = [end for end in ends if end == len(messages) or messages[end]["role"] == "user"]
-        for end in reversed(ends):
+        for end in reversed(_turn_ends(messages)):
             length = self.processor.count_tokens(messages[:end])
             if length <= self.max_length:
                 return messages[:end]
@@ -156,9 +164,42 @@ class ConversationCollator:
             f"({_text(question)!r}); raise max_length."
         )
 
+    def measure(self, sample: Any) -> "SampleSize":
+        """The size of a sample as it is trained, once it is shortened; no image is decoded.
+
+        Raises:
+            ValueError: as `shorten` does.
+        """
+        messages = self.shorten_sample(sample)
+        # The answers' tokens do not depend on images, which stand between marks of their own.
+        texts = [
+            message
+            if isinstance(message["content"], str)
+            else message | {"content": [part for part in message["content"] if part["type"] == "text"]}
+            for message in messages
+        ]
+        masks = self.processor.apply_chat_template(
+            texts, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )["assistant_masks"]
+        return SampleSize(
+            turns=len(_turn_ends(messages)),
+            images=len(pictures_of(messages)),
+            tokens=self.processor.count_tokens(messages),
+            trained=int(np.asarray(masks).sum()),
+        )
+
+    def shorten_sample(self, sample: Any) -> list[dict[str, Any]]:
+        """The messages of a sample as they are trained; raises ValueError as `shorten` does."""
+        return self.shorten(complete_messages(sample))
+
+    def first_turn_length(self, sample: Any) -> int:
+        """How many tokens a sample takes at least, if all turns but the first are dropped."""
+        messages = complete_messages(sample)
+        return int(self.processor.count_tokens(messages[: _turn_ends(messages)[0]]))
+
     def sample_length(self, sample: Any) -> int:
         """How many tokens a sample takes once it is shortened; raises ValueError as `shorten` does."""
-        return self.processor.count_tokens(self.shorten(complete_messages(sample)))
+        return self.processor.count_tokens(self.shorten_sample(sample))
 
     def decode(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with their pictures decoded, or their features, so that one that cannot be is told by itself.
@@ -197,6 +238,12 @@ class ConversationCollator:
         return tensors
 
 
+def _turn_ends(messages: list[dict[str, Any]]) -> list[int]:
+    """How many messages there are up to the end of each turn; a turn ends with its last answer."""
+    ends = [index + 1 for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return [end for end in ends if end == len(messages) or messages[end]["role"] == "user"]
+
+
 def check_dispatch(rows: int, images: int) -> None:
     """Refuse a batch that accelerate is about to cut.
 
@@ -216,8 +263,8 @@ def check_dispatch(rows: int, images: int) -> None:
     processes = PartialState().num_processes
     if images > rows or (processes > 1 and images != rows):
         raise ValueError(
-            f"A batch of {rows} rows has {images} images, and accelerate's DataLoaderDispatcher, which reads a streaming data "
-            f"set for {processes} {'process' if processes == 1 else 'processes'}, would cut them to the rows; pass "
+            f"A batch of {rows} rows has {images} images, and accelerate's DataLoaderDispatcher, which reads a streaming "
+            f"data set for {processes} {'process' if processes == 1 else 'processes'}, would cut them to the rows; pass "
             'accelerator_config={"dispatch_batches": False} to TrainingArguments, or use DSVLTrainer.'
         )
 

@@ -14,8 +14,8 @@ def smoothed_loss(factor: float) -> Callable[..., torch.Tensor]:
         factor: the share that is spread over the whole vocabulary, 0 to 1.
 
     Returns:
-        A function of the signature of `transformers.loss.loss_utils.ForCausalLMLoss`. With `shift_labels` (..., tokens), -100
-        for none, and logits (..., tokens, vocabulary) it gives the sum of `(1 - factor) * -log p(label) + factor *
+        A function of the signature of `transformers.loss.loss_utils.ForCausalLMLoss`. With `shift_labels` (..., tokens),
+        -100 for none, and logits (..., tokens, vocabulary) it gives the sum of `(1 - factor) * -log p(label) + factor *
         mean(-log p)` over `num_items_in_batch`, or the mean over tokens with a label without it.
     """
 

@@ -23,6 +23,8 @@ from .label_smoothing import smoothed_loss
 # As in Trainer.get_decay_parameter_names; "embed" beside the modules for what is a parameter of its own (CLIP's CLS token).
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)", r"embed", r"(?:^|\.)query$"]
 
+GROUP_SETTINGS = ("lr", "weight_decay", "betas", "eps", "momentum")  # of an optimizer's group
+
 
 class DSVLTrainer(Trainer):
     """`Trainer` with DSVL's parameter groups, and its evaluations.
@@ -57,6 +59,11 @@ class DSVLTrainer(Trainer):
         if self.args.accelerator_config.dispatch_batches is None:
             self.args.accelerator_config.dispatch_batches = False
         super().create_accelerator_and_postprocess()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer.train`."""
+        self._started_at = None
+        return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, and counts the tokens without waiting for the device."""
@@ -184,6 +191,31 @@ class DSVLTrainer(Trainer):
             kwargs["params"] = parameter_groups(model, args.weight_decay, getattr(args, "embeddings_learning_rate", None))
         return optimizer, kwargs
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, and remembers the settings of its groups, which a checkpoint's state would replace."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._asked = [{key: group[key] for key in GROUP_SETTINGS if key in group} for group in optimizer.param_groups]
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's; but learning rate, decay and betas are those of the arguments, not those of the checkpoint."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper holds torch's
+        for index, (group, asked) in enumerate(zip(self.optimizer.param_groups, self._asked, strict=True)):
+            group.update({key: value for key, value in asked.items() if key != "lr"})
+            if group.get("initial_lr", asked["lr"]) == asked["lr"]:
+                continue
+            if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                raise ValueError(
+                    f"{checkpoint} has the learning rate {group['initial_lr']:g}, which {type(scheduler).__name__} cannot "
+                    f"change to {asked['lr']:g}; pass the checkpoint's, or choose another --lr-scheduler-type."
+                )
+            group["initial_lr"] = scheduler.base_lrs[index] = asked["lr"]
+            group["lr"] = asked["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
+            scheduler._last_lr[index] = group["lr"]  # what is logged
+
     def get_train_dataloader(self) -> Any:
         """As the Trainer's; but of a stream each process has its share already, which accelerate would share out again."""
         stream, args = self.train_dataset, self.args
@@ -208,6 +240,8 @@ class DSVLTrainer(Trainer):
             return
         if self._started_at is None:
             self._started_at = self._logged_at = (time.perf_counter(), self.state.global_step)
+            self._tokens_read.zero_()
+            self._tokens_trained.zero_()
         super()._run_epoch(*args, **kwargs)
         # After a resumption a part of an epoch is no proof.
         if self._started_at[1] == 0 and not self._tokens_trained.item():
