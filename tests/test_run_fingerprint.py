@@ -9,7 +9,7 @@ import time
 from dataclasses import fields
 
 import pytest
-from training_runs import command, environment, losses, make_checkpoint, make_conversations, weights
+from training_runs import command, environment, losses, make_checkpoint, make_conversations, take_back, weights
 
 from dsvl import DSVLForConditionalGeneration
 from dsvl.cli import main
@@ -73,14 +73,6 @@ def times(output):
     return {str(path): path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
-def interrupt(output):
-    """As if the run had been killed after its second step."""
-    shutil.rmtree(output / "checkpoint-4")
-    (output / "config.json").unlink()
-    record = json.loads((output / RECORD).read_text()) | {"finished": False}
-    (output / RECORD).write_text(json.dumps(record))
-
-
 # -- another run's directory -------------------------------------------------------------------------------------------
 
 WAYS = "--overwrite-output to delete it and start over, or --resume-from CHECKPOINT to train on"
@@ -105,7 +97,7 @@ def test_another_run_is_refused_and_the_field_named(train, out, monkeypatch, nam
         raise AssertionError("weights were loaded")
 
     if state == "interrupted":
-        interrupt(out)
+        take_back(out)
     before = times(out)
     monkeypatch.setattr(DSVLForConditionalGeneration, "from_pretrained", no_weights)
     change = dict(CHANGES[name])
@@ -129,7 +121,7 @@ def test_a_finished_run_says_so_and_changes_nothing(train, out):
 
 
 def test_what_only_changes_the_speed_is_the_same_run(train, out):
-    interrupt(out)
+    take_back(out)
     flags = [
         "--per-device-train-batch-size",
         "1",
@@ -144,7 +136,7 @@ def test_what_only_changes_the_speed_is_the_same_run(train, out):
 
 
 def test_a_run_may_move_with_its_data_and_model(train, folder, out, tmp_path):
-    interrupt(out)
+    take_back(out)
     shutil.copytree(folder, tmp_path / "elsewhere")
     moved = out.rename(tmp_path / "moved")
     status, said = train(model=tmp_path / "elsewhere/model", data=tmp_path / "elsewhere/data.jsonl", output=moved)
@@ -185,7 +177,7 @@ def test_nothing_is_resumed_where_that_is_asked(train, out, tmp_path, word):
     before = times(out)
     status, said = train("--resume-from-checkpoint", word)
     assert status == 1 and "nothing may be resumed" in said and times(out) == before
-    interrupt(out)
+    take_back(out)
     assert train("--resume-from", word)[0] == 1
     status, said = train("--resume-from", word, output=tmp_path / "new")
     assert status == 0 and "Resuming" not in said and (tmp_path / "new/config.json").exists()
@@ -193,7 +185,7 @@ def test_nothing_is_resumed_where_that_is_asked(train, out, tmp_path, word):
 
 def test_the_last_checkpoint_can_be_insisted_on(train, out, tmp_path):
     assert "holds no complete checkpoint" in train("--resume-from", "last", output=tmp_path / "new")[1]
-    interrupt(out)
+    take_back(out)
     assert f"Resuming from {out / 'checkpoint-2'}." in train("--resume-from", "true")[1]
 
 
@@ -205,7 +197,7 @@ def test_what_is_no_checkpoint_cannot_be_resumed_from(train, tmp_path):
 
 
 def test_runs_of_before_resume_with_one_warning(train, out):
-    interrupt(out)
+    take_back(out)
     (out / RECORD).unlink()
     status, said = train()
     assert status == 0 and said.count(f"{out} has no run.json") == 1
@@ -234,7 +226,7 @@ def test_a_broken_record_is_refused(train, out):
 
 def test_weights_alone_are_not_resumed(train, out):
     assert train("--save-only-model", "true", "--overwrite-output")[0] == 0
-    interrupt(out)
+    take_back(out)
     status, said = train("--save-only-model", "true")
     assert status == 1 and "checkpoint-2 holds weights without an optimizer's states (--save-only-model)" in said
     assert f"--model {out / 'checkpoint-2'} and another --output" in said
