@@ -62,5 +62,6 @@ def curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int,
                 line = panels.setdefault(title, {}).setdefault(title, [])
             else:
                 continue
-            line.append((entry["step"], value))
+            if not line or line[-1][0] != entry["step"]:  # the last evaluation is one of the best checkpoint
+                line.append((entry["step"], value))
     return panels
