@@ -4,12 +4,12 @@ import argparse
 import sys
 from typing import Any
 
+from ..utils.local_paths import check_exists
+
 MAX_BAD_SAMPLES_HELP = (
     "stop when more than this share of the samples had to be skipped, taken of at least 100 samples: of fewer, 5 may be "
     "(default 0.05)"
 )
-
-from ..utils.local_paths import check_exists
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,6 +1,7 @@
 """Several data sets as one: how much of each, and how many of its conversations make one."""
 
 import logging
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from random import Random
@@ -122,8 +123,25 @@ def concatenated(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return whole
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema for numbers and truth values; PyYAML has that of 1.1."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"(?:[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
+    """What a YAML file holds, by the rules of YAML 1.2: `1e-5` is a number, and `no`, `off`, `yes`, `on` are texts.
 
     Raises:
         FileNotFoundError, ValueError: if there is none.
@@ -131,7 +149,7 @@ def read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; pass a YAML file.")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8 ({error}).") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none

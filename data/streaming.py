@@ -55,6 +55,8 @@ class Stream(IterableDataset):
         bad: what was broken.
         shards: how many workers of this process can share it.
         arrange: what makes of samples the items of this data set, packs for example.
+        usable: raises ValueError for a sample that a batch would have to skip. It is asked until one can be used, so that a
+            stream without any ends in an error.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Stream(IterableDataset):
         self._rows = split_dataset_by_node(rows.shuffle(seed, buffer_size=BUFFER), rank, processes)
         self.shards = self._rows.num_shards
         self.arrange: Callable[[Iterable[dict[str, Any]]], Iterator[Any]] = iter
+        self.usable: Callable[[dict[str, Any]], Any] = bool
         self._batches = self._batch_size = 0
 
     @property
@@ -119,7 +122,10 @@ class Stream(IterableDataset):
             with self.bad.sample(location):
                 sample = self.form.sample(self._reader.parse(raw), self._reader.root)
                 check_conversation(sample, allow_urls=self.allow_urls)
-                good = as_sample(sample, location)
+                sample = as_sample(sample, location)
+                if empty:
+                    self.usable(sample)
+                good = sample
             if good is not None:
                 empty = False
                 yield good

@@ -30,6 +30,7 @@ class TrainingFacts:
         seconds: how long it took on the clock, from the last resumption on if it was `resumed`.
         resumed: whether the training was interrupted.
         emissions: codecarbon's estimate, in kg of CO2 equivalents; None without one.
+        plot: the file beside the card that shows loss and metrics over the steps; None without one.
     """
 
     data: dict[str, int | None]
@@ -40,6 +41,7 @@ class TrainingFacts:
     seconds: float | None = None
     resumed: bool = False
     emissions: float | None = None
+    plot: str | None = None
 
 
 def render_card(

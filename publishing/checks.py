@@ -18,6 +18,8 @@ from ..configuration_dsvl import AUTO_MAP
 LEFT_OUT = (
     "checkpoint-*/*",
     "incomplete-*/*",
+    "superseded-*/*",
+    "run.json",
     "runs/*",
     "wandb/*",
     "emissions.csv",

@@ -1,13 +1,12 @@
 """Two processes learn what one does: DDP and every ZeRO stage, with what makes them differ."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from training_runs import BATCH, STEPS, furthest, losses, make_checkpoint, make_conversations, run, weights
+from training_runs import BATCH, STEPS, furthest, losses, make_checkpoint, make_conversations, run, take_back, weights
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dsvl.training
@@ -73,7 +72,7 @@ def test_two_processes_equal_one_where_one_of_them_has_no_pictures(folder, tmp_p
     assert not torch.equal(trained, before)
 
     final, kept = weights(output), losses(output)
-    shutil.rmtree(output / "checkpoint-4")
+    take_back(output)
     resumed = train_by_two(folder, output, *ZERO[stage], *flags, *evaluate)
     assert f"Resuming from {output / 'checkpoint-2'}" in resumed.stderr
     assert losses(output) == kept
@@ -105,7 +104,7 @@ def test_adapters_learn_the_same_in_two_processes(folder, tmp_path, alone, stage
     train_by_two(folder, output, *ZERO[stage], *flags)
     assert_as_alone(output, alone(*flags))
     final = weights(output)
-    shutil.rmtree(output / "checkpoint-4")
+    take_back(output)
     train_by_two(folder, output, *ZERO[stage], *flags)
     assert furthest(weights(output), final) == 0
 

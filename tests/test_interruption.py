@@ -76,8 +76,10 @@ def test_a_killed_training_continues_to_the_bit(folder, uninterrupted, tmp_path,
 def test_a_finished_training_started_again_changes_nothing(folder, uninterrupted, tmp_path):
     output = tmp_path / "output"
     shutil.copytree(uninterrupted, output)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     again = run(*flags(folder, output))
-    assert "Resuming from" in again.stderr
+    assert f"{output} is finished" in again.stderr and "Resuming from" not in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     assert_equal_to_the_bit(output, uninterrupted)
 
 

@@ -14,7 +14,7 @@ from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.cli import main
 from dsvl.training.model_states import Memory, Sizes, arriving_gradients, model_states
 from dsvl.training.parts import PARTS
-from dsvl.training.plan import GIB, Planner, largest_micro_batch, plan, usable
+from dsvl.training.plan import GIB, MemoryPlan, Planner, largest_micro_batch, plan, table, usable
 from dsvl.training.trace import ALLOCATION, Ledger, StepTracer, Trace, _planning_attention
 
 DEFAULT = ("projector", "embeddings")
@@ -359,13 +359,16 @@ def checkpoint(tmp_path):
 def test_the_command_prints_a_table_and_the_largest_micro_batch(checkpoint, capsys):
     assert main(["plan", "--model", checkpoint, "--sequence-length", "64", "--gpu-memory", "2.2"]) == 0
     out = capsys.readouterr().out
-    rows = {line[:20].strip(): line[20:].split() for line in out.splitlines()}
-    assert rows["GiB"] == ["forward", "+", "backward", "optimizer", "step"]
+    rows = {line[:20].strip(): line[20:].replace(",", "").split() for line in out.splitlines()}
+    assert rows["MiB"] == ["forward", "+", "backward", "optimizer", "step"]
     parts = ("weights", "gradients", "optimizer states", "activations", "buffers")
     for column in (0, 1):
         total = sum(float(rows[part][column]) for part in parts)
         assert float(rows["total per GPU"][column]) == pytest.approx(total, abs=0.03)
-    last = out.splitlines()[-1]
+    assert 1 < float(rows["total per GPU"][0]) < 1024  # a small model's numbers can be read
+    assert "million parameters, " in out.splitlines()[0]
+    *_, verdict, last = out.splitlines()
+    assert verdict.startswith("a micro-batch of 1 fits a GPU of 2.2 GiB, which has 92.16 MiB beside")
     assert last.startswith("largest micro-batch for a GPU of 2.2 GiB: ")
     assert int(last.rpartition(" ")[2]) == largest_micro_batch(small_config(), 2.2 * GIB, sequence_length=64)
 
@@ -374,10 +377,27 @@ def test_the_command_says_what_to_do_where_nothing_fits(checkpoint, capsys):
     arguments = ["plan", "--model", checkpoint, "--gpu-memory", "1", "--deepspeed", "zero3-offload", "--world-size", "2"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "main memory, for each GPU: 0.00 GiB" in out
+    assert "main memory, for each GPU: " in out and "for each GPU: 0.00" not in out
+    assert "a micro-batch of 1 does not fit a GPU of 1 GiB, which has 0.00 MiB beside" in out
     assert out.splitlines()[-1] == (
         "not even a micro-batch of 1 fits a GPU of 1 GiB; try --activation-checkpointing or a shorter --sequence-length."
     )
+
+
+def test_a_micro_batch_that_was_asked_for_may_not_fit(checkpoint, capsys):
+    largest = largest_micro_batch(small_config(), 2.2 * GIB, sequence_length=64)
+    for micro_batch, verdict in ((largest, "fits"), (largest + 1, "does not fit")):
+        arguments = ["plan", "--model", checkpoint, "--sequence-length", "64", "--gpu-memory", "2.2"]
+        assert main([*arguments, "--micro-batch", str(micro_batch)]) == 0
+        assert f"a micro-batch of {micro_batch} {verdict} a GPU of 2.2 GiB" in capsys.readouterr().out
+
+
+def test_large_models_are_in_gib():
+    memory = Memory(3 * GIB, GIB, GIB, GIB, 0)
+    lines = table(MemoryPlan(7 * 10**9, 10**8, memory, memory, cpu=2 * GIB)).splitlines()
+    assert lines[0] == "7.00 billion parameters, 100.00 million of them trained"
+    assert lines[1].startswith("GiB ") and lines[-2].split()[-2:] == ["6.00", "6.00"]
+    assert lines[-1] == "main memory, for each GPU: 2.00 GiB"
 
 
 def test_the_command_refuses_what_is_no_dsvl(tmp_path, capsys):

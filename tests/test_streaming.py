@@ -163,5 +163,5 @@ def test_two_processes_learn_from_all_of_a_stream(tmp_path):
     model, data = make_checkpoint(tmp_path), make_conversations(tmp_path, layout="pt" * 4)
     base = ["--model", model, "--data", data, "--streaming", "--max-steps", 4, "--logging-steps", 1, "--save-strategy", "no"]
     said = run(*base, "--per-device-train-batch-size", 1, "--output", tmp_path / "one", processes=2).stderr
-    assert "Tokens: streamed." in said
+    assert "Data: streamed." in said
     assert "| data.jsonl | streamed |" in (tmp_path / "one/README.md").read_text()

@@ -7,15 +7,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import save_tiny_llama, tiny_tower_config
 from training_runs import make_checkpoint
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, get_scheduler
 
 from dsvl import DSVLForConditionalGeneration
 from dsvl.cli import main
 from dsvl.training import arguments as arguments_module
 from dsvl.training import run
+from dsvl.training import training_arguments_table as table
 from dsvl.training.arguments import check_options, parse, zero_stage
 
 CONVERSATION = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]}
@@ -179,6 +181,60 @@ def test_evaluations_need_held_out_data(refused):
     assert refused("--eval-exact-match") == "--eval-exact-match has no questions; pass --eval-data."
 
 
+# -- the fields of TrainingArguments -----------------------------------------------------------------------------------
+
+
+def test_every_field_of_training_arguments_is_listed_once():
+    """A new release of transformers may add some: decide what becomes of them, and list them."""
+    assert table.unlisted() == set()
+    listed = [*table.HONOURED, *table.REFUSED, *table.MEANINGLESS]
+    assert len(listed) == len(set(listed)) and set(table.REFUSED_VALUES) <= set(table.HONOURED)
+
+
+def test_the_page_of_the_fields_is_current():
+    assert Path(table.__file__).with_name("ARGUMENTS.md").read_text() == table.markdown()
+
+
+REFUSED_FLAGS = {
+    "--bf16-full-eval": "--bf16-full-eval True: the last evaluation would round the trained weights",
+    "--save-on-each-node": "--save-on-each-node True: a checkpoint is complete when one directory",
+    "--enable-jit-checkpoint": "--enable-jit-checkpoint True: a run that it stops would be saved as if it were finished",
+    "--label-names x": "--label-names ['x']: a batch of conversations has labels",
+    "--fsdp full_shard": "--fsdp full_shard: sharding by FSDP is not supported; pass --deepspeed zero3.",
+    "--train-sampling-strategy group_by_length": "--train-sampling-strategy group_by_length: lengths are not known",
+    "--train-sampling-strategy batch_rebalance": "--train-sampling-strategy batch_rebalance: lengths are not known",
+    "--remove-unused-columns true": "--remove-unused-columns True: the collator needs the conversations",
+    "--hub-strategy checkpoint": "--hub-strategy checkpoint: only the finished model is published",
+    "--fp16": "--fp16 on a CPU: its products are not computed in float16; pass --bf16, or neither.",
+    "--report-to nonsense": "--report-to nonsense is unknown; choose from none, all, ",
+    "--include-num-input-tokens-seen some": "--include-num-input-tokens-seen some is unknown; choose from all, non_padding,",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED_FLAGS)
+def test_what_cannot_be_honoured_is_refused_with_a_sentence(refused, flags):
+    assert refused(*flags.split()).startswith(REFUSED_FLAGS[flags])
+
+
+def test_a_report_without_its_package_is_refused_at_once(refused, monkeypatch):
+    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", lambda: [])
+    expected = "--report-to tensorboard needs the package tensorboard, which is not installed; pip install 'dsvl[train]'."
+    assert refused("--report-to", "tensorboard") == expected
+
+
+def test_what_changes_nothing_is_said(caplog):
+    parsed("--do-eval", "--eval-accumulation-steps", 3)
+    assert sorted(record.getMessage() for record in caplog.records if record.name.startswith("dsvl")) == [
+        "--do-eval True changes nothing: --eval-data or --eval-share decide it.",
+        "--eval-accumulation-steps 3 changes nothing: evaluations collect no predictions.",
+    ]
+
+
+def test_the_defaults_are_neither_refused_nor_remarked(caplog):
+    parsed()
+    assert not [record for record in caplog.records if record.name.startswith("dsvl")]
+
+
 def test_an_output_is_needed(refused):
     assert refused(output=None) == "No output directory; pass --output DIR."
 
@@ -313,6 +369,35 @@ def test_flags_override_the_file(tmp_path):
     )
     assert model_arguments.train == ["head"] and data_arguments.max_length == 9
     assert training.learning_rate == 3e-5 and training.output_dir == "elsewhere" and training.seed == 7
+
+
+@pytest.mark.parametrize(
+    "line, field, value",
+    [
+        ("save_strategy: no", "save_strategy", "no"),
+        ("eval_strategy: no", "eval_strategy", "no"),
+        ("include_num_input_tokens_seen: non_padding", "include_num_input_tokens_seen", "non_padding"),
+        ("include_num_input_tokens_seen: true", "include_num_input_tokens_seen", "all"),
+        ("include_num_input_tokens_seen: no", "include_num_input_tokens_seen", "no"),
+        ("resume_from_checkpoint: false", "resume_from_checkpoint", "no"),
+        ("resume_from_checkpoint: true", "resume_from_checkpoint", "last"),
+        ("dataloader_drop_last: yes", "dataloader_drop_last", True),
+        ("weight_decay: 1e-2", "weight_decay", 0.01),
+        ("report_to: none", "report_to", []),
+    ],
+)
+def test_words_of_yaml_mean_what_flags_mean(tmp_path, line, field, value):
+    assert getattr(from_yaml(tmp_path, YAML.replace("report_to: [none]", "") + line + "\n")[2], field) == value
+
+
+def test_numbers_of_yaml_are_numbers_wherever_they_are(tmp_path):
+    yaml = (
+        YAML.replace("{num_cycles: 0.25}", "{min_lr: 1e-5, num_cycles: 1.5e-1}") + "lr_scheduler_type: cosine_with_min_lr\n"
+    )
+    arguments = from_yaml(tmp_path, yaml)[2]
+    assert arguments.lr_scheduler_kwargs == {"min_lr": 1e-5, "num_cycles": 0.15}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+    get_scheduler(arguments.lr_scheduler_type, optimizer, 2, 10, arguments.lr_scheduler_kwargs).step()
 
 
 def test_an_empty_list_is_one(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -92,6 +93,12 @@ def run(*flags: str | Path, check: bool = True, **start: Any) -> "subprocess.Com
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def take_back(output: Path, checkpoint: str = "checkpoint-4") -> None:
+    """Leave a finished run as it would be if it had been killed before it wrote this checkpoint."""
+    shutil.rmtree(output / checkpoint)
+    (output / "config.json").unlink()
 
 
 def losses(output: Path) -> list[float]:

@@ -6,12 +6,13 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..data.bad_samples import MAX_BAD_SAMPLES
 from ..data.commands import MAX_BAD_SAMPLES_HELP
@@ -20,8 +21,11 @@ from ..utils.local_paths import check_exists
 from .help import TrainParser
 from .model_states import ZERO
 from .parts import PARTS
+from .training_arguments_table import check_training_arguments
 
 logger = logging.getLogger(__name__)
+
+TOKENS_SEEN = ("all", "non_padding", "no")
 
 
 @dataclass
@@ -122,6 +126,29 @@ class DSVLTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "log the mean of the others for a loss that is no number; the device is waited for at every step"},
     )
+    logging_steps: float = field(
+        default=10, metadata={"help": "steps between two lines of the log, or a share of all if less than 1"}
+    )
+    include_num_input_tokens_seen: str = field(
+        default="no",
+        metadata={
+            "help": "log the number of tokens: all, non_padding or no; every step waits for the device. Tokens per second "
+            "are logged without it",
+            "nargs": "?",
+            "const": "all",
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "the directory of a checkpoint, whatever run wrote it; last; or no. Default: the last complete "
+            "checkpoint of the same run, if --output holds one",
+            "aliases": ["--resume-from"],
+        },
+    )
+    overwrite_output: bool = field(
+        default=False, metadata={"help": "delete what an earlier run wrote to --output, and start over"}
+    )
     accelerator_config: dict | str | None = field(
         default=None,
         metadata={"help": "accelerate's: a mapping, or a JSON file of one. Default: batches are copied without waiting"},
@@ -140,6 +167,14 @@ class DSVLTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("No output directory; pass --output DIR.")
+        # As transformers takes it from Python, and YAML gives it as truth values.
+        seen = str(self.include_num_input_tokens_seen).lower()
+        self.include_num_input_tokens_seen = {"true": "all", "false": "no"}.get(seen, seen)
+        if self.include_num_input_tokens_seen not in TOKENS_SEEN:
+            raise ValueError(f"--include-num-input-tokens-seen {seen} is unknown; choose from {', '.join(TOKENS_SEEN)}.")
+        if self.resume_from_checkpoint is not None:
+            resume = str(self.resume_from_checkpoint)
+            self.resume_from_checkpoint = {"true": "last", "false": "no"}.get(resume.lower(), resume)
         if isinstance(self.deepspeed, str) and not self.deepspeed.startswith("{"):
             self.deepspeed = str(zero_configuration(self.deepspeed))
         if not torch.accelerator.is_available():
@@ -229,10 +264,37 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
         if "load_best_model_at_end" not in given and values["save_strategy"] != "no":
             values["load_best_model_at_end"] = values["eval_strategy"] == values["save_strategy"]
     check_options(values)
+    defaults = {one.name: one.default for one in fields(DSVLTrainingArguments) if one.default is not MISSING}
+    defaults["include_for_metrics"] = []
+    own = {name: value for name, value in values.items() if name in {one.name for one in fields(DSVLTrainingArguments)}}
+    for note in check_training_arguments(own, defaults):
+        logger.warning(note)
+    _check_device(values)
+    _check_reports(values.get("report_to"))
     for name in ("model", "data", "eval_data"):
         if values.get(name):
             check_exists(values[name])
     return parser.parse_dict(values)
+
+
+def _check_device(values: dict[str, Any]) -> None:
+    if values.get("fp16") and (values.get("use_cpu") or not torch.accelerator.is_available()):
+        raise ValueError("--fp16 on a CPU: its products are not computed in float16; pass --bf16, or neither.")
+
+
+def _check_reports(asked: str | list[str] | None) -> None:
+    """Refuse what would write reports and is not installed, before anything is loaded."""
+    names = [asked] if isinstance(asked, str) else list(asked or [])
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"--report-to {name} is unknown; choose from none, all, {known}.")
+        if name not in installed and name not in ("azure_ml", "flyte"):  # of which transformers does not tell
+            remedy = "pip install 'dsvl[train]'" if name == "tensorboard" else f"pip install {name}"
+            raise ValueError(f"--report-to {name} needs the package {name}, which is not installed; {remedy}.")
 
 
 def _flags(path: Path) -> list[str]:

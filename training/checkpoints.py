@@ -81,6 +81,11 @@ def what_is_missing(checkpoint: Path) -> str | None:
     return None
 
 
+def has_optimizer_states(checkpoint: Path) -> bool:
+    """Whether training can go on from a checkpoint as if it had not been interrupted: Trainer's files, or DeepSpeed's."""
+    return any(path for pattern in ("optimizer*", "global_step*") for path in checkpoint.glob(pattern))
+
+
 def last_complete_checkpoint(output: str | Path, put_aside: bool = False) -> str | None:
     """The checkpoint to resume from.
 

@@ -6,18 +6,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.state import GradientState, PartialState
 
 from ..data import check_conversation, complete_messages
 from ..data.bad_samples import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location, one_sample, shortened, worker_row
 from ..data.files import without_nones
 from ..data.forms import MESSAGES
-from ..data.messages import Sample, is_trained, location_of, picture_source
+from ..data.messages import Sample, is_trained, location_of, picture_source, pictures_of
 from ..data.pictures import fetched
 from ..image_reading_dsvl import read_image
 from ..thin_images_dsvl import fit_thin_image
 from .features import FeatureCache
 
 MULTIPLE = 8  # tokens: what matrix units like
+
+
+@dataclass(frozen=True)
+class SampleSize:
+    """What a sample consists of: turns, images, tokens with those of the images, and the tokens that have a label."""
+
+    turns: int
+    images: int
+    tokens: int
+    trained: int
 
 
 class ConversationCollator:
@@ -86,16 +98,19 @@ class ConversationCollator:
             return self._nothing()
         if packed:
             self._join(batch, [len(row) for row in rows])
-        tensors = {}
+        images = {}
         if "pixel_values" in batch:  # a single copy, without torch's threads, which wait for a core in a busy loader
-            tensors["pixel_values"] = torch.from_numpy(np.stack(batch.pop("pixel_values")))
+            images["pixel_values"] = torch.from_numpy(np.stack(batch.pop("pixel_values")))
         if self.features is not None:
             features = batch.pop("image_features", None)
-            tensors["image_features"] = self.features.none() if features is None else torch.stack(features)
+            images["image_features"] = self.features.none() if features is None else torch.stack(features)
         # Through numpy: torch reads lists three times slower; and with return_tensors="pt" transformers makes the mask by
-        # walking tensors element by element, slower still.
-        tensors |= {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in batch.items()}
+        # walking tensors element by element, slower still. The rows come first: accelerate and transformers take the length
+        # of a batch's first tensor for the number of its samples.
+        tensors = {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in batch.items()}
         tensors["labels"] = tensors["input_ids"].masked_fill(tensors.pop("assistant_masks") == 0, -100)
+        tensors |= images
+        check_dispatch(len(tensors["input_ids"]), sum(map(len, images.values())))
         return tensors
 
     def _usable(self, samples: list[Any]) -> list["_Conversation"]:
@@ -170,10 +185,7 @@ class ConversationCollator:
         """
         if self.max_length is None:
             return messages
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-        # A round ends with its last answer.
-        ends = [end for end in ends if end == len(messages) or messages[end]["role"] == "user"]
-        for end in reversed(ends):
+        for end in reversed(_turn_ends(messages)):
             length = self.processor.count_tokens(messages[:end])
             if length <= self.max_length:
                 return messages[:end]
@@ -183,10 +195,47 @@ class ConversationCollator:
             f"({_text(question)!r}); raise max_length."
         )
 
+    def measure(self, sample: Any) -> "SampleSize":
+        """The size of a sample as it is trained, once it is shortened; no image is decoded.
+
+        Raises:
+            ValueError: as `shorten` does.
+        """
+        messages = self.shorten_sample(sample)
+        # The answers' tokens do not depend on images, which stand between marks of their own.
+        texts = [
+            message
+            if isinstance(message["content"], str)
+            else message | {"content": [part for part in message["content"] if part["type"] == "text"]}
+            for message in messages
+        ]
+        masks = self.processor.apply_chat_template(
+            texts, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )["assistant_masks"]
+        mask = list(np.asarray(masks).flatten())
+        answers = [is_trained(message) for message in messages if message["role"] == "assistant"]
+        if not all(answers):
+            mask = _unmask(mask, answers)
+        return SampleSize(
+            turns=len(_turn_ends(messages)),
+            images=len(pictures_of(messages)),
+            tokens=self.processor.count_tokens(messages),
+            trained=int(sum(mask)),
+        )
+
+    def shorten_sample(self, sample: Any) -> list[dict[str, Any]]:
+        """The messages of a sample as they are trained; raises ValueError as `shorten` does."""
+        return self.shorten(_messages(sample))
+
+    def first_turn_length(self, sample: Any) -> int:
+        """How many tokens a sample takes at least, if all turns but the first are dropped."""
+        messages = _messages(sample)
+        return int(self.processor.count_tokens(messages[: _turn_ends(messages)[0]]))
+
     def sample_length(self, sample: Any) -> int:
         """How many tokens a sample takes once it is shortened; raises `BadSample`, whatever is wrong with it."""
         with one_sample(location_of(sample)):
-            return self.processor.count_tokens(self.shorten(_messages(sample)))
+            return self.processor.count_tokens(self.shorten_sample(sample))
 
     def decode(self, messages: list[dict[str, Any]], pixels: bool = False) -> list[dict[str, Any]]:
         """The messages with their pictures decoded, or their features, so that one that cannot be is told by itself.
@@ -260,6 +309,37 @@ def _unmask(mask: list[int], trained: list[bool]) -> list[int]:
         raise ValueError("an answer has the weight 0, but the chat template does not mark each answer; remove it.")
     answers = iter(trained)
     return [token for value, length in runs for token in [value and int(next(answers))] * length]
+
+
+def _turn_ends(messages: list[dict[str, Any]]) -> list[int]:
+    """How many messages there are up to the end of each turn; a turn ends with its last answer."""
+    ends = [index + 1 for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return [end for end in ends if end == len(messages) or messages[end]["role"] == "user"]
+
+
+def check_dispatch(rows: int, images: int) -> None:
+    """Refuse a batch that accelerate is about to cut.
+
+    For a streaming data set accelerate's dispatcher reads in one process for all of them and cuts every tensor of a batch to
+    the number of its rows, the images too. `Trainer` uses it unless it is told not to.
+
+    Args:
+        rows, images: of the batch.
+
+    Raises:
+        ValueError: naming the setting that turns the dispatcher off.
+    """
+    state = GradientState()
+    loader = state.active_dataloader
+    if not isinstance(loader, DataLoaderDispatcher):
+        return
+    processes = PartialState().num_processes
+    if images > rows or (processes > 1 and images != rows):
+        raise ValueError(
+            f"A batch of {rows} rows has {images} images, and accelerate's DataLoaderDispatcher, which reads a streaming "
+            f"data set for {processes} {'process' if processes == 1 else 'processes'}, would cut them to the rows; pass "
+            'accelerator_config={"dispatch_batches": False} to TrainingArguments, or use DSVLTrainer.'
+        )
 
 
 def _is_pack(sample: Any) -> bool:

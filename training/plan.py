@@ -17,7 +17,7 @@ from ..utils.local_paths import check_exists
 from .model_states import ZERO, Memory, Sizes, arriving_gradients, model_states
 from .parts import PARTS
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 DTYPES = ("bfloat16", "float16", "float32")
 
 # What a GPU's memory has to hold beside the tensors of the plan; bytes, and a share of the whole GPU.
@@ -277,8 +277,11 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     made = planner.plan(arguments.micro_batch)
     print(table(made))
-    largest = planner.largest_micro_batch(arguments.gpu_memory * GIB)
-    gpu = f"a GPU of {arguments.gpu_memory:g} GiB"
+    memory, gpu = arguments.gpu_memory * GIB, f"a GPU of {arguments.gpu_memory:g} GiB"
+    verdict = "fits" if made.total <= usable(memory) else "does not fit"
+    asked = f"a micro-batch of {arguments.micro_batch}"
+    print(f"{asked} {verdict} {gpu}, which has {size(max(usable(memory), 0))} beside the context and fragments")
+    largest = planner.largest_micro_batch(memory)
     if largest:
         print(f"largest micro-batch for {gpu}: {largest}")
     else:
@@ -302,7 +305,7 @@ def _load_config(name: str) -> DSVLConfig:
 
 
 def table(made: MemoryPlan) -> str:
-    """A plan, readable: GiB per GPU in both phases."""
+    """A plan, readable: GiB per GPU in both phases, or MiB of a small model."""
     phases = made.forward_backward, made.optimizer_step
     rows = {
         "weights": [phase.weights for phase in phases],
@@ -312,14 +315,24 @@ def table(made: MemoryPlan) -> str:
         "buffers": [phase.buffers for phase in phases],
         "total per GPU": [phase.total for phase in phases],
     }
+    unit, name_of_unit = (GIB, "GiB") if made.total >= GIB else (MIB, "MiB")
     lines = [
-        f"{made.parameters / 1e9:,.2f} billion parameters, {made.trained / 1e9:,.2f} billion of them trained",
-        f"{'GiB':20}{'forward + backward':>20}{'optimizer step':>18}",
-        *(f"{name:20}{first / GIB:20.2f}{second / GIB:18.2f}" for name, (first, second) in rows.items()),
+        f"{_parameters(made.parameters)} parameters, {_parameters(made.trained)} of them trained",
+        f"{name_of_unit:20}{'forward + backward':>20}{'optimizer step':>18}",
+        *(f"{name:20}{first / unit:20,.2f}{second / unit:18,.2f}" for name, (first, second) in rows.items()),
     ]
     if made.cpu:
-        lines.append(f"main memory, for each GPU: {made.cpu / GIB:.2f} GiB")
+        lines.append(f"main memory, for each GPU: {size(made.cpu)}")
     return "\n".join(lines)
+
+
+def size(number: float) -> str:
+    """Bytes as GiB, or below one as MiB."""
+    return f"{number / GIB:,.2f} GiB" if number >= GIB else f"{number / MIB:,.2f} MiB"
+
+
+def _parameters(number: int) -> str:
+    return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.2f} million"
 
 
 def _remedies(arguments: argparse.Namespace) -> str:

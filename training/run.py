@@ -1,36 +1,48 @@
 """A training run, from arguments to a complete checkpoint."""
 
-import contextlib
 import json
 import logging
 import shutil
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType
-from transformers import AutoProcessor, EarlyStoppingCallback, PreTrainedConfig, TrainerState, set_seed
+from transformers import (
+    AutoProcessor,
+    EarlyStoppingCallback,
+    PreTrainedConfig,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ..composition.quantization import quantization_config
 from ..configuration_dsvl import DSVLConfig
-from ..data.packing import PackedConversations
 from ..data.streaming import Stream
 from ..hub_card import TrainingFacts, render_card
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..publishing.push import push_directory
 from .adapters import lora_config, merge_adapters
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments, parse
-from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
+from .checkpoints import CompleteCheckpoints, has_optimizer_states, what_is_missing
 from .collator import ConversationCollator
+from .data_summary import describe_data
 from .facts import training_facts
 from .features import FeatureCache, fill, owner_of
+from .fingerprint import RunRecord, read_record, take_fingerprint
 from .kernels import use_liger
 from .parts import PARTS
+from .plot import PLOT, plot_training
+from .progress import TrainingLines, TrainingProgress
+from .resumption import WAYS_ON, Start, begin, checkpoints, decide_start, finish, on_first_process
 from .sources import open_data, packed
 from .trainer import DSVLTrainer, count_parameters
 from .weights import check_keys, load_tower, whole_weights
@@ -40,7 +52,6 @@ logger = logging.getLogger(__name__)
 ADAPTERS = "adapters"  # the folder of a LoRA run's adapters in its output directory
 BASE_MODEL = "base_model_name_or_path"  # PEFT's name of what adapters belong to
 LAST_DROPS = 0.2  # seconds; Gloo's threads need microseconds of them
-MEASURED = 256  # conversations whose length is measured before training
 
 
 def main(argv: list[str]) -> None:
@@ -51,9 +62,21 @@ def main(argv: list[str]) -> None:
     _log_to_console(arguments)
     try:
         train(model_arguments, data_arguments, arguments)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(what_is_kept(Path(str(arguments.output_dir)))) from None
     finally:
         if dist.is_initialized():
             _leave_the_others()
+
+
+def what_is_kept(output: Path) -> str:
+    """What an interrupted run leaves, and how to go on, in a sentence."""
+    complete = [path for path in checkpoints(output) if what_is_missing(path) is None]
+    if not complete:
+        return "Interrupted before the first checkpoint; nothing is kept, and the same command starts again."
+    if not has_optimizer_states(complete[-1]):
+        return f"Interrupted. {complete[-1]} is kept, weights alone; pass --overwrite-output to start over."
+    return f"Interrupted. {complete[-1]} is kept; the same command goes on from it."
 
 
 def _leave_the_others() -> None:
@@ -73,21 +96,33 @@ def _leave_the_others() -> None:
 def train(
     model_arguments: ModelArguments, data_arguments: DataArguments, arguments: DSVLTrainingArguments
 ) -> dict[str, float]:
-    """Fine-tune a checkpoint, resuming where an earlier run of the same output directory was interrupted.
+    """Fine-tune a checkpoint, resuming where an earlier start of the same run was interrupted.
 
-    At the end `arguments.output_dir` is a complete DSVL checkpoint; adapters are merged into it, and lie in `adapters/`.
+    At the end `arguments.output_dir` is a complete DSVL checkpoint; adapters are merged into it, and lie in `adapters/`. A
+    run that is finished already changes nothing.
 
     Returns:
         The metrics of the training and of the last evaluation.
 
     Raises:
-        ValueError: for arguments or data that do not work; where possible, before weights are loaded.
+        ValueError: for arguments or data that do not work, and an output directory of another run; where possible, before
+            weights are loaded.
     """
     set_seed(arguments.seed)
     check_is_dsvl(model_arguments.model)
+    output = Path(str(arguments.output_dir))
+    if Path(model_arguments.model).is_dir() and output.resolve() == Path(model_arguments.model).resolve():
+        raise ValueError(f"--output {output} is the directory of --model, which would be replaced; pass another.")
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     train_data, eval_data = open_data(data_arguments, seed, arguments.process_index, arguments.world_size)
     conversations = train_data
+    record, start = on_first_process(lambda: _decide(output, model_arguments, data_arguments, arguments))
+    publish, arguments.push_to_hub = arguments.push_to_hub, False  # once, when the output directory is complete
+    if start.finished:
+        logger.info("%s is finished: the trained model is there, and nothing is changed. %s.", output, WAYS_ON)
+        if publish and arguments.process_index == 0:
+            _publish(arguments)
+        return last_metrics(output)
 
     processor = AutoProcessor.from_pretrained(model_arguments.model)
     features = None
@@ -108,13 +143,15 @@ def train(
         data_arguments.allow_urls,
         data_arguments.max_bad_samples,
     )
+    if isinstance(train_data, Stream):
+        train_data.usable = collator.shorten_sample
     if data_arguments.packing:
         train_data = packed(train_data, collator, data_arguments, seed)
+    logger.info("Data: %s.", describe_data(train_data, collator))
     model = load_model(model_arguments, arguments)
 
     callbacks: list[Any] = [CompleteCheckpoints(arguments.save_total_limit)]
     arguments.save_total_limit = None  # kept by the callback
-    publish, arguments.push_to_hub = arguments.push_to_hub, False  # once, when the output directory is complete
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
     trainer = DSVLTrainer(
@@ -129,37 +166,62 @@ def train(
     kind = trainer.accelerator.distributed_type
     if arguments.deepspeed is not None and kind != DistributedType.DEEPSPEED:
         raise RuntimeError(f"--deepspeed was asked for, but accelerate has chosen {kind.value}; look at its environment.")
-    for line in describe(trainer, collator, arguments):
+    for line in describe(trainer, arguments):
         logger.info(line)
-    checkpoint = None
-    if arguments.resume_from_checkpoint:
-        checkpoint = arguments.resume_from_checkpoint
-    else:
-        with arguments.main_process_first(local=False, desc="looking for checkpoints"):
-            checkpoint = last_complete_checkpoint(str(arguments.output_dir), put_aside=trainer.is_world_process_zero())
+    checkpoint = start.checkpoint
+    on_first_process(lambda: begin(output, record, start, arguments.overwrite_output))
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
         if isinstance(train_data, Stream):
-            steps = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
-            train_data.start_after(steps * arguments.gradient_accumulation_steps, arguments.train_batch_size)
+            state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            batch_size = state.train_batch_size or arguments.train_batch_size  # --auto-find-batch-size may have lowered it
+            train_data.start_after(state.global_step * arguments.gradient_accumulation_steps, batch_size)
             arguments.ignore_data_skip = True  # the Trainer would make these batches, pictures and all, to drop them
     disable_progress_bar()  # of the files that are written, between the lines of the training's own
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    progress = TrainingLines() if arguments.disable_tqdm else TrainingProgress()
+    trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
+    trainer.add_callback(progress)
+    try:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except KeyboardInterrupt:
+        progress.close()
+        raise
     _report_counts(collator, train_data)
     if eval_data is not None:
         metrics |= trainer.evaluate()
     facts = training_facts(trainer, metrics, conversations, model_arguments.train, resumed=checkpoint is not None)
     save_trained(trainer, model_arguments, facts)
+    on_first_process(lambda: finish(output, record))
     if publish and trainer.is_world_process_zero():
-        commit = push_directory(
-            str(arguments.output_dir),
-            arguments.hub_model_id or Path(str(arguments.output_dir)).absolute().name,
-            private=arguments.hub_private_repo,
-            revision=arguments.hub_revision,
-            token=arguments.hub_token,
-        )
-        logger.info("Published: %s", commit.commit_url)
+        _publish(arguments)
     return metrics
+
+
+def _decide(
+    output: Path, model_arguments: ModelArguments, data_arguments: DataArguments, arguments: DSVLTrainingArguments
+) -> tuple[RunRecord, Start]:
+    """The fingerprint of what is asked for, and what it means for this output directory."""
+    before = None if arguments.overwrite_output else read_record(output)
+    record = take_fingerprint(model_arguments, data_arguments, arguments, before.files if before is not None else None)
+    return record, decide_start(output, record, arguments.resume_from_checkpoint, arguments.overwrite_output)
+
+
+def _publish(arguments: DSVLTrainingArguments) -> None:
+    commit = push_directory(
+        str(arguments.output_dir),
+        arguments.hub_model_id or Path(str(arguments.output_dir)).absolute().name,
+        private=arguments.hub_private_repo,
+        revision=arguments.hub_revision,
+        token=arguments.hub_token,
+    )
+    logger.info("Published: %s", commit.commit_url)
+
+
+def last_metrics(output: Path) -> dict[str, float]:
+    """The metrics of a finished run, the last value of each."""
+    state = TrainerState.load_from_json(str(output / TRAINER_STATE_NAME))
+    logged = {name: value for entry in state.log_history for name, value in entry.items()}
+    return {name: value for name, value in logged.items() if name.startswith(("train_", "eval_"))}
 
 
 def check_is_dsvl(name: str) -> None:
@@ -254,10 +316,9 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
     return model
 
 
-def describe(trainer: DSVLTrainer, collator: ConversationCollator, arguments: DSVLTrainingArguments) -> list[str]:
-    """What a run will do, a line each: parameters, tokens, optimizer memory."""
+def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str]:
+    """What a run will do, a line each: parameters, optimizer memory."""
     trained, total = count_parameters(trainer.model)
-    tokens = _tokens(trainer.train_dataset, collator)
     stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
     # AdamW's two moments in float32; DeepSpeed's copy of the weights beside them when they are of 16 bits.
     each = 8 + (4 if stage is not None and (arguments.bf16 or arguments.fp16) else 0)
@@ -265,24 +326,8 @@ def describe(trainer: DSVLTrainer, collator: ConversationCollator, arguments: DS
     where = f"1/{share} of it, ZeRO-{stage}" if share > 1 else "all of it"
     return [
         f"Parameters: {trained:,} of {total:,} are trained ({trained / total:.2%}).",
-        f"Tokens: {tokens}.",
         f"Optimizer: {trained * each / share / 2**30:.3f} GiB in each of {arguments.world_size} processes ({where}).",
     ]
-
-
-def _tokens(data: Any, collator: ConversationCollator) -> str:
-    """How many tokens an epoch has, and in what."""
-    if isinstance(data, Stream):
-        return "streamed"
-    if isinstance(data, PackedConversations):
-        return f"{data.tokens:,} an epoch, in {sum(map(len, data.packs)):,} conversations, {len(data):,} packs"
-    places = range(0, len(data), max(len(data) // MEASURED, 1))
-    lengths = []
-    for place in places:
-        with contextlib.suppress(ValueError):  # told when its batch is made
-            lengths.append(collator.sample_length(data[place]))
-    about = "" if len(places) == len(data) else "about "
-    return f"{about}{sum(lengths) / len(places) * len(data):,.0f} an epoch, in {len(data):,} conversations"
 
 
 def save_trained(trainer: DSVLTrainer, model_arguments: ModelArguments, facts: TrainingFacts) -> None:
@@ -314,6 +359,8 @@ def save_trained(trainer: DSVLTrainer, model_arguments: ModelArguments, facts: T
             check_keys(trainer.model, partial)
         trainer.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         make_shareable(partial)
+        if plot_training(partial / TRAINER_STATE_NAME, partial / PLOT):
+            facts = replace(facts, plot=PLOT)
         card = render_card(config, [model_arguments.model], facts)
         (partial / "README.md").write_text(card, encoding="utf-8")
         _move(partial, output)

@@ -1,6 +1,9 @@
 """The Trainer: which parameters decay, which learn at their own rate, and evaluations that do not depend on the batches."""
 
+import contextlib
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +18,108 @@ from ..hub_card import render_card
 from ..publishing.push import push_directory
 from .evaluation import exact_match
 from .facts import training_facts
+from .label_smoothing import smoothed_loss
 
 # As in Trainer.get_decay_parameter_names; "embed" beside the modules for what is a parameter of its own (CLIP's CLS token).
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)", r"embed", r"(?:^|\.)query$"]
+
+GROUP_SETTINGS = ("lr", "weight_decay", "betas", "eps", "momentum")  # of an optimizer's group
 
 
 class DSVLTrainer(Trainer):
     """`Trainer` with DSVL's parameter groups, and its evaluations.
 
     `eval_loss` is the mean over all supervised tokens, so that it does not depend on batches and processes (the Trainer's is
-    a mean of means, in which the last batch's repetitions count). Under `eval_exact_match` an evaluation also answers the
-    held-out questions.
+    a mean of means, in which the last batch's repetitions count). An evaluation that asks for the loss alone (no
+    `compute_metrics`, or `prediction_loss_only`) computes the logits of supervised tokens alone. Under `eval_exact_match` it
+    also answers the held-out questions.
+
+    `label_smoothing_factor` smooths the loss of the shifted labels, as the model computes it: `(1 - factor) * nll + factor *
+    mean(-log p)`, the mean over the vocabulary. Every process reads its own share of a streaming data set
+    (`accelerator_config.dispatch_batches` is False unless it was chosen), as accelerate's dispatcher would cut the images of
+    a batch to the number of its rows.
+
+    What is logged has `tokens_per_second` (read by all processes, padding aside) and `seconds_left` beside the Trainer's
+    values; they are not kept in the state's `log_history`, which stays the same for every repetition of a run.
+
+    Raises:
+        ValueError: at the end of an epoch in which not one token was trained.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.label_smoother = None  # the model computes it: transformers' is for logits of the whole batch
+        self._tokens_read = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._tokens_trained = torch.zeros((), device=self.args.device)
+        self._logged_at: tuple[float, int] | None = None
+        self._started_at: tuple[float, int] | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's, with an accelerator that lets every process read a streaming data set."""
+        if self.args.accelerator_config.dispatch_batches is None:
+            self.args.accelerator_config.dispatch_batches = False
+        super().create_accelerator_and_postprocess()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer.train`."""
+        self._started_at = None
+        return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, and counts the tokens without waiting for the device."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            mask = batch.get("attention_mask")  # a pack has none, and next to no padding
+            own = batch["input_ids"].numel() if mask is None else mask.sum()
+            self._tokens_read += torch.as_tensor(own, device=self._tokens_read.device)
+        if num_items is not None:
+            self._tokens_trained += torch.as_tensor(num_items, device=self._tokens_trained.device)
+        return batches, num_items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer.training_step`, with label smoothing in backward too, where parts of the loss are computed again."""
+        with self._smoothed_labels():
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.compute_loss`, with label smoothing inside of the model's own loss."""
+        with self._smoothed_labels():
+            return super().compute_loss(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _smoothed_labels(self) -> Iterator[None]:
+        factor = self.args.label_smoothing_factor
+        if factor == 0:
+            yield
+            return
+        model = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        plain = model.loss_function
+        model.loss_function = smoothed_loss(factor)
+        try:
+            yield
+        finally:
+            model.loss_function = plain
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; every process must call it at once. Adds what the speed of this process decides."""
+        timing = self._timing() if "loss" in logs else {}
+        super().log(logs | timing, start_time)
+        for key in timing:  # another run of the same seed has the same history
+            self.state.log_history[-1].pop(key, None)
+
+    def _timing(self) -> dict[str, float]:
+        """Tokens per second since the last log, and the seconds that are left at the mean speed of this call of `train`."""
+        now, step = time.perf_counter(), self.state.global_step
+        tokens = int(self.accelerator.reduce(self._tokens_read, "sum"))
+        self._tokens_read.zero_()
+        timing: dict[str, float] = {}
+        if self._logged_at is not None:
+            timing["tokens_per_second"] = tokens / max(now - self._logged_at[0], 1e-9)
+        if self._started_at is not None and step > self._started_at[1]:
+            seconds = (now - self._started_at[0]) / (step - self._started_at[1])
+            timing["seconds_left"] = seconds * (self.state.max_steps - step)
+        self._logged_at = (now, step)
+        return timing
 
     def push_to_hub(
         self,
@@ -98,6 +191,31 @@ class DSVLTrainer(Trainer):
             kwargs["params"] = parameter_groups(model, args.weight_decay, getattr(args, "embeddings_learning_rate", None))
         return optimizer, kwargs
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, and remembers the settings of its groups, which a checkpoint's state would replace."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._asked = [{key: group[key] for key in GROUP_SETTINGS if key in group} for group in optimizer.param_groups]
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's; but learning rate, decay and betas are those of the arguments, not those of the checkpoint."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper holds torch's
+        for index, (group, asked) in enumerate(zip(self.optimizer.param_groups, self._asked, strict=True)):
+            group.update({key: value for key, value in asked.items() if key != "lr"})
+            if group.get("initial_lr", asked["lr"]) == asked["lr"]:
+                continue
+            if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                raise ValueError(
+                    f"{checkpoint} has the learning rate {group['initial_lr']:g}, which {type(scheduler).__name__} cannot "
+                    f"change to {asked['lr']:g}; pass the checkpoint's, or choose another --lr-scheduler-type."
+                )
+            group["initial_lr"] = scheduler.base_lrs[index] = asked["lr"]
+            group["lr"] = asked["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
+            scheduler._last_lr[index] = group["lr"]  # what is logged
+
     def get_train_dataloader(self) -> Any:
         """As the Trainer's; but of a stream each process has its share already, which accelerate would share out again."""
         stream, args = self.train_dataset, self.args
@@ -119,17 +237,31 @@ class DSVLTrainer(Trainer):
         """As the Trainer's, which would train one step more when it resumes from a checkpoint of the last step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        if self._started_at is None:
+            self._started_at = self._logged_at = (time.perf_counter(), self.state.global_step)
+            self._tokens_read.zero_()
+            self._tokens_trained.zero_()
+        super()._run_epoch(*args, **kwargs)
+        # After a resumption a part of an epoch is no proof.
+        if self._started_at[1] == 0 and not self._tokens_trained.item():
+            raise ValueError(
+                f"Nothing was trained in {self.state.global_step} steps: no batch had a token with a label (-100 is none). "
+                "Look at the samples that were skipped, at max_length, and for {% generation %} in the chat template."
+            )
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """As `Trainer.prediction_step`, and counts the loss of every sample once."""
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple:
+        """As `Trainer.prediction_step`, and counts the loss of every sample once; no logits where none are asked for."""
         labels = inputs["labels"] = inputs["labels"].clone()
         state = self.accelerator.gradient_state
         if state.end_of_dataloader and state.remainder > 0:  # the processes share so many; what follows are repetitions
             own = state.remainder - self.accelerator.process_index * self.args.eval_batch_size
             labels[max(own, 0) :] = -100
-        outputs = super().prediction_step(model, inputs, *args, **kwargs)
+        if prediction_loss_only:
+            inputs["skip_logits"] = True
+        outputs = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (labels[:, 1:] != -100).sum().to(self.args.device)
         # Each process returns its sum over the mean number of tokens in a process.
         mean = self.accelerator.reduce(outputs[0].float(), "mean")

@@ -1,0 +1,80 @@
+"""What an epoch holds, and that there is something in it to train on."""
+
+import logging
+from typing import Any
+
+from ..data.packing import PackedConversations
+from ..data.streaming import Stream
+from .collator import ConversationCollator, SampleSize
+
+logger = logging.getLogger(__name__)
+
+MEASURED = 256  # conversations whose size is measured before training
+
+
+def describe_data(data: Any, collator: ConversationCollator) -> str:
+    """The line that says what an epoch holds: "18 conversations, 35 turns, 20 images, 3,235 tokens, 96 trained".
+
+    Of more than `MEASURED` conversations as many are measured, evenly spaced, and the sums are said to be estimates. A data
+    set without images is warned of.
+
+    Args:
+        data: map-style, packed, or a stream, of which nothing is known.
+
+    Raises:
+        ValueError: if no conversation has a token to train; all of them are measured before that is said.
+    """
+    if isinstance(data, Stream):
+        return "streamed"
+    packs = data if isinstance(data, PackedConversations) else None
+    conversations = data if packs is None else packs.data
+    sizes, measured, failure = _measure(conversations, collator)
+    if not any(size.trained for size in sizes):
+        raise ValueError(_why_nothing(conversations, collator, failure))
+    if not any(conversations.pictures(index) for index in range(len(conversations))):
+        logger.warning("%s holds no image; what an image shows cannot be trained on it.", data.source)
+    number = round(len(conversations) * len(sizes) / measured) if packs is None else sum(map(len, packs.packs))
+    about = "" if measured == len(conversations) else "about "
+    turns, images, tokens, trained = (
+        round(sum(getattr(size, name) for size in sizes) * number / len(sizes))
+        for name in ("turns", "images", "tokens", "trained")
+    )
+    if packs is not None:
+        tokens = packs.tokens  # each was measured
+    line = f"{number:,} conversations, {turns:,} turns, {images:,} images, {tokens:,} tokens, {trained:,} trained"
+    return about + (line if packs is None else f"{line}, in {len(packs):,} packs")
+
+
+def _measure(conversations: Any, collator: ConversationCollator) -> tuple[list[SampleSize], int, ValueError | None]:
+    """Measure evenly spaced conversations; if none of them has a token to train, the others until one has.
+
+    Returns:
+        The sizes of those that can be used, how many were measured, and the first error.
+    """
+    failure: ValueError | None = None
+    sizes: list[SampleSize] = []
+    measured, step = 0, max(len(conversations) // MEASURED, 1)
+    spaced = range(0, len(conversations), step)
+    for index in (*spaced, *(index for index in range(len(conversations)) if index % step)):
+        if measured >= len(spaced) and any(size.trained for size in sizes):
+            break
+        measured += 1
+        try:
+            sizes.append(collator.measure(conversations[index]))
+        except ValueError as error:  # of this sample; its batch says so again, or counts it
+            failure = failure or error
+    return sizes, measured, failure
+
+
+def _why_nothing(conversations: Any, collator: ConversationCollator, failure: ValueError | None) -> str:
+    begin = f"{conversations.source} has no token to train in {len(conversations):,} conversations"
+    if failure is None:
+        return (
+            f"{begin}: the chat template marks none. Put {{% generation %}} and {{% endgeneration %}} around the "
+            "assistant's answers in it."
+        )
+    if collator.max_length is None:
+        return f"{begin}: all of them are skipped. The first: {failure}"
+    shortest = min(collator.first_turn_length(conversations[index]) for index in range(len(conversations)))
+    limit = collator.max_length
+    return f"{begin}: the shortest first turn takes {shortest:,} tokens, more than --max-length {limit:,}; raise it."

@@ -1,0 +1,249 @@
+"""The fingerprint of a run: what decides what it computes, so that nothing else is resumed in its output directory.
+
+It says nothing of the machine (no number of processes, no absolute path), so that a run may move.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
+from transformers import PreTrainedConfig
+
+from ..data.mixture import read_yaml
+from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
+
+RECORD = "run.json"  # in the output directory
+
+# Fields of the argument classes that change the result. What is not named here changes its place, its speed or its rounding.
+MODEL_FIELDS = ("train",)
+ADAPTER_FIELDS = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "lora_language",
+    "lora_vision",
+    "dora",
+    "qlora",
+)
+DATA_FIELDS = (
+    "dataset_names",
+    "dataset_samples",
+    "dataset_concatenate_samples",
+    "max_num_image_per_sample",
+    "streaming",
+    "packing",
+    "max_pictures_per_pack",
+    "eval_share",
+    "max_length",
+    "on_bad_sample",
+)
+TRAINING_FIELDS = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "embeddings_learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "bf16",
+    "fp16",
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "early_stopping_patience",
+)
+
+# Of the files beside a model's weights, what changes neither the model nor its processor.
+UNRELATED = {"README.md", "trainer_state.json", "generation_config.json", RECORD}
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+LARGE = 1 << 30  # bytes; of a larger file evenly spaced blocks are read
+BLOCKS, BLOCK = 4096, 1 << 16
+
+
+@dataclass
+class RunRecord:
+    """What `run.json` holds.
+
+    Attributes:
+        settings: the fingerprint, field -> value; the value of `model`, `data` and `eval_data` is `{"name", "digest"}`.
+        files: the digests of files, with the size and the time of change that they were read at.
+        finished: whether the run's trained model is complete.
+    """
+
+    settings: dict[str, Any]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    finished: bool = False
+
+    def write(self, output: Path) -> None:
+        """Write the record into the output directory, whole or not at all."""
+        output.mkdir(parents=True, exist_ok=True)
+        partial = output / f".{RECORD}.partial"
+        partial.write_text(json.dumps(vars(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(output / RECORD)
+
+
+def read_record(output: Path) -> RunRecord | None:
+    """The record of the run that wrote to this directory; None without one.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    path = output / RECORD
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return RunRecord(dict(content["settings"]), dict(content["files"]), bool(content["finished"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not the record of a run ({error!r}); delete it, or pass --overwrite-output.") from error
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields in which two fingerprints differ, each with both values; fields that only one of them has do not count."""
+    found = []
+    for name in before.keys() & now.keys():
+        if _compared(before[name]) != _compared(now[name]):
+            found.append(f"{name} ({_shown(before[name])} before, {_shown(now[name])} now)")
+    return sorted(found)
+
+
+def _compared(value: Any) -> Any:
+    return value["digest"] if isinstance(value, dict) and "digest" in value else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "digest" in value:
+        return f"{value['name']}, {value['digest'][:12]}"
+    return json.dumps(value)
+
+
+def take_fingerprint(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    arguments: DSVLTrainingArguments,
+    known: Mapping[str, dict[str, Any]] | None = None,
+) -> RunRecord:
+    """The fingerprint of what is asked for.
+
+    Args:
+        known: `RunRecord.files` of an earlier start, whose files are not read again if their size and time are the same.
+
+    Returns:
+        A record that is not finished.
+    """
+    digests = _Digests(known or {})
+    settings: dict[str, Any] = {"model": _model(model_arguments.model, digests), "data": _data(data_arguments, digests)}
+    if data_arguments.eval_data is not None:
+        settings["eval_data"] = _source(data_arguments.eval_data, digests)
+    settings |= {name: getattr(model_arguments, name) for name in MODEL_FIELDS}
+    settings |= {name: getattr(model_arguments, name) for name in ADAPTER_FIELDS if model_arguments.lora_rank > 0}
+    settings.setdefault("lora_rank", 0)
+    settings |= {name: getattr(data_arguments, name) for name in DATA_FIELDS}
+    settings |= {name: getattr(arguments, name) for name in TRAINING_FIELDS}
+    settings["train"] = sorted(settings["train"])
+    settings["batch_size"] = (
+        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    )
+    if arguments.max_steps > 0:  # which it overrides
+        del settings["num_train_epochs"]
+    # As JSON gives it back: enumerations as their values, tuples as lists.
+    settings = json.loads(json.dumps(settings, default=lambda value: getattr(value, "value", str(value))))
+    return RunRecord(settings, digests.files)
+
+
+def _model(name: str, digests: "_Digests") -> dict[str, str]:
+    folder = Path(name)
+    if folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in UNRELATED)
+        # Code is the package's; what travels with a checkpoint changes with every release.
+        return digests.together(name, [path for path in files if path.suffix != ".py" and not path.name.startswith(".")])
+    config, _ = PreTrainedConfig.get_config_dict(name)
+    return {"name": name, "digest": f"{name}@{config.get('_commit_hash')}"}
+
+
+def _data(arguments: DataArguments, digests: "_Digests") -> dict[str, str]:
+    if arguments.dataset_names:
+        files = [Path(arguments.data) / f"{name}.jsonl" for name in arguments.dataset_names]
+        return digests.together(arguments.data, files)
+    if not arguments.data.endswith((".yaml", ".yml")):
+        return _source(arguments.data, digests)
+    path = Path(arguments.data)
+    content, parts = read_yaml(path), []
+    for entry in content["datasets"]:  # which has been opened
+        local = path.parent / str(entry.pop("path"))
+        parts.append(_source(str(local), digests)["digest"] if local.exists() else str(local.name))
+    return {"name": path.name, "digest": _hash([json.dumps(content, sort_keys=True), *parts])}
+
+
+def _source(source: str, digests: "_Digests") -> dict[str, str]:
+    """What `load_conversations` opens."""
+    path = Path(source)
+    if path.is_file():
+        return digests.together(source, [path])
+    if path.is_dir():
+        files = (file for file in path.rglob("*") if file.is_file() and file.suffix.lower() not in IMAGES)
+        return digests.together(source, sorted(files), path)
+    if path.is_absolute():
+        return {"name": path.name, "digest": path.name}
+    commit = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="dataset") / "refs" / "main"
+    return {"name": source, "digest": f"{source}@{commit.read_text().strip() if commit.is_file() else None}"}
+
+
+class _Digests:
+    """Digests of files, each read once."""
+
+    def __init__(self, known: Mapping[str, dict[str, Any]]) -> None:
+        self.known, self.files = known, dict[str, dict[str, Any]]()
+
+    def together(self, source: str, paths: list[Path], root: Path | None = None) -> dict[str, str]:
+        """The fingerprint of several files; of a directory's, with their names in it."""
+        lines = [self._one(path) + (path.relative_to(root).as_posix() if root else "") for path in paths]
+        return {"name": Path(source).name or "data", "digest": _hash(lines)}
+
+    def _one(self, path: Path) -> str:
+        status = path.stat()
+        facts = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        # Without its folder, so that a run may move; copies of a file that keep its time are the same file.
+        key = path.name if path.name not in self.files else f"{path.parent.name}/{path.name}"
+        before = self.known.get(key, {})
+        same = all(before.get(name) == value for name, value in facts.items())
+        self.files[key] = facts | {"digest": before["digest"] if same else file_digest(path)}
+        return self.files[key]["digest"]
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's size and content; of a file beyond 1 GiB, of 4,096 evenly spaced blocks of 64 KiB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= LARGE:
+            while block := file.read(BLOCK):
+                digest.update(block)
+        else:
+            for number in range(BLOCKS):
+                file.seek((size - BLOCK) * number // (BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

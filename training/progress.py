@@ -1,0 +1,68 @@
+"""What a training prints: a line for every log, with the loss, the learning rate, tokens per second and the time left."""
+
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+TIMES = ("_runtime", "_per_second", "_preparation_time")  # of evaluations, beside their metrics
+
+
+class TrainingProgress(ProgressCallback):
+    """The progress bar of `Trainer`, with lines for people."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            self.training_bar.write(log_line(logs, state))
+
+    def close(self) -> None:
+        """Leave the line of the bar, before something else is printed."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
+
+class TrainingLines(PrinterCallback):
+    """The same lines without a bar (`--disable-tqdm`)."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            print(log_line(logs, state), flush=True)
+
+    def close(self) -> None:
+        """There is no bar."""
+
+
+def log_line(logs: dict[str, float], state: TrainerState) -> str:
+    """A line such as `step 40/1,000 | loss 1.234 | learning rate 9.8e-05 | 1,234 tokens/s | 0:12:34 left`."""
+    parts = [f"step {state.global_step:,}/{state.max_steps:,}"]
+    if "loss" in logs:
+        parts += [f"loss {logs['loss']:.4g}", f"learning rate {logs['learning_rate']:.3g}"]
+        if "tokens_per_second" in logs:
+            parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+        if "seconds_left" in logs:
+            parts.append(f"{duration(logs['seconds_left'])} left")
+    elif "train_runtime" in logs:
+        parts += [f"mean loss {logs['train_loss']:.4g}", f"{duration(logs['train_runtime'])} in all"]
+    else:
+        metrics = {name: value for name, value in logs.items() if name != "epoch" and not name.endswith(TIMES)}
+        parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
+    return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:12:34."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
