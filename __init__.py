@@ -10,13 +10,13 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
 from .modeling_dsvl import DSVLForConditionalGeneration, DSVLModel
 from .picture_cache_dsvl import PictureCache
 from .processing_dsvl import DSVLProcessor
 from .utils.lazy import lazy_attributes
+from .utils.transformers_names import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from .vision_dsvl import DSVLQwenVisionModel
 
 if TYPE_CHECKING:

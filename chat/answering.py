@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+
+from ..transformers_dsvl import BaseStreamer
 
 
 class _Tokens(BaseStreamer):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from ..configuration_dsvl import NAFLEX_TOWERS, DSVLQwenVisionConfig
+from ..transformers_dsvl import no_init_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from ..image_reading_dsvl import read_image
 from ..processing_dsvl import CHAT_TEMPLATE
+from ..utils.transformers_names import render_jinja_template
 from .bad_samples import BadSamples
 from .conversations import Conversations, load_conversations
 from .messages import complete_messages, is_trained, location_of, pictures_of

@@ -152,7 +152,7 @@ def checkpoint_fingerprint(name: str) -> str:
     Args:
         name: its directory, or its name on the Hub, from where it was loaded before.
     """
-    from transformers.utils.hub import cached_file
+    from ..utils.transformers_names import cached_file
 
     # Not the cards and logs that lie beside them, nor the answers of an evaluation.
     patterns = ("*config.json", "tokenizer.json", "*.jinja", "*.safetensors")

@@ -21,10 +21,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.utils import Modality
 
 from ..chat.prompts import prompt_ids
+from ..utils.transformers_names import ChatCompletionHandler, Modality
 from .connections import Bodies
 from .engine import FAILURE, Engine, Sampling
 from .pictures import fetch_pictures, load_picture, picture_parts

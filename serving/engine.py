@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.cli.serving.utils import BaseGenerateManager, _StreamError
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..chat.detokenizer import Detokenizer
 from ..generation_dsvl import NoImageToken
+from ..utils.transformers_names import BaseGenerateManager, _StreamError
 from .stops import StopTexts
 
 logger = logging.getLogger(__name__)

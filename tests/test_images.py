@@ -467,6 +467,8 @@ def test_ordinary_images_are_left_alone(size):
 @pytest.mark.parametrize("resample", [2, 3, 1])  # bilinear, bicubic, Lanczos
 @pytest.mark.parametrize("short", [1, 2, 3, 7, 13, 27])
 def test_a_thin_image_gives_what_it_gave(short, resample, monkeypatch):
+    if CLIPImageProcessor().backend == "torchvision" and resample == 1:
+        pytest.skip("torchvision before 0.27 has no Lanczos: transformers takes bicubic in its place")
     monkeypatch.setattr("dsvl.thin_images_dsvl.PIXELS", 0)  # what is small enough to compare counts as thin
     rng = np.random.default_rng(short)
     for edge, crop in ((28, (28, 28)), (29, (26, 28)), (30, (33, 31)), (64, (64, 63))):
@@ -478,9 +480,12 @@ def test_a_thin_image_gives_what_it_gave(short, resample, monkeypatch):
                 fitted = fit_thin_image(image, image_processor)
                 assert edge == min(fitted.size) <= max(fitted.size) < max(edge, *crop) + 2 * edge
                 different = np.abs(processed(image_processor, fitted) - processed(image_processor, image))
-                if edge * length % short == 0:
-                    assert different.max() == 0
-                assert different.max() <= 2 and different.mean() < 0.02  # of 255
+                if image_processor.backend == "pil":
+                    if edge * length % short == 0:
+                        assert different.max() == 0
+                    assert different.max() <= 2 and different.mean() < 0.02  # of 255
+                else:  # thin images are resized by Pillow here as well, which rounds otherwise than torchvision
+                    assert different.max() <= 3 and different.mean() < 0.06
     monkeypatch.undo()
     assert fit_thin_image(fitted, image_processor) is fitted
 

@@ -15,10 +15,19 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from dsvl import transformers_dsvl
 from dsvl.transformers_dsvl import MEMBERS, MENTIONED
+from dsvl.utils import transformers_names
 
 ROOT = Path(transformers_dsvl.__file__).parent
 TRAVELLING = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*_dsvl.py"))}
 GATE = "transformers_dsvl.py"
+OUTSIDE = ("tests", "benchmarks", "examples")  # of the package
+PACKAGE = {
+    str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py")])
+    if path.relative_to(ROOT).parts[0] not in OUTSIDE
+}
+GATES = {GATE, "utils/transformers_names.py"}
+DOCUMENTED = {"transformers.utils", "transformers.utils.logging"}
 BASES = (GenerationMixin, PreTrainedConfig, PreTrainedModel, ProcessorMixin)
 # Private names of torch's, which have been what they are for long.
 TORCH = {"_compiled_call_impl", "_dynamo", "_version"}
@@ -43,15 +52,50 @@ def test_the_installed_release_mentions(module, name):
     assert f".{name} =" in source, f"transformers {transformers.__version__}: {module} sets no {name}"
 
 
-@pytest.mark.parametrize("file", TRAVELLING)
-def test_inner_modules_of_transformers_are_imported_in_one_file(file):
+@pytest.mark.parametrize(("name", "module"), transformers_names.NAMES.items())
+def test_the_installed_release_has_what_the_package_uses(name, module):
+    assert hasattr(importlib.import_module(module), name), f"transformers {transformers.__version__}: {module} has no {name}"
+    assert getattr(transformers_names, name) is getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(owner, name) for owner, names in transformers_names.MEMBERS.items() for name in names]
+)
+def test_the_installed_release_has_the_methods_that_the_package_overrides(owner, name):
+    module, _, attribute = owner.rpartition(".")
+    assert hasattr(getattr(importlib.import_module(module), attribute), name), f"{owner} has no {name}"
+
+
+def test_inner_modules_of_transformers_are_imported_in_one_file():
+    """In one for the code that travels, and in one for the rest."""
+
+    def is_inner(module: Any, file: str) -> bool:
+        documented = DOCUMENTED if file not in TRAVELLING else set()
+        return str(module).startswith("transformers.") and module not in documented
+
     inner = [
-        node.lineno
-        for node in ast.walk(TRAVELLING[file])
-        if (isinstance(node, ast.ImportFrom) and str(node.module).startswith("transformers."))
-        or (isinstance(node, ast.Import) and any(alias.name.startswith("transformers.") for alias in node.names))
+        f"{file}:{node.lineno}"
+        for file, tree in PACKAGE.items()
+        if file not in GATES
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.ImportFrom) and is_inner(node.module, file))
+        or (isinstance(node, ast.Import) and any(is_inner(alias.name, file) for alias in node.names))
     ]
-    assert file == GATE or not inner, f"{file}, lines {inner}: import it in {GATE}"
+    assert not inner, f"import it in one of {', '.join(sorted(GATES))}"
+
+
+def test_overridden_methods_of_the_trainer_are_listed():
+    listed = transformers_names.MEMBERS["transformers.Trainer"]
+    overridden = {
+        member.name
+        for tree in PACKAGE.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and any("Trainer" in ast.unparse(base) for base in node.bases)
+        for member in node.body
+        if isinstance(member, ast.FunctionDef)
+    }
+    private = {n for n in overridden if n.startswith("_") and not n.startswith("__") and hasattr(transformers.Trainer, n)}
+    assert private <= set(listed)
 
 
 def test_private_members_are_listed():

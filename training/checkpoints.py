@@ -10,7 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+
+from ..utils.transformers_names import rotate_checkpoints
 
 logger = logging.getLogger(__name__)
 

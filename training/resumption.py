@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
-from transformers.trainer import TRAINER_STATE_NAME
 
+from ..utils.transformers_names import TRAINER_STATE_NAME
 from .checkpoints import MARKER, has_optimizer_states, last_complete_checkpoint, what_is_missing
 from .fingerprint import RECORD, RunRecord, differences, read_record
 from .plot import PLOT

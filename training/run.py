@@ -21,7 +21,6 @@ from transformers import (
     TrainerState,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ..composition.quantization import quantization_config
@@ -30,6 +29,7 @@ from ..data.streaming import Stream
 from ..hub_card import TrainingFacts, render_card
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..publishing.push import push_directory
+from ..utils.transformers_names import TRAINER_STATE_NAME
 from .adapters import lora_config, merge_adapters
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments, parse
 from .checkpoints import CompleteCheckpoints, has_optimizer_states, what_is_missing

@@ -13,11 +13,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers.initialization import no_init_weights
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
+from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS, no_init_weights
 from .adapters import lora_config
 from .parts import PARTS
 

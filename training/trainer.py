@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_pt_utils import get_parameter_names
-from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.streaming import Stream, StreamLoader
 from ..hub_card import render_card
 from ..publishing.push import push_directory
+from ..utils.transformers_names import EvalLoopOutput, get_parameter_names
 from .evaluation import exact_match
 from .facts import training_facts
 from .label_smoothing import smoothed_loss

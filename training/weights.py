@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 from transformers import AutoModel
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from ..configuration_dsvl import DSVLConfig
+from ..transformers_dsvl import is_deepspeed_zero3_enabled
+from ..utils.transformers_names import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
     """Load weights as they are, though ZeRO-3 is on."""
-    from transformers.integrations import deepspeed
+    from ..utils.transformers_names import _hf_deepspeed_config_weak_ref as config_in_force
 
-    kept = deepspeed._hf_deepspeed_config_weak_ref() if is_deepspeed_zero3_enabled() else None
+    kept = config_in_force() if is_deepspeed_zero3_enabled() else None
     if kept is not None:
         unset_hf_deepspeed_config()
     try:

@@ -1,0 +1,44 @@
+"""What the package uses of transformers beyond its documented API and beyond what its travelling code does.
+
+Names are imported from here, so that a rename in a new release is one failing test and one file to mend
+(`tests/test_transformers_names.py`).
+What the code in a checkpoint uses is in `transformers_dsvl.py`.
+"""
+
+from importlib import import_module
+from typing import Any
+
+# A name -> the module that has it, imported when it is first asked for: serving's takes packages of an extra.
+NAMES = {
+    "INTEGRATION_TO_CALLBACK": "transformers.integrations",
+    "get_available_reporting_integrations": "transformers.integrations",
+    "_hf_deepspeed_config_weak_ref": "transformers.integrations.deepspeed",
+    "set_hf_deepspeed_config": "transformers.integrations.deepspeed",
+    "unset_hf_deepspeed_config": "transformers.integrations.deepspeed",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "transformers.models.auto.modeling_auto",
+    "TRAINER_STATE_NAME": "transformers.trainer",
+    "get_parameter_names": "transformers.trainer_pt_utils",
+    "EvalLoopOutput": "transformers.trainer_utils",
+    "rotate_checkpoints": "transformers.trainer_utils",
+    "render_jinja_template": "transformers.utils.chat_template_utils",
+    "cached_file": "transformers.utils.hub",
+    "ChatCompletionHandler": "transformers.cli.serving.chat_completion",
+    "BaseGenerateManager": "transformers.cli.serving.utils",
+    "Modality": "transformers.cli.serving.utils",
+    "_StreamError": "transformers.cli.serving.utils",
+}
+# What is overridden, called or read of a class, by "module.Class".
+MEMBERS = {
+    "transformers.Trainer": (
+        "_load_optimizer_and_scheduler",
+        "_push_from_checkpoint",
+        "_run_epoch",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Looked up anew each time: some of these are variables."""
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(NAMES[name]), name)
