@@ -112,7 +112,7 @@ class Bodies:
                     chunk = await asyncio.wait_for(anext(stream), start + allowed - time.monotonic())
                 except StopAsyncIteration:
                     return bytes(body)
-                except asyncio.TimeoutError:
+                except TimeoutError:
                     raise RequestError(
                         f"Of the request, {len(body):,} bytes came in {allowed:.3g} s; send it faster, or smaller pictures.",
                         408,

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from conftest import batch, tiny_model
 
+from dsvl.training.trainer import DSVLTrainer
+
 
 def error_of(call: Any) -> str:
     try:
         call()
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         return str(error)
     return ""
 
@@ -27,6 +29,7 @@ if __name__ == "__main__":
                 "softcapping": error_of(lambda: gemma(**inputs)),
                 "softcapping of texts": error_of(lambda: gemma(**batch("tttt", dtype=torch.float32))),
                 "softcapping, causal": error_of(lambda: tiny_model("gemma2", "causal", "sdpa", torch.float32)(**inputs)),
+                "training": error_of(lambda: DSVLTrainer(model=llama)),
                 "chunks": error_of(lambda: llama.generate(**inputs, prefill_chunk_size=4, max_new_tokens=2)),
             }
         )

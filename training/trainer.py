@@ -14,6 +14,7 @@ from transformers import Trainer
 from ..data.streaming import Stream, StreamLoader
 from ..hub_card import render_card
 from ..publishing.push import push_directory
+from ..transformers_dsvl import installed_release
 from ..utils.transformers_names import EvalLoopOutput, get_parameter_names
 from .evaluation import exact_match
 from .facts import training_facts
@@ -21,6 +22,8 @@ from .label_smoothing import smoothed_loss
 
 # As in Trainer.get_decay_parameter_names; "embed" beside the modules for what is a parameter of its own (CLIP's CLS token).
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)", r"embed", r"(?:^|\.)query$"]
+
+OLDEST_TRAINING = (5, 23)  # transformers
 
 GROUP_SETTINGS = ("lr", "weight_decay", "betas", "eps", "momentum")  # of an optimizer's group
 
@@ -42,10 +45,17 @@ class DSVLTrainer(Trainer):
     values; they are not kept in the state's `log_history`, which stays the same for every repetition of a run.
 
     Raises:
+        ImportError: with transformers below 5.23, whose Trainer names activation checkpointing otherwise.
         ValueError: at the end of an epoch in which not one token was trained.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if installed_release() < OLDEST_TRAINING:
+            raise ImportError(
+                "Training needs transformers 5.23 or newer, but {}.{} is installed; pip install 'dsvl[train]'.".format(
+                    *installed_release()
+                )
+            )
         super().__init__(*args, **kwargs)
         self.label_smoother = None  # the model computes it: transformers' is for logits of the whole batch
         self._tokens_read = torch.zeros((), dtype=torch.int64, device=self.args.device)
