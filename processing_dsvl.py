@@ -1,6 +1,5 @@
 """The DSVL processor: pictures and conversations to model inputs."""
 
-import inspect
 from importlib import import_module
 from typing import Any
 
@@ -153,13 +152,16 @@ class DSVLProcessor(ProcessorMixin):
             image_features: instead of `images`, what the model's tower gave for each
                 (`get_image_features(...).last_hidden_state`), of shape (tower tokens, tower width) each, in lists as images
                 are or stacked. The output then holds them as `image_features` instead of `pixel_values`.
-            kwargs: of the tokenizer and of the image processor, flat or as `text_kwargs` and `images_kwargs`.
+            kwargs: of the tokenizer and of the image processor, flat or as `text_kwargs` and `images_kwargs`. transformers
+                warns of others, which its pipelines pass.
 
         Raises:
-            TypeError: for a keyword that neither of them knows.
+            TypeError: for videos and audio.
             ValueError: if images and texts do not go together, or an image cannot be read.
         """
-        self._check_keywords(kwargs)
+        for name in ("videos", "audio"):  # which transformers leaves out without a word where no part takes them
+            if kwargs.pop(name, None) is not None:  # type: ignore[misc]
+                raise TypeError(f"DSVLProcessor takes images and text; {name}= cannot be processed.")
         if image_features is not None:
             if images is not None:
                 raise ValueError("Pass images or image_features, not both: they are the same images.")
@@ -169,24 +171,6 @@ class DSVLProcessor(ProcessorMixin):
         if texts and bos and all(isinstance(one, str) and one.startswith(bos) for one in texts):
             kwargs.setdefault("add_special_tokens", False)
         return super().__call__(images, text, **kwargs)
-
-    def _check_keywords(self, kwargs: dict[str, Any]) -> None:
-        """Refuse what transformers would ignore with a warning, or without one.
-
-        Raises:
-            TypeError: naming the first.
-        """
-        groups = self.valid_processor_kwargs.__annotations__
-        known = {"common_kwargs", *groups, *_call_keywords(self.tokenizer)}
-        for group, part in (("text_kwargs", None), ("images_kwargs", self.image_processor)):
-            known |= set(groups[group].__annotations__)
-            known |= set(getattr(getattr(part, "valid_kwargs", None), "__annotations__", {}))
-        for name, value in kwargs.items():
-            if value is not None and name not in known:
-                raise TypeError(
-                    f"DSVLProcessor got an unexpected keyword argument {name!r}: neither its tokenizer nor its image "
-                    "processor knows it; check its spelling, or leave it out."
-                )
 
     @property
     def model_input_names(self) -> list[str]:
@@ -314,11 +298,6 @@ class DSVLProcessor(ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
-
-
-def _call_keywords(tokenizer: Any) -> set[str]:
-    """The named arguments of a tokenizer's call."""
-    return set(inspect.signature(type(tokenizer).__call__).parameters) - {"self", "kwargs"}
 
 
 def _read_images(images: list, images_kwargs: dict | None = None, **kwargs: Any) -> list:

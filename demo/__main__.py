@@ -167,7 +167,7 @@ def write_talk(folder: Path, seed: int) -> Path:
             break
     first, second = direct[0], which[0]
     names = ["picture 1.png", "picture 2.png"]
-    for name, image in zip(names, talk["images"], strict=True):
+    for name, image in zip(names, talk["drawn"], strict=True):
         image.save(folder / name)
     rounds = [
         {"pictures": names, "question": first.text, "truth": first.answer},

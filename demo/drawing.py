@@ -110,7 +110,7 @@ def converse(seed: str, pictures: int, held_out: bool = False, which: float = 0.
         which: the chance of an attribute to be asked as "Which image ..." (never of a single picture).
 
     Returns:
-        `messages` (content parts {"type": "image", "image"} and {"type": "text", "text"}), `images` in reading order,
+        `messages` (content parts {"type": "image", "image"} and {"type": "text", "text"}), `drawn`: the images in reading order,
         `scenes`, and `questions`, one `Question` for each round.
 
     Raises:
@@ -137,7 +137,7 @@ def assemble(images: list[Image.Image], scenes: list[Scene], questions: list[Que
         shown = max(shown, question.pictures)
         messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question.text}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
-    return {"messages": messages, "images": images[:shown], "scenes": scenes[:shown], "questions": questions}
+    return {"messages": messages, "drawn": images[:shown], "scenes": scenes[:shown], "questions": questions}
 
 
 def draw_scenes(rng: random.Random, pictures: int) -> list[Scene]:

@@ -103,7 +103,7 @@ def score(model: Any, processor: Any, conversations: list[dict[str, Any]], chang
         change: what is shown instead of a conversation's pictures: `swapped`, `blank`, `others`, or by default
             themselves. The answers that count as right stay those about the pictures themselves.
     """
-    rounds = [pair for talk in conversations for pair in rounds_of(talk, change(talk["images"]))]
+    rounds = [pair for talk in conversations for pair in rounds_of(talk, change(talk["drawn"]))]
     rounds.sort(key=lambda pair: len(pair[0]))  # of about the same length in a batch
     result = Score()
     for (_, question), answer in zip(rounds, answers(model, processor, [prompt for prompt, _ in rounds]), strict=True):

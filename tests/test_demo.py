@@ -44,7 +44,7 @@ def _turns(conversation):
 def test_a_seed_decides_the_whole_conversation():
     first, again, other = converse("a", 3), converse("a", 3), converse("b", 3)
     assert first["scenes"] == again["scenes"] and first["questions"] == again["questions"]
-    assert [image.tobytes() for image in first["images"]] == [image.tobytes() for image in again["images"]]
+    assert [image.tobytes() for image in first["drawn"]] == [image.tobytes() for image in again["drawn"]]
     assert first["scenes"] != other["scenes"]
 
 
@@ -76,7 +76,7 @@ def test_shapes_of_a_size_are_all_different():
 def test_answers_are_true_of_the_drawn_scenes(pictures):
     for seed in range(50):
         conversation = converse(f"{seed}", pictures)
-        assert len(conversation["images"]) == len(conversation["scenes"]) == pictures
+        assert len(conversation["drawn"]) == len(conversation["scenes"]) == pictures
         for question in conversation["questions"]:
             scene, name = conversation["scenes"][question.picture], f"(image {question.picture + 1})"
             value = getattr(scene, question.attribute)
@@ -96,7 +96,7 @@ def test_messages_hold_the_questions_the_answers_and_every_picture_in_order():
         assert _texts(conversation) == asked
         parts_of_all = [part for message in _turns(conversation) for part in message["content"]]
         placed = [part["image"] for part in parts_of_all if part["type"] == "image"]
-        assert [id(image) for image in placed] == [id(image) for image in conversation["images"]]
+        assert [id(image) for image in placed] == [id(image) for image in conversation["drawn"]]
 
 
 def test_no_fact_is_asked_for_twice():
@@ -154,7 +154,7 @@ def test_a_score_counts_exact_answers_of_each_kind():
 
 def test_swapping_makes_every_direct_answer_wrong():
     for conversation in scoring.held_out_conversations(0, 50):
-        images = conversation["images"]
+        images = conversation["drawn"]
         order = [images.index(image) for image in scoring.swapped(images)]
         assert sorted(order) == list(range(len(images)))
         for place, picture in enumerate(order):
@@ -163,7 +163,7 @@ def test_swapping_makes_every_direct_answer_wrong():
 
 
 def test_other_pictures_are_as_many_and_always_the_same_ones():
-    images = converse("a", 3)["images"]
+    images = converse("a", 3)["drawn"]
     first, again = scoring.others(images), scoring.others(images)
     assert [image.tobytes() for image in first] == [image.tobytes() for image in again] and len(first) == 3
     assert not {image.tobytes() for image in first} & {image.tobytes() for image in images}
@@ -181,7 +181,7 @@ def test_blank_pictures_show_nothing():
 
 def test_a_round_is_asked_with_the_rounds_before_it_and_the_pictures_given():
     conversation = converse("a", 3)
-    images = scoring.blank(conversation["images"])
+    images = scoring.blank(conversation["drawn"])
     rounds = scoring.rounds_of(conversation, images)
     assert [question for _, question in rounds] == conversation["questions"]
     for number, (prompt, question) in enumerate(rounds):
