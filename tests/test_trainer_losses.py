@@ -180,3 +180,16 @@ def test_an_epoch_without_a_trained_token_is_an_error(folder, model, rows, tmp_p
     trainer = make_trainer(model, collator, rows, tmp_path, num_train_epochs=3, per_device_train_batch_size=2)
     with pytest.raises(ValueError, match=r"Nothing was trained in 2 steps: no batch had a token with a label"):
         trainer.train()
+
+
+def test_noise_on_the_embeddings_is_there_in_training_alone(folder, collator, rows, tmp_path):
+    """NEFTune: `neftune_noise_alpha`."""
+    first = {}
+    for alpha in (None, 50.0):
+        model = DSVLForConditionalGeneration.from_pretrained(folder / "model").set_trainable()
+        before = model.eval()(**collator(rows)).loss.item()
+        arguments = dict(neftune_noise_alpha=alpha, learning_rate=0.0, max_steps=1, per_device_train_batch_size=4)
+        trainer = make_trainer(model, collator, rows, tmp_path, logging_steps=1, **arguments)
+        first[alpha] = trainer.train().training_loss
+        assert model.eval()(**collator(rows)).loss.item() == pytest.approx(before, abs=1e-5)
+    assert first[None] == pytest.approx(before, abs=1e-5) and abs(first[50.0] - before) > 1e-3

@@ -60,6 +60,7 @@ class DSVLTrainer(Trainer):
         self.label_smoother = None  # the model computes it: transformers' is for logits of the whole batch
         self._tokens_read = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._tokens_trained = torch.zeros((), device=self.args.device)
+        self._asked: list[dict[str, Any]] = []
         self._logged_at: tuple[float, int] | None = None
         self._started_at: tuple[float, int] | None = None
 
@@ -209,7 +210,7 @@ class DSVLTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's; but learning rate, decay and betas are those of the arguments, not those of the checkpoint."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
+        if checkpoint is None or not self._asked:  # DeepSpeed's configuration may have an optimizer of its own
             return
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper holds torch's
         for index, (group, asked) in enumerate(zip(self.optimizer.param_groups, self._asked, strict=True)):
