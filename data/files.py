@@ -118,7 +118,7 @@ def import_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{error}; Parquet, saved data sets and names on the Hub need it: pip install 'dsvl[data]'"
+            f"{error}; Parquet, saved data sets and names on the Hub need it: pip install 'dsvl[data]'", name="datasets"
         ) from error
     return datasets
 

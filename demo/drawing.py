@@ -110,7 +110,7 @@ def converse(seed: str, pictures: int, held_out: bool = False, which: float = 0.
         which: the chance of an attribute to be asked as "Which image ..." (never of a single picture).
 
     Returns:
-        `messages` (content parts {"type": "image", "image"} and {"type": "text", "text"}), `drawn`: the images in reading order,
+        `messages` (content parts {"type": "image", "image"} and {"type": "text", "text"}), `drawn` (the images, in order),
         `scenes`, and `questions`, one `Question` for each round.
 
     Raises:

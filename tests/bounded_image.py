@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from dsvl import DSVLProcessor
-from dsvl.serving.pictures import load_pictures
+from dsvl.serving.pictures import load_picture
 from dsvl.serving.requests import Limits
 from dsvl.training import ConversationCollator
 from dsvl.training.features import _NewPictures
@@ -25,23 +25,23 @@ ADDED = 500 * 2**20
 def ways(path: str):
     """What makes model inputs of an image, by its name: functions without arguments."""
     processor = DSVLProcessor(CLIPImageProcessor(), AutoTokenizer.from_pretrained(REFERENCE / "tokenizer"))
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
     def conversation(**part):
         return [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "?"}]}]
 
     def serve():
         url = f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
-        messages = conversation(url=url)
-        load_pictures(messages, Limits(picture_pixels=89_000_000))
-        return processor.apply_chat_template(messages, **options)["pixel_values"]
+        image = load_picture({"url": url}, 1, Limits(picture_pixels=89_000_000))
+        return processor(text="<image>", images=[image], return_tensors="pt")["pixel_values"]
 
     empty = SimpleNamespace(files={})  # a cache of features
     sample = {"messages": [*conversation(path=path), {"role": "assistant", "content": "!"}]}
     return {
         "processor": lambda: processor(text="<image>", images=path, return_tensors="pt")["pixel_values"],
         "collator": lambda: ConversationCollator(processor)([sample])["pixel_values"],
-        "features": lambda: next(iter(_NewPictures([[sample]], empty, processor.image_processor)[0][1].values()))[None],
+        "features": lambda: next(iter(_NewPictures([[sample]], empty, processor.image_processor, False)[0][1].values()))[
+            None
+        ],
         "server": serve,
     }
 

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def question(text: str, *urls: str) -> list[dict[str, Any]]:
     """One round, as the protocol has it."""
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def read_answer(connection: socket.socket) -> tuple[int, bytes]:
+    """The status and the whole body of one answer; it may come in several parts."""
+    answer = HTTPResponse(connection)
+    answer.begin()
+    return answer.status, answer.read()
 
 
 def post(body: bytes, content_type: str = "application/json", host: str = "127.0.0.1", length: int | None = None) -> bytes:

@@ -17,6 +17,7 @@ from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.chat import DSVLChat
 from dsvl.chat.detokenizer import pieces_of_text
 from dsvl.data.conversations import load_conversations
+from dsvl.transformers_dsvl import CACHE
 
 PER_PICTURE, NEW = 5, 8
 
@@ -84,7 +85,7 @@ def test_each_round_answers_as_if_afresh_and_costs_what_is_new(processor, monkey
     if cache == "static, a step ahead":  # as on an accelerator, but for the compilation
         cache = "static"
         monkeypatch.setattr(
-            model, "_valid_auto_compile_criteria", lambda inputs, config: isinstance(inputs["past_key_values"], StaticCache)
+            model, "_valid_auto_compile_criteria", lambda inputs, config: isinstance(inputs[CACHE], StaticCache)
         )
         monkeypatch.setattr(model, "get_compiled_call", lambda config: model.__call__)
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache, **end)

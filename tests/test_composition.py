@@ -234,7 +234,7 @@ def test_a_fresh_process_needs_the_directory_alone(composed, tmp_path):
     assert len(set(result["answers"])) == 1, result["answers"]
     assert "trust_remote_code=True" in result["refusal"]
     config, again = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("moved", "again"))
-    assert again["auto_map"] == config["auto_map"] and len(config["auto_map"]) == 5
+    assert again["auto_map"] == config["auto_map"] and len(config["auto_map"]) == 6
     for name in REMOTE_CODE:
         assert (tmp_path / "again" / name).read_text() == (Path(dsvl.__file__).parent / name).read_text()
 
@@ -242,8 +242,8 @@ def test_a_fresh_process_needs_the_directory_alone(composed, tmp_path):
 def test_remote_code_imports_nothing_but_torch_transformers_and_each_other():
     import ast
 
-    # dependencies of transformers itself; httpx is that of the Hub's client
-    required = {"tokenizers", "safetensors", "numpy", "httpx"}
+    # dependencies of transformers itself
+    required = {"tokenizers", "safetensors", "numpy"}
     allowed = set(sys.stdlib_module_names) | {"torch", "transformers"} | required
     for name in REMOTE_CODE:
         tree = ast.parse((Path(dsvl.__file__).parent / name).read_text())

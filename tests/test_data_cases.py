@@ -524,7 +524,7 @@ def test_errors_outside_of_a_sample_stop_the_run(processor, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dsvl.training.collator.decode_picture", full)
+    monkeypatch.setattr("dsvl.training.collator.read_image", full)
     with pytest.raises(OSError, match="No space left"):
         ConversationCollator(processor, on_bad_sample="skip")(samples)
 

@@ -267,12 +267,12 @@ def test_a_run_says_what_it_trains_and_what_it_left_out(folder, tmp_path, caplog
     lines = (folder / "data.jsonl").read_text().splitlines()
     lines[3:3] = ["{broken", json.dumps({"messages": [{"role": "user", "content": "no answer"}]})]
     (folder / "broken.jsonl").write_text("\n".join(lines))
-    flags = ["--data", folder / "broken.jsonl", "--on-bad-sample", "skip", "--max-length", "60", "--max-bad-samples", "1"]
+    flags = ["--data", folder / "broken.jsonl", "--on-bad-sample", "skip", "--max-length", "130", "--max-bad-samples", "1"]
     with caplog.at_level(logging.INFO, logger="dsvl"):
         output = train(folder, tmp_path / "output", *flags)
     said = caplog.text
     assert "Parameters: 30,912 of 155,488 are trained (19.88%)." in said
-    assert "an epoch, in 18 conversations." in said
+    assert "Data: 10 conversations, 10 turns, 4 images, 1,226 tokens, 81 trained." in said
     assert "Optimizer: 0.000 GiB in each of 1 processes (all of it)." in said
     assert "line 4: is not JSON" in said and "line 5: the last message is the user's" in said
     assert "2 of 20 samples are broken and left out" in said

@@ -309,7 +309,8 @@ FAULTS = {
     "no code": (lambda folder: (folder / "processing_dsvl.py").unlink(), "processing_dsvl.py is missing, which auto_map"),
     "half an auto_map": (
         lambda folder: add_to_json(folder / "config.json", auto_map={"AutoConfig": "configuration_dsvl.DSVLConfig"}),
-        "auto_map in config.json lacks AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor",
+        "auto_map in config.json lacks AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, "
+        "AutoModelForMultimodalLM, AutoProcessor",
     ),
     "cut weights": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),

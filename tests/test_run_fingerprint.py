@@ -249,7 +249,7 @@ def test_an_epoch_without_a_trained_token_is_refused_before_the_first_step(train
         raise AssertionError("a step was made")
 
     monkeypatch.setattr(run.DSVLTrainer, "training_step", no_step)
-    status, said = train("--max-length", 20, "--on-bad-sample", "skip", *flags)
+    status, said = train("--max-length", 20, "--on-bad-sample", "skip", "--max-bad-samples", 1, *flags)
     assert status == 1 and not (tmp_path / "out/config.json").exists()
     reason = "the shortest first turn takes " if not flags else "holds no conversation"
     assert reason in said
@@ -347,6 +347,7 @@ def test_ctrl_c_before_a_checkpoint(train, monkeypatch):
 def test_every_argument_is_part_of_the_fingerprint_or_known_not_to_be():
     """A new argument must be looked at: does it change what is computed?"""
     elsewhere = {"attn_implementation", "compile_decoder_layers", "cache_image_features", "model", "data", "eval_data"}
+    elsewhere |= {"allow_urls", "max_bad_samples"}  # whether a run goes on, not what it computes
     known = {*fingerprint.MODEL_FIELDS, *fingerprint.ADAPTER_FIELDS, *fingerprint.DATA_FIELDS} | elsewhere
     assert {field.name for kind in (ModelArguments, DataArguments) for field in fields(kind)} - known == set()
     assert set(fingerprint.TRAINING_FIELDS) <= {field.name for field in fields(DSVLTrainingArguments)}

@@ -22,6 +22,7 @@ from model_server import (
     picture,
     post,
     question,
+    read_answer,
     served,
 )
 from PIL import Image
@@ -190,8 +191,8 @@ def test_an_earlier_answer_as_other_servers_give_it(server: Server) -> None:
 
 def test_the_list_of_models_with_a_slash(server: Server) -> None:
     with server.raw(b"GET /v1/models/ HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
-        answer = connection.recv(65536)
-    assert answer.split()[1] == b"200" and f'"id":"{NAME}"'.encode() in answer
+        status, body = read_answer(connection)
+    assert status == 200 and f'"id":"{NAME}"'.encode() in body
 
 
 def _status(server: Server, request: bytes) -> int:

@@ -48,7 +48,8 @@ other_parts = st.fixed_dictionaries({"type": st.sampled_from(["image", "input_au
 parts = with_noise(text_parts | image_parts, other_parts | anything)
 contents = with_noise(texts | st.lists(parts, min_size=1, max_size=3))
 users = st.fixed_dictionaries(
-    {"role": st.just("user"), "content": contents}, optional={"name": st.sampled_from(["a", None]), "weight": anything}
+    {"role": st.just("user"), "content": contents},
+    optional={"name": st.sampled_from(["a", None]), "weight": with_noise(st.none())},
 )
 answers = st.fixed_dictionaries(
     {"role": st.just("assistant"), "content": with_noise(texts)},

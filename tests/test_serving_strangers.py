@@ -24,6 +24,7 @@ from model_server import (
     picture,
     post,
     question,
+    read_answer,
     served,
 )
 from PIL import Image
@@ -185,10 +186,10 @@ def test_a_connection_that_is_used_again_is_kept(server: Server, monkeypatch: An
     request = post(json.dumps({"model": NAME, "messages": question("one"), "max_tokens": 2}).encode())
     with server.raw(request) as connection:
         for _ in range(3):
-            assert connection.recv(65536).split()[1] == b"200"
+            assert read_answer(connection)[0] == 200
             time.sleep(0.7)
             connection.sendall(request)
-        assert connection.recv(65536).split()[1] == b"200"
+        assert read_answer(connection)[0] == 200
 
 
 def test_whoever_does_not_read_the_answer_frees_the_place(parts: tuple[Any, Any], monkeypatch: Any) -> None:
