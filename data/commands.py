@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from ..utils.local_paths import check_exists
@@ -72,9 +73,11 @@ def _show(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         from transformers import AutoProcessor
 
+        from ..configuration_dsvl import DSVLConfig
+
+        if not Path(arguments.model).is_dir() or Path(arguments.model, "config.json").is_file():  # else a processor alone
+            DSVLConfig.from_pretrained(arguments.model)  # refuses another model's directory
         processor = AutoProcessor.from_pretrained(arguments.model)
-        if not hasattr(processor, "image_seq_length"):
-            raise ValueError(f"{arguments.model} has a {type(processor).__name__}, not a DSVL checkpoint's processor.")
     options: dict[str, Any] = {"on_bad_sample": arguments.on_bad_sample, "allow_urls": arguments.allow_urls}
     if arguments.html is not None:
         show_page(arguments.file, arguments.html, arguments.number, processor, **options)

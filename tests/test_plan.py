@@ -403,7 +403,7 @@ def test_large_models_are_in_gib():
 def test_the_command_refuses_what_is_no_dsvl(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert main(["plan", "--model", str(tmp_path)]) == 1
-    assert "holds a configuration of model_type 'llama', not 'dsvl'" in capsys.readouterr().err
+    assert "is of type 'llama', not a DSVL checkpoint" in capsys.readouterr().err
     assert main(["plan", "--model", str(tmp_path / "nothing")]) == 1
     assert "nothing does not exist" in capsys.readouterr().err
 

@@ -254,7 +254,7 @@ def test_a_model_that_is_not_dsvl_is_refused(refused, tmp_path):
     save_tiny_llama(tmp_path / "llama")
     CLIPVisionModel(tiny_tower_config()).save_pretrained(tmp_path / "clip")
     for name, kind in (("llama", "llama"), ("clip", "clip_vision_model")):
-        expected = f"--model {tmp_path / name} is of type '{kind}', not a DSVL checkpoint; compose one"
+        expected = f"{tmp_path / name} is of type '{kind}', not a DSVL checkpoint; compose one"
         assert refused(model=tmp_path / name).startswith(expected)
 
 

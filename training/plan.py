@@ -290,17 +290,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _load_config(name: str) -> DSVLConfig:
     try:
-        values, _ = PreTrainedConfig.get_config_dict(name)
+        PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:  # the Hub's, about the form of names, is the latter
         raise ValueError(
             f"{name} is neither a directory with a config.json nor a model on the Hub; pass what `dsvl compose` made."
         ) from error
-    model_type = values.get("model_type")
-    if model_type != DSVLConfig.model_type:
-        raise ValueError(
-            f"{name} holds a configuration of model_type {model_type!r}, not {DSVLConfig.model_type!r}; make a DSVL "
-            "checkpoint of it by `dsvl compose`, and pass that."
-        )
     return DSVLConfig.from_pretrained(name)
 
 

@@ -15,7 +15,6 @@ from accelerate import DistributedType
 from transformers import (
     AutoProcessor,
     EarlyStoppingCallback,
-    PreTrainedConfig,
     PrinterCallback,
     ProgressCallback,
     TrainerState,
@@ -109,7 +108,7 @@ def train(
             weights are loaded.
     """
     set_seed(arguments.seed)
-    check_is_dsvl(model_arguments.model)
+    DSVLConfig.from_pretrained(model_arguments.model)  # refuses another model's directory
     output = Path(str(arguments.output_dir))
     if Path(model_arguments.model).is_dir() and output.resolve() == Path(model_arguments.model).resolve():
         raise ValueError(f"--output {output} is the directory of --model, which would be replaced; pass another.")
@@ -222,16 +221,6 @@ def last_metrics(output: Path) -> dict[str, float]:
     state = TrainerState.load_from_json(str(output / TRAINER_STATE_NAME))
     logged = {name: value for entry in state.log_history for name, value in entry.items()}
     return {name: value for name, value in logged.items() if name.startswith(("train_", "eval_"))}
-
-
-def check_is_dsvl(name: str) -> None:
-    """Refuse a model that is not a DSVL checkpoint, by its configuration alone."""
-    config, _ = PreTrainedConfig.get_config_dict(name)
-    if config.get("model_type") != "dsvl":
-        raise ValueError(
-            f"--model {name} is of type {config.get('model_type')!r}, not a DSVL checkpoint; compose one of a vision tower "
-            "and a language model (dsvl compose), or pass its directory."
-        )
 
 
 def cached_features(
