@@ -484,8 +484,10 @@ def test_a_thin_image_gives_what_it_gave(short, resample, monkeypatch):
                     if edge * length % short == 0:
                         assert different.max() == 0
                     assert different.max() <= 2 and different.mean() < 0.02  # of 255
-                else:  # thin images are resized by Pillow here as well, which rounds otherwise than torchvision
-                    assert different.max() <= 3 and different.mean() < 0.06
+                else:
+                    # Pillow resizes thin images here as well. What lies between two levels it rounds otherwise than
+                    # torchvision: up to a fifth of the values of one-pixel images are one level apart.
+                    assert different.max() <= 2 and different.mean() < 0.25
     monkeypatch.undo()
     assert fit_thin_image(fitted, image_processor) is fitted
 
