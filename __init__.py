@@ -16,7 +16,7 @@ from .modeling_dsvl import DSVLForConditionalGeneration, DSVLModel
 from .picture_cache_dsvl import PictureCache
 from .processing_dsvl import DSVLProcessor
 from .utils.lazy import lazy_attributes
-from .utils.transformers_names import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from .utils.transformers_names import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from .vision_dsvl import DSVLQwenVisionModel
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ AutoConfig.register(DSVLConfig.model_type, DSVLConfig, exist_ok=True)
 AutoProcessor.register(DSVLConfig, DSVLProcessor, exist_ok=True)
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(DSVLConfig, DSVLForConditionalGeneration, exist_ok=True)
-# Other libraries (TRL) tell by this table of names whether a model sees images.
-MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[DSVLConfig.model_type] = DSVLForConditionalGeneration.__name__
+# By these tables TRL tells whether a model sees images, and `Trainer` whether it must shift the labels that it smooths.
+for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    _names[DSVLConfig.model_type] = DSVLForConditionalGeneration.__name__
 AutoConfig.register(DSVLQwenVisionConfig.model_type, DSVLQwenVisionConfig, exist_ok=True)
 AutoModel.register(DSVLQwenVisionConfig, DSVLQwenVisionModel, exist_ok=True)
 # ... and every checkpoint that it saves takes a copy along.

@@ -74,6 +74,12 @@ def test_label_smoothing_is_that_of_shifted_labels(model, collator, rows, tmp_pa
     assert (abs(plain - expected) < 1e-5) == (factor == 1e-9)
 
 
+def test_transformers_own_trainer_smooths_shifted_labels_too(model, collator, rows, tmp_path):
+    trainer = make_trainer(model.eval(), collator, rows, tmp_path, kind=Trainer, label_smoothing_factor=0.1)
+    batch = collator(rows)
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(smoothed(model, batch, 0.1), abs=1e-5)
+
+
 def test_label_smoothing_obeys_the_number_of_items(model, collator, rows, tmp_path):
     trainer = make_trainer(model, collator, rows, tmp_path, label_smoothing_factor=0.1)
     batch = collator(rows)

@@ -15,6 +15,7 @@ NAMES = {
     "_hf_deepspeed_config_weak_ref": "transformers.integrations.deepspeed",
     "set_hf_deepspeed_config": "transformers.integrations.deepspeed",
     "unset_hf_deepspeed_config": "transformers.integrations.deepspeed",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "transformers.models.auto.modeling_auto",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "transformers.models.auto.modeling_auto",
     "TRAINER_STATE_NAME": "transformers.trainer",
     "get_parameter_names": "transformers.trainer_pt_utils",
