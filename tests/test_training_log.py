@@ -1,5 +1,6 @@
 """What a training shows: its log lines, TensorBoard's files, and the plot of a finished run."""
 
+import io
 import json
 import logging
 import re
@@ -10,6 +11,7 @@ from training_runs import make_checkpoint, make_conversations
 from transformers import TrainerState
 
 from dsvl.cli import main
+from dsvl.training import run
 from dsvl.training.plot import PLOT, curves, plot_training
 from dsvl.training.progress import duration, log_line
 
@@ -117,3 +119,12 @@ def test_the_loss_is_logged_every_ten_steps_by_default(tmp_path):
     from dsvl.training.arguments import parse
 
     assert parse(["--model", "m", "--data", "d", "--output", "o", "--use-cpu"])[2].logging_steps == 10
+
+
+def test_lines_go_to_what_standard_error_is_now(monkeypatch):
+    """It may have been replaced and closed since the first training of a process, as notebooks and tests do."""
+    handler = run._Console()
+    now = io.StringIO()
+    monkeypatch.setattr("sys.stderr", now)
+    handler.emit(logging.LogRecord("dsvl", logging.INFO, "", 0, "a line", None, None))
+    assert now.getvalue() == "a line\n"

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -404,10 +405,22 @@ def _report_counts(collator: ConversationCollator, data: Any) -> None:
         )
 
 
+class _Console(logging.StreamHandler):
+    """Writes to what standard error is now: a notebook or a test may have replaced what it was when the handler was made."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        """There is nothing to keep."""
+
+
 def _log_to_console(arguments: DSVLTrainingArguments) -> None:
     package = logging.getLogger(__package__.partition(".")[0])
     if not package.handlers:
-        handler = logging.StreamHandler()
+        handler = _Console()
         handler.setFormatter(logging.Formatter("%(message)s"))
         package.addHandler(handler)
     package.setLevel(logging.INFO if arguments.process_index == 0 else logging.ERROR)
