@@ -149,6 +149,11 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         picture_cache = model_kwargs.pop("picture_cache", None)
         if picture_cache is None:
             images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+            if generation_config.prefill_chunk_size and self.config.multimodal_attention == "mmca_reference":
+                raise ValueError(
+                    "prefill_chunk_size does not go with multimodal_attention='mmca_reference', under which text sees later "
+                    "images; leave it out."
+                )
             if not CHUNKED_PREFILL_TAKES_IMAGES and generation_config.prefill_chunk_size and images is not None:
                 raise ValueError(
                     "prefill_chunk_size does not go with pictures in transformers below 5.23, which drops them; leave it "

@@ -45,24 +45,26 @@ def check_sequence(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Cach
 
 
 def check_token_types(types: torch.Tensor | None, inputs_embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor | None:
-    """`mm_token_type_ids` as whole numbers.
+    """`mm_token_type_ids` as int64.
 
     Args:
         types: (batch, new tokens) or (batch, tokens, cached ones included), integers or booleans.
         inputs_embeds: (batch, new tokens, hidden).
 
     Returns:
-        `types` with booleans as int64.
+        `types` as int64.
 
     Raises:
+        TypeError: for what is no tensor.
         ValueError: for another dtype, or another shape than the sequence's.
     """
     if types is None:
         return None
-    if types.dtype == torch.bool:
-        types = types.long()
+    if not isinstance(types, torch.Tensor):
+        raise TypeError(f"mm_token_type_ids is a {type(types).__name__}; pass a tensor of integers.")
     if types.is_floating_point() or types.is_complex():
         raise ValueError(f"mm_token_type_ids are {types.dtype}; pass integers, 1 for image tokens and 0 for all others.")
+    types = types.long()
     batch, tokens = inputs_embeds.shape[:2]
     if types.shape == (batch, tokens):
         return types

@@ -381,6 +381,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             types: the caller's `mm_token_type_ids`, of the new tokens or of all.
         """
         past = int(cache.get_seq_length()) if cache is not None else 0
+        told_by_ids = self.config.multimodal_attention != "mmca_reference"  # where a generated image token is text
         if types is None:
             if is_image is None:
                 raise ValueError(
@@ -388,15 +389,19 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
                     "tokens and 0 for text."
                 )
             types = is_image.long()
-        if types.shape[1] != new_tokens or past == 0:
+        elif is_image is not None and told_by_ids and new_tokens == 1:  # what nobody waits to hold against the ids
+            types = torch.cat([types[:, :-1], is_image.to(types)], dim=1)
+        known = None if past == 0 or torch.compiler.is_compiling() else cached_types(cache)
+        is_known = known is not None and known.shape[0] == types.shape[0] and known.shape[1] >= past
+        if past == 0 or (types.shape[1] != new_tokens and not is_known):
             return types
-        known = cached_types(cache)
-        if known is None or known.shape[0] != types.shape[0] or known.shape[1] < past:
+        if known is None or not is_known:
             raise ValueError(
                 f"The cache holds {past} tokens of unknown modality; pass mm_token_type_ids of the whole sequence, "
                 f"({types.shape[0]}, {past + new_tokens}), or fill the cache by this model. {PEFT_HINT}"
             )
-        return torch.cat([known[:, :past].to(types.device), types], dim=1)
+        # What the cache knows of its own tokens is what was computed with.
+        return torch.cat([known[:, :past].to(types.device), types[:, types.shape[1] - new_tokens :]], dim=1)
 
 
 def _softcaps(text_config: Any) -> bool:

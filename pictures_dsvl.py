@@ -171,11 +171,14 @@ class DSVLPicturesMixin:
         if is_image is None or (input_ids is None and features is None):
             return inputs_embeds, None  # embeddings that already hold their pictures
         check = None
-        # A decode step has nothing to check, and nothing worth waiting for the device.
-        if not torch.compiler.is_compiling() and (features is not None or tokens > 1):
+        # A decode step has nothing to check that is worth waiting for a device.
+        worth_it = features is not None or tokens > 1 or (types is not None and not inputs_embeds.is_cuda)
+        # Under "mmca_reference" the image token can be generated, as in the released code.
+        worth_it &= tokens > 1 or self.config.multimodal_attention != "mmca_reference"
+        if not torch.compiler.is_compiling() and worth_it:
             number = 0 if features is None else len(features)
             told = [is_image.sum(-1)]
-            # Under "mmca_reference" the image token can be generated, as in the released code: it is text then.
+            # What "mmca_reference" generates is text, whatever its id.
             if types is not None and input_ids is not None and self.config.multimodal_attention != "mmca_reference":
                 new = types[:, -tokens:].to(is_image.device)
                 told += [new.sum(-1), ((new == 1) != is_image).sum(-1), types.amin(-1), types.amax(-1)]

@@ -299,3 +299,45 @@ def test_a_custom_generate_directory(tmp_path):
             )
         ids = torch.cat([ids, top.gather(1, certain.argmax(-1, keepdim=True))], 1)
     assert got.equal(ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a caller says of what a cache holds
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("said", [lambda types: types * 0, lambda types: 1 - types], ids=["all text", "all turned round"])
+def test_a_cache_knows_its_own_tokens_better_than_a_caller(kind, said):
+    """The keys were computed with what it knows."""
+    model = tiny_model()
+    cache = filled(model, kind)
+    types = torch.cat([said(prompts()[0]["mm_token_type_ids"]), torch.zeros_like(NEXT)], 1)
+    got = step(model, cache, [0, 1, 2], NEXT, mm_token_type_ids=types)
+    torch.testing.assert_close(got, whole(model, [0, 1, 2], NEXT), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("wrong", [1, 2, -1])
+def test_the_type_of_a_single_new_token_is_checked_too(wrong):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        step(model, filled(model, "dynamic"), [0, 1, 2], NEXT, mm_token_type_ids=torch.full_like(NEXT, wrong))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.bool])
+def test_types_of_any_whole_numbers(dtype):
+    model = tiny_model()
+    types = torch.cat([prompts()[0]["mm_token_type_ids"], torch.zeros_like(NEXT)], 1).to(dtype)
+    for kind in ("dynamic", "static"):
+        got = step(model, filled(model, kind), [0, 1, 2], NEXT, mm_token_type_ids=types)
+        torch.testing.assert_close(got, whole(model, [0, 1, 2], NEXT), atol=1e-9, rtol=1e-9)
+
+
+def test_types_that_are_no_tensor_are_refused():
+    with pytest.raises(TypeError, match="mm_token_type_ids is a list; pass a tensor"):
+        tiny_model()(input_ids=torch.tensor([[5, 6]]), mm_token_type_ids=[[0, 0]])
+
+
+def test_a_prefill_in_chunks_is_refused_where_text_sees_later_images():
+    model = tiny_model(attention="mmca_reference")
+    with pytest.raises(ValueError, match="prefill_chunk_size does not go with multimodal_attention='mmca_reference'"):
+        model.generate(**batch("ttIt"), prefill_chunk_size=3, max_new_tokens=2)
