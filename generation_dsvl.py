@@ -1,5 +1,6 @@
 """Generation: every step knows the modality of the whole sequence, cached tokens included."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,8 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
                     features, input_ids == self.config.image_token_id, cache=kwargs.get(CACHE)
                 )
             kwargs["mm_encoder_outputs"] = {"image": self.model.project_features(features)}
+        if kwargs.get("mm_encoder_outputs"):  # transformers repeats what is in them for beams, in place
+            kwargs["mm_encoder_outputs"] = {key: copy.copy(made) for key, made in kwargs["mm_encoder_outputs"].items()}
         assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
         if "pixel_values" in kwargs and assistant is not None and hasattr(assistant, "get_image_features"):
             # An assistant sees by its own tower, but is handed what its main model got: both go there, it picks its own.
@@ -268,6 +271,9 @@ def _whole_types(types: torch.Tensor, input_ids: torch.Tensor, known: torch.Tens
     missing = total - types.shape[1]
     if missing > 0 and known is not None:
         types = torch.cat([known[:, :missing].to(types.device), types], dim=1)
+    if known is not None:  # what the cache knows of its own tokens is what was computed with
+        held = min(known.shape[1], total)
+        types = torch.cat([known[:, :held].to(types.device), types[:, held:]], dim=1)
     return types[:, :total]
 
 

@@ -207,7 +207,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             ValueError: if pictures and placeholders do not match, inputs contradict each other, or a token's modality
                 cannot be told.
         """
-        self.check_keywords(kwargs)
+        self.check_keywords(kwargs, has_positions=position_ids is not None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if sum(given is not None for given in (pixel_values, mm_encoder_outputs, image_features)) > 1:
@@ -282,24 +282,29 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def check_keywords(self, kwargs: dict[str, Any], more: tuple[str, ...] = ()) -> None:
+    def check_keywords(self, kwargs: dict[str, Any], has_positions: bool) -> None:
         """Refuse keyword arguments that neither the decoder nor transformers knows.
 
         Args:
             kwargs: what `forward` got beside its own arguments.
-            more: names that are known besides.
+            has_positions: whether it got `position_ids`.
 
         Raises:
             TypeError: naming the first that is not known.
             ValueError: for one that is known but cannot be honoured.
         """
         for name in kwargs:
-            if name not in self._known_keywords and name not in more:
+            if name not in self._known_keywords:
                 raise TypeError(
                     f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}: neither this model, nor "
                     f"its decoder {type(self.language_model).__name__}, nor transformers' common arguments know it; check "
                     "its spelling, or leave it out."
                 )
+        if kwargs.get("cu_seq_lens_q") is not None and not has_positions:
+            raise ValueError(
+                "cu_seq_lens_q without position_ids: the attention here tells packed conversations by positions that begin "
+                "again; pass position_ids."
+            )
         if kwargs.get("is_causal") is False and self.config.multimodal_attention != "causal":
             raise ValueError(
                 f"is_causal=False does not go with multimodal_attention={self.config.multimodal_attention!r}, which is "
@@ -482,7 +487,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
 
         Returns:
             `logits` of every row's last token, (batch, 1, vocabulary), and `cache`, as after a call of the whole prompt with
-            `pixel_values`.
+            `pixel_values` and the same `position_ids` (by default those of `generate`, which count what is not padded).
         """
         hidden, cache = self.model.prefill_text(input_ids, picture_cache, cache, **kwargs)
         with torch.no_grad():

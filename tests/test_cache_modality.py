@@ -341,3 +341,33 @@ def test_a_prefill_in_chunks_is_refused_where_text_sees_later_images():
     model = tiny_model(attention="mmca_reference")
     with pytest.raises(ValueError, match="prefill_chunk_size does not go with multimodal_attention='mmca_reference'"):
         model.generate(**batch("ttIt"), prefill_chunk_size=3, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_conversation_continues_whatever_is_said_of_its_beginning(kind):
+    model, first = tiny_model(), batch("ttIt")
+    new = torch.tensor([[7, 8]])
+    ids = torch.cat([first["input_ids"], new], 1)
+    expected = model.generate(input_ids=ids, pixel_values=first["pixel_values"], max_new_tokens=4, do_sample=False)
+    cache = CACHES[kind](model.config.text_config)
+    with torch.no_grad():
+        model(**first, past_key_values=cache)
+    wrong = torch.zeros_like(ids)
+    got = model.generate(
+        input_ids=ids,
+        mm_token_type_ids=wrong,
+        past_key_values=cache,
+        max_new_tokens=4,
+        do_sample=False,
+        disable_compile=True,
+    )
+    assert got.equal(expected)
+
+
+def test_a_callers_image_outputs_are_left_as_they_are():
+    model, inputs = tiny_model(), batch("tIt", "ttIt", seed=7)
+    with torch.no_grad():
+        images = model.get_image_features(inputs.pop("pixel_values"))
+    options = {"mm_encoder_outputs": {"image": images}, "num_beams": 2, "do_sample": False, "max_new_tokens": 4}
+    first = model.generate(**inputs, **options)
+    assert len(images.pooler_output) == 2 and model.generate(**inputs, **options).equal(first)

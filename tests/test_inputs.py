@@ -46,6 +46,12 @@ def test_bidirectional_attention_is_refused_where_it_is_not_defined():
         tiny_model()(**inputs, is_causal=False)
 
 
+def test_packs_that_only_a_flash_kernel_would_see_are_refused():
+    lengths = torch.tensor([0, 3, 7])
+    with pytest.raises(ValueError, match="cu_seq_lens_q without position_ids"):
+        tiny_model()(input_ids=torch.arange(3, 10)[None], cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Types
 
