@@ -30,7 +30,7 @@ COMMANDS = {
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C has ended, as shells have it
 # What is kept then, and how to go on, where the command itself does not know it better.
 KEPT = {
-    "train": "The checkpoints in its output directory are kept; the same command goes on from the last of them.",
+    "train": "Checkpoints that were complete are kept; the same command goes on from the last one, or starts over.",
     "data": "What was converted is kept; the same command goes on from there.",
     "evaluate": "Answers that were written are kept; the same command goes on from there.",
     "push": "Nothing was committed; the same command starts over.",
