@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
+from .cache_dsvl import cached_images, cached_types, remember_types
 from .pictures_dsvl import HostCopy
 from .transformers_dsvl import CACHE, BaseStreamer, StaticLayer
 
@@ -105,7 +106,7 @@ def can_crop(cache: Cache) -> bool:
     """Whether tokens can be taken off the end with no trace. A layer with a window has forgotten what would come back."""
 
     def layer_can(layer: Any) -> bool:
-        if type(layer) is StaticLayer:
+        if _is_full_static(layer):
             return True
         if not layer.is_croppable:
             return False
@@ -119,12 +120,17 @@ def crop(cache: Cache, length: int) -> None:
     surplus = int(cache.get_seq_length()) - length
     if surplus:
         for layer in cache.layers:
-            if type(layer) is StaticLayer:  # what lies beyond is hidden by causality until it is written again
+            if _is_full_static(layer):  # what lies beyond is hidden by causality until it is written again
                 layer.cumulative_length.fill_(length)
             else:
                 layer.crop(-surplus)
-    if getattr(cache, "mm_token_type_ids", None) is not None:
-        cache.mm_token_type_ids = cache.mm_token_type_ids[:, :length]
+    if (types := cached_types(cache)) is not None:  # a step may have told them before it ran
+        remember_types(cache, types[:, :length], cached_images(cache))
+
+
+def _is_full_static(layer: Any) -> bool:
+    """Whether it is a static layer without a window, which transformers crops from 5.24 on alone."""
+    return isinstance(layer, StaticLayer) and not layer.is_sliding
 
 
 __all__ = ["DSVLDecodingMixin"]

@@ -207,11 +207,11 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
             **kwargs,
         )
         new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        # An assistant starts from an empty cache in what transformers does not call a first iteration.
-        starts = is_first_iteration or (
-            new.shape[1] == input_ids.shape[1] and (cache is None or int(cache.get_seq_length()) == 0)
-        )
-        if mm_encoder_outputs and starts:
+        if mm_encoder_outputs and (
+            is_first_iteration
+            # An assistant starts from an empty cache in what transformers does not call a first iteration.
+            or (new.shape[1] == input_ids.shape[1] and (cache is None or int(cache.get_seq_length()) == 0))
+        ):
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
         if self.config.multimodal_attention == "causal" or mm_token_type_ids is None:
             return inputs
@@ -268,12 +268,10 @@ def _whole_types(types: torch.Tensor, input_ids: torch.Tensor, known: torch.Tens
     and what was generated since is text.
     """
     types = nn.functional.pad(types, (0, max(input_ids.shape[1] - types.shape[1], 0)))
-    missing = total - types.shape[1]
-    if missing > 0 and known is not None:
-        types = torch.cat([known[:, :missing].to(types.device), types], dim=1)
     if known is not None:  # what the cache knows of its own tokens is what was computed with
         held = min(known.shape[1], total)
-        types = torch.cat([known[:, :held].to(types.device), types[:, held:]], dim=1)
+        before = max(total - types.shape[1], 0)  # tokens that `types` says nothing of
+        types = torch.cat([known[:, :held].to(types.device), types[:, max(held - before, 0) :]], dim=1)
     return types[:, :total]
 
 

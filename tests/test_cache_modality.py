@@ -15,6 +15,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from dsvl.cache_dsvl import cached_types
+from dsvl.decoding_dsvl import can_crop, crop
 
 # Row 0 holds two images, row 1 none, row 2 one.
 LAYOUTS = ("ttItIt", "ttt", "tItt")
@@ -371,3 +372,16 @@ def test_a_callers_image_outputs_are_left_as_they_are():
     options = {"mm_encoder_outputs": {"image": images}, "num_beams": 2, "do_sample": False, "max_new_tokens": 4}
     first = model.generate(**inputs, **options)
     assert len(images.pooler_output) == 2 and model.generate(**inputs, **options).equal(first)
+
+
+def test_a_static_cache_that_was_used_is_cropped_in_every_release():
+    """transformers itself crops static layers from 5.24 on alone."""
+    model = tiny_model()
+    cache = filled(model, "static")
+    length = int(cache.get_seq_length())
+    step(model, cache, [0, 1, 2], NEXT)
+    assert can_crop(cache)
+    crop(cache, length)
+    assert int(cache.get_seq_length()) == length == cached_types(cache).shape[1]
+    other = NEXT + 20
+    torch.testing.assert_close(step(model, cache, [0, 1, 2], other), whole(model, [0, 1, 2], other), atol=1e-9, rtol=1e-9)
