@@ -1,5 +1,6 @@
 """Tiny random models and batches that the tests share."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,16 @@ def uncompiled() -> Any:
 
 
 @pytest.fixture
+def fresh_log(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package's log without the handler and the level that a command of an earlier test has set."""
+    logger = logging.getLogger("dsvl")
+    monkeypatch.setattr(logger, "handlers", [])
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.fixture
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(REFERENCE / "tokenizer")
 
@@ -172,3 +183,20 @@ def photographs() -> list[Image.Image]:
 
     arrays = [data.astronaut(), data.coffee(), data.chelsea(), *load_sample_images().images]
     return [Image.fromarray(array) for array in arrays]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The model and the processor that the server's tests serve."""
+    from model_server import load_parts, make_served_checkpoint
+
+    return load_parts(make_served_checkpoint(tmp_path_factory.mktemp("serving")))
+
+
+@pytest.fixture(scope="module")
+def server(parts: Any) -> Any:
+    """`dsvl serve` of them, on the loopback address."""
+    from model_server import served
+
+    with served(*parts) as one:
+        yield one

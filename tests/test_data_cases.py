@@ -32,6 +32,8 @@ from dsvl.evaluation.questions import Questions
 from dsvl.processing_dsvl import decode_picture
 from dsvl.training import ConversationCollator
 
+pytestmark = pytest.mark.usefixtures("fresh_log")
+
 CASES = Path(__file__).parent / "cases/data"
 GOOD = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
 ONE_BAD = ["surrogate", "brackets", "long_value", "zero_size", "unreachable"]
@@ -52,16 +54,6 @@ def cases(tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("cases"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_log(monkeypatch):
-    """A command logs to the standard error of its process, which is another one in each test."""
-    logger = logging.getLogger("dsvl")
-    monkeypatch.setattr(logger, "handlers", [])
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 def write(path, *samples):

@@ -1,7 +1,6 @@
 """A run in another run's directory, a finished run, a run without optimizer states, a run without anything to train."""
 
 import json
-import logging
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,8 @@ from dsvl.training import fingerprint, resumption, run
 from dsvl.training.arguments import DataArguments, DSVLTrainingArguments, ModelArguments, parse
 from dsvl.training.fingerprint import RECORD, differences, file_digest, take_fingerprint
 
+pytestmark = pytest.mark.usefixtures("fresh_log")
+
 F = ["--max-steps", "4", "--save-steps", "2", "--logging-steps", "1", "--per-device-train-batch-size", "2", "--use-cpu"]
 F += ["--report-to", "none"]
 
@@ -30,15 +31,6 @@ def folder(tmp_path_factory):
     make_conversations(folder, "b.jsonl", layout="tpt")
     make_conversations(folder, "texts.jsonl", layout="ttt")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_log(monkeypatch):
-    logger = logging.getLogger("dsvl")
-    monkeypatch.setattr(logger, "handlers", [])
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -47,12 +46,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def parts(checkpoint: Path) -> tuple[Any, Any]:
     return load_parts(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def server(parts: tuple[Any, Any]) -> Iterator[Server]:
-    with served(*parts) as one:
-        yield one
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

@@ -4,7 +4,6 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,10 @@ from model_server import (
     alone,
     data_url,
     eventually,
-    load_parts,
-    make_served_checkpoint,
     picture,
     question,
-    served,
 )
 from training_runs import environment
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    return load_parts(make_served_checkpoint(tmp_path_factory.mktemp("serving")))
-
-
-@pytest.fixture(scope="module")
-def server(parts: tuple[Any, Any]) -> Iterator[Server]:
-    with served(*parts) as one:
-        yield one
 
 
 def _load(server: Server, parts: tuple[Any, Any], clients: int, seconds: float) -> tuple[int, int]:

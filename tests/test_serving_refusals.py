@@ -4,7 +4,6 @@ import base64
 import json
 import struct
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -17,28 +16,14 @@ from model_server import (
     ask,
     data_url,
     eventually,
-    load_parts,
-    make_served_checkpoint,
     picture,
     post,
     question,
     read_answer,
-    served,
 )
 from PIL import Image
 
 from dsvl.serving.requests import Limits
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    return load_parts(make_served_checkpoint(tmp_path_factory.mktemp("serving")))
-
-
-@pytest.fixture(scope="module")
-def server(parts: tuple[Any, Any]) -> Iterator[Server]:
-    with served(*parts) as one:
-        yield one
 
 
 def _bomb() -> str:

@@ -5,7 +5,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,8 +18,6 @@ from model_server import (
     ask,
     data_url,
     eventually,
-    load_parts,
-    make_served_checkpoint,
     picture,
     post,
     question,
@@ -34,17 +31,6 @@ from dsvl.serving.app import ChatCompletions
 from dsvl.serving.connections import BoundedProtocol
 from dsvl.serving.engine import Generation
 from dsvl.serving.requests import Limits
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    return load_parts(make_served_checkpoint(tmp_path_factory.mktemp("serving")))
-
-
-@pytest.fixture(scope="module")
-def server(parts: tuple[Any, Any]) -> Iterator[Server]:
-    with served(*parts) as one:
-        yield one
 
 
 def _sampled(server: Server, seed: int, tokens: int = 20) -> str:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from dsvl.training import run
 from dsvl.training import training_arguments_table as table
 from dsvl.training.arguments import check_options, parse, zero_stage
 
+pytestmark = pytest.mark.usefixtures("fresh_log")
+
 CONVERSATION = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]}
 
 
@@ -33,16 +34,6 @@ def data(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(CONVERSATION) + "\n")
     return path
-
-
-@pytest.fixture(autouse=True)
-def fresh_log(monkeypatch):
-    """A command logs to the standard error of its process, which is another one in each test."""
-    logger = logging.getLogger("dsvl")
-    monkeypatch.setattr(logger, "handlers", [])
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from dsvl.training import run
 from dsvl.training.plot import PLOT, curves, plot_training
 from dsvl.training.progress import duration, log_line
 
+pytestmark = pytest.mark.usefixtures("fresh_log")
+
 FLAGS = ["--max-steps", "4", "--save-steps", "2", "--logging-steps", "1", "--use-cpu", "--per-device-train-batch-size", "2"]
 
 
@@ -24,15 +26,6 @@ def folder(tmp_path_factory):
     make_checkpoint(folder)
     make_conversations(folder, layout="ppt")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_log(monkeypatch):
-    logger = logging.getLogger("dsvl")
-    monkeypatch.setattr(logger, "handlers", [])
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 def train(folder, output, *flags):
