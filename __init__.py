@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
+from .image_cache_dsvl import ImageKVCache
 from .modeling_dsvl import DSVLForConditionalGeneration, DSVLModel
-from .picture_cache_dsvl import PictureCache
 from .processing_dsvl import DSVLProcessor
 from .utils.lazy import lazy_attributes
 from .utils.transformers_names import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -47,7 +47,7 @@ __all__ = [
     "DSVLProcessor",
     "DSVLQwenVisionConfig",
     "DSVLQwenVisionModel",
-    "PictureCache",
+    "ImageKVCache",
     "compose",
     "migration",
     "save_checkpoint",

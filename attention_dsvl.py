@@ -131,7 +131,7 @@ def _attention(backend: str) -> Callable:
         multimodal_masks: dict[str | None, MultimodalMask | FusedMask | StepMask] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # No picture in sight: the decoder's own attention, to the bit.
+        # No image in sight: the decoder's own attention, to the bit.
         if attention_mask is None or getattr(attention_mask, "dtype", None) != torch.int8:
             return _plain_attention(backend, module)(module, query, key, value, attention_mask, **kwargs)
         for unsupported in ("s_aux", "position_bias"):

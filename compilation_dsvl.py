@@ -23,7 +23,7 @@ class DSVLCompilationMixin:
     def compile_decoder_layers(self, **options: Any) -> None:
         """Let `torch.compile` have the decoder's layers while the model is in training mode.
 
-        Layers of one kind share a graph, and batches of one shape too, however many pictures they hold (none, as well),
+        Layers of one kind share a graph, and batches of one shape too, however many images they hold (none, as well),
         wherever these are and whatever is supervised; a second graph takes all other lengths. The vision tower, the
         projector and the loss run as they are written, and so does all of the model in evaluation mode, where every length
         and every layer's cache would be a graph of its own. Parameters keep their names, and nothing of it is saved.

@@ -14,7 +14,7 @@ PERCEIVER_GRID_SIZE = 16
 # How many tokens (CLS) a vision tower puts before its grid of patches, registers not counted. For any other type
 # `num_prefix_tokens` says it.
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1, "dinov2_with_registers": 1, "dinov3_vit": 1}
-# These pictures keep their shape (NaFlex), so the number of their patches differs from picture to picture.
+# These images keep their shape (NaFlex), so the number of their patches differs from image to image.
 NAFLEX_TOWERS = ("siglip2_vision_model",)
 
 # Decoder layers whose visibility transformers can describe by a mask function; others (recurrent, chunked) have no
@@ -62,10 +62,10 @@ class DSVLQwenVisionConfig(_InheritedConstructor, PreTrainedConfig):
 
     Args:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: of the ViT.
-        image_size, patch_size: in pixels; pictures are squares. Other sizes work, with interpolated positions.
+        image_size, patch_size: in pixels; images are squares. Other sizes work, with interpolated positions.
         num_positions: rows of the learned position table, a square number.
         output_dim: width of the resampler, and of what the tower gives.
-        num_queries: how many embeddings a picture becomes, a square number.
+        num_queries: how many embeddings an image becomes, a square number.
         layer_norm_eps: of all its layer norms.
         initializer_range: of fresh weights.
 
@@ -141,23 +141,23 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
     Args:
         vision_config: the vision tower's configuration, or its dict with `model_type`: CLIP, SigLIP, DINOv2, DINOv3,
             `DSVLQwenVisionConfig`, or any that `AutoModel` knows and that gives a sequence of features for a square
-            picture. Defaults to CLIP ViT-L/14.
+            image. Defaults to CLIP ViT-L/14.
         text_config: the language model's configuration, or its dict. Any decoder that routes attention through
             transformers' `AttentionInterface`. Defaults to LLaMA-7B with 64 more rows of vocabulary.
         projector_type: `"linear"`, `"vit"` or `"perceiver"`.
         multimodal_attention: `"mmca"` (the paper's), `"mmca_reference"` (bug-compatible with the released code) or
             `"causal"` (ordinary attention).
-        image_token_id: the id of `<image>`, of which every picture takes `image_seq_length` copies.
+        image_token_id: the id of `<image>`, of which every image takes `image_seq_length` copies.
         vision_feature_layer: which of the tower's hidden states is projected; -1 is what it gives at its end: with
             its last norm, except CLIP, which norms its pooled output alone.
         vision_feature_select_strategy: `"full"` keeps the tower's CLS token and registers, `"default"` drops them. The
             perceiver reads the grid of patches alone and drops them itself, as the original does.
-        image_size: side of the square pictures, in pixels, as the image processor makes them. Defaults to
+        image_size: side of the square images, in pixels, as the image processor makes them. Defaults to
             `vision_config.image_size`; another size needs a tower that interpolates its positions by itself.
         num_prefix_tokens: how many tokens (CLS, registers) the tower puts before its grid of patches. Known for the
             towers named above; for others `dsvl.compose` counts them.
-        reversed_pictures: a sample's pictures take its places in reverse order, the first picture the last place, as
-            in models that DeepSpeed-VisualChat's code trained. Pictures are passed in reading order all the same.
+        reversed_images: a sample's images take its places in reverse order, the first image the last place, as
+            in models that DeepSpeed-VisualChat's code trained. Images are passed in reading order all the same.
 
     Raises:
         ValueError: for a value that is not known, or values that do not go together.
@@ -166,6 +166,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
     model_type = "dsvl"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     # What an evaluation does not gather: caches, and what only a batch with images has. Old and new names of transformers'.
+    attribute_map = {"reversed_pictures": "reversed_images"}  # its name until 0.2
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
 
     def __init__(
@@ -179,7 +180,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         vision_feature_select_strategy: str = "full",
         image_size: int | None = None,
         num_prefix_tokens: int | None = None,
-        reversed_pictures: bool = False,
+        reversed_images: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config("vision_config", vision_config, _clip_vit_l_14())
@@ -189,15 +190,15 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         self.image_token_id = image_token_id
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
-        self.reversed_pictures = reversed_pictures
+        self.reversed_images = reversed_images
         self._check_tower_fields()
         self.image_size = self.vision_config.image_size if image_size is None else image_size
         self.num_prefix_tokens = _prefix_tokens(self.vision_config) if num_prefix_tokens is None else num_prefix_tokens
         _whole("image_size", self.image_size, least=1)
         _whole("num_prefix_tokens", self.num_prefix_tokens, least=0)
         _whole("image_token_id", self.image_token_id, least=0)
-        if not isinstance(self.reversed_pictures, bool):
-            raise ValueError(f"reversed_pictures={self.reversed_pictures!r} is not valid; pass True or False.")
+        if not isinstance(self.reversed_images, bool):
+            raise ValueError(f"reversed_images={self.reversed_images!r} is not valid; pass True or False.")
         self._check()
         kwargs["auto_map"] = dict(AUTO_MAP)  # a saved copy carries its own code, wherever it was loaded from
         # The head is tied exactly when the language model's own is; transformers asks the top level.
@@ -227,7 +228,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """How many features of a picture's places the tower gives: its grid of patches, or a resampler's queries."""
+        """How many features of an image's places the tower gives: its grid of patches, or a resampler's queries."""
         vision = self.vision_config
         if vision.model_type == DSVLQwenVisionConfig.model_type:
             return vision.num_queries
@@ -235,7 +236,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """How many embeddings one picture becomes in the decoder."""
+        """How many embeddings one image becomes in the decoder."""
         if self.projector_type == "perceiver":
             return PERCEIVER_GRID_SIZE**2
         return self.num_patches + (self.num_prefix_tokens if self.vision_feature_select_strategy == "full" else 0)
@@ -258,7 +259,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         vision = self.vision_config
         if vision.model_type in NAFLEX_TOWERS:
             raise ValueError(
-                f"vision_config.model_type={vision.model_type!r} takes pictures of any shape (NaFlex), which become "
+                f"vision_config.model_type={vision.model_type!r} takes images of any shape (NaFlex), which become "
                 "differently many features; that is not supported. Use a SigLIP 2 of fixed resolution, whose type is "
                 "'siglip_vision_model'."
             )
@@ -273,7 +274,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
             raise ValueError(
                 f"vision_config.model_type={vision.model_type!r} is not a vision tower that can be used: "
                 f"{', '.join(f'{name}={getattr(vision, name, None)!r}' for name in wrong)}; expected whole numbers. Use one "
-                "that makes a square picture a sequence of features, such as CLIP, SigLIP, DINOv2 or DINOv3."
+                "that makes a square image a sequence of features, such as CLIP, SigLIP, DINOv2 or DINOv3."
             )
 
     def _check_vision(self) -> None:
@@ -281,7 +282,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         if self.image_size < vision.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} is smaller than vision_config.patch_size={vision.patch_size}, so a "
-                "picture has no patch; raise image_size."
+                "image has no patch; raise image_size."
             )
         layers = vision.num_hidden_layers
         layer = self.vision_feature_layer

@@ -11,7 +11,7 @@ import torch
 from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from .cache_dsvl import cached_images, cached_types, remember_types
-from .pictures_dsvl import HostCopy
+from .images_dsvl import HostCopy
 from .transformers_dsvl import CACHE, BaseStreamer, StaticLayer
 
 

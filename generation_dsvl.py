@@ -10,9 +10,9 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 
 from .cache_dsvl import cached_types, remember_types
 from .decoding_dsvl import DSVLDecodingMixin
+from .image_cache_dsvl import ImageKVCache
 from .inputs_dsvl import PEFT_HINT
-from .masks_dsvl import coded_masks, sees_pictures
-from .picture_cache_dsvl import PictureCache
+from .masks_dsvl import coded_masks, sees_images
 from .transformers_dsvl import (
     CACHE,
     CHUNKED_PREFILL_TAKES_IMAGES,
@@ -24,8 +24,8 @@ from .transformers_dsvl import (
 )
 from .visibility_dsvl import visibilities
 
-NO_PICTURE_CACHE = (
-    "This way of decoding does not take a picture cache; choose greedy search, sampling or beams, or pass pixel_values."
+NO_IMAGE_CACHE = (
+    "This way of decoding does not take an image KV cache; choose greedy search, sampling or beams, or pass pixel_values."
 )
 
 
@@ -42,7 +42,7 @@ class NoImageToken(LogitsProcessor):
 
 
 class DSVLGenerationMixin(DSVLDecodingMixin):
-    """What `GenerationMixin` does not know: pictures, and that a key has a modality."""
+    """What `GenerationMixin` does not know: images, and that a key has a modality."""
 
     @torch.no_grad()
     def generate(
@@ -50,18 +50,18 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         inputs: torch.Tensor | None = None,
         *args: Any,
         logits_processor: LogitsProcessorList | None = None,
-        picture_cache: PictureCache | None = None,
+        image_cache: ImageKVCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text; see `GenerationMixin.generate`. Inputs are those of `forward`.
 
-        With `picture_cache` of `encode_pictures`, the pictures in the order of their places, instead of `pixel_values`, only
+        With `image_cache` of `encode_images`, the images in the order of their places, instead of `pixel_values`, only
         the text of the prompt is computed. Greedy, sampling and beams; every prompt ends with text.
 
-        With a `cache` (or `past_key_values`) of earlier rounds, pass the whole conversation: pictures whose tokens are in it
-        are not encoded again (the new pictures alone may be passed as well).
+        With a `cache` (or `past_key_values`) of earlier rounds, pass the whole conversation: images whose tokens are in it
+        are not encoded again (the new images alone may be passed as well).
 
-        The image token is never generated, as it stands for a picture; except under "mmca_reference", whose results are
+        The image token is never generated, as it stands for an image; except under "mmca_reference", whose results are
         compared with the released code, which does not prevent it.
         """
         rename_cache(kwargs)
@@ -70,43 +70,43 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(f"{type(wrapper.active_peft_config).__name__} cannot generate with a DSVL model. {PEFT_HINT}")
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if picture_cache is not None:
+        if image_cache is not None:
             if kwargs.get("assistant_model") is not None:
-                raise ValueError(NO_PICTURE_CACHE)
-            kwargs["picture_cache"] = picture_cache
+                raise ValueError(NO_IMAGE_CACHE)
+            kwargs["image_cache"] = image_cache
             given = [k for k in ("pixel_values", "image_features", "mm_encoder_outputs") if kwargs.get(k) is not None]
             if given or input_ids is None:
                 raise ValueError(
-                    f"picture_cache goes with input_ids alone, but {', '.join(given) or 'no input_ids'} came with it; its "
-                    "pictures take all places (PictureCache.cat joins several)."
+                    f"image_cache goes with input_ids alone, but {', '.join(given) or 'no input_ids'} came with it; its "
+                    "images take all places (ImageKVCache.cat joins several)."
                 )
         if input_ids is not None:
             if kwargs.get("mm_token_type_ids") is None:  # of the prompt: whatever is generated is text
                 kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
             if kwargs.get("pixel_values") is not None:
-                self.model.check_placeholders(input_ids == self.config.image_token_id, whole_pictures=True)
+                self.model.check_placeholders(input_ids == self.config.image_token_id, whole_images=True)
                 cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
                 # A mask that is longer than the ids comes with the new tokens alone, as transformers has it.
                 new_ids = input_ids
                 if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
                     new_ids = input_ids[:, int(cache.get_seq_length()) :]
-                    kwargs["pixel_values"] = self._new_pictures(input_ids, kwargs["pixel_values"], cache)
-                if self.config.reversed_pictures and kwargs["pixel_values"] is not None:
+                    kwargs["pixel_values"] = self._new_images(input_ids, kwargs["pixel_values"], cache)
+                if self.config.reversed_images and kwargs["pixel_values"] is not None:
                     # transformers encodes them before the first step, and hands them over in the order of their places.
-                    kwargs["pixel_values"] = self.model.reverse_pictures(
+                    kwargs["pixel_values"] = self.model.reverse_images(
                         kwargs["pixel_values"], new_ids == self.config.image_token_id, cache=cache
                     )
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)
         if "pixel_values" not in kwargs and kwargs.get("mm_encoder_outputs") is None and is_deepspeed_zero3_enabled():
-            # Pictures are encoded before the first step. Processes that have some wait here, at every layer of the tower,
+            # Images are encoded before the first step. Processes that have some wait here, at every layer of the tower,
             # for those that have none.
-            self.model.encode_blank_picture()
+            self.model.encode_blank_image()
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[])}
         if kwargs.get("image_features") is not None:
             features = kwargs.pop("image_features")
-            if self.config.reversed_pictures and input_ids is not None and len(features):
-                features = self.model.reverse_pictures(
+            if self.config.reversed_images and input_ids is not None and len(features):
+                features = self.model.reverse_images(
                     features, input_ids == self.config.image_token_id, cache=kwargs.get(CACHE)
                 )
             kwargs["mm_encoder_outputs"] = {"image": self.model.project_features(features)}
@@ -129,13 +129,13 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
             processors.append(NoImageToken(self.config.image_token_id))
         return super().generate(inputs, *args, logits_processor=processors, **kwargs)
 
-    def _new_pictures(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, cache: Cache) -> torch.Tensor | None:
-        """Of the pictures of a whole conversation, those whose tokens are not in the cache yet."""
+    def _new_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, cache: Cache) -> torch.Tensor | None:
+        """Of the images of a whole conversation, those whose tokens are not in the cache yet."""
 
-        def pictures(ids: torch.Tensor) -> list[int]:
+        def count_images(ids: torch.Tensor) -> list[int]:
             return ((ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length).tolist()
 
-        total, new = pictures(input_ids), pictures(input_ids[:, int(cache.get_seq_length()) :])
+        total, new = count_images(input_ids), count_images(input_ids[:, int(cache.get_seq_length()) :])
         if len(pixel_values) == sum(total):
             samples = pixel_values.split(total)
             pixel_values = torch.cat([s[len(s) - count :] for s, count in zip(samples, new, strict=True)])
@@ -149,8 +149,8 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        picture_cache = model_kwargs.pop("picture_cache", None)
-        if picture_cache is None:
+        image_cache = model_kwargs.pop("image_cache", None)
+        if image_cache is None:
             images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
             if generation_config.prefill_chunk_size and self.config.multimodal_attention == "mmca_reference":
                 raise ValueError(
@@ -159,21 +159,21 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
                 )
             if not CHUNKED_PREFILL_TAKES_IMAGES and generation_config.prefill_chunk_size and images is not None:
                 raise ValueError(
-                    "prefill_chunk_size does not go with pictures in transformers below 5.23, which drops them; leave it "
+                    "prefill_chunk_size does not go with images in transformers below 5.23, which drops them; leave it "
                     "out, or install transformers 5.23 or newer."
                 )
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         for option in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
             if getattr(generation_config, option, None):
                 raise ValueError(
-                    f"{option} concerns all tokens of a prompt, but with a picture cache only its text is computed; "
+                    f"{option} concerns all tokens of a prompt, but with an image KV cache only its text is computed; "
                     "leave it out, or pass pixel_values."
                 )
         if model_kwargs.get(CACHE) is None:
-            raise ValueError("A picture cache needs a KV cache to be put into; leave use_cache at True.")
+            raise ValueError("An image KV cache needs a KV cache to be put into; leave use_cache at True.")
         return self.prefill(
             input_ids,
-            picture_cache,
+            image_cache,
             model_kwargs[CACHE],
             attention_mask=model_kwargs.get("attention_mask"),
             position_ids=model_kwargs.get("position_ids"),
@@ -191,12 +191,12 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         is_first_iteration: bool | None = False,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        picture_cache: PictureCache | None = None,
+        image_cache: ImageKVCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one generation step, with the modality of the whole sequence."""
-        if picture_cache is not None:  # it would have been used by `_prefill`
-            raise ValueError(NO_PICTURE_CACHE)
+        if image_cache is not None:  # it would have been used by `_prefill`
+            raise ValueError(NO_IMAGE_CACHE)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -240,7 +240,7 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         embeds = torch.empty((len(token_types), 1, 0), dtype=self.dtype, device=token_types.device)
         attention = self.config.multimodal_attention
         # Nothing is generated but text: as many may hold images as before.
-        may_hold_images = sees_pictures(token_types, cache, known=False)
+        may_hold_images = sees_images(token_types, cache, known=False)
         remember_types(cache, token_types, may_hold_images)
         if attention == "mmca" and not may_hold_images:
             return create_masks_for_generate(

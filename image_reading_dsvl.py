@@ -59,7 +59,7 @@ class _Refused(Exception):
 
     def of(self, name: str) -> ImageError:
         """The error for an image that is called so."""
-        error = ImageError(f"The picture {name} cannot be decoded: {self.detail}; {self.remedy}.")
+        error = ImageError(f"The image {name} cannot be decoded: {self.detail}; {self.remedy}.")
         error.words = self.words
         return error
 
@@ -134,10 +134,10 @@ def file_of(source: Any) -> Any:
     if not isinstance(source, dict):
         return source
     if strange := sorted(map(str, set(source) - {"bytes", "path"})):
-        raise ValueError(f"A stored picture has the keys bytes and path; got {', '.join(strange)}.")
+        raise ValueError(f"A stored image has the keys bytes and path; got {', '.join(strange)}.")
     held = source.get("bytes") if source.get("bytes") is not None else source.get("path")
     if held is None:
-        raise ValueError("A stored picture has neither bytes nor a path; pass one of them.")
+        raise ValueError("A stored image has neither bytes nor a path; pass one of them.")
     return held
 
 
@@ -195,7 +195,7 @@ def _from_text(text: str, allow_urls: bool) -> Any:
         return Path(text)
     decoded = _from_base64(text)
     if decoded is None or len(decoded) < _SMALLEST_FILE:
-        raise _Refused("it is no file, no address and no base64 of a picture", "pass the path of an image file")
+        raise _Refused("it is no file, no address and no base64 of an image", "pass the path of an image file")
     return decoded
 
 

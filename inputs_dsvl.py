@@ -1,6 +1,6 @@
 """Checks of a forward call's inputs against each other, by shapes and dtypes alone: nothing here waits for a device.
 
-What only the values tell is checked with the placeholders (pictures_dsvl.py), once the device has got its work.
+What only the values tell is checked with the placeholders (images_dsvl.py), once the device has got its work.
 """
 
 from typing import Any

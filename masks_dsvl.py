@@ -74,7 +74,7 @@ def _query_types(visibility: Visibility, token_types: torch.Tensor) -> torch.Ten
     return types if visibility.padding is None else types.masked_fill(~visibility.padding[:, last], HIDDEN)
 
 
-def sees_pictures(token_types: torch.Tensor, cache: Cache | None, known: bool | None = None) -> bool:
+def sees_images(token_types: torch.Tensor, cache: Cache | None, known: bool | None = None) -> bool:
     """Whether any key is an image token; what the caller knows of the new tokens, or a cache of its own, is not asked of the
     device again.
 
@@ -275,7 +275,7 @@ _LEAST_PART = 256
 
 
 def _image_parts(mask: torch.Tensor) -> list[tuple[int, int, int, torch.Tensor | None]]:
-    """Cut a (batch, 1, text queries, image keys) mask where a picture comes into sight: the queries before need not be
+    """Cut a (batch, 1, text queries, image keys) mask where an image comes into sight: the queries before need not be
     multiplied with it, and those that see all that came until then need no mask."""
     queries, keys = mask.shape[2:]
     seen = mask.any(0)[0]

@@ -1,4 +1,4 @@
-"""The DSVL model: picture features are projected and scattered into a causal language model that attends by MMCA."""
+"""The DSVL model: image features are projected and scattered into a causal language model that attends by MMCA."""
 
 import warnings
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from .cache_dsvl import cached_types, remember_types
 from .compilation_dsvl import DSVLCompilationMixin
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
+from .image_cache_dsvl import ImageKVCache
+from .images_dsvl import HostCopy, make_vision_tower
 from .inputs_dsvl import PEFT_HINT, check_labels, check_sequence, check_token_types
-from .masks_dsvl import StepMask, by_layer_type, coded_masks, few_queries, key_codes, multimodal_mask, sees_pictures
-from .picture_cache_dsvl import PictureCache
-from .pictures_dsvl import HostCopy, make_vision_tower
+from .masks_dsvl import StepMask, by_layer_type, coded_masks, few_queries, key_codes, multimodal_mask, sees_images
 from .projectors_dsvl import PROJECTORS
 from .resampler_dsvl import DSVLResampler
 from .text_prefill_dsvl import DSVLTextPrefillMixin
@@ -50,7 +50,7 @@ class _ImageOutputs(EitherCacheName):
 
     @property
     def image_hidden_states(self) -> torch.Tensor | None:
-        """Deprecated: the projected pictures, (pictures, image_seq_length, hidden); those of `image_outputs`."""
+        """Deprecated: the projected images, (images, image_seq_length, hidden); those of `image_outputs`."""
         warnings.warn(
             "image_hidden_states is deprecated; use image_outputs.pooler_output, a list with one tensor for each image.",
             FutureWarning,
@@ -76,8 +76,8 @@ class DSVLModelOutputWithPast(_ImageOutputs, BaseModelOutputWithPast):
         cache: the KV cache, if one was used; `past_key_values` is its name before transformers 5.24, and works in all.
         hidden_states: on request, (layers + 1) tensors of (batch, tokens, hidden).
         attentions: on request (eager), a (batch, heads, queries, keys) tensor per layer; under MMCA the sum of both
-            branches, so that a text query's row sums to 2 where it sees text and pictures.
-        image_outputs: what `get_image_features` gave for the pictures of this call, or what was passed in its place.
+            branches, so that a text query's row sums to 2 where it sees text and images.
+        image_outputs: what `get_image_features` gave for the images of this call, or what was passed in its place.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -185,33 +185,33 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         """Run the model.
 
         Args:
-            input_ids: (batch, tokens); every picture holds `image_seq_length` copies of `image_token_id`.
-            pixel_values: (pictures of the whole batch, 3, height, width), in reading order.
+            input_ids: (batch, tokens); every image holds `image_seq_length` copies of `image_token_id`.
+            pixel_values: (images of the whole batch, 3, height, width), in reading order.
             attention_mask: (batch, tokens, cached ones included), 0 where padded. Four-dimensional int8 tensors of codes,
-                and transformers' own masks where no picture is in sight, are handed through.
+                and transformers' own masks where no image is in sight, are handed through.
             cache: a KV cache; `past_key_values` is the same argument.
-            inputs_embeds: (batch, tokens, hidden), instead of `input_ids`. Pictures that come with them take the places of
+            inputs_embeds: (batch, tokens, hidden), instead of `input_ids`. Images that come with them take the places of
                 embeddings that equal the image token's, unless `mm_token_type_ids` says where they go.
             mm_token_type_ids: (batch, tokens), 1 for image tokens and 0 for all others; of the new tokens or of the whole
-                sequence. Told from `input_ids` if absent; required with `inputs_embeds` that hold their pictures already,
+                sequence. Told from `input_ids` if absent; required with `inputs_embeds` that hold their images already,
                 unless `multimodal_attention` is "causal".
             mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`, in the order of the places
                 that they take.
-            image_features: `get_image_features(...).last_hidden_state`, what a frozen tower gave for the same pictures
-                before: (pictures, tower tokens, tower width), instead of `pixel_values`. Where processes train together, all
-                of them pass it, one without pictures an empty one.
+            image_features: `get_image_features(...).last_hidden_state`, what a frozen tower gave for the same images
+                before: (images, tower tokens, tower width), instead of `pixel_values`. Where processes train together, all
+                of them pass it, one without images an empty one.
             kwargs: what the decoder takes (`use_cache`, `output_hidden_states`, `output_attentions`, ...).
 
         Raises:
             TypeError: for a keyword that nobody knows.
-            ValueError: if pictures and placeholders do not match, inputs contradict each other, or a token's modality
+            ValueError: if images and placeholders do not match, inputs contradict each other, or a token's modality
                 cannot be told.
         """
         self.check_keywords(kwargs, has_positions=position_ids is not None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if sum(given is not None for given in (pixel_values, mm_encoder_outputs, image_features)) > 1:
-            raise ValueError("Pass one of pixel_values, mm_encoder_outputs and image_features: they are the same pictures.")
+            raise ValueError("Pass one of pixel_values, mm_encoder_outputs and image_features: they are the same images.")
         text_config = self.language_model.config
         if not SDPA_SOFTCAPS and text_config._attn_implementation == "sdpa" and _softcaps(text_config):
             raise ValueError(
@@ -224,23 +224,23 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         types = check_token_types(mm_token_type_ids, inputs_embeds, cache)
 
         images = (mm_encoder_outputs or {}).get("image")
-        pictures = image_features if pixel_values is None else pixel_values
-        has_pictures = images is not None or (pictures is not None and len(pictures) > 0)
-        is_image = self.image_tokens(input_ids, inputs_embeds, types, has_pictures)
-        if pictures is not None and len(pictures) > 0:
-            if self.config.reversed_pictures and is_image is not None:
-                pictures = self.reverse_pictures(pictures, is_image, position_ids, cache)
-            encode = self.project_features if pixel_values is None else self.encode_images
-            images = encode(pictures)
+        given = image_features if pixel_values is None else pixel_values
+        has_images = images is not None or (given is not None and len(given) > 0)
+        is_image = self.image_tokens(input_ids, inputs_embeds, types, has_images)
+        if given is not None and len(given) > 0:
+            if self.config.reversed_images and is_image is not None:
+                given = self.reverse_images(given, is_image, position_ids, cache)
+            encode = self.project_features if pixel_values is None else self.encode_pixels
+            images = encode(given)
         embedded = None
         if images is not None and images.pooler_output:
             embedded = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-        # Features that were passed in may be those of a chunk, which may begin or end inside a picture.
-        inputs_embeds, check = self._scatter_pictures(
-            input_ids, inputs_embeds, is_image, types, embedded, whole_pictures=pictures is not None
+        # Features that were passed in may be those of a chunk, which may begin or end inside an image.
+        inputs_embeds, check = self._scatter_images(
+            input_ids, inputs_embeds, is_image, types, embedded, whole_images=given is not None
         )
-        if images is None and self._others_may_see_pictures(cache):
-            blank = self.encode_blank_picture(image_features)
+        if images is None and self._others_may_see_images(cache):
+            blank = self.encode_blank_image(image_features)
             inputs_embeds = inputs_embeds + blank.to(inputs_embeds.device, inputs_embeds.dtype)
 
         if position_ids is not None and attention_mask is None and cache is None:
@@ -259,7 +259,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             token_types = self.token_types(inputs_embeds.shape[1], is_image, types, cache)
             known = None if image_queries is None else image_queries > 0
             # The graph of compiled layers is one for MMCA, and takes texts alone as well.
-            may_hold_images = sees_pictures(token_types, cache, True if self.compiles_layers else known)
+            may_hold_images = sees_images(token_types, cache, True if self.compiles_layers else known)
             attention_mask, kwargs["multimodal_masks"] = self._modal_masks(
                 inputs_embeds, attention_mask, position_ids, cache, token_types, image_queries, may_hold_images
             )
@@ -369,7 +369,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         if types is not None and bool((types == 1).any()):
             raise ValueError(
                 f"A four-dimensional attention_mask of {[getattr(m, 'dtype', type(m)) for m in masks]} does not tell text "
-                f"from pictures, as multimodal_attention={self.config.multimodal_attention!r} must; pass the "
+                f"from images, as multimodal_attention={self.config.multimodal_attention!r} must; pass the "
                 "two-dimensional mask and mm_token_type_ids."
             )
         return attention_mask
@@ -390,7 +390,7 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         if types is None:
             if is_image is None:
                 raise ValueError(
-                    "inputs_embeds do not tell text from pictures; pass mm_token_type_ids (batch, tokens), 1 for image "
+                    "inputs_embeds do not tell text from images; pass mm_token_type_ids (batch, tokens), 1 for image "
                     "tokens and 0 for text."
                 )
             types = is_image.long()
@@ -464,15 +464,15 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         self.lm_head = value
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
-        """Encode and project pictures; see `DSVLModel.get_image_features`."""
+        """Encode and project images; see `DSVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def encode_pictures(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> PictureCache:
-        """Run pictures through the whole model, once; see `DSVLModel.encode_pictures`."""
-        return self.model.encode_pictures(pixel_values, chunk_size)
+    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> ImageKVCache:
+        """Run images through the whole model, once; see `DSVLModel.encode_images`."""
+        return self.model.encode_images(pixel_values, chunk_size)
 
     def compile_text_prefill(self, **options: Any) -> None:
-        """Compile what a prompt over encoded pictures runs; see `DSVLModel.compile_text_prefill`."""
+        """Compile what a prompt over encoded images runs; see `DSVLModel.compile_text_prefill`."""
         self.model.compile_text_prefill(**options)
 
     def compile_decoder_layers(self, **options: Any) -> None:
@@ -481,15 +481,15 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
 
     @takes_cache
     def prefill(
-        self, input_ids: torch.Tensor, picture_cache: PictureCache, cache: Cache | None = None, **kwargs: Any
+        self, input_ids: torch.Tensor, image_cache: ImageKVCache, cache: Cache | None = None, **kwargs: Any
     ) -> DSVLCausalLMOutputWithPast:
-        """Run prompts over pictures that are encoded already; see `DSVLModel.prefill_text`.
+        """Run prompts over images that are encoded already; see `DSVLModel.prefill_text`.
 
         Returns:
             `logits` of every row's last token, (batch, 1, vocabulary), and `cache`, as after a call of the whole prompt with
             `pixel_values` and the same `position_ids` (by default those of `generate`, which count what is not padded).
         """
-        hidden, cache = self.model.prefill_text(input_ids, picture_cache, cache, **kwargs)
+        hidden, cache = self.model.prefill_text(input_ids, image_cache, cache, **kwargs)
         with torch.no_grad():
             return DSVLCausalLMOutputWithPast(logits=self._logits(hidden), **{CACHE: cache})
 

@@ -1,4 +1,4 @@
-"""The DSVL processor: pictures and conversations to model inputs."""
+"""The DSVL processor: images and conversations to model inputs."""
 
 from importlib import import_module
 from typing import Any
@@ -10,18 +10,18 @@ from .image_reading_dsvl import read_image
 from .thin_images_dsvl import fit_thin_image
 from .transformers_dsvl import MultiModalData, ProcessingKwargs, Unpack
 
-decode_picture = read_image  # its name until now
+decode_image = read_image  # its name until now
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 
-# DeepSpeed-VisualChat's prompt format. A round's pictures stand before its question, numbered across the conversation;
-# a picture in the middle of a sentence leaves its name there. `number_after` repeats the number behind each picture: under
-# MMCA a picture's tokens cannot see the number before them.
+# DeepSpeed-VisualChat's prompt format. A round's images stand before its question, numbered across the conversation;
+# an image in the middle of a sentence leaves its name there. `number_after` repeats the number behind each image: under
+# MMCA an image's tokens cannot see the number before them.
 CHAT_TEMPLATE = """\
 {%- set system = "You are a helpful language and vision assistant. You are able to understand the visual content that \
 the user provides, and assist the user with a variety of tasks using natural language." -%}
-{%- set state = namespace(pictures=0, pictured=false, text="", system=system) -%}
+{%- set state = namespace(images=0, with_image=false, text="", system=system) -%}
 {%- macro read(content) -%}
   {%- if content is string -%}{{- content -}}
   {%- else -%}
@@ -41,15 +41,15 @@ the user provides, and assist the user with a variety of tasks using natural lan
   {%- if message.role == "user" -%}
     {%- set parts = [{"type": "text", "text": message.content}] if message.content is string else message.content -%}
     {%- set state.text = "" -%}
-    {%- set state.pictured = false -%}
+    {%- set state.with_image = false -%}
     {%- for part in parts -%}
       {%- if part.type == "image" -%}
-        {%- set state.pictures = state.pictures + 1 -%}
-        {%- set state.pictured = true -%}
-        {{- "### Image " ~ state.pictures ~ ":\\n<image>\\n" -}}
-        {%- if number_after -%}{{- "(image " ~ state.pictures ~ ")\\n" -}}{%- endif -%}
+        {%- set state.images = state.images + 1 -%}
+        {%- set state.with_image = true -%}
+        {{- "### Image " ~ state.images ~ ":\\n<image>\\n" -}}
+        {%- if number_after -%}{{- "(image " ~ state.images ~ ")\\n" -}}{%- endif -%}
         {%- if state.text and parts[loop.index:] | selectattr("type", "equalto", "text") | list -%}
-          {%- set state.text = state.text ~ "Image " ~ state.pictures -%}
+          {%- set state.text = state.text ~ "Image " ~ state.images -%}
         {%- endif -%}
       {%- elif part.type == "text" -%}
         {%- set state.text = state.text ~ part.text -%}
@@ -57,7 +57,7 @@ the user provides, and assist the user with a variety of tasks using natural lan
         {{- raise_exception("A message can hold parts of type text and image, not " ~ part.type) -}}
       {%- endif -%}
     {%- endfor -%}
-    {{- ("\\n" if state.pictured else "") ~ "### Question:\\n" ~ state.text ~ "\\n\\n" -}}
+    {{- ("\\n" if state.with_image else "") ~ "### Question:\\n" ~ state.text ~ "\\n\\n" -}}
   {%- elif message.role == "assistant" -%}
     {{- "### Answer:\\n" -}}
     {%- generation -%}{{- read(message.content) ~ eos_token -}}{%- endgeneration -%}
@@ -107,13 +107,13 @@ def extend_tokenizer(tokenizer: Any) -> Any:
 
 
 class DSVLProcessor(ProcessorMixin):
-    """Pictures and conversations to model inputs, and generated ids back to text.
+    """Images and conversations to model inputs, and generated ids back to text.
 
     Args:
         image_processor: the vision tower's (`CLIPImageProcessor`); with torchvision or without.
         tokenizer: the language model's, backed by `tokenizers`. Extended in place (`extend_tokenizer`).
-        image_seq_length: how many image tokens one picture takes (`DSVLConfig.image_seq_length`).
-        number_after: repeat a picture's number behind it in the prompt (see `CHAT_TEMPLATE`).
+        image_seq_length: how many image tokens one image takes (`DSVLConfig.image_seq_length`).
+        number_after: repeat an image's number behind it in the prompt (see `CHAT_TEMPLATE`).
         chat_template: a Jinja template; DeepSpeed-VisualChat's format by default.
     """
 
@@ -143,7 +143,7 @@ class DSVLProcessor(ProcessorMixin):
         image_features: Any = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> Any:
-        """Texts and their pictures to model inputs; see `ProcessorMixin.__call__`. The modality of each token goes along.
+        """Texts and their images to model inputs; see `ProcessorMixin.__call__`. The modality of each token goes along.
 
         Args:
             images: what `read_image` takes: one, a flat list, or a list for each text.
@@ -185,7 +185,7 @@ class DSVLProcessor(ProcessorMixin):
                 `{"type": "image", "image_features"}`, see `__call__`.
             kwargs: see `ProcessorMixin.apply_chat_template`.
 
-        A special token in a message's text is text: it never becomes a picture or the end of an answer.
+        A special token in a message's text is text: it never becomes an image or the end of an answer.
         """
         if isinstance(conversation, dict) and "messages" in conversation:
             conversation = conversation["messages"]
@@ -198,7 +198,7 @@ class DSVLProcessor(ProcessorMixin):
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
     def count_tokens(self, conversation: Any, add_generation_prompt: bool = False) -> int:
-        """How many tokens a conversation takes, its pictures' included; no picture is looked at."""
+        """How many tokens a conversation takes, its images' included; no image is looked at."""
         text = self.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return len(ids) + ids.count(self.image_token_id) * (self.image_seq_length - 1)
@@ -224,7 +224,7 @@ class DSVLProcessor(ProcessorMixin):
         return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
-        """Load the pictures and hold each sample's against its placeholders, before anything is expanded."""
+        """Load the images and hold each sample's against its placeholders, before anything is expanded."""
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
         if images is not None:
@@ -241,24 +241,24 @@ class DSVLProcessor(ProcessorMixin):
 
     def _check_counts(self, samples: list[list], text: list[str]) -> None:
         placeholders = [sample.count(self.image_token) for sample in text]
-        pictures = [len(sample) for sample in samples]
-        if len(samples) != len(text):  # a flat list of pictures for a batch: only the total can be told
-            pictures, named = [sum(pictures)], [sum(placeholders)]
+        images = [len(sample) for sample in samples]
+        if len(samples) != len(text):  # a flat list of images for a batch: only the total can be told
+            images, named = [sum(images)], [sum(placeholders)]
         else:
             named = placeholders
-        if pictures != named:
+        if images != named:
             raise ValueError(
-                f"The texts name {placeholders} pictures ({self.image_token}), but {pictures} were given; pass the pictures "
+                f"The texts name {placeholders} images ({self.image_token}), but {images} were given; pass the images "
                 "of each text as a list of their own, in reading order, as many as it names."
             )
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
-        """As the base class does, which does not know pictures that are given as their features."""
+        """As the base class does, which does not know images that are given as their features."""
         if not isinstance(images, _Features):
             super().validate_inputs(images=images, text=text, **kwargs)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple:
-        """As the base class does; pictures that are given as their features need their placeholders alone."""
+        """As the base class does; images that are given as their features need their placeholders alone."""
         if not isinstance(images, _Features):
             fitted = [fit_thin_image(image, self.image_processor, **kwargs) for image in images]
             kwargs.pop("input_data_format", None)  # of what they were before they were read
@@ -269,15 +269,15 @@ class DSVLProcessor(ProcessorMixin):
         return self.image_token * self.image_seq_length
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
-        """Truncation must not cut a picture."""
+        """Truncation must not cut an image."""
         expected = [sample.count(self.image_token) for sample in text]
         rows = text_inputs["input_ids"]
         rows = rows if isinstance(rows, list) else rows.tolist()
         kept = [row.count(self.image_token_id) for row in rows]
         if kept != expected:
             raise ValueError(
-                f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} a picture), which cuts "
-                "a picture; raise max_length, drop whole rounds, or pass truncation=False."
+                f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} an image), which cuts "
+                "an image; raise max_length, drop whole rounds, or pass truncation=False."
             )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -292,7 +292,7 @@ class DSVLProcessor(ProcessorMixin):
         return push_part(self, repo_id, **kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
-        """Placeholder tokens for pictures of these sizes (height, width): the same for all, as each is resized."""
+        """Placeholder tokens for images of these sizes (height, width): the same for all, as each is resized."""
         if image_sizes is None:
             return MultiModalData()
         return MultiModalData(
@@ -328,7 +328,7 @@ def _features_of(conversation: Any) -> list[list]:
     features = [[part["image_features"] for part in one if part.get("image_features") is not None] for one in parts]
     known, all_of_them = len(sum(features, [])), len(sum(parts, []))
     if known and known < all_of_them:
-        raise ValueError(f"{known} of {all_of_them} pictures are given as their features; pass all of a batch so, or none.")
+        raise ValueError(f"{known} of {all_of_them} images are given as their features; pass all of a batch so, or none.")
     return features if known else []
 
 
@@ -347,10 +347,10 @@ class _Features(list):
 
 
 def _by_sample(images: Any, stacked: int = 4) -> list[list]:
-    """Pictures as one list for each sample; a single picture or a flat list belongs to one sample.
+    """Images as one list for each sample; a single image or a flat list belongs to one sample.
 
     Args:
-        stacked: how many dimensions an array of several pictures has.
+        stacked: how many dimensions an array of several images has.
     """
 
     def is_several(element: Any) -> bool:

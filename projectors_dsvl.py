@@ -1,4 +1,4 @@
-"""Projectors: the tower's features (pictures, tokens, tower width) to (pictures, image_seq_length, decoder width)."""
+"""Projectors: the tower's features (images, tokens, tower width) to (images, image_seq_length, decoder width)."""
 
 import torch
 from torch import nn

@@ -39,7 +39,7 @@ class DSVLResampler(nn.Module):
         init.copy_(self.position_embedding, sincos_position_table(int(queries**0.5), width))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(pictures, patches, kv_width) to (pictures, num_queries, width)."""
+        """(images, patches, kv_width) to (images, num_queries, width)."""
         values = self.kv_norm(self.kv_proj(features))
         keys = values + resize_grid(self.position_embedding, features.shape[1])
         queries = (self.query_norm(self.query) + self.position_embedding).expand(len(values), -1, -1)

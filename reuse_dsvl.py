@@ -1,8 +1,8 @@
-"""Exact picture reuse: what a decoder computes for a picture is kept, and put into any prompt at any place.
+"""Exact image reuse: what a decoder computes for an image is kept, and put into any prompt at any place.
 
-Under `"mmca"` an image token attends to itself alone, so its path through the decoder depends on its picture. Positions
-enter in one way, as the rotation of its keys; that can be done later. `encode_pictures` runs the unmodified decoder over
-image tokens at position 0, where the rotation is the identity; `PictureRotation` turns the keys to where they are used, by
+Under `"mmca"` an image token attends to itself alone, so its path through the decoder depends on its image. Positions
+enter in one way, as the rotation of its keys; that can be done later. `encode_images` runs the unmodified decoder over
+image tokens at position 0, where the rotation is the identity; `ImageRotation` turns the keys to where they are used, by
 the decoder's own function. text_prefill_dsvl.py runs the rest of a prompt, its text, over them.
 """
 
@@ -19,9 +19,9 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from .attention_dsvl import RoutedConfig
+from .image_cache_dsvl import ImageKVCache, changing_ropes
+from .images_dsvl import DSVLImagesMixin
 from .masks_dsvl import by_layer_type
-from .picture_cache_dsvl import PictureCache, changing_ropes
-from .pictures_dsvl import DSVLPicturesMixin
 from .transformers_dsvl import CACHE, DynamicLayer
 
 ROTATED_AT_ONCE = 400_000_000  # elements of keys; a rotation takes about four times their memory while it runs
@@ -74,7 +74,7 @@ def run_decoder(
     if len(keys) != layers or len({k.shape for k in keys}) > 1 or len({v.shape for v in values}) > 1:
         raise ValueError(
             f"{type(decoder).__name__} keeps keys of {len({k.shape for k in keys})} shapes in {len(keys)} of its {layers} "
-            "layers; pictures can be reused where all layers keep keys and values of one shape. Pass pixel_values instead."
+            "layers; images can be reused where all layers keep keys and values of one shape. Pass pixel_values instead."
         )
     here = inputs_embeds.device
     stacked = (torch.stack([states.to(here) for states in part]).transpose(2, 3) for part in (keys, values))
@@ -103,7 +103,7 @@ def turn_keys(rotate: Callable, keys: torch.Tensor, cos: torch.Tensor, sin: torc
 
 
 @dataclass
-class PictureRotation:
+class ImageRotation:
     """How a decoder rotates its keys, as a probe has shown.
 
     Attributes:
@@ -159,7 +159,7 @@ def cosine_and_sine(
 
 
 @torch.no_grad()
-def probe_rotation(decoder: PreTrainedModel, like: torch.Tensor) -> PictureRotation:
+def probe_rotation(decoder: PreTrainedModel, like: torch.Tensor) -> ImageRotation:
     """See how a decoder's keys and values change with the position of image tokens.
 
     Args:
@@ -171,8 +171,8 @@ def probe_rotation(decoder: PreTrainedModel, like: torch.Tensor) -> PictureRotat
 
     def refuse(reason: str) -> ValueError:
         return ValueError(
-            f"Pictures cannot be reused with {type(decoder).__name__}: {reason}. Pass pixel_values instead of a "
-            "picture cache."
+            f"Images cannot be reused with {type(decoder).__name__}: {reason}. Pass pixel_values instead of a "
+            "image KV cache."
         )
 
     home = sys.modules[type(attention_module(decoder)).__module__]
@@ -189,7 +189,7 @@ def probe_rotation(decoder: PreTrainedModel, like: torch.Tensor) -> PictureRotat
     kinds = list(dict.fromkeys(layer_types(decoder))) if per_type else [None]
     first = {kind: cosine_and_sine(decoder, positions[None] * 0, torch.float32, kind)[0] for kind in kinds}
     scaling = {kind: float(cosine.flatten()[0]) for kind, cosine in first.items()}
-    rotation = PictureRotation(decoder, keys.dtype, [True] * len(keys), per_type, scaling)
+    rotation = ImageRotation(decoder, keys.dtype, [True] * len(keys), per_type, scaling)
     try:
         turned = rotation(keys[:, 0], positions)
     except (RuntimeError, TypeError) as error:
@@ -219,70 +219,70 @@ def probe_rotation(decoder: PreTrainedModel, like: torch.Tensor) -> PictureRotat
 # The model's part
 
 
-class DSVLReuseMixin(DSVLPicturesMixin):
-    """What `DSVLModel` does to reuse pictures."""
+class DSVLReuseMixin(DSVLImagesMixin):
+    """What `DSVLModel` does to reuse images."""
 
     language_model: PreTrainedModel
 
-    _picture_rotation: tuple[torch.dtype, PictureRotation] | None = None
+    _image_rotation: tuple[torch.dtype, ImageRotation] | None = None
     _run_decoder: Callable = staticmethod(run_decoder)
     _turn_keys: Callable = staticmethod(turn_keys)
     _text_step = 1  # to which multiple the text of prompts is padded
     _fingerprint: tuple[str, list[nn.Parameter], list[int]] | None = None
 
     @torch.no_grad()
-    def encode_pictures(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> PictureCache:
-        """Run tower, projector and decoder over pictures alone, for `generate(..., picture_cache=...)`.
+    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> ImageKVCache:
+        """Run tower, projector and decoder over images alone, for `generate(..., image_cache=...)`.
 
         Args:
-            pixel_values: (pictures, 3, height, width), any float dtype.
-            chunk_size: how many pictures go through at once.
+            pixel_values: (images, 3, height, width), any float dtype.
+            chunk_size: how many images go through at once.
 
         Raises:
-            ValueError: if there is no picture, or this model's pictures cannot be reused exactly.
+            ValueError: if there is no image, or this model's images cannot be reused exactly.
         """
         if len(pixel_values) == 0:
-            raise ValueError("pixel_values hold no picture, of which a picture cache could be made; pass at least one.")
-        self.picture_rotation(pixel_values.device)  # refuses what cannot be reused
+            raise ValueError("pixel_values hold no image, of which an image KV cache could be made; pass at least one.")
+        self.image_rotation(pixel_values.device)  # refuses what cannot be reused
         attention = dict.fromkeys(layer_types(self.language_model), own_value)
-        parts: list[PictureCache] = []
-        fingerprint = self.picture_fingerprint()
+        parts: list[ImageKVCache] = []
+        fingerprint = self.image_fingerprint()
         for chunk in pixel_values.split(chunk_size):
-            encoded = self.encode_images(chunk).pooler_output
+            encoded = self.encode_pixels(chunk).pooler_output
             embeds = torch.stack(encoded).to(self.language_model.get_input_embeddings().weight.dtype)
             zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
             _, keys, values, _ = run_decoder(self.language_model, embeds, zeros, attention)
-            parts.append(PictureCache(keys, values, fingerprint))
-        return PictureCache.cat(parts)
+            parts.append(ImageKVCache(keys, values, fingerprint))
+        return ImageKVCache.cat(parts)
 
-    def picture_rotation(self, device: torch.device) -> PictureRotation:
+    def image_rotation(self, device: torch.device) -> ImageRotation:
         """How the decoder rotates keys; the first call runs eight tokens through it, to see.
 
         Raises:
-            ValueError: if a picture's keys and values depend on more than the picture, or it cannot be seen how.
+            ValueError: if an image's keys and values depend on more than the image, or it cannot be seen how.
         """
         ropes = changing_ropes(self.config.text_config)
         for wrong, depends in (
             (self.config.multimodal_attention != "mmca", f"multimodal_attention={self.config.multimodal_attention!r}"),
-            (self.config.reversed_pictures, "reversed_pictures=True"),
+            (self.config.reversed_images, "reversed_images=True"),
             (bool(ropes), f"positions of the kind {', '.join(ropes)}"),
         ):
             if wrong:
                 raise ValueError(
-                    f"With {depends} what the decoder computes for a picture depends on more than the picture, so it "
-                    "cannot be reused; pass pixel_values instead of a picture cache."
+                    f"With {depends} what the decoder computes for an image depends on more than the image, so it "
+                    "cannot be reused; pass pixel_values instead of an image KV cache."
                 )
         dtype = self.language_model.get_input_embeddings().weight.dtype
-        if self._picture_rotation is None or self._picture_rotation[0] != dtype:
+        if self._image_rotation is None or self._image_rotation[0] != dtype:
             like = torch.empty(0, dtype=dtype, device=device)
-            self._picture_rotation = (dtype, probe_rotation(self.language_model, like))
-        return self._picture_rotation[1]
+            self._image_rotation = (dtype, probe_rotation(self.language_model, like))
+        return self._image_rotation[1]
 
     def compile_text_prefill(self, **options: Any) -> None:
-        """Let `torch.compile` have what `generate(..., picture_cache=...)` runs of the decoder, and the rotation of keys.
+        """Let `torch.compile` have what `generate(..., image_cache=...)` runs of the decoder, and the rotation of keys.
 
         The first prompt then waits for the compilation. On a GPU the decoder is recorded as a CUDA graph besides, once for
-        each number of pictures and every 32 tokens of text, and what follows spares Python's time and the launches'.
+        each number of images and every 32 tokens of text, and what follows spares Python's time and the launches'.
 
         Args:
             options: of `torch.compile`; `mode` is "reduce-overhead" on a GPU, unless given.
@@ -295,9 +295,9 @@ class DSVLReuseMixin(DSVLPicturesMixin):
         self._turn_keys = torch.compile(turn_keys, **options)
         self._text_step = 32
 
-    def picture_fingerprint(self) -> str:
-        """What ties a picture cache to this model: a hash of its configuration and of samples of every weight on which a
-        picture depends. It is taken anew when a weight has changed, or `train()` or `eval()` was called."""
+    def image_fingerprint(self) -> str:
+        """What ties an image KV cache to this model: a hash of its configuration and of samples of every weight on which an
+        image depends. It is taken anew when a weight has changed, or `train()` or `eval()` was called."""
         if self._fingerprint is not None and [p._version for p in self._fingerprint[1]] == self._fingerprint[2]:
             return self._fingerprint[0]
         table = self.language_model.get_input_embeddings().weight
@@ -315,27 +315,27 @@ class DSVLReuseMixin(DSVLPicturesMixin):
         self._fingerprint = (digest.hexdigest(), list(parameters.values()), [p._version for p in parameters.values()])
         return self._fingerprint[0]
 
-    def rotation_of(self, cache: PictureCache) -> PictureRotation:
+    def rotation_of(self, cache: ImageKVCache) -> ImageRotation:
         """How the keys of a cache are rotated.
 
         Raises:
             ValueError: if the cache is not of this model, or not in its dtype and on its device.
         """
-        if cache.fingerprint != self.picture_fingerprint():
+        if cache.fingerprint != self.image_fingerprint():
             raise ValueError(
-                f"The picture cache was encoded by another model (fingerprint {cache.fingerprint[:12]}, this one's is "
-                f"{self.picture_fingerprint()[:12]}), or by this one before its weights changed; encode the pictures again."
+                f"The image KV cache was encoded by another model (fingerprint {cache.fingerprint[:12]}, this one's is "
+                f"{self.image_fingerprint()[:12]}), or by this one before its weights changed; encode the images again."
             )
         device = self.language_model.device
         if device not in (cache.device, torch.device("meta")):
             raise ValueError(
-                f"The picture cache is on {cache.device}, but the model on {device}; pass picture_cache.to(model.device)."
+                f"The image KV cache is on {cache.device}, but the model on {device}; pass image_cache.to(model.device)."
             )
-        rotation = self.picture_rotation(cache.device)
+        rotation = self.image_rotation(cache.device)
         if cache.dtype != rotation.dtype:
             raise ValueError(
-                f"The picture cache is {cache.dtype}, but the decoder's keys are {rotation.dtype}; pass "
-                f"picture_cache.to({rotation.dtype})."
+                f"The image KV cache is {cache.dtype}, but the decoder's keys are {rotation.dtype}; pass "
+                f"image_cache.to({rotation.dtype})."
             )
         return rotation
 

@@ -1,7 +1,7 @@
-"""Prefill of a prompt's text alone, over pictures of a `PictureCache` (see reuse_dsvl.py).
+"""Prefill of a prompt's text alone, over images of a `ImageKVCache` (see reuse_dsvl.py).
 
 The decoder runs once over the text tokens, at their own positions. In its attention a text query sees the text keys of
-this call and the rotated keys of the pictures, each as far as the decoder's own mask allows. Then text and pictures are put
+this call and the rotated keys of the images, each as far as the decoder's own mask allows. Then text and images are put
 into the KV cache in the order of the prompt, which is what an ordinary prefill leaves there.
 """
 
@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache
 
 from .attention_dsvl import masked_attention
 from .cache_dsvl import remember_types
-from .picture_cache_dsvl import PictureCache
+from .image_cache_dsvl import ImageKVCache
 from .reuse_dsvl import DSVLReuseMixin
 from .transformers_dsvl import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, DynamicLayer
 from .visibility_dsvl import Visibility, visibilities
@@ -51,13 +51,13 @@ class Slots:
 
 
 @dataclass
-class TextOverPictures:
+class TextOverImages:
     """The attention of one layer type in such a prefill; called in the place of a backend.
 
     Attributes:
-        keys, values: of the pictures, (layers, batch, image slots, key-value heads, head_dim).
+        keys, values: of the images, (layers, batch, image slots, key-value heads, head_dim).
         text_mask, image_mask: what the backend takes; None where it is plainly causal.
-        sees_image: (batch, text slots, 1, 1), False where no picture is seen.
+        sees_image: (batch, text slots, 1, 1), False where no image is seen.
     """
 
     keys: torch.Tensor
@@ -83,15 +83,15 @@ class TextOverPictures:
             image_output = torch.where(self.sees_image, image_output, 0)
         return branch(key, value, self.text_mask) + image_output, None
 
-    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "TextOverPictures":
+    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "TextOverImages":
         """Move the masks: a model spread over devices by accelerate calls this."""
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("text_mask", "image_mask", "sees_image"):
             moved[name] = moved[name].to(device) if moved[name] is not None else None
-        return TextOverPictures(**moved)
+        return TextOverImages(**moved)
 
 
-def attention_over_pictures(
+def attention_over_images(
     visibility: Visibility,
     text: Slots,
     image: Slots,
@@ -99,7 +99,7 @@ def attention_over_pictures(
     values: torch.Tensor,
     backend: str,
     softcapped: bool,
-) -> TextOverPictures:
+) -> TextOverImages:
     """The attention of a layer type, from what of the whole prompt it would let a query see."""
     image_filled = image.filled
     if visibility.padding is not None:  # an image token may be hidden as well
@@ -136,7 +136,7 @@ def attention_over_pictures(
         text_mask, image_mask = _added(text_mask, keys.dtype), _added(image_mask, keys.dtype)
     elif backend == "eager":
         any_image = (image_mask == 0).any(-1, keepdim=True)
-    return TextOverPictures(
+    return TextOverImages(
         keys=keys,
         values=values,
         text_mask=text_mask,
@@ -151,45 +151,45 @@ def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None
 
 
 class DSVLTextPrefillMixin(DSVLReuseMixin):
-    """What `DSVLModel` does to run a prompt over pictures that are encoded already."""
+    """What `DSVLModel` does to run a prompt over images that are encoded already."""
 
     @torch.no_grad()
     def prefill_text(
         self,
         input_ids: torch.Tensor,
-        picture_cache: PictureCache,
+        image_cache: ImageKVCache,
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         copies: int = 1,
     ) -> tuple[torch.Tensor, Cache]:
-        """Run the text tokens of prompts, and fill a KV cache with text and pictures.
+        """Run the text tokens of prompts, and fill a KV cache with text and images.
 
         Args:
-            input_ids: (batch, tokens); every picture holds `image_seq_length` copies of `image_token_id`, in the order of
-                `picture_cache`; every row ends with text.
+            input_ids: (batch, tokens); every image holds `image_seq_length` copies of `image_token_id`, in the order of
+                `image_cache`; every row ends with text.
             cache: an empty KV cache of any kind; a dynamic one by default.
             attention_mask: (batch, tokens), 0 where padded, on the left.
             position_ids: (batch, tokens); by default they count what is not padded, as in `generate`.
-            copies: every so many rows are one prompt with one set of pictures, as beams are.
+            copies: every so many rows are one prompt with one set of images, as beams are.
 
         Returns:
             The last hidden state of every row's last token, (batch, 1, hidden), and the cache.
 
         Raises:
-            ValueError: if places and pictures do not match, the KV cache is not empty, or the picture cache is not this
+            ValueError: if places and images do not match, the KV cache is not empty, or the image KV cache is not this
                 model's.
         """
-        rotation = self.rotation_of(picture_cache)
+        rotation = self.rotation_of(image_cache)
         if cache is None:
             cache = DynamicCache(config=self.language_model.config)
         if int(cache.get_seq_length()) > 0:
             raise ValueError(
-                f"The KV cache holds {int(cache.get_seq_length())} tokens, but with a picture cache a prompt "
+                f"The KV cache holds {int(cache.get_seq_length())} tokens, but with an image KV cache a prompt "
                 "starts afresh, which costs its text alone; pass the whole conversation and an empty KV cache."
             )
         batch, tokens = input_ids.shape
-        device = picture_cache.device
+        device = image_cache.device
         input_ids = input_ids.to(device)
         is_image = input_ids == self.config.image_token_id
         is_text = ~is_image
@@ -204,16 +204,16 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
         # All that the host must know, in one wait for the device.
         told = torch.stack([is_image.sum(-1), is_text.sum(-1), is_text[:, -1].long()]).tolist()
         image_counts, text_counts, ends_with_text = told
-        order = self._picture_order(image_counts, len(picture_cache), copies)
+        order = self._image_order(image_counts, len(image_cache), copies)
         if not all(ends_with_text):
             raise ValueError(
-                f"Row {ends_with_text.index(0)} of the prompts ends with a picture or with padding, but the picture cache "
+                f"Row {ends_with_text.index(0)} of the prompts ends with an image or with padding, but the image KV cache "
                 "holds nothing that could be continued; end prompts with text, and pad them on the left."
             )
         text, image = Slots.of(is_text, text_counts, self._text_step), Slots.of(is_image, image_counts)
-        if order != list(range(len(picture_cache))):
-            picture_cache = picture_cache[order]
-        keys, values = picture_cache.keys.flatten(1, 2), picture_cache.values.flatten(1, 2)
+        if order != list(range(len(image_cache))):
+            image_cache = image_cache[order]
+        keys, values = image_cache.keys.flatten(1, 2), image_cache.values.flatten(1, 2)
         keys = rotation(keys, position_ids.gather(1, image.index).flatten(), self._turn_keys)
 
         # Before the decoder runs: what is large is moved while the host still prepares the rest.
@@ -227,7 +227,7 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
         softcapped = getattr(config, "attn_logit_softcapping", None) is not None
         prompt = torch.empty((batch, tokens, 0), dtype=embeds.dtype, device=device)
         attention = {
-            layer_type: attention_over_pictures(
+            layer_type: attention_over_images(
                 visibility,
                 text,
                 image,
@@ -250,27 +250,27 @@ class DSVLTextPrefillMixin(DSVLReuseMixin):
         remember_types(cache, is_image.long(), may_hold_images=True)
         return hidden[:, -1:].clone(), cache  # what a CUDA graph returned is overwritten by its next run
 
-    def _picture_order(self, image_counts: list[int], pictures: int, copies: int) -> list[int]:
-        """Which picture takes which place, row by row; rows with fewer places than others get any picture before.
+    def _image_order(self, image_counts: list[int], images: int, copies: int) -> list[int]:
+        """Which image takes which place, row by row; rows with fewer places than others get any image before.
 
         Raises:
-            ValueError: if places and pictures do not match.
+            ValueError: if places and images do not match.
         """
-        if pictures == 0:
-            raise ValueError("The picture cache holds no picture; leave it out.")
-        per_picture = self.config.image_seq_length
+        if images == 0:
+            raise ValueError("The image KV cache holds no image; leave it out.")
+        per_image = self.config.image_seq_length
         counts = image_counts[::copies]
-        if any(count % per_picture for count in counts) or sum(counts) != pictures * per_picture:
+        if any(count % per_image for count in counts) or sum(counts) != images * per_image:
             raise ValueError(
-                f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {pictures} pictures of "
-                f"{per_picture} in the picture cache; pass as many as the texts name, in the order of their places "
-                "(picture_cache[[0, 2]] picks some), and do not truncate image tokens."
+                f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {images} images of "
+                f"{per_image} in the image KV cache; pass as many as the texts name, in the order of their places "
+                "(image_cache[[0, 2]] picks some), and do not truncate image tokens."
             )
-        places = max(counts) // per_picture
+        places = max(counts) // per_image
         order: list[int] = []
         first = 0
         for count in counts:
-            own = list(range(first, first + count // per_picture))
+            own = list(range(first, first + count // per_image))
             order += ([0] * (places - len(own)) + own) * copies
             first += len(own)
         return order
@@ -280,7 +280,7 @@ def _room(states: torch.Tensor, rows: int, padded: bool) -> torch.Tensor:
     """For keys or values of so many tokens, and a last row that takes what belongs nowhere; 0 if some tokens are padding.
 
     Args:
-        states: of the pictures among these tokens, (layers, tokens, heads, head_dim).
+        states: of the images among these tokens, (layers, tokens, heads, head_dim).
     """
     room = states.new_empty(len(states), rows + 1, *states.shape[-2:])
     return room.zero_() if padded else room

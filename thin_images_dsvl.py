@@ -49,7 +49,7 @@ def fit_thin_image(image: "Image.Image", image_processor: Any, **kwargs: Any) ->
     least = max(edge or 0, kept or 0)
     if settings["do_pad"] or not edge or size.get("longest_edge") or not kept or least + 2 * edge > resized:
         raise ValueError(
-            f"The picture of {image.width} x {image.height} pixels is too thin: {type(image_processor).__name__} would make "
+            f"The image of {image.width} x {image.height} pixels is too thin: {type(image_processor).__name__} would make "
             f"{made:,} pixels of it, more than {largest:,}. Crop it, or use an image processor that resizes to a fixed "
             "height and width, or crops the center (do_center_crop)."
         )

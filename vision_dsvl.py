@@ -89,7 +89,7 @@ class DSVLQwenVisionEmbeddings(nn.Module):
         height, width = pixel_values.shape[-2:]
         if height != width or height < self.patch_size:
             raise ValueError(
-                f"Pictures of {height} x {width} pixels; this tower takes squares of at least {self.patch_size} pixels. Use "
+                f"Images of {height} x {width} pixels; this tower takes squares of at least {self.patch_size} pixels. Use "
                 "the image processor that was saved with it."
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
@@ -122,7 +122,7 @@ class DSVLQwenVisionPreTrainedModel(PreTrainedModel):
 
 
 class DSVLQwenVisionModel(DSVLQwenVisionPreTrainedModel):
-    """The tower of Qwen-VL (arXiv 2308.12966): OpenCLIP's ViT-bigG, and a resampler to `num_queries` embeddings a picture.
+    """The tower of Qwen-VL (arXiv 2308.12966): OpenCLIP's ViT-bigG, and a resampler to `num_queries` embeddings an image.
 
     Weights come from `dsvl migrate qwen-tower`.
     """
@@ -140,18 +140,18 @@ class DSVLQwenVisionModel(DSVLQwenVisionPreTrainedModel):
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
-        """Encode pictures.
+        """Encode images.
 
         Args:
-            pixel_values: (pictures, 3, side, side), any float dtype.
+            pixel_values: (images, 3, side, side), any float dtype.
             kwargs: `output_hidden_states`, `output_attentions`.
 
         Returns:
-            `last_hidden_state`: (pictures, num_queries, output_dim); on request `hidden_states`, those of the grid of
-            patches, (pictures, patches, hidden_size) before every layer and after the last, and `attentions`.
+            `last_hidden_state`: (images, num_queries, output_dim); on request `hidden_states`, those of the grid of
+            patches, (images, patches, hidden_size) before every layer and after the last, and `attentions`.
 
         Raises:
-            ValueError: for pictures that are no squares.
+            ValueError: for images that are no squares.
         """
         hidden_states = self.pre_layernorm(self.embeddings(pixel_values))
         for layer in self.layers:

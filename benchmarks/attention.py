@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py [--shapes 2x4096 1x32768] [--shares 0 0.5 0.88] [--ways fused released] [--out FILE]
 
-On a GPU it is a layer of a 7B decoder in bf16 (32 heads of 128, pictures of 257 tokens), on a CPU a small one in float32 (8
-heads of 64, pictures of 64). "causal sdpa" is what transformers calls for a plain decoder, with the kernel that PyTorch
+On a GPU it is a layer of a 7B decoder in bf16 (32 heads of 128, images of 257 tokens), on a CPU a small one in float32 (8
+heads of 64, images of 64). "causal sdpa" is what transformers calls for a plain decoder, with the kernel that PyTorch
 itself picks. On a GPU times are the device's: each step is a CUDA graph (but flex_attention's, which cannot be one). What
 Python needs to launch it is in the table "as called". TFLOP/s count the scores that exist by a row's own definition.
 """
@@ -36,12 +36,12 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Heads:
-    """What is measured of a decoder, and what a picture takes of it; `head_dim` in channels, `per_picture` in tokens."""
+    """What is measured of a decoder, and what an image takes of it; `head_dim` in channels, `per_image` in tokens."""
 
     heads: int
     key_value_heads: int
     head_dim: int
-    per_picture: int
+    per_image: int
     dtype: torch.dtype
 
     def __str__(self) -> str:
@@ -61,14 +61,14 @@ class Layer(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
 
 
-def token_types(batch: int, tokens: int, pictures: int, per_picture: int) -> torch.Tensor:
-    """Pictures spread evenly over the sequence: (batch, tokens), 1 = image."""
+def token_types(batch: int, tokens: int, images: int, per_image: int) -> torch.Tensor:
+    """Images spread evenly over the sequence: (batch, tokens), 1 = image."""
     types = torch.zeros(batch, tokens, dtype=torch.long)
-    for number in range(pictures):
-        start = 1 + number * (tokens // pictures)
-        types[:, start : start + per_picture] = 1
-    if types.sum() != batch * pictures * per_picture:
-        raise ValueError(f"{pictures} pictures of {per_picture} tokens do not fit into {tokens} tokens; ask for fewer.")
+    for number in range(images):
+        start = 1 + number * (tokens // images)
+        types[:, start : start + per_image] = 1
+    if types.sum() != batch * images * per_image:
+        raise ValueError(f"{images} images of {per_image} tokens do not fit into {tokens} tokens; ask for fewer.")
     return types
 
 
@@ -77,11 +77,11 @@ class Attention:
 
     Args:
         size: of the layer.
-        batch, tokens, pictures: of the inputs; a sample has so many tokens and pictures.
+        batch, tokens, images: of the inputs; a sample has so many tokens and images.
     """
 
-    def __init__(self, size: Heads, batch: int, tokens: int, pictures: int) -> None:
-        self.size, self.pictures, self.device = size, pictures, device_type()
+    def __init__(self, size: Heads, batch: int, tokens: int, images: int) -> None:
+        self.size, self.images, self.device = size, images, device_type()
         self.config = LlamaConfig(
             hidden_size=size.heads * size.head_dim,
             num_attention_heads=size.heads,
@@ -99,12 +99,12 @@ class Attention:
             states(heads).transpose(1, 2).requires_grad_()
             for heads in (size.heads, size.key_value_heads, size.key_value_heads)
         ]
-        self.types = token_types(batch, tokens, pictures, size.per_picture).to(self.device)
+        self.types = token_types(batch, tokens, images, size.per_image).to(self.device)
 
     def __str__(self) -> str:
         batch, tokens = self.types.shape
-        share = self.pictures * self.size.per_picture / tokens
-        return f"{batch} x {tokens} tokens, {self.pictures} pictures of {self.size.per_picture} ({share:.0%}), {self.size}"
+        share = self.images * self.size.per_image / tokens
+        return f"{batch} x {tokens} tokens, {self.images} images of {self.size.per_image} ({share:.0%}), {self.size}"
 
     def left_out(self, way: str, backward: bool = True) -> str | None:
         """Why a way cannot be measured here, if it cannot."""
@@ -129,8 +129,8 @@ class Attention:
         batch, tokens = self.types.shape
         embeds = torch.empty(batch, tokens, 0, device=self.device, dtype=self.size.dtype)
         visible = visibilities(self.config, embeds, None, None, None)[None]
-        in_pictures = batch * self.pictures * self.size.per_picture
-        return multimodal_mask(visible, self.types, self.config, self.size.dtype, way == "gathered sdpa", in_pictures)
+        in_images = batch * self.images * self.size.per_image
+        return multimodal_mask(visible, self.types, self.config, self.size.dtype, way == "gathered sdpa", in_images)
 
     def causal(self) -> torch.Tensor:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](self.layer, *self.states, None, scaling=self.scaling)[0]
@@ -141,7 +141,7 @@ class Attention:
         if way == "released":
             return partial(released_attention, *self.states, masks, self.scaling)
         function = ALL_ATTENTION_FUNCTIONS[routed_name("flex_attention" if way == "flex_attention" else "sdpa")]
-        codes = torch.zeros(1, 1, 1, 1, dtype=torch.int8, device=self.device) if self.pictures else None
+        codes = torch.zeros(1, 1, 1, 1, dtype=torch.int8, device=self.device) if self.images else None
         options: dict[str, Any] = {"multimodal_masks": {None: masks}, "scaling": self.scaling}
         return lambda: function(self.layer, *self.states, codes, **options)[0]
 
@@ -237,7 +237,7 @@ def add_layer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int)
     parser.add_argument("--key-value-heads", type=int)
     parser.add_argument("--head-dim", type=int)
-    parser.add_argument("--per-picture", type=int, help="tokens of a picture")
+    parser.add_argument("--per-image", type=int, help="tokens of an image")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--rounds", type=int, help="in a table; 20 on a GPU, 15 on a CPU")
     parser.add_argument(
@@ -257,7 +257,7 @@ def layer_options(options: argparse.Namespace) -> tuple[Heads, list[str], dict[s
         heads=options.heads or usual.heads,
         key_value_heads=options.key_value_heads or options.heads or usual.key_value_heads,
         head_dim=options.head_dim or usual.head_dim,
-        per_picture=options.per_picture or usual.per_picture,
+        per_image=options.per_image or usual.per_image,
         dtype=usual.dtype,
     )
     timing = {
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         type=float,
         nargs="+",
         default=[0, 0.5, 0.88] if on_gpu else [0.1, 0.3, 0.5, 0.88],
-        help="how much is pictures",
+        help="how much is images",
     )
     add_layer_options(parser)
     options = parser.parse_args(argv)
@@ -291,8 +291,8 @@ def main(argv: list[str] | None = None) -> None:
     for shape in options.shapes:
         batch, tokens = map(int, shape.split("x"))
         for share in options.shares:
-            pictures = round(share * tokens / size.per_picture)
-            results[f"{shape}, {pictures} pictures"] = measure(Attention(size, batch, tokens, pictures), ways, timing)
+            images = round(share * tokens / size.per_image)
+            results[f"{shape}, {images} images"] = measure(Attention(size, batch, tokens, images), ways, timing)
     write(options.out, options, results)
 
 

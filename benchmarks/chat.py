@@ -1,5 +1,5 @@
 """Time to the first token of an answer in every round of a conversation: `DSVLChat`, which goes on from its cache, beside
-running the whole conversation again. Eight rounds, a picture in each; and then a question without one. Weights are random.
+running the whole conversation again. Eight rounds, an image in each; and then a question without one. Weights are random.
 
     python benchmarks/chat.py [--size demo|7b] [--rounds 8] [--repeats 10] [--out chat.json]
 
@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessor
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLProcessor
 from dsvl.chat import DSVLChat
-from dsvl.demo.drawing import PICTURE_SIZE, words
+from dsvl.demo.drawing import IMAGE_SIZE, words
 from dsvl.demo.parts import HEADINGS, train_tokenizer
 
 # The demo's model as demo/parts.py makes it, but for room for longer conversations; and CLIP ViT-L/14 + LLaMA-7B.
@@ -32,11 +32,11 @@ DEMO = Shape(
     vision_hidden=64,
     vision_intermediate=128,
     vision_heads=2,
-    image_size=PICTURE_SIZE,
+    image_size=IMAGE_SIZE,
     patch_size=16,
 )
 SHAPES = {"demo": DEMO, "7b": Shape()}
-QUESTION = "What do you see in this picture, and how does it differ from the one before?"
+QUESTION = "What do you see in this image, and how does it differ from the one before?"
 
 
 def build_parts(
@@ -46,7 +46,7 @@ def build_parts(
     tokenizer = train_tokenizer([HEADINGS.format(text) for text in words()])
     side = {"height": shape.image_size, "width": shape.image_size}
     image_processor = CLIPImageProcessor(size={"shortest_edge": shape.image_size}, crop_size=side)
-    processor = DSVLProcessor(image_processor, tokenizer, image_seq_length=shape.per_picture)
+    processor = DSVLProcessor(image_processor, tokenizer, image_seq_length=shape.per_image)
     vision, text = shape.configs()
     config = DSVLConfig(vision, text, image_token_id=processor.image_token_id)
     model = build(DSVLForConditionalGeneration, config, device, dtype).eval()
@@ -54,7 +54,7 @@ def build_parts(
     return model, processor
 
 
-def picture(seed: int, width: int = 640, height: int = 480) -> Image.Image:
+def draw_image(seed: int, width: int = 640, height: int = 480) -> Image.Image:
     noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(noise.numpy())
 
@@ -70,7 +70,7 @@ def run_again(model: DSVLForConditionalGeneration, processor: DSVLProcessor, mes
     return time.perf_counter() - started, token
 
 
-def compare(chat: DSVLChat, repeats: int, pictured: bool) -> dict[str, object]:
+def compare(chat: DSVLChat, repeats: int, with_image: bool) -> dict[str, object]:
     """The next round, both ways in turns; each time with another question, so that nothing of it is known."""
     times: dict[str, list[float]] = {"run again": [], "incremental": []}
     same = 0
@@ -78,7 +78,7 @@ def compare(chat: DSVLChat, repeats: int, pictured: bool) -> dict[str, object]:
     for repeat in range(repeats + 1):
         if not chat.messages:  # nothing was said before the first round
             chat.reset()
-        chat.ask(f"{repeat}. {QUESTION}", [picture(1000 + repeat)] if pictured else [], max_new_tokens=1)
+        chat.ask(f"{repeat}. {QUESTION}", [draw_image(1000 + repeat)] if with_image else [], max_new_tokens=1)
         seconds, token = run_again(chat.model, chat.processor, chat.messages[:-1])
         if repeat:
             times["incremental"].append(1000 * chat.last_round.first_token_seconds)
@@ -89,7 +89,7 @@ def compare(chat: DSVLChat, repeats: int, pictured: bool) -> dict[str, object]:
     return compared(times) | {
         "tokens": cost.prompt_tokens,
         "reused": cost.reused_tokens,
-        "pictures_encoded": cost.encoded_pictures,
+        "images_encoded": cost.encoded_images,
         "same_first_token": same / repeats,
     }
 
@@ -121,16 +121,16 @@ def main(argv: list[str] | None = None) -> None:
     results: dict[str, dict] = {}
     print(f"{'':28}{'incremental':>13}{'run again':>13}{'speed':>8}{'tokens':>8}{'reused':>8}{'same':>7}")
     for number in range(1, options.rounds + 2):
-        pictured = number <= options.rounds
-        title = f"round {number}, {'with a picture' if pictured else 'text alone'}"
-        row = results[title] = compare(chat, options.repeats, pictured)
+        with_image = number <= options.rounds
+        title = f"round {number}, {'with an image' if with_image else 'text alone'}"
+        row = results[title] = compare(chat, options.repeats, with_image)
         print(
             f"{title:28}{row['incremental']['ms']:10.1f} ms{row['run again']['ms']:10.1f} ms"
             f"{row['incremental']['speed']:8.1f}{row['tokens']:8.0f}{row['reused']:8.0f}{row['same_first_token']:7.0%}",
             flush=True,
         )
-        if pictured:
-            chat.ask(QUESTION, picture(number - 1), **answer)
+        if with_image:
+            chat.ask(QUESTION, draw_image(number - 1), **answer)
     write(options.out, options, results)
 
 

@@ -1,11 +1,11 @@
-"""Samples a second from the disk to a batch, on a CPU: DSVL beside transformers' own LlavaProcessor, on the same pictures.
+"""Samples a second from the disk to a batch, on a CPU: DSVL beside transformers' own LlavaProcessor, on the same images.
 
     python benchmarks/data_loading.py [--samples 400] [--batch-size 8] [--rounds 3] [--workers 0 1 2]
 
 Both read the same JSON lines, decode the same JPEG files (real photographs, 640 pixels wide), resize and normalize them by
-the same CLIP image processor to 336 pixels, and pad a batch of conversations of one or two pictures and two rounds. DSVL's
+the same CLIP image processor to 336 pixels, and pad a batch of conversations of one or two images and two rounds. DSVL's
 batches hold labels for the assistant's tokens besides; LlavaProcessor's do not. "Cached" reads a tower's features (here any
-numbers of their size, 577 x 1,024 in 16 bits) instead of pictures. Alternatives take turns, the median counts.
+numbers of their size, 577 x 1,024 in 16 bits) instead of images. Alternatives take turns, the median counts.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from dsvl.data import load_conversations
 from dsvl.demo.parts import train_tokenizer
 from dsvl.demo.photographs import photographs
 from dsvl.training import ConversationCollator
-from dsvl.training.features import SHARD, FeatureCache, picture_key
+from dsvl.training.features import SHARD, FeatureCache, image_key
 
 SIZE, PATCH, WIDTH_OF_TOWER = 336, 14, 1024  # CLIP ViT-L/14 336
-WIDTH = 640  # of a picture on the disk, as COCO's
-QUESTION = "What is shown in this picture and how many of them are there on the left side of a large brown table ?"
+WIDTH = 640  # of an image on the disk, as COCO's
+QUESTION = "What is shown in this image and how many of them are there on the left side of a large brown table ?"
 WORDS = QUESTION.split(" ")
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
@@ -44,13 +44,13 @@ TEMPLATE = SYSTEM + (
 
 
 def write_conversations(folder: Path, samples: int) -> Path:
-    pictures = list(photographs().values())
+    images = list(photographs().values())
     lines = []
     for number in range(samples):
         names = [f"{number}_{place}.jpg" for place in range(1 + number % 2)]
         for place, name in enumerate(names):
-            picture = pictures[(number + place) % len(pictures)].rotate(number % 7)
-            picture.resize((WIDTH, WIDTH * picture.height // picture.width)).save(folder / name, quality=90)
+            image = images[(number + place) % len(images)].rotate(number % 7)
+            image.resize((WIDTH, WIDTH * image.height // image.width)).save(folder / name, quality=90)
         messages: list[dict[str, Any]] = []
         for turn in range(2):
             question = [{"type": "text", "text": " ".join(WORDS[(number + turn) % 5 :])}]
@@ -106,7 +106,7 @@ def loaders(path: Path, batch_size: int, workers: int) -> dict[str, DataLoader]:
     )
     cache = FeatureCache(path.parent / "features", {})
     if not len(cache):
-        keys = [picture_key(str(picture)) for picture in sorted(path.parent.glob("*.jpg"))]
+        keys = [image_key(str(image)) for image in sorted(path.parent.glob("*.jpg"))]
         for start in range(0, len(keys), SHARD):
             cache.add({key: torch.randn(tokens, WIDTH_OF_TOWER).bfloat16() for key in keys[start : start + SHARD]})
         cache.refresh()
@@ -135,9 +135,9 @@ def main(argv: list[str] | None = None) -> None:
             for _ in range(arguments.rounds):
                 for name, loader in compared.items():
                     start = time.perf_counter()
-                    pictures = sum(len(batch.get("pixel_values", batch.get("image_features"))) for batch in loader)
+                    images = sum(len(batch.get("pixel_values", batch.get("image_features"))) for batch in loader)
                     speeds[name].append(arguments.samples / (time.perf_counter() - start))
-                    assert pictures == sum(1 + number % 2 for number in range(arguments.samples))
+                    assert images == sum(1 + number % 2 for number in range(arguments.samples))
             median = {name: statistics.median(values) for name, values in speeds.items()}
             ours = "".join(f"{median[name]:10.1f}{median[name] / median['llava']:8.2f}" for name in ("dsvl", "cached"))
             print(f"{workers:<8}{median['llava']:10.1f}{ours}")

@@ -1,5 +1,5 @@
 """Tokens a second after the first: DSVL beside transformers' Llava, with a dynamic cache and with a static one and a
-compiled step, as `generate` has them. Weights and pictures are random; the prompt is a picture and some text.
+compiled step, as `generate` has them. Weights and images are random; the prompt is an image and some text.
 
     python benchmarks/decoding.py [--size small|7b] [--batches 1 16] [--new-tokens 128] [--quantize int8] [--out FILE]
 
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SHAPES, default="small")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--pictures", type=int, default=1, help="of a prompt")
+    parser.add_argument("--images", type=int, default=1, help="of a prompt")
     parser.add_argument("--text", type=int, default=60, help="tokens of text in a prompt")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         models["DSVL int8"] = quantized(build_model(shape, options.backend, device, dtype))
     results: dict[str, dict[str, float]] = {}
     for batch in options.batches:
-        one = prompt(shape, options.pictures, options.text, device)
+        one = prompt(shape, options.images, options.text, device)
         inputs = {key: tensor.repeat(batch, *[1] * (tensor.ndim - 1)) for key, tensor in one.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         ways = {(model, static): [] for static in (False, True) for model in models}

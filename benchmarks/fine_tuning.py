@@ -71,7 +71,7 @@ ROWS = (
 )
 TINY = Shape(
     tokens=128,
-    pictures=2,
+    images=2,
     layers=4,
     hidden=64,
     intermediate=96,
@@ -242,13 +242,13 @@ def planned_gib(row: Row, shape: Shape, supervised: int) -> float | None:
     from dsvl.training.plan import plan
 
     vision, text = shape.configs()
-    text_tokens = shape.batch * (shape.tokens - shape.pictures * shape.per_picture)
+    text_tokens = shape.batch * (shape.tokens - shape.images * shape.per_image)
     planned = plan(
         DSVLConfig(vision, text, image_token_id=shape.image_token_id),
         micro_batch=shape.batch,
         deepspeed=f"zero{row.zero_stage}" if row.zero_stage else None,
         sequence_length=shape.tokens,
-        pictures=shape.pictures,
+        images=shape.images,
         lora_rank=LORA_RANK if row.lora else 0,
         activation_checkpointing=row.checkpoint_every == 1,
         supervised_share=supervised / text_tokens,
@@ -390,7 +390,7 @@ def measure_all(names: list[str], options: argparse.Namespace, shape: Shape) -> 
     queue = [*names, names[0] + REPEATED] if len(names) > 1 else list(names)
     results: dict[str, dict[str, Any]] = {}
     print(
-        f"{shape.batch} x {shape.tokens} tokens, {shape.pictures} pictures of {shape.per_picture} a sample\n\n{HEADER}",
+        f"{shape.batch} x {shape.tokens} tokens, {shape.images} images of {shape.per_image} a sample\n\n{HEADER}",
         flush=True,
     )
     for label in queue:
@@ -420,7 +420,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small shape, to see that every row runs")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--tokens", type=int)
-    parser.add_argument("--pictures", type=int, help="a sample")
+    parser.add_argument("--images", type=int, help="a sample")
     parser.add_argument("--layers", type=int, help="of the decoder; fewer for a smaller GPU")
     parser.add_argument("--attention-backend", choices=["sdpa", "flex_attention"], default="sdpa", help="DSVL's")
     parser.add_argument("--rounds", type=int, default=8, help="timed steps of a row")
@@ -429,7 +429,7 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures as JSON")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    given = {key: getattr(options, key) for key in ("batch", "tokens", "pictures", "layers")}
+    given = {key: getattr(options, key) for key in ("batch", "tokens", "images", "layers")}
     shape = replace(TINY if options.tiny else Shape(), **{key: value for key, value in given.items() if value is not None})
     if options.row is not None:
         measure_alone(options.row, options, shape)

@@ -35,11 +35,11 @@ def step_flops(shape: Shape, supervised: int, lora_rank: int = 0) -> float:
         supervised: label tokens of the whole batch.
         lora_rank: of adapters at every linear map of the decoder; 0 for none.
     """
-    pictures, tokens = shape.batch * shape.pictures, shape.batch * shape.tokens
-    image_tokens, width = pictures * shape.per_picture, shape.vision_hidden
-    patch_embedding = pictures * shape.patches * 3 * shape.patch_size**2 * width
+    images, tokens = shape.batch * shape.images, shape.batch * shape.tokens
+    image_tokens, width = images * shape.per_image, shape.vision_hidden
+    patch_embedding = images * shape.patches * 3 * shape.patch_size**2 * width
     tower_maps = image_tokens * (4 * width**2 + 2 * width * shape.vision_intermediate)
-    tower_attention = image_tokens * shape.per_picture * 2 * width
+    tower_attention = image_tokens * shape.per_image * 2 * width
     decoder_maps = tokens * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
     causal_pairs = shape.batch * shape.tokens * (shape.tokens + 1) // 2
     multiplications_and_backward = (

@@ -1,14 +1,14 @@
-"""How cost grows with a sequence's length, with pictures, and with the batch: attention, and the prefill of a whole model.
+"""How cost grows with a sequence's length, with images, and with the batch: attention, and the prefill of a whole model.
 
-    python benchmarks/growth.py [--sweep length pictures batch] [--what attention prefill] [--values 512 1024] [--out FILE]
+    python benchmarks/growth.py [--sweep length images batch] [--what attention prefill] [--values 512 1024] [--out FILE]
 
-    length    a share of the tokens (--share) is in pictures
-    pictures  a text of --text tokens with so many pictures in it, so that the sequence grows with them
-    batch     so many samples of --tokens tokens, a share of them in pictures
+    length    a share of the tokens (--share) is in images
+    images  a text of --text tokens with so many images in it, so that the sequence grows with them
+    batch     so many samples of --tokens tokens, a share of them in images
 
 `attention` is the layer of attention.py: causal sdpa, MMCA, and the released arithmetic. `prefill` is a whole model of
 models.py (--size), its vision tower included, up to the first token's logits: transformers' Llava, DSVL with causal
-attention and with MMCA, and with pictures that were encoded before. A way of attention that would take longer than
+attention and with MMCA, and with images that were encoded before. A way of attention that would take longer than
 --patience for one run, judged by the size before, is left out.
 """
 
@@ -35,26 +35,26 @@ from attention import (
 from measure import Table, describe_device, device_type, in_turns, report, write
 from models import SHAPES, Shape, dsvl, inputs, llava
 
-SWEEPS = ("length", "pictures", "batch")
+SWEEPS = ("length", "images", "batch")
 DEFAULTS = {
     ("cuda", "attention"): {
         "length": [1024 * 2**n for n in range(8)],
-        "pictures": [0, 8, 32, 64, 128, 256],
+        "images": [0, 8, 32, 64, 128, 256],
         "batch": [1, 2, 4, 8, 16],
     },
-    ("cuda", "prefill"): {"length": [1024, 4096, 16384], "pictures": [0, 8, 32, 64], "batch": [1, 2, 4]},
-    ("cpu", "attention"): {"length": [512, 1024, 2048, 4096, 8192], "pictures": [0, 4, 16, 64, 256], "batch": [1, 2, 4, 8]},
-    ("cpu", "prefill"): {"length": [512, 1024, 2048], "pictures": [0, 2, 6], "batch": [1, 2]},
+    ("cuda", "prefill"): {"length": [1024, 4096, 16384], "images": [0, 8, 32, 64], "batch": [1, 2, 4]},
+    ("cpu", "attention"): {"length": [512, 1024, 2048, 4096, 8192], "images": [0, 4, 16, 64, 256], "batch": [1, 2, 4, 8]},
+    ("cpu", "prefill"): {"length": [512, 1024, 2048], "images": [0, 2, 6], "batch": [1, 2]},
 }
 
 
 @dataclass(frozen=True)
 class Point:
-    """One size of a sweep: samples of so many tokens and pictures."""
+    """One size of a sweep: samples of so many tokens and images."""
 
     batch: int
     tokens: int
-    pictures: int
+    images: int
 
     @property
     def pairs(self) -> int:
@@ -62,12 +62,12 @@ class Point:
         return self.batch * self.tokens**2
 
 
-def point(sweep: str, value: int, options: argparse.Namespace, per_picture: int) -> Point:
+def point(sweep: str, value: int, options: argparse.Namespace, per_image: int) -> Point:
     """The size that a sweep has at a value."""
-    if sweep == "pictures":
-        return Point(1, options.text + value * per_picture, value)
+    if sweep == "images":
+        return Point(1, options.text + value * per_image, value)
     tokens, batch = (value, 1) if sweep == "length" else (options.tokens, value)
-    return Point(batch, tokens, round(options.share * tokens / per_picture))
+    return Point(batch, tokens, round(options.share * tokens / per_image))
 
 
 def sweep_attention(
@@ -77,7 +77,7 @@ def sweep_attention(
     tables: dict[int, Table] = {}
     seconds_a_pair: dict[str, float] = {}
     for value, where in points.items():
-        attention = Attention(size, where.batch, where.tokens, where.pictures)
+        attention = Attention(size, where.batch, where.tokens, where.images)
         expected = {way: seconds_a_pair.get(row(way), 0.0) * where.pairs for way in ways}
         table = compare(attention, [way for way in ways if expected[way] <= patience], backward, timing)[0]
         for way, seconds in expected.items():
@@ -103,7 +103,7 @@ class Prefill:
         self.theirs = llava(shape, self.device, self.dtype).eval()
 
     def measure(self, where: Point, timing: dict[str, Any]) -> Table:
-        shape = replace(self.shape, batch=where.batch, tokens=where.tokens, pictures=where.pictures)
+        shape = replace(self.shape, batch=where.batch, tokens=where.tokens, images=where.images)
         batch = inputs(shape, self.device, self.dtype)
         batch.pop("labels")
 
@@ -119,13 +119,13 @@ class Prefill:
             "DSVL causal, sdpa": partial(by_dsvl, "causal"),
             "DSVL mmca, sdpa": partial(by_dsvl, "mmca"),
         }
-        if where.pictures:
+        if where.images:
             self.ours.config.multimodal_attention = "mmca"
-            cache = self.ours.encode_pictures(batch["pixel_values"])
-            alternatives["DSVL mmca, encoded pictures"] = lambda: self.ours.prefill(batch["input_ids"], cache).logits
+            cache = self.ours.encode_images(batch["pixel_values"])
+            alternatives["DSVL mmca, encoded images"] = lambda: self.ours.prefill(batch["input_ids"], cache).logits
         with torch.no_grad():
             table = in_turns(alternatives, **timing)
-        report(f"prefill: {where.batch} x {where.tokens} tokens, {where.pictures} pictures of {shape.per_picture}", table)
+        report(f"prefill: {where.batch} x {where.tokens} tokens, {where.images} images of {shape.per_image}", table)
         free_memory()
         return table
 
@@ -137,10 +137,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--what", nargs="+", choices=["attention", "prefill"], default=["attention"] if on_gpu else ["attention", "prefill"]
     )
-    parser.add_argument("--values", type=int, nargs="+", help="of one sweep: tokens, pictures or samples")
-    parser.add_argument("--share", type=float, default=0.5, help="of a sample's tokens in pictures")
+    parser.add_argument("--values", type=int, nargs="+", help="of one sweep: tokens, images or samples")
+    parser.add_argument("--share", type=float, default=0.5, help="of a sample's tokens in images")
     parser.add_argument("--tokens", type=int, default=4096 if on_gpu else 512, help="of a sample, as the batch grows")
-    parser.add_argument("--text", type=int, default=4096 if on_gpu else 256, help="tokens of text, as pictures are added")
+    parser.add_argument("--text", type=int, default=4096 if on_gpu else 256, help="tokens of text, as images are added")
     parser.add_argument(
         "--directions",
         nargs="+",
@@ -161,22 +161,22 @@ def main(argv: list[str] | None = None) -> None:
     size, ways, timing = layer_options(options)
     print(describe_device())
 
-    def points(what: str, sweep: str, per_picture: int) -> dict[int, Point]:
+    def points(what: str, sweep: str, per_image: int) -> dict[int, Point]:
         values = options.values or DEFAULTS[device_type(), what][sweep]
-        return {value: point(sweep, value, options, per_picture) for value in values}
+        return {value: point(sweep, value, options, per_image) for value in values}
 
     results: dict[str, dict[str, dict[int, Table]]] = {sweep: {} for sweep in options.sweep}
     if "attention" in options.what:
         for sweep in options.sweep:
             for direction in options.directions:
-                sizes = points("attention", sweep, size.per_picture)
+                sizes = points("attention", sweep, size.per_image)
                 results[sweep][f"attention, {direction}"] = sweep_attention(
                     sizes, size, ways, direction == BOTH, timing, options.patience
                 )
     if "prefill" in options.what:
         models = Prefill(SHAPES[options.size])
         for sweep in options.sweep:
-            sizes = points("prefill", sweep, models.shape.per_picture)
+            sizes = points("prefill", sweep, models.shape.per_image)
             results[sweep]["prefill"] = {value: models.measure(where, timing) for value, where in sizes.items()}
     write(options.out, options, results)
 

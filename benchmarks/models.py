@@ -19,7 +19,7 @@ class Shape:
 
     batch: int = 2
     tokens: int = 4096
-    pictures: int = 8  # a sample
+    images: int = 8  # a sample
 
     layers: int = 32
     hidden: int = 4096
@@ -39,7 +39,7 @@ class Shape:
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def per_picture(self) -> int:
+    def per_image(self) -> int:
         return self.patches + 1
 
     @property
@@ -67,7 +67,7 @@ class Shape:
         return vision, text
 
 
-# CLIP ViT-L/14's 257 tokens a picture at widths that a CPU can run; and CLIP ViT-L/14 + LLaMA-7B.
+# CLIP ViT-L/14's 257 tokens an image at widths that a CPU can run; and CLIP ViT-L/14 + LLaMA-7B.
 SMALL = Shape(
     layers=8,
     hidden=512,
@@ -103,7 +103,7 @@ def dsvl(
 
 
 def llava(shape: Shape, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> LlavaForConditionalGeneration:
-    """transformers' own, with sdpa (its default), all 257 tokens of a picture and the same parts frozen."""
+    """transformers' own, with sdpa (its default), all 257 tokens of an image and the same parts frozen."""
     vision, text = shape.configs()
     config = LlavaConfig(
         vision_config=vision,
@@ -126,19 +126,19 @@ def twin(model: Any) -> Any:
 
 
 def inputs(shape: Shape, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Pictures spread evenly; the last quarter of the text between two pictures is an answer."""
+    """Images spread evenly; the last quarter of the text between two images is an answer."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, shape.image_token_id, (shape.batch, shape.tokens), generator=generator)
     labels = torch.full_like(ids, -100)
-    stride = shape.tokens // max(shape.pictures, 1)
-    for number in range(shape.pictures):
+    stride = shape.tokens // max(shape.images, 1)
+    for number in range(shape.images):
         start, end = 1 + number * stride, (number + 1) * stride
-        ids[:, start : start + shape.per_picture] = shape.image_token_id
-        answer = (end - start - shape.per_picture) // 4
+        ids[:, start : start + shape.per_image] = shape.image_token_id
+        answer = (end - start - shape.per_image) // 4
         labels[:, end - answer : end] = ids[:, end - answer : end]
-    size = (shape.batch * shape.pictures, 3, shape.image_size, shape.image_size)
+    size = (shape.batch * shape.images, 3, shape.image_size, shape.image_size)
     pixels = torch.randn(size, generator=generator, dtype=torch.float32)
     made = {"input_ids": ids, "labels": labels}
-    if shape.pictures:
+    if shape.images:
         made["pixel_values"] = pixels.to(dtype)
     return {key: tensor.to(device) for key, tensor in made.items()}

@@ -49,7 +49,7 @@ PALETTE = (
 )
 LIGHT = ("#56B4E9", "#E69F00")  # colours on which black is read better than white
 
-AXES = {"length": "tokens", "pictures": "pictures", "batch": "samples in a batch"}
+AXES = {"length": "tokens", "images": "images", "batch": "samples in a batch"}
 
 
 def style(name: str) -> dict[str, Any]:
@@ -102,25 +102,25 @@ def logarithmic(axes: Axes) -> None:
 
 
 def draw_attention(record: dict[str, Any]) -> Figure:
-    """A layer's time by the share of the tokens that is in pictures; a column for each shape, a row for each direction."""
+    """A layer's time by the share of the tokens that is in images; a column for each shape, a row for each direction."""
     shapes: dict[str, dict[int, dict[str, Any]]] = {}
     for title, tables in record["results"].items():
-        shape, pictures = title.split(", ")
-        shapes.setdefault(shape, {})[int(pictures.split()[0])] = tables
+        shape, images = title.split(", ")
+        shapes.setdefault(shape, {})[int(images.split()[0])] = tables
     directions = ("forward", "forward + backward")
     figure, grid = pyplot.subplots(
         len(directions), len(shapes), figsize=(1.2 + 3.0 * len(shapes), 5.6), squeeze=False, sharex=True
     )
-    per_picture = record["options"]["per_picture"]
-    for column, (shape, by_pictures) in enumerate(shapes.items()):
+    per_image = record["options"]["per_image"]
+    for column, (shape, by_images) in enumerate(shapes.items()):
         tokens = int(shape.split("x")[1])
         for axes, direction in zip(grid[:, column], directions, strict=True):
-            tables = {100 * count * per_picture / tokens: tables[direction] for count, tables in by_pictures.items()}
+            tables = {100 * count * per_image / tokens: tables[direction] for count, tables in by_images.items()}
             for name, points in transposed(tables).items():
                 line(axes, name, points)
             logarithmic(axes)
             axes.set_title(f"{shape.replace('x', ' x ')} tokens, {direction}")
-        grid[-1, column].set_xlabel("% of the tokens in pictures")
+        grid[-1, column].set_xlabel("% of the tokens in images")
     for axes in grid[:, 0]:
         axes.set_ylabel("ms")
     options = record["options"]
@@ -129,7 +129,7 @@ def draw_attention(record: dict[str, Any]) -> Figure:
 
 
 def draw_growth(record: dict[str, Any]) -> Figure:
-    """Time over length, pictures and batch; a row for attention in each direction, and one for the prefill."""
+    """Time over length, images and batch; a row for attention in each direction, and one for the prefill."""
     sweeps = {sweep: tables for sweep, tables in record["results"].items() if tables}
     rows = list(dict.fromkeys(what for tables in sweeps.values() for what in tables))
     options = record["options"]
@@ -138,8 +138,8 @@ def draw_growth(record: dict[str, Any]) -> Figure:
     )
     for column, (sweep, tables) in enumerate(sweeps.items()):
         fixed = {
-            "length": f"{options['share']:.0%} in pictures",
-            "pictures": f"in {options['text']:,} tokens of text",
+            "length": f"{options['share']:.0%} in images",
+            "images": f"in {options['text']:,} tokens of text",
             "batch": f"of {options['tokens']:,} tokens each",
         }[sweep]
         for axes, what in zip(grid[:, column], rows, strict=True):
@@ -151,7 +151,7 @@ def draw_growth(record: dict[str, Any]) -> Figure:
             axes.set_title(what)
     for axes in grid[:, 0]:
         axes.set_ylabel("ms")
-    layer = f"{options['heads']} heads of {options['head_dim']}, pictures of {options['per_picture']} tokens"
+    layer = f"{options['heads']} heads of {options['head_dim']}, images of {options['per_image']} tokens"
     finish(figure, f"How cost grows: one attention layer ({layer})" + (", a whole prefill" if "prefill" in rows else ""))
     return figure
 
@@ -199,13 +199,13 @@ def draw_training_step(record: dict[str, Any]) -> Figure:
     return draw_steps(
         rows,
         f"Forward and backward, {options['size']} models, {options['batch']} x {options['tokens']:,} tokens, "
-        f"{options['pictures']} pictures each",
+        f"{options['images']} images each",
     )
 
 
 def draw_fine_tuning(record: dict[str, Any]) -> Figure:
     shape = record["shape"]
-    title = f"Whole training steps, {shape['batch']} x {shape['tokens']:,} tokens, {shape['pictures']} pictures each"
+    title = f"Whole training steps, {shape['batch']} x {shape['tokens']:,} tokens, {shape['images']} images each"
     return draw_steps({name: row for name, row in record["results"].items() if "ms" in row}, title)
 
 
@@ -216,11 +216,11 @@ def draw_chat(record: dict[str, Any]) -> Figure:
     for name in ("run again", "incremental"):
         line(axes, name, {number: table[name] for number, table in enumerate(rounds, start=1)})
     titles = [
-        title.removeprefix("round ").replace(", with a picture", "").replace(", ", ",\n") for title in record["results"]
+        title.removeprefix("round ").replace(", with an image", "").replace(", ", ",\n") for title in record["results"]
     ]
     axes.set_xticks(range(1, len(rounds) + 1), titles)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("round of a conversation, a picture in each")
+    axes.set_xlabel("round of a conversation, an image in each")
     axes.set_ylabel("ms to the first token")
     finish(figure, f"Time to the first token, {record['options']['size']} model, {rounds[-1]['tokens']:,} tokens at the end")
     return figure

@@ -1,7 +1,7 @@
-"""Time to the first token of a prompt about pictures that were seen before: `generate(..., picture_cache=...)`, which runs
-the prompt's text, beside the ordinary prefill of text and pictures. Weights and pictures are random.
+"""Time to the first token of a prompt about images that were seen before: `generate(..., image_cache=...)`, which runs
+the prompt's text, beside the ordinary prefill of text and images. Weights and images are random.
 
-    python benchmarks/reuse.py [--size small|7b] [--pictures 8] [--text 60] [--compile] [--out reuse.json]
+    python benchmarks/reuse.py [--size small|7b] [--images 8] [--text 60] [--compile] [--out reuse.json]
 
 All run in turns in one process, from inputs on the device to the token on the host; the first repeats warm up.
 """
@@ -28,23 +28,23 @@ def build_model(shape: Shape, backend: str, device: str, dtype: torch.dtype) -> 
     return model
 
 
-def prompt(shape: Shape, pictures: int, text: int, device: str) -> dict[str, torch.Tensor]:
-    """A little text before each picture, and the rest after the last."""
+def prompt(shape: Shape, images: int, text: int, device: str) -> dict[str, torch.Tensor]:
+    """A little text before each image, and the rest after the last."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, shape.image_token_id, (text,), generator=generator).tolist()
-    between = min(4, (text - 1) // pictures)
+    between = min(4, (text - 1) // images)
     row: list[int] = []
-    for number in range(pictures):
-        row += ids[number * between : (number + 1) * between] + [shape.image_token_id] * shape.per_picture
-    input_ids = torch.tensor([row + ids[pictures * between :]], device=device)
-    pixels = torch.randn(pictures, 3, shape.image_size, shape.image_size, generator=generator)
+    for number in range(images):
+        row += ids[number * between : (number + 1) * between] + [shape.image_token_id] * shape.per_image
+    input_ids = torch.tensor([row + ids[images * between :]], device=device)
+    pixels = torch.randn(images, 3, shape.image_size, shape.image_size, generator=generator)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixels.to(device)}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SHAPES, default="small")
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--text", type=int, default=60, help="tokens of text in the prompt")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--backend", default="sdpa", help="sdpa, eager, flex_attention")
@@ -56,42 +56,42 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shape = SHAPES[options.size]
     model = build_model(shape, options.backend, device, dtype)
-    whole = prompt(shape, options.pictures, options.text, device)
+    whole = prompt(shape, options.images, options.text, device)
     pixels = whole.pop("pixel_values")
     print(f"{options.size} on {describe_device()}, {dtype}, {options.backend}, {options.cache_implementation}")
 
-    encoding = [host_ms(lambda: model.encode_pictures(pixels)) for _ in range(WARM_UP)]
-    cache = model.encode_pictures(pixels)
+    encoding = [host_ms(lambda: model.encode_images(pixels)) for _ in range(WARM_UP)]
+    cache = model.encode_images(pixels)
     how = {"max_new_tokens": 1, "do_sample": False, "disable_compile": True}
     how["cache_implementation"] = None if options.cache_implementation == "dynamic" else "static"
     tokens: dict[str, int] = {}
 
-    def first_token(way: str, model: DSVLForConditionalGeneration, **pictures: object) -> Callable[[], None]:
+    def first_token(way: str, model: DSVLForConditionalGeneration, **images: object) -> Callable[[], None]:
         def run() -> None:
-            tokens[way] = int(model.generate(**whole, **pictures, **how)[0, -1])
+            tokens[way] = int(model.generate(**whole, **images, **how)[0, -1])
 
         return run
 
     ways = {
         "ordinary": first_token("ordinary", model, pixel_values=pixels),
-        "picture cache": first_token("picture cache", model, picture_cache=cache),
+        "image KV cache": first_token("image KV cache", model, image_cache=cache),
     }
     if options.compile:
         fast = twin(model)
         fast.compile_text_prefill()
-        ways["picture cache, compiled"] = first_token("picture cache, compiled", fast, picture_cache=cache)
+        ways["image KV cache, compiled"] = first_token("image KV cache, compiled", fast, image_cache=cache)
     results = in_turns(ways, rounds=options.repeats, warm_up=WARM_UP, clock=host_ms)
     report(f"{whole['input_ids'].shape[1]} tokens, {options.text} of them text", results)
     figures = {
         "same_token": len(set(tokens.values())) == 1,
-        "mib_a_picture": cache.nbytes / len(cache) / 2**20,
-        "encoding_ms_a_picture": min(encoding) / len(cache),
+        "mib_a_image": cache.nbytes / len(cache) / 2**20,
+        "encoding_ms_a_image": min(encoding) / len(cache),
     }
     print(
-        f"{'the same' if figures['same_token'] else 'another'} token; a picture takes "
-        f"{figures['encoding_ms_a_picture']:.1f} ms to encode, once, and {figures['mib_a_picture']:.1f} MiB"
+        f"{'the same' if figures['same_token'] else 'another'} token; an image takes "
+        f"{figures['encoding_ms_a_image']:.1f} ms to encode, once, and {figures['mib_a_image']:.1f} MiB"
     )
-    write(options.out, options, results | {"pictures": figures})
+    write(options.out, options, results | {"images": figures})
 
 
 if __name__ == "__main__":

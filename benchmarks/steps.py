@@ -19,7 +19,7 @@ CHUNK = 1024
 # Small enough to be compiled and run on a CPU.
 TINY = Shape(
     tokens=64,
-    pictures=2,
+    images=2,
     layers=2,
     hidden=64,
     intermediate=96,

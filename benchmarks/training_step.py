@@ -4,7 +4,7 @@ GPU, a small model in float32 on a CPU.
 Projector and embeddings learn, tower and decoder are frozen, as DeepSpeed-VisualChat trains. No optimizer step: forward and
 backward are what differs. TFLOP/s are of what a step is worth, whichever model computes it (flops.py).
 
-    python benchmarks/training_step.py [--tokens 4096] [--batch 2] [--pictures 8] [--layers 32] [--out step.json]
+    python benchmarks/training_step.py [--tokens 4096] [--batch 2] [--images 8] [--layers 32] [--out step.json]
     python benchmarks/training_step.py --check    # every row once, tiny, on a CPU as well
 """
 
@@ -57,7 +57,7 @@ def compare(shape: Shape, options: argparse.Namespace, checkpointing: bool, lige
                 alternatives["DSVL mmca, compiled, recomputing 1/8"] = step(some, batch)
     warm_up = 3 if device == "cuda" else 1
     table = in_turns(alternatives, rounds=options.rounds, warm_up=warm_up, budget=options.budget)
-    title = f"{shape.batch} x {shape.tokens} tokens, {shape.pictures} pictures a sample"
+    title = f"{shape.batch} x {shape.tokens} tokens, {shape.images} images a sample"
     title += ", gradient checkpointing" if checkpointing else ""
     title += ", Liger" if liger else ""
     add_rates(table, shape, batch, weights_gib(ours), options.large_product)
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=SHAPES, default="7b" if on_gpu else "small")
     parser.add_argument("--tokens", type=int, default=4096 if on_gpu else 512)
     parser.add_argument("--batch", type=int, default=2 if on_gpu else 1)
-    parser.add_argument("--pictures", type=int, default=8 if on_gpu else 1)
+    parser.add_argument("--images", type=int, default=8 if on_gpu else 1)
     parser.add_argument("--layers", type=int, help="of the decoder; fewer for a smaller GPU")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for each row, if that is less")
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     options.large_product = large_product_tflops() if on_gpu else None
     shape = SHAPES[options.size]
     layers = options.layers or shape.layers
-    shape = replace(shape, batch=options.batch, tokens=options.tokens, pictures=options.pictures, layers=layers)
+    shape = replace(shape, batch=options.batch, tokens=options.tokens, images=options.images, layers=layers)
     results = {}
     for liger in (False, True) if on_gpu and has_liger() else (False,):  # last: it changes transformers' functions
         for checkpointing in (False, True):

@@ -10,8 +10,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add `dsvl chat` to the command's parser."""
     parser = commands.add_parser("chat", help="talk to a checkpoint in the terminal")
     parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint, or its name on the Hub")
-    parser.add_argument("--image", nargs="+", action="extend", default=[], help="pictures for the first question")
-    parser.add_argument("--allow-urls", action="store_true", help="pictures may be http(s) addresses, which are fetched")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], help="images for the first question")
+    parser.add_argument("--allow-urls", action="store_true", help="images may be http(s) addresses, which are fetched")
     parser.add_argument("--system", help="the system message, instead of the model's own")
     parser.add_argument("--load", type=check_exists, metavar="DIR", help="go on with a conversation that was saved")
     parser.add_argument("--stats", action="store_true", help="say after each answer what it cost")
@@ -106,5 +106,5 @@ def _chat(arguments: argparse.Namespace) -> None:
         terminal.load(arguments.load)
     if arguments.system is not None:
         terminal.system(arguments.system)
-    terminal.add_pictures(arguments.image)
+    terminal.add_images(arguments.image)
     terminal.run()

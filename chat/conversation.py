@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from ..data.conversations import SOURCES
-from ..data.pictures import open_picture
-from ..picture_cache_dsvl import reuse_is_exact
+from ..data.images import open_image
+from ..image_cache_dsvl import reuse_is_exact
 from .answering import Answer
 from .detokenizer import pieces_of_text
-from .memory import Memory, SeenPicture, new_cache
+from .memory import Memory, SeenImage, new_cache
 from .prompts import prompt_ids
 from .storing import load_messages, save_messages
 
@@ -34,7 +34,7 @@ class Round:
     Attributes:
         prompt_tokens: of the whole conversation up to the answer.
         reused_tokens: those of them that were cached.
-        encoded_pictures: pictures that went through the vision tower.
+        encoded_images: images that went through the vision tower.
         dropped_rounds: oldest rounds that were dropped to make room.
         answer_ids: the tokens that were generated, the end of the answer included.
         first_token_seconds: until the first token was there.
@@ -43,7 +43,7 @@ class Round:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
-    encoded_pictures: int = 0
+    encoded_images: int = 0
     dropped_rounds: int = 0
     answer_ids: list[int] = field(default_factory=list)
     first_token_seconds: float = 0.0
@@ -57,10 +57,10 @@ class Round:
 
 
 class DSVLChat:
-    """A conversation with a model. Each round computes its own tokens and pictures only; answers are those of the whole
+    """A conversation with a model. Each round computes its own tokens and images only; answers are those of the whole
     conversation run afresh (as exactly as the model's precision has it: what is computed in parts rounds differently).
 
-    The cache of earlier rounds is held against the tokens and pictures of the conversation as it stands, and used as far as
+    The cache of earlier rounds is held against the tokens and images of the conversation as it stands, and used as far as
     they agree: messages may be changed or deleted at will. Call `reset()` after changing the model. One answer at a time;
     for several visitors, several objects may share a model, but not run it at once.
 
@@ -70,7 +70,7 @@ class DSVLChat:
         overflow: what happens when conversation and answer (`max_new_tokens`) exceed `context_length`: "error", or "drop" to
             leave out the oldest rounds whole, which is logged.
         context_length: in tokens; by default what the decoder's positions allow. A static cache takes memory for all of it.
-        allow_urls: whether pictures may be http(s) addresses (see `data.addresses.fetch`). Off, nothing is ever fetched.
+        allow_urls: whether images may be http(s) addresses (see `data.addresses.fetch`). Off, nothing is ever fetched.
         generation: what `generate()` takes, for all rounds: `max_new_tokens` (else the checkpoint's, or 512, or a
             quarter of the context if that is less), `do_sample`,
             `temperature`, ..., `cache_implementation="static"`.
@@ -119,11 +119,11 @@ class DSVLChat:
 
         Args:
             text: the question.
-            images: pictures that belong to it, which stand before it, as `read_image` takes them; addresses if `allow_urls`.
+            images: images that belong to it, which stand before it, as `read_image` takes them; addresses if `allow_urls`.
             generation: as for the constructor, for this round.
 
         Raises:
-            ValueError: if a picture cannot be had, or the context would overflow.
+            ValueError: if an image cannot be had, or the context would overflow.
             RuntimeError: while another answer is being given.
         """
         if self._answering:
@@ -140,12 +140,12 @@ class DSVLChat:
         images = images if isinstance(images, (list, tuple)) else [images]
         parts = [{"type": "image", "image": self._own(image)} for image in images]
         question = {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
-        self._settle_pictures()
+        self._settle_images()
         messages, ids, dropped = self._fit([*self.messages, question], options["max_new_tokens"])
-        pictures = _pictures(messages)
-        memory = self._recall(ids, pictures, static)
-        inputs = self._inputs(ids, pictures[len(memory.pictures) :], memory)
-        cost = Round(len(ids), len(memory.ids), len(pictures) - len(memory.pictures), dropped)
+        all_images = _images(messages)
+        memory = self._recall(ids, all_images, static)
+        inputs = self._inputs(ids, all_images[len(memory.images) :], memory)
+        cost = Round(len(ids), len(memory.ids), len(all_images) - len(memory.images), dropped)
 
         answer = Answer(self.model, self._worker, inputs | options | {"cache_implementation": None})
         said = ""
@@ -156,7 +156,7 @@ class DSVLChat:
                 yield piece
             finished = True
         finally:
-            self._remember(answer, memory, pictures)
+            self._remember(answer, memory, all_images)
             if said or finished:
                 self.messages[:] = [*messages, {"role": "assistant", "content": said}]
             self.last_round = cost
@@ -183,15 +183,15 @@ class DSVLChat:
             )
         return kind == "static"
 
-    # -- pictures ------------------------------------------------------------------------------------------------------
+    # -- images ------------------------------------------------------------------------------------------------------
 
     def _own(self, source: Any) -> Image.Image:
-        """A picture that is the conversation's own."""
-        image = open_picture(source, self.allow_urls).copy()
-        image.readonly = 1  # who draws on it gives it new pixels (see `SeenPicture`)
+        """An image that is the conversation's own."""
+        image = open_image(source, self.allow_urls).copy()
+        image.readonly = 1  # who draws on it gives it new pixels (see `SeenImage`)
         return image
 
-    def _settle_pictures(self) -> None:
+    def _settle_images(self) -> None:
         """Open what edited messages name by path, address or bytes, once."""
         for message in self.messages:
             for part in message["content"] if isinstance(message["content"], list) else []:
@@ -212,7 +212,7 @@ class DSVLChat:
                 raise ValueError(
                     f"The context holds {self.context_length} tokens, but {len(ids)} tokens of "
                     f"{'conversation' if rest is not None else 'the last question alone'} and {max_new_tokens} for the "
-                    f"answer are needed; pass a smaller max_new_tokens or fewer pictures{longer}."
+                    f"answer are needed; pass a smaller max_new_tokens or fewer images{longer}."
                 )
             messages, dropped = rest, dropped + 1
             ids = prompt_ids(self.processor, messages)
@@ -224,7 +224,7 @@ class DSVLChat:
             )
         return messages, ids, dropped
 
-    def _inputs(self, ids: list[int], new_pictures: list[Image.Image], memory: Memory) -> dict[str, Any]:
+    def _inputs(self, ids: list[int], new_images: list[Image.Image], memory: Memory) -> dict[str, Any]:
         device = self.model.device
         input_ids = torch.tensor([ids], device=device)
         inputs = {
@@ -234,21 +234,21 @@ class DSVLChat:
             "past_key_values": memory.cache,
             "use_cache": True,
         }
-        if new_pictures:
-            pixels = self.processor(images=new_pictures, return_tensors="pt")["pixel_values"]
+        if new_images:
+            pixels = self.processor(images=new_images, return_tensors="pt")["pixel_values"]
             inputs["pixel_values"] = pixels.to(device)
         return inputs
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
-    def _recall(self, ids: list[int], pictures: list[Image.Image], static: bool) -> Memory:
-        """The memory of what these tokens and pictures begin with. Until the round ends well, the conversation has none."""
+    def _recall(self, ids: list[int], images: list[Image.Image], static: bool) -> Memory:
+        """The memory of what these tokens and images begin with. Until the round ends well, the conversation has none."""
         memory, self._memory = self._memory, None
-        image, per_picture = self.processor.image_token_id, self.processor.image_seq_length
+        image, per_image = self.processor.image_token_id, self.processor.image_seq_length
         if memory is not None and memory.static == static and memory.length == self.context_length:
             exact = reuse_is_exact(self.model.config)
-            common = memory.common_prefix(ids, pictures, image, per_picture) if exact else 0
-            if memory.crop(common, image, per_picture):
+            common = memory.common_prefix(ids, images, image, per_image) if exact else 0
+            if memory.crop(common, image, per_image):
                 return memory
             if not self._told_of_window:
                 self._told_of_window = True
@@ -258,11 +258,11 @@ class DSVLChat:
                 )
         return Memory(new_cache(self.model, static, self.context_length), static, self.context_length)
 
-    def _remember(self, answer: Answer, memory: Memory, pictures: list[Image.Image]) -> None:
+    def _remember(self, answer: Answer, memory: Memory, images: list[Image.Image]) -> None:
         """Take over what an answer left in the cache. If it failed, nothing is remembered."""
         ids = answer.stop()
         memory.ids = ids[: int(memory.cache.get_seq_length())]  # the last token was said, but not read
-        memory.pictures += [SeenPicture(image) for image in pictures[len(memory.pictures) :]]
+        memory.images += [SeenImage(image) for image in images[len(memory.images) :]]
         self._memory = memory
 
     def reset(self) -> None:
@@ -274,12 +274,12 @@ class DSVLChat:
 
     def save(self, path: str | Path) -> None:
         """Write the conversation into a directory: `conversation.jsonl`, which is also a sample of training data, and its
-        pictures as PNG files beside it.
+        images as PNG files beside it.
 
         Raises:
             ValueError: if the directory holds anything else.
         """
-        self._settle_pictures()
+        self._settle_images()
         save_messages(self.messages, Path(path))
 
     def load(self, path: str | Path) -> None:
@@ -296,17 +296,17 @@ def _is_settled(image: Any) -> bool:
 
 
 def _source(part: dict[str, Any]) -> Any:
-    """What a part of an edited message names its picture by."""
+    """What a part of an edited message names its image by."""
     named = [key for key in SOURCES if part.get(key) is not None]
     if len(named) != 1:
         raise ValueError(
-            f"An image part names its picture by one of {', '.join(SOURCES)}; got {sorted(set(part) - {'type'})}."
+            f"An image part names its image by one of {', '.join(SOURCES)}; got {sorted(set(part) - {'type'})}."
         )
     source = part[named[0]]
     return base64.b64decode(source.rpartition(",")[2], validate=True) if named == ["base64"] else source
 
 
-def _pictures(messages: list[dict[str, Any]]) -> list[Image.Image]:
+def _images(messages: list[dict[str, Any]]) -> list[Image.Image]:
     contents = [message["content"] for message in messages if isinstance(message["content"], list)]
     return [part["image"] for content in contents for part in content if part["type"] == "image"]
 

@@ -10,8 +10,8 @@ from transformers import Cache, DynamicCache, StaticCache
 from ..decoding_dsvl import can_crop, crop
 
 
-class SeenPicture:
-    """A picture as it was when it was encoded.
+class SeenImage:
+    """An image as it was when it was encoded.
 
     Args:
         image: best marked read-only: then Pillow gives it new pixels where somebody draws on it, and need not be asked for
@@ -22,7 +22,7 @@ class SeenPicture:
         self._pixels, self._digest = image.im, _digest(image)
 
     def is_still(self, image: Image.Image) -> bool:
-        """Whether this is the same picture: the very same pixels in memory, or equal ones."""
+        """Whether this is the same image: the very same pixels in memory, or equal ones."""
         return (bool(image.readonly) and image.im is self._pixels) or _digest(image) == self._digest
 
 
@@ -38,36 +38,36 @@ class Memory:
         cache: filled by the model; `mm_token_type_ids` on it is the modality of its tokens.
         static: whether it is a static one.
         length: how many tokens it may come to hold.
-        ids: the tokens it holds, those of pictures included.
-        pictures: those whose tokens it holds, in order.
+        ids: the tokens it holds, those of images included.
+        images: those whose tokens it holds, in order.
     """
 
     cache: Cache
     static: bool
     length: int
     ids: list[int] = field(default_factory=list)
-    pictures: list[SeenPicture] = field(default_factory=list)
+    images: list[SeenImage] = field(default_factory=list)
 
-    def common_prefix(self, ids: list[int], pictures: list[Image.Image], image_token_id: int, per_picture: int) -> int:
-        """How many of these tokens the cache holds, whole pictures only.
+    def common_prefix(self, ids: list[int], images: list[Image.Image], image_token_id: int, per_image: int) -> int:
+        """How many of these tokens the cache holds, whole images only.
 
         At least one is left to compute: what follows the last token is not in a cache.
         """
         limit = min(len(self.ids), len(ids) - 1)
         common = next((place for place in range(limit) if self.ids[place] != ids[place]), limit)
-        starts = [place for place in range(common) if ids[place] == image_token_id][::per_picture]
-        for start, seen, image in zip(starts, self.pictures, pictures, strict=False):
-            if start + per_picture > common or not seen.is_still(image):
+        starts = [place for place in range(common) if ids[place] == image_token_id][::per_image]
+        for start, seen, image in zip(starts, self.images, images, strict=False):
+            if start + per_image > common or not seen.is_still(image):
                 return start
         return common
 
-    def crop(self, length: int, image_token_id: int, per_picture: int) -> bool:
+    def crop(self, length: int, image_token_id: int, per_image: int) -> bool:
         """Forget all but the first `length` tokens; False, with nothing done, if this cache cannot."""
         if int(self.cache.get_seq_length()) != length and not can_crop(self.cache):
             return False
         crop(self.cache, length)
         self.ids = self.ids[:length]
-        self.pictures = self.pictures[: self.ids.count(image_token_id) // per_picture]
+        self.images = self.images[: self.ids.count(image_token_id) // per_image]
         return True
 
 

@@ -1,4 +1,4 @@
-"""A conversation as a directory: one line of JSON, and its pictures as PNG files."""
+"""A conversation as a directory: one line of JSON, and its images as PNG files."""
 
 import json
 import os
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..data.conversations import ROLES
-from ..data.pictures import open_picture
+from ..data.images import open_image
 
 FILE = "conversation.jsonl"
 
 
 def save_messages(messages: list[dict[str, Any]], folder: Path) -> None:
-    """Write messages whose pictures are PIL images.
+    """Write messages whose images are PIL images.
 
     Raises:
         ValueError: if the folder holds anything but such a conversation, which is replaced.
@@ -22,7 +22,7 @@ def save_messages(messages: list[dict[str, Any]], folder: Path) -> None:
         if strange:
             raise ValueError(f"{strange[0]} is no part of a saved conversation; save into a new directory.")
     folder.mkdir(parents=True, exist_ok=True)
-    # Whatever is interrupted, the line of JSON names pictures that are there: they have names of their own until it stands.
+    # Whatever is interrupted, the line of JSON names images that are there: they have names of their own until it stands.
     number, generation, stored = 0, os.urandom(4).hex(), []
     for message in messages:
         content = message["content"]
@@ -31,7 +31,7 @@ def save_messages(messages: list[dict[str, Any]], folder: Path) -> None:
             for part in message["content"]:
                 if part["type"] == "image":
                     number += 1
-                    name = f"picture-{number}-{generation}.png"
+                    name = f"image-{number}-{generation}.png"
                     part["image"].save(folder / name)
                     content.append({"type": "image", "path": name})
                 else:
@@ -40,17 +40,17 @@ def save_messages(messages: list[dict[str, Any]], folder: Path) -> None:
     draft = folder / f"{FILE}.new"
     draft.write_text(json.dumps({"messages": stored}, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(draft, folder / FILE)
-    for picture in folder.glob("picture-*.png"):
-        if not picture.stem.endswith(generation):
-            picture.unlink()
+    for image in folder.glob("image-*.png"):
+        if not image.stem.endswith(generation):
+            image.unlink()
 
 
 def _is_ours(entry: Path) -> bool:
-    return entry.name in (FILE, f"{FILE}.new") or (entry.name.startswith("picture-") and entry.suffix == ".png")
+    return entry.name in (FILE, f"{FILE}.new") or (entry.name.startswith("image-") and entry.suffix == ".png")
 
 
 def load_messages(folder: Path) -> list[dict[str, Any]]:
-    """Read a conversation; only pictures of the directory itself are opened, whatever its JSON says.
+    """Read a conversation; only images of the directory itself are opened, whatever its JSON says.
 
     Raises:
         ValueError: if it is none.
@@ -79,5 +79,5 @@ def _part(part: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {"type": "text", "text": part["text"]}
     path = folder / part["path"] if part["type"] == "image" else folder
     if path.resolve().parent != folder.resolve():
-        raise ValueError(f"The part {str(part)[:200]} is neither a text nor a picture in {folder}.")
-    return {"type": "image", "image": open_picture(path)}
+        raise ValueError(f"The part {str(part)[:200]} is neither a text nor an image in {folder}.")
+    return {"type": "image", "image": open_image(path)}

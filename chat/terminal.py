@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import torch
 
-from ..data.pictures import SUFFIXES, open_picture
+from ..data.images import SUFFIXES, open_image
 from .conversation import DSVLChat
 
 PROMPT = "> "
@@ -26,8 +26,8 @@ _DROPPED = re.compile(
 )
 
 
-def dropped_pictures(line: str) -> tuple[str, list[str]]:
-    """A line without the pictures that were dropped into it, and their paths. Only what is a file counts."""
+def dropped_images(line: str) -> tuple[str, list[str]]:
+    """A line without the images that were dropped into it, and their paths. Only what is a file counts."""
     paths: list[str] = []
 
     def take(match: re.Match[str]) -> str:
@@ -45,7 +45,7 @@ def dropped_pictures(line: str) -> tuple[str, list[str]]:
 
 
 def _path_with_spaces(line: str) -> str | None:
-    """A file's path with spaces that a line begins with, unquoted, and that ends as a picture's does."""
+    """A file's path with spaces that a line begins with, unquoted, and that ends as an image's does."""
     ends = [match.end() for match in re.finditer("|".join(re.escape(suffix) for suffix in SUFFIXES), line, re.I)]
     paths = (line[:end] for end in ends)
     return next((path for path in paths if " " in path and Path(path).expanduser().is_file()), None)
@@ -115,12 +115,12 @@ class Terminal:
 
     def __init__(self, chat: DSVLChat, read: Callable[[], str], stats: bool = False) -> None:
         self.chat, self.read, self.stats = chat, read, stats
-        self.waiting: list[Any] = []  # pictures for the next question
+        self.waiting: list[Any] = []  # images for the next question
         self.commands: dict[str, tuple[Callable[[str], None], str, str]] = {
-            "/image": (self._image, "PATH...", "add pictures to the next question; dropping files into a line does as well"),
+            "/image": (self._image, "PATH...", "add images to the next question; dropping files into a line does as well"),
             "/clear": (self._clear, "", "begin anew; the system message stays; clear as well"),
             "/system": (self.system, "TEXT", "set the system message; without TEXT, the model's own"),
-            "/save": (self._save, "DIR", "write the conversation and its pictures into a directory"),
+            "/save": (self._save, "DIR", "write the conversation and its images into a directory"),
             "/load": (self.load, "DIR", "go on with a saved one"),
             "/help": (self._help, "", "this list"),
             "/quit": (self._quit, "", "leave, as Ctrl-D does; quit and exit as well"),
@@ -152,22 +152,22 @@ class Terminal:
         if name in self.commands:
             self.commands[name][0](rest.strip())
             return
-        text, paths = dropped_pictures(line)
+        text, paths = dropped_images(line)
         if name.startswith("/") and not paths:
             if spaced := _path_with_spaces(line.strip()):
                 raise ValueError(f"{spaced} is a path with spaces; quote it: {shlex.quote(spaced)}")
             raise ValueError(f"{name} is no command; /help lists them.")
-        self.add_pictures(paths)
+        self.add_images(paths)
         if text:
             self._ask(text)
 
-    def add_pictures(self, sources: Iterable[str]) -> None:
-        """Let pictures wait for the next question; all of them, or none."""
-        opened = [open_picture(source, self.chat.allow_urls) for source in sources]
+    def add_images(self, sources: Iterable[str]) -> None:
+        """Let images wait for the next question; all of them, or none."""
+        opened = [open_image(source, self.chat.allow_urls) for source in sources]
         self.waiting += opened
         if opened:
             one = len(self.waiting) == 1
-            print(f"({len(self.waiting)} {'picture waits' if one else 'pictures wait'} for the question)")
+            print(f"({len(self.waiting)} {'image waits' if one else 'images wait'} for the question)")
 
     def _ask(self, text: str) -> None:
         try:
@@ -182,7 +182,7 @@ class Terminal:
         if self.stats:
             cost = self.chat.last_round
             print(
-                f"({cost.prompt_tokens} tokens, {cost.reused_tokens} of them reused; {cost.encoded_pictures} pictures "
+                f"({cost.prompt_tokens} tokens, {cost.reused_tokens} of them reused; {cost.encoded_images} images "
                 f"encoded; first token after {cost.first_token_seconds:.2f} s, then {cost.tokens_per_second:.1f} tokens/s)"
             )
 
@@ -190,10 +190,10 @@ class Terminal:
 
     def _image(self, rest: str) -> None:
         if not rest:
-            raise ValueError("/image takes the paths of pictures; quote those with spaces.")
+            raise ValueError("/image takes the paths of images; quote those with spaces.")
         if " " in rest and Path(rest).expanduser().is_file():
             raise ValueError(f"{rest} is a path with spaces; quote it: /image {shlex.quote(rest)}")
-        self.add_pictures(unquote(path.removeprefix("file://")) if "file://" in path else path for path in _split(rest))
+        self.add_images(unquote(path.removeprefix("file://")) if "file://" in path else path for path in _split(rest))
 
     def _clear(self, rest: str) -> None:
         system = self.chat.messages[:1] if self._has_system() else []

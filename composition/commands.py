@@ -23,7 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="full",
         help="full keeps CLS and registers",
     )
-    parser.add_argument("--number-after", action="store_true", help="repeat a picture's number behind it in prompts")
+    parser.add_argument("--number-after", action="store_true", help="repeat an image's number behind it in prompts")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the language model's)")
     parser.add_argument("--max-shard-size", default="5GB")
     parser.set_defaults(run=_compose)
@@ -53,4 +53,4 @@ def _compose(arguments: argparse.Namespace) -> None:
         max_shard_size=arguments.max_shard_size,
     )
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens a picture")
+    print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens an image")

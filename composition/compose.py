@@ -11,7 +11,7 @@ from ..attention_dsvl import route_attention
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor, extend_tokenizer
-from .towers import count_prefix_tokens, load_image_processor, load_tower, picture_size
+from .towers import count_prefix_tokens, load_image_processor, load_tower, processed_size
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding table: what matrix units like
 
@@ -42,7 +42,7 @@ def compose(
         projector_type, multimodal_attention, vision_feature_layer, vision_feature_select_strategy: see `DSVLConfig`.
         tokenizer: the language model's tokenizer; read from `language` by default.
         image_processor: the tower's image processor; read from `vision` by default, or CLIP's for its `image_size`. It
-            says how large pictures are.
+            says how large images are.
         number_after: see `DSVLProcessor`.
         dtype: of the whole model; "auto" is the language model's own.
 
@@ -55,7 +55,7 @@ def compose(
     tower = load_tower(vision)
     image_processor = image_processor or load_image_processor(vision)
     tokenizer = tokenizer or _tokenizer(language)
-    image_size = picture_size(image_processor)
+    image_size = processed_size(image_processor)
     num_prefix_tokens = count_prefix_tokens(tower, image_size)
     decoder = _causal_lm(language, dtype)
     dtype = decoder.dtype

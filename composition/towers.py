@@ -1,4 +1,4 @@
-"""Vision towers: loading one of any type, and measuring what it makes of a picture."""
+"""Vision towers: loading one of any type, and measuring what it makes of an image."""
 
 import copy
 import logging
@@ -50,12 +50,12 @@ def tower_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     config = getattr(config, "vision_config", config)
     if config.model_type in NAFLEX_TOWERS:
         raise ValueError(
-            f"vision={name!r} has a tower of type {config.model_type!r}, for pictures of any shape (NaFlex), which is not "
+            f"vision={name!r} has a tower of type {config.model_type!r}, for images of any shape (NaFlex), which is not "
             "supported; pass a SigLIP 2 of fixed resolution (its type is 'siglip')."
         )
     if not isinstance(getattr(config, "image_size", None), int) or not isinstance(getattr(config, "patch_size", None), int):
         raise ValueError(
-            f"vision={name!r} is a model of type {config.model_type!r}, which has no tower that makes a square picture a "
+            f"vision={name!r} is a model of type {config.model_type!r}, which has no tower that makes a square image a "
             "sequence of patches; pass CLIP, SigLIP, DINOv2, DINOv3, or a tower of dsvl migrate qwen-tower."
         )
     return config
@@ -80,8 +80,8 @@ def clip_image_processor(size: int) -> "CLIPImageProcessor":
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
-def picture_size(image_processor: Any) -> int:
-    """The side in pixels of the squares that an image processor makes of pictures, found by trying.
+def processed_size(image_processor: Any) -> int:
+    """The side in pixels of the squares that an image processor makes of images, found by trying.
 
     Raises:
         ValueError: if it does not make squares of one size.
@@ -93,7 +93,7 @@ def picture_size(image_processor: Any) -> int:
     shape = shapes.pop()
     if shapes or len(shape) != 4 or shape[2] != shape[3]:
         raise ValueError(
-            f"{type(image_processor).__name__} makes pixel_values of shapes {sorted([shape, *shapes])} of two pictures; "
+            f"{type(image_processor).__name__} makes pixel_values of shapes {sorted([shape, *shapes])} of two images; "
             "expected one square for both. Pass image_processor= with a fixed size (do_resize, or do_center_crop)."
         )
     return shape[2]
@@ -103,7 +103,7 @@ def count_prefix_tokens(tower: PreTrainedModel, image_size: int) -> int:
     """How many tokens (CLS, registers) a tower puts before its grid of patches, told by a copy of shapes without values.
 
     Raises:
-        ValueError: if it takes no picture of this size, or gives no sequence of features.
+        ValueError: if it takes no image of this size, or gives no sequence of features.
     """
     config = copy.deepcopy(tower.config)
     config._attn_implementation = "eager"
@@ -113,7 +113,7 @@ def count_prefix_tokens(tower: PreTrainedModel, image_size: int) -> int:
             features = shapes(torch.zeros(1, 3, image_size, image_size)).last_hidden_state
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"The image processor makes pictures of {image_size} pixels, which {type(tower).__name__} does not take "
+                f"The image processor makes images of {image_size} pixels, which {type(tower).__name__} does not take "
                 f"({error}); pass image_processor= with its size, {config.image_size}."
             ) from error
     patches, width = (image_size // config.patch_size) ** 2, config.hidden_size
@@ -121,7 +121,7 @@ def count_prefix_tokens(tower: PreTrainedModel, image_size: int) -> int:
         patches, width = config.num_queries, config.output_dim
     if features.ndim != 3 or features.shape[1] < patches or features.shape[2] != width:
         raise ValueError(
-            f"{type(tower).__name__} gives features of shape {tuple(features.shape)} for a picture of {patches} patches; "
+            f"{type(tower).__name__} gives features of shape {tuple(features.shape)} for an image of {patches} patches; "
             f"expected (1, at least {patches}, {width}). Use a tower that gives a feature for every patch."
         )
     return features.shape[1] - patches

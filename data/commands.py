@@ -36,9 +36,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     one.add_argument("file", type=check_exists, help="conversations: whatever dsvl train takes as --data")
     one.add_argument("-n", "--number", type=int, default=3, help="how many (default 3)")
     one.add_argument("--model", type=check_exists, help="a checkpoint, whose template and tokens are used then")
-    one.add_argument("--html", metavar="FILE", help="write a page with the pictures instead")
+    one.add_argument("--html", metavar="FILE", help="write a page with the images instead")
     one.add_argument("--on-bad-sample", choices=("error", "skip"), default="skip", help="a broken sample (default skip)")
-    one.add_argument("--allow-urls", action="store_true", help="pictures may be http(s) addresses, which are fetched")
+    one.add_argument("--allow-urls", action="store_true", help="images may be http(s) addresses, which are fetched")
     one.set_defaults(run=_show)
 
 

@@ -32,8 +32,8 @@ from .messages import (
     Sample,
     check_conversation,
     complete_messages,
-    picture_source,
-    pictures_of,
+    image_source,
+    images_of,
 )
 from .records import Records
 
@@ -47,8 +47,8 @@ __all__ = [
     "check_conversation",
     "complete_messages",
     "load_conversations",
-    "picture_source",
-    "pictures_of",
+    "image_source",
+    "images_of",
     "worker_row",
 ]
 
@@ -140,7 +140,7 @@ class Conversations(Dataset):
         sample = self.form.sample(self.records.parse(self.records.read(place)), self.records.root)
         return as_sample(sample, self.records.location(place))
 
-    def pictures(self, index: int) -> int:
+    def images(self, index: int) -> int:
         """How many images a sample has."""
         return self.facts[index][0]
 

@@ -93,7 +93,7 @@ def convert(
     progress: bool = False,
     max_bad_samples: float = MAX_BAD_SAMPLES,
 ) -> Report:
-    """Convert a data set to `out/NAME.jsonl`, pictures by relative paths; `out/NAME.report.json` says what was left out.
+    """Convert a data set to `out/NAME.jsonl`, images by relative paths; `out/NAME.report.json` says what was left out.
 
     What comes out depends on the seed, never on the number of workers. While a conversion is under way its file is
     `NAME.jsonl.partial`; the same call again continues one that was interrupted.
@@ -103,7 +103,7 @@ def convert(
         root: the folder that holds the raw files; the file itself for the public forms.
         limit: stop after so many conversations.
         workers: processes beside this one.
-        on_bad_sample: "error" or "skip": a broken record, or one whose picture is absent or cannot be opened.
+        on_bad_sample: "error" or "skip": a broken record, or one whose image is absent or cannot be opened.
         max_bad_samples: the share of records that may be skipped as broken, see `BadSamples`.
 
     Raises:
@@ -124,7 +124,7 @@ def convert(
     if state_file.is_file() and partial.is_file():
         report = _resumed(state_file, report)
         os.truncate(partial, report.written)  # lines behind the last state are written again
-    records = iter(CONVERTERS[name].read(root, out / "pictures"))
+    records = iter(CONVERTERS[name].read(root, out / "images"))
     next(itertools.islice(records, report.records, report.records), None)
     folder = root if root.is_dir() else root.parent
     tasks = ((name, str(folder), str(out), seed, chunk) for chunk in _chunks(records, CHUNK))
@@ -179,7 +179,7 @@ def _convert_chunk(task: tuple[str, str, str, int, list[Record]]) -> list[_Conve
                 if record.broken is not None:
                     raise BadSample(record.broken)
                 sample = CONVERTERS[name].convert(record.value, random)
-                sample["images"] = [_placed(picture, Path(root), Path(out)) for picture in sample["images"]]
+                sample["images"] = [_placed(image, Path(root), Path(out)) for image in sample["images"]]
                 check_conversation(sample | {"images": [os.path.join(out, path) for path in sample["images"]]})
                 line = json.dumps(sample, ensure_ascii=False)
                 line.encode()
@@ -214,34 +214,34 @@ def _take_up(one: _Converted, report: Report, file: Any, max_bad_samples: float)
             raise TooManyBadSamples(too_many(report.name, broken, report.records, max_bad_samples, last))
 
 
-def _placed(picture: Any, root: Path, out: Path) -> str:
-    """A picture's path from the folder of the file that will name it, with the picture opened once.
+def _placed(image: Any, root: Path, out: Path) -> str:
+    """An image's path from the folder of the file that will name it, with the image opened once.
 
     Raises:
         LeftOut: for a placeholder of one pixel.
-        ValueError: if there is no such picture, or it is none.
+        ValueError: if there is no such image, or it is none.
     """
-    if isinstance(picture, dict):  # as `datasets` has it
-        picture = picture.get("bytes") or picture.get("path")
-    if isinstance(picture, bytes):
-        path = out / "pictures" / sha256(picture).hexdigest()[:32]
+    if isinstance(image, dict):  # as `datasets` has it
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        path = out / "images" / sha256(image).hexdigest()[:32]
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(picture)
+            partial.write_bytes(image)
             partial.replace(path)
-    elif isinstance(picture, str):
-        path = root / picture
+    elif isinstance(image, str):
+        path = root / image
     else:
-        raise ValueError(f"a picture is {type(picture).__name__}; expected a path or bytes.")
+        raise ValueError(f"an image is {type(image).__name__}; expected a path or bytes.")
     if not path.is_file():
-        raise ValueError(f"the picture {shortened(str(path))} does not exist.")
+        raise ValueError(f"the image {shortened(str(path))} does not exist.")
     try:
         width, height = image_size(path)
     except ValueError as error:
-        raise ValueError(f"the picture {shortened(str(path))} cannot be opened: {shortened(str(error))}") from error
+        raise ValueError(f"the image {shortened(str(path))} cannot be opened: {shortened(str(error))}") from error
     if width <= 1 or height <= 1:
-        raise LeftOut("a picture of one pixel, which stands for one that is gone")
+        raise LeftOut("an image of one pixel, which stands for one that is gone")
     return os.path.relpath(path, out)
 
 

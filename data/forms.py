@@ -369,7 +369,7 @@ def image_source(image: Any, root: Path | None = None) -> Any:
         extra = set(image) - {"bytes", "path"}
         source = image["bytes"] if is_given(image.get("bytes")) else image.get("path")
         if extra or not is_given(source) or (source is image.get("bytes") and not isinstance(source, bytes)):
-            raise ValueError(f"a picture is {shortened(image, 60)}; expected its bytes or its path.")
+            raise ValueError(f"an image is {shortened(image, 60)}; expected its bytes or its path.")
         image = source
     if not isinstance(image, str):
         return image

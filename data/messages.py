@@ -173,17 +173,17 @@ def _check_text(text: str, number: int) -> None:
 
 def _check_source(source: Any, files: bool, allow_urls: bool) -> None:
     if is_address(source) and not allow_urls and not source.startswith("file://"):
-        raise ValueError(f"the picture {shortened(source)} is an address; pass --allow-urls to fetch such pictures.")
+        raise ValueError(f"the image {shortened(source)} is an address; pass --allow-urls to fetch such images.")
     if not files:
         return
     if isinstance(source, dict):  # as `datasets` stores it
         source = source["bytes"] if source.get("bytes") else source.get("path")
     if isinstance(source, str):
         if not is_address(source) and not source.startswith("data:") and not os.path.isfile(source):
-            raise ValueError(f"the picture {shortened(source)} does not exist.")
+            raise ValueError(f"the image {shortened(source)} does not exist.")
     elif source is None or isinstance(source, (bool, int, float, list, dict)):
         raise ValueError(
-            f"a picture is {shortened(source, 60)} of type {type(source).__name__}; expected a path, an address or a file's "
+            f"an image is {shortened(source, 60)} of type {type(source).__name__}; expected a path, an address or a file's "
             "bytes."
         )
 
@@ -225,13 +225,13 @@ def _stored(image: Any) -> Any:
     return image
 
 
-def picture_source(part: dict[str, Any]) -> Any:
+def image_source(part: dict[str, Any]) -> Any:
     """Where the image of a part `{"type": "image", ...}` of complete messages is from."""
     (source,) = (value for key, value in part.items() if key != "type")
     return source
 
 
-def pictures_of(messages: list[dict[str, Any]]) -> list[Any]:
+def images_of(messages: list[dict[str, Any]]) -> list[Any]:
     """The sources of the images of complete messages, in reading order."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    return [picture_source(part) for part in parts if part["type"] == "image"]
+    return [image_source(part) for part in parts if part["type"] == "image"]

@@ -64,7 +64,7 @@ class Mixture(Dataset):
     Args:
         parts: (part, its conversations).
         seed: of every choice.
-        max_pictures: a conversation with more is left out, counted; groups are closed before they would have more.
+        max_images: a conversation with more is left out, counted; groups are closed before they would have more.
 
     Attributes:
         source, skipped: as of `Conversations`; what is left out here is counted too.
@@ -74,7 +74,7 @@ class Mixture(Dataset):
         self,
         parts: list[tuple[Part, Conversations]],
         seed: int = 0,
-        max_pictures: int | None = None,
+        max_images: int | None = None,
         source: str = "mixture",
     ) -> None:
         self.parts, self.source = parts, source
@@ -82,13 +82,13 @@ class Mixture(Dataset):
         self.index: list[tuple[int, tuple[int, ...]]] = []  # (which part, places of the conversations that make one)
         for number, (part, data) in enumerate(parts):
             random = Random(f"{seed} {part.name}")
-            fitting = [place for place in range(len(data)) if max_pictures is None or data.pictures(place) <= max_pictures]
+            fitting = [place for place in range(len(data)) if max_images is None or data.images(place) <= max_images]
             if len(fitting) < len(data):
                 left_out = len(data) - len(fitting)
                 self.skipped += left_out
-                logger.warning("%s: %d conversations have more than %d pictures.", part.name, left_out, max_pictures)
+                logger.warning("%s: %d conversations have more than %d images.", part.name, left_out, max_images)
             chosen = _chosen(part, fitting, random)
-            groups = _groups(part, data, chosen, random, max_pictures)
+            groups = _groups(part, data, chosen, random, max_images)
             logger.info("%s: %d conversations in %d.", part.name, len(chosen), len(groups))
             self.index += [(number, group) for group in groups]
         if not self.index:
@@ -101,10 +101,10 @@ class Mixture(Dataset):
         number, places = self.index[place]
         return concatenated([self.parts[number][1][one] for one in places])
 
-    def pictures(self, place: int) -> int:
-        """How many pictures a conversation has."""
+    def images(self, place: int) -> int:
+        """How many images a conversation has."""
         number, places = self.index[place]
-        return sum(self.parts[number][1].pictures(one) for one in places)
+        return sum(self.parts[number][1].images(one) for one in places)
 
 
 def concatenated(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -212,21 +212,21 @@ def open_parts(
     parts: list[Part],
     on_bad_sample: str,
     seed: int = 0,
-    max_pictures: int | None = None,
+    max_images: int | None = None,
     source: str = "mixture",
     allow_urls: bool = True,
     max_bad_samples: float = MAX_BAD_SAMPLES,
 ) -> Mixture:
     """A mixture of parts that are not open yet."""
-    if max_pictures is not None and (not _is_number(max_pictures, int) or max_pictures < 1):
-        raise ValueError(f"max_num_image_per_sample is {shortened(repr(max_pictures))}; expected a number of at least 1.")
+    if max_images is not None and (not _is_number(max_images, int) or max_images < 1):
+        raise ValueError(f"max_num_image_per_sample is {shortened(repr(max_images))}; expected a number of at least 1.")
     names = [part.name for part in parts]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"{', '.join(sorted(twice))} stands for several data sets; give each a name of its own.")
     options: dict[str, Any] = {"allow_urls": allow_urls, "max_bad_samples": max_bad_samples}
     opened = [(part, load_conversations(part.path, on_bad_sample, **options)) for part in parts]
-    return Mixture(opened, seed, max_pictures, source)
+    return Mixture(opened, seed, max_images, source)
 
 
 class Subset(Dataset):
@@ -242,9 +242,9 @@ class Subset(Dataset):
     def __getitem__(self, place: int) -> dict[str, Any]:
         return self.data[self.places[place]]
 
-    def pictures(self, place: int) -> int:
-        """How many pictures a conversation has."""
-        return self.data.pictures(self.places[place])
+    def images(self, place: int) -> int:
+        """How many images a conversation has."""
+        return self.data.images(self.places[place])
 
 
 def split(data: Any, share: float, seed: int = 0) -> tuple[Subset, Subset]:
@@ -272,7 +272,7 @@ def _chosen(part: Part, places: list[int], random: Random) -> list[int]:
 
 
 def _groups(
-    part: Part, data: Conversations, places: list[int], random: Random, max_pictures: int | None
+    part: Part, data: Conversations, places: list[int], random: Random, max_images: int | None
 ) -> list[tuple[int, ...]]:
     """Every place in exactly one group of up to `concatenate`, at random."""
     if part.concatenate == 1:
@@ -282,13 +282,13 @@ def _groups(
     group: list[int] = []
     size, count = random.randint(1, part.concatenate), 0
     for place in places:
-        pictures = data.pictures(place)
-        too_many = max_pictures is not None and count + pictures > max_pictures
+        images = data.images(place)
+        too_many = max_images is not None and count + images > max_images
         if group and (len(group) == size or too_many or data.has_system(place)):
             groups.append(tuple(group))
             group, count, size = [], 0, random.randint(1, part.concatenate)
         group.append(place)
-        count += pictures
+        count += images
     return [*groups, tuple(group)] if group else groups
 
 

@@ -1,4 +1,4 @@
-"""Samples as the model will see them: for a terminal, or as a page with their pictures."""
+"""Samples as the model will see them: for a terminal, or as a page with their images."""
 
 import html
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from ..processing_dsvl import CHAT_TEMPLATE
 from ..utils.transformers_names import render_jinja_template
 from .bad_samples import BadSamples
 from .conversations import Conversations, load_conversations
-from .messages import complete_messages, is_trained, location_of, pictures_of
-from .pictures import fetched, thumbnail
+from .images import fetched, thumbnail
+from .messages import complete_messages, images_of, is_trained, location_of
 
-WIDTH = 320  # pixels of a picture on the page
+WIDTH = 320  # pixels of an image on the page
 PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>{title}</title>
@@ -37,15 +37,15 @@ class Shown:
     """A sample, rendered.
 
     Attributes:
-        text: the prompt, a placeholder for each picture.
+        text: the prompt, a placeholder for each image.
         learnt: (from, to) of each stretch of it that is supervised.
-        pictures: decoded, in reading order.
+        images: decoded, in reading order.
         tokens: how many the model reads, if its processor is known.
     """
 
     text: str
     learnt: list[tuple[int, int]]
-    pictures: list[Any]
+    images: list[Any]
     tokens: int | None
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
@@ -75,8 +75,8 @@ def render(sample: dict[str, Any], processor: Any = None, allow_urls: bool = Fal
         learnt = [stretch for stretch, answer in zip(learnt, answers, strict=True) if is_trained(answer)]
     elif not all(map(is_trained, answers)):
         raise ValueError("an answer has the weight 0, but the chat template does not mark each answer; remove it.")
-    pictures = [read_image(fetched(source, allow_urls), allow_urls=False) for source in pictures_of(messages)]
-    return Shown(text, learnt, pictures, None if processor is None else processor.count_tokens(messages))
+    images = [read_image(fetched(source, allow_urls), allow_urls=False) for source in images_of(messages)]
+    return Shown(text, learnt, images, None if processor is None else processor.count_tokens(messages))
 
 
 def samples(
@@ -123,14 +123,14 @@ def show(source: str, number: int = 3, processor: Any = None, color: bool = Fals
 
 
 def show_page(source: str, path: str | Path, number: int = 3, processor: Any = None, **options: Any) -> None:
-    """Write the first samples as one HTML file that holds their pictures; options as of `samples`."""
+    """Write the first samples as one HTML file that holds their images; options as of `samples`."""
     data, found = samples(source, number, processor, **options)
     sections = []
     for place, shown in enumerate(found, start=1):
         figures = "".join(
-            f'<figure><img alt="" src="{thumbnail(picture, WIDTH)}"><figcaption>Image {index}: '
-            f"{picture.width} x {picture.height}</figcaption></figure>"
-            for index, picture in enumerate(shown.pictures, start=1)
+            f'<figure><img alt="" src="{thumbnail(image, WIDTH)}"><figcaption>Image {index}: '
+            f"{image.width} x {image.height}</figcaption></figure>"
+            for index, image in enumerate(shown.images, start=1)
         )
         text = "".join(f"<mark>{html.escape(p)}</mark>" if learnt else html.escape(p) for p, learnt in shown.pieces())
         sections.append(f"<section><h2>{place}</h2><p>{_about(shown)}</p>{figures}<pre>{text}</pre></section>")
@@ -139,6 +139,6 @@ def show_page(source: str, path: str | Path, number: int = 3, processor: Any = N
 
 
 def _about(shown: Shown) -> str:
-    sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in shown.pictures)
-    about = f"{len(shown.pictures)} pictures ({sizes})" if shown.pictures else "no picture"
+    sizes = ", ".join(f"{image.width} x {image.height}" for image in shown.images)
+    about = f"{len(shown.images)} images ({sizes})" if shown.images else "no image"
     return about if shown.tokens is None else f"{about}, {shown.tokens:,} tokens"

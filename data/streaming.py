@@ -88,7 +88,7 @@ class Stream(IterableDataset):
         return self.bad.count
 
     def start_after(self, batches: int, batch_size: int) -> None:
-        """Pass over what this process has read already, in so many batches, without decoding a picture.
+        """Pass over what this process has read already, in so many batches, without decoding an image.
 
         Exactly so only by way of `StreamLoader`, with the same number of workers.
         """

@@ -85,7 +85,7 @@ def main() -> int:
     figures = measure(model, processor, arguments.seed)
     save_checkpoint(model, processor, output / "checkpoint")
 
-    _step("Two rounds about two pictures, in a fresh process without this package")
+    _step("Two rounds about two images, in a fresh process without this package")
     conversation = write_talk(output / "talk", arguments.seed)
     run_without_dsvl(Path(__file__).with_name("talk.py"), output / "checkpoint", conversation)
 
@@ -104,7 +104,7 @@ def main() -> int:
 
 def _fine_tune_by_deepspeed(output: Path, seed: int, steps: int) -> tuple[Any, Any]:
     lessons = Lessons(seed, steps * BATCH_SIZE)
-    _step(f"{len(lessons):,} conversations, as JSON lines beside their pictures")
+    _step(f"{len(lessons):,} conversations, as JSON lines beside their images")
     path = write_lessons(output / "lessons", lessons)
     command = deepspeed_command(output / "composed", path, output / "training", seed, steps, processes=2)
     _step(" ".join(command))
@@ -118,7 +118,7 @@ def measure(model: Any, processor: Any, seed: int) -> dict[str, float]:
     """Score a model on held-out conversations and print the table.
 
     Returns:
-        Shares of exact answers: each kind, "over all" ("which" included), and those with other pictures in their place,
+        Shares of exact answers: each kind, "over all" ("which" included), and those with other images in their place,
         "colour, swapped" and so on.
     """
     conversations = scoring.held_out_conversations(seed, HELD_OUT)
@@ -138,9 +138,9 @@ def measure(model: Any, processor: Any, seed: int) -> dict[str, float]:
         print(f"  {label:10}{asked:8}" + "".join(f"{share:9.1%}" for share in shares.values()))
     figures["which, by chance"] = scoring.chance_of_which(conversations)
     print(
-        "  swapped, others, blank: the pictures change places, are replaced by others, or show nothing, while the answers\n"
-        "  that count as exact stay those about the first. Where pictures change places, all of these become wrong.\n"
-        f"  which: {figures['which']:.1%}, with blank pictures {figures['which, blank']:.1%}, with others "
+        "  swapped, others, blank: the images change places, are replaced by others, or show nothing, while the answers\n"
+        "  that count as exact stay those about the first. Where images change places, all of these become wrong.\n"
+        f"  which: {figures['which']:.1%}, with blank images {figures['which, blank']:.1%}, with others "
         f"{figures['which, others']:.1%}, by chance {figures['which, by chance']:.1%}.\n"
         f"  Aims: {AIMS}."
     )
@@ -157,21 +157,21 @@ def missed_floors(figures: dict[str, float]) -> list[str]:
 
 
 def write_talk(folder: Path, seed: int) -> Path:
-    """Write a held-out conversation about two pictures for talk.py: a direct question, then a "which"."""
+    """Write a held-out conversation about two images for talk.py: a direct question, then a "which"."""
     folder.mkdir(parents=True)
     for attempt in itertools.count():
-        talk = converse(f"{seed}/talk/{attempt}", pictures=2, held_out=True)
+        talk = converse(f"{seed}/talk/{attempt}", images=2, held_out=True)
         direct = [question for question in talk["questions"] if question.kind != "which"]
         which = [question for question in talk["questions"] if question.kind == "which"]
         if direct and which:
             break
     first, second = direct[0], which[0]
-    names = ["picture 1.png", "picture 2.png"]
+    names = ["image 1.png", "image 2.png"]
     for name, image in zip(names, talk["drawn"], strict=True):
         image.save(folder / name)
     rounds = [
-        {"pictures": names, "question": first.text, "truth": first.answer},
-        {"pictures": [], "question": second.text, "truth": second.answer},
+        {"images": names, "question": first.text, "truth": first.answer},
+        {"images": [], "question": second.text, "truth": second.answer},
     ]
     path = folder / "conversation.json"
     path.write_text(json.dumps({"system": SYSTEM, "rounds": rounds}, indent=2), encoding="utf-8")

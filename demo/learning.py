@@ -18,7 +18,7 @@ BATCH_SIZE = 32
 class Lessons(Dataset):
     """The training conversations in the order in which they are shown, each drawn when it is asked for.
 
-    The first of them are about one picture, where nothing has to be told apart, so that the tower learns to see. "Which
+    The first of them are about one image, where nothing has to be told apart, so that the tower learns to see. "Which
     image ..." is learnt last, since it compares what all of them show, and so it is asked more often in the second half.
 
     Args:
@@ -35,9 +35,9 @@ class Lessons(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         seed = f"{self.seed}/train/{index}"
         if index < 0.08 * self.size:
-            return converse(seed, pictures=1)
-        # All of a batch have the same number of pictures, and so about the same length.
-        return converse(seed, pictures=2 + index // BATCH_SIZE % 2, which=0.5 if index < 0.5 * self.size else 0.75)
+            return converse(seed, images=1)
+        # All of a batch have the same number of images, and so about the same length.
+        return converse(seed, images=2 + index // BATCH_SIZE % 2, which=0.5 if index < 0.5 * self.size else 0.75)
 
 
 def settings(seed: int, steps: int) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def fine_tune(model: Any, processor: Any, directory: Path, seed: int = 0, steps:
 
 
 def write_lessons(folder: Path, lessons: Lessons) -> Path:
-    """Write the lessons as JSON lines beside a folder of pictures, as anybody's conversations are."""
-    (folder / "pictures").mkdir(parents=True)
+    """Write the lessons as JSON lines beside a folder of images, as anybody's conversations are."""
+    (folder / "images").mkdir(parents=True)
     path = folder / "lessons.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for index in range(len(lessons)):
@@ -98,7 +98,7 @@ def write_lessons(folder: Path, lessons: Lessons) -> Path:
             for message in messages:
                 for part in message["content"] if isinstance(message["content"], list) else []:
                     if part["type"] == "image":
-                        name = f"pictures/{index}-{number}.png"
+                        name = f"images/{index}-{number}.png"
                         part.pop("image").save(folder / name)
                         part["path"], number = name, number + 1
             file.write(json.dumps({"messages": messages}) + "\n")

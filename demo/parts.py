@@ -12,22 +12,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .drawing import PICTURE_SIZE, words
+from .drawing import IMAGE_SIZE, words
 
 HEADINGS = "### Image 1:\n(image 1)\n### Question:\n{}\n\n### Answer:\n"
 
-# A heading and a picture's name are one word each, so that few tokens lie between a picture and what is said about it.
+# A heading and an image's name are one word each, so that few tokens lie between an image and what is said about it.
 WORD = r"### \w+(:\n)?|\(image \d+\)|\w+ (?=\(image)| ?\w+|[^\w\s]+\n*|\s+"
 
 
 def save_tower(
-    directory: Path, picture_size: int = PICTURE_SIZE, patch_size: int = 16, width: int = 64, layers: int = 2
+    directory: Path, image_size: int = IMAGE_SIZE, patch_size: int = 16, width: int = 64, layers: int = 2
 ) -> None:
     """Save a CLIP vision tower with random weights, and its image processor.
 
     Args:
         directory: where.
-        picture_size, patch_size: in pixels.
+        image_size, patch_size: in pixels.
         width, layers: of the tower; it has a head for every 32 channels.
     """
     config = CLIPVisionConfig(
@@ -35,14 +35,14 @@ def save_tower(
         intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
-        image_size=picture_size,
+        image_size=image_size,
         patch_size=patch_size,
     )
     CLIPVisionModel(config).save_pretrained(directory)
-    side = {"height": picture_size, "width": picture_size}
+    side = {"height": image_size, "width": image_size}
     # White, the background, becomes 0: an empty patch says nothing but where it is.
     processor = CLIPImageProcessor(
-        size={"shortest_edge": picture_size}, crop_size=side, image_mean=[1.0] * 3, image_std=[0.5] * 3
+        size={"shortest_edge": image_size}, crop_size=side, image_mean=[1.0] * 3, image_std=[0.5] * 3
     )
     processor.save_pretrained(directory)
 
@@ -62,7 +62,7 @@ def save_language_model(directory: Path, width: int = 128, layers: int = 3) -> N
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
         max_position_embeddings=1024,
-        # Conversations are short, and the nearest picture has to be told from the one before it: fast rotations.
+        # Conversations are short, and the nearest image has to be told from the one before it: fast rotations.
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         initializer_range=0.08,  # 0.02 is meant for wide models; at this width attention starts out almost uniform
         bos_token_id=tokenizer.bos_token_id,

@@ -1,7 +1,7 @@
 """The same pipeline on real photographs: compose, load, a conversation of two rounds about four of them.
 
-The weights are random and nothing is trained here, so what the model says means nothing. What is shown: pictures of any
-size go through a tower of CLIP ViT-L/14's shape of input (224 pixels in patches of 14, 257 tokens a picture), several in
+The weights are random and nothing is trained here, so what the model says means nothing. What is shown: images of any
+size go through a tower of CLIP ViT-L/14's shape of input (224 pixels in patches of 14, 257 tokens an image), several in
 a conversation, and change what is said.
 """
 
@@ -31,9 +31,9 @@ def show_photographs(directory: Path) -> None:
     """Compose a model in `directory` and let it speak about photographs.
 
     Raises:
-        RuntimeError: if the command fails, or what the model says does not depend on the pictures and their order.
+        RuntimeError: if the command fails, or what the model says does not depend on the images and their order.
     """
-    parts.save_tower(directory / "tower", picture_size=224, patch_size=14)
+    parts.save_tower(directory / "tower", image_size=224, patch_size=14)
     parts.save_language_model(directory / "language_model")
     arguments = ["compose", "--vision", directory / "tower", "--language", directory / "language_model"]
     if dsvl([*map(str, arguments), "--out", str(directory / "composed"), "--number-after"]):
@@ -42,7 +42,7 @@ def show_photographs(directory: Path) -> None:
     processor = AutoProcessor.from_pretrained(directory / "composed")
 
     images = photographs()
-    print("  The weights are random, so what it says means nothing; that it depends on the pictures is what is shown.")
+    print("  The weights are random, so what it says means nothing; that it depends on the images is what is shown.")
     names = list(images)
     messages: list[dict[str, Any]] = []
     for shown, question in ((names[:3], "What is in image 2?"), (names[3:4], "Which image shows a cat?")):
@@ -55,15 +55,15 @@ def show_photographs(directory: Path) -> None:
         print(f"  {sizes}: {inputs['input_ids'].shape[1]} tokens by now\n  question: {question}\n  answer:   {answer!r}")
 
     order = [images[name] for name in names]
-    scores = [_next_word(model, processor, pictures) for pictures in (order, order[::-1], order)]
+    scores = [_next_word(model, processor, shown) for shown in (order, order[::-1], order)]
     if torch.allclose(scores[0], scores[1], atol=1e-4) or not torch.allclose(scores[0], scores[2], atol=1e-4):
         raise RuntimeError("The scores of the next word must depend on the order of the photographs, and on nothing else.")
     change = (scores[0] - scores[1]).abs().max().item()
     print(f"  {len(order)} photographs in reverse order change the next word's scores by up to {change:.3f}.")
 
 
-def _question(pictures: list[Image.Image], text: str) -> dict[str, Any]:
-    parts_of_it = [{"type": "image", "image": picture} for picture in pictures]
+def _question(images: list[Image.Image], text: str) -> dict[str, Any]:
+    parts_of_it = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*parts_of_it, {"type": "text", "text": text}]}
 
 
@@ -74,5 +74,5 @@ def _inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
 
 
 @torch.inference_mode()
-def _next_word(model: Any, processor: Any, pictures: list[Image.Image]) -> torch.Tensor:
-    return model(**_inputs(processor, [_question(pictures, "What is in image 1?")]), logits_to_keep=1).logits[0, -1]
+def _next_word(model: Any, processor: Any, images: list[Image.Image]) -> torch.Tensor:
+    return model(**_inputs(processor, [_question(images, "What is in image 1?")]), logits_to_keep=1).logits[0, -1]

@@ -1,4 +1,4 @@
-"""Exact answers on held-out conversations: each kind, with the pictures swapped, and with blank ones."""
+"""Exact answers on held-out conversations: each kind, with the images swapped, and with blank ones."""
 
 import random
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .drawing import BACKGROUND, KINDS, PICTURE_SIZE, Question, converse, draw_scenes, render
+from .drawing import BACKGROUND, IMAGE_SIZE, KINDS, Question, converse, draw_scenes, render
 
 
 @dataclass
@@ -30,31 +30,31 @@ class Score:
 
 
 def held_out_conversations(seed: int, size: int) -> list[dict[str, Any]]:
-    """Conversations about two or three pictures, in sequences that no training conversation has."""
+    """Conversations about two or three images, in sequences that no training conversation has."""
     names = [f"{seed}/held out/{index}" for index in range(size)]
     return [converse(name, random.Random(name).choice((2, 3)), held_out=True) for name in names]
 
 
 def swapped(images: list[Image.Image]) -> list[Image.Image]:
-    """Each picture in the place of the next one: no place keeps its colour, shape or count."""
+    """Each image in the place of the next one: no place keeps its colour, shape or count."""
     return images[-1:] + images[:-1]
 
 
 def blank(images: list[Image.Image]) -> list[Image.Image]:
-    """Pictures that show nothing."""
-    return [Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), BACKGROUND) for _ in images]
+    """Images that show nothing."""
+    return [Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUND) for _ in images]
 
 
 def others(images: list[Image.Image]) -> list[Image.Image]:
-    """As many pictures of something else: what is right all the same was guessed, or told by the text."""
+    """As many images of something else: what is right all the same was guessed, or told by the text."""
     rng = random.Random(b"".join(image.tobytes() for image in images))
     return [render(scene, rng) for scene in draw_scenes(rng, len(images))]
 
 
 def chance_of_which(conversations: list[dict[str, Any]]) -> float:
-    """How often "Which image ..." is answered rightly by naming any picture that has been shown."""
-    shown = [question.pictures for talk in conversations for question in talk["questions"] if question.kind == "which"]
-    return sum(1 / pictures for pictures in shown) / len(shown)
+    """How often "Which image ..." is answered rightly by naming any image that has been shown."""
+    shown = [question.images for talk in conversations for question in talk["questions"] if question.kind == "which"]
+    return sum(1 / images for images in shown) / len(shown)
 
 
 def rounds_of(conversation: dict[str, Any], images: list[Image.Image]) -> list[tuple[list[dict[str, Any]], Question]]:
@@ -62,7 +62,7 @@ def rounds_of(conversation: dict[str, Any], images: list[Image.Image]) -> list[t
 
     Args:
         conversation: as `converse` returns it.
-        images: the pictures to show in the place of its own.
+        images: the images to show in the place of its own.
     """
     queue, rounds = list(images), []
     messages: list[dict[str, Any]] = []
@@ -100,8 +100,8 @@ def score(model: Any, processor: Any, conversations: list[dict[str, Any]], chang
 
     Args:
         conversations: as `converse` returns them.
-        change: what is shown instead of a conversation's pictures: `swapped`, `blank`, `others`, or by default
-            themselves. The answers that count as right stay those about the pictures themselves.
+        change: what is shown instead of a conversation's images: `swapped`, `blank`, `others`, or by default
+            themselves. The answers that count as right stay those about the images themselves.
     """
     rounds = [pair for talk in conversations for pair in rounds_of(talk, change(talk["drawn"]))]
     rounds.sort(key=lambda pair: len(pair[0]))  # of about the same length in a batch

@@ -6,7 +6,7 @@ Copy this file anywhere and run it:
 
 The checkpoint brings its own code along (`trust_remote_code=True`), so the script refuses to run where a package `dsvl`
 could be imported instead. CONVERSATION.json holds `{"system": ..., "rounds": [...]}`, a round being
-`{"pictures": [file, ...], "question": ..., "truth": ...}`.
+`{"images": [file, ...], "question": ..., "truth": ...}`.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def talk(checkpoint: Path, conversation: dict[str, Any], folder: Path) -> list[s
     Args:
         checkpoint: its directory.
         conversation: as in CONVERSATION.json.
-        folder: where the pictures are.
+        folder: where the images are.
 
     Returns:
         The answers.
@@ -51,8 +51,8 @@ def talk(checkpoint: Path, conversation: dict[str, Any], folder: Path) -> list[s
     messages: list[dict[str, Any]] = [{"role": "system", "content": conversation["system"]}]
     answers = []
     for turn in conversation["rounds"]:
-        pictures = [{"type": "image", "image": Image.open(folder / name)} for name in turn["pictures"]]
-        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": turn["question"]}]})
+        images = [{"type": "image", "image": Image.open(folder / name)} for name in turn["images"]]
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": turn["question"]}]})
         inputs = processor.apply_chat_template(
             messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
         )
@@ -60,8 +60,8 @@ def talk(checkpoint: Path, conversation: dict[str, Any], folder: Path) -> list[s
         answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         messages.append({"role": "assistant", "content": answer})
         answers.append(answer)
-        for name in turn["pictures"]:
-            print(f"  picture:  {name}")
+        for name in turn["images"]:
+            print(f"  image:  {name}")
         print(f"  question: {turn['question']}\n  answer:   {answer}\n  truth:    {turn['truth']}")
     return answers
 

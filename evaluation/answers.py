@@ -22,7 +22,7 @@ class AnswerFile:
     """JSON lines of `Record`s, written as they come. Opening the file of an interrupted run goes on from it.
 
     Args:
-        path: of the file. Its summary lies beside it, and pictures that had no file of their own in a folder `.pictures`.
+        path: of the file. Its summary lies beside it, and images that had no file of their own in a folder `.images`.
         header: what the answers are those of: `model`, `data`, `options` (a dict), `fingerprint` (a dict).
 
     Attributes:
@@ -106,9 +106,9 @@ class AnswerFile:
         self._file.flush()
         self.answers.update({(record.id, record.round): record for record in new})
 
-    def keep_picture(self, data: bytes) -> str:
-        """The path of a file that holds a picture's bytes, written unless it is there."""
-        folder = self.path.with_suffix(".pictures").absolute()
+    def keep_image(self, data: bytes) -> str:
+        """The path of a file that holds an image's bytes, written unless it is there."""
+        folder = self.path.with_suffix(".images").absolute()
         path = folder / hashlib.sha256(data).hexdigest()[:24]
         if not path.exists():
             folder.mkdir(exist_ok=True)

@@ -72,7 +72,7 @@ def ask(
     Args:
         model: a `DSVLForConditionalGeneration`, or PEFT's wrapper around it, in evaluation mode.
         processor: its `DSVLProcessor`.
-        prompts: messages of each conversation, a user's last; pictures as `DSVLProcessor.apply_chat_template` takes them.
+        prompts: messages of each conversation, a user's last; images as `DSVLProcessor.apply_chat_template` takes them.
         max_new_tokens: of an answer.
         options: what `generate()` takes, in the place of `GREEDY`'s.
 

@@ -33,11 +33,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--given-answers", action="store_true", help="ask follow-ups after the data's answers, not after the model's own"
     )
-    parser.add_argument(
-        "--on-bad-sample", choices=("error", "skip"), default="error", help="a broken conversation or picture"
-    )
+    parser.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="a broken conversation or image")
     parser.add_argument("--max-bad-samples", type=float, default=0.05, help=MAX_BAD_SAMPLES_HELP)
-    parser.add_argument("--allow-urls", action="store_true", help="pictures may be http(s) addresses, which are fetched")
+    parser.add_argument("--allow-urls", action="store_true", help="images may be http(s) addresses, which are fetched")
     add_loading_arguments(parser)
     options = add_generation_arguments(
         parser, "greedy, whatever the checkpoint's own settings are", "256, or a quarter of the context"
@@ -141,7 +139,7 @@ def _told(summary: dict[str, Any], file: "AnswerFile", evaluation: "Evaluation")
     samples = conversations + counts["conversations_left_out"]
     whys = {
         "conversations_left_out": f"of {samples:,} samples left out: no conversations",
-        "conversations_skipped": f"of {conversations:,} conversations left out for pictures that {file.summary} names",
+        "conversations_skipped": f"of {conversations:,} conversations left out for images that {file.summary} names",
         "rounds_too_long": f"of {counts['rounds']:,} questions left out: no room in the context",
     }
     lines += [f"  {counts[name]:,} {why}" for name, why in whys.items() if counts[name]]

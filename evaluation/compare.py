@@ -15,7 +15,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser("compare", help="the answers of evaluations side by side: scores, a table, a page")
     parser.add_argument("answers", nargs="+", metavar="ANSWERS", help="JSON lines that dsvl evaluate wrote")
     add_report_arguments(parser)
-    parser.add_argument("--allow-urls", action="store_true", help="fetch pictures that are http(s) addresses for the page")
+    parser.add_argument("--allow-urls", action="store_true", help="fetch images that are http(s) addresses for the page")
     parser.set_defaults(run=_compare)
 
 
@@ -45,7 +45,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `write_reports` reads."""
     parser.add_argument("--csv", metavar="FILE", help="write a table for spreadsheets as well")
-    parser.add_argument("--html", metavar="FILE", help="write a page with the pictures as well")
+    parser.add_argument("--html", metavar="FILE", help="write a page with the images as well")
 
 
 def write_reports(arguments: argparse.Namespace, runs: "Mapping[str, list[Record]]", **page: str) -> None:

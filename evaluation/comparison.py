@@ -14,7 +14,7 @@ class Round:
     """A question and what each run answered.
 
     Attributes:
-        asked: a record of the round, for its question, pictures and references.
+        asked: a record of the round, for its question, images and references.
         answers: run -> its record; None where it has none.
     """
 
@@ -151,7 +151,7 @@ def metrics_of(conversations: Mapping[str, Sequence[Round]]) -> list[str]:
 def _check_same(one: Record, other: Record, message: str) -> None:
     pairs = {
         "question": (one.question, other.question),
-        "number of pictures": (len(one.images), len(other.images)),
+        "number of images": (len(one.images), len(other.images)),
         "references": (sorted(one.references), sorted(other.references)),
     }
     for what, (left, right) in pairs.items():

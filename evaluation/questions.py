@@ -2,7 +2,7 @@
 
 In a conversation a user's messages up to an answer are a round, and the answer is its reference; `"references"` beside the
 answer's content, a list of texts, are those that count instead (the ten of a VQA question, say). The last question may have
-no answer. DeepSpeed-VisualChat's files are `{"name": [["question", "paths of pictures"], ["follow-up"]]}`.
+no answer. DeepSpeed-VisualChat's files are `{"name": [["question", "paths of images"], ["follow-up"]]}`.
 """
 
 import base64
@@ -25,7 +25,7 @@ class Round:
     """A question, as a user's messages, and what is known of its answer.
 
     Attributes:
-        messages: as the chat template takes them; a picture is `{"type": "image", "image": path, address or bytes}`.
+        messages: as the chat template takes them; an image is `{"type": "image", "image": path, address or bytes}`.
         answer: the assistant's message of the data, which later rounds may be asked after; None if there is none.
         references: answers that count as right; may be empty.
     """
@@ -40,7 +40,7 @@ class Round:
         return "\n".join(_text(message["content"]) for message in self.messages)
 
     @property
-    def pictures(self) -> list[str | bytes]:
+    def images(self) -> list[str | bytes]:
         """Paths, addresses, or the bytes of files, in reading order."""
         parts = [part for message in self.messages if isinstance(message["content"], list) for part in message["content"]]
         return [part["image"] for part in parts if part["type"] == "image"]
@@ -61,22 +61,22 @@ class Conversation:
     rounds: list[Round]
 
     @property
-    def pictures(self) -> list[str | bytes]:
+    def images(self) -> list[str | bytes]:
         """Those of all rounds."""
-        return [picture for one in self.rounds for picture in one.pictures]
+        return [image for one in self.rounds for image in one.images]
 
     def outline(self) -> "Outline":
         """What is known of it before it is held."""
         return Outline(
             self.id,
             letters=[len(one.question) for one in self.rounds],
-            pictures=[len(one.pictures) for one in self.rounds],
+            images=[len(one.images) for one in self.rounds],
             answered=[one.answer is not None for one in self.rounds],
-            address=next((p for p in self.pictures if isinstance(p, str) and is_address(p)), None),
+            address=next((p for p in self.images if isinstance(p, str) and is_address(p)), None),
         )
 
     def digest(self) -> bytes:
-        """A hash of all that is asked and known, pictures in files by their paths."""
+        """A hash of all that is asked and known, images in files by their paths."""
         asked = [self.id, self.system, [[one.messages, one.answer, one.references] for one in self.rounds]]
         text = json.dumps(asked, sort_keys=True, default=lambda data: hashlib.sha256(data).hexdigest())
         return hashlib.sha256(text.encode()).digest()
@@ -88,14 +88,14 @@ class Outline:
 
     Attributes:
         id: as the conversation's.
-        letters, pictures: of each round's question, how many.
+        letters, images: of each round's question, how many.
         answered: of each round, whether the data has an answer.
-        address: the first picture that would have to be fetched, if there is one.
+        address: the first image that would have to be fetched, if there is one.
     """
 
     id: str
     letters: list[int]
-    pictures: list[int]
+    images: list[int]
     answered: list[bool]
     address: str | None
 
@@ -104,16 +104,16 @@ class Questions:
     """A data set of conversations to hold, read from the disk one at a time.
 
     Args:
-        source: a data set as `data.load_conversations` opens it; or a `.json` file of DeepSpeed-VisualChat, whose pictures'
+        source: a data set as `data.load_conversations` opens it; or a `.json` file of DeepSpeed-VisualChat, whose images'
             paths start at the file's folder, or else at the working directory.
-        on_bad_sample: "error", or "skip" to skip, counted, what is no conversation. Pictures are not opened here.
+        on_bad_sample: "error", or "skip" to skip, counted, what is no conversation. Images are not opened here.
         split: of a data set that has several.
-        allow_urls: whether pictures of conversations may be addresses.
+        allow_urls: whether images of conversations may be addresses.
         max_bad_samples: the share that may be skipped, see `data.bad_samples.BadSamples`.
 
     Attributes:
         outlines: of the conversations.
-        fingerprint: of all that is asked and known, pictures in files by their paths.
+        fingerprint: of all that is asked and known, images in files by their paths.
         left_out: how many samples are no conversations.
         bad: counts them, and those that whoever asks skips.
 
@@ -198,7 +198,7 @@ def from_messages(name: str, messages: list[dict[str, Any]]) -> Conversation:
     asked: list[dict[str, Any]] = []
     for message in messages[len(system) :]:
         if message["role"] == "user":
-            asked.append(_with_plain_pictures(message))
+            asked.append(_with_plain_images(message))
             continue
         if not asked:
             raise ValueError("two answers follow each other; expected a question before each.")
@@ -220,8 +220,8 @@ def _references(message: dict[str, Any]) -> list[str]:
     return known
 
 
-def _with_plain_pictures(message: dict[str, Any]) -> dict[str, Any]:
-    """A user's message whose pictures are all under the key `image`, files by absolute paths."""
+def _with_plain_images(message: dict[str, Any]) -> dict[str, Any]:
+    """A user's message whose images are all under the key `image`, files by absolute paths."""
     if isinstance(message["content"], str):
         return {"role": "user", "content": message["content"]}
     parts = []
@@ -239,7 +239,7 @@ def _absolute(source: Any) -> str | bytes:
     if isinstance(source, str) and not is_address(source):
         return os.path.abspath(source)
     if not isinstance(source, (str, bytes)):
-        raise ValueError(f"a picture is of type {type(source).__name__}; expected a path, an address or a file's bytes.")
+        raise ValueError(f"an image is of type {type(source).__name__}; expected a path, an address or a file's bytes.")
     return source
 
 
@@ -248,7 +248,7 @@ def _decoded(text: Any) -> bytes:
         is_url = isinstance(text, str) and text[:5].lower() == "data:"
         return decode_data_url(text) if is_url else base64.b64decode(text, validate=True)
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"a picture's base64 is broken ({error}).") from error
+        raise ValueError(f"an image's base64 is broken ({error}).") from error
 
 
 def _text(content: Any) -> str:
@@ -284,7 +284,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _from_pairs(name: str, pairs: Any, source: str) -> Conversation:
     if not isinstance(pairs, list) or not pairs:
         raise ValueError(
-            f"{source}, {name!r}: expected a list of rounds [question, pictures], got {pairs!r:.100}. (Or a file of "
+            f"{source}, {name!r}: expected a list of rounds [question, images], got {pairs!r:.100}. (Or a file of "
             'conversations, each a line {"messages": [...]}.)'
         )
     rounds = []
@@ -293,7 +293,7 @@ def _from_pairs(name: str, pairs: Any, source: str) -> Conversation:
         paths = pair[1] if texts and len(pair) == 2 else []
         if not texts or not (isinstance(paths, str) or (isinstance(paths, list) and all(isinstance(p, str) for p in paths))):
             raise ValueError(
-                f"{source}, {name!r}, round {number}: expected [question] or [question, pictures], pictures as a list or as "
+                f"{source}, {name!r}, round {number}: expected [question] or [question, images], images as a list or as "
                 f"paths between spaces, got {pair!r:.100}."
             )
         found = [_find(path, Path(source).parent) for path in (_split(paths) if isinstance(paths, str) else paths)]

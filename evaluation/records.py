@@ -17,7 +17,7 @@ class Record:
         id: the conversation's name or number.
         round: of the conversation, from 0.
         question: as it was asked.
-        images: paths or addresses of this round's own pictures.
+        images: paths or addresses of this round's own images.
         answer: the model's.
         references: answers that count as right; none if there are none.
         scores: metric -> score, without references none.

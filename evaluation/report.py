@@ -1,4 +1,4 @@
-"""Answers to show: a table for spreadsheets, and a page that holds its pictures."""
+"""Answers to show: a table for spreadsheets, and a page that holds its images."""
 
 import csv
 import json
@@ -10,12 +10,12 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..data.pictures import open_picture, thumbnail
+from ..data.images import open_image, thumbnail
 from .comparison import Round, Runs, duels, join, metrics_of, score, summarize
 
 # A page is sent to somebody: mail takes about 25 MB, in an encoding that takes a third more.
 PAGE_BYTES = 12 * 2**20
-WIDTHS = {480: 250, 320: 500, 200: None}  # pixels of a picture -> up to how many pictures of a page
+WIDTHS = {480: 250, 320: 500, 200: None}  # pixels of an image -> up to how many images of a page
 
 # Longer answers are folded: in characters, and in lines; and what of them is seen then.
 LONG, LONG_LINES, SHOWN = 800, 16, 400
@@ -55,16 +55,16 @@ def write_csv(path: str | Path, runs: Runs) -> None:
 
 
 def write_html(path: str | Path, runs: Runs, title: str | None = None, allow_urls: bool = False) -> None:
-    """Write the answers as one page that needs nothing else: pictures beside questions and answers, runs side by side.
+    """Write the answers as one page that needs nothing else: images beside questions and answers, runs side by side.
 
-    Pictures are made smaller, the more there are; beyond `PAGE_BYTES` of them, and where one cannot be opened, the page
+    Images are made smaller, the more there are; beyond `PAGE_BYTES` of them, and where one cannot be opened, the page
     shows its name and why. Paths of this machine are not on it.
 
     Args:
         path: of the file.
         runs: label -> records.
         title: of the page; by default the runs that are compared.
-        allow_urls: fetch pictures that are http(s) addresses, to put them onto the page.
+        allow_urls: fetch images that are http(s) addresses, to put them onto the page.
 
     Raises:
         ValueError: see `comparison.join`.
@@ -73,7 +73,7 @@ def write_html(path: str | Path, runs: Runs, title: str | None = None, allow_url
     rounds = [one for several in conversations.values() for one in several]
     count = sum(len(one.asked.images) for one in rounds)
     shelf = _Shelf(next(width for width, most in WIDTHS.items() if most is None or count <= most), allow_urls)
-    # Pictures are opened before the page's head is written, which counts those that are not shown.
+    # Images are opened before the page's head is written, which counts those that are not shown.
     shown = {name: [_shown(one, shelf) for one in several] for name, several in conversations.items()}
     page = _environment().from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8"))
     text = page.render(
@@ -86,7 +86,7 @@ def write_html(path: str | Path, runs: Runs, title: str | None = None, allow_url
         duels=duels(conversations),
         conversations=shown,
         rounds=len(rounds),
-        pictures=count,
+        images=count,
         unseen=shelf.unseen,
         differing=sum(one.differs for one in rounds),
         imperfect=sum(one.imperfect for one in rounds),
@@ -95,26 +95,26 @@ def write_html(path: str | Path, runs: Runs, title: str | None = None, allow_url
 
 
 class _Shelf:
-    """The pictures of a page, as far as they find room on it."""
+    """The images of a page, as far as they find room on it."""
 
     def __init__(self, width: int, allow_urls: bool) -> None:
         self.width, self.allow_urls = width, allow_urls
         self.bytes = self.unseen = 0
 
-    def picture(self, source: str) -> dict[str, str]:
-        """A picture's `name`, and its `data`, or `reason` why there is none."""
+    def image(self, source: str) -> dict[str, str]:
+        """An image's `name`, and its `data`, or `reason` why there is none."""
         name = source.rstrip("/").rpartition("/")[2] or source
         reason = ""
         if self.bytes < PAGE_BYTES:
             try:
-                data = thumbnail(open_picture(source, self.allow_urls), self.width)
+                data = thumbnail(open_image(source, self.allow_urls), self.width)
             except ValueError as error:
-                reason = str(error).removeprefix(f"The picture {source[:300]} ")
+                reason = str(error).removeprefix(f"The image {source[:300]} ")
             else:
                 self.bytes += len(data)
                 return {"name": name, "data": data, "reason": ""}
         else:
-            reason = f"is left out: there are {PAGE_BYTES / 2**20:.0f} MB of pictures on this page already."
+            reason = f"is left out: there are {PAGE_BYTES / 2**20:.0f} MB of images on this page already."
         self.unseen += 1
         return {"name": name, "data": "", "reason": reason}
 
@@ -124,7 +124,7 @@ def _shown(one: Round, shelf: _Shelf) -> dict[str, Any]:
     return {
         "number": one.asked.round + 1,
         "question": one.asked.question,
-        "pictures": [shelf.picture(source) for source in one.asked.images],
+        "images": [shelf.image(source) for source in one.asked.images],
         "references": Counter(one.asked.references),
         "answers": one.answers,
         "differs": one.differs,

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.bad_samples import NAMED, BadSample, one_sample
-from ..data.pictures import open_picture
+from ..data.images import open_image
 from .answers import AnswerFile
 from .asking import ask
 from .metrics import score
@@ -27,7 +27,7 @@ Item = tuple[int, Sequence[int]]  # a conversation's place in the data, and whic
 class Evaluation:
     """Ask a model what a data set asks.
 
-    Conversations go through their rounds together, batches of like length, the longest first. One with a picture that cannot
+    Conversations go through their rounds together, batches of like length, the longest first. One with an image that cannot
     be opened is an error, or is skipped, as the questions have it (`on_bad_sample`); rounds for which the context has no
     room are left out, and what follows them.
 
@@ -38,7 +38,7 @@ class Evaluation:
         batch_size: rounds at a time.
         max_new_tokens: of an answer.
         given_answers: ask each round after the data's answers to the earlier ones, not the model's own.
-        allow_urls: whether pictures are fetched from addresses.
+        allow_urls: whether images are fetched from addresses.
         seed: of sampling.
         options: what `generate()` takes, in the place of `asking.GREEDY`'s.
 
@@ -76,8 +76,8 @@ class Evaluation:
         for outline in questions.outlines:
             if outline.address is not None and not allow_urls:
                 raise ValueError(
-                    f"{questions.source}: conversation {outline.id!r} has the address of a picture, {outline.address:.200}; "
-                    "pass --allow-urls to fetch such pictures."
+                    f"{questions.source}: conversation {outline.id!r} has the address of an image, {outline.address:.200}; "
+                    "pass --allow-urls to fetch such images."
                 )
             if given_answers and not all(outline.answered[:-1]):
                 raise ValueError(
@@ -105,10 +105,10 @@ class Evaluation:
 
     def _groups(self) -> Iterator[list[Item]]:
         """What is asked together: the same in every run, so that one that was interrupted goes on with the same batches."""
-        per_picture = self.processor.image_seq_length
+        per_image = self.processor.image_seq_length
         sizes = []  # about how many tokens each round takes, all before it included
         for outline in self.questions.outlines:
-            own = [n // 4 + m * per_picture for n, m in zip(outline.letters, outline.pictures, strict=True)]
+            own = [n // 4 + m * per_image for n, m in zip(outline.letters, outline.images, strict=True)]
             sizes.append(list(accumulate(own)))
         items: list[Item]
         if self.given_answers:  # no round waits for another
@@ -177,8 +177,8 @@ class Evaluation:
         """The messages up to the question of a round, with its earlier answers."""
         messages = list(conversation.system)
         for number, one in enumerate(conversation.rounds[: place + 1]):
-            pictures = iter(images[number])
-            messages += [_with_pictures(message, pictures) for message in one.messages]
+            following = iter(images[number])
+            messages += [_with_images(message, following) for message in one.messages]
             if number < place and self.given_answers:
                 assert one.answer is not None  # the constructor has seen to it
                 messages.append(one.answer)
@@ -187,7 +187,7 @@ class Evaluation:
         return messages
 
     def _open(self, index: int, file: AnswerFile) -> tuple[Conversation, list[list[Any]], list[list[str]]] | None:
-        """A conversation with the pictures of each round, and their names; None if one cannot be opened."""
+        """A conversation with the images of each round, and their names; None if one cannot be opened."""
         name = self.questions.outlines[index].id
         if name in self.skipped:
             return None
@@ -196,9 +196,7 @@ class Evaluation:
             conversation = self.questions[index]
             try:
                 with one_sample():
-                    images = [
-                        [open_picture(one, self.allow_urls) for one in asked.pictures] for asked in conversation.rounds
-                    ]
+                    images = [[open_image(one, self.allow_urls) for one in asked.images] for asked in conversation.rounds]
             except BadSample as error:
                 self.skipped[name] = error.reason
                 raise
@@ -207,7 +205,7 @@ class Evaluation:
             return None
         conversation, images = found
         names = [
-            [source if isinstance(source, str) else file.keep_picture(source) for source in one.pictures]
+            [source if isinstance(source, str) else file.keep_image(source) for source in one.images]
             for one in conversation.rounds
         ]
         return conversation, images, names
@@ -225,8 +223,8 @@ class Evaluation:
             )
 
 
-def _with_pictures(message: dict[str, Any], pictures: Iterator[Any]) -> dict[str, Any]:
+def _with_images(message: dict[str, Any], images: Iterator[Any]) -> dict[str, Any]:
     if isinstance(message["content"], str):
         return message
-    parts = [{"type": "image", "image": next(pictures)} if p["type"] == "image" else p for p in message["content"]]
+    parts = [{"type": "image", "image": next(images)} if p["type"] == "image" else p for p in message["content"]]
     return {"role": "user", "content": parts}

@@ -8,7 +8,7 @@ Each line of the data is a conversation; what to learn is what the assistant say
         {"role": "user", "content": [{"type": "image", "path": "one.jpg"}, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": "A cup of coffee."}]}
 
-Relative paths of pictures start at the working directory. Several processes: `torchrun --nproc-per-node=8 ...`.
+Relative paths of images start at the working directory. Several processes: `torchrun --nproc-per-node=8 ...`.
 """
 
 import argparse

@@ -2,14 +2,14 @@
 
     python fine_tune_with_trl.py --model my-model --data conversations.jsonl --output my-tuned-model
 
-TRL's own collator makes the batches, so the data are as TRL wants them: pictures in a column `images`, in reading order
+TRL's own collator makes the batches, so the data are as TRL wants them: images in a column `images`, in reading order
 ([] for a conversation without), and a part {"type": "image"} where each of them stands:
 
     {"images": ["one.jpg"], "messages": [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": "A cup of coffee."}]}
 
-Relative paths of pictures start at the working directory. With --lora-rank the output holds adapters for --model;
+Relative paths of images start at the working directory. With --lora-rank the output holds adapters for --model;
 `dsvl.training.merge_adapters(model, output)` makes a whole model of the two.
 """
 
@@ -51,7 +51,7 @@ trainer = SFTTrainer(
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         assistant_only_loss=True,  # TRL's default is to learn the questions and the image tokens, too
-        max_length=None,  # TRL's default of 1024 is not even four pictures of 257 tokens, and none can be cut
+        max_length=None,  # TRL's default of 1024 is not even four images of 257 tokens, and none can be cut
         use_cpu=not torch.accelerator.is_available(),  # TRL's default of bf16 needs to know
         logging_steps=args.logging_steps,
         save_strategy="no",  # "steps" for checkpoints on the way, to resume from

@@ -14,7 +14,7 @@ from transformers import AddedToken, AutoConfig, AutoTokenizer, GenerationConfig
 
 from ..composition import save_checkpoint
 from ..composition.checkpoint import check_new
-from ..composition.towers import count_prefix_tokens, load_image_processor, load_tower, picture_size, tower_config
+from ..composition.towers import count_prefix_tokens, load_image_processor, load_tower, processed_size, tower_config
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor
@@ -95,8 +95,8 @@ def migrate_checkpoint(
 ) -> MigrationReport:
     """Turn what DeepSpeed-VisualChat's training wrote into a checkpoint of this project that computes the same.
 
-    The trained embedding table is used everywhere, where the original embeds generated tokens by a frozen copy; pictures are
-    given in reading order, and take their places in reverse, as the original puts them (`DSVLConfig.reversed_pictures`).
+    The trained embedding table is used everywhere, where the original embeds generated tokens by a frozen copy; images are
+    given in reading order, and take their places in reverse, as the original puts them (`DSVLConfig.reversed_images`).
 
     Args:
         checkpoint: the folder of an epoch (its tokenizer is used if it is there), or its pytorch_model.bin; of any ZeRO
@@ -124,11 +124,11 @@ def migrate_checkpoint(
     config = _config(original, str(checkpoint), str(vision), language, mmca, projector)
     translated = translate(original, tied=bool(AutoConfig.from_pretrained(language).tie_word_embeddings))
     image_processor = load_image_processor(vision)
-    config.image_size = picture_size(image_processor)
+    config.image_size = processed_size(image_processor)
     tokenizer = _tokenizer(Path(checkpoint), language, config)
     with torch.device("meta"):
         model = DSVLForConditionalGeneration(config)
-    count_prefix_tokens(model.model.vision_tower, config.image_size)  # which refuses pictures of another size
+    count_prefix_tokens(model.model.vision_tower, config.image_size)  # which refuses images of another size
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def says(ours: str) -> str:
@@ -166,7 +166,7 @@ def migrate_checkpoint(
     )
     report.notes = [
         f"multimodal_attention: {config.multimodal_attention!r}; projector_type: {config.projector_type!r}; dtype: {dtype}",
-        "reversed_pictures: true (pictures are given in reading order, and computed with as the original did)",
+        "reversed_images: true (images are given in reading order, and computed with as the original did)",
         f"tokens: {IMAGE_TOKEN} is {config.image_token_id}, padding {tokenizer.pad_token} is {tokenizer.pad_token_id}",
     ]
     return report
@@ -204,7 +204,7 @@ def _config(
         projector_type=kind,
         multimodal_attention="mmca_reference" if mmca else "causal",
         image_token_id=0,  # until the tokenizer is read
-        reversed_pictures=True,
+        reversed_images=True,
     )
 
 

@@ -51,7 +51,7 @@ def _qwen_tower(arguments: argparse.Namespace) -> None:
     config = migrate_qwen_tower(arguments.source, arguments.out, max_shard_size=arguments.max_shard_size)
     print(
         f"{arguments.out}: {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_queries} embeddings "
-        f"of {config.output_dim} a picture of {config.image_size} pixels"
+        f"of {config.output_dim} an image of {config.image_size} pixels"
     )
 
 

@@ -53,7 +53,7 @@ def open_page(
         processor: its processor.
         name: the page's title.
         limits: see `Limits`.
-        examples: questions and their pictures; by default some that are drawn.
+        examples: questions and their images; by default some that are drawn.
         system: the system message, instead of the model's own.
         host: the address to listen on.
         port: to listen on; None takes a free one.
@@ -103,7 +103,7 @@ def open_page(
                 show_error=False,
                 allowed_paths=[],
                 blocked_paths=[],
-                max_file_size=limits.picture_bytes,
+                max_file_size=limits.image_bytes,
                 max_threads=limits.waiting + 40,  # events at once: a question that waits is one; 40 is Gradio's default
                 app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
                 state_session_capacity=16 * limits.conversations,

@@ -23,10 +23,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--examples", type=check_exists, metavar="FILE", help="conversations whose first questions are offered"
     )
     parser.add_argument(
-        "--max-pictures", type=int, default=8, help="of a question; twice as many of a conversation (default 8)"
+        "--max-images", type=int, default=8, help="of a question; twice as many of a conversation (default 8)"
     )
-    parser.add_argument("--max-megapixels", type=float, default=25, help="of a picture (default 25)")
-    parser.add_argument("--max-megabytes", type=float, default=16, help="of a picture's file (default 16)")
+    parser.add_argument("--max-megapixels", type=float, default=25, help="of an image (default 25)")
+    parser.add_argument("--max-megabytes", type=float, default=16, help="of an image's file (default 16)")
     parser.add_argument("--max-waiting", type=int, default=32, help="questions that wait for their turn (default 32)")
     parser.add_argument("--max-caches", type=int, default=4, help="conversations that are not read again (default 4)")
     add_conversation_arguments(parser)
@@ -45,14 +45,14 @@ def _demo(arguments: argparse.Namespace) -> None:
     from .examples import read_examples
     from .limits import Limits
 
-    for name in ("max_pictures", "max_megapixels", "max_megabytes", "max_waiting", "max_caches"):
+    for name in ("max_images", "max_megapixels", "max_megabytes", "max_waiting", "max_caches"):
         if getattr(arguments, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; pass more than 0")
     limits = Limits(
-        pictures=arguments.max_pictures,
-        conversation_pictures=2 * arguments.max_pictures,
-        picture_bytes=int(arguments.max_megabytes * 2**20),
-        picture_pixels=int(arguments.max_megapixels * 1e6),
+        images=arguments.max_images,
+        conversation_images=2 * arguments.max_images,
+        image_bytes=int(arguments.max_megabytes * 2**20),
+        image_pixels=int(arguments.max_megapixels * 1e6),
         waiting=arguments.max_waiting,
         caches=arguments.max_caches,
     )

@@ -7,19 +7,19 @@ from pathlib import Path
 from PIL import Image
 
 from ..data import load_conversations
-from ..data.conversations import pictures_of
-from ..data.pictures import open_picture
-from ..demo.drawing import PICTURE_SIZE, Scene, render
+from ..data.conversations import images_of
+from ..data.images import open_image
+from ..demo.drawing import IMAGE_SIZE, Scene, render
 
 Example = tuple[str, Sequence[Image.Image]]
 SHOWN = 4  # examples, of a file
-ENLARGED = 8  # drawn pictures are small, and a model's processor makes them small again
+ENLARGED = 8  # drawn images are small, and a model's processor makes them small again
 
 
 def drawn_examples() -> list[Example]:
     """Questions about coloured shapes, as the model of `make demo` knows them; any other can see them too."""
     rng = random.Random(0)
-    side = PICTURE_SIZE * ENLARGED
+    side = IMAGE_SIZE * ENLARGED
     red, blue = (
         render(scene, rng).resize((side, side), Image.Resampling.LANCZOS)
         for scene in (Scene("red", "circle", "two"), Scene("blue", "square", "three"))
@@ -34,7 +34,7 @@ def read_examples(source: str | Path) -> list[Example]:
         source: whatever `dsvl train` takes as `--data`.
 
     Raises:
-        ValueError: if it holds no question, or a picture that cannot be opened.
+        ValueError: if it holds no question, or an image that cannot be opened.
     """
     samples = load_conversations(source)
     examples: list[Example] = []
@@ -43,7 +43,7 @@ def read_examples(source: str | Path) -> list[Example]:
         content = question["content"]
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         text = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
-        examples.append((text, [open_picture(picture) for picture in pictures_of([question])]))
+        examples.append((text, [open_image(image) for image in images_of([question])]))
     if not examples:
         raise ValueError(f"{source} holds no conversation; pass a file with some.")
     return examples

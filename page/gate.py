@@ -65,7 +65,7 @@ class Gate:
                 scope, receive, send
             )
             return
-        limit, received = self.limits.pictures * self.limits.picture_bytes + BYTES_OF_A_FRAME, 0
+        limit, received = self.limits.images * self.limits.image_bytes + BYTES_OF_A_FRAME, 0
         begun = False
 
         async def counted() -> Message:

@@ -1,4 +1,4 @@
-"""What a visitor sees: a conversation, and a box for the next question and its pictures."""
+"""What a visitor sees: a conversation, and a box for the next question and its images."""
 
 import asyncio
 import html
@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..data.pictures import SUFFIXES
+from ..data.images import SUFFIXES
 from .limits import Refusal
 from .uploads import open_upload
 from .visitors import Question, Turn, Visitors
@@ -35,7 +35,7 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
     Args:
         visitors: the conversations.
         name: of the model, the page's title.
-        examples: questions, each with the files of its pictures, to be asked with a click.
+        examples: questions, each with the files of its images, to be asked with a click.
     """
     handlers = _Handlers(visitors, [Question(text, [str(file) for file in files]) for text, files in examples])
     limits = visitors.limits
@@ -47,14 +47,14 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
     ) as page:
         gr.Markdown(f"## {html.escape(name)}")
         gr.Markdown(
-            f"Ask about up to {limits.pictures} pictures at once, each up to {limits.picture_bytes / 2**20:.3g} MB and "
-            f"{limits.picture_pixels / 1e6:g} megapixels. Through the conversation they are image 1, image 2, ... "
+            f"Ask about up to {limits.images} images at once, each up to {limits.image_bytes / 2**20:.3g} MB and "
+            f"{limits.image_pixels / 1e6:g} megapixels. Through the conversation they are image 1, image 2, ... "
             "A model's answers may be wrong.",
             elem_classes="dsvl-about",
         )
         conversation = gr.Chatbot(
             scale=1,
-            height="max(320px, calc(100dvh - 260px))",  # the box stays in sight, with pictures in it too
+            height="max(320px, calc(100dvh - 260px))",  # the box stays in sight, with images in it too
             elem_classes="dsvl-conversation",
             show_label=False,
             label="Conversation",
@@ -64,7 +64,7 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
             render_markdown=False,
             latex_delimiters=[],
             examples=[{"text": text, "files": [str(file) for file in files]} for text, files in examples] or None,
-            placeholder="Add pictures with the clip, by dropping or by pasting them, and ask about them.",
+            placeholder="Add images with the clip, by dropping or by pasting them, and ask about them.",
         )
         conversation.keep_in_cache.update(str(file) for _, files in examples for file in files)  # not deleted by age
         box = gr.MultimodalTextbox(
@@ -102,7 +102,7 @@ class _Handlers:
 
     def __init__(self, visitors: Visitors, examples: list[Question]) -> None:
         self.visitors, self.examples = visitors, examples
-        self.opening = asyncio.Semaphore(2)  # decoding pictures takes memory
+        self.opening = asyncio.Semaphore(2)  # decoding images takes memory
 
     async def ask(self, typed: dict[str, Any] | None, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
         """Take the question on, and answer it; or tell why not, and it stays in the box."""
@@ -193,11 +193,11 @@ class _Handlers:
     def _question(self, text: str, files: Sequence[str]) -> Question:
         limits = self.visitors.limits
         if not text:
-            raise Refusal("Write a question." if not files else "Write a question about the pictures.")
+            raise Refusal("Write a question." if not files else "Write a question about the images.")
         if len(text) > limits.characters:
             raise Refusal(f"A question has {limits.characters:,} characters at most here, and this has {len(text):,}.")
-        if len(files) > limits.pictures:
-            raise Refusal(f"A question takes {limits.pictures} pictures here, and this has {len(files)}.")
+        if len(files) > limits.images:
+            raise Refusal(f"A question takes {limits.images} images here, and this has {len(files)}.")
         for file in files:  # what cannot be opened is told at once; pixels are kept of nobody who waits
             open_upload(file, limits)
         return Question(text, [*files])

@@ -8,10 +8,10 @@ class Limits:
     """What visitors may send, and what is kept of them.
 
     Args:
-        pictures: of a question.
-        conversation_pictures: of a conversation.
-        picture_bytes: of a picture's file.
-        picture_pixels: of a picture.
+        images: of a question.
+        conversation_images: of a conversation.
+        image_bytes: of an image's file.
+        image_pixels: of an image.
         characters: of a question.
         waiting: answers that wait for their turn; more questions are refused.
         conversations: kept at once, and forgotten from the least recently used on; of the most recent ones
@@ -22,10 +22,10 @@ class Limits:
         memory_bytes: of the pixels of all conversations; of the least recently used ones, only the files are kept.
     """
 
-    pictures: int = 8
-    conversation_pictures: int = 16
-    picture_bytes: int = 16 * 2**20
-    picture_pixels: int = 25_000_000
+    images: int = 8
+    conversation_images: int = 16
+    image_bytes: int = 16 * 2**20
+    image_pixels: int = 25_000_000
     characters: int = 8000
     waiting: int = 32
     conversations: int = 64

@@ -27,7 +27,7 @@ class Question:
 
     Attributes:
         text: the question.
-        files: the uploaded files of its pictures, which the page shows and the model reads.
+        files: the uploaded files of its images, which the page shows and the model reads.
     """
 
     text: str
@@ -92,7 +92,7 @@ class Conversation:
         return self.turn is not None and self.turn.begun
 
     def image_parts(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """The parts of the chat's messages that are pictures, and their files. (The oldest rounds may have been dropped.)"""
+        """The parts of the chat's messages that are images, and their files. (The oldest rounds may have been dropped.)"""
         asked = [message["content"] for message in self.chat.messages if message["role"] == "user"]
         for content, (question, _) in zip(reversed(asked), reversed(self.rounds), strict=False):
             parts = [part for part in content if part["type"] == "image"] if isinstance(content, list) else []
@@ -100,7 +100,7 @@ class Conversation:
 
     @property
     def pixel_bytes(self) -> int:
-        """The memory of its pictures."""
+        """The memory of its images."""
         images = [part["image"] for part, _ in self.image_parts() if "image" in part]
         return sum(3 * image.width * image.height for image in images)
 
@@ -119,7 +119,7 @@ class Conversation:
 def as_text(words: str) -> str:
     """Words so that the page's `Chatbot` shows them as they are.
 
-    It takes what it gets for HTML, cleaned of scripts alone: what names a picture would have the browser fetch it.
+    It takes what it gets for HTML, cleaned of scripts alone: what names an image would have the browser fetch it.
     """
     return html.escape(words, quote=False)
 
@@ -164,15 +164,15 @@ class Visitors:
             tell: called, in the model's thread, whenever there is more to show.
 
         Raises:
-            Refusal: while another is being answered, for too many pictures, or if too many questions are waiting.
+            Refusal: while another is being answered, for too many images, or if too many questions are waiting.
         """
         with self._mutex:
             conversation = self._free(session)
-            pictures = len(question.files) + sum(len(asked.files) for asked, _ in conversation.rounds)
-            if pictures > self.limits.conversation_pictures:
+            images = len(question.files) + sum(len(asked.files) for asked, _ in conversation.rounds)
+            if images > self.limits.conversation_images:
                 raise Refusal(
-                    f"A conversation takes {self.limits.conversation_pictures} pictures here, and this would be "
-                    f"{pictures}; clear it to begin a new one."
+                    f"A conversation takes {self.limits.conversation_images} images here, and this would be "
+                    f"{images}; clear it to begin a new one."
                 )
             self._check_queue()
             return self._begin(conversation, question, tell)
@@ -282,7 +282,7 @@ class Visitors:
         self._free_caches(list(self._kept.values())[: -self.limits.caches])
 
     def _free_caches(self, conversations: list[Conversation]) -> None:
-        """Keep what was said, and the files of its pictures, alone; the next question has it read again."""
+        """Keep what was said, and the files of its images, alone; the next question has it read again."""
         for conversation in conversations:
             if conversation.cached and not conversation.is_being_answered:
                 fresh = self.new_chat()
@@ -321,7 +321,7 @@ class Visitors:
             logger.exception("An answer failed.")
             raise Refusal(
                 f"This could not be answered. The model reads {conversation.chat.context_length} tokens at once: if the "
-                "question is long or has many pictures, shorten it."
+                "question is long or has many images, shorten it."
             ) from None
         except Exception:
             logger.exception("An answer failed.")

@@ -171,7 +171,7 @@ def _faults_of_text(path: Path, name: str) -> Iterator[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        return  # a picture, say
+        return  # an image, say
     yield from _secrets(text, name)
     if name == "README.md":
         yield from _faults_of_card(path)

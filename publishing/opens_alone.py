@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 
 def main(checkpoint: str) -> dict[str, int]:
-    """Answer a question about a picture by the processor, the chat template and the weights of a directory.
+    """Answer a question about an image by the processor, the chat template and the weights of a directory.
 
     Returns:
         How many parameters it has, and how many tokens the question took.
@@ -31,8 +31,8 @@ def main(checkpoint: str) -> dict[str, int]:
     wrong = {kind: sorted(map(str, keys))[:3] for kind, keys in loading.items() if keys}
     if wrong:
         sys.exit(f"The weights are not those of the configuration: {wrong}.")
-    picture = Image.radial_gradient("L").convert("RGB")
-    question = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
+    image = Image.radial_gradient("L").convert("RGB")
+    question = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": question}],
         add_generation_prompt=True,
@@ -40,9 +40,9 @@ def main(checkpoint: str) -> dict[str, int]:
         return_dict=True,
         return_tensors="pt",
     )
-    pictures = int((inputs["input_ids"] == config.image_token_id).sum())
-    if pictures != config.image_seq_length:
-        sys.exit(f"The processor writes {pictures} image tokens for a picture; the model takes {config.image_seq_length}.")
+    images = int((inputs["input_ids"] == config.image_token_id).sum())
+    if images != config.image_seq_length:
+        sys.exit(f"The processor writes {images} image tokens for an image; the model takes {config.image_seq_length}.")
     with torch.no_grad():
         logits = model(**inputs, logits_to_keep=1).logits
     if not torch.isfinite(logits).all():

@@ -26,7 +26,7 @@ from ..chat.prompts import prompt_ids
 from ..utils.transformers_names import ChatCompletionHandler, Modality
 from .connections import Bodies
 from .engine import FAILURE, Engine, Sampling
-from .pictures import fetch_pictures, load_picture, picture_parts
+from .images import fetch_images, image_parts, load_image
 from .requests import ChatRequest, Limits, RequestError, parse
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class ChatCompletions(ChatCompletionHandler):
     """`/v1/chat/completions`, an ASGI application.
 
     The base class turns messages into the processor's and texts into the protocol's answers, streamed or whole. What it
-    takes from a request beyond that is left out here: names of models, addresses and paths of pictures, whole generation
+    takes from a request beyond that is left out here: names of models, addresses and paths of images, whole generation
     configurations, arguments of the template, the seed of the process.
 
     Args:
@@ -55,8 +55,8 @@ class ChatCompletions(ChatCompletionHandler):
         self.model, self.processor, self.name, self.limits, self.engine = model, processor, name, limits, engine
         self.bodies = Bodies()
         self.held = 0
-        # Beside the event loop. Decoding pictures takes time and memory, so never many at once; and requests take turns
-        # picture by picture, so that nobody waits for all of another's, and texts for none.
+        # Beside the event loop. Decoding images takes time and memory, so never many at once; and requests take turns
+        # image by image, so that nobody waits for all of another's, and texts for none.
         self.reading = ThreadPoolExecutor(2, thread_name_prefix="dsvl-serve-read")
         self.preparing = ThreadPoolExecutor(2, thread_name_prefix="dsvl-serve-prepare")
         self.fetching = ThreadPoolExecutor(16, thread_name_prefix="dsvl-serve-fetch")  # slow addresses hold nobody else up
@@ -99,7 +99,7 @@ class ChatCompletions(ChatCompletionHandler):
         return await self.bodies.read(request, self.limits)
 
     def _read_messages(self, body: bytes) -> tuple[ChatRequest, list[dict[str, Any]]]:
-        """The request, and its messages as the processor takes them, but for the pictures."""
+        """The request, and its messages as the processor takes them, but for the images."""
         asked = parse(body)
         asked.stops()
         if asked.model != self.name:
@@ -118,7 +118,7 @@ class ChatCompletions(ChatCompletionHandler):
         return asked, messages
 
     def _prompt(self, messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The model inputs of messages, but for the pictures' pixels; (1, tokens) each."""
+        """The model inputs of messages, but for the images' pixels; (1, tokens) each."""
         try:
             ids = torch.tensor([prompt_ids(self.processor, messages)])
         except TemplateError as error:  # the template's own words about the order of roles
@@ -130,14 +130,14 @@ class ChatCompletions(ChatCompletionHandler):
         }
 
     def _pixels(self, part: dict[str, Any], number: int) -> torch.Tensor:
-        """A picture as the tower takes it, (1, 3, height, width)."""
-        image = load_picture(part, number, self.limits)
+        """An image as the tower takes it, (1, 3, height, width)."""
+        image = load_image(part, number, self.limits)
         try:
             return self.processor(text=self.processor.image_token, images=[image], return_tensors="pt")["pixel_values"]
         except ValueError as error:
-            logger.info("A picture was refused: %s", error)
+            logger.info("An image was refused: %s", error)
             raise RequestError(
-                f"Picture {number}, of {image.width} x {image.height} pixels, cannot be taken; pass another.",
+                f"Image {number}, of {image.width} x {image.height} pixels, cannot be taken; pass another.",
                 code="invalid_image",
                 param="messages",
             ) from None
@@ -153,7 +153,7 @@ class ChatCompletions(ChatCompletionHandler):
         wanted = asked.max_completion_tokens or asked.max_tokens
         if left < (wanted or 1):
             raise RequestError(
-                f"The model's context is {context} tokens; messages and pictures take {prompt_tokens}"
+                f"The model's context is {context} tokens; messages and images take {prompt_tokens}"
                 + (f", and {wanted} are wanted for the answer" if wanted else "")
                 + ". Shorten one of them.",
                 code="context_length_exceeded",
@@ -180,11 +180,11 @@ class ChatCompletions(ChatCompletionHandler):
         """The answer; one that is streamed has begun."""
         run = asyncio.get_running_loop().run_in_executor
         asked, messages = await run(self.reading, self._read_messages, body)
-        del body  # as large as its pictures, and the answer may take long
-        await run(self.fetching, fetch_pictures, messages, self.limits)
+        del body  # as large as its images, and the answer may take long
+        await run(self.fetching, fetch_images, messages, self.limits)
         inputs = await run(self.reading, self._prompt, messages)
         sampling = self._sampling(asked, inputs["input_ids"].shape[-1])
-        parts = enumerate(picture_parts(messages, self.limits), 1)
+        parts = enumerate(image_parts(messages, self.limits), 1)
         pixels = [await run(self.preparing, self._pixels, part, number) for number, part in parts]
         if pixels:
             inputs["pixel_values"] = torch.cat(pixels)

@@ -21,10 +21,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--max-batch", type=int, default=16, help="answers generated together (default 16)")
     parser.add_argument("--max-requests", type=int, default=128, help="held at once, more are refused (default 128)")
     parser.add_argument("--max-new-tokens", type=int, default=4096, help="of an answer, at most (default 4096)")
-    parser.add_argument("--max-pictures", type=int, default=8, help="of a request (default 8)")
-    parser.add_argument("--max-megapixels", type=float, default=25, help="of a picture (default 25)")
+    parser.add_argument("--max-images", type=int, default=8, help="of a request (default 8)")
+    parser.add_argument("--max-megapixels", type=float, default=25, help="of an image (default 25)")
     parser.add_argument("--max-megabytes", type=float, default=32, help="of a request (default 32)")
-    parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from public http(s) addresses")
+    parser.add_argument("--allow-urls", action="store_true", help="fetch images from public http(s) addresses")
     parser.set_defaults(run=_serve)
 
 
@@ -45,8 +45,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     limits = Limits(
         requests=arguments.max_requests,
         body_bytes=int(arguments.max_megabytes * 2**20),
-        pictures=arguments.max_pictures,
-        picture_pixels=int(arguments.max_megapixels * 1e6),
+        images=arguments.max_images,
+        image_pixels=int(arguments.max_megapixels * 1e6),
         new_tokens=arguments.max_new_tokens,
         allow_urls=arguments.allow_urls,
     )

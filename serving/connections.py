@@ -114,7 +114,7 @@ class Bodies:
                     return bytes(body)
                 except TimeoutError:
                     raise RequestError(
-                        f"Of the request, {len(body):,} bytes came in {allowed:.3g} s; send it faster, or smaller pictures.",
+                        f"Of the request, {len(body):,} bytes came in {allowed:.3g} s; send it faster, or smaller images.",
                         408,
                     ) from None
                 body += chunk

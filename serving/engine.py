@@ -132,7 +132,7 @@ class Generation:
         """No more will come; once."""
         if not self.done:
             self.done = True
-            self.inputs = {}  # the pictures are the largest part of a request
+            self.inputs = {}  # the images are the largest part of a request
             self._send(None if failure is None else _StreamError(failure))
 
     def _send(self, item: Any) -> None:
@@ -315,8 +315,8 @@ def join(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, to
     """Model inputs of one row each -> those of a batch, padded on the left.
 
     Args:
-        rows: `input_ids`, `attention_mask`, `mm_token_type_ids` (1, tokens) int64, and `pixel_values` (pictures, 3, height,
-            width) where there are pictures.
+        rows: `input_ids`, `attention_mask`, `mm_token_type_ids` (1, tokens) int64, and `pixel_values` (images, 3, height,
+            width) where there are images.
         pad_token_id: what stands before the shorter rows.
     """
     longest = max(row["input_ids"].shape[1] for row in rows)
@@ -325,5 +325,5 @@ def join(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, to
         name: torch.cat([torch.nn.functional.pad(row[name], (longest - row[name].shape[1], 0), value=value) for row in rows])
         for name, value in padding.items()
     }
-    pictures = [row["pixel_values"] for row in rows if row.get("pixel_values") is not None]
-    return joined | ({"pixel_values": torch.cat(pictures)} if pictures else {})
+    images = [row["pixel_values"] for row in rows if row.get("pixel_values") is not None]
+    return joined | ({"pixel_values": torch.cat(images)} if images else {})

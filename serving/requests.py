@@ -32,21 +32,21 @@ class Limits:
 
     Args:
         requests: held at once, those that wait included; more are refused with status 429.
-        body_bytes: of a request, its pictures included.
+        body_bytes: of a request, its images included.
         body_seconds: to send it, at most; less for one that comes slowly (`connections.Bodies`).
         receiving_bytes: of all bodies that are being received.
-        pictures: of a request.
-        picture_pixels: of a picture.
+        images: of a request.
+        image_pixels: of an image.
         new_tokens: of an answer.
-        allow_urls: fetch pictures from public http(s) addresses.
+        allow_urls: fetch images from public http(s) addresses.
     """
 
     requests: int = 128
     body_bytes: int = 32 * 2**20
     body_seconds: float = 30.0
     receiving_bytes: int = 2**30
-    pictures: int = 8
-    picture_pixels: int = 25_000_000
+    images: int = 8
+    image_pixels: int = 25_000_000
     new_tokens: int = 4096
     allow_urls: bool = False
 
@@ -94,10 +94,10 @@ class Text(_Strict):
 
 class Address(_Strict):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None  # every picture takes the same number of tokens
+    detail: Literal["auto", "low", "high"] | None = None  # every image takes the same number of tokens
 
 
-class Picture(_Strict):
+class Image(_Strict):
     type: Literal["image_url"]
     image_url: Address
 
@@ -111,7 +111,7 @@ class _OtherMessage(BaseModel):
 
 
 Part = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[Picture, Tag("<image_url>")] | Annotated[_OtherPart, Tag("<?>")],
+    Annotated[Text, Tag("<text>")] | Annotated[Image, Tag("<image_url>")] | Annotated[_OtherPart, Tag("<?>")],
     _named("type", "text", "image_url"),
 ]
 Content = Annotated[

@@ -14,10 +14,10 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from dsvl import DSVLProcessor
-from dsvl.serving.pictures import load_picture
+from dsvl.serving.images import load_image
 from dsvl.serving.requests import Limits
 from dsvl.training import ConversationCollator
-from dsvl.training.features import _NewPictures
+from dsvl.training.features import _NewImages
 
 ADDED = 500 * 2**20
 
@@ -31,7 +31,7 @@ def ways(path: str):
 
     def serve():
         url = f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
-        image = load_picture({"url": url}, 1, Limits(picture_pixels=89_000_000))
+        image = load_image({"url": url}, 1, Limits(image_pixels=89_000_000))
         return processor(text="<image>", images=[image], return_tensors="pt")["pixel_values"]
 
     empty = SimpleNamespace(files={})  # a cache of features
@@ -39,9 +39,7 @@ def ways(path: str):
     return {
         "processor": lambda: processor(text="<image>", images=path, return_tensors="pt")["pixel_values"],
         "collator": lambda: ConversationCollator(processor)([sample])["pixel_values"],
-        "features": lambda: next(iter(_NewPictures([[sample]], empty, processor.image_processor, False)[0][1].values()))[
-            None
-        ],
+        "features": lambda: next(iter(_NewImages([[sample]], empty, processor.image_processor, False)[0][1].values()))[None],
         "server": serve,
     }
 

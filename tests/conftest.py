@@ -15,7 +15,7 @@ from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLProcessor
 
 REFERENCE = Path(__file__).parent / "reference"
 VOCABULARY, IMAGE_ID, PAD_ID, EOS_ID = 96, 90, 0, 2
-IMAGE_SIZE, PER_PICTURE = 8, 5  # 2 x 2 patches of 4 pixels, and CLS
+IMAGE_SIZE, PER_IMAGE = 8, 5  # 2 x 2 patches of 4 pixels, and CLS
 WINDOW = 8  # of the decoders that have one: shorter than most test sequences
 
 _COMMON = dict(
@@ -88,7 +88,7 @@ def tiny_model(
 
 
 def tiny_tower_config() -> CLIPVisionConfig:
-    """A tower for photographs: 28 pixels in patches of 14, so that a picture takes 5 tokens as well."""
+    """A tower for photographs: 28 pixels in patches of 14, so that an image takes 5 tokens as well."""
     return CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14
     )
@@ -110,19 +110,19 @@ def save_tiny_llama(directory: Path | str, dtype: torch.dtype = torch.float32, *
 
 
 def rows(*layouts: str, seed: int = 0) -> list[list[int]]:
-    """Token ids of layouts such as "ttIt": t is a random text token, I a whole picture."""
+    """Token ids of layouts such as "ttIt": t is a random text token, I a whole image."""
     generator = torch.Generator().manual_seed(seed)
     ids = []
     for layout in layouts:
         row: list[int] = []
         for symbol in layout:
             token = int(torch.randint(3, IMAGE_ID, (), generator=generator))
-            row += [IMAGE_ID] * PER_PICTURE if symbol == "I" else [token]
+            row += [IMAGE_ID] * PER_IMAGE if symbol == "I" else [token]
         ids.append(row)
     return ids
 
 
-def pictures(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> torch.Tensor:
+def random_images(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -142,7 +142,7 @@ def batch(*layouts: str, side: str = "left", dtype: torch.dtype = torch.float64,
         "input_ids": input_ids,
         "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in ids]),
         "mm_token_type_ids": (input_ids == IMAGE_ID).long(),
-        "pixel_values": pictures(count, dtype) if count else None,
+        "pixel_values": random_images(count, dtype) if count else None,
     }
 
 
@@ -172,7 +172,7 @@ def tokenizer() -> Any:
 @pytest.fixture
 def processor(tokenizer: Any) -> DSVLProcessor:
     image_processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    return DSVLProcessor(image_processor, tokenizer, image_seq_length=PER_PICTURE)
+    return DSVLProcessor(image_processor, tokenizer, image_seq_length=PER_IMAGE)
 
 
 @pytest.fixture(scope="session")

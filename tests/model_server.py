@@ -71,7 +71,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+def draw_image(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
 
 

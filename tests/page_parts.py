@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model_server import eventually, load_parts, picture
+from model_server import draw_image, eventually, load_parts
 
 from dsvl.page.app import open_page
 from dsvl.page.limits import Limits
 from dsvl.page.visitors import Visitors
 
 TOKENS = 24
-LIMITS = Limits(pictures=3, conversation_pictures=4, picture_bytes=200_000, picture_pixels=1_000_000, characters=500)
+LIMITS = Limits(images=3, conversation_images=4, image_bytes=200_000, image_pixels=1_000_000, characters=500)
 
-__all__ = ["LIMITS", "TOKENS", "eventually", "load_parts", "opened", "pictures"]
+__all__ = ["LIMITS", "TOKENS", "eventually", "load_parts", "opened", "image_files"]
 
 
 @contextlib.contextmanager
@@ -24,8 +24,8 @@ def opened(parts: tuple[Any, Any], limits: Limits = LIMITS, **options: Any) -> I
         yield address.rstrip("/"), visitors
 
 
-def pictures(folder: Path, count: int, size: tuple[int, int] = (80, 60)) -> list[str]:
-    files = [folder / f"picture {number}.png" for number in range(count)]
+def image_files(folder: Path, count: int, size: tuple[int, int] = (80, 60)) -> list[str]:
+    files = [folder / f"image {number}.png" for number in range(count)]
     for number, file in enumerate(files):
-        picture(number, size).save(file)
+        draw_image(number, size).save(file)
     return [str(file) for file in files]

@@ -17,15 +17,15 @@ NEW_TOKENS = 8
 
 
 def answer(name: str, revision: str = "main") -> dict[str, Any]:
-    """What a checkpoint says about two pictures, and what of the package's friends could be imported meanwhile."""
+    """What a checkpoint says about two images, and what of the package's friends could be imported meanwhile."""
     options = {"trust_remote_code": True, "revision": revision}
     model = AutoModelForImageTextToText.from_pretrained(name, **options)
     processor = AutoProcessor.from_pretrained(name, **options)
-    picture = Image.radial_gradient("L").convert("RGB").resize((40, 30))
+    image = Image.radial_gradient("L").convert("RGB").resize((40, 30))
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is <image> it?"}]},
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is <image> it?"}]},
         {"role": "assistant", "content": "A cup."},
-        {"role": "user", "content": [{"type": "image", "image": picture.rotate(90)}, {"type": "text", "text": "And now?"}]},
+        {"role": "user", "content": [{"type": "image", "image": image.rotate(90)}, {"type": "text", "text": "And now?"}]},
     ]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -12,7 +12,7 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_picture(path: Path, photograph: Any, size: tuple[int, int] = (48, 36)) -> None:
+def write_image(path: Path, photograph: Any, size: tuple[int, int] = (48, 36)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     photograph.resize(size).save(path)
 
@@ -35,14 +35,14 @@ def answer(text: str) -> dict:
 COCO = [f"{number:012d}.jpg" for number in (33471, 52846, 334872)]
 
 
-def llava_record(picture: str, *values: str) -> dict:
+def llava_record(image: str, *values: str) -> dict:
     turns = [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
-    return {"id": picture.split(".")[0], "image": picture, "conversations": turns}
+    return {"id": image.split(".")[0], "image": image, "conversations": turns}
 
 
 def write_coco(root: Path, photographs: list[Any]) -> None:
     for name, photograph in zip(COCO, photographs, strict=False):
-        write_picture(root / "coco/train2017" / name, photograph)
+        write_image(root / "coco/train2017" / name, photograph)
 
 
 def write_llava(root: Path) -> None:

@@ -1,7 +1,7 @@
 """Numbers that the released DeepSpeed-VisualChat code produced, and its weights as checkpoints of ours on the disk.
 
-Its quirks, which the comparison undoes: samples without a picture are dropped from a batch; rows are padded on the right to
-a multiple of 8. That a sample's pictures land in reverse order, a migrated checkpoint knows.
+Its quirks, which the comparison undoes: samples without an image are dropped from a batch; rows are padded on the right to
+a multiple of 8. That a sample's images land in reverse order, a migrated checkpoint knows.
 """
 
 import json
@@ -45,26 +45,26 @@ class ReferenceCase:
         return DSVLForConditionalGeneration.from_pretrained(directory, attn_implementation=backend)
 
     def batch(self, run: str) -> dict[str, Any]:
-        """Our inputs for a run: placeholders expanded, pictures in reading order, pictureless rows dropped."""
+        """Our inputs for a run: placeholders expanded, images in reading order, imageless rows dropped."""
         source = self.parts
         image, pad = source["tokens"]["image_token_id"], source["tokens"]["pad_token_id"]
-        per_picture = source["tokens_per_image"]
+        per_image = source["tokens_per_image"]
         ids, pixels = self.inputs[f"{run}.input_ids"], self.inputs[f"{run}.pixel_values"]
         real = self.inputs.get(f"{run}.attention_mask", torch.ones_like(ids))
         labels = self.inputs.get(f"{run}.labels", torch.full_like(ids, -100))
         counts = self.inputs.get(f"{run}.image_num", (ids == image).sum(-1))
         rows, row_labels, row_pixels = [], [], []
-        for b, pictures in enumerate(pixels.split(counts.tolist())):
+        for b, images in enumerate(pixels.split(counts.tolist())):
             if not (ids[b] == image).any():
                 continue
             row, row_label = [], []
             for token, label in zip(ids[b][real[b] == 1].tolist(), labels[b][real[b] == 1].tolist(), strict=True):
-                copies = per_picture if token == image else 1
+                copies = per_image if token == image else 1
                 row += [token] * copies
                 row_label += [-100 if token == image else label] * copies
             rows.append(row)
             row_labels.append(row_label)
-            row_pixels.append(pictures)
+            row_pixels.append(images)
         longest = max(map(len, rows))
 
         def padded(values: list[list[int]], value: int) -> torch.Tensor:

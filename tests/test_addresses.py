@@ -15,7 +15,7 @@ import pytest
 
 from dsvl.data import addresses
 from dsvl.data.addresses import AddressError, fetch, is_public
-from dsvl.serving.pictures import fetch_pictures
+from dsvl.serving.images import fetch_images
 from dsvl.serving.requests import Limits, RequestError
 
 
@@ -121,28 +121,28 @@ def answer(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
 
 def test_bytes_of_a_public_address(site: Callable[..., Site]) -> None:
     def serve(connection: socket.socket, path: str) -> None:
-        onward = answer(b"", "302 Found", "Location: /picture?a=1")
+        onward = answer(b"", "302 Found", "Location: /image?a=1")
         connection.sendall(onward if path == "/" else answer(b"pixels"))
 
     one = site(serve)
     assert fetch(f"http://site.example:{one.port}/", 1000) == b"pixels"
-    assert one.visits == ["/", "/picture?a=1"]
+    assert one.visits == ["/", "/image?a=1"]
 
 
-def test_pictures_are_fetched_if_that_is_allowed_and_together_within_the_limits(site: Callable[..., Site]) -> None:
+def test_images_are_fetched_if_that_is_allowed_and_together_within_the_limits(site: Callable[..., Site]) -> None:
     one = site(lambda connection, path: connection.sendall(answer(b"x" * 600)))
 
     def messages(count: int) -> list[dict[str, Any]]:
         return [{"content": [{"type": "image", "url": f"http://site.example:{one.port}/"} for _ in range(count)]}]
 
-    with pytest.raises(RequestError, match="Picture 1 is an address, and this server fetches none"):
-        fetch_pictures(messages(1), Limits())
+    with pytest.raises(RequestError, match="Image 1 is an address, and this server fetches none"):
+        fetch_images(messages(1), Limits())
     assert not one.visits
     asked = messages(1)
-    fetch_pictures(asked, Limits(allow_urls=True, body_bytes=1000))
+    fetch_images(asked, Limits(allow_urls=True, body_bytes=1000))
     assert asked[0]["content"][0]["url"] == b"x" * 600
-    with pytest.raises(RequestError, match="Picture 2 was not fetched: it is larger than 400 bytes"):
-        fetch_pictures(messages(2), Limits(allow_urls=True, body_bytes=1000))
+    with pytest.raises(RequestError, match="Image 2 was not fetched: it is larger than 400 bytes"):
+        fetch_images(messages(2), Limits(allow_urls=True, body_bytes=1000))
 
 
 def test_redirects_are_checked_like_the_first_address(site: Callable[..., Site]) -> None:
@@ -222,7 +222,7 @@ def test_every_address_of_a_name_is_tried(site: Callable[..., Site], monkeypatch
     assert fetch("http://site.example/", 1000) == b"pixels"
 
 
-def test_what_is_cut_off_or_missing_is_no_picture(site: Callable[..., Site]) -> None:
+def test_what_is_cut_off_or_missing_is_no_image(site: Callable[..., Site]) -> None:
     cut = site(lambda connection, path: connection.sendall(answer(b"pixels")[:-1]))
     with pytest.raises(AddressError, match="broke off"):
         fetch(f"http://site.example:{cut.port}/", 1000)

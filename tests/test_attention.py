@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import _COMMON, FAMILIES, IMAGE_ID, batch, pictures, rows, tiny_model
+from conftest import _COMMON, FAMILIES, IMAGE_ID, batch, random_images, rows, tiny_model
 from plain_loop import PlainLoop, run_by_loop
 from transformers import StaticCache
 from transformers.masking_utils import (
@@ -25,7 +25,7 @@ def backends(family: str) -> list[str]:
 
 
 def close(backend: str) -> dict[str, float]:
-    """Where one side has no picture, it is the decoder's own attention; transformers' eager one computes in float32."""
+    """Where one side has no image, it is the decoder's own attention; transformers' eager one computes in float32."""
     tolerance = 1e-5 if backend == "eager" else 1e-9
     return {"atol": tolerance, "rtol": tolerance}
 
@@ -63,7 +63,7 @@ def packed(*layouts: str):
     input_ids = torch.tensor([sum(ids, [])])
     position_ids = torch.tensor([sum((list(range(len(row))) for row in ids), [])])
     count = sum(layout.count("I") for layout in layouts)
-    inputs = {"input_ids": input_ids, "position_ids": position_ids, "pixel_values": pictures(count)}
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "pixel_values": random_images(count)}
     return inputs, [len(row) for row in ids]
 
 
@@ -123,19 +123,19 @@ def test_text_alone_is_the_language_model_to_the_bit(family, backend, uncompiled
 
 
 @pytest.mark.parametrize(("family", "backend"), CASES)
-def test_a_later_picture_changes_no_earlier_logit(family, backend, uncompiled):
+def test_a_later_image_changes_no_earlier_logit(family, backend, uncompiled):
     model = tiny_model(family, backend=backend)
     inputs = batch("tttItttItt")
-    other = dict(inputs, pixel_values=torch.cat([inputs["pixel_values"][:1], pictures(1, seed=9)]))
+    other = dict(inputs, pixel_values=torch.cat([inputs["pixel_values"][:1], random_images(1, seed=9)]))
     with torch.no_grad():
         one, two = model(**inputs).logits[0], model(**other).logits[0]
-    second = 3 + 5 + 3  # where the second picture begins
+    second = 3 + 5 + 3  # where the second image begins
     torch.testing.assert_close(one[:second], two[:second], atol=1e-12, rtol=0)
     assert (one[second:] - two[second:]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("family", "backend"), CASES)
-def test_an_image_token_depends_on_its_picture_alone(family, backend, uncompiled):
+def test_an_image_token_depends_on_its_image_alone(family, backend, uncompiled):
     model = tiny_model(family, backend=backend)
     alone, among = batch("I"), batch("ttttIttt", seed=3)
     among["pixel_values"] = alone["pixel_values"]
@@ -178,7 +178,7 @@ def test_eager_returns_the_weights_it_used():
     weights = outputs.attentions[0]
     assert weights.shape == (2, 4, inputs["input_ids"].shape[1], inputs["input_ids"].shape[1])
     sums = weights.sum(-1)[:, 0]
-    # text before a picture 1; after it 2; an image token, like padding, its own value alone
+    # text before an image 1; after it 2; an image token, like padding, its own value alone
     torch.testing.assert_close(sums[0], torch.tensor([1.0] * 7 + [2, 2] + [1] * 5 + [2], dtype=torch.float64))
     torch.testing.assert_close(sums[1], torch.tensor([1.0] * 7 + [1] * 5 + [2] * 3, dtype=torch.float64))
 
@@ -186,7 +186,7 @@ def test_eager_returns_the_weights_it_used():
 @pytest.mark.parametrize("least", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 def test_the_image_branch_in_parts_is_the_whole(family, least, monkeypatch):
-    """Cut where pictures come into sight, in a padded batch and alone, with a window."""
+    """Cut where images come into sight, in a padded batch and alone, with a window."""
     monkeypatch.setattr(masks_dsvl, "_LEAST_PART", least)
     cut = []
     parts = masks_dsvl._image_parts

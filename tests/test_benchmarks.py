@@ -61,7 +61,7 @@ def test_a_steps_operations_are_those_that_torch_counts(fine_tuning, rank):
     assert counter.get_total_flops() == worth + 2 * 3 * shape.layers * hidden_pairs * 2 * shape.hidden
 
 
-# A picture at the start, at the end and none: rows of the same length.
+# An image at the start, at the end and none: rows of the same length.
 TYPES = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1], [0] * 11])
 
 
@@ -105,7 +105,7 @@ def layer_over(load, types, heads=4, key_value_heads=2):
     """The benchmark's layer, with tokens as they are given."""
     benchmark = load("attention")
     attention = benchmark.Attention(benchmark.Heads(heads, key_value_heads, 8, 3, torch.float32), *types.shape, 0)
-    attention.types, attention.pictures = types, int(types[0].sum()) // 3
+    attention.types, attention.images = types, int(types[0].sum()) // 3
     return attention
 
 
@@ -141,14 +141,14 @@ def test_what_does_not_fit_is_left_out_with_its_reason(load, monkeypatch):
     assert table["released arithmetic"]["left_out"].startswith("its matrices take 0.0 GiB, of 0.0 that are free")
     assert table["mmca gathered sdpa"]["ms"] > 0
     assert "NVIDIA GPU" in attention.left_out("fused") and "backward" in attention.left_out("flex_attention")
-    with pytest.raises(ValueError, match="17 pictures of 4 tokens do not fit into 64 tokens"):
+    with pytest.raises(ValueError, match="17 images of 4 tokens do not fit into 64 tokens"):
         benchmark.token_types(1, 64, 17, 4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Every script, from its flags to its file and its plot
 
-LAYER = ["--heads", "2", "--head-dim", "8", "--per-picture", "8", "--rounds", "1"]
+LAYER = ["--heads", "2", "--head-dim", "8", "--per-image", "8", "--rounds", "1"]
 
 
 def results(path):
@@ -176,11 +176,11 @@ def drawn(load, tmp_path, capsys):
 def test_attention(load, tmp_path, drawn, one_thread, capsys):
     load("attention").main([*LAYER, "--shapes", "1x48", "--shares", "0", "0.5", "--out", str(tmp_path / "attention.json")])
     tables = results(tmp_path / "attention.json")
-    assert list(tables) == ["1x48, 0 pictures", "1x48, 3 pictures"]
-    table = tables["1x48, 3 pictures"]["forward + backward"]
+    assert list(tables) == ["1x48, 0 images", "1x48, 3 images"]
+    table = tables["1x48, 3 images"]["forward + backward"]
     assert list(table) == ["causal sdpa", "mmca gathered sdpa", "released arithmetic"]
     assert all(figures["ms"] > 0 and figures["tflop_per_s"] > 0 for figures in table.values())
-    assert "forward + backward: 1 x 48 tokens, 3 pictures of 8 (50%), 2 heads of 8, float32" in capsys.readouterr().out
+    assert "forward + backward: 1 x 48 tokens, 3 images of 8 (50%), 2 heads of 8, float32" in capsys.readouterr().out
     said = drawn("attention", "causal sdpa", "mmca gathered sdpa", "released arithmetic", "48 tokens, forward + backward")
     assert "decoding.json is missing, so decoding.svg is not drawn: python benchmarks/decoding.py" in said
 
@@ -188,20 +188,20 @@ def test_attention(load, tmp_path, drawn, one_thread, capsys):
 def test_growth(load, tmp_path, drawn, one_thread, monkeypatch):
     growth = load("growth")
     monkeypatch.setitem(growth.SHAPES, "small", load("fine_tuning").TINY)
-    sizes = {"length": [32, 64], "pictures": [0, 3], "batch": [1, 2]}
+    sizes = {"length": [32, 64], "images": [0, 3], "batch": [1, 2]}
     for what in ("attention", "prefill"):
         monkeypatch.setitem(growth.DEFAULTS, (load("measure").device_type(), what), sizes)
     flags = ["--tokens", "64", "--text", "16", "--out", str(tmp_path / "growth.json")]
     growth.main([*LAYER, *flags])
     sweeps = results(tmp_path / "growth.json")
-    assert list(sweeps) == ["length", "pictures", "batch"]
+    assert list(sweeps) == ["length", "images", "batch"]
     for sweep, values in sizes.items():
         for tables in sweeps[sweep].values():
             assert list(map(int, tables)) == values
             assert all(figures["ms"] > 0 for table in tables.values() for figures in table.values())
-    assert "DSVL mmca, encoded pictures" in sweeps["pictures"]["prefill"]["3"]
-    assert "DSVL mmca, encoded pictures" not in sweeps["pictures"]["prefill"]["0"]
-    drawn("growth", "Llava, sdpa", "DSVL mmca, encoded pictures", "released arithmetic", "prefill", "in 16 tokens of text")
+    assert "DSVL mmca, encoded images" in sweeps["images"]["prefill"]["3"]
+    assert "DSVL mmca, encoded images" not in sweeps["images"]["prefill"]["0"]
+    drawn("growth", "Llava, sdpa", "DSVL mmca, encoded images", "released arithmetic", "prefill", "in 16 tokens of text")
 
 
 def test_a_way_that_grew_too_slow_is_left_out_of_larger_sizes(load):
@@ -281,20 +281,20 @@ def test_every_rounds_answer_is_compared_with_the_whole_conversation_run_again(l
     flags = ["--rounds", "3", "--answer-tokens", "4", "--repeats", "2", "--out", str(tmp_path / "chat.json")]
     load("chat").main(flags)
     rounds = results(tmp_path / "chat.json")
-    assert list(rounds) == [*(f"round {n}, with a picture" for n in (1, 2, 3)), "round 4, text alone"]
-    first, *_, pictured, text = rounds.values()
-    assert (first["pictures_encoded"], pictured["pictures_encoded"], text["pictures_encoded"]) == (1, 1, 0)
-    assert first["reused"] == 0 < pictured["reused"] < pictured["tokens"] < text["reused"] + 100
+    assert list(rounds) == [*(f"round {n}, with an image" for n in (1, 2, 3)), "round 4, text alone"]
+    first, *_, with_image, text = rounds.values()
+    assert (first["images_encoded"], with_image["images_encoded"], text["images_encoded"]) == (1, 1, 0)
+    assert first["reused"] == 0 < with_image["reused"] < with_image["tokens"] < text["reused"] + 100
     assert all(table["same_first_token"] == 1 and table["incremental"]["ms"] > 0 for table in rounds.values())
     drawn("chat", "run again", "incremental", "text alone")
 
 
-def test_a_prompt_over_known_pictures_is_compared_with_the_whole_prefill(load, tmp_path):
-    flags = ["--pictures", "2", "--text", "20", "--repeats", "2", "--out", str(tmp_path / "reuse.json")]
+def test_a_prompt_over_known_images_is_compared_with_the_whole_prefill(load, tmp_path):
+    flags = ["--images", "2", "--text", "20", "--repeats", "2", "--out", str(tmp_path / "reuse.json")]
     load("reuse").main(flags)
     tables = results(tmp_path / "reuse.json")
-    assert tables["pictures"]["same_token"] and tables["picture cache"]["speed"] > 1
-    assert tables["pictures"]["mib_a_picture"] == 2 * 8 * 257 * 512 * 4 / 2**20
+    assert tables["images"]["same_token"] and tables["image KV cache"]["speed"] > 1
+    assert tables["images"]["mib_a_image"] == 2 * 8 * 257 * 512 * 4 / 2**20
 
 
 def test_data_loading(load, capsys):

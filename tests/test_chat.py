@@ -19,7 +19,7 @@ from dsvl.chat.detokenizer import pieces_of_text
 from dsvl.data.conversations import load_conversations
 from dsvl.transformers_dsvl import CACHE
 
-PER_PICTURE, NEW = 5, 8
+PER_IMAGE, NEW = 5, 8
 
 
 def make_model(processor: Any, family: str = "llama", attention: str = "mmca", **text: Any) -> DSVLForConditionalGeneration:
@@ -34,7 +34,7 @@ def make_model(processor: Any, family: str = "llama", attention: str = "mmca", *
     return model
 
 
-def picture(seed: int) -> Image.Image:
+def draw_image(seed: int) -> Image.Image:
     noise = torch.randint(0, 256, (30, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(noise.numpy())
 
@@ -56,20 +56,20 @@ class Meter:
     """What really went through the parts of a model."""
 
     def __init__(self, model: Any) -> None:
-        self.pictures: list[int] = []
+        self.images: list[int] = []
         self.tokens: list[int] = []
         body = model.model
         body.vision_tower.register_forward_pre_hook(
-            lambda module, args, kwargs: self.pictures.append(len(args[0])), with_kwargs=True
+            lambda module, args, kwargs: self.images.append(len(args[0])), with_kwargs=True
         )
         body.language_model.register_forward_pre_hook(
             lambda module, args, kwargs: self.tokens.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
         )
 
     def read(self) -> tuple[int, int]:
-        """Pictures that were encoded and tokens that were prefilled since it was read last."""
-        counts = sum(self.pictures), self.tokens[0]
-        self.pictures.clear()
+        """Images that were encoded and tokens that were prefilled since it was read last."""
+        counts = sum(self.images), self.tokens[0]
+        self.images.clear()
         self.tokens.clear()
         return counts
 
@@ -91,14 +91,14 @@ def test_each_round_answers_as_if_afresh_and_costs_what_is_new(processor, monkey
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache, **end)
     meter, held = Meter(model), torch.zeros(0, dtype=torch.long)
     for text, numbers in ROUNDS:
-        answer = chat.ask(text, [picture(number) for number in numbers])
+        answer = chat.ask(text, [draw_image(number) for number in numbers])
         encoded, prefilled = meter.read()
         cost, ids = chat.last_round, prompt(processor, chat.messages[:-1])["input_ids"][0]
         # All that was computed before is reused, as far as it reads as it was said.
         common = int((held == ids[: len(held)]).cumprod(0).sum())
         assert cost.reused_tokens == common and cost.prompt_tokens == len(ids)
         assert (encoded, prefilled) == (len(numbers), len(ids) - common)
-        assert encoded == cost.encoded_pictures
+        assert encoded == cost.encoded_images
         assert cost.answer_ids == afresh(model, processor, chat.messages[:-1], **end)
         assert answer == chat.messages[-1]["content"]
         assert answer == processor.tokenizer.decode(cost.answer_ids, skip_special_tokens=True)
@@ -114,7 +114,7 @@ def test_a_decoder_with_a_window_answers_as_if_afresh(processor, family, cache, 
     model = make_model(processor, family)
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
     for text, numbers in ROUNDS:
-        chat.ask(text, [picture(number) for number in numbers])
+        chat.ask(text, [draw_image(number) for number in numbers])
         assert chat.last_round.answer_ids == afresh(model, processor, chat.messages[:-1])
     for text in ("Another.", "Yet another."):
         chat.messages[2]["content"] = text
@@ -124,11 +124,11 @@ def test_a_decoder_with_a_window_answers_as_if_afresh(processor, family, cache, 
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_the_first_picture_may_come_late(processor, cache):
+def test_the_first_image_may_come_late(processor, cache):
     """Until then the decoder attends as it always did; its keys are the same."""
     chat = DSVLChat(make_model(processor), processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
     for text, numbers in [("Hello.", []), ("Who are you?", []), ("Look.", [0]), ("And?", [])]:
-        chat.ask(text, [picture(number) for number in numbers])
+        chat.ask(text, [draw_image(number) for number in numbers])
         assert chat.last_round.answer_ids == afresh(chat.model, processor, chat.messages[:-1])
     assert chat.last_round.reused_tokens > 0
 
@@ -137,33 +137,33 @@ def test_the_first_picture_may_come_late(processor, cache):
 def test_where_reuse_is_not_exact_everything_is_computed_again(processor, reference):
     text = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}} if "dyn" in reference else {}
     model = make_model(processor, attention=reference if reference == "mmca_reference" else "mmca", **text)
-    model.config.reversed_pictures = reference == "reversed"
+    model.config.reversed_images = reference == "reversed"
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False)
     for seen, (text, numbers) in enumerate(ROUNDS[:3]):
-        chat.ask(text, [picture(number) for number in numbers])
-        assert chat.last_round.reused_tokens == 0 and chat.last_round.encoded_pictures == (2, 2, 3)[seen]
+        chat.ask(text, [draw_image(number) for number in numbers])
+        assert chat.last_round.reused_tokens == 0 and chat.last_round.encoded_images == (2, 2, 3)[seen]
         assert chat.last_round.answer_ids == afresh(model, processor, chat.messages[:-1])
 
 
 @pytest.fixture
 def chat(processor):
-    """A conversation of three rounds with three pictures."""
+    """A conversation of three rounds with three images."""
     chat = DSVLChat(make_model(processor), processor, max_new_tokens=NEW, do_sample=False)
     for text, numbers in ROUNDS[:3]:
-        chat.ask(text, [picture(number) for number in numbers])
+        chat.ask(text, [draw_image(number) for number in numbers])
     return chat
 
 
 def check_next(chat: DSVLChat, encoded: int, images: Any = ()) -> None:
-    """The next answer is that of the conversation as it stands, with so many pictures encoded."""
+    """The next answer is that of the conversation as it stands, with so many images encoded."""
     chat.ask("And now?", images)
     assert chat.last_round.answer_ids == afresh(chat.model, chat.processor, chat.messages[:-1])
-    assert chat.last_round.encoded_pictures == encoded
+    assert chat.last_round.encoded_images == encoded
 
 
 def reword(chat):
     chat.messages[2]["content"] = "And why not?"
-    return 1  # the pictures of the first round stay; that of the third moves
+    return 1  # the images of the first round stay; that of the third moves
 
 
 def delete(chat):
@@ -187,7 +187,7 @@ def instruct(chat):
 
 
 def exchange(chat):
-    chat.messages[0]["content"][1] = {"type": "image", "image": picture(7)}
+    chat.messages[0]["content"][1] = {"type": "image", "image": draw_image(7)}
     return 2
 
 
@@ -204,7 +204,7 @@ def draw(chat):
 
 def equal_pixels(chat):
     for number in (0, 1):
-        chat.messages[0]["content"][number] = {"type": "image", "image": picture(number)}
+        chat.messages[0]["content"][number] = {"type": "image", "image": draw_image(number)}
     return 0
 
 
@@ -216,21 +216,21 @@ def test_an_edited_conversation_falls_back_to_what_is_still_true(chat, edit, cac
     chat.generation["cache_implementation"] = cache
     check_next(chat, 0 if cache == "dynamic" else 3)  # another kind of cache begins anew
     check_next(chat, edit(chat))
-    check_next(chat, 1, picture(9))
+    check_next(chat, 1, draw_image(9))
 
 
-def test_who_draws_on_a_picture_afterwards_draws_on_another(chat):
-    image = picture(5)
+def test_who_draws_on_a_image_afterwards_draws_on_another(chat):
+    image = draw_image(5)
     chat.ask("This?", image)
     image.paste((0, 255, 0), (0, 0, 30, 30))
-    assert chat.messages[-2]["content"][0]["image"].tobytes() == picture(5).tobytes()
+    assert chat.messages[-2]["content"][0]["image"].tobytes() == draw_image(5).tobytes()
     check_next(chat, 0)
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 3])
 def test_a_stopped_answer_is_what_was_given(chat, pieces):
     before = list(chat.messages)
-    stream = chat.stream("Tell me a long story.", picture(6), max_new_tokens=200)
+    stream = chat.stream("Tell me a long story.", draw_image(6), max_new_tokens=200)
     given = [next(stream) for _ in range(pieces)]
     with pytest.raises(RuntimeError, match=r"still being given") if pieces else nullcontext():
         assert pieces == 0 or chat.ask("Hello?")
@@ -250,7 +250,7 @@ def test_an_interruption_before_the_first_piece_takes_the_question_back(chat, mo
     with monkeypatch.context() as patch:
         patch.setattr("dsvl.chat.conversation.pieces_of_text", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            chat.ask("What?", picture(6))
+            chat.ask("What?", draw_image(6))
     assert chat.messages == before
     check_next(chat, 0)
 
@@ -260,7 +260,7 @@ def test_a_failed_answer_leaves_the_conversation_as_it_was(chat, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(chat.model.lm_head, "forward", lambda hidden: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            chat.ask("What?", picture(6))
+            chat.ask("What?", draw_image(6))
     assert chat.messages == before
     check_next(chat, 3)  # what its cache holds is not known
 
@@ -270,17 +270,17 @@ def test_a_full_context_is_an_error_or_drops_the_oldest_rounds(chat, processor, 
     need = len(processor.apply_chat_template(chat.messages, tokenize=True, return_dict=True)["input_ids"][0]) + NEW
     chat.context_length = need
     with pytest.raises(ValueError, match=rf"The context holds {need} tokens, but .*overflow='drop'"):
-        chat.ask("Once more?", picture(8))
+        chat.ask("Once more?", draw_image(8))
     assert len(chat.messages) == 7 and not caplog.records
     chat.overflow = "drop"
-    chat.ask("Once more?", picture(8))
+    chat.ask("Once more?", draw_image(8))
     assert "the oldest round" in caplog.text
     assert chat.last_round.prompt_tokens + NEW <= need
     assert [message["role"] for message in chat.messages] == ["system"] + ["user", "assistant"] * 3
     assert chat.messages[1]["content"] == "And why?"
     assert chat.last_round.answer_ids == afresh(chat.model, chat.processor, chat.messages[:-1])
     with pytest.raises(ValueError, match=r"the last question alone"):
-        chat.ask("word " * 200, [picture(8)] * 10)
+        chat.ask("word " * 200, [draw_image(8)] * 10)
 
 
 def test_a_saved_conversation_goes_on_elsewhere(chat, tmp_path):
@@ -290,7 +290,7 @@ def test_a_saved_conversation_goes_on_elsewhere(chat, tmp_path):
     assert files[0] == "conversation.jsonl" and len(files) == 4
     other = DSVLChat(chat.model, chat.processor, **chat.generation)
     other.load(tmp_path / "saved")
-    assert other.ask("And now?", picture(4)) == chat.ask("And now?", picture(4))
+    assert other.ask("And now?", draw_image(4)) == chat.ask("And now?", draw_image(4))
     assert other.last_round.answer_ids == chat.last_round.answer_ids
     sample = load_conversations(tmp_path / "saved" / "conversation.jsonl")[0]  # which is also data to train on
     assert [message["role"] for message in sample["messages"]] == ["user", "assistant"] * 3
@@ -299,14 +299,14 @@ def test_a_saved_conversation_goes_on_elsewhere(chat, tmp_path):
 def test_a_loaded_conversation_opens_nothing_outside_its_directory(chat, tmp_path):
     folder = tmp_path / "saved"
     chat.save(folder)
-    picture(0).save(tmp_path / "secret.png")
+    draw_image(0).save(tmp_path / "secret.png")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     stored = json.loads((folder / "conversation.jsonl").read_text())
     for path in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "http://127.0.0.1/secret.png"):
         stored["messages"][0]["content"][0]["path"] = path
         (folder / "conversation.jsonl").write_text(json.dumps(stored))
         before = list(chat.messages)
-        with pytest.raises(ValueError, match=r"neither a text nor a picture|does not exist"):
+        with pytest.raises(ValueError, match=r"neither a text nor an image|does not exist"):
             chat.load(folder)
         assert chat.messages == before
     (tmp_path / "mine").mkdir()
@@ -383,7 +383,7 @@ def test_what_a_checkpoint_says_of_its_cache_is_heard(processor):
     model.config.text_config.use_cache = False  # as a training leaves it
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False)
     for text, numbers in ROUNDS[:2]:
-        chat.ask(text, [picture(number) for number in numbers])
+        chat.ask(text, [draw_image(number) for number in numbers])
     assert chat._memory.static and chat.last_round.reused_tokens > 0
     model.generation_config.cache_implementation = None
     assert chat.last_round.answer_ids == afresh(model, processor, chat.messages[:-1])

@@ -18,7 +18,7 @@ from training_runs import make_checkpoint
 
 from dsvl.chat import DSVLChat
 from dsvl.chat.loading import load
-from dsvl.chat.terminal import Terminal, dropped_pictures, line_reader, printable
+from dsvl.chat.terminal import Terminal, dropped_images, line_reader, printable
 from dsvl.cli import main
 
 
@@ -62,7 +62,7 @@ def talk(checkpoint, capsys):
     return run
 
 
-def test_dropped_pictures_are_told_from_text(folder, monkeypatch):
+def test_dropped_images_are_told_from_text(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     one, two, three = (str(folder / name) for name in ("one.png", "two three.png", "it's.jpg"))
     for line, text, paths in [
@@ -76,10 +76,10 @@ def test_dropped_pictures_are_told_from_text(folder, monkeypatch):
         ("What's in one.png, and  in /nowhere/else.png?", "What's in one.png, and  in /nowhere/else.png?", []),
         ("a/b or 'c/d'", "a/b or 'c/d'", []),
     ]:
-        assert dropped_pictures(line) == (text, paths)
+        assert dropped_images(line) == (text, paths)
 
 
-def test_questions_pictures_and_commands(talk, folder):
+def test_questions_images_and_commands(talk, folder):
     saved = folder / "a conversation"
     out, err, chat = talk(
         "/system Be short.",
@@ -103,10 +103,10 @@ def test_questions_pictures_and_commands(talk, folder):
     assert [len(message["content"]) for message in chat.messages[1:4:2]] == [3, 2]
     assert chat.messages[5]["content"] == "So?"
     for said in (
-        "(2 pictures wait",
-        "(1 picture waits",
-        "2 pictures encoded",
-        "0 pictures encoded",
+        "(2 images wait",
+        "(1 image waits",
+        "2 images encoded",
+        "0 images encoded",
         "3 rounds of",
         "/image PATH",
     ):
@@ -115,7 +115,7 @@ def test_questions_pictures_and_commands(talk, folder):
 
 
 def test_mistakes_are_told_and_change_nothing(talk, folder):
-    (folder / "bad.png").write_text("no picture")
+    (folder / "bad.png").write_text("no image")
     out, err, chat = talk(
         "/imagine this",
         "/image missing.png",
@@ -177,7 +177,7 @@ def test_a_path_with_spaces_is_shown_as_it_must_be_quoted(talk, folder):
         f"'{path} has a quotation mark without its partner; quote the whole: {shlex.quote(chr(39) + str(path))}",
         f"/save takes one directory; quote it if it has spaces: /save '{folder}/a b'",
     ]
-    assert not chat.messages and "(1 picture waits" in out
+    assert not chat.messages and "(1 image waits" in out
 
 
 def test_words_cannot_command_the_terminal():
@@ -230,8 +230,8 @@ def test_flags_reach_the_model(checkpoint, folder, monkeypatch, capsys, flags, d
         seen["chat"], seen["waiting"] = self.chat, self.waiting
 
     monkeypatch.setattr(Terminal, "run", run)
-    picture = str(folder / "one.png")
-    flags = [*flags, "--device", "cpu", "--image", picture, picture, "--temperature", "0.5", "--system", "Hm."]
+    image = str(folder / "one.png")
+    flags = [*flags, "--device", "cpu", "--image", image, image, "--temperature", "0.5", "--system", "Hm."]
     code = main(["chat", str(checkpoint), *flags, "--max-new-tokens", "7", "--cache-implementation", "static"])
     if dtype is None:
         assert code == 1 and "dtype='float64' is not known" in capsys.readouterr().err
@@ -300,7 +300,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(checkpoint, folder, tmp_path
         screen.wait_for("Ctrl-D leaves.")
         screen.wait_for(SHOWN)
         screen.type(f"'{folder / 'two three.png'}' What is it?\r")
-        screen.wait_for("(1 picture waits for the question)")
+        screen.wait_for("(1 image waits for the question)")
         time.sleep(0.5)
         screen.type("\x03")
         screen.wait_for("(stopped)")
@@ -310,7 +310,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(checkpoint, folder, tmp_path
         time.sleep(0.5)
         screen.type("\x03")
         screen.wait_for("(stopped)")
-        screen.wait_for(" 0 pictures encoded")
+        screen.wait_for(" 0 images encoded")
         screen.wait_for(SHOWN)
         screen.type("/quit\r")
         assert screen.process.wait(20) == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PER_PICTURE, REFERENCE
+from conftest import PER_IMAGE, REFERENCE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -21,7 +21,7 @@ EOS = "</s>"
 
 
 def user(*parts):
-    """Texts, pictures, and paths of pictures."""
+    """Texts, images, and paths of images."""
 
     def part(value):
         if isinstance(value, str):
@@ -62,7 +62,7 @@ def collator(processor):
 
 @pytest.fixture
 def rounds(photographs):
-    """Three rounds; the second has two pictures."""
+    """Three rounds; the second has two images."""
     return [
         user(photographs[0], "What is red?"),
         assistant("One cup."),
@@ -75,7 +75,7 @@ def rounds(photographs):
 
 def damaged(folder, name="damaged.png"):
     path = folder / name
-    path.write_text("not a picture")
+    path.write_text("not an image")
     return path
 
 
@@ -102,13 +102,13 @@ def test_an_answer_in_parts_is_learnt_as_one(collator):
 
 
 def test_typed_special_tokens_are_text(collator, processor, photographs):
-    """They end no answer, start no picture, and are not learnt where a user typed them."""
+    """They end no answer, start no image, and are not learnt where a user typed them."""
     typed = f"What does {EOS} mean, <image> or <pad>?"
     batch = collator([[user(photographs[0], typed), assistant(f"An <image> is no {EOS}, but")]])
     ids = batch["input_ids"][0]
     ends = ids == processor.tokenizer.eos_token_id
     assert ends.sum() == 1 and batch["labels"][0][ends] == processor.tokenizer.eos_token_id
-    assert (ids == processor.image_token_id).sum() == batch["mm_token_type_ids"].sum() == PER_PICTURE
+    assert (ids == processor.image_token_id).sum() == batch["mm_token_type_ids"].sum() == PER_IMAGE
     assert len(batch["pixel_values"]) == 1
     assert supervised(batch) == [f"An <image> is no {EOS}, but{EOS}"]
     assert typed in processor.decode(ids)
@@ -122,8 +122,8 @@ TALK = st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12), st.boolean
 def test_exactly_the_assistants_tokens_are_learnt(collator, processor, photographs, talk):
     """Whatever is said: the learnt tokens are those of each answer, up to its end, by the characters they stand for."""
     messages = []
-    for question, answer, pictured in talk:
-        messages += [user(photographs[0], question) if pictured else user(question), assistant(answer)]
+    for question, answer, with_image in talk:
+        messages += [user(photographs[0], question) if with_image else user(question), assistant(answer)]
     (ids,), (labels,) = (collator([messages])[key].numpy() for key in ("input_ids", "labels"))
     learnt = labels != -100
     assert (labels[learnt] == ids[learnt]).all()
@@ -153,17 +153,17 @@ def test_a_batch_is_padded_to_a_multiple_of_eight(collator, processor, rounds):
     assert len(widths) > 1
 
 
-def test_token_types_mark_the_pictures(collator, processor, rounds):
+def test_token_types_mark_the_images(collator, processor, rounds):
     batch = collator([rounds, rounds[4:], rounds[:2]])
     types = batch["mm_token_type_ids"]
     assert types.equal((batch["input_ids"] == processor.image_token_id).long())
-    assert types.sum(1).tolist() == [3 * PER_PICTURE, 0, PER_PICTURE]
+    assert types.sum(1).tolist() == [3 * PER_IMAGE, 0, PER_IMAGE]
     assert batch["pixel_values"].shape == (4, 3, 28, 28)
     assert "pixel_values" not in collator([rounds[4:]])
 
 
-def test_pictures_beside_the_messages_are_those_inside_them(collator, rounds, photographs, tmp_path):
-    path = str(tmp_path / "picture.png")
+def test_images_beside_the_messages_are_those_inside_them(collator, rounds, photographs, tmp_path):
+    path = str(tmp_path / "image.png")
     photographs[0].save(path)
     inline = collator([{"messages": rounds}])
     bare = [
@@ -172,7 +172,7 @@ def test_pictures_beside_the_messages_are_those_inside_them(collator, rounds, ph
         else message | {"content": [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]}
         for message in rounds
     ]
-    for first in (photographs[0], path, (tmp_path / "picture.png").read_bytes()):
+    for first in (photographs[0], path, (tmp_path / "image.png").read_bytes()):
         assert_equal(collator([{"messages": bare, "images": [first, *photographs[1:3]]}]), inline)
     swapped = collator([{"messages": bare, "images": photographs[2::-1]}])
     assert swapped["pixel_values"].equal(inline["pixel_values"].flip(0))
@@ -198,11 +198,11 @@ def test_whole_rounds_are_dropped_from_the_end(processor, collator, rounds):
         assert_equal(ConversationCollator(processor, max_length=length - 1)([rounds]), collator([rounds[:kept]]))
 
 
-def test_no_picture_is_cut_whatever_the_limit(processor, collator, rounds):
+def test_no_image_is_cut_whatever_the_limit(processor, collator, rounds):
     for limit in range(processor.count_tokens(rounds[:2]), processor.count_tokens(rounds) + 1, 3):
         batch = ConversationCollator(processor, limit)([rounds])
         assert batch["attention_mask"].sum() <= limit
-        assert batch["mm_token_type_ids"].sum() == PER_PICTURE * len(batch["pixel_values"])
+        assert batch["mm_token_type_ids"].sum() == PER_IMAGE * len(batch["pixel_values"])
         assert supervised(batch)[-1].endswith(EOS)
 
 
@@ -226,7 +226,7 @@ def test_a_round_ends_with_its_last_answer(processor, collator):
     assert collator.shorten(messages) is messages
 
 
-def test_pictures_of_dropped_rounds_are_not_decoded(processor, collator, rounds, tmp_path):
+def test_images_of_dropped_rounds_are_not_decoded(processor, collator, rounds, tmp_path):
     broken = [*rounds[:2], user(damaged(tmp_path), "?"), assistant("!")]
     limited = ConversationCollator(processor, max_length=processor.count_tokens(rounds[:2]))
     assert_equal(limited([broken]), collator([rounds[:2]]))
@@ -262,7 +262,7 @@ def test_senseless_options_are_refused(processor, options):
         ConversationCollator(processor, **options)
 
 
-# -- pictures that are broken ------------------------------------------------------------------------------------------
+# -- images that are broken ------------------------------------------------------------------------------------------
 
 
 def broken_samples(folder, photograph):
@@ -275,9 +275,9 @@ def broken_samples(folder, photograph):
         "file": [user(damaged(folder), "?"), assistant("!")],
         "half a file": [user(path, "?"), assistant("!")],
         "no file": [user(folder / "gone.png", "?"), assistant("!")],
-        "bytes": {"messages": bare, "images": [b"no picture"]},
+        "bytes": {"messages": bare, "images": [b"no image"]},
         "half the bytes": {"messages": bare, "images": [half]},
-        "stored": {"messages": bare, "images": [{"bytes": b"no picture", "path": None}]},
+        "stored": {"messages": bare, "images": [{"bytes": b"no image", "path": None}]},
         "number": {"messages": bare, "images": [5]},
     }
 
@@ -286,16 +286,16 @@ KINDS = ["file", "half a file", "no file", "bytes", "half the bytes", "stored", 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_broken_picture_is_an_error(collator, photographs, tmp_path, kind):
+def test_a_broken_image_is_an_error(collator, photographs, tmp_path, kind):
     sample = broken_samples(tmp_path, photographs[0])[kind]
-    with pytest.raises(ValueError, match=r"(?i)picture .* cannot be decoded: .*Or leave such conversations out"):
+    with pytest.raises(ValueError, match=r"(?i)image .* cannot be decoded: .*Or leave such conversations out"):
         collator([sample])
     if "file" in kind:
         with pytest.raises(ValueError, match=str(tmp_path)):
             collator([sample])
 
 
-def test_broken_pictures_can_be_left_out(processor, collator, rounds, photographs, tmp_path, caplog):
+def test_broken_images_can_be_left_out(processor, collator, rounds, photographs, tmp_path, caplog):
     broken = broken_samples(tmp_path, photographs[0])
     assert list(broken) == KINDS
     skipping = ConversationCollator(processor, on_bad_sample="skip", max_bad_samples=1)
@@ -306,7 +306,7 @@ def test_broken_pictures_can_be_left_out(processor, collator, rounds, photograph
     assert [record.getMessage()[:10] for record in caplog.records] == ["Left out: "] * len(KINDS)
 
 
-def test_many_broken_pictures_do_not_flood_the_log(processor, tmp_path, caplog):
+def test_many_broken_images_do_not_flood_the_log(processor, tmp_path, caplog):
     skipping = ConversationCollator(processor, on_bad_sample="skip", max_bad_samples=1)
     sample = [user(damaged(tmp_path), "?"), assistant("!")]
     with caplog.at_level(logging.WARNING, "dsvl"):

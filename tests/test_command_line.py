@@ -142,7 +142,7 @@ def test_every_field_is_in_the_help_for_all() -> None:
         (["chat", "--tempreature", "1"], "--temperature"),
         (["evaluate", "m", "d", "--bathc-size", "3"], "--batch-size"),
         (["data", "show", "--modle", "x", "y"], "--model"),
-        (["serve", "m", "--max-pitcures", "3"], "--max-pictures"),
+        (["serve", "m", "--max-pitcures", "3"], "--max-images"),
         (["evalaute"], "evaluate"),
         (["data", "shwo"], "show"),
     ],
@@ -304,7 +304,7 @@ def test_ctrl_c_is_one_line(checkpoint: Path, tmp_path: Path, command: str, afte
         "data": ["convert", "llava_conversations", "--root", str(tmp_path / "raw.json"), "--out", out, "--workers", "2"],
     }[command]
     turns = [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}]
-    raw = [{"id": str(number), "image": "pictures/0_0.png", "conversations": turns} for number in range(100_000)]
+    raw = [{"id": str(number), "image": "images/0_0.png", "conversations": turns} for number in range(100_000)]
     (tmp_path / "raw.json").write_text(json.dumps(raw if command == "data" else []))
     with _start(command, *argv) as process:
         text = _interrupted(process, after)

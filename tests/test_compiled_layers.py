@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import IMAGE_ID, PER_PICTURE, batch, tiny_model
+from conftest import IMAGE_ID, PER_IMAGE, batch, tiny_model
 from plain_kernels import use_plain_kernels
 from torch._dynamo.utils import counters
 from training_runs import BATCH, STEPS, furthest, losses, make_checkpoint, make_conversations, run, take_back, weights
@@ -13,7 +13,7 @@ from dsvl import DSVLForConditionalGeneration
 from dsvl.training.adapters import lora_config
 
 TOKENS = 28
-# Of the pictures of two rows; labels differ as well.
+# Of the images of two rows; labels differ as well.
 PLACES = ([[3, 12], [6]], [[0], [1, 8, 16]], [[5], [20]], [[23], []], [[], []])
 
 
@@ -26,14 +26,14 @@ def fresh_compiler():
 
 
 def labelled(places: list[list[int]], number: int, tokens: int = TOKENS, dtype: torch.dtype = torch.float64):
-    """Two rows of so many tokens, the second one padded by two, with pictures that begin at these places."""
+    """Two rows of so many tokens, the second one padded by two, with images that begin at these places."""
     layouts = []
     for row, starts in enumerate(places):
         layout, length = "", tokens - 2 * row
         place = 0
         while place < length:
             layout += "I" if place in starts else "t"
-            place += PER_PICTURE if place in starts else 1
+            place += PER_IMAGE if place in starts else 1
         layouts.append(layout)
     inputs = batch(*layouts, side="right", dtype=dtype, seed=number)
     ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
@@ -85,7 +85,7 @@ def graphs() -> int:
     ],
 )
 def test_loss_and_gradients_are_the_same_and_the_graph_holds(family, rows, way, monkeypatch):
-    """Ten layers, more than torch compiles a function anew; pictures (in a batch none), places and labels change."""
+    """Ten layers, more than torch compiles a function anew; images (in a batch none), places and labels change."""
     if way == "fused":
         use_plain_kernels(monkeypatch)
     layers, kinds = {"num_hidden_layers": 10, "initializer_range": 0.1}, 1

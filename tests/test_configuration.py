@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, PER_PICTURE, tiny_vision_config
+from conftest import FAMILIES, PER_IMAGE, tiny_vision_config
 from transformers import (
     AutoConfig,
     BloomConfig,
@@ -26,10 +26,10 @@ def config(**kwargs):
     )
 
 
-def test_how_many_embeddings_a_picture_becomes():
-    assert config().image_seq_length == PER_PICTURE
-    assert config(vision_feature_select_strategy="default").image_seq_length == PER_PICTURE - 1
-    assert config(projector_type="vit").image_seq_length == PER_PICTURE
+def test_how_many_embeddings_a_image_becomes():
+    assert config().image_seq_length == PER_IMAGE
+    assert config(vision_feature_select_strategy="default").image_seq_length == PER_IMAGE - 1
+    assert config(projector_type="vit").image_seq_length == PER_IMAGE
     assert config(projector_type="perceiver").image_seq_length == 256
     assert DSVLConfig().image_seq_length == 257  # CLIP ViT-L/14 at 224 pixels, with CLS
 
@@ -75,7 +75,7 @@ REFUSED = {
     "image token": ({"image_token_id": 96}, "image_token_id=96 lies outside text_config.vocab_size=96; extend"),
     "full CLIP": ({"vision_config": CLIPConfig()}, "model_type='clip' is not a vision tower; pass its vision_config"),
     "tower": ({"vision_config": FAMILIES["llama"]()}, "'llama' is not a vision tower.*: image_size=None, patch_size=None; "),
-    "NaFlex": ({"vision_config": Siglip2VisionConfig()}, "'siglip2_vision_model' takes pictures of any shape .NaFlex"),
+    "NaFlex": ({"vision_config": Siglip2VisionConfig()}, "'siglip2_vision_model' takes images of any shape .NaFlex"),
     "prefix": ({"vision_config": ViTConfig()}, "How many tokens vision_config.model_type='vit' puts .* pass num_prefix"),
     "no patch": ({"vision_config": {"model_type": "clip_vision_model", "image_size": 8}}, "image_size=8 is smaller"),
     "no type": ({"text_config": {"hidden_size": 32}}, "text_config is a dict without 'model_type'.*add it"),
@@ -136,7 +136,7 @@ def test_softcapping_is_refused_where_it_would_be_ignored():
         ("num_prefix_tokens", float("nan")),
         ("vision_feature_layer", -1.0),
         ("vision_feature_layer", True),
-        ("reversed_pictures", "yes"),
+        ("reversed_images", "yes"),
     ],
 )
 def test_numbers_that_are_none_are_refused(field, value):
@@ -161,7 +161,7 @@ def test_a_subclass_needs_no_constructor_of_its_own(tmp_path):
     made.save_pretrained(tmp_path)
     again = Mine.from_pretrained(tmp_path)
     assert made.image_token_id == again.image_token_id == 90
-    assert again.image_seq_length == PER_PICTURE and again.model_type == "mine"
+    assert again.image_seq_length == PER_IMAGE and again.model_type == "mine"
     assert again.text_config.hidden_size == 32
 
 

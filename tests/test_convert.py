@@ -136,7 +136,7 @@ def test_skipped_records_are_counted_and_named(root, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "gigantic"])
-def test_a_picture_that_cannot_be_opened_is_told_with_its_record(root, tmp_path, damage):
+def test_a_image_that_cannot_be_opened_is_told_with_its_record(root, tmp_path, damage):
     write_captions(root, 2)
     path = root / "cc_sbu_align/image/1.jpg"
     if damage == "gigantic":
@@ -144,12 +144,12 @@ def test_a_picture_that_cannot_be_opened_is_told_with_its_record(root, tmp_path,
         Image.new("1", (16_000, 12_000)).save(path)
         path.replace(path.with_suffix(".jpg"))
     else:
-        path.write_bytes({"empty": b"", "cut": path.read_bytes()[:20], "text": b"not a picture"}[damage])
-    with pytest.raises(ValueError, match=r"record filter_cap.json: 1: the picture .*1.jpg cannot be opened"):
+        path.write_bytes({"empty": b"", "cut": path.read_bytes()[:20], "text": b"not an image"}[damage])
+    with pytest.raises(ValueError, match=r"record filter_cap.json: 1: the image .*1.jpg cannot be opened"):
         convert("minigpt4", root, tmp_path / "out")
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
 def stored(photograph, kind, folder):
@@ -178,7 +178,7 @@ def stored(photograph, kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["cmyk", "palette", "16 bits", "animated", "rotated", "transparent"])
-def test_a_picture_looks_the_same_however_it_is_stored(photographs, tmp_path, kind):
+def test_a_image_looks_the_same_however_it_is_stored(photographs, tmp_path, kind):
     path = stored(photographs[0], kind, tmp_path)
     expected = photographs[0].resize((40, 30))
     expected = expected.convert("L").convert("RGB") if kind == "16 bits" else expected
@@ -198,7 +198,7 @@ WORDS = st.text(alphabet="abc <>im\n", max_size=12).map(lambda text: text.replac
 
 
 @given(st.lists(st.one_of(st.none(), WORDS), max_size=8))
-def test_a_text_with_placeholders_loses_no_picture_and_no_word(parts):
+def test_a_text_with_placeholders_loses_no_image_and_no_word(parts):
     text = "".join(PLACEHOLDER if part is None else part for part in parts)
     found = split(text)
     assert [part is None for part in found].count(True) == text.count(PLACEHOLDER)
@@ -207,17 +207,17 @@ def test_a_text_with_placeholders_loses_no_picture_and_no_word(parts):
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.lists(st.booleans(), max_size=4), WORDS, WORDS.filter(str.strip)), min_size=1, max_size=4))
-def test_rounds_keep_every_picture_in_its_order(talk):
+def test_rounds_keep_every_image_in_its_order(talk):
     turns, count = [], 0
     for places, question, answer in talk:
         count += sum(places)
         question = "".join(PLACEHOLDER if place else f"{question}." for place in places) + "?"
         turns += [("user", question), ("assistant", answer)]
-    pictures = [f"{number}.png" for number in range(count)]
-    sample = rounds(turns, pictures)
+    images = [f"{number}.png" for number in range(count)]
+    sample = rounds(turns, images)
     messages = complete_messages(sample)
     shown = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
-    assert shown == pictures == sample["images"]
+    assert shown == images == sample["images"]
     assert [m["content"][0]["text"] for m in messages if m["role"] == "assistant"] == [a.strip() for _, _, a in talk]
 
 
@@ -235,7 +235,7 @@ def test_list_convert_and_show_as_commands(root, tmp_path, capsys, processor):
     file = str(tmp_path / "out/llava_dial.jsonl")
     assert main(["data", "show", file, "-n", "1"]) == 0
     out = capsys.readouterr().out
-    assert "1 of 1: 1 pictures (48 x 36)" in out
+    assert "1 of 1: 1 images (48 x 36)" in out
     assert "### Image 1:\n<image>\n\n### Question:\nIs </s> a token? <b>\n\n### Answer:\n«No.</s>»" in out
     assert "«Sure.</s>»" in out
     processor.save_pretrained(tmp_path / "model")

@@ -13,10 +13,10 @@ from raw_data import (
     ask,
     llava_record,
     write_coco,
+    write_image,
     write_json,
     write_llava,
     write_mimicit,
-    write_picture,
 )
 
 from dsvl.data import load_conversations
@@ -32,13 +32,13 @@ def root(tmp_path, photographs):
 
 
 def samples(root, name, out=None, **options):
-    """A converted data set as its lines are, pictures by their path below the root."""
+    """A converted data set as its lines are, images by their path below the root."""
     out = out or root.parent / "out"
     report = convert(name, root, out, **options)
     lines = [json.loads(line) for line in (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     folder = root if root.is_dir() else root.parent
     for line in lines:
-        resolved = [(out / picture).resolve() for picture in line["images"]]
+        resolved = [(out / image).resolve() for image in line["images"]]
         assert all(path.is_file() for path in resolved)
         line["images"] = [str(p.relative_to(folder if p.is_relative_to(folder) else out)) for p in resolved]
     assert len(load_conversations(out / f"{name}.jsonl")) == report.samples == len(lines)
@@ -52,7 +52,7 @@ def coco(*numbers):
 # -- COCO --------------------------------------------------------------------------------------------------------------
 
 
-def test_llava_keeps_the_first_round_and_the_pictures_place(root):
+def test_llava_keeps_the_first_round_and_the_images_place(root):
     write_llava(root)
     lines, _ = samples(root, "llava")
     assert lines == [
@@ -88,8 +88,8 @@ def test_aokvqa_asks_why_and_answers_with_each_reason_once(root):
     write_json(root / "aokvqa/annotations/aokvqa_v1p0_train.json", [aokvqa_record(), other])
     lines, _ = samples(root, "aokvqa")
     for line, question in zip(lines, ("What is she?", "What is in it?"), strict=True):
-        picture, text = line["messages"][0]["content"]
-        assert picture == {"type": "image"}
+        image, text = line["messages"][0]["content"]
+        assert image == {"type": "image"}
         assert text["text"] in [f"{question} {ending}" for ending in WHY]
     assert [line["messages"][1] for line in lines] == [
         answer("The answer is an astronaut. Because She wears a space suit. There is a rocket."),
@@ -99,14 +99,14 @@ def test_aokvqa_asks_why_and_answers_with_each_reason_once(root):
 
 
 def test_captions_of_val_and_test_are_left_out(root, photographs):
-    def picture(number, split, folder):
+    def image(number, split, folder):
         name = f"COCO_{folder}_{number:012d}.jpg"
-        write_picture(root / "coco/2014" / folder / name, photographs[number])
+        write_image(root / "coco/2014" / folder / name, photographs[number])
         sentences = [{"tokens": [], "raw": f"caption {number}.{k}", "imgid": number, "sentid": k} for k in range(2)]
         return {"filepath": folder, "filename": name, "imgid": number, "split": split, "sentids": [], "sentences": sentences}
 
     splits = [("train", "train2014"), ("val", "val2014"), ("restval", "val2014"), ("test", "val2014")]
-    images = [picture(number, *split) for number, split in enumerate(splits)]
+    images = [image(number, *split) for number, split in enumerate(splits)]
     write_json(root / "coco_caption/dataset.json", {"images": images, "dataset": "coco"})
     lines, report = samples(root, "coco_caption")
     assert [line["images"] for line in lines] == [
@@ -120,8 +120,8 @@ def test_captions_of_val_and_test_are_left_out(root, photographs):
 
 
 def test_minigpt4(root, photographs):
-    write_picture(root / "cc_sbu_align/image/2.jpg", photographs[0])
-    write_picture(root / "cc_sbu_align/image/7.jpg", photographs[1])
+    write_image(root / "cc_sbu_align/image/2.jpg", photographs[0])
+    write_image(root / "cc_sbu_align/image/7.jpg", photographs[1])
     annotations = [{"image_id": "2", "caption": "A woman smiles. "}, {"image_id": "7", "caption": "Coffee."}]
     write_json(root / "cc_sbu_align/filter_cap.json", {"annotations": annotations})
     lines, _ = samples(root, "minigpt4")
@@ -146,14 +146,14 @@ def test_ocr_vqa_leaves_out_covers_of_one_pixel_and_other_splits(root, photograp
             "split": split,
         }
 
-    write_picture(root / "OCR_VQA/images/B1.jpg", photographs[0])
-    write_picture(root / "OCR_VQA/images/B2.png", photographs[1])
-    write_picture(root / "OCR_VQA/images/B3.jpg", photographs[1], size=(1, 1))
+    write_image(root / "OCR_VQA/images/B1.jpg", photographs[0])
+    write_image(root / "OCR_VQA/images/B2.png", photographs[1])
+    write_image(root / "OCR_VQA/images/B3.jpg", photographs[1], size=(1, 1))
     write_json(root / "OCR_VQA/dataset.json", {"B2": book(1, ".png"), "B3": book(1), "B9": book(2), "B1": book(1)})
     lines, report = samples(root, "ocr_vqa")
     messages = [ask(None, "Who wrote this book?"), answer("Ann Author"), ask("What is its genre?"), answer("Travel")]
     assert lines == [{"messages": messages, "images": [f"OCR_VQA/images/{name}"]} for name in ("B2.png", "B1.jpg")]
-    assert report.left_out == {"a picture of one pixel, which stands for one that is gone": 1, "split 2": 1}
+    assert report.left_out == {"an image of one pixel, which stands for one that is gone": 1, "split 2": 1}
     assert report.examples["split 2"] == ["B9"]
 
 
@@ -188,17 +188,17 @@ def test_a_round_belongs_to_the_conversation_that_names_it_first(root):
 
 @pytest.mark.parametrize("form", ["json", "parquet"])
 @pytest.mark.parametrize("name", ["SD", "SN", "TVC", "VST"])
-def test_pictures_that_lie_in_a_file_are_written_out(root, photographs, name, form):
-    pictures = {f"{name}_IMG_{number}": as_base64(photographs[number % 3]) for number in range(10)}
-    pictures[f"{name}_IMG_3"] = as_base64(photographs[0], "PNG")
-    pictures[f"{name}_IMG_4"] = "bm8gcGljdHVyZQ=="
+def test_images_that_lie_in_a_file_are_written_out(root, photographs, name, form):
+    images = {f"{name}_IMG_{number}": as_base64(photographs[number % 3]) for number in range(10)}
+    images[f"{name}_IMG_3"] = as_base64(photographs[0], "PNG")
+    images[f"{name}_IMG_4"] = "bm8gcGljdHVyZQ=="
     if form == "json":
-        write_json(root / f"MIMIC-IT/{name}.json", pictures)
+        write_json(root / f"MIMIC-IT/{name}.json", images)
     else:
         (root / "MIMIC-IT").mkdir()
-        table = pyarrow.table({"base64": list(pictures.values()), "__index_level_0__": list(pictures)})
+        table = pyarrow.table({"base64": list(images.values()), "__index_level_0__": list(images)})
         pyarrow.parquet.write_table(table, root / f"MIMIC-IT/{name}.parquet")
-    ids = list(pictures)
+    ids = list(images)
     data = {
         f"{name}_INS_1": ("What differs?", "A hat.", [ids[1], ids[3]], []),
         f"{name}_INS_2": ("Where is it?", "There.", [ids[2], "gone", ids[4]], [f"{name}_INS_3"]),
@@ -211,20 +211,20 @@ def test_pictures_that_lie_in_a_file_are_written_out(root, photographs, name, fo
     assert lines[:2] == [
         {
             "messages": [ask(None, None, "What differs?"), answer("A hat.")],
-            "images": [f"pictures/{name}/{ids[1]}.jpg", f"pictures/{name}/{ids[3]}.png"],
+            "images": [f"images/{name}/{ids[1]}.jpg", f"images/{name}/{ids[3]}.png"],
         },
         {
             "messages": [ask(None, "Where is it?"), answer("There."), ask(None, "And now?"), answer("Here.")],
-            "images": [f"pictures/{name}/{ids[2]}.jpg", f"pictures/{name}/{ids[5]}.jpg"],
+            "images": [f"images/{name}/{ids[2]}.jpg", f"images/{name}/{ids[5]}.jpg"],
         },
     ]
     assert len(lines) == (3 if name == "SD" else 2)
-    too_many = {} if name == "SD" else {"more than 8 pictures": 1}
-    assert report.left_out == {"no picture": 1} | too_many
-    assert report.dropped == {"a picture that is not in the picture file": 2}
+    too_many = {} if name == "SD" else {"more than 8 images": 1}
+    assert report.left_out == {"no image": 1} | too_many
+    assert report.dropped == {"an image that is not in the image file": 2}
 
 
-def test_llava_otter_blend_shows_the_pictures_in_their_order(root):
+def test_llava_otter_blend_shows_the_images_in_their_order(root):
     write_llava(root)
     data = {
         "CGD_INS_1": ("Which flies?", "The first.", [cgd(0), cgd(1)], []),
@@ -232,7 +232,7 @@ def test_llava_otter_blend_shows_the_pictures_in_their_order(root):
         "CGD_INS_3": ("Order?", "Wrong.", ["CGD_IMG_000000000001", cgd(1)], []),
     }
     write_mimicit(root, "CGD", data)
-    write_picture(root / "coco/train2017/000000000001.jpg", Image.new("RGB", (20, 20)))
+    write_image(root / "coco/train2017/000000000001.jpg", Image.new("RGB", (20, 20)))
     lines, report = samples(root, "llava_otter_blend")
     about_0 = [ask(None, "What do you see?"), answer("An astronaut."), ask("And behind her?"), answer("A flag.")]
     about_0 += [ask("Why is she glad?"), answer("She flies.")]
@@ -244,7 +244,7 @@ def test_llava_otter_blend_shows_the_pictures_in_their_order(root):
             "images": [*coco(1), "coco/train2017/000000000001.jpg"],
         },
     ]
-    assert report.left_out == {"no LLaVA conversation about a picture before the last": 1}
+    assert report.left_out == {"no LLaVA conversation about an image before the last": 1}
 
 
 # -- SparklesDialogue --------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def sparkles(root, photographs, *dialogues, part="SparklesDialogueCC"):
     for other in ("SparklesDialogueCC", "SparklesDialogueVG"):
         write_json(root / f"{other}/annotations/{other}.json", [])
     for number in (14, 1417, 3, *range(20, 29)):
-        write_picture(root / f"{part}/images/{number}.jpg", photographs[number % 3])
+        write_image(root / f"{part}/images/{number}.jpg", photographs[number % 3])
     write_json(root / f"{part}/annotations/{part}.json", [{"dialogue": dialogue} for dialogue in dialogues])
 
 
@@ -265,7 +265,7 @@ def turn(role, content, *images):
     return message | {"images": [{"image_id": i, "caption": "a"} for i in images]} if role == "user" else message
 
 
-def test_pictures_are_words_and_ids_that_nest_are_kept_apart(root, photographs):
+def test_images_are_words_and_ids_that_nest_are_kept_apart(root, photographs):
     dialogue = [
         turn("user", f"Could IMAGE#1417{TAG} lead to IMAGE#14{TAG}? Look at IMAGE#1417.", "14", "1417"),
         turn("assistant", "IMAGE#1417 comes before IMAGE#14."),
@@ -285,7 +285,7 @@ def test_pictures_are_words_and_ids_that_nest_are_kept_apart(root, photographs):
     }
 
 
-def test_a_pictures_name_at_either_end_of_a_question_is_read(root, photographs, processor):
+def test_a_images_name_at_either_end_of_a_question_is_read(root, photographs, processor):
     dialogue = [
         turn("user", f"IMAGE#14{TAG} IMAGE#3{TAG} or IMAGE#1417{TAG}", "3", "14", "1417"),
         turn("assistant", "Both."),
@@ -301,7 +301,7 @@ def test_a_pictures_name_at_either_end_of_a_question_is_read(root, photographs, 
     [
         ([turn("assistant", "Hm."), turn("user", f"IMAGE#3{TAG}", "3")], "the roles are assistant, user"),
         ([turn("user", f"IMAGE#3{TAG}", "3"), turn("user", "and?")], "the roles are user, user"),
-        ([turn("user", f"IMAGE#3{TAG}?", "3", "14"), turn("assistant", "a")], "has the pictures"),
+        ([turn("user", f"IMAGE#3{TAG}?", "3", "14"), turn("assistant", "a")], "has the images"),
         ([turn("user", f"IMAGE#99{TAG}?", "99"), turn("assistant", "a")], "99.jpg does not exist"),
     ],
 )
@@ -314,20 +314,20 @@ def test_a_broken_dialogue_is_told_with_its_number(root, photographs, dialogue, 
     assert report.left_out == {"broken": 1}
 
 
-def test_dialogues_of_many_pictures_or_names_without_one_are_left_out(root, photographs):
+def test_dialogues_of_many_images_or_names_without_one_are_left_out(root, photographs):
     ids = [str(number) for number in range(20, 29)]
     many = [turn("user", " ".join(f"IMAGE#{i}{TAG}" for i in ids), *ids), turn("assistant", "a")]
     unknown = [turn("user", f"IMAGE#3{TAG}?", "3"), turn("assistant", "As in IMAGE#55.")]
     good = [turn("user", f"IMAGE#3{TAG}?", "3"), turn("assistant", "a")]
     sparkles(root, photographs, many, unknown, good)
     _, report = samples(root, "sparkles_dialogue")
-    assert report.left_out == {"more than 8 pictures": 1, "a picture that is named but not shown": 1}
+    assert report.left_out == {"more than 8 images": 1, "an image that is named but not shown": 1}
 
 
 # -- public forms ------------------------------------------------------------------------------------------------------
 
 
-def test_llava_conversations_with_no_one_and_several_pictures(root):
+def test_llava_conversations_with_no_one_and_several_images(root):
     several = llava_record("x", "Is <image> before <image>?", "Yes.") | {"image": coco(0, 1)}
     none = {"id": "t", "conversations": llava_record("x", "Hello?", "Hello.")["conversations"]}
     unnamed = llava_record(coco(2)[0], "What is it?", "A cat.")
@@ -357,7 +357,7 @@ def test_sharegpt_in_both_spellings(root, keys):
     ]
 
 
-def test_cauldron_rows_from_parquet_with_pictures_inside(root, photographs):
+def test_cauldron_rows_from_parquet_with_images_inside(root, photographs):
     import datasets
 
     texts = [{"user": "What is <image>?", "assistant": "A token.", "source": "x"}, {"user": "Two?", "assistant": "Yes."}]

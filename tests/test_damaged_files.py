@@ -11,7 +11,7 @@ import torch
 from reference_data import ReferenceCase, parts_of
 from safetensors.torch import save_file
 
-from dsvl import PictureCache
+from dsvl import ImageKVCache
 from dsvl.cli import main
 from dsvl.evaluation.answers import AnswerFile
 from dsvl.evaluation.records import Record, read_records
@@ -33,14 +33,14 @@ def damaged(whole: bytes, generator: random.Random) -> bytes:
     return whole[:place] + whole[max(0, place - 40) :]
 
 
-# -- picture caches ------------------------------------------------------------------------------------------------------
+# -- image KV caches ------------------------------------------------------------------------------------------------------
 
 
-def a_cache() -> PictureCache:
-    return PictureCache(torch.randn(2, 3, 5, 2, 4), torch.randn(2, 3, 5, 2, 4), "abc")
+def a_cache() -> ImageKVCache:
+    return ImageKVCache(torch.randn(2, 3, 5, 2, 4), torch.randn(2, 3, 5, 2, 4), "abc")
 
 
-def test_a_damaged_picture_cache_is_refused_or_right(tmp_path: Path) -> None:
+def test_a_damaged_image_cache_is_refused_or_right(tmp_path: Path) -> None:
     file, generator = tmp_path / "cache.safetensors", random.Random(0)
     a_cache().save(file)
     whole = file.read_bytes()
@@ -48,7 +48,7 @@ def test_a_damaged_picture_cache_is_refused_or_right(tmp_path: Path) -> None:
     for _ in range(400):
         file.write_bytes(damaged(whole, generator))
         try:
-            loaded = PictureCache.load(file)
+            loaded = ImageKVCache.load(file)
         except ValueError as error:
             refused += str(file) in str(error)
         else:
@@ -59,16 +59,16 @@ def test_a_damaged_picture_cache_is_refused_or_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "metadata", "words"),
     [
-        ({"keys": torch.ones(1)}, {"format": "dsvl_picture_cache_1", "fingerprint": "a"}, "lacks its keys, its values"),
-        ({n: torch.ones(1, 2, 3, 1, 2) for n in ("keys", "values")}, {"format": "dsvl_picture_cache_1"}, "fingerprint"),
-        ({n: torch.ones(2) for n in ("keys", "values")}, {"format": "dsvl_picture_cache_1", "fingerprint": "a"}, "not two"),
+        ({"keys": torch.ones(1)}, {"format": "dsvl_image_cache_1", "fingerprint": "a"}, "lacks its keys, its values"),
+        ({n: torch.ones(1, 2, 3, 1, 2) for n in ("keys", "values")}, {"format": "dsvl_image_cache_1"}, "fingerprint"),
+        ({n: torch.ones(2) for n in ("keys", "values")}, {"format": "dsvl_image_cache_1", "fingerprint": "a"}, "not two"),
         ({"keys": torch.ones(1, 2, 3, 1, 2), "values": torch.ones(1, 1, 3, 1, 2)}, None, "has the format None"),
     ],
 )
-def test_a_file_of_something_else_is_no_picture_cache(tmp_path: Path, tensors: Any, metadata: Any, words: str) -> None:
+def test_a_file_of_something_else_is_no_image_cache(tmp_path: Path, tensors: Any, metadata: Any, words: str) -> None:
     save_file(tensors, tmp_path / "other.safetensors", metadata)
     with pytest.raises(ValueError, match=words):
-        PictureCache.load(tmp_path / "other.safetensors")
+        ImageKVCache.load(tmp_path / "other.safetensors")
 
 
 # -- weights to migrate ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dsvl.data import complete_messages, load_conversations
-from dsvl.data.conversations import NAMED, check_conversation, pictures_of
+from dsvl.data.conversations import NAMED, check_conversation, images_of
 from dsvl.image_reading_dsvl import read_image
 
 QUESTION = {"role": "user", "content": "What is red?"}
@@ -31,10 +31,10 @@ def asked_with(*parts):
 
 
 @pytest.fixture
-def pictures(photographs, tmp_path):
+def images(photographs, tmp_path):
     """Two small photographs as files, by their relative paths."""
-    (tmp_path / "pictures").mkdir()
-    paths = [f"pictures/{number}.png" for number in range(2)]
+    (tmp_path / "images").mkdir()
+    paths = [f"images/{number}.png" for number in range(2)]
     for path, photograph in zip(paths, photographs[:2], strict=True):
         photograph.resize((12, 9)).save(tmp_path / path)
     return paths
@@ -43,17 +43,17 @@ def pictures(photographs, tmp_path):
 # -- JSON lines --------------------------------------------------------------------------------------------------------
 
 
-def test_relative_paths_start_at_the_files_folder(tmp_path, pictures, monkeypatch):
+def test_relative_paths_start_at_the_files_folder(tmp_path, images, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
-    absolute = str(tmp_path / pictures[1])
-    parts = [{"type": "image", "path": pictures[0]}, {"type": "image", "image": absolute}, {"type": "image"}]
-    written = asked_with(*parts, {"type": "text", "text": "?"}) | {"images": [pictures[1]]}
+    absolute = str(tmp_path / images[1])
+    parts = [{"type": "image", "path": images[0]}, {"type": "image", "image": absolute}, {"type": "image"}]
+    written = asked_with(*parts, {"type": "text", "text": "?"}) | {"images": [images[1]]}
     write(tmp_path / "data.jsonl", written)
     monkeypatch.chdir(tmp_path / "elsewhere")
     (sample,) = load_conversations("../data.jsonl")
     (message, _) = complete_messages(sample)
     sources = [part.get("path", part.get("image")) for part in message["content"][:3]]
-    expected = [(tmp_path / pictures[0]).read_bytes(), *[(tmp_path / pictures[1]).read_bytes()] * 2]
+    expected = [(tmp_path / images[0]).read_bytes(), *[(tmp_path / images[1]).read_bytes()] * 2]
     assert [Path(source).read_bytes() for source in sources] == expected
 
 
@@ -202,10 +202,10 @@ RULES = {
         asked_with(IMAGE) | {"images": ["https://x.org/cat.png"]},
         "hold 0 image parts .* are 1 images",
     ),
-    "missing picture": (asked_with({"type": "image", "path": "/no/cat.png"}), "the picture /no/cat.png does not exist."),
-    "missing listed picture": (
+    "missing image": (asked_with({"type": "image", "path": "/no/cat.png"}), "the image /no/cat.png does not exist."),
+    "missing listed image": (
         asked_with({"type": "image"}) | {"images": ["/no/cat.png"]},
-        "the picture /no/cat.png does not exist.",
+        "the image /no/cat.png does not exist.",
     ),
 }
 
@@ -259,7 +259,7 @@ TEXTS = [asked("One?"), answered("Two.")]
 
 
 def pixels(messages):
-    """Messages with their pictures as arrays, so that they can be compared."""
+    """Messages with their images as arrays, so that they can be compared."""
 
     def read(part):
         if part["type"] == "text":
@@ -271,8 +271,8 @@ def pixels(messages):
 
 
 @pytest.fixture
-def as_lines(tmp_path, pictures):
-    samples = [{"messages": ROUNDS, "images": pictures}, {"messages": TEXTS}]
+def as_lines(tmp_path, images):
+    samples = [{"messages": ROUNDS, "images": images}, {"messages": TEXTS}]
     return load_conversations(write(tmp_path / "data.jsonl", *samples))
 
 
@@ -282,15 +282,15 @@ def encoded(path):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("column", ["pictures", "bytes", "paths"])
+@pytest.mark.parametrize("column", ["images", "bytes", "paths"])
 @pytest.mark.parametrize("kind", ["parquet", "directory", "splits"])
-def test_tables_hold_the_same_conversations(tmp_path, pictures, as_lines, kind, column):
+def test_tables_hold_the_same_conversations(tmp_path, images, as_lines, kind, column):
     import datasets
 
-    files = [str(tmp_path / path) for path in pictures]
-    images = files if column == "paths" else [encoded(path) for path in files]
-    rows = datasets.Dataset.from_list([{"messages": ROUNDS, "images": images}, {"messages": TEXTS, "images": []}])
-    if column == "pictures":
+    files = [str(tmp_path / path) for path in images]
+    values = files if column == "paths" else [encoded(path) for path in files]
+    rows = datasets.Dataset.from_list([{"messages": ROUNDS, "images": values}, {"messages": TEXTS, "images": []}])
+    if column == "images":
         rows = rows.cast_column("images", datasets.List(datasets.Image()))
     source = tmp_path / ("table.parquet" if kind == "parquet" else "table")
     if kind == "parquet":
@@ -303,10 +303,10 @@ def test_tables_hold_the_same_conversations(tmp_path, pictures, as_lines, kind, 
         assert pixels(complete_messages(sample)) == pixels(complete_messages(line))
 
 
-def test_pictures_may_lie_inside_the_parts_of_a_table(tmp_path, pictures, as_lines):
+def test_images_may_lie_inside_the_parts_of_a_table(tmp_path, images, as_lines):
     import datasets
 
-    first, second = (Image.open(tmp_path / path) for path in pictures)
+    first, second = (Image.open(tmp_path / path) for path in images)
     rounds = [asked({"type": "image", "image": first}, "What is it?"), ROUNDS[1]]
     rounds += [asked("And ", {"type": "image", "image": second}, "?"), ROUNDS[3]]
     datasets.Dataset.from_list([{"messages": rounds}]).to_parquet(tmp_path / "table.parquet")
@@ -324,18 +324,18 @@ def test_contents_of_a_table_may_be_texts_and_parts(tmp_path):
     assert list(load_conversations(tmp_path / "table")) == samples
 
 
-@pytest.mark.parametrize("column", ["pictures", "bytes"])
-def test_a_table_is_opened_without_decoding_pictures(tmp_path, column):
+@pytest.mark.parametrize("column", ["images", "bytes"])
+def test_a_table_is_opened_without_decoding_images(tmp_path, column):
     """They are the collator's, which can leave them out."""
     import datasets
 
-    rows = datasets.Dataset.from_list([{"messages": ROUNDS[:2], "images": [b"no picture"]}])
-    if column == "pictures":
+    rows = datasets.Dataset.from_list([{"messages": ROUNDS[:2], "images": [b"no image"]}])
+    if column == "images":
         rows = rows.cast_column("images", datasets.List(datasets.Image()))
     rows.to_parquet(tmp_path / "table.parquet")
     (sample,) = load_conversations(tmp_path / "table.parquet")
-    (source,) = pictures_of(complete_messages(sample))
-    with pytest.raises(ValueError, match="The picture of 10 bytes cannot be decoded: cannot identify its format"):
+    (source,) = images_of(complete_messages(sample))
+    with pytest.raises(ValueError, match="The image of 8 bytes cannot be decoded: cannot identify its format"):
         read_image(source)
 
 
@@ -372,7 +372,7 @@ def test_a_split_that_is_not_there_is_named(tmp_path):
     assert len(load_conversations(tmp_path / "table", split="test")) == 1
 
 
-# -- pictures into their places ----------------------------------------------------------------------------------------
+# -- images into their places ----------------------------------------------------------------------------------------
 
 
 def test_images_go_to_the_parts_without_a_source_in_reading_order(photographs):

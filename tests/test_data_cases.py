@@ -19,17 +19,17 @@ from PIL import Image
 from training_runs import make_checkpoint, make_conversations
 
 from dsvl.cli import main
-from dsvl.data import complete_messages, load_conversations, pictures
+from dsvl.data import complete_messages, images, load_conversations
 from dsvl.data.addresses import AddressError
 from dsvl.data.bad_samples import NAMED, BadSample, BadSamples, TooManyBadSamples, one_sample, shortened
 from dsvl.data.convert import convert
 from dsvl.data.files import open_records
 from dsvl.data.forms import CAPTION_QUESTION
-from dsvl.data.messages import location_of, pictures_of
+from dsvl.data.messages import images_of, location_of
 from dsvl.data.packing import PackedConversations
 from dsvl.data.streaming import Stream
 from dsvl.evaluation.questions import Questions
-from dsvl.processing_dsvl import decode_picture
+from dsvl.processing_dsvl import decode_image
 from dsvl.training import ConversationCollator
 
 pytestmark = pytest.mark.usefixtures("fresh_log")
@@ -87,15 +87,15 @@ def test_a_form_is_taken_with_its_image_wherever_one_stands(processor, monkeypat
     monkeypatch.chdir(tmp_path)
     data = load_conversations(CASES / name)
     assert learnt(processor, list(data)) == (1, 1, ["A cup.</s>"])
-    (source,) = pictures_of(complete_messages(data[0]))
-    pixels = np.asarray(decode_picture(source))
+    (source,) = images_of(complete_messages(data[0]))
+    pixels = np.asarray(decode_image(source))
     assert pixels.shape == (6, 8, 3) and (pixels == pixels[0, 0]).all()
     if name == "dict_path.jsonl":
         assert pixels[0, 0].argmax() == 2  # the blue one
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.5)  # of 5 seconds for each Parquet file
     assert learnt(processor, list(Stream(CASES / name).epoch(0))) == (1, 1, ["A cup.</s>"])
     (one,) = Questions(CASES / name)[0].rounds
-    assert one.references == ["A cup."] and len(one.pictures) == 1
+    assert one.references == ["A cup."] and len(one.images) == 1
 
 
 def test_an_array_is_taken(processor):
@@ -187,7 +187,7 @@ def test_a_folder_of_images_with_lines_of_metadata(processor, tmp_path):
     (tmp_path / "train/a b.png").write_bytes(png())
     row = {"file_name": "a b.png", "question": "What?", "answer": "A cup."}
     path = write(tmp_path / "train/metadata.jsonl", row, row | {"file_name": "gone.png"})
-    with pytest.raises(ValueError, match=rf"{path}, line 2: the picture .*gone\.png does not exist"):
+    with pytest.raises(ValueError, match=rf"{path}, line 2: the image .*gone\.png does not exist"):
         load_conversations(tmp_path)
     write(path, row, row)
     assert learnt(processor, list(load_conversations(tmp_path))) == (2, 2, ["A cup.</s>"] * 2)
@@ -280,8 +280,8 @@ def test_every_way_to_name_an_image(tmp_path, monkeypatch, source, where, suffix
         content = json.dumps(sample).encode()
         path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
     (found,) = load_conversations(Path("the data") / path.name)
-    (image,) = pictures_of(complete_messages(found))
-    assert decode_picture(image).getpixel((0, 0)) == (255, 0, 0)
+    (image,) = images_of(complete_messages(found))
+    assert decode_image(image).getpixel((0, 0)) == (255, 0, 0)
 
 
 # -- what is refused by name -------------------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ REFUSED = {
     ),
     "no url": (asked({"type": "image_url", "image_url": {}}), "an image_url is .*; expected an object with a url"),
     "cache": (asked({"type": "text", "text": "x", "cache_control": {"a": 1}}), "has the key cache_control"),
-    "number": (asked({"type": "image", "image": 5}), "a picture is 5 of type int; expected a path"),
-    "list": (asked({"type": "image", "image": ["a.png"]}), "a picture is .* of type list; expected a path"),
+    "number": (asked({"type": "image", "image": 5}), "an image is 5 of type int; expected a path"),
+    "list": (asked({"type": "image", "image": ["a.png"]}), "an image is .* of type list; expected a path"),
     "empty dict": (asked({"type": "image"}, images=[{"bytes": None, "path": None}]), "expected its bytes or its path"),
     "broken data URL": (asked({"type": "image", "image": "data:image/png;base64,§"}), "the data URL .* is broken"),
     "two placeholders": (
@@ -506,7 +506,7 @@ def test_what_a_sample_causes_is_told_from_what_stops_the_run(error, stops):
             try:
                 raise error
             except OSError as cause:
-                raise ValueError("The picture cannot be decoded") from cause
+                raise ValueError("The image cannot be decoded") from cause
         assert bad.count == 0
 
 
@@ -546,7 +546,7 @@ def test_the_share_holds_for_streams_batches_and_conversions(processor, tmp_path
     with pytest.raises(TooManyBadSamples):
         list(Stream(path, "skip").epoch(0))
     assert len(list(Stream(path, "skip", max_bad_samples=1).epoch(0))) == 10
-    broken = asked({"type": "image", "image": b"no picture"}, "?")
+    broken = asked({"type": "image", "image": b"no image"}, "?")
     collator = ConversationCollator(processor, on_bad_sample="skip")
     with pytest.raises(TooManyBadSamples):
         collator([broken] * 6)
@@ -626,7 +626,7 @@ def test_training_fetches_addresses_only_when_allowed(processor, checkpoint, tmp
             raise AddressError("its server answers with status 404")
         return png()
 
-    monkeypatch.setattr(pictures, "fetch", fetch)
+    monkeypatch.setattr(images, "fetch", fetch)
     monkeypatch.setattr("httpx.get", lambda *args, **kwargs: pytest.fail("fetched without bounds"))
     part = {"type": "image", "url": "https://example.org/a.png"}
     path = write(tmp_path / "data.jsonl", asked(part, "?"), asked(part | {"url": "https://example.org/gone.png"}, "?"))
@@ -638,7 +638,7 @@ def test_training_fetches_addresses_only_when_allowed(processor, checkpoint, tmp
         ConversationCollator(processor)([asked(part, "?")])
     assert not fetched
     assert main([*flags, "--allow-urls"]) == 1
-    assert f"{path}, line 2: The picture https://example.org/gone.png was not fetched" in capfd.readouterr().err
+    assert f"{path}, line 2: The image https://example.org/gone.png was not fetched" in capfd.readouterr().err
     assert main([*flags, "--allow-urls", "--on-bad-sample", "skip"]) == 0
     assert set(fetched) == {"https://example.org/a.png", "https://example.org/gone.png"}
     cached = [*flags, "--allow-urls", "--on-bad-sample", "skip", "--cache-image-features", str(tmp_path / "features")]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import PER_PICTURE, REFERENCE
+from conftest import PER_IMAGE, REFERENCE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -99,9 +99,7 @@ RECORD = st.sampled_from(sorted(RECORDS)).flatmap(RECORDS.__getitem__)
 @pytest.fixture(scope="module")
 def processor():
     image_processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    return DSVLProcessor(
-        image_processor, AutoTokenizer.from_pretrained(REFERENCE / "tokenizer"), image_seq_length=PER_PICTURE
-    )
+    return DSVLProcessor(image_processor, AutoTokenizer.from_pretrained(REFERENCE / "tokenizer"), image_seq_length=PER_IMAGE)
 
 
 def lines(records):
@@ -169,7 +167,7 @@ def check(source, processor):
         collator = ConversationCollator(processor, on_bad_sample="skip", max_bad_samples=1)
         batch = collator([data[index]])
         if collator.counts[1] == 0:
-            assert len(batch.get("pixel_values", ())) == data.pictures(index)
+            assert len(batch.get("pixel_values", ())) == data.images(index)
             assert (batch["labels"] != -100).any()
     streamed = Stream(source, "skip", allow_urls=False, max_bad_samples=1)
     assert sorted(map(repr, streamed.epoch(0))) == sorted(map(repr, data))

@@ -49,9 +49,9 @@ def test_a_seed_decides_the_whole_conversation():
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_a_picture_has_its_colour_on_white(colour):
-    picture = drawing.render(Scene(colour, "square", "two"), random.Random(0))
-    shades = {pixel for _, pixel in picture.getcolors() if pixel != drawing.BACKGROUND}
+def test_a_image_has_its_colour_on_white(colour):
+    image = drawing.render(Scene(colour, "square", "two"), random.Random(0))
+    shades = {pixel for _, pixel in image.getcolors() if pixel != drawing.BACKGROUND}
     (shade,) = shades  # one, and not a blend
     distance = {name: sum(abs(a - b) for a, b in zip(shade, rgb, strict=True)) for name, rgb in COLOURS.items()}
     assert min(distance, key=distance.get) == colour
@@ -59,37 +59,37 @@ def test_a_picture_has_its_colour_on_white(colour):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", NUMBERS)
-def test_a_picture_shows_as_many_shapes_as_it_says(shape, count):
+def test_a_image_shows_as_many_shapes_as_it_says(shape, count):
     measure = pytest.importorskip("skimage.measure")
     for seed in range(5):
-        picture = drawing.render(Scene("blue", shape, count), random.Random(seed)).convert("L")
-        ink = torch.tensor(list(picture.tobytes())).view(picture.height, picture.width) < 250
+        image = drawing.render(Scene("blue", shape, count), random.Random(seed)).convert("L")
+        ink = torch.tensor(list(image.tobytes())).view(image.height, image.width) < 250
         assert measure.label(ink.numpy(), connectivity=2).max() == NUMBERS.index(count) + 1
 
 
 def test_shapes_of_a_size_are_all_different():
-    pictures = {drawing.render(Scene("red", shape, "one"), random.Random(1)).tobytes() for shape in SHAPES}
-    assert len(pictures) == len(SHAPES)
+    images = {drawing.render(Scene("red", shape, "one"), random.Random(1)).tobytes() for shape in SHAPES}
+    assert len(images) == len(SHAPES)
 
 
-@pytest.mark.parametrize("pictures", (1, 2, 3, 4))
-def test_answers_are_true_of_the_drawn_scenes(pictures):
+@pytest.mark.parametrize("images", (1, 2, 3, 4))
+def test_answers_are_true_of_the_drawn_scenes(images):
     for seed in range(50):
-        conversation = converse(f"{seed}", pictures)
-        assert len(conversation["drawn"]) == len(conversation["scenes"]) == pictures
+        conversation = converse(f"{seed}", images)
+        assert len(conversation["drawn"]) == len(conversation["scenes"]) == images
         for question in conversation["questions"]:
-            scene, name = conversation["scenes"][question.picture], f"(image {question.picture + 1})"
+            scene, name = conversation["scenes"][question.image], f"(image {question.image + 1})"
             value = getattr(scene, question.attribute)
             if question.kind == "which":
-                shown = conversation["scenes"][: question.pictures]
+                shown = conversation["scenes"][: question.images]
                 assert [getattr(other, question.attribute) for other in shown].count(value) == 1
                 assert value in question.text and question.answer == f"{value} {name}"
             else:
-                assert f"image {question.picture + 1}?" in question.text and question.answer == f"{name} {value}"
-            assert question.picture < question.pictures
+                assert f"image {question.image + 1}?" in question.text and question.answer == f"{name} {value}"
+            assert question.image < question.images
 
 
-def test_messages_hold_the_questions_the_answers_and_every_picture_in_order():
+def test_messages_hold_the_questions_the_answers_and_every_image_in_order():
     for seed in range(20):
         conversation = converse(f"{seed}", 3)
         asked = [[text] for question in conversation["questions"] for text in (question.text, question.answer)]
@@ -102,14 +102,14 @@ def test_messages_hold_the_questions_the_answers_and_every_picture_in_order():
 def test_no_fact_is_asked_for_twice():
     for seed in range(100):
         questions = converse(f"{seed}", 3)["questions"]
-        facts = [(question.attribute, question.picture) for question in questions]
+        facts = [(question.attribute, question.image) for question in questions]
         assert len(set(facts)) == len(facts)
         for question in questions:
             if question.kind == "which":  # nothing else in the conversation speaks about this attribute
                 assert [other.attribute for other in questions].count(question.attribute) == 1
 
 
-def test_training_and_held_out_conversations_share_no_sequence_of_pictures():
+def test_training_and_held_out_conversations_share_no_sequence_of_images():
     lessons = learning.Lessons(seed=0, size=2000)
     trained = {tuple(lessons[index]["scenes"]) for index in range(0, 2000, 2)}
     held_out = {tuple(conversation["scenes"]) for conversation in scoring.held_out_conversations(0, 300)}
@@ -133,7 +133,7 @@ def test_labels_are_the_answers_and_their_ends(composed):
         assert processor.decode(labels[supervised]) == expected
 
 
-def test_the_names_of_pictures_are_one_token_and_any_text_survives(composed):
+def test_the_names_of_images_are_one_token_and_any_text_survives(composed):
     _, processor = composed
     assert processor.tokenizer.tokenize("(image 2)") == processor.tokenizer.tokenize("(image 2) red")[:1]
     text = "Größe: 3 cm?\n\nNothing of this was in the training text - (image 17)"
@@ -157,29 +157,29 @@ def test_swapping_makes_every_direct_answer_wrong():
         images = conversation["drawn"]
         order = [images.index(image) for image in scoring.swapped(images)]
         assert sorted(order) == list(range(len(images)))
-        for place, picture in enumerate(order):
-            there, here = conversation["scenes"][picture], conversation["scenes"][place]
+        for place, source in enumerate(order):
+            there, here = conversation["scenes"][source], conversation["scenes"][place]
             assert there.colour != here.colour and there.shape != here.shape and there.count != here.count
 
 
-def test_other_pictures_are_as_many_and_always_the_same_ones():
+def test_other_images_are_as_many_and_always_the_same_ones():
     images = converse("a", 3)["drawn"]
     first, again = scoring.others(images), scoring.others(images)
     assert [image.tobytes() for image in first] == [image.tobytes() for image in again] and len(first) == 3
     assert not {image.tobytes() for image in first} & {image.tobytes() for image in images}
 
 
-def test_the_chance_of_which_is_one_in_the_pictures_shown():
+def test_the_chance_of_which_is_one_in_the_images_shown():
     conversation = {"questions": [Question("which", "shape", 0, "", "", shown) for shown in (2, 4)]}
     assert scoring.chance_of_which([conversation]) == 0.375
 
 
-def test_blank_pictures_show_nothing():
+def test_blank_images_show_nothing():
     (colours,) = [image.getcolors() for image in scoring.blank([Image.new("RGB", (5, 5))])]
     assert [colour for _, colour in colours] == [drawing.BACKGROUND]
 
 
-def test_a_round_is_asked_with_the_rounds_before_it_and_the_pictures_given():
+def test_a_round_is_asked_with_the_rounds_before_it_and_the_images_given():
     conversation = converse("a", 3)
     images = scoring.blank(conversation["drawn"])
     rounds = scoring.rounds_of(conversation, images)

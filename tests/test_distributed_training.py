@@ -55,7 +55,7 @@ def assert_as_alone(output, single):
 
 
 @pytest.mark.parametrize("stage", ZERO)
-def test_two_processes_equal_one_where_one_of_them_has_no_pictures(folder, tmp_path, alone, stage):
+def test_two_processes_equal_one_where_one_of_them_has_no_images(folder, tmp_path, alone, stage):
     """With activation checkpointing beside it, evaluated, saved, loaded, and resumed."""
     evaluate = ["--eval-data", folder / "held_out.jsonl", "--eval-exact-match", "--eval-max-new-tokens", "3"]
     flags = [*IN_ORDER, "--activation-checkpointing", "true"]

@@ -19,7 +19,7 @@ from dsvl import DSVLForConditionalGeneration
 from dsvl.chat import DSVLChat
 from dsvl.chat.loading import load
 from dsvl.cli import main
-from dsvl.data import pictures
+from dsvl.data import images
 from dsvl.evaluation.asking import GREEDY, ask
 from dsvl.evaluation.questions import Questions
 from dsvl.evaluation.records import read_records
@@ -29,7 +29,7 @@ NEW = ["--max-new-tokens", "6"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint, and conversations of one to three rounds with no, one and two pictures."""
+    """A checkpoint, and conversations of one to three rounds with no, one and two images."""
     folder = tmp_path_factory.mktemp("evaluation")
     # Far from uniform attention, so that answers depend on what is asked.
     make_checkpoint(folder, max_position_embeddings=512, initializer_range=0.3)
@@ -95,8 +95,8 @@ def test_a_batchs_answers_are_those_of_each_conversation_held_alone(folder, eval
     for conversation in Questions(folder / "data.jsonl"):
         chat = DSVLChat(model, processor, max_new_tokens=6)
         for place, one in enumerate(conversation.rounds):
-            assert said.pop((conversation.id, place)) == chat.ask(one.question, one.pictures)
-            kinds.add((place, len(conversation.pictures)))
+            assert said.pop((conversation.id, place)) == chat.ask(one.question, one.images)
+            kinds.add((place, len(conversation.images)))
     assert not said and len(kinds) > 5 and len({record.answer for record in records}) > len(records) / 2
     assert summary["counts"]["answered"] == summary["counts"]["rounds"] == len(records)
 
@@ -205,7 +205,7 @@ def test_answers_are_scored_and_come_in_the_datas_order(folder, evaluate, tmp_pa
         "quantization": None,
         "attn_implementation": "sdpa",
     }
-    assert records[0].images == [str(folder / "pictures/0_0.png")] and records[1].images == []
+    assert records[0].images == [str(folder / "images/0_0.png")] and records[1].images == []
     out = capsys.readouterr().out
     assert "9 of 9 questions in 9 conversations" in out and "exact_match   0.500  (6 questions)" in out and "tokens/s" in out
     table = datasets.load_dataset("json", data_files=str(tmp_path / "named/answers.jsonl"), split="train")
@@ -223,7 +223,7 @@ def test_a_table_and_a_page_are_written_as_well(folder, evaluate, tmp_path):
     assert "data.jsonl" in page and page.count("data:image/jpeg") == sum(len(record.images) for record in records)
 
 
-def test_pictures_without_a_file_get_one(folder, evaluate, tmp_path):
+def test_images_without_a_file_get_one(folder, evaluate, tmp_path):
     image = Image.radial_gradient("L").convert("RGB").resize((9, 7))
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     features = datasets.Features(
@@ -241,17 +241,17 @@ def test_pictures_without_a_file_get_one(folder, evaluate, tmp_path):
     table.to_parquet(folder / "embedded.parquet")
     records, _ = evaluate(data="embedded.parquet")
     (path,) = records[0].images
-    assert records[1].images == [path] and Path(path).parent == tmp_path / "answers.pictures"
+    assert records[1].images == [path] and Path(path).parent == tmp_path / "answers.images"
     assert Image.open(path).tobytes() == image.tobytes()
 
 
-# -- pictures -------------------------------------------------------------------------------------------------------------
+# -- images -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_broken_picture_costs_its_own_conversation_alone(folder, evaluate, capsys):
+def test_a_broken_image_costs_its_own_conversation_alone(folder, evaluate, capsys):
     samples = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
-    (folder / "broken.png").write_bytes((folder / "pictures/0_0.png").read_bytes()[:200])
-    (folder / "text.png").write_text("no picture")
+    (folder / "broken.png").write_bytes((folder / "images/0_0.png").read_bytes()[:200])
+    (folder / "text.png").write_text("no image")
     user = {"role": "user", "content": [{"type": "text", "text": "And?"}]}
     wrong = {}
     for number, name in ((1, "broken.png"), (3, "text.png"), (4, "nowhere.png")):
@@ -262,7 +262,7 @@ def test_a_broken_picture_costs_its_own_conversation_alone(folder, evaluate, cap
     whole = answers(evaluate()[0])
     capsys.readouterr()
     for number, flags in enumerate(([], ["--given-answers"], ["--batch-size", "2"])):
-        with pytest.raises(ValueError, match=r"some_broken\.jsonl, line [245]: The picture .* Or leave such conversations"):
+        with pytest.raises(ValueError, match=r"some_broken\.jsonl, line [245]: The image .* Or leave such conversations"):
             evaluate(*flags, data="some_broken.jsonl", out=f"{number}.jsonl")
         flags = [*flags, "--on-bad-sample", "skip"]
         records, summary = evaluate(*flags, data="some_broken.jsonl", out=f"{number}.jsonl")
@@ -272,7 +272,7 @@ def test_a_broken_picture_costs_its_own_conversation_alone(folder, evaluate, cap
             wrong
         )
         out, err = capsys.readouterr()
-        assert "3 of 9 conversations left out for pictures that" in out
+        assert "3 of 9 conversations left out for images that" in out
         if "--given-answers" not in flags:
             assert answers(records) == {place: answer for place, answer in whole.items() if place[0] not in wrong}
 
@@ -283,11 +283,11 @@ def test_addresses_are_fetched_if_that_is_asked_for(folder, evaluate, monkeypatc
 
     def fetch(url: str, max_bytes: int) -> bytes:
         fetched.append(url)
-        return (folder / "pictures/0_0.png").read_bytes()
+        return (folder / "images/0_0.png").read_bytes()
 
-    monkeypatch.setattr(pictures, "fetch", fetch)
+    monkeypatch.setattr(images, "fetch", fetch)
     (folder / "address.json").write_text(json.dumps({"cup": [["What?", address], ["And?"]]}))
-    with pytest.raises(ValueError, match=f"conversation 'cup' has the address of a picture, {address}; pass --allow-urls"):
+    with pytest.raises(ValueError, match=f"conversation 'cup' has the address of an image, {address}; pass --allow-urls"):
         evaluate(data="address.json")
     assert not fetched
     records, _ = evaluate("--allow-urls", data="address.json")
@@ -307,7 +307,7 @@ def test_nothing_answered_is_a_failure(folder, evaluate, monkeypatch):
     (folder / "nowhere.json").write_text(json.dumps({"cup": [["What?", "./eval/cup.png"]]}))
     monkeypatch.chdir(folder)
     with pytest.raises(
-        ValueError, match="Left out: .*nowhere.json, 'cup': The picture .*/eval/cup.png does not exist"
+        ValueError, match="Left out: .*nowhere.json, 'cup': The image .*/eval/cup.png does not exist"
     ) as failure:
         evaluate("--on-bad-sample", "skip", data="nowhere.json")
     assert "no question of" in str(failure.value) and "Traceback" not in str(failure.value)

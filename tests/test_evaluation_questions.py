@@ -41,7 +41,7 @@ def test_answers_are_references_and_the_last_question_may_have_none(folder):
     assert found.id == "0" and found.system == [system]
     assert [one.question for one in found.rounds] == ["What?", "And?", "Why?"]
     assert [one.references for one in found.rounds] == [["A cup."], ["Two dogs"], []]
-    assert [one.pictures for one in found.rounds] == [[str(folder / "images/one.png")], [], []]
+    assert [one.images for one in found.rounds] == [[str(folder / "images/one.png")], [], []]
     assert found.rounds[0].answer == CUP and found.rounds[2].answer is None
     with pytest.raises(ValueError, match="the last message is the user's"):  # there is nothing to learn
         load_conversations(path)
@@ -61,15 +61,15 @@ def test_several_references_count_instead_of_the_answer(folder):
 def test_messages_of_a_user_in_a_row_are_one_question(folder):
     write(folder / "data.jsonl", {"messages": [user("Look.", "images/one.png"), user("What?", "images/two.png"), CUP]})
     (one,) = Questions(folder / "data.jsonl")[0].rounds
-    assert one.question == "Look.\nWhat?" and len(one.messages) == len(one.pictures) == 2
+    assert one.question == "Look.\nWhat?" and len(one.messages) == len(one.images) == 2
     write(folder / "data.jsonl", {"messages": [user("What?"), CUP, CUP]})
     with pytest.raises(ValueError, match="two answers follow each other"):
         Questions(folder / "data.jsonl")
 
 
-def test_pictures_that_are_missing_are_not_looked_for_yet(folder):
+def test_images_that_are_missing_are_not_looked_for_yet(folder):
     write(folder / "data.jsonl", {"messages": [user("What?", "images/nowhere.png")]})
-    assert Questions(folder / "data.jsonl")[0].pictures == [str(folder / "images/nowhere.png")]
+    assert Questions(folder / "data.jsonl")[0].images == [str(folder / "images/nowhere.png")]
 
 
 def test_conversations_have_names_of_their_own(folder, caplog):
@@ -87,7 +87,7 @@ def test_conversations_have_names_of_their_own(folder, caplog):
     assert "two conversations have the id" in caplog.text
 
 
-def test_every_source_of_a_picture_is_a_path_an_address_or_bytes(folder):
+def test_every_source_of_a_image_is_a_path_an_address_or_bytes(folder):
     data = (folder / "images/one.png").read_bytes()
     parts = [
         {"type": "image", "url": "https://example.org/cup.png"},
@@ -100,13 +100,13 @@ def test_every_source_of_a_picture_is_a_path_an_address_or_bytes(folder):
     sample = {"messages": [{"role": "user", "content": parts}], "images": ["images/one.png"]}
     (found,) = Questions(write(folder / "data.jsonl", sample))
     paths = [str(folder / f"images/{name}.png") for name in ("two", "one")]
-    assert found.pictures == ["https://example.org/cup.png", data, data, data, *paths]
+    assert found.images == ["https://example.org/cup.png", data, data, data, *paths]
     broken = {"messages": [{"role": "user", "content": [{"type": "image", "base64": "§"}]}]}
     with pytest.raises(ValueError, match="base64 is broken"):
         Questions(write(folder / "data.jsonl", broken))
 
 
-def test_tables_hold_names_references_and_pictures(folder):
+def test_tables_hold_names_references_and_images(folder):
     pixels = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)
     content = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
     messages = [
@@ -133,7 +133,7 @@ def test_tables_hold_names_references_and_pictures(folder):
     for path in (folder / "data.parquet", folder / "data"):
         (found,) = Questions(path)
         assert found.id == "cup" and found.rounds[0].references == ["cup"] * 10
-        assert isinstance(found.pictures[0], bytes)
+        assert isinstance(found.images[0], bytes)
         assert load_conversations(path)[0]["messages"][1]["content"] == [{"type": "text", "text": "A cup."}]
 
 
@@ -175,18 +175,18 @@ def test_the_originals_files_are_read_as_they_are(folder, monkeypatch):
     cups, spaces, text, missing = Questions(path)
     assert [found.id for found in (cups, spaces, text, missing)] == list(written)
     assert [one_.question for one_ in cups.rounds] == ["What?", "And now?", "This?"]
-    assert [one_.pictures for one_ in cups.rounds] == [[one, two], [], [one]]
-    assert [one_.pictures for one_ in spaces.rounds] == [[three], [three, one]]
-    assert text.pictures == [] and missing.pictures == [str(folder / "images/nowhere.png")]
+    assert [one_.images for one_ in cups.rounds] == [[one, two], [], [one]]
+    assert [one_.images for one_ in spaces.rounds] == [[three], [three, one]]
+    assert text.images == [] and missing.images == [str(folder / "images/nowhere.png")]
     assert all(one_.references == [] and one_.answer is None for one_ in cups.rounds)
 
 
-def test_pictures_beside_the_originals_file_come_first(folder, monkeypatch):
+def test_images_beside_the_originals_file_come_first(folder, monkeypatch):
     (folder / "elsewhere/images").mkdir(parents=True)
     Image.new("RGB", (3, 3)).save(folder / "elsewhere/images/one.png")
     (folder / "eval.json").write_text('{"cup": [["What?", "images/one.png"]]}')
     monkeypatch.chdir(folder / "elsewhere")
-    assert Questions("../eval.json")[0].pictures == [str(folder / "images/one.png")]
+    assert Questions("../eval.json")[0].images == [str(folder / "images/one.png")]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def images_apart(line):
-    """A conversation with its pictures in a list of their own, as TRL wants them."""
+    """A conversation with its images in a list of their own, as TRL wants them."""
     messages = json.loads(line)["messages"]
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
     return json.dumps({"images": [part.pop("path") for part in parts if part["type"] == "image"], "messages": messages})

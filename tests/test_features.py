@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dsvl.data import load_conversations
 from dsvl.training import ConversationCollator
-from dsvl.training.features import FeatureCache, fill, owner_of, picture_key
+from dsvl.training.features import FeatureCache, fill, image_key, owner_of
 from dsvl.training.weights import load_tower
 
 STEPS = ["--max-steps", 6, "--save-steps", 3, "--logging-steps", 1, "--learning-rate", 1e-2, "--use-cpu"]
@@ -69,15 +69,15 @@ def same_gradients(loaded, *batches):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_batch_of_features_learns_as_a_batch_of_pictures(filled, data, processor, loaded, packed):
+def test_a_batch_of_features_learns_as_a_batch_of_images(filled, data, processor, loaded, packed):
     loaded.set_trainable()
-    samples = list(load_conversations(data))[:5]  # pictures and texts
+    samples = list(load_conversations(data))[:5]  # images and texts
     samples = [samples[:3], samples[3:]] if packed else samples
-    pictures = ConversationCollator(processor)(samples)
+    images = ConversationCollator(processor)(samples)
     features = ConversationCollator(processor, features=filled)(samples)
-    assert "pixel_values" not in features and len(features["image_features"]) == len(pictures["pixel_values"]) > 3
-    assert all(torch.equal(features[key], pictures[key]) for key in pictures if key != "pixel_values")
-    same_gradients(loaded, pictures, features)
+    assert "pixel_values" not in features and len(features["image_features"]) == len(images["pixel_values"]) > 3
+    assert all(torch.equal(features[key], images[key]) for key in images if key != "pixel_values")
+    same_gradients(loaded, images, features)
 
 
 def test_a_batch_of_texts_says_that_there_are_features(filled, processor, loaded):
@@ -94,7 +94,7 @@ def test_a_batch_of_texts_says_that_there_are_features(filled, processor, loaded
     assert all(p.grad is not None and not p.grad.any() for p in loaded.model.multi_modal_projector.parameters())
 
 
-def test_generation_from_features_is_generation_from_pictures(filled, data, processor, loaded):
+def test_generation_from_features_is_generation_from_images(filled, data, processor, loaded):
     (message, *_) = next(sample for sample in load_conversations(data) if "image" in str(sample))["messages"]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     answers = []
@@ -105,24 +105,24 @@ def test_generation_from_features_is_generation_from_pictures(filled, data, proc
     assert torch.equal(*answers)
 
 
-def test_pictures_and_features_do_not_mix(filled, data, processor):
+def test_images_and_features_do_not_mix(filled, data, processor):
     (message, *_) = next(sample for sample in load_conversations(data) if "image" in str(sample))["messages"]
-    picture = message["content"][0]
-    content = [picture, {"type": "image", "image_features": filled.of(picture["path"])}]
-    with pytest.raises(ValueError, match="1 of 2 pictures are given as their features"):
+    image = message["content"][0]
+    content = [image, {"type": "image", "image_features": filled.of(image["path"])}]
+    with pytest.raises(ValueError, match="1 of 2 images are given as their features"):
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
 
 
 # -- on the disk -------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_known_by_its_file(tmp_path, photographs):
+def test_a_image_is_known_by_its_file(tmp_path, photographs):
     path = tmp_path / "cup.png"
     photographs[1].save(path)
-    assert picture_key(str(path)) == picture_key(path.read_bytes())
+    assert image_key(str(path)) == image_key(path.read_bytes())
     shutil.copy(path, tmp_path / "copy.png")
-    assert picture_key(str(tmp_path / "copy.png")) == picture_key(str(path)) != picture_key(photographs[1])
-    assert picture_key(photographs[1]) == picture_key(Image.open(path)) != picture_key(photographs[2])
+    assert image_key(str(tmp_path / "copy.png")) == image_key(str(path)) != image_key(photographs[1])
+    assert image_key(photographs[1]) == image_key(Image.open(path)) != image_key(photographs[2])
 
 
 def test_only_what_is_missing_is_computed(filled, fresh, tmp_path, data, loaded, processor):
@@ -165,11 +165,11 @@ def test_a_cache_of_another_model_is_refused(filled, fresh, processor, loaded, m
         FeatureCache(tmp_path / "photographs", {})
 
 
-def test_broken_and_changed_pictures_are_named(fresh, tmp_path, loaded, processor, photographs):
+def test_broken_and_changed_images_are_named(fresh, tmp_path, loaded, processor, photographs):
     path = make_conversations(tmp_path, layout="pp")
-    broken, changed = (str(tmp_path / "pictures" / f"{number}_0.png") for number in (0, 1))
+    broken, changed = (str(tmp_path / "images" / f"{number}_0.png") for number in (0, 1))
     with open(broken, "wb") as file:
-        file.write(b"no picture")
+        file.write(b"no image")
     cache, tower = fresh()
     data = load_conversations(path)
     fill(cache, [data], tower, loaded.config, processor.image_processor)
@@ -203,7 +203,7 @@ def test_a_run_from_the_cache_is_the_run_without_it(tmp_path, model, data, start
 
 @pytest.mark.slow
 def test_zero3_asks_no_tower_that_others_do_not_ask(tmp_path, model, data):
-    """One process has texts alone where the other has pictures; a layer that one of them alone asks for waits for ever."""
+    """One process has texts alone where the other has images; a layer that one of them alone asks for waits for ever."""
     common = ["--model", model, "--data", data, *STEPS, "--eval-share", 0.2, "--per-device-train-batch-size", 1]
     common += ["--deepspeed", "zero3"]
     run(*common, "--output", tmp_path / "plain", processes=2, launcher="deepspeed")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, IMAGE_ID, PER_PICTURE, batch, pictures, tiny_model
+from conftest import FAMILIES, IMAGE_ID, PER_IMAGE, batch, random_images, tiny_model
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, QuantizedCache, StaticCache, TextStreamer
 from transformers.cache_utils import QuantoQuantizedLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -41,7 +41,7 @@ FAMILIES_AND_CACHES += [("llama", "quantized"), ("qwen3", "quantized")]
 @pytest.mark.parametrize(("family", "kind"), FAMILIES_AND_CACHES)
 @pytest.mark.parametrize("chunks", [[1] * 34, [20, 1, 1, 1, 5, 1, 5], [3, 31], [7, 7, 7, 7, 6]])
 def test_any_split_into_steps_equals_one_prefill(family, kind, chunks, exact_quantization):
-    """Also where a split falls inside a picture."""
+    """Also where a split falls inside an image."""
     model = tiny_model(family)
     inputs = batch(LAYOUT)
     ids = inputs["input_ids"]
@@ -61,7 +61,7 @@ def test_any_split_into_steps_equals_one_prefill(family, kind, chunks, exact_qua
             )
             features, start = features[images:], start + length
             logits.append(outputs.logits)
-    # Gemma 2's text before its first picture is transformers' eager attention, which computes in float32.
+    # Gemma 2's text before its first image is transformers' eager attention, which computes in float32.
     tolerance = 1e-5 if family == "gemma2" else 1e-9
     torch.testing.assert_close(torch.cat(logits, 1), whole, atol=tolerance, rtol=tolerance)
 
@@ -75,7 +75,7 @@ def test_a_really_quantized_cache_generates():
     assert got[0, 0] == greedy(model, inputs)[0, 0]  # the first token follows from the prefill, which is not quantized
 
 
-def test_reference_attention_decodes_as_it_prefills_once_every_picture_is_seen():
+def test_reference_attention_decodes_as_it_prefills_once_every_image_is_seen():
     model = tiny_model("llama", "mmca_reference")
     inputs = batch("tItIttttt")
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_generated_tokens_follow_from_whole_forward_passes(family, attention):
         if attention != "mmca_reference":
             logits[IMAGE_ID] = -torch.inf
         expected.append(int(logits.argmax()))
-        assert expected[-1] != IMAGE_ID, "choose another seed: a forward pass would take this token for a picture"
+        assert expected[-1] != IMAGE_ID, "choose another seed: a forward pass would take this token for an image"
         ids = torch.cat([ids, torch.tensor([[expected[-1]]])], 1)
     assert greedy(model, inputs)[0].tolist() == expected
 
@@ -153,7 +153,7 @@ def test_a_compiled_static_step_gives_the_same_tokens(family):
     assert "_compiled_call" in model.__dict__, "nothing was compiled"
 
 
-def test_beams_see_each_samples_own_pictures():
+def test_beams_see_each_samples_own_images():
     model = tiny_model()
     layouts = ("ttItItttt", "tttt", "tIttt")
     inputs = batch(*layouts)
@@ -222,7 +222,7 @@ def test_chunked_prefill_gives_the_same_tokens(chunk):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("new_alone", [False, True])
 def test_a_conversation_continues_from_its_cache(family, kind, new_alone):
-    """The second round sees the first one's pictures, which are not encoded again."""
+    """The second round sees the first one's images, which are not encoded again."""
     model, first = tiny_model(family), batch("ttItttIt")
     cache = StaticCache(config=model.config.text_config, max_cache_len=128) if kind == "static" else None
     kwargs = {"past_key_values": cache} if cache is not None else {}
@@ -231,15 +231,15 @@ def test_a_conversation_continues_from_its_cache(family, kind, new_alone):
     )
     second = batch("ttIttt", seed=7)["input_ids"]
     ids = torch.cat([answer.sequences, second], 1)
-    new_picture = pictures(1, seed=3)
-    whole = {"input_ids": ids, "pixel_values": torch.cat([first["pixel_values"], new_picture])}
+    new_image = random_images(1, seed=3)
+    whole = {"input_ids": ids, "pixel_values": torch.cat([first["pixel_values"], new_image])}
     expected = greedy(model, whole)
 
     encoded = []
     hook = model.model.vision_tower.register_forward_pre_hook(
         lambda module, args, kwargs: encoded.append(len((args or list(kwargs.values()))[0])), with_kwargs=True
     )
-    again = {"input_ids": ids, "pixel_values": new_picture if new_alone else whole["pixel_values"]}
+    again = {"input_ids": ids, "pixel_values": new_image if new_alone else whole["pixel_values"]}
     got = greedy(model, again, past_key_values=answer.past_key_values, disable_compile=True)
     hook.remove()
     assert got.equal(expected)
@@ -286,11 +286,11 @@ def test_inputs_embeds_generate_with_their_modality():
         model(inputs_embeds=embeds)
 
 
-def test_picture_features_can_be_passed_in():
+def test_image_features_can_be_passed_in():
     model, inputs = tiny_model(), batch("ttIttt", "Itt")
     with torch.no_grad():
         expected = model(**inputs)
-        assert expected.image_hidden_states.shape == (2, PER_PICTURE, 32)
+        assert expected.image_hidden_states.shape == (2, PER_IMAGE, 32)
         features = model.get_image_features(inputs.pop("pixel_values"))
         again = model(**inputs, mm_encoder_outputs={"image": features})
     assert again.logits.equal(expected.logits)

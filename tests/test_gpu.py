@@ -48,7 +48,7 @@ def test_flex_attention_agrees_with_eager_in_outputs_and_gradients(family):
 @pytest.mark.parametrize("attention", ["mmca", "causal"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 def test_packed_conversations_learn_by_flex_attention_as_they_do_apart(family, attention):
-    """A picture at the very start and the very end of a conversation, texts alone, one longer than a kernel's block."""
+    """An image at the very start and the very end of a conversation, texts alone, one longer than a kernel's block."""
     torch.backends.cuda.matmul.allow_tf32 = False
     wide = {"head_dim": 32} if family == "gemma2" else {"head_dim": 32, "hidden_size": 128}
     model = tiny_model(family, attention, "flex_attention", torch.float32, initializer_range=0.1, **wide).cuda().train()
@@ -79,8 +79,8 @@ def test_flex_attention_builds_nothing_as_large_as_tokens_squared():
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
 
-    def peak(pictures: int, text: int) -> tuple[int, int]:
-        symbols = "I" * pictures + "t" * text
+    def peak(images: int, text: int) -> tuple[int, int]:
+        symbols = "I" * images + "t" * text
         layout = "".join(symbols[i] for i in torch.randperm(len(symbols), generator=generator).tolist())
         inputs = on_gpu(batch(layout, layout, dtype=torch.bfloat16))
         torch.cuda.synchronize()
@@ -189,11 +189,21 @@ def test_the_server_answers_as_the_model_does(tmp_path):
     pytest.importorskip("openai")
     from concurrent.futures import ThreadPoolExecutor
 
-    from model_server import SENTENCES, alone, ask, data_url, load_parts, make_served_checkpoint, picture, question, served
+    from model_server import (
+        SENTENCES,
+        alone,
+        ask,
+        data_url,
+        draw_image,
+        load_parts,
+        make_served_checkpoint,
+        question,
+        served,
+    )
 
     parts = load_parts(make_served_checkpoint(tmp_path), "cuda")
     own = [
-        [{"type": "image", "image": picture(number)}] * (number % 3) + [{"type": "text", "text": SENTENCES[number]}]
+        [{"type": "image", "image": draw_image(number)}] * (number % 3) + [{"type": "text", "text": SENTENCES[number]}]
         for number in range(12)
     ]
     expected = [alone(parts, [{"role": "user", "content": content}]) for content in own]
@@ -201,7 +211,7 @@ def test_the_server_answers_as_the_model_does(tmp_path):
         server.engine.turn = 5
 
         def one(number, **options):
-            messages = question(SENTENCES[number], *[data_url(picture(number))] * (number % 3))
+            messages = question(SENTENCES[number], *[data_url(draw_image(number))] * (number % 3))
             return ask(server, messages, **options).choices[0].message.content
 
         with ThreadPoolExecutor(12) as pool:
@@ -218,12 +228,12 @@ def prefills(model, inputs, cache):
     prompt = {"input_ids": inputs["input_ids"], "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     with torch.no_grad():
         expected = model(**prompt, pixel_values=inputs["pixel_values"], logits_to_keep=1, use_cache=True).logits
-    return expected, model.prefill(**prompt, picture_cache=cache).logits
+    return expected, model.prefill(**prompt, image_cache=cache).logits
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text"])
-def test_prompts_over_encoded_pictures_are_the_whole_prefill(family, backend):
+def test_prompts_over_encoded_images_are_the_whole_prefill(family, backend):
     if family == "gemma2" and backend == "sdpa":
         pytest.skip("softcapping")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -231,7 +241,7 @@ def test_prompts_over_encoded_pictures_are_the_whole_prefill(family, backend):
     model = tiny_model(family, backend=backend, dtype=torch.float32, **wide).cuda()
     for layouts in (PROMPTS, ("tItIIt",), ("tt" * 60 + "I" + "t" * 40,)):
         inputs = on_gpu(batch(*layouts, dtype=torch.float32))
-        cache = model.encode_pictures(inputs["pixel_values"])
+        cache = model.encode_images(inputs["pixel_values"])
         expected, got = prefills(model, inputs, cache)
         torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
         away = cache.to("cpu")
@@ -240,24 +250,24 @@ def test_prompts_over_encoded_pictures_are_the_whole_prefill(family, backend):
         assert prefills(model, inputs, away.to("cuda"))[1].equal(got)
 
 
-def test_text_over_encoded_pictures_may_be_compiled():
+def test_text_over_encoded_images_may_be_compiled():
     torch.backends.cuda.matmul.allow_tf32 = False
     torch._dynamo.reset()
     model = tiny_model(dtype=torch.float32, hidden_size=128, initializer_range=0.1).cuda()
     model.compile_text_prefill()
     for layouts in (PROMPTS, ("tItIIt",), ("tItIIttt",)):
         inputs = on_gpu(batch(*layouts, dtype=torch.float32))
-        expected, got = prefills(model, inputs, model.encode_pictures(inputs["pixel_values"]))
+        expected, got = prefills(model, inputs, model.encode_images(inputs["pixel_values"]))
         torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("kind", [None, "static"])
-def test_generation_over_encoded_pictures_is_the_same(kind):
+def test_generation_over_encoded_images_is_the_same(kind):
     torch.backends.cuda.matmul.allow_tf32 = False
     torch._dynamo.reset()
     model = tiny_model(dtype=torch.float32).cuda()
     inputs = on_gpu(batch(*PROMPTS, dtype=torch.float32))
     how = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": kind}
     expected = model.generate(**inputs, **how)
-    cache = model.encode_pictures(inputs.pop("pixel_values"))
-    assert model.generate(**inputs, picture_cache=cache, **how).equal(expected)
+    cache = model.encode_images(inputs.pop("pixel_values"))
+    assert model.generate(**inputs, image_cache=cache, **how).equal(expected)

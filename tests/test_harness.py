@@ -28,7 +28,7 @@ def test_the_harness_gets_the_models_own_answers(
     model, processor = dsvl.compose(tmp_path / "tower", tmp_path / "llama", number_after=True)
     dsvl.save_checkpoint(model, processor, tmp_path / "model")
     conversations = []
-    for number, count in enumerate([1, 0, 2, 1, 0]):  # pictures
+    for number, count in enumerate([1, 0, 2, 1, 0]):  # images
         parts: list[dict[str, Any]] = [{"type": "text", "text": f"Question {number}?"}]
         for place in range(count):
             photographs[number + place].convert("RGB").save(tmp_path / f"{number}{place}.png")

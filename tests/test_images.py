@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 
 from dsvl import DSVLProcessor
 from dsvl.image_reading_dsvl import FORMATS, ImageError, image_size, read_image
-from dsvl.processing_dsvl import decode_picture
+from dsvl.processing_dsvl import decode_image
 from dsvl.thin_images_dsvl import PIXELS, fit_thin_image
 
 RED = Image.new("RGB", (40, 30), (200, 30, 30))
@@ -115,7 +115,7 @@ def test_an_image_is_a_file_in_any_form_text_or_an_array(tmp_path, server, monke
         assert px(source).equal(expected), source
     with path.open("rb") as file:  # a file can be read twice
         assert pixels(file) == pixels(file) == array.tolist()
-    assert decode_picture is read_image
+    assert decode_image is read_image
 
 
 def test_several_images_keep_their_samples(processor, px):
@@ -138,13 +138,13 @@ def test_what_is_no_image_is_refused_by_name(tmp_path, server, monkeypatch):
             (7, "of type int; pass a PIL image"),
             (None, "of type NoneType"),
             (file, "text file; pass"),
-            ("gone.png", "picture gone.png cannot be decoded: it is no file"),
+            ("gone.png", "image gone.png cannot be decoded: it is no file"),
             (tmp_path / "gone.png", "gone.png cannot be decoded: it does not exist"),
             (tmp_path, "it does not exist, or is no file"),
             ("", "it is no file"),
             ({}, "neither bytes nor a path"),
             ({"bytes": data, "name": "x"}, "got name"),
-            ({"path": "gone.png"}, "picture gone.png cannot .* it does not exist|it is no file"),
+            ({"path": "gone.png"}, "image gone.png cannot .* it does not exist|it is no file"),
             (b"", "of 0 bytes cannot be decoded: cannot identify its format; pass one of PNG, JPEG"),
             (tmp_path / "words.txt", "words.txt cannot be decoded: cannot identify its format"),
             (data[:100], "cut or broken"),
@@ -441,7 +441,7 @@ def test_features_have_an_input_of_their_own(processor):
 
 def test_features_that_do_not_fit_are_refused(processor):
     features = torch.zeros(2, 5, 16)
-    with pytest.raises(ValueError, match=r"name \[1\] pictures .* but \[2\] were given"):
+    with pytest.raises(ValueError, match=r"name \[1\] images .* but \[2\] were given"):
         processor(text="<image>", image_features=features)
     with pytest.raises(ValueError, match="images or image_features"):
         processor(text="<image>", image_features=features[:1], images=RED)

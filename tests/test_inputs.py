@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import IMAGE_ID, PER_PICTURE, batch, pictures, tiny_model
+from conftest import IMAGE_ID, PER_IMAGE, batch, random_images, tiny_model
 from plain_loop import PlainLoop
 from torch import nn
 
@@ -177,12 +177,12 @@ def test_images_find_their_places_among_embeddings(attention):
 def test_images_without_a_place_among_embeddings_are_refused():
     model, inputs = tiny_model(), batch("tttt")
     with pytest.raises(ValueError, match=r"hold \[0\] image tokens"):
-        model(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]), pixel_values=pictures(1))
+        model(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]), pixel_values=random_images(1))
 
 
 def test_embeddings_that_may_hold_images_need_their_types():
     model, inputs = tiny_model(), batch("tttt")
-    with pytest.raises(ValueError, match="do not tell text from pictures; pass mm_token_type_ids"):
+    with pytest.raises(ValueError, match="do not tell text from images; pass mm_token_type_ids"):
         model(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
 
 
@@ -214,14 +214,14 @@ def test_a_configuration_that_asks_for_tuples_trains_and_generates():
 
 
 def test_the_towers_states_are_returned_on_request():
-    model, pixels = tiny_model(), pictures(2)
+    model, pixels = tiny_model(), random_images(2)
     model.set_attn_implementation({"vision_config": "eager"})
     plain = model.get_image_features(pixels)
     assert plain.hidden_states is None and plain.attentions is None
     asked = model.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
     layers = model.config.vision_config.num_hidden_layers
-    assert [state.shape for state in asked.hidden_states] == [(2, PER_PICTURE, 16)] * (layers + 1)
-    assert [weights.shape for weights in asked.attentions] == [(2, 2, PER_PICTURE, PER_PICTURE)] * layers
+    assert [state.shape for state in asked.hidden_states] == [(2, PER_IMAGE, 16)] * (layers + 1)
+    assert [weights.shape for weights in asked.attentions] == [(2, 2, PER_IMAGE, PER_IMAGE)] * layers
     torch.testing.assert_close(asked.last_hidden_state, plain.last_hidden_state)
 
 

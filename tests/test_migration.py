@@ -72,7 +72,7 @@ def test_the_command_reports_them(tmp_path, capsys):
     assert "  taken          1 x lang_embed.weight -> model.language_model.embed_tokens.weight" in lines
     assert sum(int(line.split()[1]) for line in lines if line.startswith("  taken")) == 115
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["multimodal_attention"], config["reversed_pictures"]) == ("causal", True)
+    assert (config["multimodal_attention"], config["reversed_images"]) == ("causal", True)
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
 
 
@@ -221,20 +221,20 @@ def test_whether_they_are_fused_is_not_guessed(tmp_path):
     assert migrate(tmp_path, G, weights, lora="unfused").adapters == "21 layers, not fused in the file, merged"
 
 
-# -- pictures in reverse -----------------------------------------------------------------------------------------------
+# -- images in reverse -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def both():
-    """A model that puts pictures in reverse, and the same with pictures where they stand."""
+    """A model that puts images in reverse, and the same with images where they stand."""
     models = [DSVLForConditionalGeneration.from_pretrained(migrated(B, mmca=False)) for _ in range(2)]
-    models[1].config.reversed_pictures = False
+    models[1].config.reversed_images = False
     return models
 
 
-def test_each_samples_pictures_are_turned_round(both):
+def test_each_samples_images_are_turned_round(both):
     reverse, plain = both
-    inputs = ReferenceCase(B).batch("batch")  # samples of 1, 2 and 3 pictures
+    inputs = ReferenceCase(B).batch("batch")  # samples of 1, 2 and 3 images
     pixels = inputs["pixel_values"]
     with torch.no_grad():
         assert not torch.allclose(reverse(**inputs).logits, plain(**inputs).logits)
@@ -250,16 +250,14 @@ def test_each_samples_pictures_are_turned_round(both):
         torch.testing.assert_close(reverse(**known).logits, plain(**turned).logits)
         compiled = torch.compile(reverse, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(**inputs).logits, plain(**turned).logits)
-    with pytest.raises(
-        ValueError, match=r"The samples hold \[5, 10, 15\] image tokens, 30 in all, but there are 25 picture"
-    ):
+    with pytest.raises(ValueError, match=r"The samples hold \[5, 10, 15\] image tokens, 30 in all, but there are 25 image"):
         reverse(**(inputs | {"pixel_values": pixels[1:]}))
 
 
 def test_packed_conversations_are_turned_round_one_by_one(both):
     reverse, _ = both
     inputs = ReferenceCase(B).batch("batch")
-    lengths, pictures = inputs["attention_mask"].sum(-1).tolist(), [1, 2, 3]
+    lengths, images = inputs["attention_mask"].sum(-1).tolist(), [1, 2, 3]
     rows = [row[:length] for row, length in zip(inputs["input_ids"], lengths, strict=True)]
     with torch.no_grad():
         packed = reverse(
@@ -269,7 +267,7 @@ def test_packed_conversations_are_turned_round_one_by_one(both):
         ).logits[0]
         alone = [
             reverse(input_ids=row[None], pixel_values=pixels).logits[0]
-            for row, pixels in zip(rows, inputs["pixel_values"].split(pictures), strict=True)
+            for row, pixels in zip(rows, inputs["pixel_values"].split(images), strict=True)
         ]
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
@@ -289,14 +287,14 @@ def test_generation_turns_them_round_once(both):
 
 
 @pytest.mark.parametrize("mmca", [False, True])
-def test_a_cache_with_pictures_takes_text_but_no_more_pictures(mmca):
+def test_a_cache_with_images_takes_text_but_no_more_images(mmca):
     model = DSVLForConditionalGeneration.from_pretrained(migrated(B, mmca))
     inputs = ReferenceCase(B).batch("gen_multi")
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     cut = int((ids[0] == 401).nonzero()[4]) + 1  # behind the first
     cache = DynamicCache(config=model.config.text_config)
     model(input_ids=ids[:, :cut], pixel_values=pixels[:1], past_key_values=cache)
-    with pytest.raises(ValueError, match="reversed_pictures puts the last picture first, but the cache may hold"):
+    with pytest.raises(ValueError, match="reversed_images puts the last image first, but the cache may hold"):
         model.generate(ids, pixel_values=pixels, past_key_values=cache, max_new_tokens=2)
     whole = model.generate(ids, pixel_values=pixels, max_new_tokens=2, do_sample=False)
     cache = DynamicCache(config=model.config.text_config)
@@ -342,7 +340,7 @@ def test_qwens_tower_comes_out_of_its_shards(tmp_path, kind, capsys, monkeypatch
         monkeypatch.setattr(reading, "_read_pickle", watched)
     source, out = qwen_source(tmp_path / "qwen", kind), tmp_path / "tower"
     assert main(["migrate", "qwen-tower", "--from", str(source), "--out", str(out)]) == 0
-    assert "2 layers of width 32, 4 embeddings of 128 a picture of 56 pixels" in capsys.readouterr().out
+    assert "2 layers of width 32, 4 embeddings of 128 an image of 56 pixels" in capsys.readouterr().out
     case = ReferenceCase(E)
     tower = AutoModel.from_pretrained(out)
     assert isinstance(tower, DSVLQwenVisionModel)

@@ -16,15 +16,15 @@ from dsvl.data.messages import location_of
 from dsvl.data.mixture import Mixture, Part, concatenated, load_mixture, split
 
 
-def write_set(folder, name, number, pictures=1, system=False):
+def write_set(folder, name, number, images=1, system=False):
     """Conversations that can be told apart: the question names the set and the number."""
     folder.mkdir(exist_ok=True)
     lines = []
     for index in range(number):
         paths = []
-        for picture in range(pictures):
-            path = folder / f"{name}_{index}_{picture}.png"
-            Image.new("RGB", (4, 3), (index, picture, 0)).save(path)
+        for image in range(images):
+            path = folder / f"{name}_{index}_{image}.png"
+            Image.new("RGB", (4, 3), (index, image, 0)).save(path)
             paths.append(path.name)
         content = [{"type": "image"} for _ in paths] + [{"type": "text", "text": f"{name} {index}"}]
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
@@ -59,7 +59,7 @@ class Counted:
     def __len__(self):
         return len(self.counts)
 
-    def pictures(self, place):
+    def images(self, place):
         return self.counts[place]
 
     def has_system(self, place):
@@ -72,17 +72,17 @@ class Counted:
     st.sampled_from([None, 3, 8]),
     st.integers(0, 5),
 )
-def test_concatenation_keeps_every_conversation_exactly_once(facts, together, max_pictures, seed):
+def test_concatenation_keeps_every_conversation_exactly_once(facts, together, max_images, seed):
     counts, systems = zip(*facts, strict=True)
     part = Part("x", concatenate=together)
-    made = Mixture([(part, Counted(counts, systems))], seed, max_pictures).index
+    made = Mixture([(part, Counted(counts, systems))], seed, max_images).index
     places = [place for _, group in made for place in group]
     assert sorted(places) == list(range(len(counts)))
     for _, group in made:
         assert 1 <= len(group) <= together
-        assert sum(counts[place] for place in group) <= (max_pictures or 1000)
+        assert sum(counts[place] for place in group) <= (max_images or 1000)
         assert not any(systems[place] for place in group[1:])
-    assert made == Mixture([(part, Counted(counts, systems))], seed, max_pictures).index
+    assert made == Mixture([(part, Counted(counts, systems))], seed, max_images).index
 
 
 def test_group_sizes_are_at_random_and_depend_on_the_seed_alone():
@@ -93,15 +93,15 @@ def test_group_sizes_are_at_random_and_depend_on_the_seed_alone():
     assert Mixture([(Part("x", concatenate=3), data)], 1).index != Mixture([(Part("x", concatenate=3), data)], 0).index
 
 
-def test_a_concatenated_conversation_has_its_pictures_numbered_through(tmp_path, processor):
+def test_a_concatenated_conversation_has_its_images_numbered_through(tmp_path, processor):
     path = write_set(tmp_path, "a", 5)
     blend = mixture(tmp_path, Part(str(path), concatenate=5), seed=3)
-    longest = max(range(len(blend)), key=blend.pictures)
-    count = blend.pictures(longest)
+    longest = max(range(len(blend)), key=blend.images)
+    count = blend.images(longest)
     assert count > 1
     text = processor.apply_chat_template(blend[longest]["messages"], tokenize=False)
     assert [f"### Image {number}:" in text for number in range(1, count + 2)] == [True] * count + [False]
-    # Each question follows its own picture.
+    # Each question follows its own image.
     for question, number in zip(questions(blend)[longest], range(1, count + 1), strict=True):
         assert f"### Image {number}:\n<image>\n\n### Question:\n{question}\n" in text
         message = blend[longest]["messages"][2 * number - 2]
@@ -109,7 +109,7 @@ def test_a_concatenated_conversation_has_its_pictures_numbered_through(tmp_path,
 
 
 def test_samples_and_weights_say_how_much_of_each(tmp_path):
-    a, b = write_set(tmp_path, "a", 10, pictures=0), write_set(tmp_path, "b", 8, pictures=0)
+    a, b = write_set(tmp_path, "a", 10, images=0), write_set(tmp_path, "b", 8, images=0)
     blend = mixture(tmp_path, Part(str(a), samples=4), Part(str(b), weight=2.5))
     asked = [question for (question,) in questions(blend)]
     of_a, of_b = ([q for q in asked if q.startswith(name)] for name in "ab")
@@ -117,11 +117,11 @@ def test_samples_and_weights_say_how_much_of_each(tmp_path):
     assert sorted(of_b.count(f"b {number}") for number in range(8)) == [2, 2, 2, 2, 3, 3, 3, 3]
 
 
-def test_a_conversation_with_too_many_pictures_is_left_out_and_counted(tmp_path, caplog):
-    a, b = write_set(tmp_path, "a", 3, pictures=3), write_set(tmp_path, "b", 2)
-    blend = mixture(tmp_path, Part(str(a)), Part(str(b)), max_pictures=2)
+def test_a_conversation_with_too_many_images_is_left_out_and_counted(tmp_path, caplog):
+    a, b = write_set(tmp_path, "a", 3, images=3), write_set(tmp_path, "b", 2)
+    blend = mixture(tmp_path, Part(str(a)), Part(str(b)), max_images=2)
     assert len(blend) == 2 and blend.skipped == 3
-    assert "a: 3 conversations have more than 2 pictures." in caplog.text
+    assert "a: 3 conversations have more than 2 images." in caplog.text
 
 
 def test_a_system_message_is_never_in_the_middle(tmp_path):
@@ -132,7 +132,7 @@ def test_a_system_message_is_never_in_the_middle(tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_a_share_is_held_out_by_the_seed(tmp_path, share):
-    data = load_conversations(write_set(tmp_path, "a", 30, pictures=0))
+    data = load_conversations(write_set(tmp_path, "a", 30, images=0))
     train, held_out = split(data, share)
     assert len(held_out) == 30 * share
     assert sorted(questions(train) + questions(held_out)) == sorted(questions(data))
@@ -193,7 +193,7 @@ datasets:
     ],
 )
 def test_a_broken_description_is_told(tmp_path, text, reason):
-    write_set(tmp_path, "a", 3, pictures=0)
+    write_set(tmp_path, "a", 3, images=0)
     (tmp_path / "mix.yaml").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
         load_mixture(tmp_path / "mix.yaml")
@@ -207,7 +207,7 @@ def test_a_description_in_other_bytes_is_told(tmp_path):
 
 
 def test_samples_of_a_mixture_know_where_they_are_from(tmp_path):
-    path = write_set(tmp_path, "a", 2, pictures=0)
+    path = write_set(tmp_path, "a", 2, images=0)
     blend = mixture(tmp_path, Part(str(path), concatenate=2), seed=2)
     found = {location_of(blend[index]) for index in range(len(blend))}
     single = {f"{path}, line {number}" for number in (1, 2)}
@@ -225,7 +225,7 @@ def test_samples_of_a_mixture_know_where_they_are_from(tmp_path):
         ("--max-num-image-per-sample 3", "goes with --dataset-names"),
         ("--eval-share 2", "--eval-share 2.0: expected a number between 0 and 1"),
         ("--packing", "--packing needs the length of a pack"),
-        ("--max-pictures-per-pack 3", "--max-pictures-per-pack without --packing"),
+        ("--max-images-per-pack 3", "--max-images-per-pack without --packing"),
         ("--streaming", "--streaming has no end; pass --max-steps"),
         ("--streaming --max-steps 2 --dataset-names a", "--streaming reads one data set, not a blend"),
         ("--streaming --max-steps 2 --data mix.yaml", "--streaming reads one data set, not a blend"),

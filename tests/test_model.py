@@ -323,23 +323,21 @@ def test_outputs_are_tuples_on_request():
     assert isinstance(plain, tuple) and plain[0].equal(named.logits)
 
 
-def test_pictures_that_do_not_match_their_placeholders_are_refused():
+def test_images_that_do_not_match_their_placeholders_are_refused():
     model, inputs = tiny_model(), batch("ttIttt", "Itt")
     for call in (model, lambda **kwargs: model.generate(**kwargs, max_new_tokens=1)):
-        with pytest.raises(
-            ValueError, match=r"hold \[5, 5\] image tokens, 10 in all, but there are 5 .*\(1 pictures of 5\)"
-        ):
+        with pytest.raises(ValueError, match=r"hold \[5, 5\] image tokens, 10 in all, but there are 5 .*\(1 images of 5\)"):
             call(**(inputs | {"pixel_values": inputs["pixel_values"][:1]}))
         with pytest.raises(ValueError, match=r"hold \[5, 5\] image tokens, 10 in all, but there are 15"):
             call(**(inputs | {"pixel_values": inputs["pixel_values"][[0, 1, 1]]}))
-        mixed = inputs["input_ids"].clone()  # as many in all, but not whole pictures in each sample
+        mixed = inputs["input_ids"].clone()  # as many in all, but not whole images in each sample
         mixed[0, (mixed[0] == IMAGE_ID).nonzero()[0]] = 5
         mixed[1, -1] = IMAGE_ID
-        with pytest.raises(ValueError, match=r"hold \[4, 6\] image tokens, but a picture takes 5"):
+        with pytest.raises(ValueError, match=r"hold \[4, 6\] image tokens, but an image takes 5"):
             call(input_ids=mixed, attention_mask=inputs["attention_mask"], pixel_values=inputs["pixel_values"])
     with pytest.raises(ValueError, match="10 in all, but there are 0"):
         model(input_ids=inputs["input_ids"])
-    with pytest.raises(ValueError, match="does not tell text from pictures"):
+    with pytest.raises(ValueError, match="does not tell text from images"):
         model(**(inputs | {"attention_mask": torch.ones(2, 1, 10, 10, dtype=torch.bool)}))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(attention_mask=inputs["attention_mask"])

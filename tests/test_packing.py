@@ -24,14 +24,14 @@ ITEMS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=60)
 
 
 @given(ITEMS, st.sampled_from([None, 3, 5]), st.integers(1, 9))
-def test_every_item_is_in_exactly_one_pack_within_its_bounds(items, max_pictures, pool):
+def test_every_item_is_in_exactly_one_pack_within_its_bounds(items, max_images, pool):
     stream = [(number, *item) for number, item in enumerate(items)]
-    packs = list(pack(stream, 40, max_pictures, pool))
+    packs = list(pack(stream, 40, max_images, pool))
     assert sorted(itertools.chain(*(one.items for one in packs))) == list(range(len(items)))
     for one in packs:
         assert one.tokens == sum(items[number][0] for number in one.items) <= 40
-        assert one.pictures == sum(items[number][1] for number in one.items) <= (max_pictures or 1000)
-    assert packs == list(pack(iter(stream), 40, max_pictures, pool))
+        assert one.images == sum(items[number][1] for number in one.items) <= (max_images or 1000)
+    assert packs == list(pack(iter(stream), 40, max_images, pool))
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=9))
@@ -44,14 +44,14 @@ def test_a_pack_of_the_largest_is_filled_as_well_as_can_be(sizes):
 
 
 def test_an_item_that_fits_nowhere_is_refused():
-    with pytest.raises(ValueError, match="41 tokens and 1 pictures does not fit into a pack of 40 tokens; raise"):
+    with pytest.raises(ValueError, match="41 tokens and 1 images does not fit into a pack of 40 tokens; raise"):
         list(pack([("a", 41, 1)], 40))
-    with pytest.raises(ValueError, match="4 pictures does not fit into a pack of 40 tokens and 3 pictures"):
+    with pytest.raises(ValueError, match="4 images does not fit into a pack of 40 tokens and 3 images"):
         list(pack([("a", 1, 4)], 40, 3))
 
 
 def like_llava(number: int) -> list[int]:
-    """Lengths as of LLaVA-Instruct: a picture of 257 tokens, a system sentence, and short, middle and long answers."""
+    """Lengths as of LLaVA-Instruct: an image of 257 tokens, a system sentence, and short, middle and long answers."""
     rng = random.Random(0)
     kinds = [((0.15, 0.50, 0.35), (130, 250, 320), (40, 60, 140))]
     ((shares, means, widths),) = kinds
@@ -60,9 +60,9 @@ def like_llava(number: int) -> list[int]:
 
 
 @pytest.mark.parametrize("max_tokens", [2048, 4096, 8192])
-@pytest.mark.parametrize("max_pictures", [None, 16])
-def test_packs_are_filled_on_lengths_like_llavas(max_tokens, max_pictures):
-    packs = list(pack([(n, length, 1) for n, length in enumerate(like_llava(4000))], max_tokens, max_pictures))
+@pytest.mark.parametrize("max_images", [None, 16])
+def test_packs_are_filled_on_lengths_like_llavas(max_tokens, max_images):
+    packs = list(pack([(n, length, 1) for n, length in enumerate(like_llava(4000))], max_tokens, max_images))
     assert sum(one.tokens for one in packs) / (max_tokens * len(packs)) > (0.99 if max_tokens > 2048 else 0.95)
 
 
@@ -83,7 +83,7 @@ def test_packs_are_filled_on_the_demos_conversations(tmp_path):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packing")
     make_checkpoint(folder)
-    # A picture at the very start follows from the template; texts alone between, before and behind conversations with some.
+    # An image at the very start follows from the template; texts alone between, before and behind conversations with some.
     make_conversations(folder, layout="tpptptt" + "ppt" * 5)
     return folder
 
@@ -187,7 +187,7 @@ def test_a_stream_is_packed_once_by_all_workers_of_all_processes(tmp_path):
                 pack_stream,
                 length=lambda sample: 5 + number(sample) % 7,
                 max_tokens=32,
-                max_pictures=4,
+                max_images=4,
                 bad=stream.bad,
             )
             loader = DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=lambda one: one)
@@ -212,8 +212,8 @@ def test_what_cannot_be_packed_is_refused_or_counted(folder, caplog):
 
     with pytest.raises(ValueError, match="too long.*Or leave such conversations out"):
         PackedConversations(data, length, 40)
-    packs = PackedConversations(data, length, 40, max_pictures=1, on_bad_sample="skip", max_bad_samples=1)
-    good = [n for n in range(len(data)) if len(data[n]["messages"]) <= 4 and data.pictures(n) <= 1]
+    packs = PackedConversations(data, length, 40, max_images=1, on_bad_sample="skip", max_bad_samples=1)
+    good = [n for n in range(len(data)) if len(data[n]["messages"]) <= 4 and data.images(n) <= 1]
     assert packs.skipped == len(data) - len(good) > 0
     assert sorted(itertools.chain(*packs.packs)) == good
     assert f"{packs.skipped} conversations cannot be packed" in caplog.text
@@ -224,7 +224,7 @@ def test_what_cannot_be_packed_is_refused_or_counted(folder, caplog):
 
 def test_a_run_over_packs_resumes_to_the_bit_and_is_the_same_in_two_processes(folder, tmp_path):
     base = ["--model", folder / "model", "--data", folder / "data.jsonl", "--packing", "--max-length", 512]
-    base += ["--max-pictures-per-pack", 4, "--max-steps", 4, "--save-steps", 2, "--logging-steps", 1]
+    base += ["--max-images-per-pack", 4, "--max-steps", 4, "--save-steps", 2, "--logging-steps", 1]
     base += ["--learning-rate", "1e-2"]
     first = run(*base, "--output", tmp_path / "one", "--per-device-train-batch-size", 2)
     assert "packs" in first.stderr and "filled to" in first.stderr

@@ -22,7 +22,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install 'dsvl
 
 import httpx  # noqa: E402
 from model_server import make_served_checkpoint  # noqa: E402
-from page_parts import LIMITS, TOKENS, eventually, load_parts, opened, pictures  # noqa: E402
+from page_parts import LIMITS, TOKENS, eventually, image_files, load_parts, opened  # noqa: E402
 from PIL import Image  # noqa: E402
 from training_runs import environment, make_conversations  # noqa: E402
 
@@ -88,9 +88,9 @@ def answered(visitors: Visitors, session: str, asked: Question) -> str:
     return visitors.of(session).rounds[-1][1]
 
 
-def test_a_question_about_uploaded_pictures_is_answered(page: Any, parts: Any, tmp_path: Path) -> None:
+def test_a_question_about_uploaded_images_is_answered(page: Any, parts: Any, tmp_path: Path) -> None:
     client, visitors = page
-    files = pictures(tmp_path, 2)
+    files = image_files(tmp_path, 2)
     shown = told(client, "one", "ask", question("Which?", upload(client, *files)))
     expected = DSVLChat(*parts, max_new_tokens=TOKENS).ask("Which?", files)
     assert visitors.of("one").rounds[0][1] == expected
@@ -149,7 +149,7 @@ def test_the_page_answers_under_its_own_name_alone(page: Any) -> None:
     "path", ["/etc/passwd", "pyproject.toml", "http://127.0.0.1:1/x.png", "https://example.com/x.png", "", None, 3, "\0"]
 )
 @pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
-def test_files_that_were_not_uploaded_are_no_pictures(page: Any, path: Any, meta: dict[str, Any]) -> None:
+def test_files_that_were_not_uploaded_are_no_images(page: Any, path: Any, meta: dict[str, Any]) -> None:
     client, _ = page
     refused = join(client, "two", "ask", question("What?", [{"path": path} | meta]))
     assert refused.status_code == 403 and refused.text == "The request names a file that was not uploaded."
@@ -164,7 +164,7 @@ def test_requests_are_bounded(page: Any, tmp_path: Path) -> None:
         == 400
     )
     large = tmp_path / "large.png"
-    large.write_bytes(b"x" * (LIMITS.picture_bytes + 1))
+    large.write_bytes(b"x" * (LIMITS.image_bytes + 1))
     assert client.post(f"{API}/upload", files={"files": large.read_bytes()}).status_code == 413
     flood = [("files", (f"{number}.png", b"x" * 100_000)) for number in range(10)]
     assert client.post(f"{API}/upload", files=flood).status_code == 413
@@ -175,8 +175,8 @@ def test_files_are_bounded_together(parts: Any, tmp_path: Path) -> None:
         opened(parts, replace(LIMITS, upload_bytes=20_000), examples=()) as (address, _),
         httpx.Client(base_url=address) as client,
     ):
-        upload(client, *pictures(tmp_path, 1))
-        file = {"files": Path(*pictures(tmp_path, 1)).read_bytes()}
+        upload(client, *image_files(tmp_path, 1))
+        file = {"files": Path(*image_files(tmp_path, 1)).read_bytes()}
         assert [client.post(f"{API}/upload", files=file).status_code for _ in range(3)][-1] == 503
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
         assert folder.is_dir()
@@ -188,7 +188,7 @@ def test_files_of_no_conversation_are_deleted(parts: Any, tmp_path: Path) -> Non
         opened(parts, replace(LIMITS, idle_seconds=1), max_new_tokens=2) as (address, _),
         httpx.Client(base_url=address) as client,
     ):
-        asked, forgotten = upload(client, *pictures(tmp_path, 2))
+        asked, forgotten = upload(client, *image_files(tmp_path, 2))
         examples = [*Path(os.environ["GRADIO_TEMP_DIR"]).glob("example*.png")]
         told(client, "one", "ask", question("What?", [asked]))
         end = time.monotonic() + 3
@@ -204,7 +204,7 @@ def bomb(folder: Path) -> str:
     return str(folder / "bomb.png")
 
 
-def no_picture(folder: Path) -> str:
+def no_image(folder: Path) -> str:
     (folder / "no.png").write_text("<svg/>")
     return str(folder / "no.png")
 
@@ -213,10 +213,10 @@ def no_picture(folder: Path) -> str:
     ("text", "make", "words"),
     [
         ("What?", lambda folder: [bomb(folder)], "bomb.png is refused"),
-        ("What?", lambda folder: [no_picture(folder)], "no.png is refused"),
-        ("What?", lambda folder: pictures(folder, 4), "A question takes 3 pictures here, and this has 4."),
+        ("What?", lambda folder: [no_image(folder)], "no.png is refused"),
+        ("What?", lambda folder: image_files(folder, 4), "A question takes 3 images here, and this has 4."),
         ("x" * 501, lambda folder: [], "A question has 500 characters at most here, and this has 501."),
-        (" ", lambda folder: pictures(folder, 1), "Write a question about the pictures."),
+        (" ", lambda folder: image_files(folder, 1), "Write a question about the images."),
     ],
 )
 def test_what_is_refused_is_told_plainly(page: Any, tmp_path: Path, text: str, make: Any, words: str) -> None:
@@ -276,9 +276,9 @@ def test_idle_conversations_are_forgotten(parts: Any) -> None:
     assert [*visitors._kept] == ["b"]
 
 
-def test_one_question_at_a_time_and_so_many_pictures(parts: Any, tmp_path: Path) -> None:
+def test_one_question_at_a_time_and_so_many_images(parts: Any, tmp_path: Path) -> None:
     visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), LIMITS)
-    files = pictures(tmp_path, 3)
+    files = image_files(tmp_path, 3)
     turn = visitors.ask("a", Question("One?", files))
     with pytest.raises(Refusal, match="still being given"):
         visitors.ask("a", Question("Two?", []))
@@ -286,7 +286,7 @@ def test_one_question_at_a_time_and_so_many_pictures(parts: Any, tmp_path: Path)
         with pytest.raises(Refusal, match="still being given"):
             act("a")
     assert turn.done.result(timeout=60)
-    with pytest.raises(Refusal, match="takes 4 pictures here, and this would be 6"):
+    with pytest.raises(Refusal, match="takes 4 images here, and this would be 6"):
         visitors.ask("a", Question("Two?", files))
 
 
@@ -309,7 +309,7 @@ def test_the_pixels_of_all_visitors_have_one_budget(parts: Any, tmp_path: Path) 
     one = 3 * 80 * 60
     limits = replace(LIMITS, caches=16, memory_bytes=6 * one)
     visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), limits)
-    files = pictures(tmp_path, 3)
+    files = image_files(tmp_path, 3)
     whole = DSVLChat(*parts, max_new_tokens=4)
     first = [whole.ask("One?", files[:2]), whole.ask("And?", files[2])]
     for number in range(8):
@@ -321,9 +321,9 @@ def test_the_pixels_of_all_visitors_have_one_budget(parts: Any, tmp_path: Path) 
     assert len(visitors.of("0").rounds) == 2
 
 
-def test_pictures_are_kept_once(parts: Any, tmp_path: Path) -> None:
+def test_images_are_kept_once(parts: Any, tmp_path: Path) -> None:
     visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), LIMITS)
-    (file,) = pictures(tmp_path, 1, (71, 53))
+    (file,) = image_files(tmp_path, 1, (71, 53))
     answered(visitors, "a", Question("One?", [file]))
     gc.collect()
     size = (71, 53)
@@ -337,11 +337,11 @@ def test_pictures_are_kept_once(parts: Any, tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_is_named(parts: Any, tmp_path: Path) -> None:
     visitors = Visitors(lambda: DSVLChat(*parts, max_new_tokens=4), LIMITS)
-    (file,) = pictures(tmp_path, 1)
+    (file,) = image_files(tmp_path, 1)
     answered(visitors, "a", Question("One?", [file]))
     visitors.leave("a")
     os.remove(file)
-    with pytest.raises(Refusal, match="picture 0.png is not kept any more; add it again"):
+    with pytest.raises(Refusal, match="image 0.png is not kept any more; add it again"):
         visitors.ask("a", Question("Two?", [])).done.result(timeout=60)
     assert len(visitors.of("a").rounds) == 1
 
@@ -351,7 +351,7 @@ def test_uploads_are_counted_beside_the_event_loop(parts: Any, tmp_path: Path, m
     size = gate._size
     monkeypatch.setattr(gate, "_size", lambda folder: threads.append(threading.current_thread().name) or size(folder))
     with opened(parts, examples=()) as (address, _), httpx.Client(base_url=address) as client:
-        upload(client, *pictures(tmp_path, 1))
+        upload(client, *image_files(tmp_path, 1))
     assert threads and all("asyncio" in name for name in threads)  # a worker of asyncio.to_thread
 
 

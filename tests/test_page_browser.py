@@ -12,7 +12,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install 'dsvl
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from model_server import make_served_checkpoint  # noqa: E402
-from page_parts import LIMITS, eventually, load_parts, opened, pictures  # noqa: E402
+from page_parts import LIMITS, eventually, image_files, load_parts, opened  # noqa: E402
 
 from dsvl.chat import DSVLChat  # noqa: E402
 
@@ -72,9 +72,9 @@ class Person:
         return str(self.answers.last.inner_text()).strip()
 
 
-def test_a_conversation_about_two_pictures(parts: tuple[Any, Any], browser: Any, tmp_path: Path) -> None:
-    """Two pictures, a question about the second, an answer that grows, a follow-up, retry, undo, clear."""
-    files = pictures(tmp_path, 2)
+def test_a_conversation_about_two_images(parts: tuple[Any, Any], browser: Any, tmp_path: Path) -> None:
+    """Two images, a question about the second, an answer that grows, a follow-up, retry, undo, clear."""
+    files = image_files(tmp_path, 2)
     alone = DSVLChat(*parts, max_new_tokens=200)
     expected = [alone.ask("What is image <2>?", files), alone.ask("And the first?")]
     with opened(parts, max_new_tokens=200) as (address, visitors):
@@ -97,7 +97,7 @@ def test_a_conversation_about_two_pictures(parts: tuple[Any, Any], browser: Any,
         person.ask("And the first?")
         person.wait(2)
         assert person.last_answer().split() == expected[1].split()
-        assert first.encoded_pictures == 2 and conversation.chat.last_round.encoded_pictures == 0
+        assert first.encoded_images == 2 and conversation.chat.last_round.encoded_images == 0
         assert conversation.chat.last_round.reused_tokens >= first.prompt_tokens
 
         person.press("Retry")
@@ -197,10 +197,10 @@ def test_an_example_is_asked_with_a_click(parts: tuple[Any, Any], browser: Any) 
 
 
 @pytest.mark.slow
-def test_a_picture_that_is_too_large_is_refused(parts: tuple[Any, Any], browser: Any, tmp_path: Path) -> None:
+def test_a_image_that_is_too_large_is_refused(parts: tuple[Any, Any], browser: Any, tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.png"
     Image.new("1", (20_000, 20_000)).save(bomb)
-    assert bomb.stat().st_size < LIMITS.picture_bytes
+    assert bomb.stat().st_size < LIMITS.image_bytes
     with opened(parts) as (address, visitors):
         person = Person(browser, address)
         person.ask("Who?")
@@ -210,7 +210,7 @@ def test_a_picture_that_is_too_large_is_refused(parts: tuple[Any, Any], browser:
         person.toast.wait_for()
         assert "bomb.png is refused" in person.toast.inner_text()
         assert str(tmp_path.anchor) + "tmp" not in person.toast.inner_text()
-        assert person.box.input_value() == "What is this?"  # to ask without the picture
+        assert person.box.input_value() == "What is this?"  # to ask without the image
         person.page.wait_for_timeout(500)
         assert person.said.all_inner_texts() == ["Who?"] and person.page.locator(".thumbnails img").count() == 1
         (conversation,) = visitors._kept.values()

@@ -117,7 +117,7 @@ def test_a_real_step_on_a_cpu_peaks_where_the_meta_device_says(projector_type, c
     tracer = StepTracer(
         small_config(projector_type=projector_type), DEFAULT, activation_checkpointing=checkpointing, dtype=torch.float32
     )
-    step = dict(micro_batch=2, sequence_length=128, pictures=2, supervised=40)
+    step = dict(micro_batch=2, sequence_length=128, images=2, supervised=40)
     meta = tracer.trace(**step)
     tracer.model.to_empty(device="cpu")
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_real_step_on_a_cpu_peaks_where_the_meta_device_says(projector_type, c
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_decoder_can_be_planned(family):
     config = DSVLConfig(tiny_vision_config(), FAMILIES[family](), image_token_id=90)
-    made = plan(config, sequence_length=24, pictures=2, train=("projector", "embeddings", "language"))
+    made = plan(config, sequence_length=24, images=2, train=("projector", "embeddings", "language"))
     assert made.forward_backward.activations > 0
 
 
@@ -163,7 +163,7 @@ def test_a_trace_leaves_no_trace():
 def test_a_7b_step_needs_what_was_measured_on_a_gpu(checkpointing, measured):
     """README, "In a whole training step": an H200, bf16, DSVL "causal", GiB above the weights."""
     made = plan(
-        llama_7b(), micro_batch=2, sequence_length=4096, pictures=8, activation_checkpointing=checkpointing
+        llama_7b(), micro_batch=2, sequence_length=4096, images=8, activation_checkpointing=checkpointing
     ).forward_backward
     assert (made.gradients + made.activations) / GIB == pytest.approx(measured, rel=0.02)
 
@@ -180,7 +180,7 @@ def test_70b_and_2b_are_planned_without_a_weight():
 
 # -- what learns -------------------------------------------------------------------------------------------------------
 
-STEP = dict(sequence_length=128, pictures=1)
+STEP = dict(sequence_length=128, images=1)
 
 
 def test_frozen_parts_cost_no_gradients_and_no_optimizer_states():
@@ -327,13 +327,13 @@ def test_where_one_sample_does_not_fit_the_largest_micro_batch_is_zero():
     [
         (dict(world_size=0), r"world_size=0 is too small; pass 1 or more"),
         (dict(micro_batch=0), r"micro_batch=0 is too small; pass 1 or more"),
-        (dict(pictures=-1), r"pictures=-1 is too small; pass 0 or more"),
+        (dict(images=-1), r"images=-1 is too small; pass 0 or more"),
         (dict(lora_rank=-4), r"lora_rank=-4 is too small; pass 0 or more"),
         (dict(deepspeed="zero4"), r"deepspeed='zero4' is unknown; choose from zero1, zero2, zero3, zero3-offload"),
         (dict(train=["eyes"]), r"train='eyes' is unknown; choose from projector, embeddings, vision, language, head"),
         (dict(train=[]), r"names nothing that learns; name parts .*, or pass a lora_rank"),
         (dict(train=["language"], lora_rank=4), r"lora_rank=4 freezes .* train names 'language'; leave one out"),
-        (dict(sequence_length=34, pictures=2), r"sequence_length=34 is too short: 2 pictures take 34 .* at least 35"),
+        (dict(sequence_length=34, images=2), r"sequence_length=34 is too short: 2 images take 34 .* at least 35"),
         (dict(supervised_share=0), r"supervised_share=0 is no share of the text; pass a number above 0, at most 1"),
         (dict(dtype="int8"), r"dtype='int8' is unknown; choose from bfloat16, float16, float32"),
     ],

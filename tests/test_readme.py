@@ -37,7 +37,7 @@ def test_every_example_runs_in_order(tmp_path, monkeypatch, photographs):
     assert len(names["chat"].messages) == 4  # type: ignore[attr-defined]
     first = names["answer"]
     exec(reuse, names)
-    assert names["answer"].equal(first) and len(names["pictures"]) == 2  # type: ignore[attr-defined, arg-type]
+    assert names["answer"].equal(first) and len(names["images"]) == 2  # type: ignore[attr-defined, arg-type]
     Path("my-model").rename("composed by command")
     for block in (compose, fine_tune):
         exec(block, {})

@@ -166,13 +166,13 @@ def test_one_attention_layer(switch):
     torch.testing.assert_close(weights, case.outputs[f"{switch}.attn_weights"], atol=1e-5, rtol=1e-5)
 
     # The last position as a decode step. The original forgets there that an image token sees itself alone, so rows that
-    # end on a picture are held against its own prefill instead.
+    # end on an image are held against its own prefill instead.
     cache = DynamicCache(config=text_config)
     run(hidden[:, :-1], types[:, :-1], real[:, :-1], cache, positions[:, :-1])
     step, _ = run(hidden[:, -1:], types, real, cache, positions[:, -1:])
     expected = case.outputs[f"{switch}.decode_last.attn_output"]
     if switch == "mmca_on":
-        on_picture = types[:, -1] == 1
-        expected = torch.where(on_picture[:, None, None], case.outputs["mmca_on.attn_output"][:, -1:], expected)
-        assert on_picture.sum() == 3
+        on_image = types[:, -1] == 1
+        expected = torch.where(on_image[:, None, None], case.outputs["mmca_on.attn_output"][:, -1:], expected)
+        assert on_image.sum() == 3
     torch.testing.assert_close(step, expected, atol=1e-5, rtol=1e-5)

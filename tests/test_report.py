@@ -1,4 +1,4 @@
-"""Answers that are shown: a table, a page with pictures, several models side by side."""
+"""Answers that are shown: a table, a page with images, several models side by side."""
 
 import base64
 import csv
@@ -34,7 +34,7 @@ def record(name: str, number: int = 0, answer: str = "blue", score: float | None
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
+def image(tmp_path: Path) -> str:
     path = tmp_path / "a cup.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (700, 900, 3), dtype=np.uint8)).save(path)
     return str(path)
@@ -117,7 +117,7 @@ def test_runs_are_joined_on_conversation_and_round():
         ({"one": [record("a")], "two": []}, "two has no answers"),
         ({"one": [record("a"), record("a")]}, "answers conversation 'a', round 0, twice"),
         ({"one": [record("a")], "two": [record("a", question="Who?")]}, "question 'What is a 0.' and 'Who.'"),
-        ({"one": [record("a")], "two": [record("a", images=["x"])]}, "number of pictures 0 and 1"),
+        ({"one": [record("a")], "two": [record("a", images=["x"])]}, "number of images 0 and 1"),
         ({"one": [record("a")], "two": [record("a", references=["red"])]}, "references"),
     ],
 )
@@ -131,9 +131,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path, runs, words):
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_has_a_row_for_each_round_and_model(tmp_path, picture):
-    one = [record("a", images=[picture]), record("a", 1, 'two\nlines, and a "quote"', None)]
-    two = [record("a", 0, "red", 0.25, images=[picture])]
+def test_the_table_has_a_row_for_each_round_and_model(tmp_path, image):
+    one = [record("a", images=[image]), record("a", 1, 'two\nlines, and a "quote"', None)]
+    two = [record("a", 0, "red", 0.25, images=[image])]
     rows = table_of(tmp_path / "t.csv", {"one": one, "two": two})
     assert [(row["id"], row["round"], row["model"], row["answered"], row["answer"], row["exact_match"]) for row in rows] == [
         ("a", "0", "one", "yes", "blue", "1.0"),
@@ -141,7 +141,7 @@ def test_the_table_has_a_row_for_each_round_and_model(tmp_path, picture):
         ("a", "1", "one", "yes", 'two\nlines, and a "quote"', ""),
         ("a", "1", "two", "no", "", ""),
     ]
-    assert json.loads(rows[0]["images"]) == [picture] and json.loads(rows[0]["references"]) == ["blue"]
+    assert json.loads(rows[0]["images"]) == [image] and json.loads(rows[0]["references"]) == ["blue"]
 
 
 def test_a_spreadsheet_computes_nothing_of_the_table(tmp_path):
@@ -155,17 +155,17 @@ def test_a_spreadsheet_computes_nothing_of_the_table(tmp_path):
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_shows_pictures_questions_answers_scores_and_references(tmp_path, picture):
-    one = [record("a", images=[picture]), record("a", 1, "It is red.", 0.25, references=["blue", "navy", "blue"])]
+def test_the_page_shows_images_questions_answers_scores_and_references(tmp_path, image):
+    one = [record("a", images=[image]), record("a", 1, "It is red.", 0.25, references=["blue", "navy", "blue"])]
     page = page_of(tmp_path / "p.html", {"one": one}, title="Cups & saucers")
     words = page.words()
-    shown = ["Cups & saucers", "0.625 of 2", "1 conversation, 2 rounds, 1 picture", "What is a 0?", "blue", "exact match 1"]
+    shown = ["Cups & saucers", "0.625 of 2", "1 conversation, 2 rounds, 1 image", "What is a 0?", "blue", "exact match 1"]
     shown += ["Reference: blue", "What is a 1?", "It is red.", "exact match 0.250", "References: blue × 2, navy"]
     places = [words.find(text) for text in shown]
     assert -1 not in places and places == sorted(places), list(zip(shown, places, strict=True))
-    (image,) = page.elements["img"]
-    head, data = image["src"].split(",")
-    assert head == "data:image/jpeg;base64" and image["alt"] == "a cup.png"
+    (element,) = page.elements["img"]
+    head, data = element["src"].split(",")
+    assert head == "data:image/jpeg;base64" and element["alt"] == "a cup.png"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (480, 373)
 
 
@@ -232,33 +232,33 @@ def test_nothing_on_the_page_is_run_or_fetched(tmp_path):
     assert not re.search(r"url\(|@import", (tmp_path / "p.html").read_text(encoding="utf-8"))
 
 
-def test_a_picture_that_cannot_be_opened_shows_its_name_and_why(tmp_path, picture, monkeypatch):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    sources = [str(tmp_path / "gone.png"), str(tmp_path / "broken.png"), "http://example.org/far.png", picture]
-    monkeypatch.setattr(report, "open_picture", wrapped := Opened(report.open_picture))
+def test_a_image_that_cannot_be_opened_shows_its_name_and_why(tmp_path, image, monkeypatch):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    sources = [str(tmp_path / "gone.png"), str(tmp_path / "broken.png"), "http://example.org/far.png", image]
+    monkeypatch.setattr(report, "open_image", wrapped := Opened(report.open_image))
     page = page_of(tmp_path / "p.html", {"one": [record("a", images=sources)]})
     words = page.words()
     assert "gone.png does not exist" in words and "broken.png cannot be read" in words
     assert "far.png is an address, and fetching is not allowed" in words
-    assert "4 pictures, 3 of them not shown" in words and len(page.elements["img"]) == 1
+    assert "4 images, 3 of them not shown" in words and len(page.elements["img"]) == 1
     assert str(tmp_path) not in (tmp_path / "p.html").read_text(encoding="utf-8")
     page_of(tmp_path / "p.html", {"one": [record("a")]}, allow_urls=True)
     assert wrapped.allowed == [False] * 4
 
 
 class Opened:
-    """`open_picture`, and what it was allowed."""
+    """`open_image`, and what it was allowed."""
 
-    def __init__(self, open_picture: Any) -> None:
-        self.open_picture, self.allowed = open_picture, []
+    def __init__(self, open_image: Any) -> None:
+        self.open_image, self.allowed = open_image, []
 
     def __call__(self, source: Any, allow_urls: bool) -> Any:
         self.allowed.append(allow_urls)
-        return self.open_picture(source, allow_urls)
+        return self.open_image(source, allow_urls)
 
 
-def test_pages_of_many_pictures_stay_small_enough_to_be_sent(tmp_path, picture, monkeypatch):
-    runs = {"one": [record(str(number), images=[picture]) for number in range(7)]}
+def test_pages_of_many_images_stay_small_enough_to_be_sent(tmp_path, image, monkeypatch):
+    runs = {"one": [record(str(number), images=[image]) for number in range(7)]}
     monkeypatch.setattr(report, "WIDTHS", {480: 5, 64: None})
     page_of(tmp_path / "p.html", {"one": runs["one"][:5]})
     large = (tmp_path / "p.html").stat().st_size / 5
@@ -267,17 +267,17 @@ def test_pages_of_many_pictures_stay_small_enough_to_be_sent(tmp_path, picture, 
     monkeypatch.setattr(report, "PAGE_BYTES", 2 * len(page.elements["img"][0]["src"]) + 1)
     page = page_of(tmp_path / "p.html", runs)
     assert len(page.elements["img"]) == 3  # the one that crosses the bound is the last
-    assert page.words().count("a cup.png is left out") == 4 and "7 pictures, 4 of them not shown" in page.words()
+    assert page.words().count("a cup.png is left out") == 4 and "7 images, 4 of them not shown" in page.words()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
-def test_a_browser_filters_the_page_and_runs_and_fetches_nothing(tmp_path, picture):
+def test_a_browser_filters_the_page_and_runs_and_fetches_nothing(tmp_path, image):
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    one = [record("a", images=[picture]), record("a", 1, "red", 0.0), record("b"), record("c", 0, HOSTILE, None)]
-    two = [record("a", images=[picture]), record("a", 1), record("b"), record("c", 0, "fine", None)]
+    one = [record("a", images=[image]), record("a", 1, "red", 0.0), record("b"), record("c", 0, HOSTILE, None)]
+    two = [record("a", images=[image]), record("a", 1), record("b"), record("c", 0, "fine", None)]
     write_html(tmp_path / "p.html", {"one": one, "two": two})
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -291,7 +291,7 @@ def test_a_browser_filters_the_page_and_runs_and_fetches_nothing(tmp_path, pictu
             return [element.inner_text() for element in page.query_selector_all(selector) if element.is_visible()]
 
         assert seen("h2") == ["a", "b", "c"] and len(seen(".answer")) == 8 and len(seen("img")) == 1
-        page.check("#differs")  # the rounds before one that differs keep their questions and pictures
+        page.check("#differs")  # the rounds before one that differs keep their questions and images
         assert seen("h2") == ["a", "c"] and len(seen(".question")) == 3 and len(seen(".answer")) == 4
         page.check("#imperfect")
         assert seen("h2") == ["a"] and len(seen(".question")) == 2 and len(seen(".answer")) == 2

@@ -1,4 +1,4 @@
-"""Exact picture reuse: a prompt over pictures that were encoded before is the ordinary prefill, wherever they stand."""
+"""Exact image reuse: a prompt over images that were encoded before is the ordinary prefill, wherever they stand."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 from accelerate import dispatch_model
-from conftest import _COMMON, FAMILIES, IMAGE_ID, PER_PICTURE, batch, pictures, tiny_model
+from conftest import _COMMON, FAMILIES, IMAGE_ID, PER_IMAGE, batch, random_images, tiny_model
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from dsvl import PictureCache
+from dsvl import ImageKVCache
 from dsvl.cache_dsvl import cached_images, cached_types
 from dsvl.reuse_dsvl import layer_types, own_value, run_decoder
 
@@ -35,7 +35,7 @@ MORE |= {
     "smollm3": lambda: transformers.SmolLM3Config(**_COMMON, no_rope_layers=[1, 0]),
 }
 families = pytest.mark.parametrize("family", FAMILIES)
-# Pictures first, last before the question, next to each other, in rows of their own beside text alone.
+# Images first, last before the question, next to each other, in rows of their own beside text alone.
 LAYOUTS = [("tIttt",), ("ttItttIIttttttIttt",), ("IIt", "ttItIItttttttttt", "tttttttttttt", "t"), ("ttIt", "tItt")]
 
 
@@ -46,19 +46,19 @@ def more_families(monkeypatch):
 
 
 def prompt_of(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What is left of a prompt when its pictures come from a cache, with positions as `generate` counts them."""
+    """What is left of a prompt when its images come from a cache, with positions as `generate` counts them."""
     mask = inputs["attention_mask"]
     return {"input_ids": inputs["input_ids"], "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 def prefills(
-    model: Any, inputs: dict[str, Any], picture_cache: PictureCache, make_cache: Any = DynamicCache
+    model: Any, inputs: dict[str, Any], image_cache: ImageKVCache, make_cache: Any = DynamicCache
 ) -> tuple[tuple[torch.Tensor, Any], tuple[torch.Tensor, Any]]:
-    """(last logits, KV cache) of the ordinary prefill, and of the one over pictures."""
+    """(last logits, KV cache) of the ordinary prefill, and of the one over images."""
     results = []
     for extra, run in (
         ({"pixel_values": inputs["pixel_values"], "use_cache": True, "logits_to_keep": 1}, model),
-        ({"picture_cache": picture_cache}, model.prefill),
+        ({"image_cache": image_cache}, model.prefill),
     ):
         cache = make_cache(config=model.config.text_config)
         with torch.no_grad():
@@ -66,8 +66,8 @@ def prefills(
     return results[0], results[1]
 
 
-def assert_same(model: Any, inputs: dict[str, Any], picture_cache: PictureCache, make_cache: Any = DynamicCache) -> None:
-    (logits, cache), (got_logits, got_cache) = prefills(model, inputs, picture_cache, make_cache)
+def assert_same(model: Any, inputs: dict[str, Any], image_cache: ImageKVCache, make_cache: Any = DynamicCache) -> None:
+    (logits, cache), (got_logits, got_cache) = prefills(model, inputs, image_cache, make_cache)
     close = {"atol": 1e-12, "rtol": 1e-12}
     torch.testing.assert_close(got_logits, logits, **close)
     assert cached_types(got_cache).equal(cached_types(cache))
@@ -83,10 +83,10 @@ def assert_same(model: Any, inputs: dict[str, Any], picture_cache: PictureCache,
             torch.testing.assert_close(one * real, other * real, **close, msg=lambda m, n=name: f"{n} of {layer}: {m}")  # noqa: B023
 
 
-def greedy(model: Any, inputs: dict[str, Any], picture_cache: PictureCache | None = None, **kwargs: Any) -> Any:
-    if picture_cache is not None:
+def greedy(model: Any, inputs: dict[str, Any], image_cache: ImageKVCache | None = None, **kwargs: Any) -> Any:
+    if image_cache is not None:
         inputs = {name: value for name, value in inputs.items() if name != "pixel_values"}
-        kwargs["picture_cache"] = picture_cache
+        kwargs["image_cache"] = image_cache
     return model.generate(**inputs, **({"max_new_tokens": 8, "do_sample": False} | kwargs))
 
 
@@ -102,13 +102,13 @@ def test_logits_keys_and_values_are_those_of_the_whole_prefill(family, backend, 
     model = tiny_model(family, backend=backend)
     for layouts in LAYOUTS:
         inputs = batch(*layouts)
-        assert_same(model, inputs, model.encode_pictures(inputs["pixel_values"]))
+        assert_same(model, inputs, model.encode_images(inputs["pixel_values"]))
 
 
 @pytest.mark.parametrize("family", MORE)
 def test_other_ways_to_rotate(more_families, family):
     model, inputs = tiny_model(family), batch(*LAYOUTS[2])
-    assert_same(model, inputs, model.encode_pictures(inputs["pixel_values"]))
+    assert_same(model, inputs, model.encode_images(inputs["pixel_values"]))
 
 
 @families
@@ -124,7 +124,7 @@ def test_rows_at_random(family, seed):
         layouts = ["".join("tttttI"[some(6)] for _ in range(some(30))) + "t" for _ in range(1 + some(4))]
         inputs = batch(*layouts, seed=some(1000))
         if inputs["pixel_values"] is not None:
-            assert_same(model, inputs, model.encode_pictures(inputs["pixel_values"]))
+            assert_same(model, inputs, model.encode_images(inputs["pixel_values"]))
 
 
 @families
@@ -133,7 +133,7 @@ def test_static_caches_are_filled_alike(family):
     for length in (60, 200):  # shorter than some windows need, and longer
         for layouts in LAYOUTS:
             inputs = batch(*layouts)
-            cache = model.encode_pictures(inputs["pixel_values"])
+            cache = model.encode_images(inputs["pixel_values"])
             (logits, expected), (got_logits, got) = prefills(
                 model, inputs, cache, lambda config, length=length: StaticCache(config=config, max_cache_len=length)
             )
@@ -155,7 +155,7 @@ def test_a_quantized_cache_takes_what_it_would_have_taken():
     config = {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 8, "axis_key": 0, "axis_value": 0}
     kwargs = {"cache_implementation": "quantized", "cache_config": config}
     expected = greedy(model, inputs, **kwargs)
-    assert greedy(model, inputs, model.encode_pictures(inputs["pixel_values"]), **kwargs).equal(expected)
+    assert greedy(model, inputs, model.encode_images(inputs["pixel_values"]), **kwargs).equal(expected)
 
 
 def test_no_row_of_a_mask_is_empty():
@@ -168,27 +168,27 @@ def test_no_row_of_a_mask_is_empty():
         return run_decoder(decoder, embeds, positions, attention)
 
     model._run_decoder = run
-    model.prefill_text(inputs["input_ids"], model.encode_pictures(inputs["pixel_values"]), None, inputs["attention_mask"])
+    model.prefill_text(inputs["input_ids"], model.encode_images(inputs["pixel_values"]), None, inputs["attention_mask"])
     for mask in masks:
         assert mask.isfinite().any(-1).all() and not mask.isfinite().all()
 
 
-def test_a_row_of_text_beside_pictures_is_the_row_alone():
+def test_a_row_of_text_beside_images_is_the_row_alone():
     model, inputs = tiny_model(), batch("tIIttItt", "ttttt")
-    _, (logits, _) = prefills(model, inputs, model.encode_pictures(inputs["pixel_values"]))
+    _, (logits, _) = prefills(model, inputs, model.encode_images(inputs["pixel_values"]))
     with torch.no_grad():
         alone = model(inputs["input_ids"][1:, inputs["attention_mask"][1].bool()]).logits[0, -1]
     torch.testing.assert_close(logits[1, -1], alone, atol=1e-12, rtol=1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Any picture at any place
+# Any image at any place
 
 
 @families
-def test_pictures_come_in_any_order_and_more_than_once(family):
-    model, seen = tiny_model(family), pictures(4)
-    cache = model.encode_pictures(seen)
+def test_images_come_in_any_order_and_more_than_once(family):
+    model, seen = tiny_model(family), random_images(4)
+    cache = model.encode_images(seen)
     inputs = batch("ttIIIItt")  # the last one in every window
     outcomes = []
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 2, 0, 1]):
@@ -196,31 +196,31 @@ def test_pictures_come_in_any_order_and_more_than_once(family):
         assert_same(model, inputs, cache[order])
         outcomes.append(prefills(model, inputs, cache[order])[1][0])
     for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert (outcomes[one] - outcomes[other]).abs().max() > 1e-3, "the pictures make no difference"
+        assert (outcomes[one] - outcomes[other]).abs().max() > 1e-3, "the images make no difference"
 
 
 def test_a_cache_is_taken_apart_and_joined():
-    model, seen = tiny_model(), pictures(3)
-    cache = model.encode_pictures(seen)
+    model, seen = tiny_model(), random_images(3)
+    cache = model.encode_images(seen)
     for same in (
-        PictureCache.cat([cache[2], cache[:2]])[[1, 2, 0]],
-        PictureCache.cat(list(cache)),
+        ImageKVCache.cat([cache[2], cache[:2]])[[1, 2, 0]],
+        ImageKVCache.cat(list(cache)),
         cache[torch.tensor([0, 1, 2])],
         cache[-3:],
         cache.to("cpu", torch.float64),
     ):
         assert len(same) == 3 and same.keys.equal(cache.keys) and same.values.equal(cache.values)
     layers, heads, width = 2, 2, 8
-    assert cache.keys.shape == (layers, 3, PER_PICTURE, heads, width)
-    assert cache[0].nbytes == 2 * layers * PER_PICTURE * heads * width * 8
-    with pytest.raises(ValueError, match="2 picture caches of 2 different models"):
-        PictureCache.cat([cache, tiny_model(seed=1).encode_pictures(seen)])
+    assert cache.keys.shape == (layers, 3, PER_IMAGE, heads, width)
+    assert cache[0].nbytes == 2 * layers * PER_IMAGE * heads * width * 8
+    with pytest.raises(ValueError, match="2 image KV caches of 2 different models"):
+        ImageKVCache.cat([cache, tiny_model(seed=1).encode_images(seen)])
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5])
-def test_pictures_may_be_encoded_in_chunks(chunk_size):
-    model, seen = tiny_model("gemma3_text"), pictures(5)
-    whole, parts = model.encode_pictures(seen), model.encode_pictures(seen, chunk_size)
+def test_images_may_be_encoded_in_chunks(chunk_size):
+    model, seen = tiny_model("gemma3_text"), random_images(5)
+    whole, parts = model.encode_images(seen), model.encode_images(seen, chunk_size)
     torch.testing.assert_close(parts.keys, whole.keys, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(parts.values, whole.values, atol=1e-12, rtol=1e-12)
 
@@ -229,21 +229,21 @@ def test_pictures_may_be_encoded_in_chunks(chunk_size):
 def test_keys_are_turned_to_the_bit_in_bfloat16(family):
     """What is kept at position 0 and turned is what the decoder computes at any other position."""
     model = tiny_model(family, dtype=torch.bfloat16).model
-    embeds = torch.stack(model.get_image_features(pictures(2, torch.bfloat16)).pooler_output).detach()
-    positions = torch.arange(PER_PICTURE * 2).reshape(2, -1) * 7 + 3
+    embeds = torch.stack(model.get_image_features(random_images(2, torch.bfloat16)).pooler_output).detach()
+    positions = torch.arange(PER_IMAGE * 2).reshape(2, -1) * 7 + 3
     attention = dict.fromkeys(layer_types(model.language_model), own_value)
     with torch.no_grad():
         _, keys, values, _ = run_decoder(model.language_model, embeds, positions, attention)
-    cache = model.encode_pictures(pictures(2, torch.bfloat16))
+    cache = model.encode_images(random_images(2, torch.bfloat16))
     assert cache.dtype == torch.bfloat16 and cache.values.equal(values)
-    turned = model.picture_rotation(cache.device)(cache.keys.flatten(1, 2), positions.flatten())
+    turned = model.image_rotation(cache.device)(cache.keys.flatten(1, 2), positions.flatten())
     assert turned.equal(keys.flatten(1, 2)) and not turned.equal(cache.keys.flatten(1, 2))
 
 
 def test_rotation_in_parts_is_the_same(monkeypatch):
     model = tiny_model(num_hidden_layers=5).model
-    cache = model.encode_pictures(pictures(2))
-    rotation, positions = model.picture_rotation(cache.device), torch.arange(2 * PER_PICTURE)
+    cache = model.encode_images(random_images(2))
+    rotation, positions = model.image_rotation(cache.device), torch.arange(2 * PER_IMAGE)
     whole = rotation(cache.keys.flatten(1, 2), positions)
     monkeypatch.setattr("dsvl.reuse_dsvl.ROTATED_AT_ONCE", 2 * cache.keys[0].numel())
     assert rotation(cache.keys.flatten(1, 2), positions).equal(whole)
@@ -261,7 +261,7 @@ def test_the_same_tokens_are_generated(family, kind):
         inputs = batch(*layouts)
         kwargs = {"cache_implementation": kind, "disable_compile": True}
         expected = greedy(model, inputs, **kwargs)
-        assert greedy(model, inputs, model.encode_pictures(inputs["pixel_values"]), **kwargs).equal(expected)
+        assert greedy(model, inputs, model.encode_images(inputs["pixel_values"]), **kwargs).equal(expected)
 
 
 @pytest.mark.parametrize(
@@ -276,11 +276,11 @@ def test_the_same_tokens_are_generated(family, kind):
 @pytest.mark.parametrize("layouts", LAYOUTS[1:3])
 def test_beams_and_samples_are_the_same(options, layouts):
     model, inputs = tiny_model(), batch(*layouts)
-    cache = model.encode_pictures(inputs["pixel_values"])
+    cache = model.encode_images(inputs["pixel_values"])
     results = []
-    for picture_cache in (None, cache):
+    for image_cache in (None, cache):
         torch.manual_seed(0)
-        results.append(greedy(model, inputs, picture_cache, **options))
+        results.append(greedy(model, inputs, image_cache, **options))
     assert results[0].equal(results[1])
 
 
@@ -291,7 +291,7 @@ def test_text_padded_to_a_multiple_gives_the_same(family, monkeypatch):
     monkeypatch.setattr(model.model, "_text_step", 8)
     for layouts in LAYOUTS:
         inputs = batch(*layouts)
-        assert_same(model, inputs, model.encode_pictures(inputs["pixel_values"]))
+        assert_same(model, inputs, model.encode_images(inputs["pixel_values"]))
 
 
 @pytest.mark.parametrize(
@@ -318,9 +318,9 @@ def test_the_text_may_be_computed_by_a_compiled_decoder(family):
     model = tiny_model(family, dtype=torch.float32)
     torch._dynamo.reset()
     model.compile_text_prefill(fullgraph=True)
-    for layouts in LAYOUTS:  # other lengths, other numbers of pictures, batches
+    for layouts in LAYOUTS:  # other lengths, other numbers of images, batches
         inputs = batch(*layouts, dtype=torch.float32)
-        (logits, _), (got, _) = prefills(model, inputs, model.encode_pictures(inputs["pixel_values"]))
+        (logits, _), (got, _) = prefills(model, inputs, model.encode_images(inputs["pixel_values"]))
         torch.testing.assert_close(got, logits, atol=1e-4, rtol=1e-4)
 
 
@@ -332,27 +332,27 @@ def test_a_compiled_static_step_goes_on_from_it():
     compile_config = CompileConfig(fullgraph=True, mode="default")
     compile_config._compile_all_devices = True
     kwargs = {"cache_implementation": "static", "compile_config": compile_config}
-    assert greedy(model, inputs, model.encode_pictures(inputs["pixel_values"]), **kwargs).equal(expected)
+    assert greedy(model, inputs, model.encode_images(inputs["pixel_values"]), **kwargs).equal(expected)
     assert "_compiled_call" in model.__dict__, "nothing was compiled"
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_conversation_goes_on_with_a_new_picture(family):
+def test_a_conversation_goes_on_with_a_new_image(family):
     model, inputs = tiny_model(family), batch("tIttItt")
-    cache = model.encode_pictures(inputs["pixel_values"])
+    cache = model.encode_images(inputs["pixel_values"])
     answer = greedy(model, inputs, cache, return_dict_in_generate=True)
-    second, new = batch("ttIttt", seed=7)["input_ids"], pictures(1, seed=3)
+    second, new = batch("ttIttt", seed=7)["input_ids"], random_images(1, seed=3)
     ids = torch.cat([answer.sequences, second], 1)
     expected = greedy(model, {"input_ids": ids, "pixel_values": torch.cat([inputs["pixel_values"], new])})
     again = {"input_ids": ids, "pixel_values": new}
     assert greedy(model, again, past_key_values=answer.past_key_values).equal(expected)
-    joined = PictureCache.cat([cache, model.encode_pictures(new)])
+    joined = ImageKVCache.cat([cache, model.encode_images(new)])
     assert greedy(model, {"input_ids": ids}, joined).equal(expected)
 
 
 def test_generation_sees_neither_the_tower_nor_an_image_token():
     model, inputs = tiny_model(), batch(*LAYOUTS[1])
-    cache = model.encode_pictures(inputs["pixel_values"])
+    cache = model.encode_images(inputs["pixel_values"])
     lengths: list[int] = []
 
     def never(*args: Any) -> None:
@@ -374,4 +374,4 @@ def test_a_model_that_is_spread_over_devices_and_disk(tmp_path):
     spread = dispatch_model(spread, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     inputs = batch(*LAYOUTS[2], dtype=torch.float32)
     expected = greedy(plain, inputs)
-    assert greedy(spread, inputs, spread.encode_pictures(inputs["pixel_values"])).equal(expected)
+    assert greedy(spread, inputs, spread.encode_images(inputs["pixel_values"])).equal(expected)

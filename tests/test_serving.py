@@ -23,10 +23,10 @@ from model_server import (
     alone,
     ask,
     data_url,
+    draw_image,
     eventually,
     load_parts,
     make_served_checkpoint,
-    picture,
     post,
     question,
     served,
@@ -50,7 +50,7 @@ def parts(checkpoint: Path) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_answers_are_the_models_own(server: Server, parts: tuple[Any, Any], count: int) -> None:
-    images = [picture(seed) for seed in range(count)]
+    images = [draw_image(seed) for seed in range(count)]
     own = [{"type": "image", "image": image} for image in images]
     expected = alone(parts, [{"role": "user", "content": [*own, {"type": "text", "text": "What is this?"}]}])
     messages = question("What is this?", *map(data_url, images))
@@ -62,7 +62,7 @@ def test_answers_are_the_models_own(server: Server, parts: tuple[Any, Any], coun
 
 
 def test_a_conversation_of_rounds(server: Server, parts: tuple[Any, Any]) -> None:
-    first, second = picture(1), picture(2)
+    first, second = draw_image(1), draw_image(2)
     ours = [
         {"role": "developer", "content": "Be brief."},
         *question("What?", data_url(first)),
@@ -86,7 +86,7 @@ def test_an_answer_may_be_sent_back_as_the_client_dumps_it(server: Server) -> No
 def test_models_and_usage(server: Server, parts: tuple[Any, Any]) -> None:
     assert [model.id for model in server.client().models.list()] == [NAME]
     assert server.client().models.retrieve(NAME).id == NAME
-    messages = question("What is this?", data_url(picture(0)))
+    messages = question("What is this?", data_url(draw_image(0)))
     usage = ask(server, messages, 7).usage
     prompt = (
         parts[1]
@@ -94,7 +94,7 @@ def test_models_and_usage(server: Server, parts: tuple[Any, Any]) -> None:
             [
                 {
                     "role": "user",
-                    "content": [{"type": "image", "image": picture(0)}, {"type": "text", "text": "What is this?"}],
+                    "content": [{"type": "image", "image": draw_image(0)}, {"type": "text", "text": "What is this?"}],
                 }
             ],
             add_generation_prompt=True,
@@ -170,9 +170,9 @@ def test_sampling_is_each_requests_own(server: Server) -> None:
 
 def test_requests_that_come_together_are_answered_together(server: Server, parts: tuple[Any, Any]) -> None:
     texts = SENTENCES[:24]
-    urls = [[data_url(picture(number))] * (number % 3) for number in range(24)]
+    urls = [[data_url(draw_image(number))] * (number % 3) for number in range(24)]
     own = [
-        [{"type": "image", "image": picture(number)}] * (number % 3) + [{"type": "text", "text": texts[number]}]
+        [{"type": "image", "image": draw_image(number)}] * (number % 3) + [{"type": "text", "text": texts[number]}]
         for number in range(24)
     ]
     expected = [alone(parts, [{"role": "user", "content": content}]) for content in own]
@@ -225,7 +225,7 @@ def test_nobody_waits_for_the_end_of_anothers_long_answer(parts: tuple[Any, Any]
 def test_an_answer_that_was_paused_goes_on_as_if_it_was_not(parts: tuple[Any, Any], monkeypatch: Any) -> None:
     def one(number: int) -> str:
         options: dict[str, Any] = {"temperature": 1.2, "seed": number} if number % 2 else {}
-        messages = question(SENTENCES[number], *[data_url(picture(number))] * (number % 3))
+        messages = question(SENTENCES[number], *[data_url(draw_image(number))] * (number % 3))
         return ask(server, messages, 30, **options).choices[0].message.content
 
     with served(*parts) as server:
@@ -278,14 +278,14 @@ def test_a_failing_request_fails_alone_and_tells_nothing(server: Server, parts: 
     assert "secret" not in str(error.value)
 
 
-def test_a_picture_by_its_address_if_the_server_may(parts: tuple[Any, Any], tmp_path: Path, monkeypatch: Any) -> None:
-    picture(1).save(tmp_path / "one.png")
+def test_a_image_by_its_address_if_the_server_may(parts: tuple[Any, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    draw_image(1).save(tmp_path / "one.png")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site, served(*parts, limits=Limits(allow_urls=True)) as server:
         threading.Thread(target=site.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{site.server_port}/one.png"
-        answers = [ask(server, question("one", one)).choices[0].message.content for one in (url, data_url(picture(1)))]
+        answers = [ask(server, question("one", one)).choices[0].message.content for one in (url, data_url(draw_image(1)))]
         site.shutdown()
     assert answers[0] == answers[1]
 
@@ -319,7 +319,7 @@ def test_the_command(checkpoint: Path) -> None:
                         return False
 
                 eventually(answers, 60)
-                messages: Any = question("What?", data_url(picture(0)))
+                messages: Any = question("What?", data_url(draw_image(0)))
                 answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=4)
                 assert answer.usage is not None and answer.usage.completion_tokens >= 1
         finally:

@@ -16,8 +16,8 @@ from model_server import (
     Server,
     alone,
     data_url,
+    draw_image,
     eventually,
-    picture,
     question,
 )
 from training_runs import environment
@@ -26,7 +26,7 @@ from training_runs import environment
 def _load(server: Server, parts: tuple[Any, Any], clients: int, seconds: float) -> tuple[int, int]:
     """Let many clients ask, some of whom vanish; answers, and departures. All answers must be the model's own."""
     texts = SENTENCES[:12]
-    images = [picture(number) if number % 3 == 0 else None for number in range(12)]
+    images = [draw_image(number) if number % 3 == 0 else None for number in range(12)]
     own, asked = [], []
     for text, image in zip(texts, images, strict=True):
         own.append([{"type": "image", "image": image}] * (image is not None) + [{"type": "text", "text": text}])

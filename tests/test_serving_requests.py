@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_server import NAME, data_url, load_parts, make_served_checkpoint, picture
+from model_server import NAME, data_url, draw_image, load_parts, make_served_checkpoint
 from starlette.testclient import TestClient
 
 from dsvl.serving.app import build_app
 from dsvl.serving.requests import Limits
 
-IMAGES = [picture(seed) for seed in range(3)]
+IMAGES = [draw_image(seed) for seed in range(3)]
 URLS = [data_url(image) for image in IMAGES]
 BROKEN = ["", "x", "http://127.0.0.1/a.png", "data:image/png;base64,!!!", "data:,x", URLS[0][:-200], "file:///etc/passwd"]
 TOKENS, MOST = 3, 5  # of an answer

@@ -17,8 +17,8 @@ from model_server import (
     Server,
     ask,
     data_url,
+    draw_image,
     eventually,
-    picture,
     post,
     question,
     read_answer,
@@ -113,7 +113,7 @@ def test_slow_bodies_hold_nobody_up_and_are_cut_off(parts: tuple[Any, Any], monk
 def test_a_body_that_keeps_coming_may_take_its_time(server: Server, monkeypatch: Any) -> None:
     monkeypatch.setattr(connections, "BODY_GRACE_SECONDS", 0.5)
     body = json.dumps(
-        {"model": NAME, "messages": question("one", data_url(picture(0, (150, 150)))), "max_tokens": 1}
+        {"model": NAME, "messages": question("one", data_url(draw_image(0, (150, 150)))), "max_tokens": 1}
     ).encode()
     request = post(body)
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
@@ -193,7 +193,7 @@ def test_whoever_does_not_read_the_answer_frees_the_place(parts: tuple[Any, Any]
         eventually(lambda: server.chat.held == 0 and server.engine.running == 0)
 
 
-def test_a_text_does_not_wait_for_anothers_pictures(server: Server, monkeypatch: Any) -> None:
+def test_a_text_does_not_wait_for_anothers_images(server: Server, monkeypatch: Any) -> None:
     release, taken = threading.Event(), []
     pixels = server.chat._pixels
 
@@ -204,18 +204,18 @@ def test_a_text_does_not_wait_for_anothers_pictures(server: Server, monkeypatch:
 
     monkeypatch.setattr(server.chat, "_pixels", slow)
     with ThreadPoolExecutor(4) as pool:
-        urls = [data_url(picture(seed)) for seed in range(8)]
+        urls = [data_url(draw_image(seed)) for seed in range(8)]
         many = [pool.submit(ask, server, question("one", *urls)) for _ in range(3)]
         eventually(lambda: len(taken) == 2)
         assert ask(server, question("two"), 3).usage.completion_tokens == 3
         few = pool.submit(ask, server, question("one", urls[0]))
         release.set()
         eventually(few.done)
-        assert taken.index(8) > 10  # requests took turns, picture by picture
+        assert taken.index(8) > 10  # requests took turns, image by image
         assert [future.result().usage.completion_tokens for future in many] == [12] * 3
 
 
-def test_a_thin_picture(server: Server) -> None:
+def test_a_thin_image(server: Server) -> None:
     url = "data:image/png;base64," + base64.b64encode(_png(Image.new("1", (1, 20_000)))).decode()
     body = {"model": NAME, "messages": question("one", url), "max_tokens": 2}
     with server.raw(post(json.dumps(body).encode())) as connection:

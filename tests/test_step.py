@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dsvl import attention_dsvl, kernels_dsvl, masks_dsvl, modeling_dsvl, pictures_dsvl
+from dsvl import attention_dsvl, images_dsvl, kernels_dsvl, masks_dsvl, modeling_dsvl
 from dsvl.visibility_dsvl import visibilities
 
 LAYOUTS = ("ttItttItttt", "tItttttItttt", "IttIttt")
@@ -85,7 +85,7 @@ def device(monkeypatch):
 
     monkeypatch.setattr(masks_dsvl, "can_fuse", lambda *args: True)
     monkeypatch.setattr(attention_dsvl, "fused_attention", fused_attention)
-    for module in (modeling_dsvl, pictures_dsvl):
+    for module in (modeling_dsvl, images_dsvl):
         monkeypatch.setattr(module, "HostCopy", LateCopy)
     return torch.device("meta")
 
@@ -119,7 +119,7 @@ def test_what_waits_is_noticed(wait):
 @pytest.mark.parametrize("rows", ["padded", "packed"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "qwen2"])
 def test_a_step_waits_for_nothing(family, rows, checkpointing, device, monkeypatch):
-    """Pictures in every sample, padding, a label here and there; and what the host does ask for comes when it is done."""
+    """Images in every sample, padding, a label here and there; and what the host does ask for comes when it is done."""
     model = tiny_model(family, dtype=torch.bfloat16).set_trainable().train().to(device)
     if checkpointing:
         model.activation_checkpointing_enable(checkpointing)

@@ -98,7 +98,7 @@ def test_parts_of_a_file_hold_every_line_once(lines, data):
 
 @pytest.mark.parametrize("kind", ["parquet", "directory"])
 def test_tables_stream_what_their_lines_stream(tmp_path, kind):
-    """Pictures inside a table, and beside a file."""
+    """Images inside a table, and beside a file."""
     lines = load_conversations(make_conversations(tmp_path, layout="ppp"))
     rows = []
     for sample in lines:
@@ -149,7 +149,7 @@ def test_a_streamed_run_resumes_to_the_bit(tmp_path, processes, packing):
     base = ["--model", model, "--data", data, "--streaming", "--max-steps", 6, "--save-steps", 3, "--logging-steps", 1]
     base += ["--per-device-train-batch-size", 1 + (processes == 1), "--gradient-accumulation-steps", 2]
     base += ["--learning-rate", "1e-2", "--dataloader-num-workers", 1, "--lora-rank", 2, "--lora-dropout", 0.5]
-    base += ["--packing", "--max-length", 256, "--max-pictures-per-pack", 4] if packing else []
+    base += ["--packing", "--max-length", 256, "--max-images-per-pack", 4] if packing else []
     run(*base, "--output", tmp_path / "one", processes=processes)
     assert len(losses(tmp_path / "one")) == 6
     shutil.copytree(tmp_path / "one/checkpoint-3", tmp_path / "two/checkpoint-3")

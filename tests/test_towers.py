@@ -21,7 +21,7 @@ from transformers.utils import is_torchvision_available
 import dsvl
 from dsvl.cli import main
 from dsvl.composition.towers import count_prefix_tokens
-from dsvl.pictures_dsvl import tower_features
+from dsvl.images_dsvl import tower_features
 from dsvl.training import lora_config
 from dsvl.training.weights import load_tower
 
@@ -53,7 +53,7 @@ TOWERS = {
     "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**WIDTHS, intermediate_size=48, image_size=SIZE)),
 }
 PREFIX = {"clip": 1, "siglip": 0, "dinov2": 1, "dinov2_with_registers": 5, "dinov3": 5, "qwen": 0, "vit": 1}
-PER_PICTURE = {name: 4 + prefix for name, prefix in PREFIX.items()} | {"qwen": 9}
+PER_IMAGE = {name: 4 + prefix for name, prefix in PREFIX.items()} | {"qwen": 9}
 every_tower = pytest.mark.parametrize("name", TOWERS)
 
 
@@ -96,14 +96,14 @@ def test_its_features_are_its_own(parts, composed, name):
     processor = dsvl.DSVLProcessor.from_pretrained(composed / name)
     config = model.config
     assert type(processor.image_processor) is type(image_processor(name))
-    assert (config.image_size, config.num_prefix_tokens, config.image_seq_length) == (SIZE, PREFIX[name], PER_PICTURE[name])
-    assert processor.image_seq_length == PER_PICTURE[name]
+    assert (config.image_size, config.num_prefix_tokens, config.image_seq_length) == (SIZE, PREFIX[name], PER_IMAGE[name])
+    assert processor.image_seq_length == PER_IMAGE[name]
     pixels = processor.image_processor(Image.radial_gradient("L").convert("RGB"), return_tensors="pt")["pixel_values"]
     tower = getattr(AutoModel.from_pretrained(parts / name), "vision_model", AutoModel.from_pretrained(parts / name))
     with torch.no_grad():
         features = model.get_image_features(pixels)
         assert features.last_hidden_state.equal(tower(pixels).last_hidden_state)
-    assert features.pooler_output[0].shape == (PER_PICTURE[name], 64)
+    assert features.pooler_output[0].shape == (PER_IMAGE[name], 64)
 
 
 @every_tower
@@ -130,7 +130,7 @@ def test_class_tokens_and_registers_are_dropped_on_request(parts, name):
         )
         assert processor.image_seq_length == 4 == len(grid.get_image_features(pixels).pooler_output[0])
         assert len(perceiver.get_image_features(pixels).pooler_output[0]) == 256
-        assert len(vit.get_image_features(pixels).pooler_output[0]) == PER_PICTURE[name]
+        assert len(vit.get_image_features(pixels).pooler_output[0]) == PER_IMAGE[name]
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -181,8 +181,8 @@ answers = {}
 for name in names:
     model = AutoModelForImageTextToText.from_pretrained(f"{root}/composed/{name}", trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(f"{root}/composed/{name}", trust_remote_code=True)
-    picture = Image.radial_gradient("L").convert("RGB")
-    inputs = processor(text="<image> What is it?", images=picture, return_tensors="pt")
+    image = Image.radial_gradient("L").convert("RGB")
+    inputs = processor(text="<image> What is it?", images=image, return_tensors="pt")
     answers[name] = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist()
 tower = AutoModel.from_pretrained(f"{root}/qwen", trust_remote_code=True)
 assert tower(torch.zeros(1, 3, 28, 28)).last_hidden_state.shape == (1, 9, 64)
@@ -203,8 +203,8 @@ def test_a_fresh_process_without_the_package_gives_the_same_answers(parts, compo
     for name in names:
         model = dsvl.DSVLForConditionalGeneration.from_pretrained(composed / name)
         processor = dsvl.DSVLProcessor.from_pretrained(composed / name)
-        picture = Image.radial_gradient("L").convert("RGB")
-        inputs = processor(text="<image> What is it?", images=picture, return_tensors="pt")
+        image = Image.radial_gradient("L").convert("RGB")
+        inputs = processor(text="<image> What is it?", images=image, return_tensors="pt")
         assert answers[name] == model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist(), name
     files = {path.name for path in (composed / "qwen").iterdir()}
     assert files >= {"vision_dsvl.py", "resampler_dsvl.py"}
@@ -252,7 +252,7 @@ def test_qwens_tower_checkpoints_its_layers(parts):
 def test_qwens_tower_takes_squares_of_any_size(parts, side):
     tower = dsvl.DSVLQwenVisionModel.from_pretrained(parts / "qwen")
     assert tower(torch.randn(1, 3, side, side)).last_hidden_state.shape == (1, 9, 64)
-    with pytest.raises(ValueError, match=rf"Pictures of {side} x 84 pixels; this tower takes squares"):
+    with pytest.raises(ValueError, match=rf"Images of {side} x 84 pixels; this tower takes squares"):
         tower(torch.randn(1, 3, side, 84))
 
 
@@ -277,9 +277,9 @@ def test_towers_that_do_not_fit_are_refused_by_name(parts):
         return dsvl.compose(vision, decoder, tokenizer=tokenizer, **{"image_processor": squares} | kwargs)
 
     naflex = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**WIDTHS, intermediate_size=48))
-    with pytest.raises(ValueError, match="'siglip2_vision_model', for pictures of any shape .NaFlex.*fixed resolution"):
+    with pytest.raises(ValueError, match="'siglip2_vision_model', for images of any shape .NaFlex.*fixed resolution"):
         compose(naflex)
-    with pytest.raises(ValueError, match="makes pictures of 56 pixels, which CLIPVisionModel does not take.*size, 28"):
+    with pytest.raises(ValueError, match="makes images of 56 pixels, which CLIPVisionModel does not take.*size, 28"):
         compose(parts / "clip", size=56)
     with pytest.raises(ValueError, match="expected one square for both"):
         compose(parts / "clip", image_processor=transformers.CLIPImageProcessor(do_center_crop=False))

@@ -273,11 +273,11 @@ def test_a_broken_line_is_named(refused, tmp_path, flag):
     assert sentence.endswith("Or leave such conversations out (--on-bad-sample skip).")
 
 
-def test_a_missing_picture_is_named(refused, tmp_path):
+def test_a_missing_image_is_named(refused, tmp_path):
     content = [{"type": "image", "path": "gone.png"}, {"type": "text", "text": "?"}]
-    path = tmp_path / "pictures.jsonl"
+    path = tmp_path / "images.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": content}, CONVERSATION["messages"][1]]}))
-    assert refused(data=path).startswith(f"{path}, line 1: the picture {tmp_path / 'gone.png'} does not exist. ")
+    assert refused(data=path).startswith(f"{path}, line 1: the image {tmp_path / 'gone.png'} does not exist. ")
     assert refused("--on-bad-sample", "skip", data=path).startswith(f"{path} holds no conversation to learn from (1 were")
 
 

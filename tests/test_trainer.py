@@ -334,7 +334,7 @@ def test_rounds_that_do_not_fit_are_not_asked(processor, known):
     assert oracle.prompts == []
 
 
-def test_a_conversation_with_a_broken_picture_is_not_asked_where_it_may_be_left_out(processor, known, tmp_path):
+def test_a_conversation_with_a_broken_image_is_not_asked_where_it_may_be_left_out(processor, known, tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
     content = [{"type": "image", "path": str(tmp_path / "cut.png")}, {"type": "text", "text": "What?"}]
     broken = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "Nothing"}]}

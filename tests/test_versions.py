@@ -91,7 +91,7 @@ def test_what_the_oldest_release_cannot_do_right_is_refused_by_name(tmp_path):
     assert "attn_logit_softcapping in transformers below 5.21" in errors["softcapping"]
     assert errors["softcapping"] == errors["softcapping of texts"] == errors["softcapping, causal"]
     assert errors["training"].startswith("Training needs transformers 5.23 or newer, but 5.20 is installed")
-    assert "prefill_chunk_size does not go with pictures in transformers below 5.23" in errors["chunks"]
+    assert "prefill_chunk_size does not go with images in transformers below 5.23" in errors["chunks"]
 
 
 def test_a_newer_release_is_warned_of(monkeypatch):

@@ -25,7 +25,7 @@ BATCH = "--per-device-train-batch-size"
 
 
 def make_checkpoint(folder: Path, name: str = "model", **llama: Any) -> Path:
-    """Compose a tiny random model with the reference's tokenizer; 5 tokens a picture of 28 pixels."""
+    """Compose a tiny random model with the reference's tokenizer; 5 tokens an image of 28 pixels."""
     torch.manual_seed(0)
     CLIPVisionModel(tiny_tower_config()).save_pretrained(folder / "tower")
     side = {"height": 28, "width": 28}
@@ -36,8 +36,8 @@ def make_checkpoint(folder: Path, name: str = "model", **llama: Any) -> Path:
 
 
 def make_conversations(folder: Path, name: str = "data.jsonl", layout: str = "ppt" * 6) -> Path:
-    """Conversations of one to three rounds: with pictures (p), or texts alone (t)."""
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    """Conversations of one to three rounds: with images (p), or texts alone (t)."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     lines = []
     for index, kind in enumerate(layout):
@@ -45,7 +45,7 @@ def make_conversations(folder: Path, name: str = "data.jsonl", layout: str = "pp
         for number in range(rng.randint(1, 3)):
             content: list[dict[str, str]] = []
             if kind == "p" and number < 2:
-                path = f"pictures/{index}_{number}.png"
+                path = f"images/{index}_{number}.png"
                 pixels = np.random.default_rng(10 * index + number).integers(0, 255, (30, 40, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / path)
                 content.append({"type": "image", "path": path})

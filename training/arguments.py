@@ -78,7 +78,7 @@ class DataArguments:
         default=None, metadata={"help": "up to so many of each make one conversation; one for every name. Default: 1"}
     )
     max_num_image_per_sample: int | None = field(
-        default=None, metadata={"help": "pictures of a conversation in a blend; those with more are left out, counted"}
+        default=None, metadata={"help": "images of a conversation in a blend; those with more are left out, counted"}
     )
     streaming: bool = field(
         default=False,
@@ -87,12 +87,12 @@ class DataArguments:
     packing: bool = field(
         default=False, metadata={"help": "several conversations share a row of --max-length tokens, and none sees another"}
     )
-    max_pictures_per_pack: int | None = field(default=None, metadata={"help": "bounds the memory of the vision tower"})
+    max_images_per_pack: int | None = field(default=None, metadata={"help": "bounds the memory of the vision tower"})
     cache_image_features: str | None = field(
         default=None,
         metadata={
-            "help": "directory in which the frozen tower's features of each picture are kept, computed once and read back "
-            "(0.5 MiB a picture for CLIP ViT-L/14 in 16 bits)"
+            "help": "directory in which the frozen tower's features of each image are kept, computed once and read back "
+            "(0.5 MiB an image for CLIP ViT-L/14 in 16 bits)"
         },
     )
     eval_data: str | None = field(default=None, metadata={"help": "held-out conversations, of the same forms"})
@@ -100,14 +100,14 @@ class DataArguments:
         default=None, metadata={"help": "hold out this share of --data instead, chosen by the seed"}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "tokens of a conversation, pictures included; whole rounds beyond it are left out"}
+        default=None, metadata={"help": "tokens of a conversation, images included; whole rounds beyond it are left out"}
     )
     on_bad_sample: str = field(
-        default="error", metadata={"help": "error or skip: a broken line, a missing picture, a first round that is too long"}
+        default="error", metadata={"help": "error or skip: a broken line, a missing image, a first round that is too long"}
     )
     max_bad_samples: float = field(default=MAX_BAD_SAMPLES, metadata={"help": MAX_BAD_SAMPLES_HELP})
     allow_urls: bool = field(
-        default=False, metadata={"help": "pictures may be http(s) addresses, which are fetched, in every epoch again"}
+        default=False, metadata={"help": "images may be http(s) addresses, which are fetched, in every epoch again"}
     )
 
 
@@ -186,7 +186,7 @@ class DSVLTrainingArguments(TrainingArguments):
             _start_deepspeed(on_cpu=self.use_cpu)
         super().__post_init__()
         if self.n_gpu > 1:
-            # The Trainer would choose DataParallel, which hands out pictures as if each conversation had one.
+            # The Trainer would choose DataParallel, which hands out images as if each conversation had one.
             logger.warning(
                 "%d GPUs, but no launcher: one of them trains. torchrun --nproc-per-node %d -m dsvl.training uses all.",
                 self.n_gpu,
@@ -394,8 +394,8 @@ def _check_data_options(values: dict[str, Any]) -> None:
         raise ValueError(f"--eval-share {share}: expected a number between 0 and 1, and no --eval-data beside it.")
     if values.get("packing") and not values.get("max_length"):
         raise ValueError("--packing needs the length of a pack; pass --max-length (4096, say).")
-    if values.get("max_pictures_per_pack") is not None and not values.get("packing"):
-        raise ValueError("--max-pictures-per-pack without --packing; pass both.")
+    if values.get("max_images_per_pack") is not None and not values.get("packing"):
+        raise ValueError("--max-images-per-pack without --packing; pass both.")
 
 
 def _check_streaming(values: dict[str, Any]) -> None:
@@ -403,7 +403,7 @@ def _check_streaming(values: dict[str, Any]) -> None:
         raise ValueError("--streaming has no end; pass --max-steps.")
     if values.get("dataset_names") or str(values["data"]).endswith((".yaml", ".yml")):
         raise ValueError("--streaming reads one data set, not a blend; leave one of them out, or blend it beforehand.")
-    for option, why in (("eval_share", "cannot be shared out"), ("cache_image_features", "has pictures nobody knows yet")):
+    for option, why in (("eval_share", "cannot be shared out"), ("cache_image_features", "has images nobody knows yet")):
         if values.get(option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} with --streaming: a stream {why}; leave one of them out.")
 

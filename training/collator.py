@@ -13,8 +13,8 @@ from ..data import check_conversation, complete_messages
 from ..data.bad_samples import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location, one_sample, shortened, worker_row
 from ..data.files import without_nones
 from ..data.forms import MESSAGES
-from ..data.messages import Sample, is_trained, location_of, picture_source, pictures_of
-from ..data.pictures import fetched
+from ..data.images import fetched
+from ..data.messages import Sample, image_source, images_of, is_trained, location_of
 from ..image_reading_dsvl import read_image
 from ..thin_images_dsvl import fit_thin_image
 from .features import FeatureCache
@@ -35,16 +35,16 @@ class SampleSize:
 class ConversationCollator:
     """Renders conversations with the chat template; the assistant's tokens, the end of each answer included, are learnt.
 
-    A conversation of more than `max_length` tokens loses whole rounds from its end, never a part of a picture.
+    A conversation of more than `max_length` tokens loses whole rounds from its end, never a part of an image.
 
     Args:
         processor: the model's `DSVLProcessor`.
         max_length: in tokens, image tokens included; None for no limit.
-        on_bad_sample: what happens if the first round does not fit, a picture cannot be decoded, or anything else is wrong
+        on_bad_sample: what happens if the first round does not fit, an image cannot be decoded, or anything else is wrong
             with a conversation: "error", or "skip" to leave it out of its batch. A batch that loses all of them has nothing
             to learn.
-        features: of the pictures, by a frozen tower; they are then looked up instead of decoded.
-        allow_urls: whether pictures are fetched from addresses (see `data.addresses.fetch`), in every epoch again.
+        features: of the images, by a frozen tower; they are then looked up instead of decoded.
+        allow_urls: whether images are fetched from addresses (see `data.addresses.fetch`), in every epoch again.
         max_bad_samples: the share that may be skipped, see `data.bad_samples.BadSamples`.
     """
 
@@ -61,7 +61,7 @@ class ConversationCollator:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} leaves no token; pass at least 1, or None for no limit.")
         self.processor, self.max_length, self.on_bad_sample = processor, max_length, on_bad_sample
-        self.features = features if features is not None and len(features) else None  # without pictures there is none
+        self.features = features if features is not None and len(features) else None  # without images there is none
         self.allow_urls = allow_urls
         # Shared with the data loader's workers, a row for each, as they count at the same time.
         self._shortened = torch.zeros(WORKERS, dtype=torch.int64).share_memory_()
@@ -80,8 +80,8 @@ class ConversationCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (-100 where nothing is learnt), int64 of (batch,
-            tokens), tokens a multiple of 8; and `pixel_values` (pictures, 3, height, width) if there are pictures; or, with
-            `features`, `image_features` (pictures, tower tokens, tower width), in every batch. For packs
+            tokens), tokens a multiple of 8; and `pixel_values` (images, 3, height, width) if there are images; or, with
+            `features`, `image_features` (images, tower tokens, tower width), in every batch. For packs
             `position_ids`, which begin again with each conversation, instead of `attention_mask`: so a decoder of
             transformers tells packed conversations apart. Padding is a conversation of its own.
 
@@ -114,7 +114,7 @@ class ConversationCollator:
         return tensors
 
     def _usable(self, samples: list[Any]) -> list["_Conversation"]:
-        """The samples as messages with decoded pictures; what cannot be used is told or counted."""
+        """The samples as messages with decoded images; what cannot be used is told or counted."""
         conversations = []
         for sample in samples:
             location = location_of(sample)
@@ -218,7 +218,7 @@ class ConversationCollator:
             mask = _unmask(mask, answers)
         return SampleSize(
             turns=len(_turn_ends(messages)),
-            images=len(pictures_of(messages)),
+            images=len(images_of(messages)),
             tokens=self.processor.count_tokens(messages),
             trained=int(sum(mask)),
         )
@@ -238,27 +238,27 @@ class ConversationCollator:
             return self.processor.count_tokens(self.shorten_sample(sample))
 
     def decode(self, messages: list[dict[str, Any]], pixels: bool = False) -> list[dict[str, Any]]:
-        """The messages with their pictures decoded, or their features, so that one that cannot be is told by itself.
+        """The messages with their images decoded, or their features, so that one that cannot be is told by itself.
 
         Args:
             messages: complete ones.
-            pixels: decode pictures whose features are known, too.
+            pixels: decode images whose features are known, too.
 
         Raises:
-            ValueError: naming that picture.
+            ValueError: naming that image.
         """
         features = None if pixels else self.features
         return [
             message
             if isinstance(message["content"], str)
-            else message | {"content": [self._with_picture(part, features) for part in message["content"]]}
+            else message | {"content": [self._with_image(part, features) for part in message["content"]]}
             for message in messages
         ]
 
-    def _with_picture(self, part: dict[str, Any], features: FeatureCache | None) -> dict[str, Any]:
+    def _with_image(self, part: dict[str, Any], features: FeatureCache | None) -> dict[str, Any]:
         if part["type"] != "image":
             return part
-        source = fetched(picture_source(part), self.allow_urls)
+        source = fetched(image_source(part), self.allow_urls)
         if features is not None:
             return {"type": "image", "image_features": features.of(source)}
         image = read_image(source, allow_urls=False)
@@ -284,7 +284,7 @@ class ConversationCollator:
 
 @dataclass
 class _Conversation:
-    """Messages with decoded pictures, and where they are from."""
+    """Messages with decoded images, and where they are from."""
 
     messages: list[dict[str, Any]]
     location: Location

@@ -31,7 +31,7 @@ def describe_data(data: Any, collator: ConversationCollator) -> str:
     sizes, measured, failure = _measure(conversations, collator)
     if not any(size.trained for size in sizes):
         raise ValueError(_why_nothing(conversations, collator, failure))
-    if not any(conversations.pictures(index) for index in range(len(conversations))):
+    if not any(conversations.images(index) for index in range(len(conversations))):
         logger.warning("%s holds no image; what an image shows cannot be trained on it.", data.source)
     number = round(len(conversations) * len(sizes) / measured) if packs is None else sum(map(len, packs.packs))
     about = "" if measured == len(conversations) else "about "

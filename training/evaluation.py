@@ -19,7 +19,7 @@ def exact_match(
     """The share of answers that a model gives to the letter (but for white space around it), generated greedily.
 
     Each round is asked with the true answers of the earlier ones. Every process asks its share of the questions, and all
-    call `generate` as often as each other, as ZeRO-3 needs; pictures are decoded for one batch at a time.
+    call `generate` as often as each other, as ZeRO-3 needs; images are decoded for one batch at a time.
 
     Args:
         model: a `DSVLForConditionalGeneration`, or PEFT's wrapper around it.

@@ -1,4 +1,4 @@
-"""What a frozen vision tower gives for each picture: computed once, kept on the disk, read back in every epoch."""
+"""What a frozen vision tower gives for each image: computed once, kept on the disk, read back in every epoch."""
 
 import contextlib
 import hashlib
@@ -18,21 +18,21 @@ from tqdm.auto import tqdm
 
 from ..data import complete_messages
 from ..data.bad_samples import BadSample, one_sample, shortened
-from ..data.messages import pictures_of
-from ..data.pictures import fetched
+from ..data.images import fetched
+from ..data.messages import images_of
 from ..image_reading_dsvl import file_of, read_image
-from ..pictures_dsvl import tower_features
+from ..images_dsvl import tower_features
 from ..thin_images_dsvl import fit_thin_image
 
 logger = logging.getLogger(__name__)
 
 OWNER = "cache.json"
-BATCH = 32  # pictures that pass the tower together
-SHARD = 256  # pictures of a file: 128 MiB of CLIP ViT-L/14's features in 16 bits
+BATCH = 32  # images that pass the tower together
+SHARD = 256  # images of a file: 128 MiB of CLIP ViT-L/14's features in 16 bits
 
 
-def picture_key(source: Any) -> str:
-    """A hash of a picture's file, whether it is given as a path or as bytes; of its pixels, if it is given otherwise.
+def image_key(source: Any) -> str:
+    """A hash of an image's file, whether it is given as a path or as bytes; of its pixels, if it is given otherwise.
 
     Raises:
         ValueError: if it can only be hashed decoded, and cannot be decoded.
@@ -60,7 +60,7 @@ def owner_of(tower: torch.nn.Module, config: Any, image_processor: Any) -> dict[
 
 
 class FeatureCache:
-    """Features by their pictures' keys, in safetensors files, each of which is written at once.
+    """Features by their images' keys, in safetensors files, each of which is written at once.
 
     Args:
         directory: is made if it does not exist.
@@ -107,23 +107,23 @@ class FeatureCache:
             return opened.get_tensor(key)
 
     def of(self, source: Any) -> torch.Tensor:
-        """The features of a picture: (tower tokens, tower width).
+        """The features of an image: (tower tokens, tower width).
 
         Raises:
-            ValueError: if there are none, since it cannot be decoded, or is another picture by now.
+            ValueError: if there are none, since it cannot be decoded, or is another image by now.
         """
-        key = picture_key(source)
+        key = image_key(source)
         if key not in self.files:
             read_image(source, allow_urls=False)
             name = shortened(source) if isinstance(source, str) else type(source).__name__
             raise ValueError(
-                f"The picture {name} is not in {self.directory}: it was another one when its features were computed; start "
+                f"The image {name} is not in {self.directory}: it was another one when its features were computed; start "
                 "again."
             )
         return self[key]
 
     def none(self) -> torch.Tensor:
-        """Features of no picture: (0, tower tokens, tower width)."""
+        """Features of no image: (0, tower tokens, tower width)."""
         return self[next(iter(self.files))][None][:0]
 
     def add(self, features: dict[str, torch.Tensor]) -> None:
@@ -145,17 +145,17 @@ def fill(
     processes: int = 1,
     allow_urls: bool = False,
 ) -> None:
-    """Compute what the cache lacks of the pictures of data sets; a picture that cannot be decoded is passed over.
+    """Compute what the cache lacks of the images of data sets; an image that cannot be decoded is passed over.
 
     Args:
         data: map-style data sets of samples.
         tower: of the cache's owner, on the device that is to compute.
         workers: that read and decode.
         rank, processes: this process takes one of so many shares of the samples.
-        allow_urls: whether pictures are fetched from addresses.
+        allow_urls: whether images are fetched from addresses.
     """
-    pictures = _NewPictures(data, cache, image_processor, allow_urls)
-    loader = DataLoader(pictures, batch_size=None, sampler=range(rank, len(pictures), processes), num_workers=workers)
+    images = _NewImages(data, cache, image_processor, allow_urls)
+    loader = DataLoader(images, batch_size=None, sampler=range(rank, len(images), processes), num_workers=workers)
     seen: set[str] = set()
     computed = 0
     waiting: dict[str, torch.Tensor] = {}
@@ -174,19 +174,19 @@ def fill(
     if done:
         cache.add(done)
     computed += len(done)
-    logger.info("Image features of %d pictures are in %s; %d were computed now.", len(seen), cache.directory, computed)
+    logger.info("Image features of %d images are in %s; %d were computed now.", len(seen), cache.directory, computed)
 
 
 @torch.no_grad()
-def _encode(pictures: list[tuple[str, torch.Tensor]], tower: Any, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    if pictures:
-        keys, pixels = zip(*pictures, strict=True)
+def _encode(images: list[tuple[str, torch.Tensor]], tower: Any, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if images:
+        keys, pixels = zip(*images, strict=True)
         features = tower_features(tower, config, torch.stack(pixels).to(tower.device))
         yield from zip(keys, features.to("cpu", tower.dtype), strict=True)
 
 
-class _NewPictures(Dataset):
-    """Of each sample the keys of its pictures, and the pixels of those that the cache does not have."""
+class _NewImages(Dataset):
+    """Of each sample the keys of its images, and the pixels of those that the cache does not have."""
 
     def __init__(self, data: list[Any], cache: FeatureCache, image_processor: Any, allow_urls: bool) -> None:
         self.data: ConcatDataset = ConcatDataset(data)
@@ -198,10 +198,10 @@ class _NewPictures(Dataset):
 
     def __getitem__(self, place: int) -> tuple[list[str], dict[str, torch.Tensor]]:
         keys, pixels = [], {}
-        for source in pictures_of(complete_messages(self.data[place])):
+        for source in images_of(complete_messages(self.data[place])):
             with contextlib.suppress(BadSample), one_sample():  # told when its batch is made
                 source = fetched(source, self.allow_urls)
-                key = picture_key(source)
+                key = image_key(source)
                 if key not in self.known and key not in pixels:
                     image = fit_thin_image(read_image(source, allow_urls=False), self.image_processor)
                     pixels[key] = self.image_processor(image, return_tensors="pt")["pixel_values"][0]

@@ -38,7 +38,7 @@ DATA_FIELDS = (
     "max_num_image_per_sample",
     "streaming",
     "packing",
-    "max_pictures_per_pack",
+    "max_images_per_pack",
     "eval_share",
     "max_length",
     "on_bad_sample",

@@ -64,8 +64,8 @@ class Planner:
         config: the model's.
         world_size: GPUs.
         deepspeed: "zero1", "zero2", "zero3", "zero3-offload", or None for plain data parallelism.
-        sequence_length: tokens of a sample, its pictures' included.
-        pictures: of a sample.
+        sequence_length: tokens of a sample, its images' included.
+        images: of a sample.
         train: what learns in full: keys of `PARTS`.
         lora_rank: rank of adapters on the decoder's linear layers, beside `train`; 0 for none.
         activation_checkpointing: recompute activations in backward.
@@ -85,7 +85,7 @@ class Planner:
         world_size: int = 1,
         deepspeed: str | None = None,
         sequence_length: int = 2048,
-        pictures: int = 1,
+        images: int = 1,
         train: Sequence[str] = ("projector", "embeddings"),
         lora_rank: int = 0,
         activation_checkpointing: bool = False,
@@ -94,8 +94,8 @@ class Planner:
         dtype: str | None = None,
     ) -> None:
         self.world_size, self.deepspeed, self.accumulation = world_size, deepspeed, gradient_accumulation
-        self.sequence_length, self.pictures = sequence_length, pictures
-        self.text_tokens = sequence_length - pictures * config.image_seq_length
+        self.sequence_length, self.images = sequence_length, images
+        self.text_tokens = sequence_length - images * config.image_seq_length
         self.supervised_share = supervised_share
         self._made: dict[int, MemoryPlan] = {}
         self._check(config, train, lora_rank)
@@ -127,7 +127,7 @@ class Planner:
         _at_least("micro_batch", micro_batch, 1)
         supervised = max(round(micro_batch * self.text_tokens * self.supervised_share), 1)
         into = arriving_gradients(self.sizes, self.deepspeed, self.world_size, self.accumulation)
-        trace = self._tracer.trace(micro_batch, self.sequence_length, self.pictures, supervised, taken_into=into)
+        trace = self._tracer.trace(micro_batch, self.sequence_length, self.images, supervised, taken_into=into)
         states = model_states(self.sizes, trace, self.deepspeed, self.world_size, self.accumulation)
         return MemoryPlan(sum(self.sizes.parameters), sum(self.sizes.trained), *states)
 
@@ -158,7 +158,7 @@ class Planner:
     def _check(self, config: DSVLConfig, train: Sequence[str], lora_rank: int) -> None:
         for name, value, least in (
             ("world_size", self.world_size, 1),
-            ("pictures", self.pictures, 0),
+            ("images", self.images, 0),
             ("lora_rank", lora_rank, 0),
         ):
             _at_least(name, value, least)
@@ -177,9 +177,9 @@ class Planner:
             )
         if self.text_tokens < 1:
             raise ValueError(
-                f"sequence_length={self.sequence_length} is too short: {self.pictures} pictures take "
-                f"{self.pictures * config.image_seq_length} tokens ({config.image_seq_length} each), and a token of text "
-                f"must follow; pass at least {self.pictures * config.image_seq_length + 1}, or fewer pictures."
+                f"sequence_length={self.sequence_length} is too short: {self.images} images take "
+                f"{self.images * config.image_seq_length} tokens ({config.image_seq_length} each), and a token of text "
+                f"must follow; pass at least {self.images * config.image_seq_length + 1}, or fewer images."
             )
         if not 0 < self.supervised_share <= 1:
             raise ValueError(
@@ -239,9 +239,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--deepspeed", choices=ZERO, help="default: plain data parallelism")
     parser.add_argument("--micro-batch", type=int, default=1, help="samples at a time on every GPU (default 1)")
     parser.add_argument(
-        "--sequence-length", type=int, default=2048, help="tokens of a sample, its pictures' included (default 2048)"
+        "--sequence-length", type=int, default=2048, help="tokens of a sample, its images' included (default 2048)"
     )
-    parser.add_argument("--pictures", type=int, default=1, help="of a sample (default 1)")
+    parser.add_argument("--images", type=int, default=1, help="of a sample (default 1)")
     parser.add_argument(
         "--train", nargs="*", default=["projector", "embeddings"], metavar="PART", help=f"what learns: {', '.join(PARTS)}"
     )
@@ -267,7 +267,7 @@ def _run(arguments: argparse.Namespace) -> None:
         world_size=arguments.world_size,
         deepspeed=arguments.deepspeed,
         sequence_length=arguments.sequence_length,
-        pictures=arguments.pictures,
+        images=arguments.images,
         train=arguments.train,
         lora_rank=arguments.lora_rank,
         activation_checkpointing=arguments.activation_checkpointing,

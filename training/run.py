@@ -176,7 +176,7 @@ def train(
             state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
             batch_size = state.train_batch_size or arguments.train_batch_size  # --auto-find-batch-size may have lowered it
             train_data.start_after(state.global_step * arguments.gradient_accumulation_steps, batch_size)
-            arguments.ignore_data_skip = True  # the Trainer would make these batches, pictures and all, to drop them
+            arguments.ignore_data_skip = True  # the Trainer would make these batches, images and all, to drop them
     disable_progress_bar()  # of the files that are written, between the lines of the training's own
     progress = TrainingLines() if arguments.disable_tqdm else TrainingProgress()
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)

@@ -192,14 +192,14 @@ class StepTracer:
         self.model, self.dtype = model, dtype
 
     def trace(
-        self, micro_batch: int, sequence_length: int, pictures: int, supervised: int, taken_into: int | None = None
+        self, micro_batch: int, sequence_length: int, images: int, supervised: int, taken_into: int | None = None
     ) -> Trace:
         """Run forward and backward.
 
         Args:
             micro_batch: samples.
-            sequence_length: tokens of a sample, its pictures' included.
-            pictures: of a sample.
+            sequence_length: tokens of a sample, its images' included.
+            images: of a sample.
             supervised: tokens with a label, in the whole micro-batch; logits are computed for these alone.
             taken_into: bytes of the buffer into which somebody takes each gradient as soon as it is complete, there from
                 the first one on: 0 if it is added to what was there before. Default: gradients stay as backward made them.
@@ -210,7 +210,7 @@ class StepTracer:
             placeholders = torch.zeros(micro_batch, sequence_length, 1, dtype=torch.bool)
             rows = torch.zeros(supervised, dtype=torch.long)  # of the supervised tokens, and their labels
             size = config.image_size
-            pixel_values = torch.zeros(micro_batch * pictures, 3, size, size, dtype=self.dtype)
+            pixel_values = torch.zeros(micro_batch * images, 3, size, size, dtype=self.dtype)
         inputs = [input_ids, placeholders, rows, pixel_values]
         ledger = Ledger([*model.parameters(), *model.buffers(), *inputs])
 

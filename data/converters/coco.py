@@ -1,4 +1,4 @@
-"""Data sets about COCO's pictures: LLaVA, A-OKVQA, the captions; and MiniGPT-4's, which are captions too."""
+"""Data sets about COCO's images: LLaVA, A-OKVQA, the captions; and MiniGPT-4's, which are captions too."""
 
 import re
 from pathlib import Path
@@ -14,16 +14,16 @@ LLAVA = ("llava/detail_23k.json", "llava/complex_reasoning_77k.json")
 LLAVA_DIAL = "llava/conversation_58k.json"
 
 DESCRIBE = (
-    "Describe this picture.",
-    "What does this picture show?",
+    "Describe this image.",
+    "What does this image show?",
     "What can be seen here?",
-    "Give this picture a caption.",
-    "Write a short description of the picture.",
-    "In one sentence, what is in the picture?",
+    "Give this image a caption.",
+    "Write a short description of the image.",
+    "In one sentence, what is in the image?",
     "Tell me what you see.",
-    "How would you describe this picture to somebody who cannot see it?",
-    "What is going on in this picture?",
-    "Summarize the picture briefly.",
+    "How would you describe this image to somebody who cannot see it?",
+    "What is going on in this image?",
+    "Summarize the image briefly.",
 )
 WHY = (
     "Why?",
@@ -35,27 +35,25 @@ WHY = (
 )
 
 
-def llava_picture(record: Any) -> Sample:
-    """A LLaVA record about one picture of COCO."""
+def llava_image(record: Any) -> Sample:
+    """A LLaVA record about one image of COCO."""
     sample = llava_conversations(record, Random())
     if len(sample["images"]) != 1 or not isinstance(sample["images"][0], str):
-        raise ValueError(
-            f"'image' of the record is {shortened(repr(record.get('image')))}; expected the name of one picture."
-        )
+        raise ValueError(f"'image' of the record is {shortened(repr(record.get('image')))}; expected the name of one image.")
     return sample | {"images": [f"{TRAIN2017}/{sample['images'][0]}"]}
 
 
 @converter("llava", "LLaVA-Instruct: detailed descriptions and complex reasoning, first round", LLAVA, read_list(*LLAVA))
 def llava(record: Any, random: Random) -> Sample:
-    sample = llava_picture(record)
+    sample = llava_image(record)
     if not any(part["type"] == "image" for part in sample["messages"][0]["content"]):
-        raise LeftOut("no picture in the first round")
+        raise LeftOut("no image in the first round")
     return sample | {"messages": sample["messages"][:2]}
 
 
 @converter("llava_dial", "LLaVA-Instruct: conversations, all rounds", (LLAVA_DIAL,), read_list(LLAVA_DIAL))
 def llava_dial(record: Any, random: Random) -> Sample:
-    return llava_picture(record)
+    return llava_image(record)
 
 
 AOKVQA = "aokvqa/annotations/aokvqa_v1p0_train.json"
@@ -72,8 +70,8 @@ def aokvqa(record: Any, random: Random) -> Sample:
     if reasons:
         answer += f" Because {'. '.join(reasons)}."
     question = f"{take(record, 'question', str).strip()} {random.choice(WHY)}"
-    picture = f"{TRAIN2017}/{take(record, 'image_id', int):012d}.jpg"
-    return {"messages": [user(None, question), assistant(answer)], "images": [picture]}
+    image = f"{TRAIN2017}/{take(record, 'image_id', int):012d}.jpg"
+    return {"messages": [user(None, question), assistant(answer)], "images": [image]}
 
 
 CAPTIONS = "coco_caption/dataset.json"
@@ -82,7 +80,7 @@ CAPTION_SPLITS = ("train", "restval")  # val and test are what captions are meas
 
 @converter(
     "coco_caption",
-    "COCO captions (Karpathy's split; train and restval), one of a picture's captions",
+    "COCO captions (Karpathy's split; train and restval), one of an image's captions",
     (CAPTIONS,),
     read_list(CAPTIONS, key="imgid", inside="images"),
 )
@@ -93,9 +91,9 @@ def coco_caption(record: Any, random: Random) -> Sample:
     captions = [take(sentence, "raw", str, "a sentence") for sentence in take(record, "sentences", list)]
     if not captions:
         raise LeftOut("no caption")
-    picture = "/".join(["coco/2014", take(record, "filepath", str), take(record, "filename", str)])
+    image = "/".join(["coco/2014", take(record, "filepath", str), take(record, "filename", str)])
     messages = [user(None, random.choice(DESCRIBE)), assistant(random.choice(captions))]
-    return {"messages": messages, "images": [picture]}
+    return {"messages": messages, "images": [image]}
 
 
 MINIGPT4 = "cc_sbu_align/filter_cap.json"
@@ -113,20 +111,20 @@ def minigpt4(record: Any, random: Random) -> Sample:
 
 
 def coco_name(image_id: str) -> str:
-    """MIMIC-IT's name of a COCO picture, without its first 8 characters (`CGD_IMG_`), as a path."""
+    """MIMIC-IT's name of a COCO image, without its first 8 characters (`CGD_IMG_`), as a path."""
     name = image_id[8:]
     if not re.fullmatch(r"\w+", name):
         raise ValueError(
-            f"the picture id {shortened(repr(image_id))} is no name of a COCO picture; expected CGD_IMG_ and 12 digits."
+            f"the image id {shortened(repr(image_id))} is no name of a COCO image; expected CGD_IMG_ and 12 digits."
         )
     return f"{TRAIN2017}/{name}.jpg"
 
 
-def conversations_by_picture(root: Path) -> dict[str, list[Any]]:
-    """All of LLaVA's records, by their picture's path: descriptions, then reasoning, then conversations."""
-    by_picture: dict[str, list[Any]] = {}
+def conversations_by_image(root: Path) -> dict[str, list[Any]]:
+    """All of LLaVA's records, by their image's path: descriptions, then reasoning, then conversations."""
+    by_image: dict[str, list[Any]] = {}
     for file in (*LLAVA, LLAVA_DIAL):
         for record in read_records(root / file):
             if isinstance(record, dict) and isinstance(record.get("image"), str):
-                by_picture.setdefault(f"{TRAIN2017}/{record['image']}", []).append(record)
-    return by_picture
+                by_image.setdefault(f"{TRAIN2017}/{record['image']}", []).append(record)
+    return by_image

@@ -1,4 +1,4 @@
-"""MIMIC-IT: instructions about the pictures of one conversation, which lie in COCO or, as base64, in a file beside them."""
+"""MIMIC-IT: instructions about the images of one conversation, which lie in COCO or, as base64, in a file beside them."""
 
 import base64
 import binascii
@@ -9,10 +9,10 @@ from random import Random
 from typing import Any
 
 from ..bad_samples import shortened
-from .coco import LLAVA, LLAVA_DIAL, coco_name, conversations_by_picture, llava_picture
+from .coco import LLAVA, LLAVA_DIAL, coco_name, conversations_by_image, llava_image
 from .registry import LeftOut, Record, Sample, assistant, converter, read_json, take, take_texts, user
 
-MAX_PICTURES = 8  # of a conversation; more are frames of a film
+MAX_IMAGES = 8  # of a conversation; more are frames of a film
 MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp"}
 
 
@@ -27,10 +27,10 @@ def read_groups(path: Path, place: Callable[[str], str | None]) -> Iterator[Reco
     that names it.
 
     Args:
-        place: a picture's id -> its path, or None if there is no such picture.
+        place: an image's id -> its path, or None if there is no such image.
 
     Yields:
-        records of `{"rounds": [{"instruction", "answer", "pictures"}]}`.
+        records of `{"rounds": [{"instruction", "answer", "images"}]}`.
     """
     data = take(read_json(path), "data", dict, path.name)
     used: set[str] = set()
@@ -45,33 +45,33 @@ def read_groups(path: Path, place: Callable[[str], str | None]) -> Iterator[Reco
             elif name not in used:
                 used.add(name)
                 ids = take_texts(data[name], "image_ids", name)
-                pictures = [picture for picture in map(place, ids) if picture is not None]
-                if len(pictures) < len(ids):
-                    record.dropped["a picture that is not in the picture file"] += len(ids) - len(pictures)
+                images = [image for image in map(place, ids) if image is not None]
+                if len(images) < len(ids):
+                    record.dropped["an image that is not in the image file"] += len(ids) - len(images)
                 texts = {key: take(data[name], key, str, name) for key in ("instruction", "answer")}
-                record.value["rounds"].append(texts | {"pictures": pictures})
+                record.value["rounds"].append(texts | {"images": images})
         yield record
 
 
 def talk(rounds: list[dict[str, Any]], shown: list[str], most: int | None = None) -> list[dict[str, Any]]:
-    """Rounds as messages; a picture stands before the first question about it, and is added to `shown`."""
+    """Rounds as messages; an image stands before the first question about it, and is added to `shown`."""
     messages: list[dict[str, Any]] = []
     for turn in rounds:
-        new = [picture for picture in turn["pictures"] if picture not in shown]
+        new = [image for image in turn["images"] if image not in shown]
         shown += new
         messages += [user(*[None] * len(new), turn["instruction"].strip()), assistant(turn["answer"])]
     if not shown:
-        raise LeftOut("no picture")
+        raise LeftOut("no image")
     if most is not None and len(shown) > most:
-        raise LeftOut(f"more than {most} pictures")
+        raise LeftOut(f"more than {most} images")
     return messages
 
 
 @converter(
     "otter_mimicit_cgd",
-    "MIMIC-IT: differences of two pictures of COCO",
+    "MIMIC-IT: differences of two images of COCO",
     (instructions("CGD"),),
-    lambda root, pictures: read_groups(root / instructions("CGD"), coco_name),
+    lambda root, images: read_groups(root / instructions("CGD"), coco_name),
 )
 def otter_mimicit_cgd(record: Any, random: Random) -> Sample:
     shown: list[str] = []
@@ -79,20 +79,20 @@ def otter_mimicit_cgd(record: Any, random: Random) -> Sample:
 
 
 def extracted(name: str) -> Callable[[Path, Path], Iterator[Record]]:
-    """A reader of an instruction file whose pictures are written from the file beside it into a folder first."""
+    """A reader of an instruction file whose images are written from the file beside it into a folder first."""
 
-    def read(root: Path, pictures: Path) -> Iterator[Record]:
-        paths = extract_pictures(root / f"MIMIC-IT/{name}", pictures / name)
+    def read(root: Path, images: Path) -> Iterator[Record]:
+        paths = extract_images(root / f"MIMIC-IT/{name}", images / name)
         return read_groups(root / instructions(name), paths.get)
 
     return read
 
 
-def extract_pictures(source: Path, folder: Path) -> dict[str, str]:
-    """Write the pictures of `source`.json (id: base64), or `source`.parquet, as files; what is there is kept.
+def extract_images(source: Path, folder: Path) -> dict[str, str]:
+    """Write the images of `source`.json (id: base64), or `source`.parquet, as files; what is there is kept.
 
     Returns:
-        A picture's id -> its absolute path. One that is no picture is absent.
+        An image's id -> its absolute path. One that is no image is absent.
     """
     complete = folder / "complete"
     if not complete.is_file():
@@ -107,7 +107,7 @@ def extract_pictures(source: Path, folder: Path) -> dict[str, str]:
                 continue
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(
-                    f"{source}: the picture id {shortened(repr(name))} cannot be a file's name; expected letters and digits."
+                    f"{source}: the image id {shortened(repr(name))} cannot be a file's name; expected letters and digits."
                 )
             partial = folder / "partial"
             partial.write_bytes(content)
@@ -129,7 +129,7 @@ def _base64_of(source: Path) -> Iterator[tuple[str, str]]:
         return
     path = source.with_name(f"{source.name}.json")
     if not path.is_file():
-        raise FileNotFoundError(f"Neither {path} nor {table} exists; one of them holds the pictures.")
+        raise FileNotFoundError(f"Neither {path} nor {table} exists; one of them holds the images.")
     import ijson  # such a file can be larger than the memory
 
     with path.open("rb") as file:
@@ -149,39 +149,39 @@ def _register(name: str, about: str, most: int | None) -> None:
     converter(f"otter_mimicit_{name.lower()}", f"MIMIC-IT: {about}", files, extracted(name))(convert)
 
 
-_register("SD", "differences of two similar pictures", None)
-_register("SN", "walks through rooms", MAX_PICTURES)
-_register("TVC", "television series", MAX_PICTURES)
-_register("VST", "stories in pictures", MAX_PICTURES)
+_register("SD", "differences of two similar images", None)
+_register("SN", "walks through rooms", MAX_IMAGES)
+_register("TVC", "television series", MAX_IMAGES)
+_register("VST", "stories in images", MAX_IMAGES)
 
 
-def read_blend(root: Path, pictures: Path) -> Iterator[Record]:
-    by_picture = conversations_by_picture(root)
+def read_blend(root: Path, images: Path) -> Iterator[Record]:
+    by_image = conversations_by_image(root)
     for record in read_groups(root / instructions("CGD"), coco_name):
-        named = dict.fromkeys(picture for turn in record.value["rounds"] for picture in turn["pictures"])
-        record.value["conversations"] = {picture: by_picture.get(picture, []) for picture in named}
+        named = dict.fromkeys(image for turn in record.value["rounds"] for image in turn["images"])
+        record.value["conversations"] = {image: by_image.get(image, []) for image in named}
         yield record
 
 
 @converter(
     "llava_otter_blend",
-    "LLaVA's conversations about two pictures of COCO, and then MIMIC-IT's about their differences",
+    "LLaVA's conversations about two images of COCO, and then MIMIC-IT's about their differences",
     (instructions("CGD"), *LLAVA, LLAVA_DIAL),
     read_blend,
 )
 def llava_otter_blend(record: Any, random: Random) -> Sample:
     messages: list[dict[str, Any]] = []
     shown: list[str] = []
-    pictures = list(record["conversations"])
-    for picture in pictures:
-        for conversation in record["conversations"][picture]:
-            rounds = llava_picture(conversation)["messages"]
-            if picture in shown:
+    images = list(record["conversations"])
+    for image in images:
+        for conversation in record["conversations"][image]:
+            rounds = llava_image(conversation)["messages"]
+            if image in shown:
                 rounds = [m | {"content": [part for part in m["content"] if part["type"] != "image"]} for m in rounds]
-            shown += [picture] * (picture not in shown)
+            shown += [image] * (image not in shown)
             messages += rounds
-        if picture not in shown and picture != pictures[-1]:
-            raise LeftOut("no LLaVA conversation about a picture before the last")  # which would then come first
+        if image not in shown and image != images[-1]:
+            raise LeftOut("no LLaVA conversation about an image before the last")  # which would then come first
     if not messages:
-        raise LeftOut("no LLaVA conversation about its pictures")
+        raise LeftOut("no LLaVA conversation about its images")
     return {"messages": messages + talk(record["rounds"], shown), "images": shown}

@@ -12,7 +12,7 @@ DATASET = "OCR_VQA/dataset.json"
 TRAIN = 1  # of 1 to 3; the others are what is measured on
 
 
-def read(root: Path, pictures: Path) -> Iterator[Record]:
+def read(root: Path, images: Path) -> Iterator[Record]:
     books = read_json(root / DATASET)
     if not isinstance(books, dict):
         raise ValueError(f"{root / DATASET} holds {type(books).__name__}; expected an object with a record for each book.")

@@ -14,7 +14,7 @@ PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def read_file(root: Path, pictures: Path) -> Iterator[Record]:
+def read_file(root: Path, images: Path) -> Iterator[Record]:
     """The records of a file that `open_records` opens, or of a folder of `datasets`; `root` is that file."""
     if not root.exists():
         raise FileNotFoundError(f"{root} does not exist; --root must be the file of this form, or a folder of datasets.")
@@ -31,10 +31,10 @@ def read_file(root: Path, pictures: Path) -> Iterator[Record]:
         yield Record(shortened(str(name)), record)
 
 
-def rounds(turns: list[tuple[str, str]], pictures: list[Any]) -> Sample:
-    """Turns whose texts hold a placeholder for each picture, as a sample.
+def rounds(turns: list[tuple[str, str]], images: list[Any]) -> Sample:
+    """Turns whose texts hold a placeholder for each image, as a sample.
 
-    White space around a placeholder at the beginning or end of a text is layout. A sample whose texts name no picture but
+    White space around a placeholder at the beginning or end of a text is layout. A sample whose texts name no image but
     that has some gets them before its first question.
 
     Args:
@@ -42,14 +42,14 @@ def rounds(turns: list[tuple[str, str]], pictures: list[Any]) -> Sample:
     """
     named = sum(text.count(PLACEHOLDER) for role, text in turns if role == "user")
     if any(PLACEHOLDER in text for role, text in turns if role != "user"):
-        raise LeftOut("a picture in an answer")
-    if named == 0 and pictures:
+        raise LeftOut("an image in an answer")
+    if named == 0 and images:
         first = next((number for number, (role, _) in enumerate(turns) if role == "user"), None)
         if first is None:
             raise ValueError("no question is the user's; expected one before the first answer.")
-        turns = [*turns[:first], ("user", PLACEHOLDER * len(pictures) + turns[first][1]), *turns[first + 1 :]]
-    elif named != len(pictures):
-        raise ValueError(f"the texts name {named} pictures ({PLACEHOLDER}), but there are {len(pictures)}.")
+        turns = [*turns[:first], ("user", PLACEHOLDER * len(images) + turns[first][1]), *turns[first + 1 :]]
+    elif named != len(images):
+        raise ValueError(f"the texts name {named} images ({PLACEHOLDER}), but there are {len(images)}.")
     messages: list[dict[str, Any]] = []
     for role, text in turns:
         if role == "user":
@@ -59,7 +59,7 @@ def rounds(turns: list[tuple[str, str]], pictures: list[Any]) -> Sample:
         else:
             messages.append({"role": role, "content": [{"type": "text", "text": text}]})
     check_turns([message["role"] for message in messages if message["role"] != "system"])
-    return {"messages": messages, "images": pictures}
+    return {"messages": messages, "images": images}
 
 
 def check_turns(roles: list[str]) -> None:
@@ -73,13 +73,13 @@ def check_turns(roles: list[str]) -> None:
 
 
 def split(text: str) -> list[str | None]:
-    """A text with placeholders as the parts of a message: None for a picture."""
+    """A text with placeholders as the parts of a message: None for an image."""
     parts: list[str | None] = []
     pieces = text.split(PLACEHOLDER)
     for number, piece in enumerate(pieces):
         if number > 0:
             parts.append(None)
-        # Between words a picture is a word of the sentence; at the ends of the text only layout separates it.
+        # Between words an image is a word of the sentence; at the ends of the text only layout separates it.
         before = all(part is None for part in parts)
         piece = piece.lstrip() if before else piece
         piece = piece.rstrip() if not "".join(pieces[number + 1 :]).strip() else piece
@@ -90,7 +90,7 @@ def split(text: str) -> list[str | None]:
 
 @converter(
     "llava_conversations",
-    "LLaVA-style conversations (from human/gpt, <image>); --root is the file, pictures lie beside it",
+    "LLaVA-style conversations (from human/gpt, <image>); --root is the file, images lie beside it",
     ("FILE.json | FILE.jsonl",),
     read_file,
 )
@@ -100,13 +100,13 @@ def llava_conversations(record: Any, random: Random) -> Sample:
         for turn in take(record, "conversations", list)
     ]
     image = record.get("image")
-    pictures = [] if image is None else image if isinstance(image, list) else [image]
-    return rounds(turns, pictures)
+    images = [] if image is None else image if isinstance(image, list) else [image]
+    return rounds(turns, images)
 
 
 @converter(
     "sharegpt",
-    "ShareGPT (conversations or messages) with a list of images; --root is the file, pictures lie beside it",
+    "ShareGPT (conversations or messages) with a list of images; --root is the file, images lie beside it",
     ("FILE.json | FILE.jsonl",),
     read_file,
 )
@@ -128,15 +128,15 @@ def sharegpt(record: Any, random: Random) -> Sample:
     read_file,
 )
 def cauldron(record: Any, random: Random) -> Sample:
-    pictures = [picture for picture in record.get("images") or [] if picture is not None]
+    images = [image for image in record.get("images") or [] if image is not None]
     turns = []
     for text in take(record, "texts", list):
-        # A question's text is its own: "<image>" in it is no picture.
+        # A question's text is its own: "<image>" in it is no image.
         turns += [user(take(text, "user", str, "a text")), assistant(take(text, "assistant", str, "a text"))]
     if not turns:
         raise LeftOut("no question")
-    turns[0]["content"] = [{"type": "image"} for _ in pictures] + turns[0]["content"]
-    return {"messages": turns, "images": pictures}
+    turns[0]["content"] = [{"type": "image"} for _ in images] + turns[0]["content"]
+    return {"messages": turns, "images": images}
 
 
 def _role(name: str) -> str:

@@ -42,7 +42,7 @@ class Converter:
         name: as in DeepSpeed-VisualChat.
         about: a line about it.
         files: what it reads, below the data root.
-        read: (root, folder for pictures that lie inside a raw file) -> the records, in the order of the file.
+        read: (root, folder for images that lie inside a raw file) -> the records, in the order of the file.
         convert: (a record's value, random numbers of its own) -> a sample, whose `images` are paths below the data root,
             absolute paths, or bytes. Raises LeftOut, or ValueError for a broken record.
     """
@@ -78,7 +78,7 @@ def read_list(*files: str, key: str = "id", inside: str | None = None) -> Callab
         inside: the key of the list, if the file holds an object.
     """
 
-    def read(root: Path, pictures: Path) -> Iterator[Record]:
+    def read(root: Path, images: Path) -> Iterator[Record]:
         for file in files:
             records = read_records(root / file) if inside is None else take(read_json(root / file), inside, list, file)
             for number, record in enumerate(records):
@@ -141,7 +141,7 @@ def take_texts(record: Any, key: str, where: str = "the record") -> list[str]:
 
 
 def user(*parts: str | None) -> dict[str, Any]:
-    """A user's message: a text for each text, a picture for each None."""
+    """A user's message: a text for each text, an image for each None."""
     return {"role": "user", "content": [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts]}
 
 

@@ -5,14 +5,14 @@ from typing import Any
 from datasets import Dataset
 
 from dsvl.data import complete_messages, load_conversations
-from dsvl.data.conversations import pictures_of
+from dsvl.data.conversations import images_of
 from dsvl.image_reading_dsvl import read_image
 
-_read: list[Any] = []  # the data set: a document of the harness is written into its logs, so it holds no pictures
+_read: list[Any] = []  # the data set: a document of the harness is written into its logs, so it holds no images
 
 
 def load(data: str, **metadata: Any) -> dict[str, Dataset]:
-    """The documents: of each conversation the first question, its pictures marked by <image>, and the answer to it."""
+    """The documents: of each conversation the first question, its images marked by <image>, and the answer to it."""
     _read[:] = [load_conversations(data)]
     documents = []
     for place in range(len(_read[0])):
@@ -21,16 +21,16 @@ def load(data: str, **metadata: Any) -> dict[str, Dataset]:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         texts = [part["text"] for part in parts if part["type"] == "text"]
         if any("<image>" in text for text in texts):
-            raise ValueError(f"Conversation {place} of {data} has <image> in a text, which the harness takes for a picture.")
+            raise ValueError(f"Conversation {place} of {data} has <image> in a text, which the harness takes for an image.")
         asked = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
         reply = answer["content"] if isinstance(answer["content"], str) else answer["content"][0]["text"]
         documents.append({"place": place, "question": asked, "answer": reply})
     return {"test": Dataset.from_list(documents)}
 
 
-def pictures(document: dict[str, Any]) -> list[Any]:
-    """The pictures of a document's question."""
-    return [read_image(source) for source in pictures_of(_first_round(document["place"])[:1])]
+def images(document: dict[str, Any]) -> list[Any]:
+    """The images of a document's question."""
+    return [read_image(source) for source in images_of(_first_round(document["place"])[:1])]
 
 
 def _first_round(place: int) -> list[dict[str, Any]]:

@@ -1,31 +1,31 @@
-"""A picture cache goes into files and to other processes, and is refused wherever its pictures would not be exact."""
+"""An image KV cache goes into files and to other processes, and is refused wherever its images would not be exact."""
 
 import json
 
 import pytest
 import torch
 import transformers
-from conftest import _COMMON, FAMILIES, batch, pictures, tiny_model
+from conftest import _COMMON, FAMILIES, batch, random_images, tiny_model
 from plain_environment import plain_packages, run_plainly
 from safetensors.torch import save_file
 from test_reuse import LAYOUTS, ROPES, greedy, prefills
 from transformers import AutoModelForCausalLM
 
-from dsvl import DSVLForConditionalGeneration, PictureCache
+from dsvl import DSVLForConditionalGeneration, ImageKVCache
 
 
 def test_a_cache_outlives_its_model(tmp_path):
     model, inputs = tiny_model(dtype=torch.float32), batch(*LAYOUTS[1], dtype=torch.float32)
-    cache = model.encode_pictures(inputs["pixel_values"])
+    cache = model.encode_images(inputs["pixel_values"])
     expected = greedy(model, inputs)
-    cache.save(tmp_path / "pictures.safetensors")
+    cache.save(tmp_path / "images.safetensors")
     model.save_pretrained(tmp_path / "model")
     again = DSVLForConditionalGeneration.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
     again.generation_config.eos_token_id = None
-    loaded = PictureCache.load(tmp_path / "pictures.safetensors")
+    loaded = ImageKVCache.load(tmp_path / "images.safetensors")
     assert loaded.keys.equal(cache.keys) and loaded.values.equal(cache.values)
     assert greedy(again, inputs, loaded).equal(expected)
-    assert greedy(again, inputs, PictureCache.cat([loaded[:1], again.encode_pictures(inputs["pixel_values"][1:])])).equal(
+    assert greedy(again, inputs, ImageKVCache.cat([loaded[:1], again.encode_images(inputs["pixel_values"][1:])])).equal(
         expected
     )
 
@@ -35,23 +35,23 @@ import json, sys
 import torch
 from transformers import AutoModelForImageTextToText
 
-checkpoint, pictures, ids = sys.argv[1:]
+checkpoint, images, ids = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True).eval()
 model.generation_config.eos_token_id = None
-cache = sys.modules[type(model).__module__].PictureCache.load(pictures)
-print(model.generate(torch.tensor(json.loads(ids)), picture_cache=cache, max_new_tokens=8, do_sample=False).tolist())
+cache = sys.modules[type(model).__module__].ImageKVCache.load(images)
+print(model.generate(torch.tensor(json.loads(ids)), image_cache=cache, max_new_tokens=8, do_sample=False).tolist())
 """
 
 
 def test_a_cache_is_used_by_a_checkpoints_own_code(tmp_path):
     """In another process, where this package is not installed."""
     model, inputs = tiny_model(dtype=torch.float32), batch(*LAYOUTS[1], dtype=torch.float32)
-    model.encode_pictures(inputs["pixel_values"]).save(tmp_path / "pictures.safetensors")
+    model.encode_images(inputs["pixel_values"]).save(tmp_path / "images.safetensors")
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "answer.py").write_text(ANSWER)
     ids = json.dumps(inputs["input_ids"].tolist())
     packages = [plain_packages(tmp_path / "packages", "torch", "transformers", "pillow")]
-    arguments = (tmp_path / "answer.py", tmp_path / "model", tmp_path / "pictures.safetensors", ids)
+    arguments = (tmp_path / "answer.py", tmp_path / "model", tmp_path / "images.safetensors", ids)
     run = run_plainly(*arguments, packages=packages, home=tmp_path)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) == greedy(model, inputs).tolist()
@@ -59,8 +59,8 @@ def test_a_cache_is_used_by_a_checkpoints_own_code(tmp_path):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     save_file({"keys": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="has the format None, not 'dsvl_picture_cache_1'"):
-        PictureCache.load(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="has the format None, not 'dsvl_image_cache_1'"):
+        ImageKVCache.load(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -73,17 +73,17 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 )
 def test_a_cache_of_earlier_weights_is_refused(change):
     model, inputs = tiny_model(), batch("tItt")
-    cache = model.encode_pictures(inputs["pixel_values"])
+    cache = model.encode_images(inputs["pixel_values"])
     with torch.no_grad():
         change(model)
-    with pytest.raises(ValueError, match="or by this one before its weights changed; encode the pictures again"):
+    with pytest.raises(ValueError, match="or by this one before its weights changed; encode the images again"):
         greedy(model, inputs, cache)
-    greedy(model, inputs, model.encode_pictures(inputs["pixel_values"]))
+    greedy(model, inputs, model.encode_images(inputs["pixel_values"]))
 
 
 def test_new_words_do_not_make_another_model():
     model, inputs = tiny_model(), batch("tItt")
-    cache = model.encode_pictures(inputs["pixel_values"])
+    cache = model.encode_images(inputs["pixel_values"])
     expected = prefills(model, inputs, cache)[1][0]
     model.resize_token_embeddings(128)
     got = prefills(model, inputs, cache)[1][0]
@@ -99,17 +99,15 @@ def test_new_words_do_not_make_another_model():
 )
 def test_another_models_cache_is_refused(other):
     inputs = batch("tItt")
-    cache = tiny_model(**other).encode_pictures(inputs["pixel_values"])
+    cache = tiny_model(**other).encode_images(inputs["pixel_values"])
     with pytest.raises(ValueError, match="was encoded by another model"):
         greedy(tiny_model(), inputs, cache)
 
 
 def test_another_dtype_is_refused():
     model, inputs = tiny_model(), batch("tItt")
-    cache = model.encode_pictures(inputs["pixel_values"])
-    with pytest.raises(
-        ValueError, match=r"is torch.float32, but the decoder's keys are torch.float64; pass picture_cache.to"
-    ):
+    cache = model.encode_images(inputs["pixel_values"])
+    with pytest.raises(ValueError, match=r"is torch.float32, but the decoder's keys are torch.float64; pass image_cache.to"):
         greedy(model, inputs, cache.to(torch.float32))
 
 
@@ -124,16 +122,16 @@ def test_another_dtype_is_refused():
         ),
     ],
 )
-def test_models_whose_pictures_depend_on_more_are_refused(overrides, message):
+def test_models_whose_images_depend_on_more_are_refused(overrides, message):
     with pytest.raises(ValueError, match=f"{message} .* cannot be reused; pass pixel_values"):
-        tiny_model(**overrides).encode_pictures(pictures(1))
+        tiny_model(**overrides).encode_images(random_images(1))
 
 
-def test_reversed_pictures_are_refused():
+def test_reversed_images_are_refused():
     model = tiny_model()
-    model.config.reversed_pictures = True
-    with pytest.raises(ValueError, match="With reversed_pictures=True"):
-        model.encode_pictures(pictures(1))
+    model.config.reversed_images = True
+    with pytest.raises(ValueError, match="With reversed_images=True"):
+        model.encode_images(random_images(1))
 
 
 OTHERS = {
@@ -152,50 +150,50 @@ def test_decoders_that_rotate_otherwise_are_refused_by_name(monkeypatch, family)
     config, message = OTHERS[family]
     monkeypatch.setitem(FAMILIES, family, config)
     with pytest.raises(ValueError, match=message):
-        tiny_model(family).encode_pictures(pictures(1))
+        tiny_model(family).encode_images(random_images(1))
 
 
 @pytest.mark.parametrize(
     ("layouts", "cached", "message"),
     [
-        (("tItIt",), 1, r"hold \[10\] image tokens, 10 in all, but there are 1 pictures of 5"),
-        (("tItIt", "ttt"), 3, r"hold \[10, 0\] image tokens, 10 in all, but there are 3 pictures"),
+        (("tItIt",), 1, r"hold \[10\] image tokens, 10 in all, but there are 1 images of 5"),
+        (("tItIt", "ttt"), 3, r"hold \[10, 0\] image tokens, 10 in all, but there are 3 images"),
         (("ttt",), 1, r"hold \[0\] image tokens"),
-        (("tItI",), 2, "Row 0 of the prompts ends with a picture or with padding"),
-        (("ttIt", "tI"), 2, "Row 1 of the prompts ends with a picture"),
+        (("tItI",), 2, "Row 0 of the prompts ends with an image or with padding"),
+        (("ttIt", "tI"), 2, "Row 1 of the prompts ends with an image"),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(layouts, cached, message):
     model, inputs = tiny_model(), batch(*layouts)
     with pytest.raises(ValueError, match=message):
-        greedy(model, inputs, model.encode_pictures(pictures(cached)))
+        greedy(model, inputs, model.encode_images(random_images(cached)))
 
 
-def test_a_picture_that_is_cut_is_refused():
+def test_a_image_that_is_cut_is_refused():
     model, inputs = tiny_model(), batch("tIItt")
     cut = {name: torch.cat([inputs[name][:, :3], inputs[name][:, 6:]], 1) for name in ("input_ids", "attention_mask")}
-    with pytest.raises(ValueError, match=r"hold \[7\] image tokens, 7 in all, but there are 2 pictures of 5"):
-        greedy(model, cut, model.encode_pictures(inputs["pixel_values"]))
+    with pytest.raises(ValueError, match=r"hold \[7\] image tokens, 7 in all, but there are 2 images of 5"):
+        greedy(model, cut, model.encode_images(inputs["pixel_values"]))
 
 
-def test_what_a_picture_cache_cannot_do_is_said():
+def test_what_a_image_cache_cannot_do_is_said():
     model, inputs = tiny_model(), batch("ttItt")
-    cache = model.encode_pictures(inputs["pixel_values"])
+    cache = model.encode_images(inputs["pixel_values"])
     text = {name: value for name, value in inputs.items() if name != "pixel_values"}
     assistant = AutoModelForCausalLM.from_config(model.config.text_config).double().eval()
     for options, message in (
-        ({"assistant_model": assistant}, "This way of decoding does not take a picture cache"),
-        ({"prompt_lookup_num_tokens": 2}, "This way of decoding does not take a picture cache"),
+        ({"assistant_model": assistant}, "This way of decoding does not take an image KV cache"),
+        ({"prompt_lookup_num_tokens": 2}, "This way of decoding does not take an image KV cache"),
         ({"use_cache": False}, "needs a KV cache to be put into"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size concerns all tokens"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions concerns all tokens"),
         ({"pixel_values": inputs["pixel_values"]}, "but pixel_values came with it"),
-        ({"picture_cache": cache[:0]}, "holds no picture; leave it out"),
+        ({"image_cache": cache[:0]}, "holds no image; leave it out"),
     ):
         with pytest.raises(ValueError, match=message):
-            model.generate(**text, **({"picture_cache": cache, "max_new_tokens": 4} | options))
+            model.generate(**text, **({"image_cache": cache, "max_new_tokens": 4} | options))
     filled = greedy(model, inputs, cache, return_dict_in_generate=True).past_key_values
     with pytest.raises(ValueError, match="pass the whole conversation and an empty KV cache"):
         model.prefill(inputs["input_ids"], cache, filled)
-    with pytest.raises(ValueError, match="hold no picture"):
-        model.encode_pictures(pictures(0))
+    with pytest.raises(ValueError, match="hold no image"):
+        model.encode_images(random_images(0))

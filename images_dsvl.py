@@ -1,4 +1,4 @@
-"""Pictures: encoded by tower and projector, and put in their places."""
+"""Images: encoded by tower and projector, and put in their places."""
 
 import copy
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def make_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def tower_features(vision_tower: PreTrainedModel, config: DSVLConfig, pixel_values: torch.Tensor) -> torch.Tensor:
-    """What a vision tower gives for pictures, before projection: (pictures, tower tokens, tower width).
+    """What a vision tower gives for images, before projection: (images, tower tokens, tower width).
 
     A tower with nothing to learn runs without a graph.
     """
@@ -88,8 +88,8 @@ class HostCopy:
         return self._values.tolist()
 
 
-class DSVLPicturesMixin:
-    """What `DSVLModel` does with pictures."""
+class DSVLImagesMixin:
+    """What `DSVLModel` does with images."""
 
     config: DSVLConfig
     vision_tower: PreTrainedModel
@@ -101,32 +101,32 @@ class DSVLPicturesMixin:
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Encode and project pictures.
+        """Encode and project images.
 
         A tower with nothing to learn runs without a graph.
 
         Args:
-            pixel_values: (pictures, 3, height, width), any float dtype.
+            pixel_values: (images, 3, height, width), any float dtype.
             kwargs: `output_hidden_states` and `output_attentions`, for the tower's; `return_dict`.
 
         Returns:
-            `pooler_output`: a list with one (image_seq_length, decoder width) tensor for each picture, ready to be passed
+            `pooler_output`: a list with one (image_seq_length, decoder width) tensor for each image, ready to be passed
             back as `mm_encoder_outputs={"image": ...}`; `last_hidden_state`: the tower's features before projection; on
             request the tower's `hidden_states` and `attentions`. With `return_dict=False` a tuple of these.
 
         Raises:
             TypeError: for another keyword.
         """
-        return self.encode_images(pixel_values, **kwargs)
+        return self.encode_pixels(pixel_values, **kwargs)
 
-    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def encode_pixels(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """As `get_image_features`, whatever `config.return_dict` says."""
         tower = run_tower(self.vision_tower, self.config, pixel_values, **kwargs)
         tower.pooler_output = self.project_features(tower.last_hidden_state).pooler_output
         return tower
 
     def project_features(self, image_features: torch.Tensor) -> BaseModelOutputWithPooling:
-        """The second half of `get_image_features`, from the tower's features (pictures, tower tokens, tower width)."""
+        """The second half of `get_image_features`, from the tower's features (images, tower tokens, tower width)."""
         projected = self.multi_modal_projector(image_features)
         return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=list(projected))
 
@@ -148,28 +148,28 @@ class DSVLPicturesMixin:
 
     # -- placing -------------------------------------------------------------------------------------------------------
 
-    def _scatter_pictures(
+    def _scatter_images(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
         is_image: torch.Tensor | None,
         types: torch.Tensor | None,
         features: torch.Tensor | None,
-        whole_pictures: bool,
+        whole_images: bool,
     ) -> tuple[torch.Tensor, Callable[[], None] | None]:
-        """Put the pictures' embeddings (image tokens, hidden) where their placeholders are.
+        """Put the images' embeddings (image tokens, hidden) where their placeholders are.
 
         Args:
-            is_image: (batch, new tokens), True where a picture goes.
+            is_image: (batch, new tokens), True where an image goes.
             types: the caller's `mm_token_type_ids`, of the new tokens or of all.
 
         Returns:
             The embeddings; and on an accelerator what is to be called once the decoder has been given its work, and raises
-            if pictures, placeholders and types do not match: by then the device can tell without being waited for.
+            if images, placeholders and types do not match: by then the device can tell without being waited for.
         """
         tokens = inputs_embeds.shape[1]
         if is_image is None or (input_ids is None and features is None):
-            return inputs_embeds, None  # embeddings that already hold their pictures
+            return inputs_embeds, None  # embeddings that already hold their images
         check = None
         # A decode step has nothing to check that is worth waiting for a device.
         worth_it = features is not None or tokens > 1 or (types is not None and not inputs_embeds.is_cuda)
@@ -188,7 +188,7 @@ class DSVLPicturesMixin:
                 image_counts, *of_types = counts.tolist()
                 if of_types:
                     self._check_types(image_counts, *of_types)
-                self.check_counts(image_counts, number, whole_pictures)
+                self.check_counts(image_counts, number, whole_images)
 
             if counts.is_here or number > is_image.numel():
                 check_values()
@@ -206,57 +206,57 @@ class DSVLPicturesMixin:
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
         types: torch.Tensor | None,
-        has_pictures: bool,
+        has_images: bool,
     ) -> torch.Tensor | None:
         """Which of the new tokens are image tokens: (batch, tokens); None if that cannot be told.
 
         Args:
             inputs_embeds: (batch, tokens, hidden). Without ids and types, those that equal the image token's embedding are
-                its places, if there are pictures to put there.
+                its places, if there are images to put there.
             types: `mm_token_type_ids`, of the new tokens or of all.
         """
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         if types is not None:
             return types[:, -inputs_embeds.shape[1] :] == 1
-        if not has_pictures:
+        if not has_images:
             return None
         image_token = torch.full((1,), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds)).all(-1)
 
-    def reverse_pictures(
+    def reverse_images(
         self,
-        pictures: torch.Tensor,
+        images: torch.Tensor,
         placeholders: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
-        """Pictures in reading order, put in the order of the places that they take under `reversed_pictures`: each
+        """Images in reading order, put in the order of the places that they take under `reversed_images`: each
         sample's own, or each packed conversation's, turned round.
 
         Args:
-            pictures: those of the whole batch, (pictures, ...): their pixels, or their features.
-            placeholders: (batch, new tokens), True where a picture goes.
+            images: those of the whole batch, (images, ...): their pixels, or their features.
+            placeholders: (batch, new tokens), True where an image goes.
             position_ids: (batch or 1, new tokens), which begin again where packed conversations do.
             cache: what came before the new tokens.
 
         Raises:
-            ValueError: if pictures are in the cache already: they took the places of those that come now.
+            ValueError: if images are in the cache already: they took the places of those that come now.
         """
         cached = int(cache.get_seq_length()) if cache is not None else 0
         known = cached_types(cache)
         if cached > 0 and (known is None or bool((known[:, :cached] == 1).any())):
             raise ValueError(
-                "config.reversed_pictures puts the last picture first, but the cache may hold pictures already; pass the "
+                "config.reversed_images puts the last image first, but the cache may hold images already; pass the "
                 "whole conversation without a cache."
             )
-        order = _reversed_order(placeholders, len(pictures), self.config.image_seq_length, position_ids)
-        return pictures[order.to(pictures.device)]
+        order = _reversed_order(placeholders, len(images), self.config.image_seq_length, position_ids)
+        return images[order.to(images.device)]
 
-    def _others_may_see_pictures(self, cache: Cache | None) -> bool:
+    def _others_may_see_images(self, cache: Cache | None) -> bool:
         """Whether a batch of texts must run the tower and the projector as well.
 
-        In training, other processes may have pictures where this one has none, and wait for its gradients of the projector;
+        In training, other processes may have images where this one has none, and wait for its gradients of the projector;
         under ZeRO-3 they wait for it at every layer of tower and projector, in evaluation too. Alone, a text-only batch is
         then one of zero gradients, rather than one without a graph.
         """
@@ -264,12 +264,12 @@ class DSVLPicturesMixin:
         waited_for = is_deepspeed_zero3_enabled() or (
             self.training and torch.is_grad_enabled() and any(p.requires_grad for part in parts for p in part.parameters())
         )
-        # A decode step sees pictures nowhere. Asked last: a static cache's length is a tensor, on which no compiled step may
+        # A decode step sees images nowhere. Asked last: a static cache's length is a tensor, on which no compiled step may
         # branch.
         return waited_for and (cache is None or cache.get_seq_length() == 0)
 
-    def encode_blank_picture(self, image_features: torch.Tensor | None = None) -> torch.Tensor:
-        """Zero, by way of tower and projector: what a process without pictures does where others encode theirs.
+    def encode_blank_image(self, image_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Zero, by way of tower and projector: what a process without images does where others encode theirs.
 
         Args:
             image_features: an empty tensor of them, if those of the others are known: then by way of the projector alone.
@@ -279,22 +279,22 @@ class DSVLPicturesMixin:
             return self.project_features(features).pooler_output[0].sum() * 0
         size = self.config.image_size
         blank = torch.zeros((1, 3, size, size), dtype=self.vision_tower.dtype, device=self.vision_tower.device)
-        return self.encode_images(blank).pooler_output[0].sum() * 0
+        return self.encode_pixels(blank).pooler_output[0].sum() * 0
 
     def check_placeholders(
-        self, placeholders: torch.Tensor, features: int | None = None, whole_pictures: bool = False
+        self, placeholders: torch.Tensor, features: int | None = None, whole_images: bool = False
     ) -> None:
-        """Hold the samples' image tokens against the pictures.
+        """Hold the samples' image tokens against the images.
 
         Args:
             placeholders: (batch, tokens), True for image tokens.
             features: how many embeddings there are to fill them all; None if that is not known yet.
-            whole_pictures: whether every sample must hold whole pictures.
+            whole_images: whether every sample must hold whole images.
 
         Raises:
             ValueError: if they do not match.
         """
-        self.check_counts(placeholders.sum(-1).tolist(), features, whole_pictures)
+        self.check_counts(placeholders.sum(-1).tolist(), features, whole_images)
 
     def _check_types(
         self, image_counts: list[int], marked: list[int], contradictions: list[int], least: list[int], most: list[int]
@@ -316,28 +316,28 @@ class DSVLPicturesMixin:
                 "with these ids, or leave them out."
             )
 
-    def check_counts(self, counts: list[int], features: int | None = None, whole_pictures: bool = False) -> None:
+    def check_counts(self, counts: list[int], features: int | None = None, whole_images: bool = False) -> None:
         """As `check_placeholders`, by the number of image tokens of each sample."""
-        per_picture = self.config.image_seq_length
+        per_image = self.config.image_seq_length
         if features is not None and sum(counts) != features:
             raise ValueError(
-                f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {features} picture embeddings "
-                f"({features / per_picture:g} pictures of {per_picture}); pass as many pictures as the texts name, in "
+                f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {features} image embeddings "
+                f"({features / per_image:g} images of {per_image}); pass as many images as the texts name, in "
                 "reading order, and do not truncate image tokens."
             )
-        if whole_pictures and any(count % per_picture for count in counts):
+        if whole_images and any(count % per_image for count in counts):
             raise ValueError(
-                f"The samples hold {counts} image tokens, but a picture takes {per_picture}: some picture is cut or mixed "
+                f"The samples hold {counts} image tokens, but an image takes {per_image}: some image is cut or mixed "
                 "up; do not truncate image tokens, and use the processor saved with this model."
             )
 
 
 def _reversed_order(
-    placeholders: torch.Tensor, pictures: int, per_picture: int, position_ids: torch.Tensor | None
+    placeholders: torch.Tensor, images: int, per_image: int, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """The permutation that turns the pictures of each sample, or of each packed conversation, round.
+    """The permutation that turns the images of each sample, or of each packed conversation, round.
 
-    In fixed shapes, so that it can be compiled. If there are not as many pictures as places, it means nothing, and they are
+    In fixed shapes, so that it can be compiled. If there are not as many images as places, it means nothing, and they are
     refused when they are put there.
     """
     rows, tokens = placeholders.shape
@@ -345,11 +345,11 @@ def _reversed_order(
     if position_ids is not None:  # a packed conversation begins at 0
         sample = sample + (position_ids == 0).to(placeholders.device).cumsum(-1)
     place = placeholders.flatten().cumsum(0) - 1
-    first = placeholders.flatten() & (place % per_picture == 0) & (place // per_picture < pictures)
-    target = torch.where(first, place // per_picture, pictures)  # the last one takes what is no picture's first place
-    of_picture = sample.new_zeros(pictures + 1).scatter(0, target, sample.flatten())[:pictures]
-    start, end = torch.searchsorted(of_picture, of_picture), torch.searchsorted(of_picture, of_picture, right=True)
-    return (start + end - 1 - torch.arange(pictures, device=sample.device)).clamp(0, pictures - 1)
+    first = placeholders.flatten() & (place % per_image == 0) & (place // per_image < images)
+    target = torch.where(first, place // per_image, images)  # the last one takes what is no image's first place
+    of_image = sample.new_zeros(images + 1).scatter(0, target, sample.flatten())[:images]
+    start, end = torch.searchsorted(of_image, of_image), torch.searchsorted(of_image, of_image, right=True)
+    return (start + end - 1 - torch.arange(images, device=sample.device)).clamp(0, images - 1)
 
 
-__all__ = ["DSVLPicturesMixin"]
+__all__ = ["DSVLImagesMixin"]

@@ -1,4 +1,4 @@
-"""Pictures that strangers may have made: opened within bounds."""
+"""Images that strangers may have made: opened within bounds."""
 
 import base64
 import io
@@ -18,17 +18,17 @@ from .messages import is_address
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
 
-class PictureError(ValueError):
-    """What is wrong with a picture, and what to do: words that follow its name, and say nothing of this machine."""
+class ImageReadError(ValueError):
+    """What is wrong with an image, and what to do: words that follow its name, and say nothing of this machine."""
 
 
-def open_picture(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A picture as upright RGB, whatever `read_image` takes, within bounds: of its file's size, and of where it comes from.
+def open_image(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image as upright RGB, whatever `read_image` takes, within bounds: of its file's size, and of where it comes from.
 
     Args:
         source: see `read_image`.
         allow_urls: whether an http(s) address is fetched (see `addresses.fetch`).
-        max_pixels: the largest picture.
+        max_pixels: the largest image.
 
     Raises:
         ValueError: naming the source and the reason.
@@ -43,7 +43,7 @@ def open_picture(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PI
     try:
         return read_image(source, max_pixels=max_pixels, allow_urls=False)
     except ImageError as error:
-        raise ValueError(f"The picture {name} {error.words}.") from error
+        raise ValueError(f"The image {name} {error.words}.") from error
 
 
 def fetched(source: Any, allow_urls: bool = False) -> Any:
@@ -64,12 +64,12 @@ def fetched(source: Any, allow_urls: bool = False) -> Any:
     name = shortened(source)
     if not allow_urls:
         raise ValueError(
-            f"The picture {name} is an address, and fetching is not allowed here; pass a file, or allow it (--allow-urls)."
+            f"The image {name} is an address, and fetching is not allowed here; pass a file, or allow it (--allow-urls)."
         )
     try:
         return fetch(source, MAX_BYTES)
     except AddressError as error:
-        raise ValueError(f"The picture {name} was not fetched: {error}.") from error
+        raise ValueError(f"The image {name} was not fetched: {error}.") from error
 
 
 def decode_within(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
@@ -77,20 +77,20 @@ def decode_within(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[s
 
     Args:
         data: the file.
-        max_pixels: the largest picture.
+        max_pixels: the largest image.
         formats: Pillow's names of those that are read.
 
     Raises:
-        PictureError: if it is larger, of another format, or broken.
+        ImageReadError: if it is larger, of another format, or broken.
     """
     try:
         return read_image(data, formats=formats, max_pixels=max_pixels)
     except ImageError as error:
-        raise PictureError(error.words) from error
+        raise ImageReadError(error.words) from error
 
 
 def thumbnail(image: Image.Image, width: int, quality: int = 80) -> str:
-    """A picture for a page: a JPEG of at most `width` x `width` pixels, as a data URL."""
+    """An image for a page: a JPEG of at most `width` x `width` pixels, as a data URL."""
     small = image.copy()
     small.thumbnail((width, width))
     file = io.BytesIO()
@@ -100,9 +100,9 @@ def thumbnail(image: Image.Image, width: int, quality: int = 80) -> str:
 
 def _read(path: Path, name: str) -> bytes:
     if not os.path.isfile(path):  # nor is a pipe or a device opened, which may never end
-        raise ValueError(f"The picture {name} does not exist, or is no file.")
+        raise ValueError(f"The image {name} does not exist, or is no file.")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(
-            f"The picture {name} has {path.stat().st_size:,} bytes; the largest that is opened has {MAX_BYTES:,}."
+            f"The image {name} has {path.stat().st_size:,} bytes; the largest that is opened has {MAX_BYTES:,}."
         )
     return path.read_bytes()

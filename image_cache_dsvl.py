@@ -1,4 +1,4 @@
-"""`PictureCache`: what a decoder computed for pictures, which any prompt may use; see reuse_dsvl.py."""
+"""`ImageKVCache`: what a decoder computed for images, which any prompt may use; see reuse_dsvl.py."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,17 +8,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-FORMAT = "dsvl_picture_cache_1"
+FORMAT = "dsvl_image_cache_1"
 
 
 def reuse_is_exact(config: Any) -> bool:
     """Whether what a model computed for a prefix holds when the conversation goes on.
 
-    Not under "mmca_reference", whose earlier texts see later pictures; nor with pictures in reversed places, each of which
+    Not under "mmca_reference", whose earlier texts see later images; nor with images in reversed places, each of which
     moves when another comes; nor where the positions' frequencies depend on how long the whole is.
     """
     return not (
-        config.multimodal_attention == "mmca_reference" or config.reversed_pictures or changing_ropes(config.text_config)
+        config.multimodal_attention == "mmca_reference" or config.reversed_images or changing_ropes(config.text_config)
     )
 
 
@@ -28,16 +28,16 @@ def changing_ropes(text_config: Any) -> list[str]:
     return [kind for kind in kinds if kind in ("dynamic", "longrope")]
 
 
-class PictureCache:
-    """The keys and values of pictures in every layer of one model's decoder, before rotation.
+class ImageKVCache:
+    """The keys and values of images in every layer of one model's decoder, before rotation.
 
-    `cache[2]`, `cache[1:3]` and `cache[[2, 0, 0]]` are caches of these pictures in this order; `PictureCache.cat` joins
-    several. A picture takes 2 x layers x image_seq_length x key-value heads x head_dim numbers: with LLaMA-7B, CLIP
+    `cache[2]`, `cache[1:3]` and `cache[[2, 0, 0]]` are caches of these images in this order; `ImageKVCache.cat` joins
+    several. An image takes 2 x layers x image_seq_length x key-value heads x head_dim numbers: with LLaMA-7B, CLIP
     ViT-L/14 (257 tokens) and 16 bits 128.5 MiB, with 8 key-value heads a quarter of it.
 
     Args:
-        keys, values: (layers, pictures, image_seq_length, key-value heads, head_dim), in the model's dtype.
-        fingerprint: of the model that they belong to (`DSVLModel.picture_fingerprint`).
+        keys, values: (layers, images, image_seq_length, key-value heads, head_dim), in the model's dtype.
+        fingerprint: of the model that they belong to (`DSVLModel.image_fingerprint`).
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, fingerprint: str) -> None:
@@ -47,17 +47,17 @@ class PictureCache:
         return self.keys.shape[1]
 
     def __repr__(self) -> str:
-        return f"PictureCache({len(self)} pictures, {self.nbytes / 2**20:.1f} MiB, {self.dtype}, {self.device})"
+        return f"ImageKVCache({len(self)} images, {self.nbytes / 2**20:.1f} MiB, {self.dtype}, {self.device})"
 
-    def __iter__(self) -> Iterator["PictureCache"]:
+    def __iter__(self) -> Iterator["ImageKVCache"]:
         return (self[number] for number in range(len(self)))
 
-    def __getitem__(self, pictures: int | slice | Sequence[int] | torch.Tensor) -> "PictureCache":
-        if isinstance(pictures, int):
-            pictures = [pictures]
-        if not isinstance(pictures, slice):
-            pictures = torch.as_tensor(pictures, device=self.device)
-        return PictureCache(self.keys[:, pictures], self.values[:, pictures], self.fingerprint)
+    def __getitem__(self, images: int | slice | Sequence[int] | torch.Tensor) -> "ImageKVCache":
+        if isinstance(images, int):
+            images = [images]
+        if not isinstance(images, slice):
+            images = torch.as_tensor(images, device=self.device)
+        return ImageKVCache(self.keys[:, images], self.values[:, images], self.fingerprint)
 
     @property
     def device(self) -> torch.device:
@@ -71,21 +71,21 @@ class PictureCache:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def to(self, *args: Any, **kwargs: Any) -> "PictureCache":
+    def to(self, *args: Any, **kwargs: Any) -> "ImageKVCache":
         """Move or convert; the arguments are those of `torch.Tensor.to`."""
-        return PictureCache(self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs), self.fingerprint)
+        return ImageKVCache(self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs), self.fingerprint)
 
     @classmethod
-    def cat(cls, caches: Sequence["PictureCache"]) -> "PictureCache":
-        """One cache of all pictures of several, in this order.
+    def cat(cls, caches: Sequence["ImageKVCache"]) -> "ImageKVCache":
+        """One cache of all images of several, in this order.
 
         Raises:
             ValueError: if there are none, or they belong to different models.
         """
         if len({cache.fingerprint for cache in caches}) != 1:
             raise ValueError(
-                f"{len(caches)} picture caches of {len({c.fingerprint for c in caches})} different models cannot be joined; "
-                "pass at least one, all encoded by the same model."
+                f"{len(caches)} image KV caches of {len({c.fingerprint for c in caches})} different models cannot be "
+                "joined; pass at least one, all encoded by the same model."
             )
         return cls(
             torch.cat([cache.keys for cache in caches], 1),
@@ -99,13 +99,13 @@ class PictureCache:
         save_file({"keys": self.keys.contiguous(), "values": self.values.contiguous()}, path, metadata)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "PictureCache":
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "ImageKVCache":
         """Read what `save` wrote.
 
         Raises:
             ValueError: if the file is something else.
         """
-        remedy = "pass a file that PictureCache.save of this version wrote, or encode the pictures again."
+        remedy = "pass a file that ImageKVCache.save of this version wrote, or encode the images again."
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -119,9 +119,9 @@ class PictureCache:
         if keys.shape != values.shape or keys.ndim != 5 or keys.dtype != values.dtype or not keys.is_floating_point():
             raise ValueError(
                 f"{str(path)!r} holds keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} "
-                f"{values.dtype}, not two alike of (layers, pictures, tokens, heads, head_dim); {remedy}"
+                f"{values.dtype}, not two alike of (layers, images, tokens, heads, head_dim); {remedy}"
             )
         return cls(keys, values, metadata["fingerprint"])
 
 
-__all__ = ["PictureCache", "reuse_is_exact"]
+__all__ = ["ImageKVCache", "reuse_is_exact"]

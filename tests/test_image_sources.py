@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsvl.data import pictures
+from dsvl.data import images
 from dsvl.data.addresses import AddressError
-from dsvl.data.pictures import PictureError, decode_within, open_picture
+from dsvl.data.images import ImageReadError, decode_within, open_image
 
-PICTURE = Image.fromarray(np.arange(75, dtype=np.uint8).reshape(5, 5, 3))
+IMAGE = Image.fromarray(np.arange(75, dtype=np.uint8).reshape(5, 5, 3))
 
 
 def png(image: Image.Image) -> bytes:
@@ -31,11 +31,11 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
-def test_pictures_come_from_paths_bytes_arrays_and_pil(tmp_path):
+def test_images_come_from_paths_bytes_arrays_and_pil(tmp_path):
     file = tmp_path / "one two.png"
-    PICTURE.save(file)
-    for source in (PICTURE, file, str(file), png(PICTURE), np.asarray(PICTURE)):
-        assert open_picture(source).tobytes() == PICTURE.tobytes()
+    IMAGE.save(file)
+    for source in (IMAGE, file, str(file), png(IMAGE), np.asarray(IMAGE)):
+        assert open_image(source).tobytes() == IMAGE.tobytes()
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -43,52 +43,52 @@ def test_pictures_come_from_paths_bytes_arrays_and_pil(tmp_path):
 def test_decompression_bombs_are_refused_before_they_are_decoded(side, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
     with pytest.raises(ValueError, match="at most 89,000,000 are taken"):
-        open_picture(bomb(side))
+        open_image(bomb(side))
 
 
-def test_a_picture_may_be_bounded_more_narrowly():
-    assert open_picture(PICTURE, max_pixels=25) is PICTURE
-    for source in (PICTURE, png(PICTURE)):
+def test_a_image_may_be_bounded_more_narrowly():
+    assert open_image(IMAGE, max_pixels=25) is IMAGE
+    for source in (IMAGE, png(IMAGE)):
         with pytest.raises(ValueError, match="5 x 5 pixels; at most 24"):
-            open_picture(source, max_pixels=24)
-    with pytest.raises(PictureError, match="pass one of JPEG, GIF"):
-        decode_within(png(PICTURE), formats=("JPEG", "GIF"))
+            open_image(source, max_pixels=24)
+    with pytest.raises(ImageReadError, match="pass one of JPEG, GIF"):
+        decode_within(png(IMAGE), formats=("JPEG", "GIF"))
 
 
-def test_what_is_no_picture_is_refused(tmp_path):
+def test_what_is_no_image_is_refused(tmp_path):
     (tmp_path / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")  # Pillow starts a program
     with pytest.raises(ValueError, match=r"page.eps cannot be read: its format is EPS; pass one of PNG, JPEG"):
-        open_picture(tmp_path / "page.eps")
-    (tmp_path / "cut.png").write_bytes(png(PICTURE)[:48])
+        open_image(tmp_path / "page.eps")
+    (tmp_path / "cut.png").write_bytes(png(IMAGE)[:48])
     with pytest.raises(ValueError, match=r"cut.png cannot be decoded"):
-        open_picture(tmp_path / "cut.png")
+        open_image(tmp_path / "cut.png")
     with pytest.raises(ValueError, match="does not exist, or is no file"):
-        open_picture("/dev/zero")
+        open_image("/dev/zero")
     with pytest.raises(ValueError, match=r"missing.png does not exist"):
-        open_picture(tmp_path / "missing.png")
+        open_image(tmp_path / "missing.png")
     with pytest.raises(ValueError, match="of type int"):
-        open_picture(7)
+        open_image(7)
     with open(tmp_path / "large.png", "wb") as file:
         file.truncate(2**30)
     with pytest.raises(ValueError, match="1,073,741,824 bytes"):
-        open_picture(tmp_path / "large.png")
+        open_image(tmp_path / "large.png")
 
 
 @pytest.mark.parametrize("address", ["http://example.org/a.png", "file:///etc/passwd", "ftp://example.org/a.png"])
 def test_no_address_is_fetched_unless_asked(address, monkeypatch):
-    monkeypatch.setattr(pictures, "fetch", lambda *args: pytest.fail("it was fetched"))
+    monkeypatch.setattr(images, "fetch", lambda *args: pytest.fail("it was fetched"))
     with pytest.raises(ValueError, match="fetching is not allowed here"):
-        open_picture(address)
+        open_image(address)
 
 
 def test_an_address_is_fetched_where_that_is_asked_for(monkeypatch):
     def fetch(url: str, max_bytes: int) -> bytes:
-        assert max_bytes == pictures.MAX_BYTES
+        assert max_bytes == images.MAX_BYTES
         if url != "https://example.org/a.png":
             raise AddressError("it took too long")
-        return png(PICTURE)
+        return png(IMAGE)
 
-    monkeypatch.setattr(pictures, "fetch", fetch)
-    assert open_picture("https://example.org/a.png", allow_urls=True).tobytes() == PICTURE.tobytes()
-    with pytest.raises(ValueError, match=r"The picture http://slow.org/ was not fetched: it took too long\."):
-        open_picture("http://slow.org/", allow_urls=True)
+    monkeypatch.setattr(images, "fetch", fetch)
+    assert open_image("https://example.org/a.png", allow_urls=True).tobytes() == IMAGE.tobytes()
+    with pytest.raises(ValueError, match=r"The image http://slow.org/ was not fetched: it took too long\."):
+        open_image("http://slow.org/", allow_urls=True)

@@ -1,4 +1,4 @@
-"""Pictures of strangers: from a data URL, or an address, to pixels."""
+"""Images of strangers: from a data URL, or an address, to pixels."""
 
 import base64
 import binascii
@@ -8,21 +8,21 @@ from typing import Any
 from PIL import Image
 
 from ..data.addresses import AddressError, fetch
-from ..data.pictures import PictureError, decode_within
+from ..data.images import ImageReadError, decode_within
 from .requests import Limits, RequestError
 
-FETCH_SECONDS = 10.0  # for all pictures of a request
+FETCH_SECONDS = 10.0  # for all images of a request
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what browsers send; the fewer readers a stranger reaches, the better
 
 
-def fetch_pictures(messages: list[dict[str, Any]], limits: Limits) -> None:
-    """Put the bytes of every picture that is given as an address in its `url`'s place; together within the limits.
+def fetch_images(messages: list[dict[str, Any]], limits: Limits) -> None:
+    """Put the bytes of every image that is given as an address in its `url`'s place; together within the limits.
 
     Raises:
         RequestError: for an address that cannot or may not be fetched.
     """
     deadline, left = time.monotonic() + FETCH_SECONDS, limits.body_bytes
-    for number, part in enumerate(picture_parts(messages, limits), 1):
+    for number, part in enumerate(image_parts(messages, limits), 1):
         if not _is_address(part["url"]):
             continue
         if not limits.allow_urls:
@@ -34,7 +34,7 @@ def fetch_pictures(messages: list[dict[str, Any]], limits: Limits) -> None:
         left -= len(part["url"])
 
 
-def load_picture(part: dict[str, Any], number: int, limits: Limits) -> Image.Image:
+def load_image(part: dict[str, Any], number: int, limits: Limits) -> Image.Image:
     """A part's pixels; its `url`, a data URL or bytes, is taken out of it.
 
     Raises:
@@ -58,23 +58,23 @@ def read(url: str, number: int) -> bytes:
 
 
 def decode(data: bytes, number: int, limits: Limits) -> Image.Image:
-    """A picture's pixels."""
+    """An image's pixels."""
     try:
-        return decode_within(data, limits.picture_pixels, FORMATS)
-    except PictureError as error:
-        raise RequestError(f"Picture {number} {error}.", code="invalid_image", param="messages") from None
+        return decode_within(data, limits.image_pixels, FORMATS)
+    except ImageReadError as error:
+        raise RequestError(f"Image {number} {error}.", code="invalid_image", param="messages") from None
 
 
-def picture_parts(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
-    """The parts of messages that are pictures.
+def image_parts(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+    """The parts of messages that are images.
 
     Raises:
         RequestError: for too many of them.
     """
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    if len(parts) > limits.pictures:
+    if len(parts) > limits.images:
         raise RequestError(
-            f"{len(parts)} pictures in one request; this server takes {limits.pictures} at most.", param="messages"
+            f"{len(parts)} images in one request; this server takes {limits.images} at most.", param="messages"
         )
     return parts
 
@@ -84,4 +84,4 @@ def _is_address(url: str) -> bool:
 
 
 def _wrong(number: int, what: str, remedy: str) -> RequestError:
-    return RequestError(f"Picture {number} {what}; {remedy}.", code="invalid_image", param="messages")
+    return RequestError(f"Image {number} {what}; {remedy}.", code="invalid_image", param="messages")
