@@ -1,6 +1,7 @@
 """DSVL: vision-language models with multi-modal causal attention, composed, trained and shared the Hugging Face way."""
 
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoConfig,
@@ -12,7 +13,6 @@ from transformers import (
 )
 
 from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
-from .image_cache_dsvl import ImageKVCache
 from .modeling_dsvl import DSVLForConditionalGeneration, DSVLModel
 from .processing_dsvl import DSVLProcessor
 from .utils.lazy import lazy_attributes
@@ -21,6 +21,7 @@ from .vision_dsvl import DSVLQwenVisionModel
 
 if TYPE_CHECKING:
     from . import migration
+    from .acceleration import ImageKVCache
     from .composition import compose, save_checkpoint
 
 # Where this package is installed, the Auto classes use it rather than the copy in a checkpoint ...
@@ -52,5 +53,20 @@ __all__ = [
     "migration",
     "save_checkpoint",
 ]
-# What few need takes time to import.
-__getattr__ = lazy_attributes(__name__, {"compose": "composition", "migration": "", "save_checkpoint": "composition"})
+# Imported when first used, as it takes time.
+_lazy = lazy_attributes(
+    __name__,
+    {
+        "ImageKVCache": "acceleration.image_cache",
+        "compose": "composition",
+        "migration": "",
+        "save_checkpoint": "composition",
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PictureCache":
+        warnings.warn("PictureCache is deprecated; use ImageKVCache.", DeprecationWarning, stacklevel=2)
+        name = "ImageKVCache"
+    return _lazy(name)

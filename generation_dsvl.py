@@ -1,18 +1,18 @@
 """Generation: every step knows the modality of the whole sequence, cached tokens included."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
+from .acceleration_dsvl import acceleration
 from .cache_dsvl import cached_types, remember_types
-from .decoding_dsvl import DSVLDecodingMixin
-from .image_cache_dsvl import ImageKVCache
-from .inputs_dsvl import PEFT_HINT
-from .masks_dsvl import coded_masks, sees_images
+from .inputs_dsvl import PEFT_HINT, check_image_counts
+from .masks_dsvl import sequence_may_hold_images, step_codes
 from .transformers_dsvl import (
     CACHE,
     CHUNKED_PREFILL_TAKES_IMAGES,
@@ -22,7 +22,6 @@ from .transformers_dsvl import (
     rename_cache,
     takes_cache,
 )
-from .visibility_dsvl import visibilities
 
 NO_IMAGE_CACHE = (
     "This way of decoding does not take an image KV cache; choose greedy search, sampling or beams, or pass pixel_values."
@@ -30,7 +29,7 @@ NO_IMAGE_CACHE = (
 
 
 class NoImageToken(LogitsProcessor):
-    """Keeps the image token from being generated, whatever a generation configuration says."""
+    """Keeps the image token from being generated, whatever the generation configuration says."""
 
     def __init__(self, image_token_id: int) -> None:
         self.image_token_id = image_token_id
@@ -41,8 +40,8 @@ class NoImageToken(LogitsProcessor):
         return scores
 
 
-class DSVLGenerationMixin(DSVLDecodingMixin):
-    """What `GenerationMixin` does not know: images, and that a key has a modality."""
+class DSVLGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for a model with images, whose tokens have a modality."""
 
     @torch.no_grad()
     def generate(
@@ -50,96 +49,127 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         inputs: torch.Tensor | None = None,
         *args: Any,
         logits_processor: LogitsProcessorList | None = None,
-        image_cache: ImageKVCache | None = None,
+        image_cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text; see `GenerationMixin.generate`. Inputs are those of `forward`.
 
-        With `image_cache` of `encode_images`, the images in the order of their places, instead of `pixel_values`, only
-        the text of the prompt is computed. Greedy, sampling and beams; every prompt ends with text.
-
-        With a `cache` (or `past_key_values`) of earlier rounds, pass the whole conversation: images whose tokens are in it
-        are not encoded again (the new images alone may be passed as well).
+        With a `cache` (or `past_key_values`) of earlier turns, pass the whole conversation: images whose tokens are in the
+        cache are not encoded again. (Passing only the new images works too.)
 
         The image token is never generated, as it stands for an image; except under "mmca_reference", whose results are
         compared with the released code, which does not prevent it.
+
+        Args:
+            image_cache: the `ImageKVCache` of `encode_images`, with the images in the order of their tokens, instead of
+                `pixel_values`: only the text of the prompt is computed. For greedy search, sampling and beams; every prompt
+                ends with text.
         """
+        if "picture_cache" in kwargs:
+            warnings.warn("picture_cache is deprecated; pass image_cache.", DeprecationWarning, stacklevel=3)
+            image_cache = kwargs.pop("picture_cache")
         rename_cache(kwargs)
-        # PEFT puts a method of its own model here.
-        wrapper: Any = getattr(self.prepare_inputs_for_generation, "__self__", self)
-        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError(f"{type(wrapper.active_peft_config).__name__} cannot generate with a DSVL model. {PEFT_HINT}")
+        self._refuse_prompt_learning()
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if image_cache is not None:
-            if kwargs.get("assistant_model") is not None:
-                raise ValueError(NO_IMAGE_CACHE)
+            self._check_image_cache(input_ids, kwargs)
             kwargs["image_cache"] = image_cache
-            given = [k for k in ("pixel_values", "image_features", "mm_encoder_outputs") if kwargs.get(k) is not None]
-            if given or input_ids is None:
-                raise ValueError(
-                    f"image_cache goes with input_ids alone, but {', '.join(given) or 'no input_ids'} came with it; its "
-                    "images take all places (ImageKVCache.cat joins several)."
-                )
-        if input_ids is not None:
-            if kwargs.get("mm_token_type_ids") is None:  # of the prompt: whatever is generated is text
-                kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
-            if kwargs.get("pixel_values") is not None:
-                self.model.check_placeholders(input_ids == self.config.image_token_id, whole_images=True)
-                cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
-                # A mask that is longer than the ids comes with the new tokens alone, as transformers has it.
-                new_ids = input_ids
-                if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
-                    new_ids = input_ids[:, int(cache.get_seq_length()) :]
-                    kwargs["pixel_values"] = self._new_images(input_ids, kwargs["pixel_values"], cache)
-                if self.config.reversed_images and kwargs["pixel_values"] is not None:
-                    # transformers encodes them before the first step, and hands them over in the order of their places.
-                    kwargs["pixel_values"] = self.model.reverse_images(
-                        kwargs["pixel_values"], new_ids == self.config.image_token_id, cache=cache
-                    )
-        if kwargs.get("pixel_values") is None:
-            kwargs.pop("pixel_values", None)
-        if "pixel_values" not in kwargs and kwargs.get("mm_encoder_outputs") is None and is_deepspeed_zero3_enabled():
-            # Images are encoded before the first step. Processes that have some wait here, at every layer of the tower,
-            # for those that have none.
-            self.model.encode_blank_image()
-            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[])}
-        if kwargs.get("image_features") is not None:
-            features = kwargs.pop("image_features")
-            if self.config.reversed_images and input_ids is not None and len(features):
-                features = self.model.reverse_images(
-                    features, input_ids == self.config.image_token_id, cache=kwargs.get(CACHE)
-                )
-            kwargs["mm_encoder_outputs"] = {"image": self.model.project_features(features)}
-        if kwargs.get("mm_encoder_outputs"):  # transformers repeats what is in them for beams, in place
-            kwargs["mm_encoder_outputs"] = {key: copy.copy(made) for key, made in kwargs["mm_encoder_outputs"].items()}
-        assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
-        if "pixel_values" in kwargs and assistant is not None and hasattr(assistant, "get_image_features"):
-            # An assistant sees by its own tower, but is handed what its main model got: both go there, it picks its own.
-            pixel_values = kwargs.pop("pixel_values")
-            seen_by: dict[str, Any] = {"image": self, "assistant": assistant}
-            kwargs["mm_encoder_outputs"] = {
-                key: model.get_image_features(pixel_values, return_dict=True) for key, model in seen_by.items()
-            }
-        elif "assistant" in encoded:
-            kwargs["mm_encoder_outputs"] = {"image": encoded["assistant"]}
-        if assistant is not None and not hasattr(assistant, "get_image_features") and input_ids is not None:
-            del kwargs["mm_token_type_ids"]  # a language model alone refuses it, and here it follows from the ids
+        if input_ids is not None and kwargs.get("mm_token_type_ids") is None:  # generated tokens are text
+            kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
+        self._take_new_images(input_ids, kwargs)
+        self._project_image_features(input_ids, kwargs)
+        self._join_other_processes(kwargs)
+        self._prepare_assistant(input_ids, kwargs)
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.multimodal_attention != "mmca_reference":
             processors.append(NoImageToken(self.config.image_token_id))
         return super().generate(inputs, *args, logits_processor=processors, **kwargs)
 
-    def _new_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, cache: Cache) -> torch.Tensor | None:
-        """Of the images of a whole conversation, those whose tokens are not in the cache yet."""
+    # -- the steps of `generate`: each changes the keyword arguments in place --------------------------------------------
 
-        def count_images(ids: torch.Tensor) -> list[int]:
-            return ((ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length).tolist()
+    def _refuse_prompt_learning(self) -> None:
+        """PEFT's prompt methods add tokens whose modality is unknown."""
+        wrapper: Any = getattr(self.prepare_inputs_for_generation, "__self__", self)  # PEFT puts a method of its model here
+        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(f"{type(wrapper.active_peft_config).__name__} cannot generate with a DSVL model. {PEFT_HINT}")
 
-        total, new = count_images(input_ids), count_images(input_ids[:, int(cache.get_seq_length()) :])
+    def _check_image_cache(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError(NO_IMAGE_CACHE)
+        given = [k for k in ("pixel_values", "image_features", "mm_encoder_outputs") if kwargs.get(k) is not None]
+        if given or input_ids is None:
+            raise ValueError(
+                f"image_cache goes with input_ids alone, but {', '.join(given) or 'no input_ids'} came with it; it must "
+                "hold all images of the prompts (ImageKVCache.cat joins several)."
+            )
+
+    def _take_new_images(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Check `pixel_values`, and keep those of images that are not in the KV cache yet."""
+        pixel_values, cache, mask = kwargs.pop("pixel_values", None), kwargs.get(CACHE), kwargs.get("attention_mask")
+        if pixel_values is not None and input_ids is not None:
+            is_image = input_ids == self.config.image_token_id
+            check_image_counts(is_image.sum(-1).tolist(), self.config.image_seq_length, whole_images=True)
+            new = is_image
+            # A mask that is longer than the ids means that the ids are the new tokens alone, as in transformers.
+            if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
+                new = is_image[:, int(cache.get_seq_length()) :]
+                pixel_values = self._new_images(is_image, new, pixel_values)
+            if self.config.reversed_images and pixel_values is not None:
+                # transformers encodes them before the first step, and passes them on in the order of the image tokens.
+                pixel_values = self.model.reverse_images(pixel_values, new, cache=cache)
+        if pixel_values is not None:
+            kwargs["pixel_values"] = pixel_values
+
+    def _new_images(self, is_image: torch.Tensor, new: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        """Of the images of a whole conversation, those of the new tokens."""
+        total, latest = ((part.sum(-1) // self.config.image_seq_length).tolist() for part in (is_image, new))
         if len(pixel_values) == sum(total):
             samples = pixel_values.split(total)
-            pixel_values = torch.cat([s[len(s) - count :] for s, count in zip(samples, new, strict=True)])
+            pixel_values = torch.cat([s[len(s) - count :] for s, count in zip(samples, latest, strict=True)])
         return pixel_values if len(pixel_values) else None
+
+    def _project_image_features(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Turn `image_features` into `mm_encoder_outputs`."""
+        features = kwargs.get("image_features")
+        if features is None:
+            return
+        del kwargs["image_features"]
+        if self.config.reversed_images and input_ids is not None and len(features):
+            features = self.model.reverse_images(features, input_ids == self.config.image_token_id, cache=kwargs.get(CACHE))
+        kwargs["mm_encoder_outputs"] = {"image": self.model.project_features(features)}
+
+    def _join_other_processes(self, kwargs: dict[str, Any]) -> None:
+        """Under ZeRO-3, run the tower without images as well.
+
+        Images are encoded before the first step. Processes that have images wait at every layer of the tower for those that
+        have none.
+        """
+        if is_deepspeed_zero3_enabled() and "pixel_values" not in kwargs and kwargs.get("mm_encoder_outputs") is None:
+            self.model.encode_blank_image()
+            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[])}
+
+    def _prepare_assistant(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Give an assistant model (assisted decoding) its own image embeddings: it gets the arguments of its main model."""
+        if kwargs.get("mm_encoder_outputs"):  # transformers repeats their tensors for beams, in place
+            kwargs["mm_encoder_outputs"] = {key: copy.copy(made) for key, made in kwargs["mm_encoder_outputs"].items()}
+        assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
+        if "pixel_values" in kwargs and assistant is not None and hasattr(assistant, "get_image_features"):
+            pixel_values = kwargs.pop("pixel_values")
+            encoders: dict[str, Any] = {"image": self, "assistant": assistant}
+            kwargs["mm_encoder_outputs"] = {
+                key: model.get_image_features(pixel_values, return_dict=True) for key, model in encoders.items()
+            }
+        elif "assistant" in encoded:  # this model is the assistant
+            kwargs["mm_encoder_outputs"] = {"image": encoded["assistant"]}
+        if assistant is not None and not hasattr(assistant, "get_image_features") and input_ids is not None:
+            del kwargs["mm_token_type_ids"]  # a language model refuses it, and this model derives it from the ids
+
+    # -- what transformers calls -----------------------------------------------------------------------------------------
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """Greedy search and sampling, by the acceleration's loop if there is one."""
+        run, module = super()._sample, acceleration()
+        return run(*args, **kwargs) if module is None else module.sample(self, run, *args, **kwargs)
 
     def _prefill(
         self,
@@ -149,28 +179,28 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        image_cache = model_kwargs.pop("image_cache", None)
+        image_cache, chunked = model_kwargs.pop("image_cache", None), generation_config.prefill_chunk_size
         if image_cache is None:
             images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-            if generation_config.prefill_chunk_size and self.config.multimodal_attention == "mmca_reference":
+            if chunked and self.config.multimodal_attention == "mmca_reference":
                 raise ValueError(
                     "prefill_chunk_size does not go with multimodal_attention='mmca_reference', under which text sees later "
-                    "images; leave it out."
+                    "images; omit it."
                 )
-            if not CHUNKED_PREFILL_TAKES_IMAGES and generation_config.prefill_chunk_size and images is not None:
+            if chunked and images is not None and not CHUNKED_PREFILL_TAKES_IMAGES:
                 raise ValueError(
-                    "prefill_chunk_size does not go with images in transformers below 5.23, which drops them; leave it "
-                    "out, or install transformers 5.23 or newer."
+                    "prefill_chunk_size does not go with images in transformers below 5.23, which drops them; omit it, or "
+                    "install transformers 5.23 or newer."
                 )
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         for option in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
             if getattr(generation_config, option, None):
                 raise ValueError(
-                    f"{option} concerns all tokens of a prompt, but with an image KV cache only its text is computed; "
-                    "leave it out, or pass pixel_values."
+                    f"{option} concerns all tokens of a prompt, but with an image KV cache only its text is computed; omit "
+                    "it, or pass pixel_values."
                 )
         if model_kwargs.get(CACHE) is None:
-            raise ValueError("An image KV cache needs a KV cache to be put into; leave use_cache at True.")
+            raise ValueError("An image KV cache is copied into a KV cache; leave use_cache at True.")
         return self.prefill(
             input_ids,
             image_cache,
@@ -191,11 +221,11 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         is_first_iteration: bool | None = False,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        image_cache: ImageKVCache | None = None,
+        image_cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one generation step, with the modality of the whole sequence."""
-        if image_cache is not None:  # it would have been used by `_prefill`
+        if image_cache is not None:  # `_prefill` would have taken it
             raise ValueError(NO_IMAGE_CACHE)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -218,61 +248,58 @@ class DSVLGenerationMixin(DSVLDecodingMixin):
         static = cache is not None and cache.is_compileable
         known = cached_types(cache)
         if static and not is_first_iteration and known is not None:
-            past = known.shape[1]  # a static cache keeps its length on the device; asking would wait for it
+            past = known.shape[1]  # reading the length of a static cache would wait for the device
         else:
             past = int(cache.get_seq_length()) if cache is not None else 0
         types = _whole_types(mm_token_type_ids, input_ids, known, past + new.shape[1])
-        inputs["mm_token_type_ids"] = types
         if cache is not None and static and new.shape[1] == 1:
-            # A decode step's mask is built here, in a fixed shape: a compiled step sees nothing that grows.
-            del inputs["mm_token_type_ids"]
-            inputs["attention_mask"] = self._static_step_mask(types, attention_mask, cache, inputs.get("position_ids"))
+            self._add_static_step(inputs, types, attention_mask, cache)
+        else:
+            inputs["mm_token_type_ids"] = types
         return inputs
 
-    def _static_step_mask(
-        self,
-        token_types: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache,
-        position_ids: torch.Tensor | None,
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        config = self.model.language_model.config
-        embeds = torch.empty((len(token_types), 1, 0), dtype=self.dtype, device=token_types.device)
-        attention = self.config.multimodal_attention
-        # Nothing is generated but text: as many may hold images as before.
-        may_hold_images = sees_images(token_types, cache, known=False)
+    def _add_static_step(
+        self, inputs: dict[str, Any], token_types: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache
+    ) -> None:
+        """Give a decode step its mask, in a fixed shape: nothing that a compiled step takes may grow."""
+        config, attention = self.model.language_model.config, self.config.multimodal_attention
+        position_ids = inputs.get("position_ids")
+        may_hold_images = sequence_may_hold_images(token_types, cache, new_images=False)
         remember_types(cache, token_types, may_hold_images)
-        if attention == "mmca" and not may_hold_images:
-            return create_masks_for_generate(
-                config=config,
-                inputs_embeds=embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE: cache},
+        if attention == "mmca_reference" or may_hold_images:
+            inputs["attention_mask"] = None
+            inputs["step_codes"] = step_codes(
+                config, attention, token_types, self.dtype, attention_mask, cache, position_ids
             )
-        visible = visibilities(config, embeds, attention_mask, cache, position_ids)
-        return coded_masks(visible, token_types, attention)
+            return
+        inputs["attention_mask"] = create_masks_for_generate(
+            config=config,
+            inputs_embeds=torch.empty((len(token_types), 1, 0), dtype=self.dtype, device=token_types.device),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE: cache},
+        )
 
     @property
     def create_masks_for_generate(self) -> Callable:
-        """What `GenerationMixin` calls for a static cache; under MMCA masks are built elsewhere, with the modality."""
+        """`GenerationMixin` calls this for a static cache. Under MMCA masks are built in `_add_static_step`."""
         if self.config.multimodal_attention == "causal":
             return create_masks_for_generate
         return lambda *args, attention_mask=None, **kwargs: attention_mask
 
 
 def _whole_types(types: torch.Tensor, input_ids: torch.Tensor, known: torch.Tensor | None, total: int) -> torch.Tensor:
-    """The modality of all `total` tokens of a generation step, from what `generate` was given for `input_ids`.
+    """The modality of all `total` tokens of a generation step, from the types that `generate` has for `input_ids`.
 
-    `input_ids` is the whole sequence, or what came after a cache; assisted decoding passes the prompt's modality alone,
-    and what was generated since is text.
+    `input_ids` is the whole sequence, or the tokens after a cache. Assisted decoding passes the types of the prompt alone;
+    tokens generated since are text.
     """
     types = nn.functional.pad(types, (0, max(input_ids.shape[1] - types.shape[1], 0)))
-    if known is not None:  # what the cache knows of its own tokens is what was computed with
+    if known is not None:  # the cache's tokens were computed with the modality that it remembers
         held = min(known.shape[1], total)
-        before = max(total - types.shape[1], 0)  # tokens that `types` says nothing of
+        before = max(total - types.shape[1], 0)  # tokens that `types` does not cover
         types = torch.cat([known[:, :held].to(types.device), types[:, max(held - before, 0) :]], dim=1)
     return types[:, :total]
 
 
-__all__ = ["DSVLGenerationMixin"]
+__all__ = ["DSVLGenerationMixin", "NoImageToken"]

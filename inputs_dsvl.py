@@ -1,6 +1,7 @@
-"""Checks of a forward call's inputs against each other, by shapes and dtypes alone: nothing here waits for a device.
+"""Checks of a forward call's inputs against each other.
 
-What only the values tell is checked with the placeholders (images_dsvl.py), once the device has got its work.
+Shapes and dtypes are checked at once. Values (how many image tokens a sample has) are copied to the host asynchronously and
+checked after the decoder's kernels are queued, so that nothing waits for the device.
 """
 
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-# What a sequence that does not fit its types may come from.
+# A frequent reason for a sequence that does not fit its types.
 PEFT_HINT = (
     "(PEFT's prompt tuning, p-tuning and prefix tuning put virtual tokens before a sequence without its mm_token_type_ids; "
     "use LoRA, or another method that adapts weights.)"
@@ -16,11 +17,12 @@ PEFT_HINT = (
 
 
 def check_sequence(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Cache | None) -> None:
-    """Refuse a batch of nothing, and a two-dimensional mask of another shape than the sequence.
+    """Refuse an empty batch, and a two-dimensional mask of another shape than the sequence.
 
     Args:
         inputs_embeds: (batch, tokens, hidden), of the new tokens.
-        attention_mask: (batch, tokens, cached ones included), or what is handed through.
+        attention_mask: (batch, tokens, cached ones included); masks of other dimensions are not checked here.
+        cache: the KV cache, if any.
 
     Raises:
         ValueError: naming both shapes.
@@ -33,7 +35,8 @@ def check_sequence(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Cach
         )
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return
-    fixed = cache is not None and cache.is_compileable  # its length lies on the device, and masks may be as long as it
+    # The length of a static cache is on the device, and masks may be as long as the cache.
+    fixed = cache is not None and cache.is_compileable
     past = int(cache.get_seq_length()) if cache is not None and not fixed else 0
     rows, length = attention_mask.shape
     if rows != batch or length < past + tokens or (length > past + tokens and not fixed):
@@ -55,7 +58,7 @@ def check_token_types(types: torch.Tensor | None, inputs_embeds: torch.Tensor, c
         `types` as int64.
 
     Raises:
-        TypeError: for what is no tensor.
+        TypeError: if it is not a tensor.
         ValueError: for another dtype, or another shape than the sequence's.
     """
     if types is None:
@@ -96,4 +99,148 @@ def check_labels(name: str, labels: torch.Tensor, inputs: torch.Tensor) -> None:
         )
 
 
-__all__ = ["PEFT_HINT", "check_labels", "check_sequence", "check_token_types"]
+def check_image_counts(
+    counts: list[int], tokens_per_image: int, features: int | None = None, whole_images: bool = False
+) -> None:
+    """Compare the samples' image tokens with the images.
+
+    Args:
+        counts: the number of image tokens of each sample.
+        tokens_per_image: `DSVLConfig.image_seq_length`.
+        features: how many image embeddings there are for them; None if that is not known yet.
+        whole_images: whether every sample must hold whole images.
+
+    Raises:
+        ValueError: if they do not match.
+    """
+    if features is not None and sum(counts) != features:
+        raise ValueError(
+            f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {features} image embeddings "
+            f"({features / tokens_per_image:g} images of {tokens_per_image}); pass as many images as the texts name, in "
+            "reading order, and do not truncate image tokens."
+        )
+    if whole_images and any(count % tokens_per_image for count in counts):
+        raise ValueError(
+            f"The samples hold {counts} image tokens, but an image takes {tokens_per_image}: some image is cut or mixed "
+            "up; do not truncate image tokens, and use the processor saved with this model."
+        )
+
+
+def check_type_values(
+    image_token_id: int,
+    image_counts: list[int],
+    marked: list[int],
+    contradictions: list[int],
+    least: list[int],
+    most: list[int],
+) -> None:
+    """Compare `mm_token_type_ids` with `input_ids`, by figures of each sample.
+
+    Args:
+        image_token_id: the id of an image token.
+        image_counts: how many ids are image tokens.
+        marked: the sum of the types.
+        contradictions: how many types contradict their ids.
+        least, most: the smallest and the largest type.
+
+    Raises:
+        ValueError: for types other than 0 and 1, or that contradict the ids.
+    """
+    if min(least) < 0 or max(most) > 1:
+        raise ValueError(
+            f"mm_token_type_ids hold values from {min(least)} to {max(most)}; expected 1 for image tokens and 0 for all "
+            "others."
+        )
+    if any(contradictions):
+        raise ValueError(
+            f"input_ids hold {image_counts} image tokens (id {image_token_id}), but mm_token_type_ids mark {marked} as "
+            f"such and differ at {contradictions} positions of the samples; pass those that the processor returned with "
+            "these ids, or omit them."
+        )
+
+
+class AsyncHostCopy:
+    """An asynchronous device-to-host copy of a tensor.
+
+    Attributes:
+        is_complete: whether there is nothing to wait for, as the tensor is on the host already.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.is_complete = not tensor.is_cuda
+        self._event: torch.cuda.Event | None = None
+        self._values = tensor
+        if tensor.is_cuda:
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def tolist(self) -> Any:
+        """The values as Python numbers. Waits for the copy."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
+
+
+def reversed_image_order(
+    image_tokens: torch.Tensor, images: int, tokens_per_image: int, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """The permutation (images,) that reverses the images of each sample, or of each packed document.
+
+    Shapes do not depend on values, so it can be compiled. If the number of images does not match the image tokens, the
+    result has no meaning, and `check_image_counts` raises later.
+
+    Args:
+        image_tokens: (batch, tokens), True for image tokens.
+        images: how many images the batch has.
+        tokens_per_image: `DSVLConfig.image_seq_length`.
+        position_ids: (batch or 1, tokens), 0 where a packed document begins.
+    """
+    rows, tokens = image_tokens.shape
+    sample = torch.arange(rows, device=image_tokens.device)[:, None].expand(rows, tokens) * (tokens + 1)
+    if position_ids is not None:
+        sample = sample + (position_ids == 0).to(image_tokens.device).cumsum(-1)
+    index = image_tokens.flatten().cumsum(0) - 1
+    first = image_tokens.flatten() & (index % tokens_per_image == 0) & (index // tokens_per_image < images)
+    target = torch.where(first, index // tokens_per_image, images)  # the last slot takes all other tokens
+    of_image = sample.new_zeros(images + 1).scatter(0, target, sample.flatten())[:images]
+    start, end = torch.searchsorted(of_image, of_image), torch.searchsorted(of_image, of_image, right=True)
+    return (start + end - 1 - torch.arange(images, device=sample.device)).clamp(0, images - 1)
+
+
+class _GatherUniqueRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy(0, index, gradient), None
+
+
+def gather_unique_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`rows[index]`, for an index without repetitions: its backward copies, where that of `index_select` adds atomically,
+    which is much slower.
+
+    Args:
+        rows: (rows, ...).
+        index: (selected,), int64.
+    """
+    return _GatherUniqueRows.apply(rows, index)
+
+
+__all__ = [
+    "PEFT_HINT",
+    "AsyncHostCopy",
+    "check_image_counts",
+    "check_labels",
+    "check_sequence",
+    "check_token_types",
+    "check_type_values",
+    "gather_unique_rows",
+    "reversed_image_order",
+]

@@ -1,131 +1,374 @@
-"""Who attends to whom under MMCA: what transformers lets a query see, told apart by modality, for one forward call.
+"""Attention masks of MMCA: which key a query sees, by modality.
 
-The definition is in attention_dsvl.py, whose functions compute what these masks say. All layers of a type share one.
+transformers' own mask builders say what a query may see (causality, padding, sliding windows, packed documents, static
+caches). `visibilities` asks them; `build_masks` adds the modality. The definition of MMCA is in attention_dsvl.py.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedConfig
+from torch import nn
+from transformers import AttentionMaskInterface, Cache, PreTrainedConfig
 
+from .acceleration_dsvl import acceleration
 from .cache_dsvl import cached_images
-from .kernels_dsvl import FusedMask, can_fuse, fuse_mask
-from .transformers_dsvl import ALL_MASK_ATTENTION_FUNCTIONS
-from .visibility_dsvl import HIDDEN, IMAGE, TEXT, Visibility, visible_edges
+from .transformers_dsvl import (
+    ALL_ATTENTION_FUNCTIONS,
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    CACHE,
+    causal_mask_function,
+    create_masks_for_generate,
+    sdpa_mask,
+)
 
-# Bits of a code: the key takes part in the text softmax, in the image softmax, and ...
+# The modality of a key. Text and image are those of `mm_token_type_ids`; a padded or unwritten key is hidden.
+HIDDEN, TEXT, IMAGE = -1, 0, 1
+
+# Bits of a code, the value of a (query, key) pair: the key is in the text softmax, in the image softmax, ...
 IN_TEXT, IN_IMAGE = 1, 2
-# ... the row's text (image) softmax is uniform over the keys that take part in it ("mmca_reference" only).
+# ... and the text (image) softmax of this query is uniform ("mmca_reference" only).
 UNIFORM_TEXT, UNIFORM_IMAGE = 4, 8
+
+# Up to this many queries after a cache, one product with all keys is cheaper than two calls of a backend (on a CPU).
+_FEW_QUERIES = 16
+
+# All models of a process share transformers' registries, and the remote code of two checkpoints may be two versions of this
+# file: each copy registers under its own module's name.
+_CAPTURE = f"dsvl_visibility:{__name__}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Visibility: what transformers lets a query see
+
+
+class ConfigView:
+    """A live view of a decoder's configuration; a subclass names another attention implementation.
+
+    Everything else is read from and written to the configuration behind it, so `set_attn_implementation`, deepcopy and
+    pickle need no special case, and config.json never contains our names.
+    """
+
+    def __init__(self, text_config: PreTrainedConfig) -> None:
+        self.__dict__["_text_config"] = text_config
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_text_config" not in self.__dict__:  # during copy and unpickling
+            raise AttributeError(name)
+        return getattr(self.__dict__["_text_config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._text_config, name, value)
+
+
+class _CapturingConfig(ConfigView):
+    """The view that makes transformers' mask builders return a `Visibility` instead of a mask."""
+
+    _attn_implementation = _CAPTURE
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> "_CapturingConfig":
+        return self
+
+
+@dataclass
+class Visibility:
+    """Which key a query may see, modality aside. Positions count from the start of the sequence.
+
+    Attributes:
+        mask_function: (batch, head, query position, key position) to bool, elementwise on tensors.
+        batch_size, q_length, kv_length: of the forward call.
+        q_offset: position of the first query.
+        kv_offset: position of the first key (a sliding cache drops earlier ones).
+        padding: (batch, positions), False where padded.
+        is_causal: whether only causality and padding hide a key.
+        device: of the masks.
+        local_size: size of the sliding window, if any.
+        document_start: with packed documents, (batch, positions), the position at which the document of a token begins.
+        undivided: with packed documents, the visibility without their borders.
+    """
+
+    mask_function: Callable
+    batch_size: int
+    q_length: int
+    kv_length: int
+    q_offset: int | torch.Tensor
+    kv_offset: int
+    padding: torch.Tensor | None
+    is_causal: bool
+    device: torch.device
+    local_size: int | None = None
+    document_start: torch.Tensor | None = None
+    undivided: "Visibility | None" = None
+
+    def key_types(self, token_types: torch.Tensor) -> torch.Tensor:
+        """The modality of every key, `HIDDEN` where padded or not yet written: (batch, keys)."""
+        end = self.kv_offset + self.kv_length
+        types = token_types
+        if self.padding is not None:
+            if self.padding.shape[1] < types.shape[1]:
+                raise ValueError(
+                    f"attention_mask covers {self.padding.shape[1]} tokens, but the sequence has {types.shape[1]}, cached "
+                    "ones included; pass the mask of the whole sequence."
+                )
+            types = types.masked_fill(~self.padding[:, : types.shape[1]], HIDDEN)
+        if types.shape[1] < end:
+            types = nn.functional.pad(types, (0, end - types.shape[1]), value=HIDDEN)
+        return types[:, self.kv_offset : end]
+
+    def query_types(self, token_types: torch.Tensor) -> torch.Tensor:
+        """The modality of every query, `HIDDEN` where padded: (batch, queries)."""
+        last = slice(token_types.shape[1] - self.q_length, token_types.shape[1])
+        types = token_types[:, last]
+        return types if self.padding is None else types.masked_fill(~self.padding[:, last], HIDDEN)
+
+    def query_positions(self) -> torch.Tensor:
+        """(queries,)"""
+        return torch.arange(self.q_length, device=self.device) + self.q_offset
+
+    def key_positions(self) -> torch.Tensor:
+        """(keys,)"""
+        return torch.arange(self.kv_length, device=self.device) + self.kv_offset
+
+    def own_keys(self) -> torch.Tensor:
+        """Whether a key is the query's own: (queries, keys)."""
+        return self.query_positions()[:, None] == self.key_positions()
+
+    def dense(self) -> torch.Tensor:
+        """Everything as one boolean tensor: (batch, 1, queries, keys)."""
+        return sdpa_mask(
+            batch_size=self.batch_size,
+            q_length=self.q_length,
+            kv_length=self.kv_length,
+            q_offset=self.q_offset,
+            kv_offset=self.kv_offset,
+            mask_function=self.mask_function,
+            attention_mask=self.padding,
+            allow_is_causal_skip=False,
+            device=self.device,
+        )
+
+    def divided(self, position_ids: torch.Tensor) -> "Visibility":
+        """The visibility within packed documents. Positions (batch or 1, queries) restart where a document begins, which is
+        what transformers looks for too; but this does not wait for the device."""
+        position_ids = position_ids.to(self.device).expand(self.batch_size, -1)
+        begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+        documents, mask_function = begins.cumsum(-1), self.mask_function
+
+        def within(batch: Any, head: Any, q: Any, k: Any) -> torch.Tensor:
+            seen = mask_function(batch, head, position_ids[batch, q], position_ids[batch, k])
+            return seen & (documents[batch, q] == documents[batch, k])
+
+        start = torch.where(begins, self.query_positions(), 0).cummax(-1).values
+        return replace(self, mask_function=within, is_causal=False, document_start=start, undivided=self)
+
+
+def _capture_visibility(
+    mask_function: Callable,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Visibility:
+    is_causal = mask_function is causal_mask_function or (
+        allow_is_causal_skip and (local_size is None or kv_length <= local_size)
+    )
+    return Visibility(
+        mask_function=mask_function,
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        padding=attention_mask,
+        is_causal=is_causal,
+        device=torch.device(device),
+        local_size=local_size,
+    )
+
+
+AttentionMaskInterface.register(_CAPTURE, _capture_visibility)
+
+
+def visibilities(
+    text_config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Any,
+    position_ids: torch.Tensor | None,
+) -> dict[str | None, Visibility]:
+    """Ask transformers' mask builders what is visible.
+
+    Args:
+        text_config: the decoder's.
+        inputs_embeds: (batch, new tokens, any); its shape, dtype and device count.
+        attention_mask: (batch, tokens, cached ones included), 0 where padded.
+        cache: the KV cache, if any.
+        position_ids: (batch or 1, new tokens). Without mask and cache, positions that restart are packed documents.
+
+    Returns:
+        A visibility for each layer type; under the key None where the decoder does not distinguish layer types.
+    """
+    packed = position_ids if attention_mask is None and cache is None else None
+    built = create_masks_for_generate(
+        config=_CapturingConfig(text_config),
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        **{CACHE: cache},
+        position_ids=None if packed is not None else position_ids,  # else it would wait for the device
+    )
+    visible = built if isinstance(built, dict) else {None: built}
+    return visible if packed is None else {kind: one.divided(packed) for kind, one in visible.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Codes: MMCA as one integer for each pair of query and key
 
 
 def key_codes(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
-    """In which softmax each key takes part: (batch, 1, 1, keys), int8, `IN_TEXT`, `IN_IMAGE` or, where hidden, 0."""
+    """In which softmax each key is: (batch, 1, 1, keys), int8; `IN_TEXT`, `IN_IMAGE`, or 0 where hidden."""
     return (visibility.key_types(token_types) + 1)[:, None, None].to(torch.int8)
 
 
 def mmca_codes(visibility: Visibility, token_types: torch.Tensor, text_alone: bool = False) -> torch.Tensor:
-    """`"mmca"` as a dense tensor of codes: (batch, 1, queries, keys), int8.
+    """`"mmca"` as codes: (batch, 1, queries, keys), int8.
 
     Args:
         visibility: what transformers lets a query see.
         token_types: (batch, positions up to the last query), 1 = image.
-        text_alone: whether no query is known to be an image token.
+        text_alone: whether it is known that no query is an image token.
     """
     codes = key_codes(visibility, token_types)
-    if visibility.q_length > 1 or not visibility.is_causal:  # else the one query sees whatever is there
+    if visibility.q_length > 1 or not visibility.is_causal:  # else the one query sees every key
         codes = codes * visibility.dense()
     if not text_alone:
-        is_text = (_query_types(visibility, token_types) == TEXT)[:, None, :, None]
-        codes = torch.where(is_text, codes, _own_key(visibility) * IN_IMAGE)
+        is_text = (visibility.query_types(token_types) == TEXT)[:, None, :, None]
+        codes = torch.where(is_text, codes, visibility.own_keys() * IN_IMAGE)
     return codes.to(torch.int8)
 
 
 def mmca_reference_codes(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
-    """`"mmca_reference"` as a dense tensor of codes: (batch, 1, queries, keys), int8.
+    """`"mmca_reference"` as codes: (batch, 1, queries, keys), int8.
 
     The released code adds `finfo.min` once for causality and once for modality. Where a set is empty, every key that was
-    hidden once is left with the same score, so the softmax is uniform over the keys j <= i of any kind, padding included,
-    and the future keys of the set's own kind. An image query replaces its image softmax by itself, not its text softmax.
+    hidden once has the same score, so the softmax is uniform over the keys j <= i of any kind, padding included, and the
+    future keys of the set's own kind. An image query replaces its image softmax by itself, not its text softmax.
     """
     keys = visibility.key_types(token_types)[:, None, None, :]
-    visible, own = visibility.dense(), _own_key(visibility)
+    visible, own = visibility.dense(), visibility.own_keys()
     past = visibility.query_positions()[:, None] >= visibility.key_positions()
     codes = torch.zeros(1, dtype=torch.int8, device=keys.device)
     for kind, bit, uniform_bit in ((TEXT, IN_TEXT, UNIFORM_TEXT), (IMAGE, IN_IMAGE, UNIFORM_IMAGE)):
         members = visible & (keys == kind)
         empty = ~members.any(-1, keepdim=True)
         codes = codes + torch.where(empty, (past | (keys == kind)) * (bit + uniform_bit), members * bit)
-    is_image = (_query_types(visibility, token_types) == IMAGE)[:, None, :, None]
+    is_image = (visibility.query_types(token_types) == IMAGE)[:, None, :, None]
     return torch.where(is_image, (codes & (IN_TEXT | UNIFORM_TEXT)) + own * IN_IMAGE, codes).to(torch.int8)
 
 
-def _own_key(visibility: Visibility) -> torch.Tensor:
-    return visibility.query_positions()[:, None] == visibility.key_positions()
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks: each computes its attention
 
 
-def _query_types(visibility: Visibility, token_types: torch.Tensor) -> torch.Tensor:
-    """The modality of every query, `HIDDEN` where padded: (batch, queries)."""
-    last = slice(token_types.shape[1] - visibility.q_length, token_types.shape[1])
-    types = token_types[:, last]
-    return types if visibility.padding is None else types.masked_fill(~visibility.padding[:, last], HIDDEN)
+class AttentionMask:
+    """What the layers of one type get for a forward call: a dataclass that computes their attention."""
 
+    def attend(
+        self,
+        backend: str,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention of one layer.
 
-def sees_images(token_types: torch.Tensor, cache: Cache | None, known: bool | None = None) -> bool:
-    """Whether any key is an image token; what the caller knows of the new tokens, or a cache of its own, is not asked of the
-    device again.
+        Args:
+            backend: "eager", "sdpa" or "flex_attention".
+            module: the decoder's attention module.
+            query: (batch, heads, queries, head_dim).
+            key, value: (batch, key-value heads, keys, head_dim), as the KV cache returns them.
+            scaling, dropout, softcap, kwargs: as transformers passes them.
 
-    Args:
-        token_types: of the whole sequence, (batch, positions), 1 = image.
-        known: whether any of the new tokens is an image token, if that is known.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    cached = None if cache is None else cached_images(cache)
-    if known or cached:
-        return True
-    if known is not None and (cache is None or cached is not None):
-        return False
-    return bool((token_types == 1).any())
+        Returns:
+            The output, (batch, queries, heads, head_dim), and the weights, (batch, heads, queries, keys), or None.
+        """
+        raise NotImplementedError
 
-
-def coded_masks(
-    visible: dict[str | None, Visibility], token_types: torch.Tensor, multimodal_attention: str, text_alone: bool = False
-) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The codes of a forward call, as a decoder takes its `attention_mask`: a tensor, or one for each layer type."""
-    codes = mmca_reference_codes if multimodal_attention == "mmca_reference" else partial(mmca_codes, text_alone=text_alone)
-    return by_layer_type({layer_type: codes(v, token_types) for layer_type, v in visible.items()})
-
-
-# Where less than this is added to a cache, one product with all of it is cheaper than to gather it by modality (on a CPU).
-_FEW = 16
-
-
-def few_queries(visible: dict[str | None, Visibility], queries: int) -> bool:
-    """Whether so many queries are to be computed by codes and `StepMask`: one, or a few that follow a cache."""
-    after_cache = all(isinstance(v.q_offset, torch.Tensor) or v.q_offset > 0 for v in visible.values())
-    return queries == 1 or (queries <= _FEW and after_cache)
-
-
-def by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
-    """Decoders with layer types take a dict of masks, the others one tensor."""
-    return masks.get(None, masks)
+    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> Any:
+        """Move the tensors and block masks among the fields. accelerate calls this for a model on several devices."""
+        moved = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                value = value.to(device, non_blocking=non_blocking)
+            elif hasattr(value, "to"):  # a BlockMask
+                value = value.to(device)
+            moved[field.name] = value
+        return replace(self, **moved)  # type: ignore[type-var]
 
 
 @dataclass
-class StepMask:
-    """`"mmca"` for few queries: what is added to the scores of the text and of the image branch, ready for every layer."""
+class CodedMask(AttentionMask):
+    """Attention by codes: one product, two softmaxes. For "eager", which returns weights, and for "mmca_reference"."""
 
-    bias: torch.Tensor  # (batch, 2, 1, 1, queries, keys): 0 for a key that takes part, -inf for others; 0 where none does
-    sees: torch.Tensor  # (batch, 2, 1, 1, queries, 1): 0 where no key takes part, else 1
+    codes: torch.Tensor  # (batch, 1, queries, keys)
+
+    def attend(
+        self,
+        backend: str,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores, codes = attention_scores(query, key, scaling, softcap), self.codes[:, :, None, :, : key.shape[2]]
+        weights = torch.zeros((), dtype=query.dtype, device=query.device)
+        for member_bit, uniform_bit in ((IN_TEXT, UNIFORM_TEXT), (IN_IMAGE, UNIFORM_IMAGE)):
+            members, uniform = (codes & member_bit).bool(), (codes & uniform_bit).bool()
+            any_member = members.any(-1, keepdim=True)
+            # The released code's uniform rows pass on the gradient of the softmax, so they are not a plain constant.
+            branch = torch.where(uniform, scores - scores.detach(), scores)
+            branch = branch.masked_fill(~members & any_member, -torch.inf)
+            branch = torch.where(any_member, softmax(branch, query.dtype), 0)
+            weights = weights + nn.functional.dropout(branch, p=dropout, training=module.training)
+        return weighted_values(weights, value)
+
+
+@dataclass
+class DecodeMask(AttentionMask):
+    """`"mmca"` for few queries, as in a decode step: one product, two softmaxes, and one product of their summed weights.
+
+    Attributes:
+        bias: (batch, 2, 1, 1, queries, keys), added to the scores of the text and the image branch: 0 for a member, -inf for
+            others; 0 everywhere if there is no member.
+        sees: (batch, 2, 1, 1, queries, 1), 0 where a branch has no member, else 1.
+    """
+
+    bias: torch.Tensor
+    sees: torch.Tensor
 
     @classmethod
-    def of(cls, codes: torch.Tensor, dtype: torch.dtype) -> "StepMask":
-        """From a (batch, 1, queries, keys) tensor of `mmca_codes`, for scores of a dtype."""
-        # The two bits are made where the codes are: a list of them would be copied there.
+    def from_codes(cls, codes: torch.Tensor, dtype: torch.dtype) -> "DecodeMask":
+        """From `mmca_codes`, for scores of a dtype."""
+        # Made on the device of the codes: a list of the two bits would be copied there.
         bits = torch.arange(IN_TEXT, IN_IMAGE + 1, dtype=codes.dtype, device=codes.device)[:, None, None]
         members = (codes & bits).bool()[:, :, None, None]
         sees = members.any(-1, keepdim=True)
@@ -133,181 +376,230 @@ class StepMask:
         bias = torch.zeros(members.shape, dtype=dtype, device=codes.device).masked_fill(~members & sees, -torch.inf)
         return cls(bias, sees.to(dtype))
 
-    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "StepMask":
-        """Move every tensor: a model spread over devices by accelerate calls this."""
-        return StepMask(self.bias.to(device, non_blocking=non_blocking), self.sees.to(device, non_blocking=non_blocking))
+    def attend(
+        self,
+        backend: str,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = attention_scores(query, key, scaling, softcap)
+        weights = (scores[:, None] + self.bias[..., : key.shape[2]]).softmax(-1)
+        if dropout > 0:
+            weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+        return weighted_values((weights * self.sees).sum(1).to(query.dtype), value)
 
 
 @dataclass
-class MultimodalMask:
-    """`"mmca"` for many queries: where text and image tokens are, and the backend's masks over the gathered tokens.
+class BranchMasks(AttentionMask):
+    """`"mmca"` for many queries: the backend runs twice, over the text keys and over the image keys.
 
-    Queries and keys are those of one forward call. Slots past a row's own count are filled with other tokens of the row:
-    as queries their result is thrown away, as keys the masks hide them.
+    Attributes:
+        text, image: the backend's masks.
+        sees_image: (batch, queries, 1, 1); None where the backend itself returns 0 for a query without keys.
+        is_text: (batch, queries, 1, 1), whether a query is text. Others get their own value.
+        own_key: (queries,), index of each query's own key.
     """
 
-    text_queries: torch.Tensor  # (batch, text queries) the gathered queries, as rows of the flattened (batch x queries)
-    text_keys: torch.Tensor  # (batch, text keys) as rows of (batch x keys)
-    image_keys: torch.Tensor  # (batch, image keys)
-    text_filled: torch.Tensor | None  # (batch, text queries, 1, 1), which slots of these are filled; None where all are
-    own_key: torch.Tensor  # (queries,) index of each query's own key
-    text_mask: Any  # what the backend takes; None where it is plainly causal, for which sdpa has the fastest kernels
-    image_mask: Any
-    sees_image: torch.Tensor | None  # (batch, text queries, 1, 1); None where the backend itself gives 0 for no key
-    # On a CPU under sdpa: the image branch in parts, (first query, last, image keys in reach, mask or None for all of them).
-    image_parts: list[tuple[int, int, int, torch.Tensor | None]] | None = None
+    text: Any
+    image: Any
+    sees_image: torch.Tensor | None
+    is_text: torch.Tensor
+    own_key: torch.Tensor
 
-    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "MultimodalMask":
-        """Move every tensor: a model spread over devices by accelerate calls this."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                value = value.to(device, non_blocking=non_blocking)
-            elif hasattr(value, "to"):  # a BlockMask
-                value = value.to(device)
-            elif field.name == "image_parts":
-                value = None
-            moved[field.name] = value
-        return MultimodalMask(**moved)
+    @classmethod
+    def build(cls, visibility: Visibility, token_types: torch.Tensor, backend: str) -> "BranchMasks":
+        """For a backend, "sdpa" or "flex_attention"."""
+        key_types, sees_image = visibility.key_types(token_types), None
+        if backend == "sdpa":
+            visible, by_key = visibility.dense(), key_types[:, None, None]
+            text, image = visible & (by_key == TEXT), visible & (by_key == IMAGE)
+            sees_image = image.any(-1, keepdim=True)
+            # Some kernels return NaN for a query without keys, in the gradients too. Its result is not used.
+            text, image = text | ~text.any(-1, keepdim=True), image | ~sees_image
+            sees_image = sees_image.transpose(1, 2)
+        else:
 
-    def let_lengths_vary(self) -> None:
-        """Tell the compiler that there are more or fewer text and image tokens in the next batch."""
-        slots = (self.text_queries, self.text_keys, self.image_keys, self.text_filled, self.sees_image)
-        for states, dims in [*((part, [1]) for part in slots), (self.text_mask, [2, 3]), (self.image_mask, [2, 3])]:
-            if isinstance(states, torch.Tensor):
-                torch._dynamo.maybe_mark_dynamic(states, dims)
+            def of_type(kind: int) -> Any:
+                def sees(batch: Any, head: Any, q: Any, k: Any) -> torch.Tensor:
+                    visible = visibility.mask_function(batch, head, q, k)
+                    return visible & (key_types[batch, k - visibility.kv_offset] == kind)
 
+                return ALL_MASK_ATTENTION_FUNCTIONS[backend](
+                    batch_size=visibility.batch_size,
+                    q_length=visibility.q_length,
+                    kv_length=visibility.kv_length,
+                    q_offset=visibility.q_offset,
+                    kv_offset=visibility.kv_offset,
+                    mask_function=sees,
+                    attention_mask=None,
+                    device=visibility.device,
+                )
 
-def multimodal_mask(
-    visibility: Visibility,
-    token_types: torch.Tensor,
-    text_config: PreTrainedConfig,
-    dtype: torch.dtype,
-    training: bool = False,
-    image_queries: int = 0,
-    compiled: bool = False,
-) -> MultimodalMask | FusedMask:
-    """Tell the modalities of one forward call apart, for the fused kernels where these apply and else for the backend.
-
-    Args:
-        visibility: what transformers lets a query see.
-        token_types: (batch, positions up to the last query), 1 = image.
-        text_config: the decoder's; `_attn_implementation` is "sdpa" or "flex_attention".
-        dtype: the dtype of the attention scores (an additive mask has it).
-        training: whether the decoder drops weights, if it is configured to.
-        image_queries: how many of the queries are known to be image tokens; it saves the fused kernels memory.
-        compiled: whether it is for compiled layers, which are to take the next call's mask too.
-    """
-    backend = text_config._attn_implementation
-    key_types = visibility.key_types(token_types)
-    is_text = _query_types(visibility, token_types) == TEXT
-    if backend == "sdpa" and can_fuse(text_config, dtype, visibility.device, training):
-        edges = visible_edges(visibility)
-        if edges is not None:
-            own_key = visibility.query_positions() - visibility.kv_offset
-            rows = is_text.numel() - image_queries
-            fused = fuse_mask(is_text, key_types == TEXT, key_types == IMAGE, own_key, *edges, rows=rows)
-            if compiled:
-                torch._dynamo.maybe_mark_dynamic(fused.room, 0)
-            return fused
-    visibility = visibility.settled()
-    # A length of 1 would be a graph of its own.
-    least = 2 if compiled else 1
-    gathered, whole = _gather_indices((is_text, key_types == TEXT, key_types == IMAGE), least)
-    (text_queries, is_text_query), (text_keys, has_text_key), (image_keys, has_image_key) = gathered
-    q_positions, kv_positions = text_queries + visibility.q_offset, text_keys + visibility.kv_offset
-    image_positions = image_keys + visibility.kv_offset
-
-    def sees_text(batch: Any, head: Any, q: Any, k: Any) -> torch.Tensor:
-        seen = visibility.mask_function(batch, head, q_positions[batch, q], kv_positions[batch, k])
-        return seen & has_text_key[batch, k]
-
-    def sees_image(batch: Any, head: Any, q: Any, k: Any) -> torch.Tensor:
-        seen = visibility.mask_function(batch, head, q_positions[batch, q], image_positions[batch, k])
-        return seen & has_image_key[batch, k]
-
-    def build(function: Callable, keys: torch.Tensor) -> Any:
-        return ALL_MASK_ATTENTION_FUNCTIONS[backend](
-            batch_size=visibility.batch_size,
-            q_length=text_queries.shape[1],
-            kv_length=keys.shape[1],
-            mask_function=function,
-            attention_mask=None,
-            allow_is_causal_skip=False,
-            dtype=dtype,
-            device=visibility.device,
+            text, image = of_type(TEXT), of_type(IMAGE)
+        return cls(
+            text=text,
+            image=image,
+            sees_image=sees_image,
+            is_text=(visibility.query_types(token_types) == TEXT)[:, :, None, None],
+            own_key=visibility.query_positions() - visibility.kv_offset,
         )
 
-    # With nothing cached, the gathered text queries and keys are the same tokens in the same order: among themselves
-    # they are causal. (In an unwritten static cache, keys past the queries are hidden and so never gathered.)
-    starts_empty = isinstance(visibility.q_offset, int) and visibility.q_offset == 0
-    same_text = starts_empty and text_queries.shape == text_keys.shape
-    # ... for which no causal kernel of sdpa caps scores.
-    softcapped = getattr(text_config, "attn_logit_softcapping", None) is not None
-    plainly_causal = visibility.is_causal and same_text and not softcapped
-    text_mask = None if plainly_causal else build(sees_text, text_keys)
-    image_mask, any_image, image_parts = build(sees_image, image_keys), None, None
-    if backend == "sdpa":
-        if visibility.device.type == "cpu" and not compiled and not torch.compiler.is_compiling():
-            image_parts = _image_parts(image_mask)
-        any_image = image_mask.any(-1, keepdim=True)
-        image_mask = image_mask | ~any_image  # a row without a key is NaN in some kernels; its result is not used
-    first_row = torch.arange(visibility.batch_size, device=visibility.device)[:, None]
-    mask = MultimodalMask(
-        text_queries=text_queries + first_row * visibility.q_length,
-        text_keys=text_keys + first_row * visibility.kv_length,
-        image_keys=image_keys + first_row * visibility.kv_length,
-        text_filled=None if whole and not compiled else is_text_query[:, :, None, None],
-        own_key=visibility.query_positions() - visibility.kv_offset,
-        text_mask=text_mask,
-        image_mask=image_mask,
-        sees_image=None if any_image is None else any_image.transpose(1, 2),
-        image_parts=image_parts,
-    )
-    if compiled:
-        mask.let_lengths_vary()
-    return mask
+    def attend(
+        self, backend: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        attend = ALL_ATTENTION_FUNCTIONS[backend]
+        text, image = (attend(module, query, key, value, mask, **kwargs)[0] for mask in (self.text, self.image))
+        output = text + (image if self.sees_image is None else torch.where(self.sees_image, image, 0))
+        own = value.index_select(2, self.own_key).transpose(1, 2)
+        own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=2)
+        return torch.where(self.is_text, output, own), None
 
 
-# Fewer queries are not worth a call of their own.
-_LEAST_PART = 256
+def plain_attention(backend: str, module: nn.Module) -> Callable:
+    """The decoder's own attention function."""
+    if backend != "eager":
+        return ALL_ATTENTION_FUNCTIONS[backend]
+    # Each decoder has an eager function of its own, which it hands to the interface as the default.
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
-def _image_parts(mask: torch.Tensor) -> list[tuple[int, int, int, torch.Tensor | None]]:
-    """Cut a (batch, 1, text queries, image keys) mask where an image comes into sight: the queries before need not be
-    multiplied with it, and those that see all that came until then need no mask."""
-    queries, keys = mask.shape[2:]
-    seen = mask.any(0)[0]
-    reach = torch.where(seen.any(-1), keys - seen.flip(-1).to(torch.uint8).argmax(-1), 0)
-    cuts = [0]
-    for place in (reach.diff().nonzero()[:, 0] + 1).tolist():
-        if place - cuts[-1] >= _LEAST_PART and queries - place >= _LEAST_PART:
-            cuts.append(place)
-    parts: list[tuple[int, int, int, torch.Tensor | None]] = []
-    for first, last in zip(cuts, [*cuts[1:], queries], strict=True):
-        in_reach = int(reach[first:last].max())
-        part = mask[:, :, first:last, :in_reach]
-        # A row without a key is NaN in some kernels; its result is not used.
-        parts.append((first, last, in_reach, None if part.all() else part | ~part.any(-1, keepdim=True)))
-    return parts
+# Scores and weights are (batch, key-value heads, query heads of each, queries, keys): a key-value head is not copied for the
+# queries that share it.
 
 
-def _gather_indices(kinds: Sequence[torch.Tensor], least: int = 1) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], bool]:
-    """Where the members of each kind (batch, tokens) are.
+def attention_scores(query: torch.Tensor, key: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
+    """Scaled, capped scores of (batch, heads, tokens, head_dim)."""
+    heads, queries, head_dim = query.shape[1:]
+    group = heads // key.shape[1]
+    rows = query.reshape(len(query), key.shape[1], group * queries, head_dim) * scaling
+    scores = torch.matmul(rows, key.transpose(-1, -2)).unflatten(2, (group, queries))
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def softmax(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Over keys, in float32 at least."""
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
+
+
+def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output (batch, queries, heads, head_dim), and the weights (batch, heads, queries, keys) on which it depends."""
+    batch, kv_heads, group, queries, keys = weights.shape
+    weights = weights.flatten(1, 2)
+    output = torch.matmul(weights.view(batch, kv_heads, group * queries, keys), value)
+    return output.view(batch, kv_heads * group, queries, -1).transpose(1, 2).contiguous(), weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The masks of a forward call
+
+
+def step_codes(
+    text_config: PreTrainedConfig,
+    multimodal_attention: str,
+    token_types: torch.Tensor,
+    dtype: torch.dtype,
+    attention_mask: torch.Tensor | None,
+    cache: Cache,
+    position_ids: torch.Tensor | None,
+) -> Any:
+    """The codes of a decode step with a static cache, made outside of its compiled graph.
 
     Returns:
-        For each kind the indices of each row's members, in order, and which of these slots are filled: both (batch, slots),
-        at least so many. A slot that is not filled holds some other index of the row, and none twice. And whether every
-        slot of the first kind is known to be filled.
+        A tensor (batch, 1, 1, keys), or one for each layer type.
     """
-    counts = torch.stack([members.sum(-1) for members in kinds])
-    # A compiled graph cannot ask how many there are, so it gets a slot for each token. Asked of all kinds at once: the
-    # device is waited for.
-    known = None if torch.compiler.is_compiling() else counts.tolist()
-    gathered = []
-    for number, members in enumerate(kinds):
-        slots = members.shape[1] if known is None else max(*known[number], least)
-        index = members.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :slots]
-        gathered.append((index, torch.arange(slots, device=members.device) < counts[number][:, None]))
-    return gathered, known is not None and min(known[0]) == gathered[0][0].shape[1]
+    embeds = torch.empty((len(token_types), 1, 0), dtype=dtype, device=token_types.device)
+    visible = visibilities(text_config, embeds, attention_mask, cache, position_ids)
+    codes = mmca_reference_codes if multimodal_attention == "mmca_reference" else mmca_codes
+    return by_layer_type({kind: codes(one, token_types) for kind, one in visible.items()})
+
+
+def masks_from_codes(codes: Any, multimodal_attention: str, dtype: torch.dtype) -> dict[str | None, AttentionMask]:
+    """Masks of a decode step, from `step_codes`."""
+    by_type = codes if isinstance(codes, dict) else {None: codes}
+    if multimodal_attention == "mmca_reference":
+        return {kind: CodedMask(one) for kind, one in by_type.items()}
+    return {kind: DecodeMask.from_codes(one, dtype) for kind, one in by_type.items()}
+
+
+def build_masks(
+    text_config: PreTrainedConfig,
+    multimodal_attention: str,
+    token_types: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    attention_mask: Any,
+    cache: Cache | None,
+    position_ids: torch.Tensor | None,
+    image_queries: int | None,
+    training: bool,
+    compiled: bool,
+) -> tuple[Any, dict[str | None, AttentionMask]]:
+    """The masks of a forward call.
+
+    Args:
+        text_config: the decoder's.
+        multimodal_attention: "mmca" or "mmca_reference".
+        token_types: of the whole sequence, (batch, tokens, cached ones included), 1 = image.
+        inputs_embeds: of the new tokens, (batch, new tokens, hidden).
+        attention_mask, cache, position_ids: as `forward` got them.
+        image_queries: how many of the new tokens are image tokens, if that is known.
+        training: whether attention dropout applies.
+        compiled: whether the decoder layers are compiled for training.
+
+    Returns:
+        The decoder's `attention_mask`, four-dimensional, so that the decoder does not build its own; and the mask of each
+        layer type.
+    """
+    dtype, queries = inputs_embeds.dtype, inputs_embeds.shape[1]
+    visible = visibilities(text_config, inputs_embeds, attention_mask, cache, position_ids)
+    backend = text_config._attn_implementation or "eager"
+    placeholders = by_layer_type({kind: key_codes(one, token_types) for kind, one in visible.items()})
+    follows_cache = all(isinstance(one.q_offset, torch.Tensor) or one.q_offset > 0 for one in visible.values())
+    is_few = queries == 1 or (queries <= _FEW_QUERIES and follows_cache)
+    build_fast = getattr(acceleration(), "build_mask", None)
+
+    def build(one: Visibility) -> AttentionMask:
+        if multimodal_attention == "mmca_reference":
+            return CodedMask(mmca_reference_codes(one, token_types))
+        if is_few or backend == "eager":
+            codes = mmca_codes(one, token_types, text_alone=image_queries == 0)
+            return DecodeMask.from_codes(codes, dtype) if is_few else CodedMask(codes)
+        if build_fast is not None:
+            mask = build_fast(one, token_types, text_config, dtype, training, image_queries or 0, compiled)
+            if mask is not None:
+                return mask
+        return BranchMasks.build(one, token_types, backend)
+
+    return placeholders, {kind: build(one) for kind, one in visible.items()}
+
+
+def sequence_may_hold_images(token_types: torch.Tensor, cache: Cache | None, new_images: bool | None) -> bool:
+    """Whether any token of a sequence may be an image token. The device is asked only if nothing else tells.
+
+    Args:
+        token_types: of the whole sequence, (batch, tokens), 1 = image.
+        cache: the KV cache, which may remember it.
+        new_images: whether any of the new tokens is an image token, if that is known.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    cached = None if cache is None else cached_images(cache)
+    if new_images or cached:
+        return True
+    if new_images is not None and (cache is None or cached is not None):
+        return False
+    return bool((token_types == 1).any())
+
+
+def by_layer_type(masks: dict[str | None, torch.Tensor]) -> Any:
+    """As a decoder takes its `attention_mask`: a dict if it distinguishes layer types, else a tensor."""
+    return masks.get(None, masks)
+
+
+__all__ = ["AttentionMask", "BranchMasks", "CodedMask", "DecodeMask", "Visibility", "build_masks", "visibilities"]

@@ -1,6 +1,7 @@
-"""The DSVL model: image features are projected and scattered into a causal language model that attends by MMCA."""
+"""The DSVL model: a vision tower, a projector and a causal language model that attends by MMCA."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -10,18 +11,24 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, CompileConfig, PreTrainedModel
 
-from .attention_dsvl import route_attention, take_rows
+from .acceleration_dsvl import acceleration, require_acceleration
+from .attention_dsvl import route_attention
 from .cache_dsvl import cached_types, remember_types
-from .compilation_dsvl import DSVLCompilationMixin
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
-from .image_cache_dsvl import ImageKVCache
-from .images_dsvl import HostCopy, make_vision_tower
-from .inputs_dsvl import PEFT_HINT, check_labels, check_sequence, check_token_types
-from .masks_dsvl import StepMask, by_layer_type, coded_masks, few_queries, key_codes, multimodal_mask, sees_images
-from .projectors_dsvl import PROJECTORS
-from .resampler_dsvl import DSVLResampler
-from .text_prefill_dsvl import DSVLTextPrefillMixin
+from .inputs_dsvl import (
+    PEFT_HINT,
+    AsyncHostCopy,
+    check_image_counts,
+    check_labels,
+    check_sequence,
+    check_token_types,
+    check_type_values,
+    gather_unique_rows,
+    reversed_image_order,
+)
+from .masks_dsvl import build_masks, masks_from_codes, sequence_may_hold_images
+from .projectors_dsvl import PROJECTORS, DSVLResampler
 from .transformers_dsvl import (
     CACHE,
     SDPA_SOFTCAPS,
@@ -34,9 +41,9 @@ from .transformers_dsvl import (
     keywords_of,
     takes_cache,
 )
-from .visibility_dsvl import visibilities
+from .vision_dsvl import make_vision_tower, run_tower, unused_tower_parameters
 
-# Logits of a loss that exist at once: 128 MiB in float32.
+# Elements of the logits that the loss computes at once: 128 MiB in float32.
 _LOGITS_AT_ONCE = 2**25
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,7 +57,7 @@ class _ImageOutputs(EitherCacheName):
 
     @property
     def image_hidden_states(self) -> torch.Tensor | None:
-        """Deprecated: the projected images, (images, image_seq_length, hidden); those of `image_outputs`."""
+        """Deprecated: the projected images of `image_outputs`, (images, image_seq_length, hidden)."""
         warnings.warn(
             "image_hidden_states is deprecated; use image_outputs.pooler_output, a list with one tensor for each image.",
             FutureWarning,
@@ -73,11 +80,11 @@ class DSVLModelOutputWithPast(_ImageOutputs, BaseModelOutputWithPast):
 
     Attributes:
         last_hidden_state: (batch, tokens, hidden).
-        cache: the KV cache, if one was used; `past_key_values` is its name before transformers 5.24, and works in all.
+        cache: the KV cache, if one was used; `past_key_values` is its name before transformers 5.24. Both names work.
         hidden_states: on request, (layers + 1) tensors of (batch, tokens, hidden).
-        attentions: on request (eager), a (batch, heads, queries, keys) tensor per layer; under MMCA the sum of both
-            branches, so that a text query's row sums to 2 where it sees text and images.
-        image_outputs: what `get_image_features` gave for the images of this call, or what was passed in its place.
+        attentions: on request ("eager"), a (batch, heads, queries, keys) tensor for each layer; under MMCA the sum of both
+            branches, so the row of a text query that sees text and images sums to 2.
+        image_outputs: the output of `get_image_features` for the images of this call, or what was passed instead.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -85,8 +92,8 @@ class DSVLModelOutputWithPast(_ImageOutputs, BaseModelOutputWithPast):
 
 @dataclass
 class DSVLCausalLMOutputWithPast(_ImageOutputs, CausalLMOutputWithPast):
-    """Output of `DSVLForConditionalGeneration`: as `DSVLModelOutputWithPast`, with `loss` (a scalar) and `logits`
-    (batch, tokens, vocabulary), which is None where `skip_logits` applied."""
+    """Output of `DSVLForConditionalGeneration`: as `DSVLModelOutputWithPast`, with `loss` (a scalar) and `logits` (batch,
+    tokens, vocabulary), which is None where `skip_logits` applied."""
 
     image_outputs: BaseModelOutputWithPooling | None = None
 
@@ -104,7 +111,7 @@ class DSVLPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
-    # A flash kernel takes no mask that could tell the modalities apart.
+    # A flash kernel takes no mask that could separate the modalities.
     _supports_flash_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -116,8 +123,8 @@ class DSVLPreTrainedModel(PreTrainedModel):
             module.init_weights()
 
     def _default_compile_config(self) -> CompileConfig:
-        """How a step is compiled unless `generate` is told: on a GPU, with products of a single row written by the compiler
-        and tuned, which read weights faster than the library's do."""
+        """How `generate` compiles a step by default. On a GPU the compiler writes and tunes products of a single row, which
+        then read the weights faster than the library's."""
         if self.device.type != "cuda":
             return super()._default_compile_config()
         return CompileConfig(mode=None, options={"triton.cudagraphs": True, "coordinate_descent_tuning": True})
@@ -125,7 +132,7 @@ class DSVLPreTrainedModel(PreTrainedModel):
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Publish; the arguments are those of `PushToHubMixin.push_to_hub`.
 
-        Where the package dsvl is installed, all of its code and its model card goes along.
+        If the package dsvl is installed, the code and the model card are published too.
         """
         try:
             push_part = import_module("dsvl.publishing.push").push_part
@@ -134,12 +141,15 @@ class DSVLPreTrainedModel(PreTrainedModel):
         return push_part(self, repo_id, **kwargs)
 
 
-class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin):
+class DSVLModel(DSVLPreTrainedModel):
     """Vision tower, projector and language model without its head.
 
     `language_model` is an unmodified decoder of transformers; only the configuration that its attention modules read is
     replaced by a view that leads them to the MMCA functions (see attention_dsvl.py).
     """
+
+    _compiled_layers: Any = None
+    _image_reuse: Any = None
 
     def __init__(self, config: DSVLConfig) -> None:
         super().__init__(config)
@@ -158,13 +168,16 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> "DSVLModel":
-        """As for any module; but a tower with nothing to learn stays in evaluation mode: DINOv3 draws its positions at
-        random in training mode, and others drop layers."""
+        """As for any module; but a tower without trainable parameters stays in evaluation mode, as some towers are random in
+        training mode (DINOv3 augments its positions, others drop layers)."""
         super().train(mode)
-        self._fingerprint = None  # training engines write weights in ways that cannot be seen
         if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
             self.vision_tower.eval()
-        self._switch_layers()
+        if self._compiled_layers is not None:
+            self._compiled_layers.switch(mode)
+        if self._image_reuse is not None:
+            self._image_reuse.forget_fingerprint()  # training engines change weights without a trace
+        acceleration()  # before anything is compiled
         return self
 
     @can_return_tuple
@@ -180,89 +193,98 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_features: torch.Tensor | None = None,
+        step_codes: torch.Tensor | dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> DSVLModelOutputWithPast:
         """Run the model.
 
         Args:
-            input_ids: (batch, tokens); every image holds `image_seq_length` copies of `image_token_id`.
+            input_ids: (batch, tokens); every image has `image_seq_length` copies of `image_token_id`.
             pixel_values: (images of the whole batch, 3, height, width), in reading order.
-            attention_mask: (batch, tokens, cached ones included), 0 where padded. Four-dimensional int8 tensors of codes,
-                and transformers' own masks where no image is in sight, are handed through.
+            attention_mask: (batch, tokens, cached ones included), 0 where padded. Four-dimensional masks are passed on to
+                the decoder if the sequence has no image.
             cache: a KV cache; `past_key_values` is the same argument.
-            inputs_embeds: (batch, tokens, hidden), instead of `input_ids`. Images that come with them take the places of
-                embeddings that equal the image token's, unless `mm_token_type_ids` says where they go.
+            inputs_embeds: (batch, tokens, hidden), instead of `input_ids`. Images that come with them replace embeddings
+                that equal the image token's, or those that `mm_token_type_ids` marks.
             mm_token_type_ids: (batch, tokens), 1 for image tokens and 0 for all others; of the new tokens or of the whole
-                sequence. Told from `input_ids` if absent; required with `inputs_embeds` that hold their images already,
-                unless `multimodal_attention` is "causal".
-            mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`, in the order of the places
-                that they take.
-            image_features: `get_image_features(...).last_hidden_state`, what a frozen tower gave for the same images
-                before: (images, tower tokens, tower width), instead of `pixel_values`. Where processes train together, all
-                of them pass it, one without images an empty one.
-            kwargs: what the decoder takes (`use_cache`, `output_hidden_states`, `output_attentions`, ...).
+                sequence. Derived from `input_ids` by default; required with `inputs_embeds` that contain their images
+                already, unless `multimodal_attention` is "causal".
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`, in the order of the image
+                tokens.
+            image_features: `get_image_features(...).last_hidden_state`, computed earlier by a frozen tower, (images, tower
+                tokens, tower width), instead of `pixel_values`. Processes that train together all pass it, one without
+                images an empty one.
+            step_codes: of a decode step with a static cache, see `masks_dsvl.step_codes`.
+            kwargs: the decoder's (`use_cache`, `output_hidden_states`, `output_attentions`, ...).
 
         Raises:
-            TypeError: for a keyword that nobody knows.
-            ValueError: if images and placeholders do not match, inputs contradict each other, or a token's modality
-                cannot be told.
+            TypeError: for an unknown keyword.
+            ValueError: if images and image tokens do not match, inputs contradict each other, or the modality of a token is
+                unknown.
         """
-        self.check_keywords(kwargs, has_positions=position_ids is not None)
+        self._check_keywords(kwargs, has_positions=position_ids is not None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if sum(given is not None for given in (pixel_values, mm_encoder_outputs, image_features)) > 1:
             raise ValueError("Pass one of pixel_values, mm_encoder_outputs and image_features: they are the same images.")
-        text_config = self.language_model.config
-        if not SDPA_SOFTCAPS and text_config._attn_implementation == "sdpa" and _softcaps(text_config):
-            raise ValueError(
-                "attn_implementation='sdpa' ignores attn_logit_softcapping in transformers below 5.21; pass "
-                "attn_implementation='eager' or 'flex_attention', or install transformers 5.21 or newer."
-            )
+
+        # Embed
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         check_sequence(inputs_embeds, attention_mask, cache)
         types = check_token_types(mm_token_type_ids, inputs_embeds, cache)
 
+        # Encode and project
         images = (mm_encoder_outputs or {}).get("image")
         given = image_features if pixel_values is None else pixel_values
-        has_images = images is not None or (given is not None and len(given) > 0)
-        is_image = self.image_tokens(input_ids, inputs_embeds, types, has_images)
-        if given is not None and len(given) > 0:
+        has_given = given is not None and len(given) > 0
+        is_image = self._image_tokens(input_ids, inputs_embeds, types, has_images=images is not None or has_given)
+        if given is not None and has_given:
             if self.config.reversed_images and is_image is not None:
                 given = self.reverse_images(given, is_image, position_ids, cache)
-            encode = self.project_features if pixel_values is None else self.encode_pixels
-            images = encode(given)
+            images = self.encode(given) if pixel_values is not None else self.project_features(given)
+
+        # Scatter
         embedded = None
         if images is not None and images.pooler_output:
             embedded = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-        # Features that were passed in may be those of a chunk, which may begin or end inside an image.
-        inputs_embeds, check = self._scatter_images(
-            input_ids, inputs_embeds, is_image, types, embedded, whole_images=given is not None
-        )
-        if images is None and self._others_may_see_images(cache):
+        check_values = self._check_values(input_ids, is_image, types, embedded, whole_images=given is not None)
+        if is_image is not None and embedded is not None:
+            inputs_embeds = _scatter(inputs_embeds, is_image, embedded)
+        if images is None and self._others_may_have_images(cache):
             blank = self.encode_blank_image(image_features)
             inputs_embeds = inputs_embeds + blank.to(inputs_embeds.device, inputs_embeds.dtype)
 
+        # Attend
         if position_ids is not None and attention_mask is None and cache is None:
-            # Positions that begin again are packed conversations, unless the decoder makes a cache: then each would see
-            # those before it.
+            # Positions that restart are packed documents, unless the decoder makes a cache: then each would see the others.
             kwargs.setdefault("use_cache", False)
         token_types = may_hold_images = None
-        if self.config.multimodal_attention == "causal":
-            pass
-        elif isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
-            attention_mask = self._check_ready_mask(attention_mask, is_image if types is None else types)
-            kwargs["multimodal_masks"] = self._step_masks(attention_mask, inputs_embeds.dtype)
-        else:
-            # How many of the new tokens are image tokens; where it could not be held against placeholders, it is not known.
-            image_queries = None if input_ids is None else 0 if embedded is None else len(embedded)
-            token_types = self.token_types(inputs_embeds.shape[1], is_image, types, cache)
-            known = None if image_queries is None else image_queries > 0
-            # The graph of compiled layers is one for MMCA, and takes texts alone as well.
-            may_hold_images = sees_images(token_types, cache, True if self.compiles_layers else known)
-            attention_mask, kwargs["multimodal_masks"] = self._modal_masks(
-                inputs_embeds, attention_mask, position_ids, cache, token_types, image_queries, may_hold_images
-            )
+        attention = self.config.multimodal_attention
+        if attention != "causal" and step_codes is not None:
+            attention_mask = step_codes
+            kwargs["multimodal_masks"] = masks_from_codes(step_codes, attention, inputs_embeds.dtype)
+        elif attention != "causal" and (isinstance(attention_mask, dict) or getattr(attention_mask, "ndim", 2) == 4):
+            self._check_ready_mask(attention_mask, is_image if types is None else types)
+        elif attention != "causal":
+            token_types = self._whole_token_types(inputs_embeds.shape[1], is_image, types, cache)
+            image_queries = _known_image_queries(input_ids, embedded)
+            may_hold_images = self._may_hold_images(token_types, cache, image_queries)
+            if attention == "mmca_reference" or may_hold_images:
+                attention_mask, kwargs["multimodal_masks"] = build_masks(
+                    self.language_model.config,
+                    attention,
+                    token_types.to(inputs_embeds.device),
+                    inputs_embeds,
+                    attention_mask,
+                    cache,
+                    position_ids,
+                    image_queries,
+                    training=self.training,
+                    compiled=self.compiles_layers,
+                )
+
+        # Decode
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -270,8 +292,8 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             **{CACHE: cache},
             **(kwargs | {"return_dict": True}),
         )
-        if check is not None:
-            check()
+        if check_values is not None:
+            check_values()
         if token_types is not None and not torch.compiler.is_compiling():  # also in a cache that the decoder made
             remember_types(getattr(outputs, CACHE), token_types, may_hold_images)
         return DSVLModelOutputWithPast(
@@ -282,119 +304,211 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def check_keywords(self, kwargs: dict[str, Any], has_positions: bool) -> None:
-        """Refuse keyword arguments that neither the decoder nor transformers knows.
-
-        Args:
-            kwargs: what `forward` got beside its own arguments.
-            has_positions: whether it got `position_ids`.
-
-        Raises:
-            TypeError: naming the first that is not known.
-            ValueError: for one that is known but cannot be honoured.
-        """
+    def _check_keywords(self, kwargs: dict[str, Any], has_positions: bool) -> None:
+        """Refuse keyword arguments of `forward` that neither the decoder nor transformers knows."""
         for name in kwargs:
             if name not in self._known_keywords:
                 raise TypeError(
                     f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}: neither this model, nor "
                     f"its decoder {type(self.language_model).__name__}, nor transformers' common arguments know it; check "
-                    "its spelling, or leave it out."
+                    "its spelling, or omit it."
                 )
         if kwargs.get("cu_seq_lens_q") is not None and not has_positions:
             raise ValueError(
-                "cu_seq_lens_q without position_ids: the attention here tells packed conversations by positions that begin "
-                "again; pass position_ids."
+                "cu_seq_lens_q without position_ids: packed documents are recognized by positions that restart; pass "
+                "position_ids."
             )
         if kwargs.get("is_causal") is False and self.config.multimodal_attention != "causal":
             raise ValueError(
                 f"is_causal=False does not go with multimodal_attention={self.config.multimodal_attention!r}, which is "
-                "causal; leave it out."
+                "causal; omit it."
             )
+        text_config = self.language_model.config
+        softcaps = getattr(text_config, "attn_logit_softcapping", None) is not None
+        if softcaps and not SDPA_SOFTCAPS and text_config._attn_implementation == "sdpa":
+            raise ValueError(
+                "attn_implementation='sdpa' ignores attn_logit_softcapping in transformers below 5.21; pass "
+                "attn_implementation='eager' or 'flex_attention', or install transformers 5.21 or newer."
+            )
+
+    # -- images --------------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode and project images. A tower without trainable parameters runs without a graph.
+
+        Args:
+            pixel_values: (images, 3, height, width), any float dtype.
+            kwargs: `output_hidden_states` and `output_attentions`, for the tower's; `return_dict`.
+
+        Returns:
+            `pooler_output`: a list with one (image_seq_length, decoder width) tensor for each image, ready to be passed
+            back as `mm_encoder_outputs={"image": ...}`; `last_hidden_state`: the tower's features before projection; on
+            request the tower's `hidden_states` and `attentions`. With `return_dict=False` a tuple of these.
+
+        Raises:
+            TypeError: for another keyword.
+        """
+        return self.encode(pixel_values, **kwargs)
+
+    def encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """As `get_image_features`, whatever `config.return_dict` says."""
+        tower = run_tower(self.vision_tower, self.config, pixel_values, **kwargs)
+        tower.pooler_output = self.project_features(tower.last_hidden_state).pooler_output
+        return tower
+
+    def project_features(self, image_features: torch.Tensor) -> BaseModelOutputWithPooling:
+        """The second half of `get_image_features`, from the tower's features (images, tower tokens, tower width)."""
+        projected = self.multi_modal_projector(image_features)
+        return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=list(projected))
+
+    def unused_tower_parameters(self) -> list[str]:
+        """Names of the tower's parameters that do not influence its features."""
+        return unused_tower_parameters(self.vision_tower, self.config)
+
+    def encode_blank_image(self, image_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Zero, computed by tower and projector: what a process without images does while others encode theirs.
+
+        Args:
+            image_features: an empty tensor of them, if those of the others were computed earlier: then by the projector
+                alone.
+        """
+        if image_features is not None:
+            features = image_features.new_zeros(1, *image_features.shape[1:])
+            return self.project_features(features).pooler_output[0].sum() * 0
+        size = self.config.image_size
+        blank = torch.zeros((1, 3, size, size), dtype=self.vision_tower.dtype, device=self.vision_tower.device)
+        return self.encode(blank).pooler_output[0].sum() * 0
+
+    def _others_may_have_images(self, cache: Cache | None) -> bool:
+        """Whether a text-only batch must run the tower and the projector as well.
+
+        In training, other processes may have images where this one has none, and wait for its gradients of the projector;
+        under ZeRO-3 they wait for it at every layer of tower and projector, in evaluation too. In a single process, a
+        text-only batch then has gradients of zero rather than none.
+        """
+        parts = (self.multi_modal_projector, self.vision_tower)
+        waited_for = is_deepspeed_zero3_enabled() or (
+            self.training and torch.is_grad_enabled() and any(p.requires_grad for part in parts for p in part.parameters())
+        )
+        # A decode step has no images. The length of a static cache is a tensor, on which a compiled step may not branch, so
+        # it is read last.
+        return waited_for and (cache is None or cache.get_seq_length() == 0)
+
+    def reverse_images(
+        self,
+        images: torch.Tensor,
+        image_tokens: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """Images in reading order, reordered as `reversed_images` places them: reversed in each sample or packed document.
+
+        Args:
+            images: those of the whole batch, (images, ...): their pixels or their features.
+            image_tokens: (batch, new tokens), True for image tokens.
+            position_ids: (batch or 1, new tokens), which restart where packed documents begin.
+            cache: the KV cache before the new tokens.
+
+        Raises:
+            ValueError: if the cache holds images already: they are where the new images belong.
+        """
+        cached = int(cache.get_seq_length()) if cache is not None else 0
+        known = cached_types(cache)
+        if cached > 0 and (known is None or bool((known[:, :cached] == 1).any())):
+            raise ValueError(
+                "config.reversed_images puts the last image first, but the cache may hold images already; pass the whole "
+                "conversation without a cache."
+            )
+        order = reversed_image_order(image_tokens, len(images), self.config.image_seq_length, position_ids)
+        return images[order.to(images.device)]
+
+    def _image_tokens(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        types: torch.Tensor | None,
+        has_images: bool,
+    ) -> torch.Tensor | None:
+        """Which of the new tokens are image tokens, (batch, tokens); None if that is unknown."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        if types is not None:
+            return types[:, -inputs_embeds.shape[1] :] == 1
+        if not has_images:
+            return None
+        image_token = torch.full((1,), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds)).all(-1)
+
+    def _check_values(
+        self,
+        input_ids: torch.Tensor | None,
+        is_image: torch.Tensor | None,
+        types: torch.Tensor | None,
+        features: torch.Tensor | None,
+        whole_images: bool,
+    ) -> Callable[[], None] | None:
+        """Compare images, image tokens and types by their values.
+
+        Args:
+            is_image: (batch, new tokens), True for image tokens.
+            types: the caller's `mm_token_type_ids`, of the new tokens or of all.
+            features: the images' embeddings, (image tokens, hidden).
+
+        Returns:
+            None if the values were on the host and are checked; on an accelerator, the check to run after the decoder's
+            kernels are queued.
+        """
+        if is_image is None or (input_ids is None and features is None):
+            return None  # the embeddings contain their images already
+        tokens, is_reference = is_image.shape[1], self.config.multimodal_attention == "mmca_reference"
+        # A decode step has nothing to check that is worth waiting for a device.
+        worth_it = features is not None or tokens > 1 or (types is not None and not is_image.is_cuda)
+        # Under "mmca_reference" the image token can be generated, as in the released code, and is text then.
+        if torch.compiler.is_compiling() or not worth_it or (is_reference and tokens == 1):
+            return None
+        number = 0 if features is None else len(features)
+        figures = [is_image.sum(-1)]
+        if types is not None and input_ids is not None and not is_reference:
+            new = types[:, -tokens:].to(is_image.device)
+            figures += [new.sum(-1), ((new == 1) != is_image).sum(-1), types.amin(-1), types.amax(-1)]
+        copy = AsyncHostCopy(torch.stack([figure.to(is_image.device) for figure in figures]))
+
+        def check() -> None:
+            image_counts, *of_types = copy.tolist()
+            if of_types:
+                check_type_values(self.config.image_token_id, image_counts, *of_types)
+            check_image_counts(image_counts, self.config.image_seq_length, number, whole_images)
+
+        if copy.is_complete or number > is_image.numel():
+            check()
+            return None
+        return check
 
     # -- modality ------------------------------------------------------------------------------------------------------
 
-    def _modal_masks(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        token_types: torch.Tensor,
-        image_queries: int | None,
-        may_hold_images: bool,
-    ) -> tuple[Any, dict | None]:
-        """The decoder's attention_mask and the `multimodal_masks` beside it (see masks_dsvl.py).
-
-        Args:
-            token_types: of the whole sequence, (batch, tokens, cached ones included).
-            image_queries: how many of the new tokens are image tokens, if that is known.
-            may_hold_images: whether any token of the sequence may be an image token.
-        """
-        attention = self.config.multimodal_attention
-        if attention == "mmca" and not may_hold_images:
-            return attention_mask, None
-        token_types = token_types.to(inputs_embeds.device)
-        text = self.language_model.config
-        visible = visibilities(text, inputs_embeds, attention_mask, cache, position_ids)
-        few = few_queries(visible, inputs_embeds.shape[1])
-        eager = (text._attn_implementation or "eager") == "eager"
-        if attention == "mmca_reference" or few or eager:
-            codes = coded_masks(visible, token_types, attention, text_alone=image_queries == 0)
-            return codes, self._step_masks(codes, inputs_embeds.dtype) if few else None
-        masks = {
-            k: multimodal_mask(
-                v, token_types, text, inputs_embeds.dtype, self.training, image_queries or 0, self.compiles_layers
-            )
-            for k, v in visible.items()
-        }
-        # A four-dimensional mask keeps the decoder from building its own; the modality of the keys is short and true.
-        keys = {k: key_codes(v, token_types) for k, v in visible.items()}
-        return by_layer_type(keys), masks
-
-    def _step_masks(self, codes: Any, dtype: torch.dtype) -> dict[str | None, StepMask] | None:
-        """What the layers make of codes under "mmca", made once; None if these are no codes."""
-        by_type = codes if isinstance(codes, dict) else {None: codes}
-        if self.config.multimodal_attention != "mmca" or any(
-            mask is None or mask.dtype != torch.int8 for mask in by_type.values()
-        ):
-            return None
-        return {layer_type: StepMask.of(mask, dtype) for layer_type, mask in by_type.items()}
-
-    def _check_ready_mask(
-        self, attention_mask: torch.Tensor | dict[str, torch.Tensor], types: torch.Tensor | None
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        masks = attention_mask.values() if isinstance(attention_mask, dict) else [attention_mask]
-        if torch.compiler.is_compiling() or all(getattr(mask, "dtype", None) == torch.int8 for mask in masks):
-            return attention_mask
-        if types is not None and bool((types == 1).any()):
-            raise ValueError(
-                f"A four-dimensional attention_mask of {[getattr(m, 'dtype', type(m)) for m in masks]} does not tell text "
-                f"from images, as multimodal_attention={self.config.multimodal_attention!r} must; pass the "
-                "two-dimensional mask and mm_token_type_ids."
-            )
-        return attention_mask
-
-    def token_types(
+    def _whole_token_types(
         self, new_tokens: int, is_image: torch.Tensor | None, types: torch.Tensor | None, cache: Cache | None
     ) -> torch.Tensor:
-        """The modality of the whole sequence, cached tokens included: (batch, positions), 1 = image.
+        """The modality of the whole sequence, cached tokens included: (batch, tokens), 1 = image.
 
-        A cache remembers the modality of what it holds, so that a loop that feeds new tokens alone need not pass it.
+        A cache remembers the modality of its tokens, so a loop that feeds new tokens alone need not pass it.
 
         Args:
-            is_image: (batch, new tokens), which of them are image tokens; None if that is not known.
+            is_image: (batch, new tokens), which of them are image tokens; None if that is unknown.
             types: the caller's `mm_token_type_ids`, of the new tokens or of all.
         """
         past = int(cache.get_seq_length()) if cache is not None else 0
-        told_by_ids = self.config.multimodal_attention != "mmca_reference"  # where a generated image token is text
         if types is None:
             if is_image is None:
                 raise ValueError(
-                    "inputs_embeds do not tell text from images; pass mm_token_type_ids (batch, tokens), 1 for image "
-                    "tokens and 0 for text."
+                    "inputs_embeds do not tell text from images; pass mm_token_type_ids (batch, tokens), 1 for image tokens "
+                    "and 0 for text."
                 )
             types = is_image.long()
-        elif is_image is not None and told_by_ids and new_tokens == 1:  # what nobody waits to hold against the ids
+        elif is_image is not None and new_tokens == 1 and self.config.multimodal_attention != "mmca_reference":
+            # The ids decide, as nothing compares the two in a decode step. (A generated image token is text in the
+            # reference.)
             types = torch.cat([types[:, :-1], is_image.to(types)], dim=1)
         known = None if past == 0 or torch.compiler.is_compiling() else cached_types(cache)
         is_known = known is not None and known.shape[0] == types.shape[0] and known.shape[1] >= past
@@ -405,12 +519,92 @@ class DSVLModel(DSVLPreTrainedModel, DSVLTextPrefillMixin, DSVLCompilationMixin)
                 f"The cache holds {past} tokens of unknown modality; pass mm_token_type_ids of the whole sequence, "
                 f"({types.shape[0]}, {past + new_tokens}), or fill the cache by this model. {PEFT_HINT}"
             )
-        # What the cache knows of its own tokens is what was computed with.
+        # The cache's tokens were computed with the modality that it remembers.
         return torch.cat([known[:, :past].to(types.device), types[:, types.shape[1] - new_tokens :]], dim=1)
 
+    def _may_hold_images(self, token_types: torch.Tensor, cache: Cache | None, image_queries: int | None) -> bool:
+        """Whether any token of the sequence may be an image token. Without images attention is the decoder's own.
 
-def _softcaps(text_config: Any) -> bool:
-    return getattr(text_config, "attn_logit_softcapping", None) is not None
+        The graph of compiled layers is one for MMCA, and takes text-only batches as well.
+        """
+        if self.compiles_layers:
+            return True
+        return sequence_may_hold_images(token_types, cache, None if image_queries is None else image_queries > 0)
+
+    def _check_ready_mask(self, attention_mask: Any, types: torch.Tensor | None) -> None:
+        """Refuse a four-dimensional mask for a sequence with images."""
+        if torch.compiler.is_compiling() or types is None or not bool((types == 1).any()):
+            return
+        masks = attention_mask.values() if isinstance(attention_mask, dict) else [attention_mask]
+        raise ValueError(
+            f"A four-dimensional attention_mask of {[getattr(m, 'dtype', type(m)) for m in masks]} does not tell text from "
+            f"images, as multimodal_attention={self.config.multimodal_attention!r} must; pass the two-dimensional mask and "
+            "mm_token_type_ids."
+        )
+
+    # -- acceleration --------------------------------------------------------------------------------------------------
+
+    @property
+    def compiles_layers(self) -> bool:
+        """Whether the decoder's layers run compiled in the current mode."""
+        return self._compiled_layers is not None and self.training
+
+    def compile_decoder_layers(self, **options: Any) -> None:
+        """Compile the decoder's layers for training; see `dsvl.acceleration.CompiledDecoderLayers`.
+
+        Args:
+            options: of `torch.compile`.
+
+        Raises:
+            ImportError: without the package dsvl.
+            ValueError: if the decoder does not keep its layers in a list `layers`.
+        """
+        module = require_acceleration("compile_decoder_layers")
+        self._compiled_layers = module.CompiledDecoderLayers(self.language_model, options)
+        self._compiled_layers.switch(self.training)
+
+    @property
+    def image_reuse(self) -> Any:
+        """This model's `dsvl.acceleration.ImageReuse`."""
+        if self._image_reuse is None:
+            self._image_reuse = require_acceleration("The reuse of images (encode_images, image_cache)").ImageReuse(self)
+        return self._image_reuse
+
+    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> Any:
+        """Run tower, projector and decoder over images alone, for `generate(..., image_cache=...)`.
+
+        Args:
+            pixel_values: (images, 3, height, width), any float dtype.
+            chunk_size: images in one forward call.
+
+        Returns:
+            An `ImageKVCache`.
+
+        Raises:
+            ImportError: without the package dsvl.
+            ValueError: without an image, or if this model's images cannot be reused exactly.
+        """
+        return self.image_reuse.encode(pixel_values, chunk_size)
+
+    def compile_text_prefill(self, **options: Any) -> None:
+        """Compile the prefill of prompts over encoded images; see `dsvl.acceleration.ImageReuse.compile`."""
+        self.image_reuse.compile(**options)
+
+
+def _scatter(inputs_embeds: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Replace the embeddings of image tokens (batch, tokens) by features (image tokens, hidden), in reading order."""
+    tokens = inputs_embeds.shape[1]
+    # By indices, as many as there are features: the backward of a boolean mask would wait for the device.
+    index = (~is_image.flatten()).to(inputs_embeds.device, torch.uint8).argsort(stable=True)[: len(features)]
+    # Not a view of something flat, which compiled layers would tell from the input of other layers.
+    return inputs_embeds.index_put((index // tokens, index % tokens), features)
+
+
+def _known_image_queries(input_ids: torch.Tensor | None, features: torch.Tensor | None) -> int | None:
+    """How many of the new tokens are image tokens. The features match `input_ids`; with embeddings it is unknown."""
+    if input_ids is None:
+        return None
+    return 0 if features is None else len(features)
 
 
 class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
@@ -436,7 +630,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """Load a checkpoint; see `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: if the checkpoint holds a `DSVLModel` alone, whose head would be made up at random.
+            ValueError: if the checkpoint holds a `DSVLModel` alone. Its head would be random.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if "lm_head.weight" in info["missing_keys"] and not model.config.tie_word_embeddings:
@@ -445,8 +639,8 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
                 "body of a model (saved from DSVLModel). Load it by DSVLModel.from_pretrained, or save the whole "
                 "DSVLForConditionalGeneration."
             )
-        # Under ZeRO-3 transformers keeps the key renamings of every sub-model, also those that this checkpoint's keys had no
-        # need of, and reverts them when it saves: the saved keys would not be this model's.
+        # Under ZeRO-3 transformers keeps the key renamings of every sub-model, unused ones too, and reverts them when it
+        # saves: the saved keys would not be this model's.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
         return (model, info) if output_loading_info else model
@@ -467,12 +661,17 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """Encode and project images; see `DSVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> ImageKVCache:
+    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> Any:
         """Run images through the whole model, once; see `DSVLModel.encode_images`."""
         return self.model.encode_images(pixel_values, chunk_size)
 
+    def encode_pictures(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> Any:
+        """Deprecated name of `encode_images`."""
+        warnings.warn("encode_pictures is deprecated; use encode_images.", DeprecationWarning, stacklevel=2)
+        return self.encode_images(pixel_values, chunk_size)
+
     def compile_text_prefill(self, **options: Any) -> None:
-        """Compile what a prompt over encoded images runs; see `DSVLModel.compile_text_prefill`."""
+        """Compile the prefill of prompts over encoded images; see `dsvl.acceleration.ImageReuse.compile`."""
         self.model.compile_text_prefill(**options)
 
     def compile_decoder_layers(self, **options: Any) -> None:
@@ -481,15 +680,19 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
 
     @takes_cache
     def prefill(
-        self, input_ids: torch.Tensor, image_cache: ImageKVCache, cache: Cache | None = None, **kwargs: Any
+        self, input_ids: torch.Tensor, image_cache: Any, cache: Cache | None = None, **kwargs: Any
     ) -> DSVLCausalLMOutputWithPast:
-        """Run prompts over images that are encoded already; see `DSVLModel.prefill_text`.
+        """Run prompts over encoded images; see `dsvl.acceleration.ImageReuse.prefill` for the arguments.
 
         Returns:
             `logits` of every row's last token, (batch, 1, vocabulary), and `cache`, as after a call of the whole prompt with
-            `pixel_values` and the same `position_ids` (by default those of `generate`, which count what is not padded).
+            `pixel_values` and the same `position_ids` (by default those of `generate`, which count tokens that are not
+            padded).
+
+        Raises:
+            ImportError: without the package dsvl.
         """
-        hidden, cache = self.model.prefill_text(input_ids, image_cache, cache, **kwargs)
+        hidden, cache = self.model.image_reuse.prefill(input_ids, image_cache, cache, **kwargs)
         with torch.no_grad():
             return DSVLCausalLMOutputWithPast(logits=self._logits(hidden), **{CACHE: cache})
 
@@ -501,13 +704,13 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         language_model: bool = False,
         lm_head: bool = False,
     ) -> "DSVLForConditionalGeneration":
-        """Say which parts learn, and freeze the rest. The default is DeepSpeed-VisualChat's: projector and embeddings.
+        """Choose the trained parts, and freeze the rest. The default is DeepSpeed-VisualChat's: projector and embeddings.
 
         Args:
             projector: the projector.
             embeddings: the decoder's token embeddings (and a head that is tied to them).
-            vision_tower: the vision tower, but for parameters on which its features do not depend; frozen, it runs without
-                a graph.
+            vision_tower: the vision tower, except parameters that do not influence its features. A frozen tower runs
+                without a graph.
             language_model: the decoder's layers and norms, without its embeddings.
             lm_head: the head.
 
@@ -515,7 +718,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             The model itself.
 
         Raises:
-            ValueError: if a tied head should learn without the embeddings that it is.
+            ValueError: if a tied head is to be trained without the embeddings.
         """
         table, head = self.get_input_embeddings().weight, self.lm_head.weight
         if head is table and lm_head and not embeddings:
@@ -528,10 +731,10 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         table.requires_grad_(embeddings)  # last: a tied head is this tensor
         self.model.vision_tower.requires_grad_(vision_tower)
         if vision_tower:
-            for name in self.model.unused_tower_parameters():  # no gradient reaches them, for which DDP would wait
+            for name in self.model.unused_tower_parameters():  # DDP would wait for their gradients
                 self.model.vision_tower.get_parameter(name).requires_grad_(False)
         self.model.multi_modal_projector.requires_grad_(projector)
-        return self.train(self.training)  # a frozen tower is in evaluation mode
+        return self.train(self.training)  # which puts a frozen tower into evaluation mode
 
     @can_return_tuple
     @takes_cache
@@ -554,19 +757,19 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """Run the model; inputs as in `DSVLModel.forward`, and:
 
         Args:
-            labels: (batch, tokens), the ids to learn, -100 where nothing is. The loss is the mean over supervised tokens,
-                or their sum over `num_items_in_batch` if that is passed, so that it does not depend on how a batch is
-                split. With nothing supervised it is 0, with a graph.
-            logits_to_keep: compute logits for the last so many tokens only (0: all), or for these indices.
-            skip_logits: with labels, compute no logits but those of supervised tokens, and return none. Defaults to True
-                in training mode, except in a compiled graph, whose shapes cannot depend on the labels.
-            kwargs: besides, `shift_labels`, (batch, tokens), instead of `labels`: what each token is to say next, as context
+            labels: (batch, tokens), the ids to predict, -100 where not supervised. The loss is the mean over supervised
+                tokens, or their sum divided by `num_items_in_batch` if that is passed, so that it does not depend on how a
+                batch is split. Without supervised tokens it is 0, with a graph.
+            logits_to_keep: compute logits of the last `logits_to_keep` tokens only (0: all), or of these indices.
+            skip_logits: with labels, compute logits of supervised tokens only, and return none. Defaults to True in
+                training mode, except in a compiled graph, whose shapes cannot depend on the labels.
+            kwargs: also `shift_labels`, (batch, tokens), instead of `labels`: the next token of each, as context
                 parallelism passes them; and `num_items_in_batch`.
 
         Raises:
             TypeError, ValueError: as `DSVLModel.forward`, and for labels of another shape than the inputs'.
         """
-        # No named parameters: the Trainer takes every one that is called a label for a column that all data sets have.
+        # Not named parameters: the Trainer takes a parameter whose name contains "label" for a column of the data set.
         num_items_in_batch, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
         if skip_logits is None:
             skip_logits = self.training and not torch.compiler.is_compiling()
@@ -577,10 +780,9 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             targets = shift_labels
         elif inputs is not None and labels is not None:
             check_labels("labels", labels, inputs)
-            # Token t learns to say token t + 1.
             targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         if targets is not None and skip_logits:
-            supervised = HostCopy((targets != -100).sum())
+            supervised = AsyncHostCopy((targets != -100).sum())
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -617,29 +819,29 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         self,
         hidden: torch.Tensor,
         targets: torch.Tensor,
-        supervised: HostCopy,
+        supervised: AsyncHostCopy,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        """The loss without the logits of a whole batch: of supervised tokens only, and of a part of these at a time, whose
-        logits are computed again in the backward pass.
+        """The loss without the logits of a whole batch: only logits of supervised tokens, in parts, which are computed again
+        in the backward pass.
 
         Args:
             hidden: (batch, tokens, hidden).
-            targets: (batch, tokens), -100 where nothing is supervised.
-            supervised: in how many places something is.
+            targets: (batch, tokens), -100 where not supervised.
+            supervised: the number of supervised tokens.
             num_items_in_batch: as in `_loss`.
         """
         rows = supervised.tolist()
         if num_items_in_batch is None:
             num_items_in_batch = rows
         first = (targets.flatten() == -100).to(torch.uint8).argsort(stable=True)[: max(rows, 1)]
-        hidden, targets = take_rows(hidden.flatten(0, 1), first), targets.flatten()[first]
+        hidden, targets = gather_unique_rows(hidden.flatten(0, 1), first), targets.flatten()[first]
 
         def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             return self._loss(self._logits(hidden), targets, num_items_in_batch)
 
         at_once = max(_LOGITS_AT_ONCE // self.config.text_config.vocab_size, 1)
-        # Under ZeRO-3 all processes gather the head for each part, and must do so equally often.
+        # Under ZeRO-3 all processes gather the head for each part, so all need the same number of parts.
         if rows <= at_once or is_deepspeed_zero3_enabled():
             return part(hidden, targets)
         pairs = zip(hidden.split(at_once), targets.split(at_once), strict=True)
@@ -648,7 +850,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         return torch.stack([checkpoint(part, *pair, use_reentrant=False) for pair in pairs]).sum()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The head, and what the composed decoder's own causal model does to its logits."""
+        """The head, and what the causal model of the composed decoder does to its logits."""
         text = self.config.text_config
         logits = self.lm_head(hidden)
         if getattr(text, "logits_scaling", None) is not None:  # Granite
@@ -662,7 +864,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
     def _loss(
         self, logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
-        """Cross-entropy of logits (..., vocabulary) and targets (...), -100 where nothing is supervised."""
+        """Cross-entropy of logits (..., vocabulary) and targets (...), -100 where not supervised."""
         targets = targets.to(logits.device)
         if num_items_in_batch is None:
             num_items_in_batch = (targets != -100).sum()

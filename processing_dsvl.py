@@ -6,8 +6,7 @@ from typing import Any
 from tokenizers.normalizers import Replace, Sequence
 from transformers import AddedToken, ProcessorMixin
 
-from .image_reading_dsvl import read_image
-from .thin_images_dsvl import fit_thin_image
+from .image_reading_dsvl import fit_thin_image, read_image
 from .transformers_dsvl import MultiModalData, ProcessingKwargs, Unpack
 
 decode_image = read_image  # its name until now

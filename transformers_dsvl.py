@@ -14,8 +14,6 @@ from typing import Any
 import transformers
 from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers import initialization as init
-from transformers.cache_utils import DynamicLayer, StaticLayer
-from transformers.generation.streamers import BaseStreamer
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,7 +22,6 @@ from transformers.masking_utils import (
     causal_mask_function,
     create_masks_for_generate,
     sdpa_mask,
-    sliding_window_causal_mask_function,
 )
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -46,17 +43,8 @@ OLDEST_TESTED, NEWEST_TESTED = (5, 20), (5, 24)
 
 # What the travelling code overrides, calls or reads of these classes, or of their instances, though it is not documented.
 MEMBERS: dict[type, tuple[str, ...]] = {
-    Cache: ("layers", "offloading"),
-    DynamicLayer: ("is_sliding", "is_croppable", "keys", "values", "is_initialized"),
-    StaticLayer: ("is_sliding", "keys", "values", "is_initialized", "cumulative_length"),
-    GenerationMixin: (
-        "_optimize_model_for_decode",
-        "_prefill",
-        "_sample",
-        "_update_model_kwargs_for_generation",
-        "_valid_auto_compile_criteria",
-        "prepare_inputs_for_generation",
-    ),
+    Cache: ("layers",),
+    GenerationMixin: ("_prefill", "_sample", "prepare_inputs_for_generation"),
     PreTrainedConfig: ("_attn_implementation",),
     PreTrainedModel: (
         "_can_compile_fullgraph",
@@ -73,7 +61,6 @@ MEMBERS: dict[type, tuple[str, ...]] = {
         "_supports_sdpa",
         "_tied_weights_keys",
         "_tp_plan",
-        "get_compiled_call",
     ),
     ProcessorMixin: (
         "_check_special_mm_tokens",
@@ -82,11 +69,6 @@ MEMBERS: dict[type, tuple[str, ...]] = {
         "valid_processor_kwargs",
         "validate_inputs",
     ),
-}
-# What it sets on objects while it generates, by the module that does.
-MENTIONED = {
-    "transformers.cache_utils": ("device",),
-    "transformers.generation.utils": ("_pad_token_tensor", "_is_user_defined"),
 }
 
 
@@ -175,14 +157,11 @@ __all__ = [
     "BaseModelOutput",
     "BaseModelOutputWithPast",
     "BaseModelOutputWithPooling",
-    "BaseStreamer",
     "CLIPEncoderLayer",
     "CausalLMOutputWithPast",
-    "DynamicLayer",
     "GradientCheckpointingLayer",
     "MultiModalData",
     "ProcessingKwargs",
-    "StaticLayer",
     "Unpack",
     "can_return_tuple",
     "capture_outputs",
@@ -193,5 +172,4 @@ __all__ = [
     "no_init_weights",
     "requires_backends",
     "sdpa_mask",
-    "sliding_window_causal_mask_function",
 ]

@@ -1,20 +1,92 @@
-"""Qwen-VL's vision tower: a ViT whose grid of patches is read by learned queries."""
+"""Vision towers: how one is made and run, and Qwen-VL's, which transformers does not have."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .configuration_dsvl import DSVLQwenVisionConfig
-from .resampler_dsvl import DSVLResampler, resize_grid
+from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
+from .projectors_dsvl import DSVLResampler, resize_grid
 from .transformers_dsvl import (
     ALL_ATTENTION_FUNCTIONS,
     BaseModelOutput,
+    BaseModelOutputWithPooling,
     GradientCheckpointingLayer,
     capture_outputs,
     init,
+    no_init_weights,
 )
+
+
+def make_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """A vision tower of this configuration, with fresh weights."""
+    if config.model_type == DSVLQwenVisionConfig.model_type:
+        return DSVLQwenVisionModel._from_config(config)
+    return AutoModel.from_config(config)
+
+
+def run_tower(
+    vision_tower: PreTrainedModel,
+    config: DSVLConfig,
+    pixel_values: torch.Tensor,
+    output_hidden_states: bool = False,
+    output_attentions: bool = False,
+) -> BaseModelOutputWithPooling:
+    """Run a vision tower. A tower without trainable parameters runs without a graph.
+
+    Args:
+        vision_tower: the tower.
+        config: says which layer's features are used, and whether CLS and registers are kept.
+        pixel_values: (images, 3, height, width), any float dtype.
+        output_hidden_states, output_attentions: whether the tower's own are returned too.
+
+    Returns:
+        `last_hidden_state`: the features before projection, (images, tower tokens, tower width); on request
+        `hidden_states` and `attentions`.
+    """
+    is_trained = torch.is_grad_enabled() and (
+        pixel_values.requires_grad or any(p.requires_grad for p in vision_tower.parameters())
+    )
+    last = config.vision_feature_layer == -1
+    options = {"output_attentions": True} if output_attentions else {}
+    with torch.set_grad_enabled(is_trained):
+        tower = vision_tower(
+            pixel_values.to(vision_tower.dtype),
+            output_hidden_states=output_hidden_states or not last,
+            return_dict=True,
+            **options,
+        )
+        features = tower.last_hidden_state if last else tower.hidden_states[config.vision_feature_layer]
+    if config.vision_feature_select_strategy == "default":
+        features = features[:, config.num_prefix_tokens :]
+    return BaseModelOutputWithPooling(
+        last_hidden_state=features,
+        hidden_states=tower.hidden_states if output_hidden_states else None,
+        attentions=tower.attentions if output_attentions else None,
+    )
+
+
+def unused_tower_parameters(vision_tower: PreTrainedModel, config: DSVLConfig) -> list[str]:
+    """Names of the tower's parameters that do not influence its features: pooling heads, layers after
+    `vision_feature_layer`, tokens for pre-training.
+
+    Autograd tells, on a copy without values, so it holds for a tower of any type.
+    """
+    vision_config = copy.deepcopy(config.vision_config)
+    vision_config._attn_implementation = "eager"
+    size = config.image_size
+    with torch.device("meta"), no_init_weights(), torch.enable_grad():
+        tower = type(vision_tower)(vision_config).to(vision_tower.dtype).eval()
+        features = run_tower(tower, config, torch.zeros(1, 3, size, size)).last_hidden_state
+        names, parameters = zip(*tower.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Qwen-VL's tower: a ViT whose grid of patches is read by learned queries
 
 
 class DSVLQwenVisionAttention(nn.Module):
@@ -46,7 +118,7 @@ def _eager_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch, heads, tokens, head_dim) each; every token sees every other, so there is no mask and no dropout."""
+    """(batch, heads, tokens, head_dim) each; without mask and dropout."""
     weights = (query @ key.transpose(-1, -2) * scaling).softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 
@@ -151,7 +223,7 @@ class DSVLQwenVisionModel(DSVLQwenVisionPreTrainedModel):
             patches, (images, patches, hidden_size) before every layer and after the last, and `attentions`.
 
         Raises:
-            ValueError: for images that are no squares.
+            ValueError: for images that are not square.
         """
         hidden_states = self.pre_layernorm(self.embeddings(pixel_values))
         for layer in self.layers:
@@ -159,4 +231,10 @@ class DSVLQwenVisionModel(DSVLQwenVisionPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.post_layernorm(self.resampler(hidden_states)))
 
 
-__all__ = ["DSVLQwenVisionModel", "DSVLQwenVisionPreTrainedModel"]
+__all__ = [
+    "DSVLQwenVisionModel",
+    "DSVLQwenVisionPreTrainedModel",
+    "make_vision_tower",
+    "run_tower",
+    "unused_tower_parameters",
+]

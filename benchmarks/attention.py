@@ -23,10 +23,11 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dsvl.acceleration import build_mask
+from dsvl.acceleration.gathered_mask import GatheredMask
+from dsvl.acceleration.kernels import can_fuse
 from dsvl.attention_dsvl import routed_name
-from dsvl.kernels_dsvl import can_fuse
-from dsvl.masks_dsvl import multimodal_mask
-from dsvl.visibility_dsvl import visibilities
+from dsvl.masks_dsvl import visibilities
 
 WAYS = ("fused", "gathered sdpa", "flex_attention", "released")
 BASE = "causal sdpa"
@@ -124,13 +125,13 @@ class Attention:
         if way == "released":
             return additive_masks(self.types, self.size.dtype)
         self.config._attn_implementation = "flex_attention" if way == "flex_attention" else "sdpa"
-        # Dropout is one of the things that the fused kernels leave to the others.
-        self.config.attention_dropout = 0.1 if way == "gathered sdpa" else 0.0
         batch, tokens = self.types.shape
         embeds = torch.empty(batch, tokens, 0, device=self.device, dtype=self.size.dtype)
         visible = visibilities(self.config, embeds, None, None, None)[None]
         in_images = batch * self.images * self.size.per_image
-        return multimodal_mask(visible, self.types, self.config, self.size.dtype, way == "gathered sdpa", in_images)
+        if way == "gathered sdpa":
+            return GatheredMask.build(visible, self.types, self.config, self.size.dtype)
+        return build_mask(visible, self.types, self.config, self.size.dtype, image_queries=in_images)
 
     def causal(self) -> torch.Tensor:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](self.layer, *self.states, None, scaling=self.scaling)[0]
@@ -141,9 +142,8 @@ class Attention:
         if way == "released":
             return partial(released_attention, *self.states, masks, self.scaling)
         function = ALL_ATTENTION_FUNCTIONS[routed_name("flex_attention" if way == "flex_attention" else "sdpa")]
-        codes = torch.zeros(1, 1, 1, 1, dtype=torch.int8, device=self.device) if self.images else None
-        options: dict[str, Any] = {"multimodal_masks": {None: masks}, "scaling": self.scaling}
-        return lambda: function(self.layer, *self.states, codes, **options)[0]
+        by_type = {None: masks} if self.images else None
+        return lambda: function(self.layer, *self.states, None, multimodal_masks=by_type, scaling=self.scaling)[0]
 
     def flops(self, backward: bool) -> dict[str, float]:
         """Of each row."""

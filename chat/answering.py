@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..transformers_dsvl import BaseStreamer
+from ..utils.transformers_names import BaseStreamer
 
 
 class _Tokens(BaseStreamer):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..acceleration.image_cache import reuse_is_exact
 from ..data.conversations import SOURCES
 from ..data.images import open_image
-from ..image_cache_dsvl import reuse_is_exact
 from .answering import Answer
 from .detokenizer import pieces_of_text
 from .memory import Memory, SeenImage, new_cache

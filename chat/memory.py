@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from transformers import Cache, DynamicCache, StaticCache
 
-from ..decoding_dsvl import can_crop, crop
+from ..utils.cache_cropping import can_crop, crop
 
 
 class SeenImage:

@@ -18,7 +18,7 @@ from ..composition.towers import count_prefix_tokens, load_image_processor, load
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor
-from ..resampler_dsvl import sincos_position_table
+from ..projectors_dsvl import sincos_position_table
 from .lora import is_fused, save_adapters, set_weights
 from .reading import read_tensors, weight_files
 from .shapes import compare_shapes

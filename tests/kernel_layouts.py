@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from dsvl.kernels_dsvl import fuse_mask, fused_attention
+from dsvl.acceleration.kernels import fused_attention
+from dsvl.acceleration.token_lists import TokenLists
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}  # of a tensor's norm
 
@@ -71,8 +72,9 @@ def errors(
 
     query, key, value = states(kv_heads * group, queries), states(kv_heads, keys), states(kv_heads, keys)
     rows = int((query_types == 0).sum()) + draw.choice([0, 7])
-    mask = fuse_mask(query_types == 0, types == 0, types == 1, own_key, None if kind == "causal" else first, None, rows=rows)
-    got = fused_attention(query, key, value, mask, head_dim**-0.5, softcap)
+    since = None if kind == "causal" else first
+    lists = TokenLists.build(query_types == 0, types == 0, types == 1, own_key, since, None, rows=rows)
+    got = fused_attention(query, key, value, lists, head_dim**-0.5, softcap)
     exact = [state.detach().double().requires_grad_() for state in (query, key, value)]
     expected = definition(*exact, query_types, types, own_key, first, last, head_dim**-0.5, softcap)
     gradient = torch.randn(got.shape, generator=generator, device=device).to(dtype)

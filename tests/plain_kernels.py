@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
-from dsvl import kernels_dsvl, masks_dsvl
+from dsvl.acceleration import fused_mask, kernels
 
 
 def use_plain_kernels(monkeypatch: Any) -> None:
     """Let every decoder take the fused way, and this compute it."""
-    monkeypatch.setattr(masks_dsvl, "can_fuse", lambda *args: True)
-    monkeypatch.setattr(kernels_dsvl, "_forward", forward)
-    monkeypatch.setattr(kernels_dsvl, "_backward", backward)
+    monkeypatch.setattr(fused_mask, "can_fuse", lambda *args: True)
+    monkeypatch.setattr(kernels, "_forward", forward)
+    monkeypatch.setattr(kernels, "_backward", backward)
 
 
 def forward(query, key, value, mask, scaling, softcap, save):
@@ -20,7 +20,7 @@ def forward(query, key, value, mask, scaling, softcap, save):
     values = packed[2][:, :, : mask.keys.shape[1]].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     attended = sum(weights) @ values
     attended = torch.where(_is_text(mask), attended, values.gather(2, _own_keys(mask).expand_as(attended)))
-    out, branches, normalisers = kernels_dsvl._empty_outputs(query, mask.rows if save else 0)
+    out, branches, normalisers = kernels._empty_outputs(query, mask.rows if save else 0)
     out.copy_(_unpacked(attended, mask.queries, out.transpose(1, 2).shape).transpose(1, 2))
     return out, *packed, branches, normalisers
 
@@ -41,7 +41,7 @@ def backward(out_gradient, saved, mask, scaling, softcap):
     own = _own_keys(mask).expand_as(gradient)
     value_gradient = (attended * is_text).transpose(-1, -2) @ gradient
     value_gradient = value_gradient.scatter_add(2, own, gradient * ~is_text)
-    made = kernels_dsvl._empty_gradients(out_gradient, key, keys)
+    made = kernels._empty_gradients(out_gradient, key, keys)
     found = query_gradient, *(g.unflatten(1, (-1, group)).sum(2) for g in (key_gradient, value_gradient))
     for empty, states, places in zip(made, found, (mask.queries, mask.keys, mask.keys), strict=True):
         empty.copy_(_unpacked(states, places, empty.shape))
@@ -50,7 +50,7 @@ def backward(out_gradient, saved, mask, scaling, softcap):
 
 def _packed(states, places):
     """(batch, heads, tokens, head_dim) in the order of a list, in the room that the kernels take."""
-    packed = kernels_dsvl._empty_packed(states).zero_()
+    packed = kernels._empty_packed(states).zero_()
     index = places.long()[:, None, :, None].expand_as(states)
     packed[:, :, : states.shape[2], : states.shape[3]] = states.gather(2, index)
     return packed

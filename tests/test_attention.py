@@ -15,7 +15,9 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from dsvl import masks_dsvl, visibility_dsvl
+from dsvl.acceleration import gathered_mask, query_intervals
+from dsvl.acceleration.gathered_mask import settled
+from dsvl.masks_dsvl import Visibility, visibilities
 
 LAYOUTS = ("tttItttIIttt", "Itt", "ttttttttttttt", "tI", "IItItttttttI", "ttttttttttttttttIt")
 
@@ -187,10 +189,10 @@ def test_eager_returns_the_weights_it_used():
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 def test_the_image_branch_in_parts_is_the_whole(family, least, monkeypatch):
     """Cut where images come into sight, in a padded batch and alone, with a window."""
-    monkeypatch.setattr(masks_dsvl, "_LEAST_PART", least)
+    monkeypatch.setattr(gathered_mask, "LEAST_PART", least)
     cut = []
-    parts = masks_dsvl._image_parts
-    monkeypatch.setattr(masks_dsvl, "_image_parts", lambda mask: cut.append(parts(mask)) or cut[-1])
+    parts = gathered_mask.split_image_branch
+    monkeypatch.setattr(gathered_mask, "split_image_branch", lambda mask: cut.append(parts(mask)) or cut[-1])
     sdpa = tiny_model(family, backend="sdpa", **({"sliding_window": 9} if family == "mistral" else {}))
     eager = copy.deepcopy(sdpa)
     eager.set_attn_implementation({"text_config": "eager"})
@@ -204,7 +206,7 @@ def test_the_image_branch_in_parts_is_the_whole(family, least, monkeypatch):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-9)
     assert any(len(found) > 2 for found in cut)
-    assert family == "mistral" or any(keys and mask is None for found in cut for _, _, keys, mask in found)
+    assert family == "mistral" or any(part.keys and part.mask is None for found in cut for part in found)
 
 
 def dense_edges(visible):
@@ -217,15 +219,15 @@ def dense_edges(visible):
 @pytest.mark.parametrize("pairs", [10**6, 40])
 def test_what_a_query_sees_is_told_as_an_interval(family, pairs, monkeypatch):
     """Whole prompts, packed documents, windows, prompts that go on from a cache: what the fused kernels are told."""
-    monkeypatch.setattr(visibility_dsvl, "_PAIRS_AT_ONCE", pairs)
+    monkeypatch.setattr(query_intervals, "PAIRS_AT_ONCE", pairs)
     config = tiny_model(family, **({} if family == "llama" else {"sliding_window": 5})).config.text_config
     embeds, found = torch.zeros(2, 12, 4), 0
     documents = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0, 1]] * 2)
     static = StaticCache(config=config, max_cache_len=20)
     for position_ids, cache in ((None, None), (documents, None), (None, static)):
-        for visible in visibility_dsvl.visibilities(config, embeds, None, cache, position_ids).values():
+        for visible in visibilities(config, embeds, None, cache, position_ids).values():
             since, up_to = dense_edges(visible)
-            for edges in (visibility_dsvl.visible_edges(visible), visibility_dsvl._looked_up_edges(visible)):
+            for edges in (query_intervals.query_intervals(visible), query_intervals.intervals_by_calling(visible)):
                 if edges == (None, None):  # from the first key to its own
                     assert not since.any() and up_to.equal(torch.arange(12).add(1).expand(2, 12))
                 else:
@@ -237,37 +239,41 @@ def test_what_a_query_sees_is_told_as_an_interval(family, pairs, monkeypatch):
 def test_a_mask_function_is_known_by_what_it_does():
     """Not by its name, nor by what it was made of."""
     window = sliding_window_causal_mask_function(5)
-    sizes = dict(batch_size=1, q_length=8, kv_length=8, local_size=5)
-    known = visibility_dsvl._capture_visibility(window, **sizes)
-    assert known.reach == 5
+
+    def size(function):
+        sizes = dict(batch_size=1, q_length=8, kv_length=8, q_offset=0, kv_offset=0, local_size=5)
+        rest = dict(padding=None, is_causal=False, device=torch.device("cpu"))
+        return query_intervals.window_size(Visibility(function, **sizes, **rest))
+
+    assert size(window) == 5
     for function in (
         sliding_window_causal_mask_function(4),
         and_masks(window, causal_mask_function),
         and_masks(causal_mask_function, window),
         chunked_causal_mask_function(5, torch.zeros(1, dtype=torch.long)),
     ):
-        assert visibility_dsvl._capture_visibility(function, **sizes).reach is None
+        assert size(function) is None
 
 
 def test_positions_that_go_on_are_one_conversation():
     """Which the host may be told, or not: what is seen is the same."""
     config, embeds = tiny_model().config.text_config, torch.zeros(2, 6, 4)
     for position_ids in (torch.arange(6)[None], torch.arange(3, 9).expand(2, 6)):
-        (visible,) = visibility_dsvl.visibilities(config, embeds, None, None, position_ids).values()
-        assert not visible.is_causal and visible.settled().is_causal
-        assert visible.dense().equal(visible.settled().dense())
-    (divided,) = visibility_dsvl.visibilities(config, embeds, None, None, torch.tensor([[0, 1, 2, 0, 1, 2]])).values()
-    assert divided.settled() is divided
+        (visible,) = visibilities(config, embeds, None, None, position_ids).values()
+        assert not visible.is_causal and settled(visible).is_causal
+        assert visible.dense().equal(settled(visible).dense())
+    (divided,) = visibilities(config, embeds, None, None, torch.tensor([[0, 1, 2, 0, 1, 2]])).values()
+    assert settled(divided) is divided
 
 
 def test_what_is_no_interval_is_not_fused():
     config = tiny_model().config.text_config
-    (visible,) = visibility_dsvl.visibilities(config, torch.zeros(1, 8, 4), None, None, None).values()
-    visible.is_causal, visible.reach = False, None
+    (visible,) = visibilities(config, torch.zeros(1, 8, 4), None, None, None).values()
+    visible.is_causal, visible.local_size = False, None
     for function in (
         lambda b, h, q, k: (k <= q) & (k != 2),  # a hole
         lambda b, h, q, k: (k <= q) & (k >= 4 - q),  # one that goes back
         lambda b, h, q, k: k < q,  # nothing at all
     ):
         visible.mask_function = function
-        assert visibility_dsvl.visible_edges(visible) is None
+        assert query_intervals.query_intervals(visible) is None

@@ -14,9 +14,17 @@ from plain_loop import PlainLoop
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsvl.attention_dsvl import routed_name
-from dsvl.masks_dsvl import IN_IMAGE, IN_TEXT, UNIFORM_IMAGE, UNIFORM_TEXT, mmca_codes, mmca_reference_codes
+from dsvl.masks_dsvl import (
+    IN_IMAGE,
+    IN_TEXT,
+    UNIFORM_IMAGE,
+    UNIFORM_TEXT,
+    CodedMask,
+    mmca_codes,
+    mmca_reference_codes,
+    visibilities,
+)
 from dsvl.training.kernels import use_liger
-from dsvl.visibility_dsvl import visibilities
 
 
 @pytest.fixture
@@ -116,7 +124,8 @@ def test_the_released_arithmetic_is_the_reference(load, key_value_heads):
     codes = mmca_reference_codes(visible, TYPES)
     wide = [state.detach().double().requires_grad_() for state in attention.states]
     reference = load("attention").ALL_ATTENTION_FUNCTIONS[routed_name("eager")]
-    expected = reference(attention.layer, *wide, codes, scaling=attention.scaling)[0]
+    masks = {None: CodedMask(codes)}
+    expected = reference(attention.layer, *wide, None, multimodal_masks=masks, scaling=attention.scaling)[0]
     got = attention.forward("released")()
     torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-6)
     ours = torch.autograd.grad(got, attention.states, attention.gradient)

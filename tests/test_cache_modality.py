@@ -15,7 +15,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from dsvl.cache_dsvl import cached_types
-from dsvl.decoding_dsvl import can_crop, crop
+from dsvl.utils.cache_cropping import can_crop, crop
 
 # Row 0 holds two images, row 1 none, row 2 one.
 LAYOUTS = ("ttItIt", "ttt", "tItt")

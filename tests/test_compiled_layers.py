@@ -190,7 +190,7 @@ def test_a_copy_is_compiled_for_itself():
     with torch.no_grad():
         other.model.language_model.layers[0].mlp.up_proj.weight.zero_()
     plain = copy.deepcopy(other)
-    plain.model._layer_compilation = None
+    plain.model._compiled_layers = None
     for layer in plain.model.language_model.layers:
         layer._compiled_call_impl = None
     assert_same(other, plain, labelled(PLACES[0], 0))

@@ -8,7 +8,8 @@ import torch
 from conftest import PAD_ID, batch, tiny_model
 from transformers import CompileConfig, StaticCache, StopStringCriteria, TextStreamer
 
-from dsvl import DSVLForConditionalGeneration, decoding_dsvl
+from dsvl import DSVLForConditionalGeneration
+from dsvl.acceleration import decoding_loop
 from dsvl.cache_dsvl import cached_types
 from dsvl.composition.quantization import quantization_config
 
@@ -122,11 +123,11 @@ def test_a_callers_cache_is_left_as_transformers_leaves_it(monkeypatch: pytest.M
 def test_a_callers_cache_that_cannot_step_back_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_model("mistral", dtype=torch.float32), batch(LAYOUTS[0], dtype=torch.float32)
     cache = StaticCache(config=model.config.text_config, max_cache_len=96)
-    assert not decoding_dsvl.can_crop(cache)
+    assert not decoding_loop.can_crop(cache)
     monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
     monkeypatch.setattr(model, "get_compiled_call", lambda config: model.__call__)
     steps: list[int] = []
-    monkeypatch.setattr(decoding_dsvl, "_Step", lambda *args: steps.append(1))
+    monkeypatch.setattr(decoding_loop, "StepResult", lambda *args: steps.append(1))
     model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache)
     assert not steps
 
@@ -151,8 +152,8 @@ def test_a_step_is_queued_before_the_last_one_is_looked_at(monkeypatch: pytest.M
     model, inputs = tiny_model(dtype=torch.float32), batch(LAYOUTS[0], dtype=torch.float32)
     model.generation_config.eos_token_id = None
     events: list[str] = []
-    was_the_last = decoding_dsvl._Step.was_the_last
-    monkeypatch.setattr(decoding_dsvl._Step, "was_the_last", lambda step: events.append("look") or was_the_last(step))
+    is_last = decoding_loop.StepResult.is_last
+    monkeypatch.setattr(decoding_loop.StepResult, "is_last", lambda step: events.append("look") or is_last(step))
     monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
     monkeypatch.setattr(
         model, "get_compiled_call", lambda config: lambda **inputs: events.append("queue") or model(**inputs)

@@ -6,7 +6,7 @@ from conftest import FAMILIES, IMAGE_ID, batch, tiny_model
 from test_attention import packed
 from transformers import StaticCache
 
-from dsvl.kernels_dsvl import can_fuse
+from dsvl.acceleration.kernels import can_fuse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

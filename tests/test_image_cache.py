@@ -1,14 +1,16 @@
 """An image KV cache goes into files and to other processes, and is refused wherever its images would not be exact."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
 from conftest import _COMMON, FAMILIES, batch, random_images, tiny_model
-from plain_environment import plain_packages, run_plainly
 from safetensors.torch import save_file
 from test_reuse import LAYOUTS, ROPES, greedy, prefills
+from training_runs import environment
 from transformers import AutoModelForCausalLM
 
 from dsvl import DSVLForConditionalGeneration, ImageKVCache
@@ -33,26 +35,28 @@ def test_a_cache_outlives_its_model(tmp_path):
 ANSWER = """
 import json, sys
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from dsvl import ImageKVCache
 
 checkpoint, images, ids = sys.argv[1:]
-model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True).eval()
+model_class = get_class_from_dynamic_module("modeling_dsvl.DSVLForConditionalGeneration", checkpoint)
+model = model_class.from_pretrained(checkpoint).eval()
+assert model_class.__module__.startswith("transformers_modules.")
 model.generation_config.eos_token_id = None
-cache = sys.modules[type(model).__module__].ImageKVCache.load(images)
+cache = ImageKVCache.load(images)
 print(model.generate(torch.tensor(json.loads(ids)), image_cache=cache, max_new_tokens=8, do_sample=False).tolist())
 """
 
 
 def test_a_cache_is_used_by_a_checkpoints_own_code(tmp_path):
-    """In another process, where this package is not installed."""
+    """In another process, whose model is of the checkpoint's code and not of this package."""
     model, inputs = tiny_model(dtype=torch.float32), batch(*LAYOUTS[1], dtype=torch.float32)
     model.encode_images(inputs["pixel_values"]).save(tmp_path / "images.safetensors")
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "answer.py").write_text(ANSWER)
     ids = json.dumps(inputs["input_ids"].tolist())
-    packages = [plain_packages(tmp_path / "packages", "torch", "transformers", "pillow")]
     arguments = (tmp_path / "answer.py", tmp_path / "model", tmp_path / "images.safetensors", ids)
-    run = run_plainly(*arguments, packages=packages, home=tmp_path)
+    run = subprocess.run([sys.executable, *map(str, arguments)], env=environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) == greedy(model, inputs).tolist()
 
@@ -184,11 +188,11 @@ def test_what_a_image_cache_cannot_do_is_said():
     for options, message in (
         ({"assistant_model": assistant}, "This way of decoding does not take an image KV cache"),
         ({"prompt_lookup_num_tokens": 2}, "This way of decoding does not take an image KV cache"),
-        ({"use_cache": False}, "needs a KV cache to be put into"),
+        ({"use_cache": False}, "is copied into a KV cache"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size concerns all tokens"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions concerns all tokens"),
         ({"pixel_values": inputs["pixel_values"]}, "but pixel_values came with it"),
-        ({"image_cache": cache[:0]}, "holds no image; leave it out"),
+        ({"image_cache": cache[:0]}, "holds no image; omit it"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(**text, **({"image_cache": cache, "max_new_tokens": 4} | options))

@@ -21,9 +21,8 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from dsvl import DSVLProcessor
-from dsvl.image_reading_dsvl import FORMATS, ImageError, image_size, read_image
+from dsvl.image_reading_dsvl import FORMATS, RESIZED_PIXELS, ImageError, fit_thin_image, image_size, read_image
 from dsvl.processing_dsvl import decode_image
-from dsvl.thin_images_dsvl import PIXELS, fit_thin_image
 
 RED = Image.new("RGB", (40, 30), (200, 30, 30))
 COLOURS = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
@@ -469,7 +468,7 @@ def test_ordinary_images_are_left_alone(size):
 def test_a_thin_image_gives_what_it_gave(short, resample, monkeypatch):
     if CLIPImageProcessor().backend == "torchvision" and resample == 1:
         pytest.skip("torchvision before 0.27 has no Lanczos: transformers takes bicubic in its place")
-    monkeypatch.setattr("dsvl.thin_images_dsvl.PIXELS", 0)  # what is small enough to compare counts as thin
+    monkeypatch.setattr("dsvl.image_reading_dsvl.RESIZED_PIXELS", 0)  # what is small enough to compare counts as thin
     rng = np.random.default_rng(short)
     for edge, crop in ((28, (28, 28)), (29, (26, 28)), (30, (33, 31)), (64, (64, 63))):
         sides = {"height": crop[0], "width": crop[1]}
@@ -493,7 +492,7 @@ def test_a_thin_image_gives_what_it_gave(short, resample, monkeypatch):
 
 
 def test_what_the_call_asks_for_counts():
-    image_processor, thin = CLIPImageProcessor(), Image.new("RGB", (1, 2 * PIXELS // 224**2))
+    image_processor, thin = CLIPImageProcessor(), Image.new("RGB", (1, 2 * RESIZED_PIXELS // 224**2))
     assert min(fit_thin_image(thin, image_processor).size) == 224
     assert fit_thin_image(thin, image_processor, size={"height": 224, "width": 224}) is thin
     assert fit_thin_image(thin, image_processor, do_resize=False) is thin

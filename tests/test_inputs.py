@@ -68,7 +68,7 @@ def test_booleans_are_types():
         (lambda types: types * 2, "values from 0 to 2; expected 1 for image tokens"),
         (lambda types: -types, "values from -1 to 0"),
         (lambda types: types * 0, r"\[10, 0\] image tokens .*mark \[0, 0\] as such"),
-        (lambda types: 1 - types, r"differ at \[13, 13\] places"),
+        (lambda types: 1 - types, r"differ at \[13, 13\] positions"),
         (lambda types: types.roll(1, 1), r"mark \[10, 0\] as such and differ at \[4, 0\]"),
         (lambda types: types.double(), "torch.float64; pass integers"),
         (lambda types: torch.cat([types, types[:, :1]], 1), r"\(2, 14\), but the inputs hold 2 rows of 13 tokens"),

@@ -13,7 +13,8 @@ from kernel_layouts import TOLERANCE, errors
 from plain_kernels import use_plain_kernels
 from torch.utils.checkpoint import checkpoint
 
-from dsvl import kernels_dsvl
+from dsvl.acceleration import kernels
+from dsvl.acceleration.token_lists import TokenLists
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -85,13 +86,13 @@ def test_their_operator_has_the_gradients_of_their_function(monkeypatch):
     use_plain_kernels(monkeypatch)
     torch.manual_seed(0)
     types = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0, -1, -1]])
-    mask = kernels_dsvl.fuse_mask(types == 0, types == 0, types == 1, torch.arange(9), rows=12)
+    lists = TokenLists.build(types == 0, types == 0, types == 1, torch.arange(9), rows=12)
     states = [torch.randn(2, heads, 9, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
 
     def by_operator(*states):
-        return kernels_dsvl._mmca(*states, mask.lists, mask.windowed, 0.3, 5.0, True)[0]
+        return kernels.mmca(*states, lists.tensors, lists.windowed, 0.3, 5.0, True)[0]
 
-    expected = kernels_dsvl.fused_attention(*states, mask, 0.3, 5.0)
+    expected = kernels.fused_attention(*states, lists, 0.3, 5.0)
     gradient = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, states, gradient)
     for call in (by_operator, lambda *states: checkpoint(by_operator, *states, use_reentrant=False)):

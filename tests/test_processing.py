@@ -65,7 +65,7 @@ def test_later_rounds_read_as_the_originals(processor, image, case):
 
 
 def test_images_are_numbered_over_the_whole_conversation(processor, image):
-    question = "Compare the three images."
+    question = "Compare the three pictures."
     numbering = EXPECTED["string_level_numbering"]
     three = [user(image, image, image, question)]
     assert processor.apply_chat_template(three, add_generation_prompt=True) == "<s>" + numbering["after"]

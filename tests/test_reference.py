@@ -9,8 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 
 from dsvl import DSVLConfig
 from dsvl.attention_dsvl import route_attention
-from dsvl.masks_dsvl import mmca_reference_codes
-from dsvl.visibility_dsvl import visibilities
+from dsvl.masks_dsvl import CodedMask, mmca_reference_codes, visibilities
 
 CASES = {
     "A_baseline_mmca_off": "causal",
@@ -153,12 +152,13 @@ def test_one_attention_layer(switch):
     def run(hidden, types, real, cache, positions):
         kwargs = dict(inputs_embeds=hidden, attention_mask=real, cache=cache, position_ids=None)
         visible = visibilities(text_config, **kwargs)[None]
-        codes = mmca_reference_codes(visible, types)
+        masks, mask = {None: CodedMask(mmca_reference_codes(visible, types))}, None
         if switch == "mmca_off":
-            codes = torch.where(visible.dense(), 0.0, torch.finfo(torch.float32).min)
+            masks, mask = None, torch.where(visible.dense(), 0.0, torch.finfo(torch.float32).min)
         rotary = LlamaRotaryEmbedding(text_config)(hidden, positions)
         with torch.no_grad():
-            return layer.self_attn(hidden, position_embeddings=rotary, attention_mask=codes, past_key_values=cache)
+            inputs = dict(position_embeddings=rotary, attention_mask=mask, past_key_values=cache)
+            return layer.self_attn(hidden, multimodal_masks=masks, **inputs)
 
     positions = case.inputs["position_ids"]
     output, weights = run(hidden, types, real, None, positions)

@@ -10,8 +10,8 @@ from conftest import _COMMON, FAMILIES, IMAGE_ID, PER_IMAGE, batch, random_image
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from dsvl import ImageKVCache
+from dsvl.acceleration.decoder_run import OwnValueMask, layer_types, run_decoder
 from dsvl.cache_dsvl import cached_images, cached_types
-from dsvl.reuse_dsvl import layer_types, own_value, run_decoder
 
 ROPES = {
     "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
@@ -167,8 +167,9 @@ def test_no_row_of_a_mask_is_empty():
         masks.extend([attention[None].text_mask, attention[None].image_mask])
         return run_decoder(decoder, embeds, positions, attention)
 
-    model._run_decoder = run
-    model.prefill_text(inputs["input_ids"], model.encode_images(inputs["pixel_values"]), None, inputs["attention_mask"])
+    model.image_reuse.run_decoder = run
+    cache = model.encode_images(inputs["pixel_values"])
+    model.image_reuse.prefill(inputs["input_ids"], cache, None, inputs["attention_mask"])
     for mask in masks:
         assert mask.isfinite().any(-1).all() and not mask.isfinite().all()
 
@@ -231,21 +232,21 @@ def test_keys_are_turned_to_the_bit_in_bfloat16(family):
     model = tiny_model(family, dtype=torch.bfloat16).model
     embeds = torch.stack(model.get_image_features(random_images(2, torch.bfloat16)).pooler_output).detach()
     positions = torch.arange(PER_IMAGE * 2).reshape(2, -1) * 7 + 3
-    attention = dict.fromkeys(layer_types(model.language_model), own_value)
+    attention = dict.fromkeys(layer_types(model.language_model), OwnValueMask())
     with torch.no_grad():
         _, keys, values, _ = run_decoder(model.language_model, embeds, positions, attention)
     cache = model.encode_images(random_images(2, torch.bfloat16))
     assert cache.dtype == torch.bfloat16 and cache.values.equal(values)
-    turned = model.image_rotation(cache.device)(cache.keys.flatten(1, 2), positions.flatten())
+    turned = model.image_reuse.rotation(cache.device)(cache.keys.flatten(1, 2), positions.flatten())
     assert turned.equal(keys.flatten(1, 2)) and not turned.equal(cache.keys.flatten(1, 2))
 
 
 def test_rotation_in_parts_is_the_same(monkeypatch):
     model = tiny_model(num_hidden_layers=5).model
     cache = model.encode_images(random_images(2))
-    rotation, positions = model.image_rotation(cache.device), torch.arange(2 * PER_IMAGE)
+    rotation, positions = model.image_reuse.rotation(cache.device), torch.arange(2 * PER_IMAGE)
     whole = rotation(cache.keys.flatten(1, 2), positions)
-    monkeypatch.setattr("dsvl.reuse_dsvl.ROTATED_AT_ONCE", 2 * cache.keys[0].numel())
+    monkeypatch.setattr("dsvl.acceleration.key_rotation.ROTATED_AT_ONCE", 2 * cache.keys[0].numel())
     assert rotation(cache.keys.flatten(1, 2), positions).equal(whole)
 
 
@@ -288,7 +289,7 @@ def test_beams_and_samples_are_the_same(options, layouts):
 def test_text_padded_to_a_multiple_gives_the_same(family, monkeypatch):
     """As a compiled decoder has it, lest every length be a graph of its own."""
     model = tiny_model(family)
-    monkeypatch.setattr(model.model, "_text_step", 8)
+    monkeypatch.setattr(model.model.image_reuse, "text_multiple", 8)
     for layouts in LAYOUTS:
         inputs = batch(*layouts)
         assert_same(model, inputs, model.encode_images(inputs["pixel_values"]))
@@ -309,7 +310,7 @@ def test_on_a_gpu_the_decoder_alone_is_recorded(options, decoder, keys, monkeypa
     monkeypatch.setattr(type(model.model.language_model), "device", torch.device("cuda"))
     monkeypatch.setattr(torch, "compile", lambda function, **given: asked.update({function.__name__: given}))
     model.compile_text_prefill(**options)
-    assert asked == {"run_decoder": decoder, "turn_keys": keys}
+    assert asked == {"run_decoder": decoder, "rotate_keys": keys}
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dsvl import attention_dsvl, images_dsvl, kernels_dsvl, masks_dsvl, modeling_dsvl
-from dsvl.visibility_dsvl import visibilities
+from dsvl import modeling_dsvl
+from dsvl.acceleration import build_mask, fused_mask, gathered_mask, kernels
+from dsvl.masks_dsvl import visibilities
 
 LAYOUTS = ("ttItttItttt", "tItttttItttt", "IttIttt")
 
@@ -57,9 +58,9 @@ class NoWaiting(TorchDispatchMode):
 
 
 class LateCopy:
-    """A `HostCopy` of values that nobody has: what the host is told is `told`, by the shape of what it asks for."""
+    """An `AsyncHostCopy` of values that nobody has: what the host is told is `told`, by the shape of what it asks for."""
 
-    is_here = False
+    is_complete = False
     told: dict[tuple[int, ...], object] = {}
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -78,15 +79,14 @@ class LateCopy:
 def device(monkeypatch):
     """Takes "meta" for an NVIDIA GPU of the Hopper generation."""
 
-    def fused_attention(query, key, value, mask, scaling, softcap=None):
+    def fused_attention(query, key, value, lists, scaling, softcap=None):
         save = torch.is_grad_enabled() and query.requires_grad
         options = float(scaling), float(softcap or 0.0), save
-        return kernels_dsvl._mmca(query, key, value, mask.lists, mask.windowed, *options)[0]
+        return kernels.mmca(query, key, value, lists.tensors, lists.windowed, *options)[0]
 
-    monkeypatch.setattr(masks_dsvl, "can_fuse", lambda *args: True)
-    monkeypatch.setattr(attention_dsvl, "fused_attention", fused_attention)
-    for module in (modeling_dsvl, images_dsvl):
-        monkeypatch.setattr(module, "HostCopy", LateCopy)
+    monkeypatch.setattr(fused_mask, "can_fuse", lambda *args: True)
+    monkeypatch.setattr(fused_mask, "fused_attention", fused_attention)
+    monkeypatch.setattr(modeling_dsvl, "AsyncHostCopy", LateCopy)
     return torch.device("meta")
 
 
@@ -164,7 +164,7 @@ class Questions(TorchFunctionMode):
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_gathering_asks_once_how_many_there_are(backend, rows, questions, monkeypatch):
     """Where the fused kernels do not apply, a mask's lengths are those of the batch; and whether there are packs at all."""
-    monkeypatch.setattr(masks_dsvl, "_image_parts", lambda mask: None)  # for a CPU alone
+    monkeypatch.setattr(gathered_mask, "split_image_branch", lambda mask: None)  # for a CPU alone
     config = tiny_model(backend=backend).config.text_config
     inputs = batch(*LAYOUTS, side="right")
     ids, positions = inputs["input_ids"], None
@@ -175,5 +175,5 @@ def test_gathering_asks_once_how_many_there_are(backend, rows, questions, monkey
     with Questions() as host:
         visible = visibilities(config, embeds, inputs.get("attention_mask"), None, positions)
         host.asked.clear()
-        masks_dsvl.multimodal_mask(visible[None], (ids == IMAGE_ID).long(), config, torch.float32)
+        build_mask(visible[None], (ids == IMAGE_ID).long(), config, torch.float32)
     assert host.asked == questions

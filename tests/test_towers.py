@@ -21,9 +21,9 @@ from transformers.utils import is_torchvision_available
 import dsvl
 from dsvl.cli import main
 from dsvl.composition.towers import count_prefix_tokens
-from dsvl.images_dsvl import tower_features
 from dsvl.training import lora_config
 from dsvl.training.weights import load_tower
+from dsvl.vision_dsvl import run_tower
 
 SIZE, PATCH = 28, 14
 WIDTHS = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=PATCH)
@@ -113,7 +113,7 @@ def test_it_loads_without_the_rest(composed, name):
     tower = load_tower(str(composed / name), model.config, torch.float32)
     pixels = torch.randn(2, 3, SIZE, SIZE)
     with torch.no_grad():
-        features = tower_features(tower, model.config, pixels)
+        features = run_tower(tower, model.config, pixels).last_hidden_state
         assert features.equal(model.get_image_features(pixels).last_hidden_state)
 
 
@@ -207,7 +207,7 @@ def test_a_fresh_process_without_the_package_gives_the_same_answers(parts, compo
         inputs = processor(text="<image> What is it?", images=image, return_tensors="pt")
         assert answers[name] == model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist(), name
     files = {path.name for path in (composed / "qwen").iterdir()}
-    assert files >= {"vision_dsvl.py", "resampler_dsvl.py"}
+    assert files >= {"vision_dsvl.py", "projectors_dsvl.py"}
 
 
 # -- Qwen-VL's tower ---------------------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from ..data.files import without_nones
 from ..data.forms import MESSAGES
 from ..data.images import fetched
 from ..data.messages import Sample, image_source, images_of, is_trained, location_of
-from ..image_reading_dsvl import read_image
-from ..thin_images_dsvl import fit_thin_image
+from ..image_reading_dsvl import fit_thin_image, read_image
 from .features import FeatureCache
 
 MULTIPLE = 8  # tokens: what matrix units like

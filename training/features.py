@@ -20,9 +20,8 @@ from ..data import complete_messages
 from ..data.bad_samples import BadSample, one_sample, shortened
 from ..data.images import fetched
 from ..data.messages import images_of
-from ..image_reading_dsvl import file_of, read_image
-from ..images_dsvl import tower_features
-from ..thin_images_dsvl import fit_thin_image
+from ..image_reading_dsvl import file_of, fit_thin_image, read_image
+from ..vision_dsvl import run_tower
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +180,7 @@ def fill(
 def _encode(images: list[tuple[str, torch.Tensor]], tower: Any, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if images:
         keys, pixels = zip(*images, strict=True)
-        features = tower_features(tower, config, torch.stack(pixels).to(tower.device))
+        features = run_tower(tower, config, torch.stack(pixels).to(tower.device)).last_hidden_state
         yield from zip(keys, features.to("cpu", tower.dtype), strict=True)
 
 

@@ -23,6 +23,10 @@ NAMES = {
     "rotate_checkpoints": "transformers.trainer_utils",
     "render_jinja_template": "transformers.utils.chat_template_utils",
     "cached_file": "transformers.utils.hub",
+    "DynamicLayer": "transformers.cache_utils",
+    "StaticLayer": "transformers.cache_utils",
+    "BaseStreamer": "transformers.generation.streamers",
+    "sliding_window_causal_mask_function": "transformers.masking_utils",
     "ChatCompletionHandler": "transformers.cli.serving.chat_completion",
     "BaseGenerateManager": "transformers.cli.serving.utils",
     "Modality": "transformers.cli.serving.utils",
@@ -30,11 +34,26 @@ NAMES = {
 }
 # What is overridden, called or read of a class, by "module.Class".
 MEMBERS = {
+    "transformers.GenerationMixin": (
+        "_optimize_model_for_decode",
+        "_prefill",
+        "_update_model_kwargs_for_generation",
+        "_valid_auto_compile_criteria",
+    ),
+    "transformers.PreTrainedModel": ("get_compiled_call",),
+    "transformers.DynamicCache": ("layers", "offloading"),
+    "transformers.cache_utils.DynamicLayer": ("is_sliding", "is_croppable", "keys", "values", "is_initialized"),
+    "transformers.cache_utils.StaticLayer": ("is_sliding", "keys", "values", "is_initialized", "cumulative_length"),
     "transformers.Trainer": (
         "_load_optimizer_and_scheduler",
         "_push_from_checkpoint",
         "_run_epoch",
     ),
+}
+# Attributes that transformers sets on objects while it generates, by the module that sets them.
+MENTIONED = {
+    "transformers.cache_utils": ("device",),
+    "transformers.generation.utils": ("_pad_token_tensor", "_is_user_defined"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`ImageKVCache`: what a decoder computed for images, which any prompt may use; see reuse_dsvl.py."""
+"""`ImageKVCache`: the keys and values of images, which any prompt may use; see image_reuse.py."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +12,10 @@ FORMAT = "dsvl_image_cache_1"
 
 
 def reuse_is_exact(config: Any) -> bool:
-    """Whether what a model computed for a prefix holds when the conversation goes on.
+    """Whether the KV cache of a prefix stays valid when the conversation continues.
 
-    Not under "mmca_reference", whose earlier texts see later images; nor with images in reversed places, each of which
-    moves when another comes; nor where the positions' frequencies depend on how long the whole is.
+    Not under "mmca_reference", where text sees later images; nor with `reversed_images`, where every new image moves the
+    others; nor where the frequencies of the positions depend on the length of the sequence.
     """
     return not (
         config.multimodal_attention == "mmca_reference" or config.reversed_images or changing_ropes(config.text_config)
@@ -37,7 +37,7 @@ class ImageKVCache:
 
     Args:
         keys, values: (layers, images, image_seq_length, key-value heads, head_dim), in the model's dtype.
-        fingerprint: of the model that they belong to (`DSVLModel.image_fingerprint`).
+        fingerprint: of the model that they belong to (`ImageReuse.fingerprint`).
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, fingerprint: str) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .token_lists import TokenLists
+
 try:
     import triton
     import triton.language as tl
@@ -31,8 +33,6 @@ except ImportError:
 MAX_HEAD_DIM = 256
 # In single precision the kernels are right, but their products leave no registers for anything else: others are faster.
 DTYPES = (torch.bfloat16, torch.float16)
-# Figures of a softmax are read in blocks that begin at a multiple of 16 bytes.
-_ALIGNED = 4
 
 
 def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, training: bool = False) -> bool:
@@ -48,115 +48,6 @@ def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, trainin
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     dropped = training and (getattr(text_config, "attention_dropout", None) or 0) > 0
     return head_dim <= MAX_HEAD_DIM and not dropped and _capability(device)[0] == 9
-
-
-@dataclass
-class FusedMask:
-    """Who sees whom in one forward call: lists of places, and an interval of them for every query and key.
-
-    A *rank* is a place in a list. Nothing here needs to be asked of the device, so no shape depends on the data.
-
-    Attributes:
-        queries: (batch, queries) int32, the places of the queries: text first, in order, then the others.
-        keys: (batch, keys) int32, the places of the keys: text, then image, then those that are hidden.
-        counts: (batch, 4) int32: text queries, text keys, image keys, and where a sample's rows begin in what is saved.
-        key_ranges: (batch, 4, queries) int32: from and up to which rank of the text keys, and of the image keys, a query of
-            a rank sees.
-        query_ranges: (batch, 2, keys) int32: from and up to which rank the text queries see a key of a rank.
-        own_key: (batch, queries) int32, the place of each query's own key; for a backward pass these must be consecutive.
-        room: (rows,) in no memory, enough rows for the text queries of the batch; what is saved for the backward pass has so
-            many. A shape, not a number, so that a graph can be compiled for all of them.
-        windowed: whether a query may not see the first keys of a list.
-    """
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    counts: torch.Tensor
-    key_ranges: torch.Tensor
-    query_ranges: torch.Tensor
-    own_key: torch.Tensor
-    room: torch.Tensor
-    windowed: bool
-
-    def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> FusedMask:
-        """Move every tensor: a model spread over devices by accelerate calls this."""
-        return FusedMask.of([states.to(device, non_blocking=non_blocking) for states in self.lists], self.windowed)
-
-    @property
-    def lists(self) -> list[torch.Tensor]:
-        return [self.queries, self.keys, self.counts, self.key_ranges, self.query_ranges, self.own_key, self.room]
-
-    @property
-    def rows(self) -> int:
-        return self.room.shape[0]
-
-    @classmethod
-    def of(cls, lists: Sequence[torch.Tensor], windowed: bool) -> FusedMask:
-        queries, keys, counts, key_ranges, query_ranges, own_key, room = lists
-        return cls(queries, keys, counts, key_ranges, query_ranges, own_key, room, windowed)
-
-
-def fuse_mask(
-    is_text_query: torch.Tensor,
-    is_text_key: torch.Tensor,
-    is_image_key: torch.Tensor,
-    own_key: torch.Tensor,
-    visible_from: torch.Tensor | None = None,
-    visible_up_to: torch.Tensor | None = None,
-    rows: int | None = None,
-) -> FusedMask:
-    """List the modalities of one forward call.
-
-    Args:
-        is_text_query: (batch, queries) bool.
-        is_text_key, is_image_key: (batch, keys) bool; a key that is neither is hidden from every query but its own.
-        own_key: (queries,) or (batch, queries), the place of each query's own key.
-        visible_from, visible_up_to: (batch or 1, queries), the places of keys between which a query may see; both must never
-            decrease from a query to the next. By default, from the first key up to its own.
-        rows: an upper bound of the number of text queries in the batch, if one is known; it saves memory.
-    """
-    batch, queries = is_text_query.shape
-    keys = is_text_key.shape[1]
-    up_to = (own_key + 1 if visible_up_to is None else visible_up_to).expand(batch, queries)
-    # Places in order: a stable sort of a few classes.
-    query_order = (~is_text_query).to(torch.uint8).argsort(dim=-1, stable=True)
-    key_class = torch.where(is_text_key, 0, torch.where(is_image_key, 1, 2)).to(torch.uint8)
-    key_order = key_class.argsort(dim=-1, stable=True)
-    text_count, image_count = is_text_key.sum(-1, keepdim=True), is_image_key.sum(-1, keepdim=True)
-    query_count = is_text_query.sum(-1, keepdim=True)
-    taken = -(-query_count // _ALIGNED) * _ALIGNED  # what is saved of a sample begins at such a multiple
-    earlier = taken.cumsum(0) - taken
-    rows = (-(-(batch * queries if rows is None else rows) // _ALIGNED) + batch) * _ALIGNED
-
-    rank = torch.arange(queries, device=is_text_query.device)
-    is_query = rank < query_count
-    up_to = up_to.gather(1, query_order)
-    since = None if visible_from is None else visible_from.expand(batch, queries).gather(1, query_order)
-    key_rank = torch.arange(keys, device=is_text_query.device).expand(batch, keys)
-    ranges, seen_by = [], []
-    for members in (is_text_key, is_image_key):
-        before = torch.nn.functional.pad(members.cumsum(-1), (1, 0))  # how many members lie before a place
-        last = before.gather(1, up_to)
-        first = torch.zeros_like(last) if since is None else before.gather(1, since)
-        beyond = keys + 1  # slots past the text queries see nothing, and keep the lists sorted
-        first_sorted, last_sorted = first.masked_fill(~is_query, beyond), last.masked_fill(~is_query, beyond)
-        ranges += [first.masked_fill(~is_query, 0), last.masked_fill(~is_query, 0)]
-        within = (key_rank if members is is_text_key else key_rank - text_count).contiguous()
-        seen_by.append([torch.searchsorted(edge, within, right=True) for edge in (last_sorted, first_sorted)])
-    is_text, is_hidden = key_rank < text_count, key_rank >= text_count + image_count
-    query_ranges = [
-        torch.where(is_text, text, image).masked_fill(is_hidden, 0) for text, image in zip(*seen_by, strict=True)
-    ]
-    return FusedMask(
-        queries=query_order.to(torch.int32),
-        keys=key_order.to(torch.int32),
-        counts=torch.cat([query_count, text_count, image_count, earlier], dim=1).to(torch.int32),
-        key_ranges=torch.stack(ranges, dim=1).to(torch.int32),
-        query_ranges=torch.stack(query_ranges, dim=1).to(torch.int32),
-        own_key=own_key.expand(batch, queries).to(torch.int32).contiguous(),
-        room=is_text_query.new_empty(()).expand(rows),
-        windowed=visible_from is not None,
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -571,14 +462,14 @@ def _precision(dtype: torch.dtype) -> str:
 _ROOM = 128
 
 
-def _pack(states: torch.Tensor, mask: FusedMask) -> torch.Tensor:
+def _pack(states: torch.Tensor, lists: TokenLists) -> torch.Tensor:
     """Keys or values (batch, heads, tokens, head_dim) in the order of their list: (batch, heads, slots, a power of two)."""
     states = _dense(states)
     batch, heads, tokens, head_dim = states.shape
     packed = _empty_packed(states)
     slots, block_d = packed.shape[2:]
     _pack_kernel[(slots // _ROOM, batch * heads)](
-        states, packed, mask.keys, mask.counts, *_strides(states), heads, tokens, slots,
+        states, packed, lists.keys, lists.counts, *_strides(states), heads, tokens, slots,
         head_dim=head_dim, block_d=block_d, block_m=_ROOM, num_warps=8,
     )  # fmt: skip
     return packed
@@ -623,33 +514,39 @@ def _lines_of(figures: torch.Tensor, columns: int) -> Any:
 
 
 def _forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: FusedMask, scaling: float, softcap: float, save: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lists: TokenLists,
+    scaling: float,
+    softcap: float,
+    save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     query, value = _dense(query), _dense(value)
     batch, heads, tokens, head_dim = query.shape
-    packed_query, packed_key, packed_value = _empty_packed(query, save), _pack(key, mask), _pack(value, mask)
+    packed_query, packed_key, packed_value = _empty_packed(query, save), _pack(key, lists), _pack(value, lists)
     cut = _blocks("forward", packed_key)
-    rows = mask.rows if save else 0
+    rows = lists.rows if save else 0
     out, branches, normalisers = _empty_outputs(query, rows)
     _forward_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
         query, _blocks_of(packed_key, cut.keys), _blocks_of(packed_value, cut.keys), value, out, packed_query, branches,
-        normalisers, mask.queries, mask.counts, mask.key_ranges, mask.own_key, *_strides(query), *_strides(value),
+        normalisers, lists.queries, lists.counts, lists.key_ranges, lists.own_key, *_strides(query), *_strides(value),
         scaling, softcap, heads, tokens, rows, packed_query.shape[2], packed_key.shape[2], group=heads // key.shape[1],
         head_dim=head_dim, block_d=packed_key.shape[3], block_m=cut.queries, block_n=cut.keys,
-        capped=softcap > 0, windowed=mask.windowed, save=save, precision=_precision(query.dtype),
+        capped=softcap > 0, windowed=lists.windowed, save=save, precision=_precision(query.dtype),
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out, packed_query, packed_key, packed_value, branches, normalisers
 
 
 def _backward(
-    out_gradient: torch.Tensor, saved: Sequence[torch.Tensor], mask: FusedMask, scaling: float, softcap: float
+    out_gradient: torch.Tensor, saved: Sequence[torch.Tensor], lists: TokenLists, scaling: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     query, key, value, branches, normalisers = saved
     gradient = _dense(out_gradient.transpose(1, 2))
     batch, heads, tokens, head_dim = gradient.shape
-    kv_heads, kv_tokens = key.shape[1], mask.keys.shape[1]
-    rows, slots = mask.rows, (query.shape[2], key.shape[2])
+    kv_heads, kv_tokens = key.shape[1], lists.keys.shape[1]
+    rows, slots = lists.rows, (query.shape[2], key.shape[2])
     deltas, packed_gradient = torch.empty_like(normalisers), torch.empty_like(query)
     query_gradient, key_gradient, value_gradient = _empty_gradients(out_gradient, key, kv_tokens)
     exact = dict(
@@ -660,8 +557,8 @@ def _backward(
     _query_gradient_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
         _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
         gradient, packed_gradient, query_gradient, branches, normalisers, deltas,
-        mask.queries, mask.counts, mask.key_ranges, *_strides(gradient), *_strides(query_gradient), scaling, softcap,
-        heads, tokens, rows, *slots, windowed=mask.windowed,
+        lists.queries, lists.counts, lists.key_ranges, *_strides(gradient), *_strides(query_gradient), scaling, softcap,
+        heads, tokens, rows, *slots, windowed=lists.windowed,
         block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
     )  # fmt: skip
     cut = _blocks("keys", query)
@@ -670,7 +567,7 @@ def _backward(
         _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
         _blocks_of(packed_gradient, cut.queries), gradient, key_gradient, value_gradient,
         _lines_of(normalisers, cut.queries), _lines_of(deltas, cut.queries),
-        mask.keys, mask.counts, mask.query_ranges, mask.own_key, *_strides(gradient),
+        lists.keys, lists.counts, lists.query_ranges, lists.own_key, *_strides(gradient),
         *_strides(key_gradient), *_strides(value_gradient), scaling, softcap, heads, tokens, kv_tokens, *slots,
         block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
     )  # fmt: skip
@@ -679,11 +576,13 @@ def _backward(
 
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, mask: FusedMask, scaling: float, softcap: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: Any, key: Any, value: Any, lists: TokenLists, scaling: float, softcap: float
+    ) -> torch.Tensor:
         with torch.cuda.device_of(query):
-            out, *saved = _forward(query, key, value, mask, scaling, softcap, save=True)
+            out, *saved = _forward(query, key, value, lists, scaling, softcap, save=True)
         ctx.save_for_backward(*saved)
-        ctx.options = mask, scaling, softcap
+        ctx.options = lists, scaling, softcap
         return out
 
     @staticmethod
@@ -699,7 +598,7 @@ _NAMESPACE = f"dsvl_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::mmca", mutates_args=())
-def _mmca(
+def mmca(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -709,10 +608,10 @@ def _mmca(
     softcap: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _forward(query, key, value, FusedMask.of(lists, windowed), scaling, softcap, save)
+    return _forward(query, key, value, TokenLists.of(lists, windowed), scaling, softcap, save)
 
 
-@_mmca.register_fake
+@mmca.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: Any, *options: Any) -> Any:
     save = options[-1]
     out, branches, normalisers = _empty_outputs(query, lists[-1].shape[0] if save else 0)
@@ -720,7 +619,7 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: Any, *
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::mmca_backward", mutates_args=())
-def _mmca_backward(
+def mmca_backward(
     gradient: torch.Tensor,
     saved: list[torch.Tensor],
     lists: list[torch.Tensor],
@@ -728,10 +627,10 @@ def _mmca_backward(
     scaling: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward(gradient, saved, FusedMask.of(lists, windowed), scaling, softcap)
+    return _backward(gradient, saved, TokenLists.of(lists, windowed), scaling, softcap)
 
 
-@_mmca_backward.register_fake
+@mmca_backward.register_fake
 def _(gradient: torch.Tensor, saved: Any, lists: Any, *options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _empty_gradients(gradient, saved[1], lists[1].shape[1])
 
@@ -745,18 +644,18 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _compiled_backward(ctx: Any, gradient: torch.Tensor, *unused: Any) -> tuple:
     tensors = ctx.saved_tensors  # asked for once: under checkpointing a second time is an error
     lists, saved = list(tensors[:-5]), list(tensors[-5:])
-    gradients = _mmca_backward(gradient, saved, lists, *ctx.options)
+    gradients = mmca_backward(gradient, saved, lists, *ctx.options)
     return *gradients, [None] * len(lists), None, None, None, None  # a list of them for a list
 
 
-_mmca.register_autograd(_compiled_backward, setup_context=_save_for_backward)
+mmca.register_autograd(_compiled_backward, setup_context=_save_for_backward)
 
 
 def fused_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: FusedMask,
+    lists: TokenLists,
     scaling: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
@@ -765,7 +664,7 @@ def fused_attention(
     Args:
         query: (batch, heads, queries, head_dim), bf16, fp16 or fp32, on an NVIDIA GPU.
         key, value: (batch, key-value heads, keys, head_dim), of the same dtype.
-        mask: who sees whom; may be shared by all layers that see alike.
+        lists: tokens by modality, and what each sees; layers of one type share them.
         scaling: by what the products of queries and keys are multiplied.
         softcap: to what the scores are capped, by softcap * tanh(scores / softcap).
 
@@ -784,8 +683,8 @@ def fused_attention(
     save = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     options = float(scaling), float(softcap or 0.0)
     if torch.compiler.is_compiling():
-        return _mmca(query, key, value, mask.lists, mask.windowed, *options, save)[0]
+        return mmca(query, key, value, lists.tensors, lists.windowed, *options, save)[0]
     if save:
-        return _FusedAttention.apply(query, key, value, mask, *options)
+        return _FusedAttention.apply(query, key, value, lists, *options)
     with torch.cuda.device_of(query):
-        return _forward(query, key, value, mask, *options, save)[0]
+        return _forward(query, key, value, lists, *options, save)[0]

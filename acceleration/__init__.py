@@ -1,0 +1,15 @@
+"""Acceleration of DSVL models, in the package only.
+
+The files that travel with a checkpoint look for this package at first use, through the interface that acceleration_dsvl.py
+describes. Nothing here changes a result, except for rounding.
+"""
+
+from .decoder_layers import CompiledDecoderLayers
+from .decoding_loop import sample
+from .image_cache import ImageKVCache
+from .image_reuse import ImageReuse
+from .masks import build_mask
+
+INTERFACE_VERSION = 1  # of acceleration_dsvl.py
+
+__all__ = ["INTERFACE_VERSION", "CompiledDecoderLayers", "ImageKVCache", "ImageReuse", "build_mask", "sample"]

@@ -1,0 +1,113 @@
+"""A decode loop in which the host runs one step ahead of the device.
+
+After every token transformers asks the device whether the answer ends, and waits. Until the host has prepared and queued
+the next step, the device idles: with a static cache and a compiled step, a third of the time. Here the next step is queued
+first. The end of the answer is seen one step late, and that step is undone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from ..inputs_dsvl import AsyncHostCopy
+from ..transformers_dsvl import CACHE
+from ..utils.cache_cropping import can_crop, crop
+from ..utils.transformers_names import BaseStreamer
+
+
+def sample(
+    model: Any,
+    run: Callable,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Greedy search and sampling, with the results of `GenerationMixin._sample`.
+
+    Args:
+        model: a `DSVLForConditionalGeneration`.
+        run: its `GenerationMixin._sample`, for cases in which this loop does not apply (a cache that is not static, outputs
+            with scores, assistants, synchronized GPUs).
+        input_ids, ...: the arguments of `GenerationMixin._sample`.
+    """
+    cache: Any = model_kwargs.get(CACHE)
+    runs_ahead = (
+        model._valid_auto_compile_criteria(model_kwargs, generation_config)
+        and not generation_config.return_dict_in_generate
+        and not generation_config.is_assistant
+        and not synced_gpus
+        and stopping_criteria.max_length is not None
+        and (not getattr(cache, "_is_user_defined", False) or can_crop(cache))
+    )
+    if not runs_ahead:
+        options = dict(synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        return run(input_ids, logits_processor, stopping_criteria, generation_config, **options)
+
+    model_forward = model.get_compiled_call(generation_config.compile_config)
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad_token = generation_config._pad_token_tensor
+    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    first_length = input_ids.shape[1] + 1
+    pending: StepResult | None = None  # the last step that the host has not read
+    is_late = False
+    outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    with model._optimize_model_for_decode():
+        while True:
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            # A copy: the next run of a CUDA graph overwrites its outputs.
+            logits = outputs.logits[:, -1].to(input_ids.device, torch.float32, copy=True)
+            del outputs
+            scores = logits_processor(input_ids, logits)
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
+            else:
+                tokens = scores.argmax(-1)
+            if pads and pad_token is not None:
+                tokens = torch.where(unfinished, tokens, pad_token.to(tokens.device))
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+            unfinished = unfinished & ~stopping_criteria(input_ids, None)
+            step = StepResult(unfinished, tokens, streamer)
+            is_first = input_ids.shape[1] == first_length
+            if is_first and step.is_last():  # the first token is not delayed by a compilation
+                break
+            if pending is not None and pending.is_last():
+                is_late = True
+                break
+            pending = None if is_first else step
+            if input_ids.shape[1] >= stopping_criteria.max_length:
+                if pending is not None:
+                    pending.is_last()  # which streams its tokens
+                break
+            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+            outputs = model_forward(**inputs, return_dict=True)
+    if is_late:
+        input_ids = input_ids[:, :-1]
+        if can_crop(cache):  # else only this call uses it
+            crop(cache, int(cache.get_seq_length()) - 1)
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+class StepResult:
+    """The results of a step, which are copied to the host asynchronously."""
+
+    def __init__(self, unfinished: torch.Tensor, tokens: torch.Tensor, streamer: BaseStreamer | None) -> None:
+        self._unfinished = AsyncHostCopy(unfinished)
+        self._tokens = None if streamer is None else AsyncHostCopy(tokens)
+        self._streamer = streamer
+
+    def is_last(self) -> bool:
+        """Stream the tokens; return whether every answer has ended."""
+        if self._streamer is not None and self._tokens is not None:
+            self._streamer.put(torch.tensor(self._tokens.tolist()))
+        return not any(self._unfinished.tolist())
+
+
+__all__ = ["sample"]

@@ -1,0 +1,268 @@
+"""Exact reuse of images: the keys and values that a decoder computes for an image, put into any prompt at any position.
+
+Under `"mmca"` an image token attends to itself alone, so its path through the decoder depends on its image only. Positions
+enter as the rotation of its keys, which can be applied later. `ImageReuse.encode` runs the unmodified decoder over image
+tokens at position 0, where the rotation is the identity; `KeyRotation` rotates the keys to where they are used, by the
+decoder's own function; `ImageReuse.prefill` runs the text of a prompt over them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache
+
+from ..cache_dsvl import remember_types
+from ..masks_dsvl import AttentionMask, visibilities
+from .decoder_run import OwnValueMask, layer_types, run_decoder
+from .gathered_mask import Slots
+from .image_cache import ImageKVCache, changing_ropes
+from .key_rotation import KeyRotation, probe_rotation, rotate_keys
+from .text_prefill import TextPrefillMask, fill_layer, image_order, reserve
+
+# Keys of a configuration that do not influence what the model computes for an image.
+_IGNORED_KEYS = ("architectures", "auto_map", "dtype", "image_token_id", "transformers_version", "use_cache", "vocab_size")
+
+
+class ImageReuse:
+    """Encodes images into an `ImageKVCache`, and runs prompts over it.
+
+    Args:
+        model: a `DSVLModel`.
+
+    Attributes:
+        text_multiple: to a multiple of which the text of prompts is padded, so that few lengths are compiled.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.text_multiple = 1
+        self.run_decoder: Callable = run_decoder
+        self._rotate_keys: Callable = rotate_keys
+        self._rotation: KeyRotation | None = None
+        self._fingerprint: tuple[str, list[nn.Parameter], list[int]] | None = None
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> ImageKVCache:
+        """Run tower, projector and decoder over images alone; see `DSVLModel.encode_images`."""
+        if len(pixel_values) == 0:
+            raise ValueError("pixel_values hold no image, so there is nothing to encode; pass at least one.")
+        self.rotation(pixel_values.device)  # which refuses models whose images cannot be reused
+        decoder = self.model.language_model
+        masks = {kind: OwnValueMask() for kind in layer_types(decoder)}
+        parts: list[ImageKVCache] = []
+        fingerprint = self.fingerprint()
+        for chunk in pixel_values.split(chunk_size):
+            encoded = self.model.encode(chunk).pooler_output
+            embeds = torch.stack(encoded).to(decoder.get_input_embeddings().weight.dtype)
+            zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
+            _, keys, values, _ = run_decoder(decoder, embeds, zeros, masks)
+            parts.append(ImageKVCache(keys, values, fingerprint))
+        return ImageKVCache.cat(parts)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: torch.Tensor,
+        image_cache: ImageKVCache,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        copies: int = 1,
+    ) -> tuple[torch.Tensor, Cache]:
+        """Run the text tokens of prompts, and fill a KV cache with text and images.
+
+        The decoder runs once over the text tokens, at their own positions. A text query sees the text keys of this call and
+        the rotated keys of the images, as far as the decoder's own mask allows. Then text and images are put into the KV
+        cache in the order of the prompt, as after an ordinary prefill.
+
+        Args:
+            input_ids: (batch, tokens); every image has `image_seq_length` copies of `image_token_id`, in the order of
+                `image_cache`; every row ends with text.
+            image_cache: the images of all rows.
+            cache: an empty KV cache of any kind; a dynamic one by default.
+            attention_mask: (batch, tokens), 0 where padded, on the left.
+            position_ids: (batch, tokens); by default they count tokens that are not padded, as in `generate`.
+            copies: the number of consecutive rows with the same prompt and images, as in beam search.
+
+        Returns:
+            The last hidden state of every row's last token, (batch, 1, hidden), and the cache.
+
+        Raises:
+            ValueError: if image tokens and images do not match, the KV cache is not empty, or the image KV cache belongs to
+                another model.
+        """
+        rotation = self.rotation_for(image_cache)
+        decoder = self.model.language_model
+        config = decoder.config
+        if cache is None:
+            cache = DynamicCache(config=config)
+        if int(cache.get_seq_length()) > 0:
+            raise ValueError(
+                f"The KV cache holds {int(cache.get_seq_length())} tokens, but with an image KV cache a prompt is computed "
+                "from its start (its text alone); pass the whole conversation and an empty KV cache."
+            )
+        batch, tokens = input_ids.shape
+        device = image_cache.device
+        input_ids = input_ids.to(device)
+        is_image = input_ids == self.model.config.image_token_id
+        is_text = ~is_image
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(device)
+            is_text = is_text & attention_mask.bool()
+        if position_ids is None:
+            seen = attention_mask if attention_mask is not None else torch.ones_like(input_ids)
+            position_ids = (seen.long().cumsum(-1) - 1).clamp(min=0)
+        position_ids = position_ids.to(device).expand(batch, tokens)
+
+        # Everything that the host needs, in one device-to-host copy.
+        figures = torch.stack([is_image.sum(-1), is_text.sum(-1), is_text[:, -1].long()]).tolist()
+        image_counts, text_counts, ends_with_text = figures
+        order = image_order(image_counts, len(image_cache), self.model.config.image_seq_length, copies)
+        if not all(ends_with_text):
+            raise ValueError(
+                f"Row {ends_with_text.index(0)} of the prompts ends with an image or with padding, but an image KV cache "
+                "has no hidden state to continue from; end prompts with text, and pad them on the left."
+            )
+        text, image = Slots.gather(is_text, text_counts, self.text_multiple), Slots.gather(is_image, image_counts)
+        if order != list(range(len(image_cache))):
+            image_cache = image_cache[order]
+        keys, values = image_cache.keys.flatten(1, 2), image_cache.values.flatten(1, 2)
+        keys = rotation(keys, position_ids.gather(1, image.index).flatten(), self._rotate_keys)
+
+        # The large copies start before the decoder runs, while the host prepares the rest.
+        padded = any(i + t < tokens for i, t in zip(image_counts, text_counts, strict=True))
+        image_rows, text_rows = _rows_or_spare(image, tokens), _rows_or_spare(text, tokens)
+        whole = [reserve(states, batch * tokens, padded).index_copy_(1, image_rows, states) for states in (keys, values)]
+
+        embeds = decoder.get_input_embeddings()(input_ids.gather(1, text.index))
+        softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+        prompt = torch.empty((batch, tokens, 0), dtype=embeds.dtype, device=device)
+        states = keys.unflatten(1, (batch, -1)), values.unflatten(1, (batch, -1))
+        masks: dict[str | None, AttentionMask] = {
+            kind: TextPrefillMask.build(one, text, image, *states, config._attn_implementation, softcapped)
+            for kind, one in visibilities(config, prompt, attention_mask, None, None).items()
+        }
+        hidden, text_keys, text_values, devices = self.run_decoder(
+            decoder, embeds, position_ids.gather(1, text.index), masks
+        )
+
+        for part, text_states in zip(whole, (text_keys, text_values), strict=True):
+            part.index_copy_(1, text_rows, text_states.flatten(1, 2))
+        new_keys, new_values = (part[:, :-1].unflatten(1, (batch, tokens)).transpose(2, 3) for part in whole)
+        for number, layer_device in enumerate(devices):
+            fill_layer(cache, number, new_keys[number].to(layer_device), new_values[number].to(layer_device))
+        remember_types(cache, is_image.long(), may_hold_images=True)
+        return hidden[:, -1:].clone(), cache  # the next run of a CUDA graph overwrites its outputs
+
+    def compile(self, **options: Any) -> None:
+        """Compile the decoder's run over text, and the rotation of keys.
+
+        The first prompt then waits for the compilation. On a GPU the decoder is also recorded as a CUDA graph, once for each
+        number of images and every 32 tokens of text; later prompts save Python's time and the launches.
+
+        Args:
+            options: of `torch.compile`; `mode` is "reduce-overhead" on a GPU, unless given.
+        """
+        if self.model.language_model.device.type == "cuda" and not options.keys() & {"mode", "options"}:
+            options["mode"] = "reduce-overhead"
+        self.run_decoder = torch.compile(run_decoder, **options)
+        if options.get("mode") in ("reduce-overhead", "max-autotune"):  # a graph may not read what another one overwrites
+            options["mode"] = "default"
+        self._rotate_keys = torch.compile(rotate_keys, **options)
+        self.text_multiple = 32
+
+    def rotation(self, device: torch.device) -> KeyRotation:
+        """How the decoder rotates keys. The first call runs eight tokens through the decoder.
+
+        Raises:
+            ValueError: if keys and values of an image depend on more than the image, or the rotation is of another kind.
+        """
+        config = self.model.config
+        ropes = changing_ropes(config.text_config)
+        for wrong, depends in (
+            (config.multimodal_attention != "mmca", f"multimodal_attention={config.multimodal_attention!r}"),
+            (config.reversed_images, "reversed_images=True"),
+            (bool(ropes), f"positions of the kind {', '.join(ropes)}"),
+        ):
+            if wrong:
+                raise ValueError(
+                    f"With {depends} what the decoder computes for an image depends on more than the image, so it cannot be "
+                    "reused; pass pixel_values instead of an image KV cache."
+                )
+        dtype = self.model.language_model.get_input_embeddings().weight.dtype
+        if self._rotation is None or self._rotation.dtype != dtype:
+            like = torch.empty(0, dtype=dtype, device=device)
+            self._rotation = probe_rotation(self.model.language_model, like)
+        return self._rotation
+
+    def rotation_for(self, cache: ImageKVCache) -> KeyRotation:
+        """How the keys of a cache are rotated.
+
+        Raises:
+            ValueError: if the cache belongs to another model, or has another dtype or device.
+        """
+        if cache.fingerprint != self.fingerprint():
+            raise ValueError(
+                f"The image KV cache was encoded by another model (fingerprint {cache.fingerprint[:12]}, this one's is "
+                f"{self.fingerprint()[:12]}), or by this one before its weights changed; encode the images again."
+            )
+        device = self.model.language_model.device
+        if device not in (cache.device, torch.device("meta")):
+            raise ValueError(
+                f"The image KV cache is on {cache.device}, but the model on {device}; pass image_cache.to(model.device)."
+            )
+        rotation = self.rotation(cache.device)
+        if cache.dtype != rotation.dtype:
+            raise ValueError(
+                f"The image KV cache is {cache.dtype}, but the decoder's keys are {rotation.dtype}; pass "
+                f"image_cache.to({rotation.dtype})."
+            )
+        return rotation
+
+    def fingerprint(self) -> str:
+        """A hash that ties an image KV cache to this model: of its configuration, and of samples of every weight that
+        influences an image. It is computed again when a weight has changed, or after `train()` and `eval()`."""
+        if self._fingerprint is not None and [p._version for p in self._fingerprint[1]] == self._fingerprint[2]:
+            return self._fingerprint[0]
+        model = self.model
+        table = model.language_model.get_input_embeddings().weight
+        parts = (model.vision_tower, model.multi_modal_projector, model.language_model)
+        parameters = {
+            f"{number}.{name}": p
+            for number, part in enumerate(parts)
+            for name, p in part.named_parameters()
+            if p is not table and not p.is_meta  # offloaded
+        }
+        digest = hashlib.sha256(json.dumps(_relevant(model.config.to_dict()), sort_keys=True, default=str).encode())
+        digest.update(json.dumps({name: list(p.shape) for name, p in parameters.items()}).encode())
+        samples = [p.detach().flatten()[:: max(1, p.numel() // 64)][:64].float() for p in parameters.values()]
+        digest.update(torch.cat([sample.to(samples[0].device) for sample in samples]).cpu().numpy().tobytes())
+        self._fingerprint = (digest.hexdigest(), list(parameters.values()), [p._version for p in parameters.values()])
+        return self._fingerprint[0]
+
+    def forget_fingerprint(self) -> None:
+        """Compute the fingerprint again when it is next needed."""
+        self._fingerprint = None
+
+
+def _rows_or_spare(slots: Slots, tokens: int) -> torch.Tensor:
+    """Rows of (batch x tokens), and the one after them for empty slots: (batch x slots,)."""
+    rows = slots.rows(tokens)
+    return (rows if slots.filled is None else torch.where(slots.filled, rows, len(rows) * tokens)).flatten()
+
+
+def _relevant(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: _relevant(value)
+        for key, value in config.items()
+        if key not in _IGNORED_KEYS and not str(key).startswith("_") and not str(key).endswith("_token_id")
+    }
+
+
+__all__ = ["ImageReuse"]
