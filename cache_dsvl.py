@@ -2,7 +2,7 @@
 
 MMCA needs to know of every cached key whether it is text or image. The modality is kept in the cache's own first layer,
 beside its keys: that layer becomes an instance of a subclass of its class, whose operations (`reorder_cache`, `crop`, ...)
-move the modality as they move the keys. This holds for every kind of cache, whoever made it, and for its copies.
+move the modality as they move the keys. This works for every kind of cache, for a caller's own too, and for copies.
 """
 
 from collections.abc import Callable

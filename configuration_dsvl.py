@@ -8,20 +8,20 @@ PROJECTOR_TYPES = ("linear", "vit", "perceiver")
 MULTIMODAL_ATTENTIONS = ("mmca", "mmca_reference", "causal")
 FEATURE_SELECT_STRATEGIES = ("full", "default")
 
-# The perceiver's queries form a 16 x 16 grid, whatever the tower's own grid is (DeepSpeed-VisualChat, as Qwen-VL).
+# The perceiver's queries form a 16 x 16 grid, for any grid of the tower (DeepSpeed-VisualChat, as Qwen-VL).
 PERCEIVER_GRID_SIZE = 16
 
-# How many tokens (CLS) a vision tower puts before its grid of patches, registers not counted. For any other type
-# `num_prefix_tokens` says it.
+# The number of tokens (CLS) that a vision tower puts before its grid of patches, without registers. Other types need
+# `num_prefix_tokens`.
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1, "dinov2_with_registers": 1, "dinov3_vit": 1}
-# These images keep their shape (NaFlex), so the number of their patches differs from image to image.
+# Towers whose number of patches depends on the image (NaFlex).
 NAFLEX_TOWERS = ("siglip2_vision_model",)
 
-# Decoder layers whose visibility transformers can describe by a mask function; others (recurrent, chunked) have no
-# place for a modality.
+# Decoder layers whose visibility transformers describes by a mask function. Others (recurrent, chunked) cannot separate
+# modalities.
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention")
 
-# A checkpoint names every class, whichever of them was saved: AutoModel* must all lead to the model with its head.
+# A checkpoint names every class, whichever was saved: all AutoModel* lead to the model with its head.
 AUTO_MAP = {
     "AutoConfig": "configuration_dsvl.DSVLConfig",
     "AutoModel": "modeling_dsvl.DSVLForConditionalGeneration",
@@ -42,7 +42,7 @@ def _one_of(field: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _whole(field: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number of at least so much: fractions, NaN, booleans, texts."""
+    """Refuse values that are not an integer of at least `least`: fractions, NaN, booleans, texts."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{field}={value!r} is not valid; pass a whole number of at least {least}.")
 
@@ -125,7 +125,7 @@ def _sub_config(field: str, value: Any, default: PreTrainedConfig) -> PreTrained
     if isinstance(value, dict):
         if "model_type" not in value:
             raise ValueError(
-                f"{field} is a dict without 'model_type', so its class cannot be told; add it, for example "
+                f"{field} is a dict without 'model_type', so its class is unknown; add it, for example "
                 f"'model_type': {default.model_type!r}."
             )
         if value["model_type"] == DSVLQwenVisionConfig.model_type:
@@ -156,8 +156,8 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
             `vision_config.image_size`; another size needs a tower that interpolates its positions by itself.
         num_prefix_tokens: how many tokens (CLS, registers) the tower puts before its grid of patches. Known for the
             towers named above; for others `dsvl.compose` counts them.
-        reversed_images: a sample's images take its places in reverse order, the first image the last place, as
-            in models that DeepSpeed-VisualChat's code trained. Images are passed in reading order all the same.
+        reversed_images: whether a sample's images are placed in reverse order, the first image last, as in models that
+            DeepSpeed-VisualChat's code trained. Images are passed in reading order nevertheless.
 
     Raises:
         ValueError: for a value that is not known, or values that do not go together.
@@ -228,7 +228,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """How many features of an image's places the tower gives: its grid of patches, or a resampler's queries."""
+        """Features of an image without prefix tokens: the number of patches, or of the resampler's queries."""
         vision = self.vision_config
         if vision.model_type == DSVLQwenVisionConfig.model_type:
             return vision.num_queries

@@ -1,6 +1,6 @@
-"""Reading an image: whatever it is given as, to upright 8-bit RGB, within bounds.
+"""Reading an image in any form as upright 8-bit RGB, within limits.
 
-Whatever looks at an image's pixels reads it here: the processor, the collator, the data tools, chat, serving, evaluation.
+All code that needs pixels reads them here: the processor, the collator, the data tools, chat, serving, evaluation.
 """
 
 import base64
@@ -23,10 +23,10 @@ from .transformers_dsvl import requires_backends
 
 try:
     from PIL import Image, ImageFile
-except ImportError:  # texts alone do without
+except ImportError:  # not needed for text alone
     Image = ImageFile = None  # type: ignore[assignment]
 
-MAX_PIXELS = 89_000_000  # decoded, 0.27 GB; from here on Pillow warns
+MAX_PIXELS = 89_000_000  # decoded, 0.27 GB; Pillow warns from here on
 MAX_BYTES = 64 * 2**20  # of a file that is fetched
 FETCH_SECONDS = 60.0  # without a byte
 # Not all that Pillow reads: some of its formats start other programs (EPS, Ghostscript), and most are hardly ever used.
@@ -39,7 +39,7 @@ _SUPPORT = 3  # source pixels on each side, at most, that a filter (Lanczos) rea
 _ORIENTATION = 0x0112  # EXIF's tag
 _BITS_PER_SAMPLE = 258  # TIFF's
 _PNG = b"\x89PNG\r\n\x1a\n"
-_SMALLEST_FILE = 24  # bytes: less is no image, whatever its base64 looks like
+_SMALLEST_FILE = 24  # bytes; anything smaller is not an image, even if it is valid base64
 _RESCALE = "pass integers of 0..255 or 0..65535, or floats of 0..1 or 0..255"
 
 
@@ -47,15 +47,15 @@ class ImageError(ValueError):
     """An image that is refused.
 
     Attributes:
-        words: what is wrong with it and what to do, without its name: words for whoever sent the image, which say nothing of
-            this machine.
+        words: what is wrong and what to do, without the image's name: a message for the sender of the image, which reveals
+            nothing of this machine.
     """
 
     words: str = ""
 
 
 class _Refused(Exception):
-    """Why an image is refused, whose name is not known here."""
+    """Why an image is refused; its name is added later."""
 
     def __init__(self, detail: str, remedy: str, words: str | None = None) -> None:
         super().__init__(detail)
@@ -63,7 +63,7 @@ class _Refused(Exception):
         self.words = words or f"cannot be decoded: {detail}; {remedy}"
 
     def of(self, name: str) -> ImageError:
-        """The error for an image that is called so."""
+        """The error for an image of this name."""
         error = ImageError(f"The image {name} cannot be decoded: {self.detail}; {self.remedy}.")
         error.words = self.words
         return error
@@ -77,7 +77,7 @@ def read_image(
     input_data_format: str | None = None,
     allow_urls: bool = True,
 ) -> "Image.Image":
-    """An image as upright 8-bit RGB, whatever it is given as.
+    """Read an image in any form as upright 8-bit RGB.
 
     A file's first frame is shown, EXIF's rotation is applied, and transparency lies on white. Grey levels are decided by the
     type and, where that leaves it open, by the range of the values:
@@ -85,7 +85,7 @@ def read_image(
     - bool: black and white;
     - 8 bits: as they are; 16 bits unsigned, and the 16-bit greys of PNG, PPM and TIFF: their whole range becomes 0..255;
     - other integers: as they are if all lie in 0..255, as 16 bits if all lie in 0..65535;
-    - floats: 0..1 becomes 0..255 if all lie in 0..1, and they are rounded as they are if all lie in 0..255 and one is at
+    - floats: 0..1 becomes 0..255 if all lie in 0..1, and they are rounded if all lie in 0..255 and one is at
       least 2.
 
     Args:
@@ -99,7 +99,7 @@ def read_image(
               are preferred to 1 or 2.
         formats: Pillow's names of the file formats that are read.
         max_pixels: of the largest image.
-        input_data_format: "channels_first" or "channels_last", for arrays whose shape does not tell.
+        input_data_format: "channels_first" or "channels_last", for arrays whose shape is ambiguous.
         allow_urls: whether http(s) URLs are fetched and file URLs opened.
 
     Returns:
@@ -107,7 +107,7 @@ def read_image(
 
     Raises:
         ImageError: (a `ValueError`) naming the source, the reason and the remedy: for what is no image, is broken, of
-            another format, without pixels or of too many, or has values whose meaning cannot be told.
+            another format, without pixels or of too many, or has ambiguous values.
     """
     requires_backends(read_image, ["vision"])
     try:
@@ -264,14 +264,14 @@ def _opened(file: BinaryIO, formats: Sequence[str], max_pixels: int) -> "Image.I
         raise _too_large("too many", max_pixels) from error
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's readers raise whatever a broken header makes them stumble over
+    except Exception as error:  # a broken header can make Pillow's readers raise anything
         raise _unknown_format(file, formats) from error
     _check_size(image.width, image.height, max_pixels)
     return image
 
 
 def _unknown_format(file: BinaryIO, formats: Sequence[str]) -> _Refused:
-    """Of a file that Pillow's readers of these formats do not take: what it seems to be, told by its first bytes alone."""
+    """The error for a file that is none of these formats, by its first bytes."""
     try:
         file.seek(0)
         start = file.read(32).ljust(32, b"\0")
@@ -323,7 +323,7 @@ def _to_rgb(image: "Image.Image", max_pixels: int) -> "Image.Image":
         upright = _to_mode_rgb(image)
     except (_Refused, MemoryError):
         raise
-    except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
+    except Exception as error:  # a broken file can make Pillow's readers raise anything
         raise _Refused(
             str(error) or type(error).__name__,
             "its file may be cut or broken, pass it whole",
@@ -379,7 +379,7 @@ def _from_array(source: Any, max_pixels: int, input_data_format: str | None) -> 
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     try:
         array = np.asarray(source)
-    except Exception as error:  # whatever the caller's own type raises
+    except Exception as error:  # a type of the caller's can raise anything
         raise _Refused(f"it does not give an array ({error})", "pass a NumPy array") from error
     array = _channels_last(array, input_data_format)
     _check_size(array.shape[1], array.shape[0], max_pixels)
@@ -429,7 +429,7 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
             raise _Refused(f"its values go up to {high:g} and its alpha to {values[..., -1].max():g}", _RESCALE)
         return _rounded(values, 1)
     features = ", or what a vision tower gave as image_features=" if values.ndim == 3 and values.shape[2] == 1 else ""
-    raise _Refused(f"its values lie between {low:g} and {high:g}, which tells no grey levels", _RESCALE + features)
+    raise _Refused(f"its values lie between {low:g} and {high:g}, which are not grey levels", _RESCALE + features)
 
 
 def _scaled(values: np.ndarray, largest: int) -> np.ndarray:
@@ -489,7 +489,7 @@ def fit_thin_image(image: "Image.Image", image_processor: Any, **kwargs: Any) ->
             f"{made:,} pixels of it, more than {largest:,}. Crop it, or use an image processor that resizes to a fixed "
             "height and width, or crops the center (do_center_crop)."
         )
-    # The same middle; and where `resized` was not rounded, ends between two source pixels, which are exact in a float.
+    # The same middle; where `resized` was not rounded, its ends lie between two source pixels, which a float holds exactly.
     window = least + (resized - least) % (2 * edge)
     first = (resized - window) / 2 * long / resized
     last = long - first

@@ -352,7 +352,7 @@ class DSVLModel(DSVLPreTrainedModel):
         return self.encode(pixel_values, **kwargs)
 
     def encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """As `get_image_features`, whatever `config.return_dict` says."""
+        """As `get_image_features`, for any `config.return_dict`."""
         tower = run_tower(self.vision_tower, self.config, pixel_values, **kwargs)
         tower.pooler_output = self.project_features(tower.last_hidden_state).pooler_output
         return tower
@@ -596,7 +596,7 @@ def _scatter(inputs_embeds: torch.Tensor, is_image: torch.Tensor, features: torc
     tokens = inputs_embeds.shape[1]
     # By indices, as many as there are features: the backward of a boolean mask would wait for the device.
     index = (~is_image.flatten()).to(inputs_embeds.device, torch.uint8).argsort(stable=True)[: len(features)]
-    # Not a view of something flat, which compiled layers would tell from the input of other layers.
+    # Not a view of something flat, as compiled layers would distinguish it from the input of other layers.
     return inputs_embeds.index_put((index // tokens, index % tokens), features)
 
 

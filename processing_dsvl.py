@@ -1,5 +1,6 @@
 """The DSVL processor: images and conversations to model inputs."""
 
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -9,12 +10,10 @@ from transformers import AddedToken, ProcessorMixin
 from .image_reading_dsvl import fit_thin_image, read_image
 from .transformers_dsvl import MultiModalData, ProcessingKwargs, Unpack
 
-decode_image = read_image  # its name until now
-
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 
-# DeepSpeed-VisualChat's prompt format. A round's images stand before its question, numbered across the conversation;
+# DeepSpeed-VisualChat's prompt format. The images of a turn stand before its question, numbered across the conversation;
 # an image in the middle of a sentence leaves its name there. `number_after` repeats the number behind each image: under
 # MMCA an image's tokens cannot see the number before them.
 CHAT_TEMPLATE = """\
@@ -67,8 +66,8 @@ the user provides, and assist the user with a variety of tasks using natural lan
 {%- if add_generation_prompt -%}{{- "### Answer:\\n" -}}{%- endif -%}
 """
 
-# Put into a special token that a user typed, so that the tokenizer does not take it for one; its normalizer drops the mark
-# again and the model reads the user's characters. A noncharacter: Unicode reserves it for use inside a program.
+# Inserted into special tokens that a user typed, so that the tokenizer does not recognize them; its normalizer removes the
+# mark, and the model reads the user's characters. A noncharacter, which Unicode reserves for use inside a program.
 MARK = "\ufdd0"
 
 
@@ -79,7 +78,7 @@ def extend_tokenizer(tokenizer: Any) -> Any:
         The tokenizer; unchanged if it had all of it.
 
     Raises:
-        ValueError: for a tokenizer without the `tokenizers` backend, which alone tells where in a text a token stood.
+        ValueError: for a tokenizer without the `tokenizers` backend, which alone has the position of each token in the text.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -94,7 +93,7 @@ def extend_tokenizer(tokenizer: Any) -> Any:
         )
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
-    # A token matched after normalization would be found again once the mark is gone.
+    # A token that is matched after normalization would be found again once the mark is removed.
     late = [AddedToken(text, special=True, normalized=False) for text, token in special.items() if token.normalized]
     if late:
         tokenizer.add_tokens(late, special_tokens=True)
@@ -158,7 +157,7 @@ class DSVLProcessor(ProcessorMixin):
             TypeError: for videos and audio.
             ValueError: if images and texts do not go together, or an image cannot be read.
         """
-        for name in ("videos", "audio"):  # which transformers leaves out without a word where no part takes them
+        for name in ("videos", "audio"):  # which transformers drops silently if no part takes them
             if kwargs.pop(name, None) is not None:  # type: ignore[misc]
                 raise TypeError(f"DSVLProcessor takes images and text; {name}= cannot be processed.")
         if image_features is not None:
@@ -184,7 +183,7 @@ class DSVLProcessor(ProcessorMixin):
                 `{"type": "image", "image_features"}`, see `__call__`.
             kwargs: see `ProcessorMixin.apply_chat_template`.
 
-        A special token in a message's text is text: it never becomes an image or the end of an answer.
+        A special token in the text of a message is plain text: it never becomes an image or the end of an answer.
         """
         if isinstance(conversation, dict) and "messages" in conversation:
             conversation = conversation["messages"]
@@ -197,7 +196,7 @@ class DSVLProcessor(ProcessorMixin):
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
     def count_tokens(self, conversation: Any, add_generation_prompt: bool = False) -> int:
-        """How many tokens a conversation takes, its images' included; no image is looked at."""
+        """The number of tokens of a conversation, including those of its images. Images are not opened."""
         text = self.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return len(ids) + ids.count(self.image_token_id) * (self.image_seq_length - 1)
@@ -223,7 +222,7 @@ class DSVLProcessor(ProcessorMixin):
         return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
-        """Load the images and hold each sample's against its placeholders, before anything is expanded."""
+        """Load the images and compare their number with the placeholders of each sample, before these are expanded."""
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
         if images is not None:
@@ -241,7 +240,7 @@ class DSVLProcessor(ProcessorMixin):
     def _check_counts(self, samples: list[list], text: list[str]) -> None:
         placeholders = [sample.count(self.image_token) for sample in text]
         images = [len(sample) for sample in samples]
-        if len(samples) != len(text):  # a flat list of images for a batch: only the total can be told
+        if len(samples) != len(text):  # a flat list of images for a batch: only the total is known
             images, named = [sum(images)], [sum(placeholders)]
         else:
             named = placeholders
@@ -252,17 +251,17 @@ class DSVLProcessor(ProcessorMixin):
             )
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
-        """As the base class does, which does not know images that are given as their features."""
+        """As the base class does, which does not know images that are given as features."""
         if not isinstance(images, _Features):
             super().validate_inputs(images=images, text=text, **kwargs)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple:
-        """As the base class does; images that are given as their features need their placeholders alone."""
+        """As the base class does; images that are given as features need placeholders only."""
         if not isinstance(images, _Features):
             fitted = [fit_thin_image(image, self.image_processor, **kwargs) for image in images]
             kwargs.pop("input_data_format", None)  # of what they were before they were read
             return super()._process_images(fitted, **kwargs)
-        return {"image_features": list(images)}, [self.replace_image_token({}, place) for place in range(len(images))]
+        return {"image_features": list(images)}, [self.replace_image_token({}, index) for index in range(len(images))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.image_seq_length
@@ -276,7 +275,7 @@ class DSVLProcessor(ProcessorMixin):
         if kept != expected:
             raise ValueError(
                 f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} an image), which cuts "
-                "an image; raise max_length, drop whole rounds, or pass truncation=False."
+                "an image; raise max_length, drop whole turns, or pass truncation=False."
             )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -303,7 +302,7 @@ def _read_images(images: list, images_kwargs: dict | None = None, **kwargs: Any)
     """Read images as the arguments of a call ask for it, those of the image processor among themselves or flat.
 
     Raises:
-        ValueError: as `read_image` does; and for floats that the call takes for rescaled, as what is processed has 8 bits.
+        ValueError: as `read_image` does; and for floats with do_rescale=False, as the processed image has 8 bits.
     """
     options = kwargs | (images_kwargs or {})
     if options.get("do_rescale") is False and any("float" in str(getattr(image, "dtype", "")) for image in images):
@@ -327,12 +326,14 @@ def _features_of(conversation: Any) -> list[list]:
     features = [[part["image_features"] for part in one if part.get("image_features") is not None] for one in parts]
     known, all_of_them = len(sum(features, [])), len(sum(parts, []))
     if known and known < all_of_them:
-        raise ValueError(f"{known} of {all_of_them} images are given as their features; pass all of a batch so, or none.")
+        raise ValueError(
+            f"{known} of {all_of_them} images are given as features; pass all images of a batch as features, or none."
+        )
     return features if known else []
 
 
 class _Features(list):
-    """What the model's tower gave for images, (tower tokens, tower width) each, where others are images."""
+    """The tower's features of images, (tower tokens, tower width) each, passed in the place of images."""
 
     def __init__(self, samples: list[list]) -> None:
         super().__init__(sum(samples, []))
@@ -360,6 +361,12 @@ def _by_sample(images: Any, stacked: int = 4) -> list[list]:
             return [list(element) if is_several(element) else [element] for element in images]
         return [list(images)]
     return [list(images)] if getattr(images, "ndim", 0) == stacked else [[images]]
+
+
+def decode_picture(source: Any, **kwargs: Any) -> Any:
+    """Deprecated name of `read_image`."""
+    warnings.warn("decode_picture is deprecated; use read_image.", DeprecationWarning, stacklevel=2)
+    return read_image(source, **kwargs)
 
 
 __all__ = ["DSVLProcessor"]

@@ -72,7 +72,7 @@ def unused_tower_parameters(vision_tower: PreTrainedModel, config: DSVLConfig) -
     """Names of the tower's parameters that do not influence its features: pooling heads, layers after
     `vision_feature_layer`, tokens for pre-training.
 
-    Autograd tells, on a copy without values, so it holds for a tower of any type.
+    Found by autograd on a copy without values, so it works for any tower.
     """
     vision_config = copy.deepcopy(config.vision_config)
     vision_config._attn_implementation = "eager"

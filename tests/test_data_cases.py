@@ -29,7 +29,7 @@ from dsvl.data.messages import images_of, location_of
 from dsvl.data.packing import PackedConversations
 from dsvl.data.streaming import Stream
 from dsvl.evaluation.questions import Questions
-from dsvl.processing_dsvl import decode_image
+from dsvl.image_reading_dsvl import read_image
 from dsvl.training import ConversationCollator
 
 pytestmark = pytest.mark.usefixtures("fresh_log")
@@ -88,7 +88,7 @@ def test_a_form_is_taken_with_its_image_wherever_one_stands(processor, monkeypat
     data = load_conversations(CASES / name)
     assert learnt(processor, list(data)) == (1, 1, ["A cup.</s>"])
     (source,) = images_of(complete_messages(data[0]))
-    pixels = np.asarray(decode_image(source))
+    pixels = np.asarray(read_image(source))
     assert pixels.shape == (6, 8, 3) and (pixels == pixels[0, 0]).all()
     if name == "dict_path.jsonl":
         assert pixels[0, 0].argmax() == 2  # the blue one
@@ -281,7 +281,7 @@ def test_every_way_to_name_an_image(tmp_path, monkeypatch, source, where, suffix
         path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
     (found,) = load_conversations(Path("the data") / path.name)
     (image,) = images_of(complete_messages(found))
-    assert decode_image(image).getpixel((0, 0)) == (255, 0, 0)
+    assert read_image(image).getpixel((0, 0)) == (255, 0, 0)
 
 
 # -- what is refused by name -------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 
 from dsvl import DSVLProcessor
 from dsvl.image_reading_dsvl import FORMATS, RESIZED_PIXELS, ImageError, fit_thin_image, image_size, read_image
-from dsvl.processing_dsvl import decode_image
+from dsvl.processing_dsvl import decode_picture
 
 RED = Image.new("RGB", (40, 30), (200, 30, 30))
 COLOURS = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
@@ -114,7 +114,11 @@ def test_an_image_is_a_file_in_any_form_text_or_an_array(tmp_path, server, monke
         assert px(source).equal(expected), source
     with path.open("rb") as file:  # a file can be read twice
         assert pixels(file) == pixels(file) == array.tolist()
-    assert decode_image is read_image
+
+
+def test_the_former_name_still_reads():
+    with pytest.warns(DeprecationWarning, match="use read_image"):
+        assert decode_picture(COLOURS).tobytes() == COLOURS.tobytes()
 
 
 def test_several_images_keep_their_samples(processor, px):
