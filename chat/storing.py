@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data.conversations import ROLES
 from ..data.images import open_image
+from ..utils.atomic_files import partial_path, write_atomically
 
 FILE = "conversation.jsonl"
 
@@ -37,16 +38,15 @@ def save_messages(messages: list[dict[str, Any]], folder: Path) -> None:
                 else:
                     content.append({"type": "text", "text": part["text"]})
         stored.append({"role": message["role"], "content": content})
-    draft = folder / f"{FILE}.new"
-    draft.write_text(json.dumps({"messages": stored}, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, folder / FILE)
+    write_atomically(folder / FILE, json.dumps({"messages": stored}, ensure_ascii=False) + "\n")
     for image in folder.glob("image-*.png"):
         if not image.stem.endswith(generation):
             image.unlink()
 
 
 def _is_ours(entry: Path) -> bool:
-    return entry.name in (FILE, f"{FILE}.new") or (entry.name.startswith("image-") and entry.suffix == ".png")
+    files = (FILE, partial_path(Path(FILE)).name)
+    return entry.name in files or (entry.name.startswith("image-") and entry.suffix == ".png")
 
 
 def load_messages(folder: Path) -> list[dict[str, Any]]:

@@ -30,10 +30,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _compose(arguments: argparse.Namespace) -> None:
-    from .checkpoint import check_new, save_checkpoint
+    from ..utils.atomic_files import check_new_directory
+    from .checkpoint import save_checkpoint
     from .compose import compose
 
-    check_new(arguments.out)
+    check_new_directory(arguments.out)
     model, processor = compose(
         arguments.vision,
         arguments.language,

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..image_reading_dsvl import image_size
+from ..utils.atomic_files import atomic_path, partial_path, write_atomically
 from .bad_samples import (
     MAX_BAD_SAMPLES,
     NAMED,
@@ -116,7 +117,7 @@ def convert(
         raise ValueError(f"on_bad_sample={on_bad_sample!r} is not known; choose from {', '.join(map(repr, ON_BAD_SAMPLE))}.")
     root, out = Path(root).absolute(), Path(out).absolute()
     target, report_file = out / f"{name}.jsonl", out / f"{name}.report.json"
-    partial, state_file = out / f"{name}.jsonl.partial", out / f"{name}.state.json"
+    partial, state_file = partial_path(target), out / f"{name}.state.json"
     report = Report(name, str(root), seed, limit, on_bad_sample)
     if target.is_file() and report_file.is_file():
         raise FileExistsError(f"{target} is there already; remove it to convert {name} again.")
@@ -145,13 +146,13 @@ def convert(
             file.flush()
             os.fsync(file.fileno())
             report.written = file.tell()
-            _write_json(state_file, vars(report))
+            write_atomically(state_file, json.dumps(vars(report), indent=1, ensure_ascii=False))
             bar.update(report.records - bar.n)
             if limit is not None and report.samples >= limit:
                 break
     if report.samples == 0:
         raise ValueError("\n".join([f"No record of {root} is a conversation.", *report.lines()[1:]]))
-    _write_json(report_file, vars(report))
+    write_atomically(report_file, json.dumps(vars(report), indent=1, ensure_ascii=False))
     partial.replace(target)
     state_file.unlink(missing_ok=True)
     return report
@@ -227,9 +228,8 @@ def _placed(image: Any, root: Path, out: Path) -> str:
         path = out / "images" / sha256(image).hexdigest()[:32]
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(image)
-            partial.replace(path)
+            with atomic_path(path, concurrent=True) as partial:
+                partial.write_bytes(image)
     elif isinstance(image, str):
         path = root / image
     else:
@@ -268,9 +268,3 @@ def _in_order(pool: ProcessPoolExecutor, tasks: Iterator[Any], ahead: int) -> It
     while running:
         yield running.pop(0).result()
         running += [pool.submit(_convert_chunk, task) for task in itertools.islice(tasks, 1)]
-
-
-def _write_json(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..utils.atomic_files import atomic_path, write_atomically
 from .records import Record, numbered_records
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,8 @@ class AnswerFile:
         path = folder / hashlib.sha256(data).hexdigest()[:24]
         if not path.exists():
             folder.mkdir(exist_ok=True)
-            _write_whole(path, data)
+            with atomic_path(path) as partial:
+                partial.write_bytes(data)
         return str(path)
 
     def finish(self, order: Iterable[str]) -> None:
@@ -121,7 +122,7 @@ class AnswerFile:
         places = {name: number for number, name in enumerate(order)}
         records = sorted(self.answers.values(), key=lambda record: (places[record.id], record.round))
         self.answers = {(record.id, record.round): record for record in records}
-        _write_whole(self.path, "".join(f"{record.line()}\n" for record in records).encode())
+        write_atomically(self.path, "".join(f"{record.line()}\n" for record in records))
 
     def scores(self) -> dict[str, tuple[float, int]]:
         """metric -> (mean, over how many rounds)."""
@@ -135,15 +136,8 @@ class AnswerFile:
         """Write the summary: the header, `counts`, mean `scores`, and why conversations were `skipped`."""
         scores = {metric: mean for metric, (mean, _) in self.scores().items()}
         summary = self.header | {"counts": counts, "scores": scores, "skipped": skipped}
-        _write_whole(self.summary, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
+        write_atomically(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         return summary
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is whole, or what it was before."""
-    half = path.with_name(path.name + ".tmp")
-    half.write_bytes(data)
-    os.replace(half, path)
 
 
 def checkpoint_fingerprint(name: str) -> str:

@@ -13,12 +13,12 @@ from huggingface_hub import snapshot_download
 from transformers import AddedToken, AutoConfig, AutoTokenizer, GenerationConfig
 
 from ..composition import save_checkpoint
-from ..composition.checkpoint import check_new
 from ..composition.towers import count_prefix_tokens, load_image_processor, load_tower, processed_size, tower_config
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor
 from ..projectors_dsvl import sincos_position_table
+from ..utils.atomic_files import check_new_directory
 from .lora import is_fused, save_adapters, set_weights
 from .reading import read_tensors, weight_files
 from .shapes import compare_shapes
@@ -119,7 +119,7 @@ def migrate_checkpoint(
         FileNotFoundError, FileExistsError, PermissionError: for files that are not there, or there already.
         ValueError: if the file is damaged, would run code, or does not go with the models; the message names the remedy.
     """
-    check_new(out)
+    check_new_directory(out)
     original = dict(read_tensors(weight_files(checkpoint)))
     config = _config(original, str(checkpoint), str(vision), language, mmca, projector)
     translated = translate(original, tied=bool(AutoConfig.from_pretrained(language).tie_word_embeddings))

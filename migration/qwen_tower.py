@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ..composition.checkpoint import check_new, new_directory
 from ..composition.towers import clip_image_processor
 from ..configuration_dsvl import DSVLQwenVisionConfig
+from ..utils.atomic_files import atomic_directory, check_new_directory
 from ..vision_dsvl import DSVLQwenVisionModel
 from .reading import read_json, read_tensors, weight_files
 from .shapes import compare_shapes
@@ -38,7 +38,7 @@ def migrate_qwen_tower(source: str | Path, out: str | Path, *, max_shard_size: s
         FileExistsError: if `out` holds anything.
         ValueError: if there is no such tower, or it is not whole, or not of the size that config.json says.
     """
-    check_new(out)
+    check_new_directory(out)
     files = weight_files(source, wanted=PREFIX)
     if not files:
         raise ValueError(f"{source} names no weights {PREFIX}* in its index; pass the directory of Qwen-VL.")
@@ -63,7 +63,7 @@ def migrate_qwen_tower(source: str | Path, out: str | Path, *, max_shard_size: s
     expected = {name: tensor.shape for name, tensor in tower.state_dict().items()}
     compare_shapes(translated, expected, str(source), lambda ours: "config.json there")
     tower.load_state_dict(translated.tensors, strict=True, assign=True)
-    with new_directory(out) as partial:
+    with atomic_directory(out) as partial:
         tower.save_pretrained(partial, max_shard_size=max_shard_size)
         clip_image_processor(config.image_size).save_pretrained(partial)
     return config

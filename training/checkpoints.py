@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..utils.atomic_files import partial_path, write_atomically
 from ..utils.transformers_names import rotate_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -54,12 +54,7 @@ class CompleteCheckpoints(TrainerCallback):
 def mark_complete(checkpoint: Path) -> None:
     """Say that a checkpoint is complete, and what it consists of."""
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
-    partial = checkpoint / f"{MARKER}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(sizes, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(checkpoint / MARKER)
+    write_atomically(checkpoint / MARKER, json.dumps(sizes, indent=1))
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
@@ -117,5 +112,5 @@ def last_complete_checkpoint(output: str | Path, put_aside: bool = False) -> str
 
 def _files(checkpoint: Path) -> list[Path]:
     """All but the marker, which an earlier run may have left."""
-    markers = (checkpoint / MARKER, checkpoint / f"{MARKER}.partial")
+    markers = (checkpoint / MARKER, partial_path(checkpoint / MARKER))
     return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path not in markers)

@@ -21,6 +21,7 @@ from ..data.bad_samples import BadSample, one_sample, shortened
 from ..data.images import fetched
 from ..data.messages import images_of
 from ..image_reading_dsvl import file_of, fit_thin_image, read_image
+from ..utils.atomic_files import atomic_path, write_atomically
 from ..vision_dsvl import run_tower
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class FeatureCache:
         elif any(self.directory.iterdir()):
             raise ValueError(f"{directory} holds something else than image features; pass an empty directory.")
         else:
-            _write(path, lambda partial: partial.write_text(json.dumps(owner, indent=1), encoding="utf-8"))
+            write_atomically(path, json.dumps(owner, indent=1), concurrent=True)
         self.refresh()
 
     def refresh(self) -> None:
@@ -129,7 +130,8 @@ class FeatureCache:
         """Write a file of (tower tokens, tower width) by key."""
         name = hashlib.blake2b("".join(features).encode(), digest_size=16).hexdigest()
         path = self.directory / f"{name}.safetensors"
-        _write(path, lambda partial: save_file({key: one.contiguous() for key, one in features.items()}, partial))
+        with atomic_path(path, concurrent=True) as partial:
+            save_file({key: one.contiguous() for key, one in features.items()}, partial)
         self.files.update(dict.fromkeys(features, path))
 
 
@@ -206,10 +208,3 @@ class _NewImages(Dataset):
                     pixels[key] = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
                 keys.append(key)
         return keys, pixels
-
-
-def _write(path: Path, write: Any) -> None:
-    """Write a file that is whole, or not there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    write(partial)
-    os.replace(partial, path)

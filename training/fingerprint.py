@@ -15,6 +15,7 @@ from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedConfig
 
 from ..data.mixture import read_yaml
+from ..utils.atomic_files import write_atomically
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
 
 RECORD = "run.json"  # in the output directory
@@ -94,11 +95,9 @@ class RunRecord:
     finished: bool = False
 
     def write(self, output: Path) -> None:
-        """Write the record into the output directory, whole or not at all."""
+        """Write the record into the output directory, atomically."""
         output.mkdir(parents=True, exist_ok=True)
-        partial = output / f".{RECORD}.partial"
-        partial.write_text(json.dumps(vars(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(output / RECORD)
+        write_atomically(output / RECORD, json.dumps(vars(self), indent=1, sort_keys=True) + "\n")
 
 
 def read_record(output: Path) -> RunRecord | None:

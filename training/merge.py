@@ -17,11 +17,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _merge(arguments: argparse.Namespace) -> None:
     from transformers import AutoProcessor
 
-    from ..composition.checkpoint import check_new, save_checkpoint
+    from ..composition.checkpoint import save_checkpoint
     from ..configuration_dsvl import DSVLConfig
+    from ..utils.atomic_files import check_new_directory
     from .adapters import merge_adapters
 
-    check_new(arguments.out)
+    check_new_directory(arguments.out)
     DSVLConfig.from_pretrained(arguments.model)  # refuses another model's directory
     model = merge_adapters(arguments.model, arguments.adapters)
     processor = AutoProcessor.from_pretrained(arguments.model)

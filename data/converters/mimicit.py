@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ...utils.atomic_files import atomic_path
 from ..bad_samples import shortened
 from .coco import LLAVA, LLAVA_DIAL, coco_name, conversations_by_image, llava_image
 from .registry import LeftOut, Record, Sample, assistant, converter, read_json, take, take_texts, user
@@ -109,9 +110,8 @@ def extract_images(source: Path, folder: Path) -> dict[str, str]:
                 raise ValueError(
                     f"{source}: the image id {shortened(repr(name))} cannot be a file's name; expected letters and digits."
                 )
-            partial = folder / "partial"
-            partial.write_bytes(content)
-            partial.replace(folder / f"{name}{suffix}")
+            with atomic_path(folder / f"{name}{suffix}") as partial:
+                partial.write_bytes(content)
         complete.touch()
     return {path.stem: str(path.absolute()) for path in folder.iterdir() if path.suffix in MAGIC.values()}
 
