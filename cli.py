@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import Any
 
 from .utils.command_line import CommandParser
-from .utils.console import hush_others
-from .utils.extras import with_remedy
+from .utils.missing_packages import import_error_message
+from .utils.third_party_output import silence_third_party_output
 
 # What each does, and the module that reads its arguments; only that of the command that is called is imported.
 COMMANDS = {
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
     if not argv:
         _parser(None).print_help()
         return 0
-    hush_others()
+    silence_third_party_output()
     named = argv[0] if argv[0] in COMMANDS else None
     try:
         if named == "train":  # a YAML file may stand before its flags, which are those of three dataclasses
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
         kept = KEPT.get(str(named), "Nothing was written; the same command starts over.")
         message = str(interruption) or f"Interrupted. {kept}"
     except ImportError as error:
-        print(f"dsvl {named}: {with_remedy(error, named)}", file=sys.stderr)
+        print(f"dsvl {named}: {import_error_message(error, named)}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:  # what a user can mend; anything else is ours, and shows where it is
         print(f"dsvl {named}: {error}", file=sys.stderr)

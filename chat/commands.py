@@ -2,8 +2,8 @@
 
 import argparse
 
-from ..utils.choices import QUANTIZATIONS
 from ..utils.local_paths import check_exists
+from ..utils.quantization_choices import QUANTIZATIONS
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from ..acceleration.image_cache import reuse_is_exact
-from ..data.conversations import SOURCES
-from ..data.images import open_image
+from ..data.messages import SOURCES
+from ..utils.image_loading import open_image
 from .answering import Answer
 from .detokenizer import pieces_of_text
 from .memory import Memory, SeenImage, new_cache
@@ -70,7 +70,7 @@ class DSVLChat:
         overflow: what happens when conversation and answer (`max_new_tokens`) exceed `context_length`: "error", or "drop" to
             leave out the oldest rounds whole, which is logged.
         context_length: in tokens; by default what the decoder's positions allow. A static cache takes memory for all of it.
-        allow_urls: whether images may be http(s) addresses (see `data.addresses.fetch`). Off, nothing is ever fetched.
+        allow_urls: whether images may be http(s) addresses (see `url_fetching.fetch_url`). Off, nothing is ever fetched.
         generation: what `generate()` takes, for all rounds: `max_new_tokens` (else the checkpoint's, or 512, or a
             quarter of the context if that is less), `do_sample`,
             `temperature`, ..., `cache_implementation="static"`.

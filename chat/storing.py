@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..data.conversations import ROLES
-from ..data.images import open_image
+from ..data.messages import ROLES
 from ..utils.atomic_files import partial_path, write_atomically
+from ..utils.image_loading import open_image
 
 FILE = "conversation.jsonl"
 

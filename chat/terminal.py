@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import torch
 
-from ..data.images import SUFFIXES, open_image
+from ..utils.image_loading import IMAGE_SUFFIXES, open_image
 from .conversation import DSVLChat
 
 PROMPT = "> "
@@ -35,7 +35,7 @@ def dropped_images(line: str) -> tuple[str, list[str]]:
         if path.startswith("file://"):
             path = unquote(path.removeprefix("file://").removeprefix("localhost"))
         whole = Path(path).expanduser()
-        if whole.suffix.lower() not in SUFFIXES or not whole.is_file():
+        if whole.suffix.lower() not in IMAGE_SUFFIXES or not whole.is_file():
             return match[0]
         paths.append(str(whole))
         return ""
@@ -46,7 +46,7 @@ def dropped_images(line: str) -> tuple[str, list[str]]:
 
 def _path_with_spaces(line: str) -> str | None:
     """A file's path with spaces that a line begins with, unquoted, and that ends as an image's does."""
-    ends = [match.end() for match in re.finditer("|".join(re.escape(suffix) for suffix in SUFFIXES), line, re.I)]
+    ends = [match.end() for match in re.finditer("|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES), line, re.I)]
     paths = (line[:end] for end in ends)
     return next((path for path in paths if " " in path and Path(path).expanduser().is_file()), None)
 

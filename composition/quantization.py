@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..utils.choices import QUANTIZATIONS
+from ..utils.quantization_choices import QUANTIZATIONS
 
 # Small, or too delicate: they stay as they are.
 UNQUANTIZED = ("model.multi_modal_projector", "model.vision_tower", "lm_head")

@@ -1,4 +1,4 @@
-"""Conversations about images: the one format that everything here reads."""
+"""Data sets of conversations about images: loading, checking, conversion, mixtures, packing and streaming."""
 
 from typing import TYPE_CHECKING
 

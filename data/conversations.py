@@ -1,6 +1,6 @@
-"""Data sets of conversations from a file, a directory or the Hub.
+"""Map-style data sets of conversations from a file, a directory or the Hub.
 
-The format of a conversation is that of `messages`; records of other forms (`forms`) become conversations as they are read.
+Records of other formats (`record_formats.py`) are converted to the format of `messages.py` when they are read.
 """
 
 import logging
@@ -12,19 +12,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from .bad_samples import (
-    MAX_BAD_SAMPLES,
-    NAMED,
-    ON_BAD_SAMPLE,
-    WORKERS,
-    BadSample,
-    BadSamples,
-    Location,
-    one_sample,
-    worker_row,
-)
-from .files import open_records
-from .forms import Form, recognised
+from ..utils.deprecation import renamed_argument
+from .dataset_files import open_records
 from .messages import (
     ROLES,
     SAMPLE_KEYS,
@@ -35,7 +24,19 @@ from .messages import (
     image_source,
     images_of,
 )
-from .records import Records
+from .record_formats import RecordFormat, detect_format
+from .record_readers import Records
+from .sample_errors import (
+    MAX_BAD_SAMPLES,
+    NAMED,
+    ON_BAD_SAMPLE,
+    WORKERS,
+    BadSample,
+    BadSamples,
+    Location,
+    one_sample,
+    worker_row,
+)
 
 __all__ = [
     "NAMED",
@@ -54,94 +55,97 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 20  # records, by which the form is recognised
+FORMAT_RECORDS = 20  # records from which the format is detected
 
 
+@renamed_argument("to_learn", "for_training")
 def load_conversations(
     source: str | Path,
     on_bad_sample: str = "error",
     split: str = "train",
-    to_learn: bool = True,
+    for_training: bool = True,
     allow_urls: bool = True,
     max_bad_samples: float = MAX_BAD_SAMPLES,
 ) -> "Conversations":
-    """Open a data set of conversations; images are not decoded here.
+    """Open a data set of conversations. Images are not decoded.
 
     Args:
-        source: JSON lines or a JSON array (`.jsonl`, `.ndjson`, `.json`, with `.gz` too), whose relative image paths start
-            at its folder; a CSV file; a Parquet or Arrow file; a shard of WebDataset (`.tar`); a folder of images with
-            `metadata.jsonl` or `metadata.csv`; a directory written by `datasets`; or a name on the Hub.
-        on_bad_sample: "error", or "skip" to skip broken samples, counted, with a message for each of the first.
-        split: of a data set that has several.
-        to_learn: as for `check_conversation`.
-        allow_urls: whether images may be addresses; nothing is fetched here.
-        max_bad_samples: the share that may be skipped, see `BadSamples`.
+        source (`str` or `Path`): JSON lines or a JSON array (`.jsonl`, `.ndjson`, `.json`, also with `.gz`); CSV or TSV; a
+            Parquet or Arrow file; a shard of WebDataset (`.tar`); an image folder with `metadata.jsonl` or `metadata.csv`;
+            a directory written by `datasets`; or the name of a data set on the Hub. Relative image paths refer to the
+            folder of the file.
+        on_bad_sample (`str`, *optional*, defaults to `"error"`): "error" raises for the first bad sample; "skip" skips and
+            counts bad samples, and logs the first 20.
+        split (`str`, *optional*, defaults to `"train"`): The split, if the data set has several.
+        for_training (`bool`, *optional*, defaults to `True`): See `check_conversation`.
+        allow_urls (`bool`, *optional*, defaults to `True`): Whether images may be http(s) URLs. They are not fetched here.
+        max_bad_samples (`float`, *optional*, defaults to 0.05): The share of samples that may be skipped; see `BadSamples`.
 
     Returns:
-        A map-style data set of samples, which have been checked.
+        `Conversations`: A map-style data set of checked samples.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a sample is broken, with its location and the reason; or if the file is of no known form.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a sample is broken, with its location and the reason; or if the format of the file is unknown.
     """
     return Conversations(
-        open_records(source, split), on_bad_sample, to_learn, allow_urls=allow_urls, max_bad_samples=max_bad_samples
+        open_records(source, split), on_bad_sample, for_training, allow_urls=allow_urls, max_bad_samples=max_bad_samples
     )
 
 
 class Conversations(Dataset):
-    """A map-style data set of samples, read from the disk whenever one is asked for.
+    """A map-style data set of samples. Each access reads the sample from the disk.
 
     Args:
-        records: where they are.
-        on_bad_sample, to_learn, allow_urls, max_bad_samples: as for `load_conversations`.
+        records (`Records`): The records of the data set.
+        on_bad_sample, for_training, allow_urls, max_bad_samples: See `load_conversations`.
 
     Attributes:
-        source: where they are from.
-        form: what was recognised.
-        skipped: how many broken samples were skipped.
+        source (`str`): The name of the file or data set.
+        format (`RecordFormat`): The detected format.
+        skipped (`int`): The number of bad samples, which were skipped.
     """
 
     def __init__(
         self,
         records: Records,
         on_bad_sample: str = "error",
-        to_learn: bool = True,
+        for_training: bool = True,
         allow_urls: bool = True,
         max_bad_samples: float = MAX_BAD_SAMPLES,
     ) -> None:
         self.records, self.source = records, records.source
         bad = BadSamples(on_bad_sample, max_bad_samples, self.source, total=len(records))
-        self.form = look_at(records)
-        self.good: list[int] = []  # indices of records
+        self.format = detect_records_format(records)
+        self.good: list[int] = []  # the indices of the samples' records
         self.facts: list[tuple[int, bool]] = []
         unread: set[str] = set()
         for index in range(len(records)):
             raw = records.read(index)
             with bad.sample(partial(records.location, index)):
-                sample = self.form.sample(records.parse(raw), records.root)
-                facts = check_conversation(sample, to_learn, allow_urls)
+                sample = self.format.sample(records.parse(raw), records.root)
+                facts = check_conversation(sample, for_training, allow_urls)
                 unread |= set(sample) - SAMPLE_KEYS
                 self.good.append(index)
                 self.facts.append(facts)
         self.skipped = bad.count
-        tell(self.form, self.source, sorted(map(str, unread)))
+        log_format(self.format, self.source, sorted(map(str, unread)))
         if self.skipped:
             total = self.skipped + len(self.good)
-            logger.warning("%s: %d of %d samples are broken and left out.", self.source, self.skipped, total)
+            logger.warning("%s: %d of %d samples are broken and were skipped.", self.source, self.skipped, total)
         if not self.good:
-            raise ValueError(f"{self.source} holds no conversation to learn from ({self.skipped} were left out).")
+            raise ValueError(f"{self.source} holds no conversation to train on ({self.skipped} were skipped).")
 
     def __len__(self) -> int:
         return len(self.good)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = self.good[index]
-        sample = self.form.sample(self.records.parse(self.records.read(place)), self.records.root)
-        return as_sample(sample, self.records.location(place))
+        record = self.good[index]
+        sample = self.format.sample(self.records.parse(self.records.read(record)), self.records.root)
+        return as_sample(sample, self.records.location(record))
 
     def images(self, index: int) -> int:
-        """How many images a sample has."""
+        """The number of images of a sample."""
         return self.facts[index][0]
 
     def has_system(self, index: int) -> bool:
@@ -150,31 +154,35 @@ class Conversations(Dataset):
 
 
 def as_sample(sample: dict[str, Any], location: Location) -> Sample:
-    """A checked sample without the keys that are not read."""
+    """A checked sample with its location, without the keys that are not read."""
     read = Sample({key: value for key, value in sample.items() if key in SAMPLE_KEYS})
     read.location = location
     return read
 
 
-def look_at(records: Records) -> Form:
-    """The form of records, by the first of them; the whole file is refused if it has none."""
+def detect_records_format(records: Records) -> RecordFormat:
+    """Detect the format of a data set from its first records.
+
+    Raises:
+        ValueError: If the format is unknown.
+    """
     found = []
-    for index in range(min(len(records), LOOKED_AT)):
+    for index in range(min(len(records), FORMAT_RECORDS)):
         raw = records.read(index)
         try:
             with one_sample():
                 record = records.parse(raw)
-        except BadSample:  # told when it is its turn
+        except BadSample:  # reported when the sample is read
             continue
         if isinstance(record, dict):
             found.append(record)
-    return recognised(found, records.source, records.keys)
+    return detect_format(found, records.source, records.keys)
 
 
-def tell(form: Form, source: str, unread: Sequence[str] = ()) -> None:
-    """Say what was recognised, if it is not our own form, and which keys of the samples are not read."""
-    if not form.plain:
-        logger.info("%s: recognised as %s.", source, form.about)
+def log_format(record_format: RecordFormat, source: str, unread: Sequence[str] = ()) -> None:
+    """Log the detected format, unless it is the native one, and the keys of the samples that are not read."""
+    if not record_format.is_native:
+        logger.info("%s: detected %s.", source, record_format.about)
     if unread:
         more = f" and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
         logger.info("%s: not read: %s%s.", source, ", ".join(islice(unread, NAMED)), more)

@@ -1,24 +1,27 @@
 """The format of a conversation.
 
-A sample is `{"messages": [...]}`, or `{"messages": [...], "images": [...]}`. A message is `{"role", "content"}` with roles
-user and assistant after at most one system message; content is a text, or a list of parts in reading order:
+A sample is `{"messages": [...]}`, or `{"messages": [...], "images": [...]}`. A message is `{"role", "content"}`. Roles are
+user and assistant, after at most one system message. The content is a text, or a list of parts in reading order:
 `{"type": "text", "text": ...}` and `{"type": "image", "path" | "url" | "base64" | "image": ...}`. A part `{"type": "image"}`
-without a source takes the next of `images`, whose elements are paths, addresses, bytes or PIL images. An assistant's message
-may have a `weight` of 0, then it is read but not trained on; `references` are an evaluation's.
+without a source takes the next of `images`, whose elements are paths, URLs, bytes or PIL images. An assistant's message with
+a `weight` of 0 is part of the context but not trained on. `references` are accepted answers, for evaluation.
 """
 
 import os
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from .bad_samples import Location, shortened
+from ..utils.deprecation import renamed_argument
+from ..utils.text import shortened
+from ..utils.urls import is_url
+from .sample_errors import Location
 
 ROLES = ("system", "user", "assistant")
-SOURCES = ("image", "path", "url", "base64")  # the keys under which transformers looks for a part's image
+SOURCES = ("image", "path", "url", "base64")  # the keys of an image part that transformers reads
 MESSAGE_KEYS = frozenset(("role", "content", "weight", "references", "id"))
 PART_KEYS = frozenset(("type", "text", *SOURCES))
 SAMPLE_KEYS = frozenset(("messages", "images", "id"))
-# Keys of a sample that change what it means. Others (its origin, a score) are no part of the conversation.
+# Keys that change the meaning of a sample, and are refused. Other unknown keys (its origin, a score) are ignored.
 MEANINGFUL = frozenset(
     ("image", "image_url", "image_urls", "image_path", "image_paths", "picture", "pictures", "video", "videos", "audio")
     + ("audios", "tools", "functions", "documents", "system", "system_prompt", "prompt", "completion", "chosen", "rejected")
@@ -28,34 +31,35 @@ MEANINGFUL = frozenset(
 
 
 class Sample(dict):
-    """A sample that has been checked and knows where it is from.
+    """A checked sample with its location.
 
     Attributes:
-        location: file and line, for messages, or what finds them out; None if they are not known.
+        location (`str` or `Callable`, *optional*): Its file and line, or a function that returns them.
     """
 
     location: Location = None
 
 
 def location_of(sample: Any) -> Location:
-    """Where a sample is from, if it knows that."""
+    """The location of a sample; None if it is unknown."""
     return getattr(sample, "location", None)
 
 
-def check_conversation(sample: Any, to_learn: bool = True, allow_urls: bool = True) -> tuple[int, bool]:
-    """Check one sample, without decoding an image.
+@renamed_argument("to_learn", "for_training")
+def check_conversation(sample: Any, for_training: bool = True, allow_urls: bool = True) -> tuple[int, bool]:
+    """Check one sample, without decoding images.
 
     Args:
-        sample: what a data set gave.
-        to_learn: whether it must end with an answer, and its images' files be there. Otherwise a question may end it, and
-            whoever opens the images finds out.
-        allow_urls: whether its images may be addresses.
+        sample: The sample.
+        for_training (`bool`, *optional*, defaults to `True`): Whether the last message must be an answer, and the files of
+            the images must exist.
+        allow_urls (`bool`, *optional*, defaults to `True`): Whether images may be http(s) URLs.
 
     Returns:
-        how many images it has, and whether it begins with a system message.
+        `tuple[int, bool]`: The number of images, and whether the first message is a system message.
 
     Raises:
-        ValueError: naming what is wrong.
+        ValueError: If the sample does not have the format of this module.
     """
     if not isinstance(sample, dict) or not isinstance(sample.get("messages"), list) or not sample["messages"]:
         what = sorted(map(str, sample)) if isinstance(sample, dict) else type(sample).__name__
@@ -77,9 +81,9 @@ def check_conversation(sample: Any, to_learn: bool = True, allow_urls: bool = Tr
         images_of_parts, unnamed = images_of_parts + own, unnamed + own_unnamed
     if messages[0]["role"] == "assistant" or (messages[0]["role"] == "system" and messages[1:2] == []):
         raise ValueError("a conversation begins with a user's message (after at most one system message).")
-    if to_learn and messages[-1]["role"] != "assistant":
-        raise ValueError(f"the last message is the {messages[-1]['role']}'s; expected an assistant's answer to learn.")
-    if to_learn and not any(is_trained(message) for message in messages):
+    if for_training and messages[-1]["role"] != "assistant":
+        raise ValueError(f"the last message is the {messages[-1]['role']}'s; expected an assistant's answer to train on.")
+    if for_training and not any(is_trained(message) for message in messages):
         raise ValueError("every assistant's message has the weight 0; expected one to train on.")
     images = [] if sample.get("images") is None else sample["images"]
     if not isinstance(images, list):
@@ -90,7 +94,7 @@ def check_conversation(sample: Any, to_learn: bool = True, allow_urls: bool = Tr
             "for each, in reading order."
         )
     for source in [*sources, *images]:
-        _check_source(source, to_learn, allow_urls)
+        _check_source(source, for_training, allow_urls)
     return images_of_parts, messages[0]["role"] == "system"
 
 
@@ -100,13 +104,8 @@ def is_trained(message: dict[str, Any]) -> bool:
 
 
 def is_given(value: Any) -> bool:
-    """Whether a value asks for something; None and what is empty does not."""
+    """Whether a value is neither None nor empty."""
     return value is not None and not (isinstance(value, (str, list, tuple, dict)) and not value)
-
-
-def is_address(source: Any) -> bool:
-    """Whether an image would have to be fetched."""
-    return isinstance(source, str) and "://" in source[:20]
 
 
 def _refuse_keys(where: dict[str, Any], keys: AbstractSet[Any], name: str, known: frozenset[str]) -> None:
@@ -128,7 +127,7 @@ def _check_weight(message: dict[str, Any], number: int) -> None:
 
 
 def _check_content(message: dict, number: int, sources: list[Any]) -> tuple[int, int]:
-    """Check a message's content; returns how many image parts there are, and how many of them without a source."""
+    """Check a message's content; returns the number of image parts, and the number of those without a source."""
     content = message.get("content")
     if isinstance(content, str):
         _check_text(content, number)
@@ -167,35 +166,35 @@ def _check_text(text: str, number: int) -> None:
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"message {number} holds half of a surrogate pair ({text[error.start]!a}), which is no character; expected "
-                "whole ones (an emoji that was cut?)."
+                "complete ones (an emoji may have been cut)."
             ) from error
 
 
 def _check_source(source: Any, files: bool, allow_urls: bool) -> None:
-    if is_address(source) and not allow_urls and not source.startswith("file://"):
-        raise ValueError(f"the image {shortened(source)} is an address; pass --allow-urls to fetch such images.")
+    if is_url(source) and not allow_urls and not source.startswith("file://"):
+        raise ValueError(f"the image {shortened(source)} is a URL; pass --allow-urls to fetch such images.")
     if not files:
         return
     if isinstance(source, dict):  # as `datasets` stores it
         source = source["bytes"] if source.get("bytes") else source.get("path")
     if isinstance(source, str):
-        if not is_address(source) and not source.startswith("data:") and not os.path.isfile(source):
+        if not is_url(source) and not source.startswith("data:") and not os.path.isfile(source):
             raise ValueError(f"the image {shortened(source)} does not exist.")
     elif source is None or isinstance(source, (bool, int, float, list, dict)):
         raise ValueError(
-            f"an image is {shortened(source, 60)} of type {type(source).__name__}; expected a path, an address or a file's "
-            "bytes."
+            f"an image is {shortened(source, 60)} of type {type(source).__name__}; expected a path, a URL or the bytes of a "
+            "file."
         )
 
 
 def complete_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages with every image at its index: `images` go where the parts without a source are.
+    """Move the `images` of a sample into its messages: each image part without a source gets the next image.
 
     Args:
-        sample: as `check_conversation` accepts it; or a list of messages as it is.
+        sample (`dict` or `list`): A sample that `check_conversation` accepts, or its list of messages.
 
     Returns:
-        Messages that a chat template and `DSVLProcessor.apply_chat_template` take.
+        `list[dict]`: Messages for a chat template or `DSVLProcessor.apply_chat_template`.
     """
     if isinstance(sample, list):
         sample = {"messages": sample}
@@ -219,19 +218,19 @@ def _with_source(part: dict[str, Any], images: Any) -> dict[str, Any]:
 
 
 def _stored(image: Any) -> Any:
-    """An image as `datasets` stores it, as its bytes or its path."""
+    """The bytes or the path of an image that `datasets` stored."""
     if isinstance(image, dict):
         return image["bytes"] if image.get("bytes") else image["path"]
     return image
 
 
 def image_source(part: dict[str, Any]) -> Any:
-    """Where the image of a part `{"type": "image", ...}` of complete messages is from."""
+    """The source in an image part of messages from `complete_messages`."""
     (source,) = (value for key, value in part.items() if key != "type")
     return source
 
 
 def images_of(messages: list[dict[str, Any]]) -> list[Any]:
-    """The sources of the images of complete messages, in reading order."""
+    """The sources of all images of messages from `complete_messages`, in reading order."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     return [image_source(part) for part in parts if part["type"] == "image"]

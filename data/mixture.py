@@ -1,22 +1,22 @@
-"""Several data sets as one: how much of each, and how many of its conversations make one."""
+"""Mixtures of data sets: how much of each, and how many conversations are concatenated to one."""
 
 import logging
-import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import yaml
 from torch.utils.data import Dataset
 
-from .bad_samples import MAX_BAD_SAMPLES, SHOWN, resolved, shortened
+from ..utils.text import shortened
+from ..utils.yaml_files import read_yaml
 from .conversations import Conversations, load_conversations
 from .messages import Sample, complete_messages, location_of
+from .sample_errors import MAX_BAD_SAMPLES, resolved
 
 logger = logging.getLogger(__name__)
 
-MAX_WEIGHT = 1000.0  # each time a conversation comes in an epoch is an entry of the index
+MAX_WEIGHT = 1000.0  # each repetition of a conversation is an entry of the index
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,14 @@ class Part:
     """One data set of a mixture.
 
     Attributes:
-        path: what `load_conversations` takes.
-        name: for messages; the file's own by default.
-        samples: how many of its conversations, chosen by the seed; None for all. Not beside a weight.
-        weight: how often each of them comes in an epoch: 2 for twice, 0.5 for half of them, chosen by the seed.
-        concatenate: up to so many of them become one conversation (random groups of 1 to so many).
+        path (`str`): A data set, as for `load_conversations`.
+        name (`str`, *optional*, defaults to the file's name): Its name in messages, and part of the seed.
+        samples (`int`, *optional*): The number of its conversations, chosen at random; None for all. Cannot be combined with
+            `weight`.
+        weight (`float`, *optional*, defaults to 1.0): The number of times each conversation occurs in an epoch: 2 for twice,
+            0.5 for a random half of them.
+        concatenate (`int`, *optional*, defaults to 1): The largest number of conversations that are concatenated to one. The
+            sizes of the groups are random.
     """
 
     path: str
@@ -57,17 +60,19 @@ class Part:
 
 
 class Mixture(Dataset):
-    """A map-style data set of the conversations of its parts; which, and in what groups, depends on the seed alone.
+    """A map-style data set of the conversations of several parts. All random choices depend on the seed only.
 
-    Neighbours are of one part: the Trainer's sampler shuffles, and so interleaves the parts by their sizes.
+    The parts follow each other; the sampler of the Trainer shuffles, and so interleaves them in proportion to their sizes.
 
     Args:
-        parts: (part, its conversations).
-        seed: of every choice.
-        max_images: a conversation with more is left out, counted; groups are closed before they would have more.
+        parts (`list[tuple[Part, Conversations]]`): The parts with their conversations.
+        seed (`int`, *optional*, defaults to 0): The seed of all random choices.
+        max_images (`int`, *optional*): The largest number of images. A conversation with more is skipped and counted; a
+            group is closed before it has more.
+        source (`str`, *optional*): The mixture's name, for messages.
 
     Attributes:
-        source, skipped: as of `Conversations`; what is left out here is counted too.
+        source, skipped: See `Conversations`. `skipped` includes conversations with too many images.
     """
 
     def __init__(
@@ -79,36 +84,40 @@ class Mixture(Dataset):
     ) -> None:
         self.parts, self.source = parts, source
         self.skipped = sum(data.skipped for _, data in parts)
-        self.index: list[tuple[int, tuple[int, ...]]] = []  # (which part, places of the conversations that make one)
+        self.index: list[tuple[int, tuple[int, ...]]] = []  # (part, conversations to concatenate)
         for number, (part, data) in enumerate(parts):
             random = Random(f"{seed} {part.name}")
-            fitting = [place for place in range(len(data)) if max_images is None or data.images(place) <= max_images]
+            fitting = [index for index in range(len(data)) if max_images is None or data.images(index) <= max_images]
             if len(fitting) < len(data):
-                left_out = len(data) - len(fitting)
-                self.skipped += left_out
-                logger.warning("%s: %d conversations have more than %d images.", part.name, left_out, max_images)
+                skipped = len(data) - len(fitting)
+                self.skipped += skipped
+                logger.warning("%s: skipped %d conversations with more than %d images.", part.name, skipped, max_images)
             chosen = _chosen(part, fitting, random)
             groups = _groups(part, data, chosen, random, max_images)
             logger.info("%s: %d conversations in %d.", part.name, len(chosen), len(groups))
             self.index += [(number, group) for group in groups]
         if not self.index:
-            raise ValueError(f"{source} holds no conversation to learn from ({self.skipped} were left out).")
+            raise ValueError(f"{source} holds no conversation to train on ({self.skipped} were skipped).")
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        number, places = self.index[place]
-        return concatenated([self.parts[number][1][one] for one in places])
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, group = self.index[index]
+        return concatenated([self.parts[number][1][one] for one in group])
 
-    def images(self, place: int) -> int:
-        """How many images a conversation has."""
-        number, places = self.index[place]
-        return sum(self.parts[number][1].images(one) for one in places)
+    def images(self, index: int) -> int:
+        """The number of images of a conversation."""
+        number, group = self.index[index]
+        return sum(self.parts[number][1].images(one) for one in group)
 
 
 def concatenated(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """One conversation of several: their rounds one after the other; a system message may begin the first alone."""
+    """Concatenate the turns of several conversations. Only the first may have a system message.
+
+    Raises:
+        ValueError: If a later conversation has a system message.
+    """
     if len(samples) == 1:
         return samples[0]
     messages: list[dict[str, Any]] = []
@@ -123,69 +132,37 @@ def concatenated(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema for numbers and truth values; PyYAML has that of 1.1."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"(?:[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, by the rules of YAML 1.2: `1e-5` is a number, and `no`, `off`, `yes`, `on` are texts.
-
-    Raises:
-        FileNotFoundError, ValueError: if there is none.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; pass a YAML file.")
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8 ({error}).") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
-        raise ValueError(f"{path} is not YAML: {shortened(str(error), 2 * SHOWN)}") from error
-
-
 def load_mixture(
     path: str | Path,
     on_bad_sample: str = "error",
     allow_urls: bool = True,
     max_bad_samples: float = MAX_BAD_SAMPLES,
 ) -> Mixture:
-    """Open the mixture that a YAML file describes; paths start at its folder.
+    """Open the mixture that a YAML file describes.
 
-    The file: `datasets`, a list of the fields of `Part` (`samples: all` for all), and perhaps `seed` and
-    `max_num_image_per_sample`.
+    The file has the key `datasets`, a list whose elements have the fields of `Part` (`samples: all` stands for None), and
+    optionally `seed` and `max_num_image_per_sample`. Relative paths refer to the folder of the file.
 
     Args:
-        path: of the file.
-        on_bad_sample, allow_urls, max_bad_samples: as for `load_conversations`.
+        path (`str` or `Path`): The YAML file.
+        on_bad_sample, allow_urls, max_bad_samples: See `load_conversations`.
 
     Raises:
-        FileNotFoundError, ValueError: naming what is wrong.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If the file does not describe a mixture, or a data set is broken.
     """
     path = Path(path)
     content = read_yaml(path)
-    known = {"datasets", "seed", "max_num_image_per_sample"}
+    optional = "seed, max_num_image_per_sample"
     entries = content.get("datasets") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries or set(content) - known:
-        raise ValueError(f"{path} holds {shortened(content)}; expected a list `datasets`, and perhaps {', '.join(known)}.")
+    if not isinstance(entries, list) or not entries or set(content) - {"datasets", *optional.split(", ")}:
+        raise ValueError(f"{path} holds {shortened(content)}; expected a list `datasets`, and optionally {optional}.")
     parts = []
     for number, entry in enumerate(entries):
         allowed = {field.name for field in fields(Part)}
         if not isinstance(entry, dict) or "path" not in entry or set(entry) - allowed:
             raise ValueError(
-                f"{path}: datasets[{number}] is {shortened(entry)}; expected path, and some of {sorted(allowed)}."
+                f"{path}: datasets[{number}] is {shortened(entry)}; expected path, and optionally some of {sorted(allowed)}."
             )
         entry = {key: value for key, value in entry.items() if not (key == "samples" and value == "all")}
         try:
@@ -217,77 +194,85 @@ def open_parts(
     allow_urls: bool = True,
     max_bad_samples: float = MAX_BAD_SAMPLES,
 ) -> Mixture:
-    """A mixture of parts that are not open yet."""
+    """Open the data sets of parts, and mix them; the arguments are those of `Mixture` and `load_conversations`."""
     if max_images is not None and (not _is_number(max_images, int) or max_images < 1):
         raise ValueError(f"max_num_image_per_sample is {shortened(repr(max_images))}; expected a number of at least 1.")
     names = [part.name for part in parts]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ValueError(f"{', '.join(sorted(twice))} stands for several data sets; give each a name of its own.")
+        raise ValueError(f"{', '.join(sorted(twice))} is the name of several data sets; give each a different name.")
     options: dict[str, Any] = {"allow_urls": allow_urls, "max_bad_samples": max_bad_samples}
     opened = [(part, load_conversations(part.path, on_bad_sample, **options)) for part in parts]
     return Mixture(opened, seed, max_images, source)
 
 
 class Subset(Dataset):
-    """Some conversations of a data set."""
+    """The conversations of a data set at the given indices."""
 
-    def __init__(self, data: Any, places: list[int]) -> None:
-        self.data, self.places = data, places
+    def __init__(self, data: Any, indices: list[int]) -> None:
+        self.data, self.indices = data, indices
         self.source, self.skipped = data.source, data.skipped
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        return self.data[self.places[place]]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.data[self.indices[index]]
 
-    def images(self, place: int) -> int:
-        """How many images a conversation has."""
-        return self.data.images(self.places[place])
+    def images(self, index: int) -> int:
+        """The number of images of a conversation."""
+        return self.data.images(self.indices[index])
 
 
 def split(data: Any, share: float, seed: int = 0) -> tuple[Subset, Subset]:
-    """Hold a share of a data set out, chosen by the seed: (to train on, to evaluate on), each in its old order.
+    """Split a data set at random into a training part and an evaluation part. Both keep the order of the data set.
+
+    Args:
+        data: A map-style data set of conversations.
+        share (`float`): The share of conversations to evaluate on, 0 to 1.
+        seed (`int`, *optional*, defaults to 0): The seed of the choice.
+
+    Returns:
+        `tuple[Subset, Subset]`: The training part and the evaluation part.
 
     Raises:
-        ValueError: if one of the two would be empty.
+        ValueError: If one of the two would be empty.
     """
     held_out = round(len(data) * share)
     if not 0 < held_out < len(data):
-        raise ValueError(f"A share of {share} of {len(data)} conversations is {held_out}; some must be left on both sides.")
+        raise ValueError(f"A share of {share} of {len(data)} conversations is {held_out}; both parts need at least one.")
     out = set(Random(f"{seed} held out").sample(range(len(data)), held_out))
-    kept = [place for place in range(len(data)) if place not in out]
+    kept = [index for index in range(len(data)) if index not in out]
     return Subset(data, kept), Subset(data, sorted(out))
 
 
-def _chosen(part: Part, places: list[int], random: Random) -> list[int]:
-    """The places that a part's samples or weight ask for."""
+def _chosen(part: Part, indices: list[int], random: Random) -> list[int]:
+    """The indices that `samples` or `weight` of a part selects."""
     if part.samples is not None:
-        if part.samples > len(places):
-            raise ValueError(f"{part.name} has {len(places)} conversations, not the {part.samples} asked for; pass fewer.")
-        return sorted(random.sample(places, part.samples))
+        if part.samples > len(indices):
+            raise ValueError(f"{part.name} has {len(indices)} conversations, not the {part.samples} asked for; pass fewer.")
+        return sorted(random.sample(indices, part.samples))
     whole, share = divmod(part.weight, 1)
-    return sorted(places * int(whole) + random.sample(places, round(share * len(places))))
+    return sorted(indices * int(whole) + random.sample(indices, round(share * len(indices))))
 
 
 def _groups(
-    part: Part, data: Conversations, places: list[int], random: Random, max_images: int | None
+    part: Part, data: Conversations, indices: list[int], random: Random, max_images: int | None
 ) -> list[tuple[int, ...]]:
-    """Every place in exactly one group of up to `concatenate`, at random."""
+    """Divide indices into random groups of up to `concatenate`."""
     if part.concatenate == 1:
-        return [(place,) for place in places]
-    random.shuffle(places)
+        return [(index,) for index in indices]
+    random.shuffle(indices)
     groups: list[tuple[int, ...]] = []
     group: list[int] = []
     size, count = random.randint(1, part.concatenate), 0
-    for place in places:
-        images = data.images(place)
+    for index in indices:
+        images = data.images(index)
         too_many = max_images is not None and count + images > max_images
-        if group and (len(group) == size or too_many or data.has_system(place)):
+        if group and (len(group) == size or too_many or data.has_system(index)):
             groups.append(tuple(group))
             group, count, size = [], 0, random.randint(1, part.concatenate)
-        group.append(place)
+        group.append(index)
         count += images
     return [*groups, tuple(group)] if group else groups
 

@@ -1,4 +1,4 @@
-"""Samples as the model will see them: for a terminal, or as a page with their images."""
+"""`dsvl data show`: samples as the model sees them, as text for a terminal or as an HTML page with images."""
 
 import html
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from typing import Any
 
 from ..image_reading_dsvl import read_image
 from ..processing_dsvl import CHAT_TEMPLATE
+from ..utils.image_loading import fetch_image_source, thumbnail_data_url
 from ..utils.transformers_names import render_jinja_template
-from .bad_samples import BadSamples
 from .conversations import Conversations, load_conversations
-from .images import fetched, thumbnail
 from .messages import complete_messages, images_of, is_trained, location_of
+from .sample_errors import BadSamples
 
 WIDTH = 320  # pixels of an image on the page
 PAGE = """<!doctype html>
@@ -27,7 +27,7 @@ PAGE = """<!doctype html>
  mark {{ background: #c9ecc9; }}
 </style>
 <h1>{title}</h1>
-<p class="legend">{total:,} conversations. <mark>Marked</mark>: what is learnt.</p>
+<p class="legend">{total:,} conversations. <mark>Marked</mark>: trained on.</p>
 {sections}
 """
 
@@ -37,21 +37,21 @@ class Shown:
     """A sample, rendered.
 
     Attributes:
-        text: the prompt, a placeholder for each image.
-        learnt: (from, to) of each stretch of it that is supervised.
-        images: decoded, in reading order.
-        tokens: how many the model reads, if its processor is known.
+        text (`str`): The rendered conversation, with a placeholder for each image.
+        trained (`list[tuple[int, int]]`): The (start, end) of each span of the text that is trained on, in characters.
+        images (`list[PIL.Image.Image]`): The decoded images, in reading order.
+        tokens (`int`, *optional*): The number of tokens that the model reads, with a processor.
     """
 
     text: str
-    learnt: list[tuple[int, int]]
+    trained: list[tuple[int, int]]
     images: list[Any]
     tokens: int | None
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
-        """The text in order, each stretch with whether it is learnt."""
+        """The text in spans: (text, whether it is trained on)."""
         end = 0
-        for start, stop in self.learnt:
+        for start, stop in self.trained:
             yield self.text[end:start], False
             yield self.text[start:stop], True
             end = stop
@@ -59,7 +59,16 @@ class Shown:
 
 
 def render(sample: dict[str, Any], processor: Any = None, allow_urls: bool = False) -> Shown:
-    """Render a sample with the processor's chat template; without one, with the default template and LLaMA's tokens."""
+    """Render a sample with the processor's chat template. Without a processor, use the default template and LLaMA's tokens.
+
+    Args:
+        sample (`dict`): A checked sample.
+        processor (`DSVLProcessor`, *optional*): The processor of a checkpoint.
+        allow_urls (`bool`, *optional*, defaults to `False`): Whether images are fetched from http(s) URLs.
+
+    Raises:
+        ValueError: If an image cannot be read, or the template does not mark answers that have weights.
+    """
     messages = complete_messages(sample)
     template, tokens = CHAT_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>", "number_after": False}
     if processor is not None:
@@ -67,16 +76,16 @@ def render(sample: dict[str, Any], processor: Any = None, allow_urls: bool = Fal
         template = processor.chat_template
         tokens = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
         tokens["number_after"] = processor.number_after
-    (text,), (learnt,) = render_jinja_template(
+    (text,), (trained,) = render_jinja_template(
         [messages], chat_template=template, return_assistant_tokens_mask=True, **tokens
     )
     answers = [message for message in messages if message["role"] == "assistant"]
-    if len(learnt) == len(answers):
-        learnt = [stretch for stretch, answer in zip(learnt, answers, strict=True) if is_trained(answer)]
+    if len(trained) == len(answers):
+        trained = [span for span, answer in zip(trained, answers, strict=True) if is_trained(answer)]
     elif not all(map(is_trained, answers)):
         raise ValueError("an answer has the weight 0, but the chat template does not mark each answer; remove it.")
-    images = [read_image(fetched(source, allow_urls), allow_urls=False) for source in images_of(messages)]
-    return Shown(text, learnt, images, None if processor is None else processor.count_tokens(messages))
+    images = [read_image(fetch_image_source(source, allow_urls), allow_urls=False) for source in images_of(messages)]
+    return Shown(text, trained, images, None if processor is None else processor.count_tokens(messages))
 
 
 def samples(
@@ -86,14 +95,18 @@ def samples(
     on_bad_sample: str = "skip",
     allow_urls: bool = False,
 ) -> tuple[Conversations, list[Shown]]:
-    """A data set, and the first of its samples that can be rendered.
+    """Open a data set, and render its first samples.
 
     Args:
-        source: whatever `load_conversations` opens.
-        number: how many.
-        processor: whose template and tokens are used.
-        on_bad_sample: "error", or "skip" to name broken samples and show the others, however few they are.
-        allow_urls: whether images are fetched from addresses.
+        source (`str`): A data set, as for `load_conversations`.
+        number (`int`): The number of samples to render.
+        processor (`DSVLProcessor`, *optional*): See `render`.
+        on_bad_sample (`str`, *optional*, defaults to `"skip"`): "error" raises for the first bad sample; "skip" logs and
+            skips bad samples, without a limit.
+        allow_urls (`bool`, *optional*, defaults to `False`): Whether images are fetched from http(s) URLs.
+
+    Returns:
+        `tuple[Conversations, list[Shown]]`: The data set and the rendered samples.
     """
     data = load_conversations(source, on_bad_sample, allow_urls=allow_urls, max_bad_samples=1)
     bad = BadSamples(on_bad_sample, max_bad_samples=1, source=data.source)
@@ -108,32 +121,37 @@ def samples(
 
 
 def show(source: str, number: int = 3, processor: Any = None, color: bool = False, **options: Any) -> Iterator[str]:
-    """The first samples as texts for a terminal; what is learnt stands between « and », or is green.
+    """Render the first samples as text for a terminal. Spans that are trained on are green, or between « and ».
 
     Args:
-        options: as of `samples`.
+        source, number, processor: See `samples`.
+        color (`bool`, *optional*, defaults to `False`): Whether the terminal supports color.
+        options: The other arguments of `samples`.
+
+    Yields:
+        `str`: A line about the format of the data set, if it is not the native one, and a text for each sample.
     """
     data, found = samples(source, number, processor, **options)
-    before, behind = ("\033[32m", "\033[0m") if color else ("«", "»")
-    if not data.form.plain:
-        yield f"{source}: recognised as {data.form.about}.\n"
-    for place, shown in enumerate(found, start=1):
-        text = "".join(f"{before}{piece}{behind}" if learnt else piece for piece, learnt in shown.pieces())
-        yield f"-- {place} of {len(data):,}: {_about(shown)}\n{text}\n"
+    before, after = ("\033[32m", "\033[0m") if color else ("«", "»")
+    if not data.format.is_native:
+        yield f"{source}: detected {data.format.about}.\n"
+    for position, shown in enumerate(found, start=1):
+        text = "".join(f"{before}{piece}{after}" if trained else piece for piece, trained in shown.pieces())
+        yield f"-- {position} of {len(data):,}: {_about(shown)}\n{text}\n"
 
 
 def show_page(source: str, path: str | Path, number: int = 3, processor: Any = None, **options: Any) -> None:
-    """Write the first samples as one HTML file that holds their images; options as of `samples`."""
+    """Write the first samples to an HTML file that embeds their images; for the arguments see `samples`."""
     data, found = samples(source, number, processor, **options)
     sections = []
-    for place, shown in enumerate(found, start=1):
+    for position, shown in enumerate(found, start=1):
         figures = "".join(
-            f'<figure><img alt="" src="{thumbnail(image, WIDTH)}"><figcaption>Image {index}: '
+            f'<figure><img alt="" src="{thumbnail_data_url(image, WIDTH)}"><figcaption>Image {index}: '
             f"{image.width} x {image.height}</figcaption></figure>"
             for index, image in enumerate(shown.images, start=1)
         )
-        text = "".join(f"<mark>{html.escape(p)}</mark>" if learnt else html.escape(p) for p, learnt in shown.pieces())
-        sections.append(f"<section><h2>{place}</h2><p>{_about(shown)}</p>{figures}<pre>{text}</pre></section>")
+        text = "".join(f"<mark>{html.escape(p)}</mark>" if trained else html.escape(p) for p, trained in shown.pieces())
+        sections.append(f"<section><h2>{position}</h2><p>{_about(shown)}</p>{figures}<pre>{text}</pre></section>")
     page = PAGE.format(title=html.escape(Path(source).name), total=len(data), sections="\n".join(sections))
     Path(path).write_text(page, encoding="utf-8")
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data import complete_messages, load_conversations
-from ..data.bad_samples import MAX_BAD_SAMPLES, BadSamples, shortened
-from ..data.forms import decode_data_url, form_of
-from ..data.messages import is_address, is_trained
+from ..data.messages import is_trained
+from ..data.record_formats import format_of_keys
+from ..data.sample_errors import MAX_BAD_SAMPLES, BadSamples
+from ..utils.text import shortened
+from ..utils.urls import decode_data_url, is_url
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Conversation:
             letters=[len(one.question) for one in self.rounds],
             images=[len(one.images) for one in self.rounds],
             answered=[one.answer is not None for one in self.rounds],
-            address=next((p for p in self.images if isinstance(p, str) and is_address(p)), None),
+            address=next((p for p in self.images if isinstance(p, str) and is_url(p)), None),
         )
 
     def digest(self) -> bytes:
@@ -109,7 +111,7 @@ class Questions:
         on_bad_sample: "error", or "skip" to skip, counted, what is no conversation. Images are not opened here.
         split: of a data set that has several.
         allow_urls: whether images of conversations may be addresses.
-        max_bad_samples: the share that may be skipped, see `data.bad_samples.BadSamples`.
+        max_bad_samples: the share that may be skipped, see `data.sample_errors.BadSamples`.
 
     Attributes:
         outlines: of the conversations.
@@ -134,7 +136,7 @@ class Questions:
         self._named = _read_named(Path(source))
         if self._named is None:
             self._samples = load_conversations(
-                source, on_bad_sample, split, to_learn=False, allow_urls=allow_urls, max_bad_samples=max_bad_samples
+                source, on_bad_sample, split, for_training=False, allow_urls=allow_urls, max_bad_samples=max_bad_samples
             )
             places: list[Any] = list(range(len(self._samples)))
         else:
@@ -236,7 +238,7 @@ def _with_plain_images(message: dict[str, Any]) -> dict[str, Any]:
 def _absolute(source: Any) -> str | bytes:
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _decoded(source)
-    if isinstance(source, str) and not is_address(source):
+    if isinstance(source, str) and not is_url(source):
         return os.path.abspath(source)
     if not isinstance(source, (str, bytes)):
         raise ValueError(f"an image is of type {type(source).__name__}; expected a path, an address or a file's bytes.")
@@ -270,7 +272,7 @@ def _read_named(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return value if isinstance(value, dict) and form_of(set(value)) is None else None
+    return value if isinstance(value, dict) and format_of_keys(set(value)) is None else None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -308,7 +310,7 @@ def _split(paths: str) -> list[str]:
 
 def _find(path: str, folder: Path) -> str:
     """Beside the file; or else where the original looks, which is the working directory."""
-    if is_address(path):
+    if is_url(path):
         return path
     beside = folder / path
     return os.path.abspath(beside if beside.is_file() else path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..data.images import open_image, thumbnail
+from ..utils.image_loading import open_image, thumbnail_data_url
 from .comparison import Round, Runs, duels, join, metrics_of, score, summarize
 
 # A page is sent to somebody: mail takes about 25 MB, in an encoding that takes a third more.
@@ -107,7 +107,7 @@ class _Shelf:
         reason = ""
         if self.bytes < PAGE_BYTES:
             try:
-                data = thumbnail(open_image(source, self.allow_urls), self.width)
+                data = thumbnail_data_url(open_image(source, self.allow_urls), self.width)
             except ValueError as error:
                 reason = str(error).removeprefix(f"The image {source[:300]} ")
             else:

@@ -11,8 +11,8 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..data.bad_samples import NAMED, BadSample, one_sample
-from ..data.images import open_image
+from ..data.sample_errors import NAMED, BadSample, one_sample
+from ..utils.image_loading import open_image
 from .answers import AnswerFile
 from .asking import ask
 from .metrics import score

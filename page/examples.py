@@ -7,9 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 from ..data import load_conversations
-from ..data.conversations import images_of
-from ..data.images import open_image
+from ..data.messages import images_of
 from ..demo.drawing import IMAGE_SIZE, Scene, render
+from ..utils.image_loading import open_image
 
 Example = tuple[str, Sequence[Image.Image]]
 SHOWN = 4  # examples, of a file

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..data.images import SUFFIXES
+from ..utils.image_loading import IMAGE_SUFFIXES
 from .limits import Refusal
 from .uploads import open_upload
 from .visitors import Question, Turn, Visitors
@@ -71,7 +71,7 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
             show_label=False,
             label="Question",
             placeholder="Ask a question",
-            file_types=[*SUFFIXES],
+            file_types=[*IMAGE_SUFFIXES],
             file_count="multiple",
             sources=["upload"],
             max_plain_text_length=limits.characters,

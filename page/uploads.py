@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..data.images import open_image
+from ..utils.image_loading import open_image
 from .limits import Limits, Refusal
 
 KEPT_SIDE = 2048  # pixels: what towers see is smaller

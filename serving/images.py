@@ -1,14 +1,13 @@
 """Images of strangers: from a data URL, or an address, to pixels."""
 
-import base64
-import binascii
 import time
 from typing import Any
 
 from PIL import Image
 
-from ..data.addresses import AddressError, fetch
-from ..data.images import ImageReadError, decode_within
+from ..utils.image_loading import ImageReadError, decode_image_file
+from ..utils.url_fetching import FetchError, fetch_url
+from ..utils.urls import decode_data_url, is_data_url
 from .requests import Limits, RequestError
 
 FETCH_SECONDS = 10.0  # for all images of a request
@@ -28,8 +27,8 @@ def fetch_images(messages: list[dict[str, Any]], limits: Limits) -> None:
         if not limits.allow_urls:
             raise _wrong(number, "is an address, and this server fetches none", "pass data:image/png;base64,...")
         try:
-            part["url"] = fetch(part["url"], max_bytes=left, seconds=deadline - time.monotonic())
-        except AddressError as error:
+            part["url"] = fetch_url(part["url"], max_bytes=left, seconds=deadline - time.monotonic())
+        except FetchError as error:
             raise _wrong(number, f"was not fetched: {error}", "pass it as a data URL") from None
         left -= len(part["url"])
 
@@ -46,21 +45,18 @@ def load_image(part: dict[str, Any], number: int, limits: Limits) -> Image.Image
 
 def read(url: str, number: int) -> bytes:
     """The bytes of a data URL."""
-    head, comma, data = url.partition(",")
-    if head[:5].lower() != "data:":
+    if not is_data_url(url):
         raise _wrong(number, "is neither a data URL nor an http(s) address", "pass data:image/png;base64,...")
-    if not comma or not head.lower().endswith(";base64"):
-        raise _wrong(number, "is no base64 data URL", "pass data:image/png;base64,...")
     try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise _wrong(number, "is not valid base64", "encode its file's bytes") from None
+        return decode_data_url(url)
+    except ValueError:
+        raise _wrong(number, "is no valid base64 data URL", "pass data:image/png;base64,...") from None
 
 
 def decode(data: bytes, number: int, limits: Limits) -> Image.Image:
     """An image's pixels."""
     try:
-        return decode_within(data, limits.image_pixels, FORMATS)
+        return decode_image_file(data, limits.image_pixels, FORMATS)
     except ImageReadError as error:
         raise RequestError(f"Image {number} {error}.", code="invalid_image", param="messages") from None
 

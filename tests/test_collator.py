@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from dsvl import DSVLForConditionalGeneration
 from dsvl.data import complete_messages
-from dsvl.data.conversations import NAMED
+from dsvl.data.sample_errors import NAMED
 from dsvl.training.collator import ConversationCollator
 
 EOS = "</s>"
@@ -238,7 +238,7 @@ def test_a_first_round_that_is_too_long_is_an_error_with_both_lengths(processor,
     length = processor.count_tokens(rounds[:2])
     expected = (
         rf"^The first round of a conversation takes {length} tokens, more than max_length={length - 1} "
-        r"\('What is red\?'\); raise max_length\. Or leave such conversations out"
+        r"\('What is red\?'\); raise max_length\. Or skip such conversations"
     )
     with pytest.raises(ValueError, match=expected):
         ConversationCollator(processor, length - 1)([rounds])
@@ -252,7 +252,7 @@ def test_a_first_round_that_is_too_long_can_be_left_out(processor, collator, rou
     assert_equal(batch, collator([short]))
     assert limited.counts.tolist() == [3, 2, 0]
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2 and all(text.startswith("Left out: The first round") for text in messages)
+    assert len(messages) == 2 and all(text.startswith("Skipped: The first round") for text in messages)
 
 
 @pytest.mark.parametrize("options", [{"max_length": 0}, {"max_length": -5}, {"on_bad_sample": "ignore"}])
@@ -288,7 +288,7 @@ KINDS = ["file", "half a file", "no file", "bytes", "half the bytes", "stored", 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_image_is_an_error(collator, photographs, tmp_path, kind):
     sample = broken_samples(tmp_path, photographs[0])[kind]
-    with pytest.raises(ValueError, match=r"(?i)image .* cannot be decoded: .*Or leave such conversations out"):
+    with pytest.raises(ValueError, match=r"(?i)image .* cannot be decoded: .*Or skip such conversations"):
         collator([sample])
     if "file" in kind:
         with pytest.raises(ValueError, match=str(tmp_path)):
@@ -303,7 +303,7 @@ def test_broken_images_can_be_left_out(processor, collator, rounds, photographs,
         batch = skipping([rounds, *broken.values(), rounds[:2]])
     assert_equal(batch, collator([rounds, rounds[:2]]))
     assert skipping.counts.tolist() == [len(KINDS) + 2, len(KINDS), 0]
-    assert [record.getMessage()[:10] for record in caplog.records] == ["Left out: "] * len(KINDS)
+    assert [record.getMessage()[:9] for record in caplog.records] == ["Skipped: "] * len(KINDS)
 
 
 def test_many_broken_images_do_not_flood_the_log(processor, tmp_path, caplog):

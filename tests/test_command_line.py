@@ -324,7 +324,8 @@ def test_an_ordinary_training_prints_nothing_of_others(checkpoint: Path, tmp_pat
 
 
 def test_other_warnings_are_not_hidden() -> None:
-    script = "from dsvl.utils.console import hush_others; hush_others(); import logging, warnings;"
+    script = "from dsvl.utils.third_party_output import silence_third_party_output as silence; silence();"
+    script += "import logging, warnings;"
     script += "logging.getLogger('transformers.trainer').warning('a real one'); warnings.warn('ours', FutureWarning)"
     done, _ = _python("-c", script)
     assert "a real one" in done.stderr and "ours" in done.stderr

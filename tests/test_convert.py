@@ -19,7 +19,7 @@ from dsvl.cli import main
 from dsvl.data import complete_messages, load_conversations
 from dsvl.data import convert as convert_module
 from dsvl.data.convert import convert
-from dsvl.data.converters.public import PLACEHOLDER, rounds, split
+from dsvl.data.converters.public_formats import PLACEHOLDER, split_at_placeholders, to_sample
 from dsvl.image_reading_dsvl import read_image
 
 
@@ -45,7 +45,7 @@ def lines(folder, name="minigpt4"):
 def test_workers_and_chunks_change_nothing(root, tmp_path, monkeypatch):
     write_captions(root, 50)
     convert("minigpt4", root, tmp_path / "a")
-    monkeypatch.setattr(convert_module, "CHUNK", 7)
+    monkeypatch.setattr(convert_module, "CHUNK_SIZE", 7)
     convert("minigpt4", root, tmp_path / "b", workers=2)
     convert("minigpt4", root, tmp_path / "c", seed=1)
     assert lines(tmp_path / "a") == lines(tmp_path / "b") != lines(tmp_path / "c")
@@ -78,7 +78,7 @@ def test_a_killed_conversion_continues_and_leaves_no_half_file(root, tmp_path):
 
 def test_a_conversion_with_other_arguments_is_not_continued(root, tmp_path, monkeypatch):
     write_captions(root, 5, annotations=[{"image_id": "0", "caption": "A."}] * 3 + [{"image_id": "0"}])
-    monkeypatch.setattr(convert_module, "CHUNK", 1)
+    monkeypatch.setattr(convert_module, "CHUNK_SIZE", 1)
     with pytest.raises(ValueError, match="minigpt4, record filter_cap.json: 0: 'caption' of the record is absent"):
         convert("minigpt4", root, tmp_path / "out")
     with pytest.raises(ValueError, match="interrupted conversion of minigpt4 with other arguments"):
@@ -129,10 +129,10 @@ def test_skipped_records_are_counted_and_named(root, tmp_path, caplog):
     write_captions(root, 1, annotations=captions)
     with caplog.at_level(logging.WARNING):
         report = convert("minigpt4", root, tmp_path / "out", on_bad_sample="skip")
-    assert (report.records, report.samples, report.left_out) == (3, 1, {"broken": 2})
+    assert (report.records, report.samples, report.skipped) == (3, 1, {"broken": 2})
     assert "9.jpg does not exist" in caplog.text and "'caption' of the record is absent" in caplog.text
-    assert json.loads((tmp_path / "out/minigpt4.report.json").read_text())["left_out"] == {"broken": 2}
-    assert "2 left out: broken (filter_cap.json: 9, filter_cap.json: 1, ...)" in "\n".join(report.lines())
+    assert json.loads((tmp_path / "out/minigpt4.report.json").read_text())["skipped"] == {"broken": 2}
+    assert "2 skipped: broken (filter_cap.json: 9, filter_cap.json: 1, ...)" in "\n".join(report.lines())
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "gigantic"])
@@ -200,7 +200,7 @@ WORDS = st.text(alphabet="abc <>im\n", max_size=12).map(lambda text: text.replac
 @given(st.lists(st.one_of(st.none(), WORDS), max_size=8))
 def test_a_text_with_placeholders_loses_no_image_and_no_word(parts):
     text = "".join(PLACEHOLDER if part is None else part for part in parts)
-    found = split(text)
+    found = split_at_placeholders(text)
     assert [part is None for part in found].count(True) == text.count(PLACEHOLDER)
     assert "".join("".join(PLACEHOLDER if p is None else p for p in found).split()) == "".join(text.split())
 
@@ -214,7 +214,7 @@ def test_rounds_keep_every_image_in_its_order(talk):
         question = "".join(PLACEHOLDER if place else f"{question}." for place in places) + "?"
         turns += [("user", question), ("assistant", answer)]
     images = [f"{number}.png" for number in range(count)]
-    sample = rounds(turns, images)
+    sample = to_sample(turns, images)
     messages = complete_messages(sample)
     shown = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
     assert shown == images == sample["images"]

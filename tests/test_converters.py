@@ -116,7 +116,7 @@ def test_captions_of_val_and_test_are_left_out(root, photographs):
     for number, line in zip((0, 2), lines, strict=True):
         assert line["messages"][0]["content"][1]["text"] in DESCRIBE
         assert line["messages"][1] in [answer(f"caption {number}.{k}") for k in range(2)]
-    assert report.left_out == {"split val": 1, "split test": 1}
+    assert report.skipped == {"split val": 1, "split test": 1}
 
 
 def test_minigpt4(root, photographs):
@@ -153,7 +153,7 @@ def test_ocr_vqa_leaves_out_covers_of_one_pixel_and_other_splits(root, photograp
     lines, report = samples(root, "ocr_vqa")
     messages = [ask(None, "Who wrote this book?"), answer("Ann Author"), ask("What is its genre?"), answer("Travel")]
     assert lines == [{"messages": messages, "images": [f"OCR_VQA/images/{name}"]} for name in ("B2.png", "B1.jpg")]
-    assert report.left_out == {"an image of one pixel, which stands for one that is gone": 1, "split 2": 1}
+    assert report.skipped == {"an image of one pixel, a placeholder for a missing image": 1, "split 2": 1}
     assert report.examples["split 2"] == ["B9"]
 
 
@@ -220,7 +220,7 @@ def test_images_that_lie_in_a_file_are_written_out(root, photographs, name, form
     ]
     assert len(lines) == (3 if name == "SD" else 2)
     too_many = {} if name == "SD" else {"more than 8 images": 1}
-    assert report.left_out == {"no image": 1} | too_many
+    assert report.skipped == {"no image": 1} | too_many
     assert report.dropped == {"an image that is not in the image file": 2}
 
 
@@ -244,7 +244,7 @@ def test_llava_otter_blend_shows_the_images_in_their_order(root):
             "images": [*coco(1), "coco/train2017/000000000001.jpg"],
         },
     ]
-    assert report.left_out == {"no LLaVA conversation about an image before the last": 1}
+    assert report.skipped == {"no LLaVA conversation about an image before the last": 1}
 
 
 # -- SparklesDialogue --------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_a_broken_dialogue_is_told_with_its_number(root, photographs, dialogue, 
     with pytest.raises(ValueError, match=rf"sparkles_dialogue, record SparklesDialogueCC: 1: .*{reason}"):
         samples(root, "sparkles_dialogue")
     (line,), report = samples(root, "sparkles_dialogue", out=root.parent / "other", on_bad_sample="skip")
-    assert report.left_out == {"broken": 1}
+    assert report.skipped == {"broken": 1}
 
 
 def test_dialogues_of_many_images_or_names_without_one_are_left_out(root, photographs):
@@ -321,7 +321,7 @@ def test_dialogues_of_many_images_or_names_without_one_are_left_out(root, photog
     good = [turn("user", f"IMAGE#3{TAG}?", "3"), turn("assistant", "a")]
     sparkles(root, photographs, many, unknown, good)
     _, report = samples(root, "sparkles_dialogue")
-    assert report.left_out == {"more than 8 images": 1, "an image that is named but not shown": 1}
+    assert report.skipped == {"more than 8 images": 1, "an image that is named but not shown": 1}
 
 
 # -- public forms ------------------------------------------------------------------------------------------------------

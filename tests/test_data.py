@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from dsvl.data import complete_messages, load_conversations
-from dsvl.data.conversations import NAMED, check_conversation, images_of
+from dsvl.data.messages import check_conversation, images_of
+from dsvl.data.sample_errors import NAMED
 from dsvl.image_reading_dsvl import read_image
 
 QUESTION = {"role": "user", "content": "What is red?"}
@@ -125,9 +126,9 @@ def test_broken_lines_can_be_left_out_and_are_counted(tmp_path, caplog):
     assert len(data) == 2 and data.skipped == len(BROKEN_LINES)
     assert data[0] == data[1] == GOOD
     messages = [record.getMessage() for record in caplog.records]
-    assert [f"Left out: {path}, line {number}: " in text for number, text in enumerate(messages[:-1], start=2)]
+    assert [f"Skipped: {path}, line {number}: " in text for number, text in enumerate(messages[:-1], start=2)]
     assert len(messages) == len(BROKEN_LINES) + 1
-    assert messages[-1] == f"{path}: {data.skipped} of {data.skipped + 2} samples are broken and left out."
+    assert messages[-1] == f"{path}: {data.skipped} of {data.skipped + 2} samples are broken and were skipped."
 
 
 def test_a_file_of_rubbish_does_not_flood_the_log(tmp_path, caplog):
@@ -140,13 +141,13 @@ def test_a_file_of_rubbish_does_not_flood_the_log(tmp_path, caplog):
 @pytest.mark.parametrize("on_bad_sample", ["error", "skip"])
 def test_a_file_with_nothing_good_is_an_error(tmp_path, on_bad_sample):
     path = write(tmp_path / "data.jsonl", "", "")
-    with pytest.raises(ValueError, match=r"holds no conversation to learn from \(0 were left out\)"):
+    with pytest.raises(ValueError, match=r"holds no conversation to train on \(0 were skipped\)"):
         load_conversations(path, on_bad_sample)
 
 
 def test_a_file_with_nothing_but_broken_lines_is_an_error(tmp_path):
     path = write(tmp_path / "data.jsonl", "{", "{")
-    with pytest.raises(ValueError, match=r"data.jsonl holds no conversation to learn from \(2 were left out\)"):
+    with pytest.raises(ValueError, match=r"data.jsonl holds no conversation to train on \(2 were skipped\)"):
         load_conversations(path, "skip")
 
 
@@ -180,7 +181,7 @@ RULES = {
     "system message alone": ({"messages": [SYSTEM]}, "a conversation begins with a user's message"),
     "no answer": (
         {"messages": [QUESTION, ANSWER, QUESTION]},
-        "the last message is the user's; expected an assistant's answer to learn.",
+        "the last message is the user's; expected an assistant's answer to train on.",
     ),
     "unknown part": (
         asked_with({"type": "video", "path": "x"}),

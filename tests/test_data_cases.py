@@ -19,18 +19,20 @@ from PIL import Image
 from training_runs import make_checkpoint, make_conversations
 
 from dsvl.cli import main
-from dsvl.data import complete_messages, images, load_conversations
-from dsvl.data.addresses import AddressError
-from dsvl.data.bad_samples import NAMED, BadSample, BadSamples, TooManyBadSamples, one_sample, shortened
+from dsvl.data import complete_messages, load_conversations
 from dsvl.data.convert import convert
-from dsvl.data.files import open_records
-from dsvl.data.forms import CAPTION_QUESTION
+from dsvl.data.dataset_files import open_records
 from dsvl.data.messages import images_of, location_of
 from dsvl.data.packing import PackedConversations
+from dsvl.data.record_formats import CAPTION_QUESTION
+from dsvl.data.sample_errors import NAMED, BadSample, BadSamples, TooManyBadSamples, one_sample
 from dsvl.data.streaming import Stream
 from dsvl.evaluation.questions import Questions
 from dsvl.image_reading_dsvl import read_image
 from dsvl.training import ConversationCollator
+from dsvl.utils import image_loading
+from dsvl.utils.text import shortened
+from dsvl.utils.url_fetching import FetchError
 
 pytestmark = pytest.mark.usefixtures("fresh_log")
 
@@ -138,9 +140,9 @@ def test_what_was_recognised_is_said_in_a_line(caplog, capsys):
         load_conversations(CASES / "table.csv")
         load_conversations(CASES / "plain.jsonl")  # our own form needs no word
     (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("dsvl")]
-    assert said == f"{CASES / 'table.csv'}: recognised as an image and its text, which answers {CAPTION_QUESTION!r}."
+    assert said == f"{CASES / 'table.csv'}: detected an image and its text, the answer to {CAPTION_QUESTION!r}."
     assert main(["data", "show", str(CASES / "table.csv")]) == 0
-    assert "recognised as an image and its text" in capsys.readouterr().out
+    assert "detected an image and its text" in capsys.readouterr().out
 
 
 def test_keys_that_are_no_part_of_a_conversation_are_reported(tmp_path, caplog):
@@ -175,7 +177,7 @@ def test_shards_of_webdataset(processor, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "dsvl"):
         data = load_conversations(path, "skip")
     assert learnt(processor, list(data)) == (3, 3, ["A cup.</s>"] * 3)
-    assert "recognised as shards of WebDataset" in caplog.text and "not read: url" in caplog.text
+    assert "detected shards of WebDataset" in caplog.text and "not read: url" in caplog.text
     assert len(list(Stream(path, "skip").epoch(0))) == 3
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(ValueError, match=r"0\.tar is not a tar file, or only a part of it"):
@@ -323,9 +325,9 @@ REFUSED = {
         {"messages": [{"role": "user", "content": "<image><image>?"}, GOOD["messages"][1]], "image": "a.png"},
         "hold 0 image parts without a source, but there are 1 images",
     ),
-    "a turn's loss": (
+    "a message's loss": (
         {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!", "loss": 0}]},
-        "a turn has the key loss, which would be lost",
+        "a message has the key loss, which would be lost",
     ),
     "tools of ShareGPT": (
         {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}], "tools": "[]x"},
@@ -358,7 +360,7 @@ def test_keys_that_ask_for_nothing_are_no_reason(tmp_path):
         ("aokvqa_v1p0_train.json", [{"question_id": 1, "rationales": []}], "dsvl data convert aokvqa"),
         ("data.json", {"cup": [["What?", "a.png"]]}, r"has the columns \['cup'\]"),
         ("data.jsonl", {"text": "no image"}, r"has the columns \['text'\]"),
-        ("data.txt", "x", "is of no known form; expected JSON lines"),
+        ("data.txt", "x", "has an unknown format; expected JSON lines"),
     ],
 )
 def test_another_format_is_refused_with_what_converts_it(tmp_path, name, content, reason):
@@ -406,8 +408,8 @@ def test_show_names_a_bad_sample_and_shows_the_others(cases, capfd, caplog, name
     assert main(["data", "show", str(path)]) == 0
     shown = capfd.readouterr().out
     assert "-- 1 of " in shown and "-- 2 of " not in shown and "«" in shown
-    (line,) = [text for text in caplog.messages if text.startswith("Left out: ")]
-    assert line.startswith(f"Left out: {path}, line 2: ") and len(line) < 600
+    (line,) = [text for text in caplog.messages if text.startswith("Skipped: ")]
+    assert line.startswith(f"Skipped: {path}, line 2: ") and len(line) < 600
     assert main(["data", "show", str(path), "--html", str(cases / "page.html"), "--on-bad-sample", "error"]) == 1
     assert f"{path}, line 2: " in capfd.readouterr().err
 
@@ -422,7 +424,7 @@ def test_train_names_a_bad_sample_and_learns_from_the_others(cases, capfd, check
     assert f"{path}, line 2: " in said and "Traceback" not in said and len(said) < 20_000
     assert main(["train", *map(str, flags), "--on-bad-sample", "skip"]) == 0
     said = capfd.readouterr().err
-    assert f"Left out: {path}, line 2: " in said and len(said) < 20_000
+    assert f"Skipped: {path}, line 2: " in said and len(said) < 20_000
     assert (tmp_path / "out/config.json").is_file()
 
 
@@ -436,7 +438,7 @@ def test_evaluate_names_a_bad_sample_and_asks_the_others(cases, capfd, caplog, c
     if name == "long_value":  # whether a file is there is found out by whoever opens it
         assert "does not exist" in said
     assert main([*flags, "--on-bad-sample", "skip"]) == 0
-    assert f"Left out: {path}, line 2: " in caplog.text
+    assert f"Skipped: {path}, line 2: " in caplog.text
     assert len(out.read_text().splitlines()) == 1
 
 
@@ -557,7 +559,7 @@ def test_the_share_holds_for_streams_batches_and_conversions(processor, tmp_path
     with pytest.raises(TooManyBadSamples, match="sharegpt: 6 of 11 samples"):
         convert("sharegpt", path, tmp_path / "b", on_bad_sample="skip")
     report = convert("sharegpt", path, tmp_path / "b", on_bad_sample="skip", max_bad_samples=1)
-    assert (report.samples, report.left_out["broken"]) == (10, 10)
+    assert (report.samples, report.skipped["broken"]) == (10, 10)
     assert main(
         ["data", "convert", "sharegpt", "--root", str(path), "--out", str(tmp_path / "c"), "--on-bad-sample", "skip"]
     )
@@ -571,7 +573,7 @@ def test_a_conversion_obeys_whatever_a_record_causes(tmp_path):
     lines = [json.dumps(good), json.dumps(half), '{"conversations":' + "[" * 100_000 + "]" * 100_000 + "}"]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     report = convert("sharegpt", tmp_path / "data.jsonl", tmp_path / "out", on_bad_sample="skip", workers=1)
-    assert (report.samples, report.left_out) == (1, {"broken": 2})
+    assert (report.samples, report.skipped) == (1, {"broken": 2})
 
 
 def test_messages_of_skipped_samples_are_short(tmp_path, caplog):
@@ -623,17 +625,17 @@ def test_training_fetches_addresses_only_when_allowed(processor, checkpoint, tmp
     def fetch(url, max_bytes):
         fetched.append(url)
         if "gone" in url:
-            raise AddressError("its server answers with status 404")
+            raise FetchError("its server answers with status 404")
         return png()
 
-    monkeypatch.setattr(images, "fetch", fetch)
+    monkeypatch.setattr(image_loading, "fetch_url", fetch)
     monkeypatch.setattr("httpx.get", lambda *args, **kwargs: pytest.fail("fetched without bounds"))
     part = {"type": "image", "url": "https://example.org/a.png"}
     path = write(tmp_path / "data.jsonl", asked(part, "?"), asked(part | {"url": "https://example.org/gone.png"}, "?"))
     flags = ["train", "--model", checkpoint, "--data", path, "--output", tmp_path / "out", "--max-steps", 1, "--use-cpu"]
     flags = [*map(str, flags), "--per-device-train-batch-size", "2", "--report-to", "none", "--save-strategy", "no"]
     assert main(flags) == 1
-    assert "a.png is an address; pass --allow-urls" in capfd.readouterr().err and not fetched
+    assert "a.png is a URL; pass --allow-urls" in capfd.readouterr().err and not fetched
     with pytest.raises(ValueError, match="fetching is not allowed here"):
         ConversationCollator(processor)([asked(part, "?")])
     assert not fetched
@@ -644,7 +646,7 @@ def test_training_fetches_addresses_only_when_allowed(processor, checkpoint, tmp
     cached = [*flags, "--allow-urls", "--on-bad-sample", "skip", "--cache-image-features", str(tmp_path / "features")]
     shutil.rmtree(tmp_path / "out")
     assert main(cached) == 0
-    assert f"Left out: {path}, line 2: " in capfd.readouterr().err
+    assert f"Skipped: {path}, line 2: " in capfd.readouterr().err
 
 
 def test_exact_match_leaves_answers_of_weight_0_and_bad_samples_out(processor, cases):

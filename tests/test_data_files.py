@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 
 from dsvl import DSVLProcessor
 from dsvl.data import load_conversations
-from dsvl.data.bad_samples import BadSample
 from dsvl.data.mixture import load_mixture
+from dsvl.data.sample_errors import BadSample
 from dsvl.data.streaming import Stream
 from dsvl.training import ConversationCollator
 

@@ -19,10 +19,10 @@ from dsvl import DSVLForConditionalGeneration
 from dsvl.chat import DSVLChat
 from dsvl.chat.loading import load
 from dsvl.cli import main
-from dsvl.data import images
 from dsvl.evaluation.asking import GREEDY, ask
 from dsvl.evaluation.questions import Questions
 from dsvl.evaluation.records import read_records
+from dsvl.utils import image_loading
 
 NEW = ["--max-new-tokens", "6"]
 
@@ -262,7 +262,7 @@ def test_a_broken_image_costs_its_own_conversation_alone(folder, evaluate, capsy
     whole = answers(evaluate()[0])
     capsys.readouterr()
     for number, flags in enumerate(([], ["--given-answers"], ["--batch-size", "2"])):
-        with pytest.raises(ValueError, match=r"some_broken\.jsonl, line [245]: The image .* Or leave such conversations"):
+        with pytest.raises(ValueError, match=r"some_broken\.jsonl, line [245]: The image .* Or skip such conversations"):
             evaluate(*flags, data="some_broken.jsonl", out=f"{number}.jsonl")
         flags = [*flags, "--on-bad-sample", "skip"]
         records, summary = evaluate(*flags, data="some_broken.jsonl", out=f"{number}.jsonl")
@@ -285,7 +285,7 @@ def test_addresses_are_fetched_if_that_is_asked_for(folder, evaluate, monkeypatc
         fetched.append(url)
         return (folder / "images/0_0.png").read_bytes()
 
-    monkeypatch.setattr(images, "fetch", fetch)
+    monkeypatch.setattr(image_loading, "fetch_url", fetch)
     (folder / "address.json").write_text(json.dumps({"cup": [["What?", address], ["And?"]]}))
     with pytest.raises(ValueError, match=f"conversation 'cup' has the address of an image, {address}; pass --allow-urls"):
         evaluate(data="address.json")

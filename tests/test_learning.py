@@ -275,7 +275,7 @@ def test_a_run_says_what_it_trains_and_what_it_left_out(folder, tmp_path, caplog
     assert "Data: 10 conversations, 10 turns, 4 images, 1,226 tokens, 81 trained." in said
     assert "Optimizer: 0.000 GiB in each of 1 processes (all of it)." in said
     assert "line 4: is not JSON" in said and "line 5: the last message is the user's" in said
-    assert "2 of 20 samples are broken and left out" in said
+    assert "2 of 20 samples are broken and were skipped" in said
     assert "2 samples of" in said and "rounds that did not fit" in said
     card = (output / "README.md").read_text()
     assert "| broken.jsonl | 18 |" in card and "| learning rate | 0.01 |" in card

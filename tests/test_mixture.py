@@ -121,7 +121,7 @@ def test_a_conversation_with_too_many_images_is_left_out_and_counted(tmp_path, c
     a, b = write_set(tmp_path, "a", 3, images=3), write_set(tmp_path, "b", 2)
     blend = mixture(tmp_path, Part(str(a)), Part(str(b)), max_images=2)
     assert len(blend) == 2 and blend.skipped == 3
-    assert "a: 3 conversations have more than 2 images." in caplog.text
+    assert "a: skipped 3 conversations with more than 2 images." in caplog.text
 
 
 def test_a_system_message_is_never_in_the_middle(tmp_path):
@@ -137,7 +137,7 @@ def test_a_share_is_held_out_by_the_seed(tmp_path, share):
     assert len(held_out) == 30 * share
     assert sorted(questions(train) + questions(held_out)) == sorted(questions(data))
     assert questions(split(data, share)[1]) == questions(held_out) != questions(split(data, share, seed=1)[1])
-    with pytest.raises(ValueError, match="some must be left on both sides"):
+    with pytest.raises(ValueError, match="both parts need at least one"):
         split(data, 0.001)
 
 
@@ -175,7 +175,7 @@ datasets:
         ("datasets: [{path: a.jsonl, samples: 9}]", "a has 3 conversations, not the 9 asked for"),
         ("datasets: [{path: a.jsonl, weight: -1}]", "weight is -1"),
         ("datasets: [{path: a.jsonl, concatenate: true}]", "concatenate is True"),
-        ("datasets: [{path: a.jsonl}, {path: a.jsonl}]", "a stands for several"),
+        ("datasets: [{path: a.jsonl}, {path: a.jsonl}]", "a is the name of several"),
         ("max_num_image_per_sample: 0\ndatasets: [{path: a.jsonl}]", "max_num_image_per_sample is 0"),
         ("datasets: [{path: b.jsonl}]", "b.jsonl is not a file"),
         ("datasets: [{path: [1]}]", r"datasets\[0\]: path is \[1\]; expected a text"),

@@ -210,7 +210,7 @@ def test_what_cannot_be_packed_is_refused_or_counted(folder, caplog):
             raise ValueError("too long.")
         return 10
 
-    with pytest.raises(ValueError, match="too long.*Or leave such conversations out"):
+    with pytest.raises(ValueError, match="too long.*Or skip such conversations"):
         PackedConversations(data, length, 40)
     packs = PackedConversations(data, length, 40, max_images=1, on_bad_sample="skip", max_bad_samples=1)
     good = [n for n in range(len(data)) if len(data[n]["messages"]) <= 4 and data.images(n) <= 1]

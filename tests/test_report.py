@@ -239,7 +239,7 @@ def test_a_image_that_cannot_be_opened_shows_its_name_and_why(tmp_path, image, m
     page = page_of(tmp_path / "p.html", {"one": [record("a", images=sources)]})
     words = page.words()
     assert "gone.png does not exist" in words and "broken.png cannot be read" in words
-    assert "far.png is an address, and fetching is not allowed" in words
+    assert "far.png is a URL, and fetching is not allowed" in words
     assert "4 images, 3 of them not shown" in words and len(page.elements["img"]) == 1
     assert str(tmp_path) not in (tmp_path / "p.html").read_text(encoding="utf-8")
     page_of(tmp_path / "p.html", {"one": [record("a")]}, allow_urls=True)

@@ -34,8 +34,8 @@ from model_server import (
 )
 from training_runs import environment
 
-from dsvl.data import addresses
 from dsvl.serving.requests import Limits
+from dsvl.utils import url_fetching
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def test_a_failing_request_fails_alone_and_tells_nothing(server: Server, parts: 
 def test_a_image_by_its_address_if_the_server_may(parts: tuple[Any, Any], tmp_path: Path, monkeypatch: Any) -> None:
     draw_image(1).save(tmp_path / "one.png")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
-    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(url_fetching, "is_public", lambda address: address == "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site, served(*parts, limits=Limits(allow_urls=True)) as server:
         threading.Thread(target=site.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{site.server_port}/one.png"

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 from training_runs import furthest, losses, make_checkpoint, make_conversations, run, weights
 
 from dsvl.data import complete_messages, load_conversations, streaming
-from dsvl.data.streaming import Stream, StreamLoader, _lines
+from dsvl.data.streaming import Stream, StreamLoader, read_lines
 
 
 @pytest.fixture
 def numbered(tmp_path, monkeypatch):
     """A file of 200 conversations, known by their numbers, in several parts."""
-    monkeypatch.setattr(streaming, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(streaming, "MIN_SHARD_BYTES", 1000)
     path = tmp_path / "numbered.jsonl"
     lines = [
         {"messages": [{"role": "user", "content": str(number)}, {"role": "assistant", "content": "." * (number % 50)}]}
@@ -89,7 +89,7 @@ def test_parts_of_a_file_hold_every_line_once(lines, data):
         size = file.tell()
         cuts = sorted(data.draw(st.lists(st.integers(0, size), max_size=4)))
         parts = [(file.name, *part) for part in itertools.pairwise([0, *cuts, size])]
-        read = [row["line"].rstrip(b"\n") for part in parts for row in _lines([part])]
+        read = [row["line"].rstrip(b"\n") for part in parts for row in read_lines([part])]
         assert read == [line for line in lines if line.strip()]
 
 
@@ -123,7 +123,7 @@ def test_broken_samples_are_named_or_counted(tmp_path, caplog):
     path = make_conversations(tmp_path, layout="tpt")
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"messages": [}\n')
-    with pytest.raises(ValueError, match=r"data\.jsonl, line 4: is not JSON .*Or leave such"):
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 4: is not JSON .*Or skip such"):
         list(itertools.islice(Stream(path), 5))
     path.write_bytes(whole + b'{"messages": [}\n{"messages": []}\n')
     stream = Stream(path, on_bad_sample="skip")
@@ -131,7 +131,7 @@ def test_broken_samples_are_named_or_counted(tmp_path, caplog):
     list(itertools.islice(DataLoader(stream, batch_size=None, num_workers=1, collate_fn=lambda one: one), 4))
     assert stream.skipped >= 2 and "data.jsonl, line 5: expected an object" in caplog.text
     path.write_bytes(b"{}\n")
-    with pytest.raises(ValueError, match=r"holds no conversation to learn from \(1 were left out\)"):
+    with pytest.raises(ValueError, match=r"holds no conversation to train on \(1 were skipped\)"):
         next(iter(Stream(path, on_bad_sample="skip")))
     with pytest.raises(FileNotFoundError, match="is not a file; pass a JSON lines file"):
         Stream(tmp_path / "absent.jsonl")

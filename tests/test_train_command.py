@@ -270,7 +270,7 @@ def test_a_broken_line_is_named(refused, tmp_path, flag):
     path.write_text(json.dumps(CONVERSATION) + '\n\n{"messages": [}\n')
     sentence = refused(data=path) if flag == "data" else refused("--eval-data", path)
     assert sentence.startswith(f"{path}, line 3: is not JSON (Expecting value: line 1 column 15")
-    assert sentence.endswith("Or leave such conversations out (--on-bad-sample skip).")
+    assert sentence.endswith("Or skip such conversations (--on-bad-sample skip).")
 
 
 def test_a_missing_image_is_named(refused, tmp_path):
@@ -278,7 +278,7 @@ def test_a_missing_image_is_named(refused, tmp_path):
     path = tmp_path / "images.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": content}, CONVERSATION["messages"][1]]}))
     assert refused(data=path).startswith(f"{path}, line 1: the image {tmp_path / 'gone.png'} does not exist. ")
-    assert refused("--on-bad-sample", "skip", data=path).startswith(f"{path} holds no conversation to learn from (1 were")
+    assert refused("--on-bad-sample", "skip", data=path).startswith(f"{path} holds no conversation to train on (1 were")
 
 
 def test_unknown_ways_to_treat_bad_samples_are_refused(refused):

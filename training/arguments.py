@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..data.bad_samples import MAX_BAD_SAMPLES
 from ..data.commands import MAX_BAD_SAMPLES_HELP
-from ..data.mixture import read_yaml
+from ..data.sample_errors import MAX_BAD_SAMPLES
 from ..utils.local_paths import check_exists
 from ..utils.transformers_names import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from ..utils.yaml_files import read_yaml
 from .help import TrainParser
 from .model_states import ZERO
 from .parts import PARTS

@@ -10,12 +10,13 @@ from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import GradientState, PartialState
 
 from ..data import check_conversation, complete_messages
-from ..data.bad_samples import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location, one_sample, shortened, worker_row
-from ..data.files import without_nones
-from ..data.forms import MESSAGES
-from ..data.images import fetched
+from ..data.dataset_files import without_nones
 from ..data.messages import Sample, image_source, images_of, is_trained, location_of
+from ..data.record_formats import MESSAGES
+from ..data.sample_errors import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location, one_sample, worker_row
 from ..image_reading_dsvl import fit_thin_image, read_image
+from ..utils.image_loading import fetch_image_source
+from ..utils.text import shortened
 from .features import FeatureCache
 
 MULTIPLE = 8  # tokens: what matrix units like
@@ -43,8 +44,8 @@ class ConversationCollator:
             with a conversation: "error", or "skip" to leave it out of its batch. A batch that loses all of them has nothing
             to learn.
         features: of the images, by a frozen tower; they are then looked up instead of decoded.
-        allow_urls: whether images are fetched from addresses (see `data.addresses.fetch`), in every epoch again.
-        max_bad_samples: the share that may be skipped, see `data.bad_samples.BadSamples`.
+        allow_urls: whether images are fetched from addresses (see `utils.url_fetching.fetch_url`), in every epoch again.
+        max_bad_samples: the share that may be skipped, see `data.sample_errors.BadSamples`.
     """
 
     def __init__(
@@ -257,7 +258,7 @@ class ConversationCollator:
     def _with_image(self, part: dict[str, Any], features: FeatureCache | None) -> dict[str, Any]:
         if part["type"] != "image":
             return part
-        source = fetched(image_source(part), self.allow_urls)
+        source = fetch_image_source(image_source(part), self.allow_urls)
         if features is not None:
             return {"type": "image", "image_features": features.of(source)}
         image = read_image(source, allow_urls=False)
@@ -293,7 +294,7 @@ def _messages(sample: Any) -> list[dict[str, Any]]:
     """A sample's complete messages; one that no data set has checked is checked here."""
     if not isinstance(sample, Sample):
         sample = MESSAGES.sample(without_nones({"messages": sample} if isinstance(sample, list) else dict(sample)), None)
-        check_conversation(sample, to_learn=False)
+        check_conversation(sample, for_training=False)
     return complete_messages(sample)
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from ..data import complete_messages
-from ..data.bad_samples import BadSample, one_sample
 from ..data.messages import is_trained, location_of
+from ..data.sample_errors import BadSample, one_sample
 from ..evaluation import metrics
 from ..evaluation.asking import ask
 from .collator import ConversationCollator

@@ -76,7 +76,7 @@ def data_counts(data: Any) -> tuple[dict[str, int | None], list[str]]:
     on the Hub."""
     if isinstance(data, PackedConversations):
         data = data.data
-    places = data.places if isinstance(data, Subset) else None if isinstance(data, Stream) else range(len(data))
+    places = data.indices if isinstance(data, Subset) else None if isinstance(data, Stream) else range(len(data))
     if isinstance(data, Subset):
         data = data.data
     if not isinstance(data, Mixture):

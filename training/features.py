@@ -17,11 +17,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data import complete_messages
-from ..data.bad_samples import BadSample, one_sample, shortened
-from ..data.images import fetched
 from ..data.messages import images_of
+from ..data.sample_errors import BadSample, one_sample
 from ..image_reading_dsvl import file_of, fit_thin_image, read_image
 from ..utils.atomic_files import atomic_path, write_atomically
+from ..utils.image_loading import fetch_image_source
+from ..utils.text import shortened
 from ..vision_dsvl import run_tower
 
 logger = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ class _NewImages(Dataset):
         keys, pixels = [], {}
         for source in images_of(complete_messages(self.data[place])):
             with contextlib.suppress(BadSample), one_sample():  # told when its batch is made
-                source = fetched(source, self.allow_urls)
+                source = fetch_image_source(source, self.allow_urls)
                 key = image_key(source)
                 if key not in self.known and key not in pixels:
                     image = fit_thin_image(read_image(source, allow_urls=False), self.image_processor)

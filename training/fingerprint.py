@@ -14,8 +14,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedConfig
 
-from ..data.mixture import read_yaml
 from ..utils.atomic_files import write_atomically
+from ..utils.yaml_files import read_yaml
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
 
 RECORD = "run.json"  # in the output directory

@@ -1,1 +1,1 @@
-"""What commands and packages share; nothing here imports torch or transformers before it is called."""
+"""Helpers that several parts of the package share. Importing them imports neither torch nor transformers."""

@@ -1,4 +1,4 @@
-"""A parser whose errors are short and suggest what was meant."""
+"""An argument parser with short errors that suggest the closest known word."""
 
 import argparse
 import difflib
@@ -11,12 +11,12 @@ _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser of `dsvl`; its subcommands' parsers are of this class too."""
+    """The parser of `dsvl` and of its subcommands."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse what is not known here, where it is known what is: the parser above has other flags.
+        """Report unknown flags in the subcommand's parser, which knows the valid ones.
 
-        A mistyped flag comes before what is missing without it.
+        An unknown flag is reported before missing arguments: a mistyped flag may be the cause of these.
         """
         args = list(sys.argv[1:] if args is None else args)
         if self._subparsers is None:
@@ -36,13 +36,13 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, without the usage of all flags, and leave with status 2."""
+        """Print the error without the list of all flags, and exit with status 2."""
         if match := _CHOICE.search(message):
             message += did_you_mean(match[1], re.findall(r"[\w.-]+", match[2]))
         self.exit(2, f"{self.prog}: {message}\n{self.prog} --help lists what it takes.\n")
 
 
 def did_you_mean(written: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown word; "" if no known one is like it."""
+    """A suggestion to append to a message about an unknown word; "" if no known word is similar."""
     close = difflib.get_close_matches(written, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""

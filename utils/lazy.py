@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used."""
+"""Lazy imports: a package's public names are imported when they are first used."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's `__getattr__` that imports what is asked for.
+    """Make the `__getattr__` of a package, which imports a name when it is first used.
 
     Args:
-        package: its name.
-        modules: a name -> the module of the package that has it; the empty string for a module of that name.
+        package (`str`): The name of the package.
+        modules (`Mapping[str, str]`): Name -> the module of the package that defines it; "" if it is a module itself.
 
-    Raises:
-        AttributeError: when another name is asked for.
+    Returns:
+        The function. It raises `AttributeError` for other names.
     """
 
     def get(name: str) -> Any:

@@ -1,14 +1,13 @@
-"""What the package uses of transformers beyond its documented API and beyond what its travelling code does.
+"""Names of transformers that are not part of its documented API, in one place.
 
-Names are imported from here, so that a rename in a new release is one failing test and one file to mend
-(`tests/test_transformers_names.py`).
-What the code in a checkpoint uses is in `transformers_dsvl.py`.
+If a new release renames one, `tests/test_transformers_names.py` fails and this file is the only one to change.
+`transformers_dsvl.py` does the same for the code that travels with a checkpoint.
 """
 
 from importlib import import_module
 from typing import Any
 
-# A name -> the module that has it, imported when it is first asked for: serving's takes packages of an extra.
+# Name -> the module that defines it. Imported on use: those for serving need packages of an extra.
 NAMES = {
     "INTEGRATION_TO_CALLBACK": "transformers.integrations",
     "get_available_reporting_integrations": "transformers.integrations",
@@ -32,7 +31,7 @@ NAMES = {
     "Modality": "transformers.cli.serving.utils",
     "_StreamError": "transformers.cli.serving.utils",
 }
-# What is overridden, called or read of a class, by "module.Class".
+# Class -> its members that are overridden, called or read.
 MEMBERS = {
     "transformers.GenerationMixin": (
         "_optimize_model_for_decode",
@@ -58,7 +57,7 @@ MENTIONED = {
 
 
 def __getattr__(name: str) -> Any:
-    """Looked up anew each time: some of these are variables."""
+    """Not cached, because some of these are variables."""
     if name not in NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(NAMES[name]), name)

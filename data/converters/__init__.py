@@ -1,10 +1,10 @@
-"""Converters: the raw records of published data sets as conversations, one small pure function for each.
+"""Converters of published data sets: each is a pure function from a raw record to a conversation.
 
-To add one, write a function of a raw record in a file of this folder, decorate it with `@converter(...)`, and import the
-file here.
+To add one, write a function of a raw record in a module of this folder, decorate it with `@converter(...)`, and import the
+module here.
 """
 
-from . import coco, mimicit, ocr_vqa, public, sparkles  # noqa: F401  (each registers its own)
-from .registry import CONVERTERS, Converter, LeftOut, Record, converter
+from . import coco, mimicit, ocr_vqa, public_formats, sparkles  # noqa: F401  (registers the converters)
+from .registry import CONVERTERS, Converter, RawRecord, SkipRecord, converter
 
-__all__ = ["CONVERTERS", "Converter", "LeftOut", "Record", "converter"]
+__all__ = ["CONVERTERS", "Converter", "RawRecord", "SkipRecord", "converter"]

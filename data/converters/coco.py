@@ -1,13 +1,13 @@
-"""Data sets about COCO's images: LLaVA, A-OKVQA, the captions; and MiniGPT-4's, which are captions too."""
+"""Data sets about images of COCO (LLaVA, A-OKVQA, captions), and the captions of MiniGPT-4."""
 
 import re
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..bad_samples import shortened
-from .public import llava_conversations
-from .registry import LeftOut, Sample, assistant, converter, read_list, read_records, take, take_texts, user
+from ...utils.text import shortened
+from .public_formats import llava_conversations
+from .registry import Sample, SkipRecord, assistant, converter, read_list, read_records, take, take_texts, user
 
 TRAIN2017 = "coco/train2017"
 LLAVA = ("llava/detail_23k.json", "llava/complex_reasoning_77k.json")
@@ -36,22 +36,22 @@ WHY = (
 
 
 def llava_image(record: Any) -> Sample:
-    """A LLaVA record about one image of COCO."""
+    """Convert a LLaVA record about one image of COCO."""
     sample = llava_conversations(record, Random())
     if len(sample["images"]) != 1 or not isinstance(sample["images"][0], str):
         raise ValueError(f"'image' of the record is {shortened(repr(record.get('image')))}; expected the name of one image.")
     return sample | {"images": [f"{TRAIN2017}/{sample['images'][0]}"]}
 
 
-@converter("llava", "LLaVA-Instruct: detailed descriptions and complex reasoning, first round", LLAVA, read_list(*LLAVA))
+@converter("llava", "LLaVA-Instruct: detailed descriptions and complex reasoning, first turn", LLAVA, read_list(*LLAVA))
 def llava(record: Any, random: Random) -> Sample:
     sample = llava_image(record)
     if not any(part["type"] == "image" for part in sample["messages"][0]["content"]):
-        raise LeftOut("no image in the first round")
+        raise SkipRecord("no image in the first turn")
     return sample | {"messages": sample["messages"][:2]}
 
 
-@converter("llava_dial", "LLaVA-Instruct: conversations, all rounds", (LLAVA_DIAL,), read_list(LLAVA_DIAL))
+@converter("llava_dial", "LLaVA-Instruct: conversations, all turns", (LLAVA_DIAL,), read_list(LLAVA_DIAL))
 def llava_dial(record: Any, random: Random) -> Sample:
     return llava_image(record)
 
@@ -75,22 +75,22 @@ def aokvqa(record: Any, random: Random) -> Sample:
 
 
 CAPTIONS = "coco_caption/dataset.json"
-CAPTION_SPLITS = ("train", "restval")  # val and test are what captions are measured on
+CAPTION_SPLITS = ("train", "restval")  # val and test are evaluation data
 
 
 @converter(
     "coco_caption",
-    "COCO captions (Karpathy's split; train and restval), one of an image's captions",
+    "COCO captions (Karpathy's split; train and restval), one random caption per image",
     (CAPTIONS,),
     read_list(CAPTIONS, key="imgid", inside="images"),
 )
 def coco_caption(record: Any, random: Random) -> Sample:
     split = take(record, "split", str)
     if split not in CAPTION_SPLITS:
-        raise LeftOut(f"split {shortened(split)}")
+        raise SkipRecord(f"split {shortened(split)}")
     captions = [take(sentence, "raw", str, "a sentence") for sentence in take(record, "sentences", list)]
     if not captions:
-        raise LeftOut("no caption")
+        raise SkipRecord("no caption")
     image = "/".join(["coco/2014", take(record, "filepath", str), take(record, "filename", str)])
     messages = [user(None, random.choice(DESCRIBE)), assistant(random.choice(captions))]
     return {"messages": messages, "images": [image]}
@@ -111,17 +111,17 @@ def minigpt4(record: Any, random: Random) -> Sample:
 
 
 def coco_name(image_id: str) -> str:
-    """MIMIC-IT's name of a COCO image, without its first 8 characters (`CGD_IMG_`), as a path."""
+    """The path of a COCO image, from its id in MIMIC-IT: `CGD_IMG_` and the name of the image."""
     name = image_id[8:]
     if not re.fullmatch(r"\w+", name):
         raise ValueError(
-            f"the image id {shortened(repr(image_id))} is no name of a COCO image; expected CGD_IMG_ and 12 digits."
+            f"the image id {shortened(repr(image_id))} does not name an image of COCO; expected CGD_IMG_ and 12 digits."
         )
     return f"{TRAIN2017}/{name}.jpg"
 
 
 def conversations_by_image(root: Path) -> dict[str, list[Any]]:
-    """All of LLaVA's records, by their image's path: descriptions, then reasoning, then conversations."""
+    """Image path -> the LLaVA records about it: descriptions, then reasoning, then conversations."""
     by_image: dict[str, list[Any]] = {}
     for file in (*LLAVA, LLAVA_DIAL):
         for record in read_records(root / file):

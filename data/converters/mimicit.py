@@ -1,4 +1,4 @@
-"""MIMIC-IT: instructions about the images of one conversation, which lie in COCO or, as base64, in a file beside them."""
+"""MIMIC-IT: instructions about images of COCO, or about images that a second file contains as base64."""
 
 import base64
 import binascii
@@ -9,11 +9,11 @@ from random import Random
 from typing import Any
 
 from ...utils.atomic_files import atomic_path
-from ..bad_samples import shortened
+from ...utils.text import shortened
 from .coco import LLAVA, LLAVA_DIAL, coco_name, conversations_by_image, llava_image
-from .registry import LeftOut, Record, Sample, assistant, converter, read_json, take, take_texts, user
+from .registry import RawRecord, Sample, SkipRecord, assistant, converter, read_json, take, take_texts, user
 
-MAX_IMAGES = 8  # of a conversation; more are frames of a film
+MAX_IMAGES = 8  # in a conversation; conversations with more are about video frames
 MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp"}
 
 
@@ -21,24 +21,25 @@ def instructions(name: str) -> str:
     return f"MIMIC-IT/{name}_instructions.json"
 
 
-def read_groups(path: Path, place: Callable[[str], str | None]) -> Iterator[Record]:
-    """The conversations of an instruction file.
+def read_groups(path: Path, image_path: Callable[[str], str | None]) -> Iterator[RawRecord]:
+    """Read the conversations of an instruction file.
 
-    `rel_ins_ids` names the other rounds of an instruction's conversation; an instruction belongs to the first conversation
-    that names it.
+    `rel_ins_ids` of an instruction names the other turns of its conversation. An instruction belongs to the first
+    conversation that names it.
 
     Args:
-        place: an image's id -> its path, or None if there is no such image.
+        path (`Path`): The instruction file.
+        image_path (`Callable`): Image id -> its path, or None if the image does not exist.
 
     Yields:
-        records of `{"rounds": [{"instruction", "answer", "images"}]}`.
+        `RawRecord`: Records whose value is `{"turns": [{"instruction", "answer", "images"}]}`.
     """
     data = take(read_json(path), "data", dict, path.name)
     used: set[str] = set()
     for first in data:
         if first in used:
             continue
-        record = Record(first, {"rounds": []})
+        record = RawRecord(first, {"turns": []})
         related = take_texts(data[first], "rel_ins_ids", first)
         for name in dict.fromkeys([first, *related]):
             if name not in data:
@@ -46,25 +47,29 @@ def read_groups(path: Path, place: Callable[[str], str | None]) -> Iterator[Reco
             elif name not in used:
                 used.add(name)
                 ids = take_texts(data[name], "image_ids", name)
-                images = [image for image in map(place, ids) if image is not None]
+                images = [image for image in map(image_path, ids) if image is not None]
                 if len(images) < len(ids):
                     record.dropped["an image that is not in the image file"] += len(ids) - len(images)
                 texts = {key: take(data[name], key, str, name) for key in ("instruction", "answer")}
-                record.value["rounds"].append(texts | {"images": images})
+                record.value["turns"].append(texts | {"images": images})
         yield record
 
 
-def talk(rounds: list[dict[str, Any]], shown: list[str], most: int | None = None) -> list[dict[str, Any]]:
-    """Rounds as messages; an image stands before the first question about it, and is added to `shown`."""
+def turns_to_messages(turns: list[dict[str, Any]], shown: list[str], max_images: int | None = None) -> list[dict[str, Any]]:
+    """Convert turns to messages. An image is inserted before the first question about it, and appended to `shown`.
+
+    Raises:
+        SkipRecord: If there is no image, or more than `max_images`.
+    """
     messages: list[dict[str, Any]] = []
-    for turn in rounds:
+    for turn in turns:
         new = [image for image in turn["images"] if image not in shown]
         shown += new
         messages += [user(*[None] * len(new), turn["instruction"].strip()), assistant(turn["answer"])]
     if not shown:
-        raise LeftOut("no image")
-    if most is not None and len(shown) > most:
-        raise LeftOut(f"more than {most} images")
+        raise SkipRecord("no image")
+    if max_images is not None and len(shown) > max_images:
+        raise SkipRecord(f"more than {max_images} images")
     return messages
 
 
@@ -76,13 +81,13 @@ def talk(rounds: list[dict[str, Any]], shown: list[str], most: int | None = None
 )
 def otter_mimicit_cgd(record: Any, random: Random) -> Sample:
     shown: list[str] = []
-    return {"messages": talk(record["rounds"], shown), "images": shown}
+    return {"messages": turns_to_messages(record["turns"], shown), "images": shown}
 
 
-def extracted(name: str) -> Callable[[Path, Path], Iterator[Record]]:
-    """A reader of an instruction file whose images are written from the file beside it into a folder first."""
+def extracted(name: str) -> Callable[[Path, Path], Iterator[RawRecord]]:
+    """Make a reader of an instruction file that first extracts the images from the image file."""
 
-    def read(root: Path, images: Path) -> Iterator[Record]:
+    def read(root: Path, images: Path) -> Iterator[RawRecord]:
         paths = extract_images(root / f"MIMIC-IT/{name}", images / name)
         return read_groups(root / instructions(name), paths.get)
 
@@ -90,10 +95,10 @@ def extracted(name: str) -> Callable[[Path, Path], Iterator[Record]]:
 
 
 def extract_images(source: Path, folder: Path) -> dict[str, str]:
-    """Write the images of `source`.json (id: base64), or `source`.parquet, as files; what is there is kept.
+    """Extract the images of `source`.json (id -> base64) or `source`.parquet to files, unless this was done before.
 
     Returns:
-        An image's id -> its absolute path. One that is no image is absent.
+        `dict[str, str]`: Image id -> its absolute path. Entries that are not images are missing.
     """
     complete = folder / "complete"
     if not complete.is_file():
@@ -108,7 +113,7 @@ def extract_images(source: Path, folder: Path) -> dict[str, str]:
                 continue
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(
-                    f"{source}: the image id {shortened(repr(name))} cannot be a file's name; expected letters and digits."
+                    f"{source}: the image id {shortened(repr(name))} cannot be a file name; expected letters and digits."
                 )
             with atomic_path(folder / f"{name}{suffix}") as partial:
                 partial.write_bytes(content)
@@ -129,8 +134,8 @@ def _base64_of(source: Path) -> Iterator[tuple[str, str]]:
         return
     path = source.with_name(f"{source.name}.json")
     if not path.is_file():
-        raise FileNotFoundError(f"Neither {path} nor {table} exists; one of them holds the images.")
-    import ijson  # such a file can be larger than the memory
+        raise FileNotFoundError(f"Neither {path} nor {table} exists; one of them must contain the images.")
+    import ijson  # the file may be larger than the memory
 
     with path.open("rb") as file:
         try:
@@ -140,10 +145,10 @@ def _base64_of(source: Path) -> Iterator[tuple[str, str]]:
             raise ValueError(f"{path} is not JSON, or only a part of it ({error}); fetch it again.") from error
 
 
-def _register(name: str, about: str, most: int | None) -> None:
+def _register(name: str, about: str, max_images: int | None) -> None:
     def convert(record: Any, random: Random) -> Sample:
         shown: list[str] = []
-        return {"messages": talk(record["rounds"], shown, most), "images": shown}
+        return {"messages": turns_to_messages(record["turns"], shown, max_images), "images": shown}
 
     files = (instructions(name), f"MIMIC-IT/{name}.json | .parquet")
     converter(f"otter_mimicit_{name.lower()}", f"MIMIC-IT: {about}", files, extracted(name))(convert)
@@ -155,17 +160,17 @@ _register("TVC", "television series", MAX_IMAGES)
 _register("VST", "stories in images", MAX_IMAGES)
 
 
-def read_blend(root: Path, images: Path) -> Iterator[Record]:
+def read_blend(root: Path, images: Path) -> Iterator[RawRecord]:
     by_image = conversations_by_image(root)
     for record in read_groups(root / instructions("CGD"), coco_name):
-        named = dict.fromkeys(image for turn in record.value["rounds"] for image in turn["images"])
+        named = dict.fromkeys(image for turn in record.value["turns"] for image in turn["images"])
         record.value["conversations"] = {image: by_image.get(image, []) for image in named}
         yield record
 
 
 @converter(
     "llava_otter_blend",
-    "LLaVA's conversations about two images of COCO, and then MIMIC-IT's about their differences",
+    "LLaVA's conversations about two images of COCO, followed by MIMIC-IT's about their differences",
     (instructions("CGD"), *LLAVA, LLAVA_DIAL),
     read_blend,
 )
@@ -175,13 +180,14 @@ def llava_otter_blend(record: Any, random: Random) -> Sample:
     images = list(record["conversations"])
     for image in images:
         for conversation in record["conversations"][image]:
-            rounds = llava_image(conversation)["messages"]
+            own = llava_image(conversation)["messages"]
             if image in shown:
-                rounds = [m | {"content": [part for part in m["content"] if part["type"] != "image"]} for m in rounds]
+                own = [m | {"content": [part for part in m["content"] if part["type"] != "image"]} for m in own]
             shown += [image] * (image not in shown)
-            messages += rounds
+            messages += own
         if image not in shown and image != images[-1]:
-            raise LeftOut("no LLaVA conversation about an image before the last")  # which would then come first
+            # Without it, the last image would come first.
+            raise SkipRecord("no LLaVA conversation about an image before the last")
     if not messages:
-        raise LeftOut("no LLaVA conversation about its images")
-    return {"messages": messages + talk(record["rounds"], shown), "images": shown}
+        raise SkipRecord("no LLaVA conversation about its images")
+    return {"messages": messages + turns_to_messages(record["turns"], shown), "images": shown}

@@ -1,4 +1,4 @@
-"""What a converter is, and what the raw files of all of them need."""
+"""The registry of converters, and helpers to read raw files."""
 
 import json
 from collections import Counter
@@ -8,24 +8,24 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..bad_samples import shortened
+from ...utils.text import shortened
 
 Sample = dict[str, Any]
 
 
-class LeftOut(ValueError):
-    """A sound record that is no sample, by a rule of its data set; it is counted under its reason."""
+class SkipRecord(ValueError):
+    """Raised for a valid record that a rule of its data set excludes; it is counted under this reason."""
 
 
 @dataclass
-class Record:
-    """One raw record, or what several of them have become that belong together.
+class RawRecord:
+    """One raw record, or several that form one conversation.
 
     Attributes:
-        id: what the data set calls it, for messages and as the seed of what is chosen at random.
-        value: the record.
-        dropped: parts of it that are left out already, by reason.
-        broken: why there is no value, if it could not be read.
+        id (`str`): The name of the record in its data set, for messages and as part of the random seed.
+        value: The record.
+        dropped (`Counter[str]`): Reason -> the number of parts that the reader dropped.
+        broken (`str`, *optional*): Why the record could not be read; `value` is then None.
     """
 
     id: str
@@ -36,21 +36,22 @@ class Record:
 
 @dataclass(frozen=True)
 class Converter:
-    """How one data set becomes conversations.
+    """Converts one data set to conversations.
 
     Attributes:
-        name: as in DeepSpeed-VisualChat.
-        about: a line about it.
-        files: what it reads, below the data root.
-        read: (root, folder for images that lie inside a raw file) -> the records, in the order of the file.
-        convert: (a record's value, random numbers of its own) -> a sample, whose `images` are paths below the data root,
-            absolute paths, or bytes. Raises LeftOut, or ValueError for a broken record.
+        name (`str`): The name, as in DeepSpeed-VisualChat.
+        about (`str`): A description in one line.
+        files (`tuple[str, ...]`): The raw files, relative to the data root.
+        read (`Callable`): (root, folder for images that are extracted from a raw file) -> the records, in the order of the
+            file.
+        convert (`Callable`): (value of a record, its random generator) -> a sample whose `images` are paths relative to the
+            data root, absolute paths, or bytes. Raises `SkipRecord`, or `ValueError` for a broken record.
     """
 
     name: str
     about: str
     files: tuple[str, ...]
-    read: Callable[[Path, Path], Iterable[Record]]
+    read: Callable[[Path, Path], Iterable[RawRecord]]
     convert: Callable[[Any, Random], Sample]
 
 
@@ -58,9 +59,9 @@ CONVERTERS: dict[str, Converter] = {}
 
 
 def converter(
-    name: str, about: str, files: tuple[str, ...], read: Callable[[Path, Path], Iterable[Record]]
+    name: str, about: str, files: tuple[str, ...], read: Callable[[Path, Path], Iterable[RawRecord]]
 ) -> Callable[[Callable[[Any, Random], Sample]], Callable[[Any, Random], Sample]]:
-    """Register the decorated function under a name; the arguments are those of `Converter`."""
+    """Register the decorated function as a converter; for the arguments see `Converter`."""
 
     def register(convert: Callable[[Any, Random], Sample]) -> Callable[[Any, Random], Sample]:
         CONVERTERS[name] = Converter(name, about, files, read, convert)
@@ -69,30 +70,31 @@ def converter(
     return register
 
 
-def read_list(*files: str, key: str = "id", inside: str | None = None) -> Callable[[Path, Path], Iterator[Record]]:
-    """A reader of JSON files that hold a list of records.
+def read_list(*files: str, key: str = "id", inside: str | None = None) -> Callable[[Path, Path], Iterator[RawRecord]]:
+    """Make a reader of JSON files with a list of records.
 
     Args:
-        files: below the data root.
-        key: under which a record has its id.
-        inside: the key of the list, if the file holds an object.
+        files (`str`): The files, relative to the data root.
+        key (`str`, *optional*, defaults to `"id"`): The key of a record's id.
+        inside (`str`, *optional*): The key of the list, if the file contains an object.
     """
 
-    def read(root: Path, images: Path) -> Iterator[Record]:
+    def read(root: Path, images: Path) -> Iterator[RawRecord]:
         for file in files:
             records = read_records(root / file) if inside is None else take(read_json(root / file), inside, list, file)
             for number, record in enumerate(records):
                 name = record.get(key, number) if isinstance(record, dict) else number
-                yield Record(f"{Path(file).name}: {name}", record)
+                yield RawRecord(f"{Path(file).name}: {name}", record)
 
     return read
 
 
 def read_records(path: Path) -> list[Any]:
-    """A whole JSON file that holds a list of records.
+    """Read a JSON file with a list of records.
 
     Raises:
-        FileNotFoundError, ValueError: if it is absent, not whole or no list.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not JSON, truncated, or not a list.
     """
     records = read_json(path)
     if not isinstance(records, list):
@@ -101,13 +103,14 @@ def read_records(path: Path) -> list[Any]:
 
 
 def read_json(path: Path) -> Any:
-    """A whole JSON file.
+    """Read a JSON file.
 
     Raises:
-        FileNotFoundError, ValueError: if it is absent or not whole.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not JSON, or truncated.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; --root must be the folder that holds it.")
+        raise FileNotFoundError(f"{path} does not exist; --root must be the folder that contains it.")
     try:
         with path.open(encoding="utf-8") as file:
             return json.load(file)
@@ -116,10 +119,10 @@ def read_json(path: Path) -> Any:
 
 
 def take(record: Any, key: str, kind: type | tuple[type, ...], where: str = "the record") -> Any:
-    """`record[key]`, held against its type.
+    """Get `record[key]`, and check its type.
 
     Raises:
-        ValueError: naming the key, what is there and what was expected.
+        ValueError: If the key is absent, or its value has another type.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{where} is {_kind(record)}; expected an object with {key!r}.")
@@ -132,7 +135,7 @@ def take(record: Any, key: str, kind: type | tuple[type, ...], where: str = "the
 
 
 def take_texts(record: Any, key: str, where: str = "the record") -> list[str]:
-    """`record[key]`, a list of texts."""
+    """Get `record[key]`, and check that it is a list of strings."""
     values = take(record, key, list, where)
     wrong = [value for value in values if not isinstance(value, str)]
     if wrong:
@@ -141,14 +144,18 @@ def take_texts(record: Any, key: str, where: str = "the record") -> list[str]:
 
 
 def user(*parts: str | None) -> dict[str, Any]:
-    """A user's message: a text for each text, an image for each None."""
+    """A user's message. Each None becomes an image part, each string a text part."""
     return {"role": "user", "content": [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts]}
 
 
 def assistant(text: str) -> dict[str, Any]:
-    """An answer; one of white space alone has nothing to learn."""
+    """An assistant's message.
+
+    Raises:
+        SkipRecord: If the text is empty.
+    """
     if not text.strip():
-        raise LeftOut("an empty answer")
+        raise SkipRecord("an empty answer")
     return {"role": "assistant", "content": [{"type": "text", "text": text.strip()}]}
 
 

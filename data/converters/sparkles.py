@@ -1,4 +1,4 @@
-"""SparklesDialogue: dialogues in which images are words of a sentence."""
+"""SparklesDialogue: dialogues with images inside sentences."""
 
 import re
 from collections.abc import Iterator
@@ -6,36 +6,36 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..bad_samples import shortened
+from ...utils.text import shortened
 from .mimicit import MAX_IMAGES
-from .public import check_turns
-from .registry import LeftOut, Record, Sample, assistant, converter, read_records, take, user
+from .public_formats import check_roles
+from .registry import RawRecord, Sample, SkipRecord, assistant, converter, read_records, take, user
 
 PARTS = ("SparklesDialogueCC", "SparklesDialogueVG")
 FILES = tuple(f"{part}/annotations/{part}.json" for part in PARTS)
-# The whole number: IMAGE#14 is no part of IMAGE#1417.
+# All digits: IMAGE#14 must not match the beginning of IMAGE#1417.
 NAME = re.compile(r"IMAGE#(\d+)(\s*<Img><ImageHere></Img>)?")
 
 
-def read(root: Path, images: Path) -> Iterator[Record]:
+def read(root: Path, images: Path) -> Iterator[RawRecord]:
     for part, file in zip(PARTS, FILES, strict=True):
         for number, record in enumerate(read_records(root / file)):
-            yield Record(f"{part}: {number}", (f"{part}/images", record))
+            yield RawRecord(f"{part}: {number}", (f"{part}/images", record))
 
 
-@converter("sparkles_dialogue", "SparklesDialogue, both parts: several images in the words of a question", FILES, read)
+@converter("sparkles_dialogue", "SparklesDialogue, both parts: several images inside a question's sentences", FILES, read)
 def sparkles_dialogue(record: Any, random: Random) -> Sample:
     folder, dialogue = record
-    numbers: dict[str, int] = {}  # an image's id -> its number in the conversation
+    numbers: dict[str, int] = {}  # image id -> its number in the conversation
     messages = []
-    turns = take(dialogue, "dialogue", list)
-    check_turns([take(turn, "role", str, "a message") for turn in turns])
-    for turn in turns:
-        text = take(turn, "content", str, "a message")
-        if turn["role"] == "assistant":
+    entries = take(dialogue, "dialogue", list)
+    check_roles([take(entry, "role", str, "a message") for entry in entries])
+    for entry in entries:
+        text = take(entry, "content", str, "a message")
+        if entry["role"] == "assistant":
             messages.append(assistant(NAME.sub(lambda name: _called(name[1], numbers), text)))
             continue
-        own = [str(take(image, "image_id", (str, int), "an image")) for image in turn.get("images") or []]
+        own = [str(take(image, "image_id", (str, int), "an image")) for image in entry.get("images") or []]
         placed = [name[1] for name in NAME.finditer(text) if name[2]]
         if sorted(own) != sorted(set(placed)):
             raise ValueError(f"a message has the images {shortened(own)}, but its text places {shortened(placed)}.")
@@ -44,16 +44,16 @@ def sparkles_dialogue(record: Any, random: Random) -> Sample:
             numbers[image] = len(numbers) + 1
         messages.append(user(*_parts(text.strip(), numbers, set(new))))
     if not numbers:
-        raise LeftOut("no image")
+        raise SkipRecord("no image")
     if len(numbers) > MAX_IMAGES:
-        raise LeftOut(f"more than {MAX_IMAGES} images")
+        raise SkipRecord(f"more than {MAX_IMAGES} images")
     return {"messages": messages, "images": [f"{folder}/{image}.jpg" for image in numbers]}
 
 
 def _parts(text: str, numbers: dict[str, int], new: set[str]) -> list[str | None]:
-    """A question with its images where they are among the words.
+    """Split a question into its texts and images.
 
-    The chat template leaves an image's name between words; at the ends of the text, where it would not, it is written out.
+    The chat template writes the names of images between words, but not at the ends of a text; there they are written out.
     """
     parts: list[str | None] = []
     words, end = "", 0
@@ -74,5 +74,5 @@ def _parts(text: str, numbers: dict[str, int], new: set[str]) -> list[str | None
 
 def _called(image: str, numbers: dict[str, int]) -> str:
     if image not in numbers:
-        raise LeftOut("an image that is named but not shown")
+        raise SkipRecord("an image that is named but not shown")
     return f"Image {numbers[image]}"

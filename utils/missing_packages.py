@@ -1,8 +1,8 @@
-"""Which extra of the package brings a package that is not installed."""
+"""Messages about packages that are not installed: which extra of `dsvl` installs them."""
 
 import re
 
-# As pyproject.toml has them; the first is named unless the command has an extra of its own name.
+# The extras in pyproject.toml. The first is named, unless there is one with the name of the command.
 EXTRAS = {
     "bitsandbytes": ("gpu",),
     "datasets": ("data", "train", "evaluate"),
@@ -25,13 +25,18 @@ EXTRAS = {
 }
 
 
-def with_remedy(error: ImportError, command: str | None) -> str:
-    """An error's message; of a package that is missing, what to install."""
-    said = str(error)
+def import_error_message(error: ImportError, command: str | None) -> str:
+    """The message of an `ImportError`, with the command that installs a missing package.
+
+    Args:
+        error (`ImportError`): The error.
+        command (`str`, *optional*): The subcommand of `dsvl` that failed.
+    """
+    message = str(error)
     extras = EXTRAS.get((error.name or "").partition(".")[0], ())
     if not extras:
-        return said
+        return message
     extra = command if command in extras else extras[0]
-    if "pip install" in said:
-        return re.sub(r"'dsvl\[\w+\]'", f"'dsvl[{extra}]'", said)
-    return f"{said}; pip install 'dsvl[{extra}]'."
+    if "pip install" in message:
+        return re.sub(r"'dsvl\[\w+\]'", f"'dsvl[{extra}]'", message)
+    return f"{message}; pip install 'dsvl[{extra}]'."

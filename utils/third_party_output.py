@@ -1,24 +1,24 @@
-"""What other packages print in ordinary runs, and nobody can act on."""
+"""Silences log lines and warnings of other packages that users cannot act on."""
 
 import logging
 import warnings
 
-# A logger, and how the lines begin that it need not print.
+# Logger -> the beginnings of its messages to drop.
 _LINES = {
     "transformers.utils.import_utils": ("`CLIPImageProcessor` requires torchvision",),
     "transformers.trainer": (
         "`non_blocking` is enabled but `dataloader_pin_memory` is not",
-        # Tied to the embeddings, which are there: keys are compared with the model's own when a checkpoint is written.
+        # lm_head.weight is tied to the embeddings. dsvl compares the keys itself when it writes a checkpoint.
         "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
     ),
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     "DeepSpeed": ("Setting accelerator to CPU", "Setting ds_accelerator to"),
 }
-# How packages call each other; a regular expression of the modules that are called.
+# Modules whose deprecation warnings are about calls between these packages; a regular expression.
 _OTHERS = r"(torch|transformers|accelerate|deepspeed|peft|datasets|bitsandbytes)(\.|$)"
 
 
-class _Hushed(logging.Filter):
+class _DropMessages(logging.Filter):
     def __init__(self, lines: tuple[str, ...]) -> None:
         super().__init__()
         self.lines = lines
@@ -27,13 +27,13 @@ class _Hushed(logging.Filter):
         return record.levelno >= logging.ERROR or not record.getMessage().strip().startswith(self.lines)
 
 
-def hush_others() -> None:
-    """Leave these lines out, for the rest of the process; before the packages are imported.
+def silence_third_party_output() -> None:
+    """Drop these messages for the rest of the process; call it before the packages are imported.
 
-    Errors, all other warnings, and whatever is ours stay.
+    Errors, other warnings and the messages of `dsvl` are kept.
     """
     for name, lines in _LINES.items():
-        logging.getLogger(name).addFilter(_Hushed(lines))
+        logging.getLogger(name).addFilter(_DropMessages(lines))
     warnings.filterwarnings("ignore", r"'pin_memory' argument is set as true but no accelerator is found", UserWarning)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=_OTHERS)

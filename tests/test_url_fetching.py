@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from dsvl.data import addresses
-from dsvl.data.addresses import AddressError, fetch, is_public
 from dsvl.serving.images import fetch_images
 from dsvl.serving.requests import Limits, RequestError
+from dsvl.utils import url_fetching
+from dsvl.utils.url_fetching import FetchError, fetch_url, is_public
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def test_addresses_of_the_internet_are() -> None:
     + ["http://127.0.0.1/a", "http://localhost/a", "http://2130706433/a", "http://0x7f.1/a", "http://[::1]/a"],
 )
 def test_addresses_that_are_refused(url: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(addresses.socket, "socket", lambda *arguments: pytest.fail("it was connected to"))
-    with pytest.raises(AddressError):
-        fetch(url, 1000)
+    monkeypatch.setattr(url_fetching.socket, "socket", lambda *arguments: pytest.fail("it was connected to"))
+    with pytest.raises(FetchError):
+        fetch_url(url, 1000)
 
 
 class Site:
@@ -102,9 +102,9 @@ def site(monkeypatch: Any) -> Iterator[Callable[..., Site]]:
     def lookup(host: str, port: int, *arguments: Any, **options: Any) -> Any:
         return resolve("127.0.0.1" if host == "site.example" else host, port, *arguments, **options)
 
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", lookup)
-    known = addresses.is_public
-    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1" or known(address))
+    monkeypatch.setattr(url_fetching.socket, "getaddrinfo", lookup)
+    known = url_fetching.is_public
+    monkeypatch.setattr(url_fetching, "is_public", lambda address: address == "127.0.0.1" or known(address))
 
     def start(serve: Callable[[Any, str], None], tls: ssl.SSLContext | None = None) -> Site:
         sites.append(Site(serve, tls))
@@ -125,7 +125,7 @@ def test_bytes_of_a_public_address(site: Callable[..., Site]) -> None:
         connection.sendall(onward if path == "/" else answer(b"pixels"))
 
     one = site(serve)
-    assert fetch(f"http://site.example:{one.port}/", 1000) == b"pixels"
+    assert fetch_url(f"http://site.example:{one.port}/", 1000) == b"pixels"
     assert one.visits == ["/", "/image?a=1"]
 
 
@@ -149,28 +149,28 @@ def test_redirects_are_checked_like_the_first_address(site: Callable[..., Site])
     inner = site(lambda connection, path: connection.sendall(answer(b"secret")))
     for target in (f"http://127.0.0.2:{inner.port}/", "file:///etc/passwd", f"http://[::ffff:127.0.0.2]:{inner.port}/"):
         outer = site(lambda connection, path, target=target: connection.sendall(answer(b"", "307 x", f"Location: {target}")))
-        with pytest.raises(AddressError):
-            fetch(f"http://site.example:{outer.port}/", 1000)
+        with pytest.raises(FetchError):
+            fetch_url(f"http://site.example:{outer.port}/", 1000)
         assert outer.visits and not inner.visits
     endless = site(lambda connection, path: connection.sendall(answer(b"", "301 x", "Location: /again")))
-    with pytest.raises(AddressError, match="more than 5 times"):
-        fetch(f"http://site.example:{endless.port}/", 1000)
+    with pytest.raises(FetchError, match="more than 5 times"):
+        fetch_url(f"http://site.example:{endless.port}/", 1000)
     assert len(endless.visits) == 6
 
 
 def test_a_name_with_one_private_address_is_refused(site: Callable[..., Site], monkeypatch: Any) -> None:
     one = site(lambda connection, path: connection.sendall(answer(b"secret")))
     entries = [(2, 1, 6, "", ("127.0.0.1", one.port)), (2, 1, 6, "", ("10.0.0.1", one.port))]
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", lambda *arguments, **options: entries)
-    with pytest.raises(AddressError):
-        fetch(f"http://site.example:{one.port}/", 1000)
+    monkeypatch.setattr(url_fetching.socket, "getaddrinfo", lambda *arguments, **options: entries)
+    with pytest.raises(FetchError):
+        fetch_url(f"http://site.example:{one.port}/", 1000)
     assert not one.visits
 
 
 def test_size_and_time_are_bounded(site: Callable[..., Site]) -> None:
     large = site(lambda connection, path: connection.sendall(answer(b"x" * 3000)))
-    with pytest.raises(AddressError, match="larger than 2,000 bytes"):
-        fetch(f"http://site.example:{large.port}/", 2000)
+    with pytest.raises(FetchError, match="larger than 2,000 bytes"):
+        fetch_url(f"http://site.example:{large.port}/", 2000)
 
     def drip(connection: socket.socket, path: str) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\n")
@@ -187,8 +187,8 @@ def test_size_and_time_are_bounded(site: Callable[..., Site]) -> None:
     for serve in (drip, drip_body):
         slow = site(serve)
         begun = time.monotonic()
-        with pytest.raises(AddressError):
-            fetch(f"http://site.example:{slow.port}/", 1000, seconds=0.4)
+        with pytest.raises(FetchError):
+            fetch_url(f"http://site.example:{slow.port}/", 1000, seconds=0.4)
         assert time.monotonic() - begun < 2
 
 
@@ -197,18 +197,18 @@ def test_failures_tell_nothing_of_this_network(site: Callable[..., Site]) -> Non
         port = free.getsockname()[1]
     said = []
     for url in (f"http://site.example:{port}/", "http://10.0.0.1/", "http://no.such.name.invalid/"):
-        with pytest.raises(AddressError) as refused:
-            fetch(url, 1000)
+        with pytest.raises(FetchError) as refused:
+            fetch_url(url, 1000)
         said.append(str(refused.value))
     assert len(set(said)) == 1
 
 
 def test_looking_a_name_up_is_bounded_too(monkeypatch: Any) -> None:
     done = threading.Event()
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", lambda *arguments, **options: done.wait(10))
+    monkeypatch.setattr(url_fetching.socket, "getaddrinfo", lambda *arguments, **options: done.wait(10))
     begun = time.monotonic()
-    with pytest.raises(AddressError, match="too long"):
-        fetch("http://slow.example/", 1000, seconds=0.2)
+    with pytest.raises(FetchError, match="too long"):
+        fetch_url("http://slow.example/", 1000, seconds=0.2)
     assert time.monotonic() - begun < 2
     done.set()
 
@@ -218,17 +218,17 @@ def test_every_address_of_a_name_is_tried(site: Callable[..., Site], monkeypatch
     with socket.create_server(("127.0.0.1", 0)) as free:
         closed = free.getsockname()[1]
     entries = [(2, 1, 6, "", ("127.0.0.1", port)) for port in (closed, one.port)]
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", lambda *arguments, **options: entries)
-    assert fetch("http://site.example/", 1000) == b"pixels"
+    monkeypatch.setattr(url_fetching.socket, "getaddrinfo", lambda *arguments, **options: entries)
+    assert fetch_url("http://site.example/", 1000) == b"pixels"
 
 
 def test_what_is_cut_off_or_missing_is_no_image(site: Callable[..., Site]) -> None:
     cut = site(lambda connection, path: connection.sendall(answer(b"pixels")[:-1]))
-    with pytest.raises(AddressError, match="broke off"):
-        fetch(f"http://site.example:{cut.port}/", 1000)
+    with pytest.raises(FetchError, match="broke off"):
+        fetch_url(f"http://site.example:{cut.port}/", 1000)
     missing = site(lambda connection, path: connection.sendall(answer(b"pixels", "404 Not Found")))
-    with pytest.raises(AddressError, match="status 404"):
-        fetch(f"http://site.example:{missing.port}/", 1000)
+    with pytest.raises(FetchError, match="status 404"):
+        fetch_url(f"http://site.example:{missing.port}/", 1000)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate by openssl")
@@ -246,9 +246,9 @@ def test_a_certificate_is_checked_against_the_address_that_was_named(
         connection.sendall(answer(b"pixels"))
 
     one = site(serve, context)
-    with pytest.raises(AddressError, match="certificate is not valid"):
-        fetch(f"https://site.example:{one.port}/", 1000)
+    with pytest.raises(FetchError, match="certificate is not valid"):
+        fetch_url(f"https://site.example:{one.port}/", 1000)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # now somebody vouches for it
-    assert fetch(f"https://site.example:{one.port}/", 1000) == b"pixels"
-    with pytest.raises(AddressError, match="certificate is not valid"):
-        fetch(f"https://127.0.0.1:{one.port}/", 1000)
+    assert fetch_url(f"https://site.example:{one.port}/", 1000) == b"pixels"
+    with pytest.raises(FetchError, match="certificate is not valid"):
+        fetch_url(f"https://127.0.0.1:{one.port}/", 1000)

@@ -1,6 +1,6 @@
-"""Records by index, without holding them: lines and arrays of JSON, rows of CSV, shards of WebDataset.
+"""Readers of records by index: JSON lines, JSON arrays, CSV and shards of WebDataset. Records are not kept in memory.
 
-`read` is the file's business and may fail as files do; `parse` is the record's.
+`read` accesses the file, so its errors are errors of the file; errors of `parse` are errors of a single record.
 """
 
 import csv
@@ -15,20 +15,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .bad_samples import shortened
+from ..utils.text import shortened
 
 CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 BOM = b"\xef\xbb\xbf"
-WHITE = b" \t\r\n"
+WHITESPACE = b" \t\r\n"
 
 
 class Records:
     """Records by index.
 
     Attributes:
-        source: what they are from, for messages.
-        root: the folder at which relative paths of images start; None if there is none.
-        keys: the columns, if all records have the same.
+        source (`str`): The name of the file or data set, for messages.
+        root (`Path`, *optional*): The folder to which relative image paths refer.
+        keys (`list[str]`, *optional*): The columns of a table.
     """
 
     source: str
@@ -39,24 +39,24 @@ class Records:
         raise NotImplementedError
 
     def location(self, index: int) -> str:
-        """Where a record is, for messages."""
+        """The file and line of a record, for messages."""
         raise NotImplementedError
 
     def read(self, index: int) -> Any:
-        """A record as the file has it. What this raises is the file's fault."""
+        """Read a record without parsing it. An error is an error of the file."""
         raise NotImplementedError
 
     def parse(self, raw: Any) -> Any:
-        """What `read` gave as Python objects. What this raises is the record's fault."""
+        """Parse what `read` returned. An error is an error of this record."""
         raise NotImplementedError
 
 
-class Spans(Records):
-    """Records that are stretches of bytes of a file; a file that is compressed is held in memory, unpacked."""
+class ByteRangeRecords(Records):
+    """Records that are byte ranges of a file. A compressed file is decompressed in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.source, self.root = path, str(path), path.parent
-        self.unpacked = _unpacked(path) if path.suffix == ".gz" else None
+        self.decompressed = _decompress(path) if path.suffix == ".gz" else None
         self.starts, self.ends, self.lines = array("q"), array("q"), array("q")
 
     def __len__(self) -> int:
@@ -67,14 +67,14 @@ class Spans(Records):
 
     def read(self, index: int) -> bytes:
         start, end = self.starts[index], self.ends[index]
-        if self.unpacked is not None:
-            return self.unpacked[start:end]
+        if self.decompressed is not None:
+            return self.decompressed[start:end]
         with self.path.open("rb") as file:
             file.seek(start)
             return file.read(end - start)
 
     def open(self) -> Any:
-        return self.path.open("rb") if self.unpacked is None else io.BytesIO(self.unpacked)
+        return self.path.open("rb") if self.decompressed is None else io.BytesIO(self.decompressed)
 
     def add(self, start: int, end: int, line: int) -> None:
         self.starts.append(start)
@@ -82,15 +82,15 @@ class Spans(Records):
         self.lines.append(line)
 
 
-class JsonRecords(Spans):
-    """A record in each line; or the elements of an array; or one object that is spread over lines."""
+class JsonRecords(ByteRangeRecords):
+    """JSON lines; a JSON array of records; or one JSON object over several lines."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.is_array = False
         with self.open() as file:
-            first = next((line for line in file if line.strip(WHITE + BOM)), b"")
-            if first.lstrip(WHITE + BOM).startswith(b"["):
+            first = next((line for line in file if line.strip(WHITESPACE + BOM)), b"")
+            if first.lstrip(WHITESPACE + BOM).startswith(b"["):
                 file.seek(0)
                 self._find_elements(file.read())
                 return
@@ -100,7 +100,7 @@ class JsonRecords(Spans):
             file.seek(0)
             offset = 0
             for number, line in enumerate(file, start=1):
-                if line.strip(WHITE + BOM):
+                if line.strip(WHITESPACE + BOM):
                     self.add(offset, offset + len(line), number)
                 offset += len(line)
 
@@ -112,7 +112,7 @@ class JsonRecords(Spans):
         return parse_json(raw)
 
     def _is_one_object(self, file: Any, first: bytes) -> bool:
-        """Whether the file is an object of many lines; it has been read to its end then."""
+        """Whether the file is one JSON object over several lines; it is then read to its end."""
         try:
             json.loads(first)
             return False
@@ -127,7 +127,7 @@ class JsonRecords(Spans):
             return False
 
     def _find_elements(self, content: bytes) -> None:
-        """The stretches of an array's elements. One that is broken hides all that follow, so the file is refused."""
+        """Find the byte ranges of an array's elements. The file is refused if one is broken, as the next cannot be found."""
         self.is_array = True
         offset = len(BOM) if content.startswith(BOM) else 0
         try:
@@ -135,28 +135,28 @@ class JsonRecords(Spans):
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.source} is not JSON ({error}); expected UTF-8.") from error
         decode = json.JSONDecoder().raw_decode
-        place, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
-        offset += len(text[:place].encode())
+        position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
+        offset += len(text[:position].encode())
         try:
             while True:
-                start = _after_white(text, place)
+                start = _skip_whitespace(text, position)
                 if text[start : start + 1] == "]" and not len(self):
-                    place = start
+                    position = start
                 else:
                     _, end = decode(text, start)
-                    line += text.count("\n", place, start)
-                    offset += len(text[place:start].encode())
+                    line += text.count("\n", position, start)
+                    offset += len(text[position:start].encode())
                     size = len(text[start:end].encode())
                     self.add(offset, offset + size, line)
                     line += text.count("\n", start, end)
                     offset += size
-                    place = _after_white(text, end)
-                    offset += place - end
-                    line += text.count("\n", end, place)
-                if text[place : place + 1] == ",":
-                    place, offset = place + 1, offset + 1
+                    position = _skip_whitespace(text, end)
+                    offset += position - end
+                    line += text.count("\n", end, position)
+                if text[position : position + 1] == ",":
+                    position, offset = position + 1, offset + 1
                     continue
-                if text[place : place + 1] != "]" or _after_white(text, place + 1) != len(text):
+                if text[position : position + 1] != "]" or _skip_whitespace(text, position + 1) != len(text):
                     raise ValueError("expected a comma, or the end of the array and of the file")
                 return
         except (ValueError, RecursionError) as error:
@@ -166,12 +166,12 @@ class JsonRecords(Spans):
             ) from error
 
 
-class CsvRecords(Spans):
-    """Rows of a table of text; the first names the columns. Fields may hold line breaks between quotes."""
+class CsvRecords(ByteRangeRecords):
+    """Rows of CSV or TSV; the first line names the columns. Quoted fields may contain line breaks."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.delimiter = CSV_DELIMITERS[path.suffixes[-2] if self.unpacked is not None else path.suffix]
+        self.delimiter = CSV_DELIMITERS[path.suffixes[-2] if self.decompressed is not None else path.suffix]
         with self.open() as file:
             counted = _CountedLines(file)
             with _long_fields():
@@ -189,9 +189,7 @@ class CsvRecords(Spans):
                     elif row:
                         self.add(start, counted.offset, line)
         if not self.keys or len(set(self.keys)) < len(self.keys):
-            raise ValueError(
-                f"{self.source} begins with {shortened(self.keys)}; expected a line of column names, each once."
-            )
+            raise ValueError(f"{self.source} begins with {shortened(self.keys)}; expected a line of column names, each once.")
 
     def parse(self, raw: bytes) -> dict[str, str]:
         assert self.keys is not None
@@ -209,7 +207,7 @@ class CsvRecords(Spans):
 
 
 class TarRecords(Records):
-    """A shard of WebDataset: files of the same name but for the extension are one record."""
+    """A shard of WebDataset: files whose names differ only in the extension form one record."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.source, self.root = path, str(path), path.parent
@@ -220,10 +218,10 @@ class TarRecords(Records):
                     folder, _, name = member.name.rpartition("/")
                     key, _, extension = name.partition(".")
                     if member.isfile() and key and extension:
-                        own = members.setdefault(f"{folder}/{key}" if folder else key, {})
-                        if extension.lower() in own:
-                            raise ValueError(f"{path} holds {shortened(member.name)} twice; each file may be there once.")
-                        own[extension.lower()] = (member.offset_data, member.size)
+                        files = members.setdefault(f"{folder}/{key}" if folder else key, {})
+                        if extension.lower() in files:
+                            raise ValueError(f"{path} holds {shortened(member.name)} twice; expected each file once.")
+                        files[extension.lower()] = (member.offset_data, member.size)
         except tarfile.TarError as error:
             raise ValueError(f"{path} is not a tar file, or only a part of it ({error}); fetch it again.") from error
         self._names, self._members = list(members), list(members.values())
@@ -254,11 +252,11 @@ class TarRecords(Records):
 
 
 def parse_json(raw: bytes) -> Any:
-    """A record of JSON.
+    """Parse a JSON record.
 
     Raises:
-        ValueError: if it is not JSON.
-        RecursionError: if it is nested too deeply.
+        ValueError: If it is not valid JSON.
+        RecursionError: If it is nested too deeply.
     """
     try:
         return json.loads(raw)
@@ -266,7 +264,7 @@ def parse_json(raw: bytes) -> Any:
         raise ValueError(f"is not JSON ({error}).") from error
 
 
-def _unpacked(path: Path) -> bytes:
+def _decompress(path: Path) -> bytes:
     try:
         with gzip.open(path) as file:
             return file.read()
@@ -274,10 +272,10 @@ def _unpacked(path: Path) -> bytes:
         raise ValueError(f"{path} is not a gzip file, or only a part of it ({error}); fetch it again.") from error
 
 
-def _after_white(text: str, place: int) -> int:
-    while text[place : place + 1] and text[place] in " \t\r\n":
-        place += 1
-    return place
+def _skip_whitespace(text: str, position: int) -> int:
+    while text[position : position + 1] and text[position] in " \t\r\n":
+        position += 1
+    return position
 
 
 def _decoded(name: str, content: bytes) -> str:
@@ -288,7 +286,7 @@ def _decoded(name: str, content: bytes) -> str:
 
 
 class _CountedLines:
-    """The lines of a file in bytes as text, and how many bytes of it were read."""
+    """Decodes the lines of a binary file, and counts the bytes read."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.offset = file, 0
@@ -303,7 +301,7 @@ class _CountedLines:
 
 
 class _long_fields:
-    """A data URL is longer than the csv module's 131,072 characters of a field."""
+    """Raises the csv module's limit of 131,072 characters in a field, which a data URL exceeds."""
 
     def __enter__(self) -> None:
         self.before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsvl.data import images
-from dsvl.data.addresses import AddressError
-from dsvl.data.images import ImageReadError, decode_within, open_image
+from dsvl.utils import image_loading
+from dsvl.utils.image_loading import ImageReadError, decode_image_file, open_image
+from dsvl.utils.url_fetching import FetchError
 
 IMAGE = Image.fromarray(np.arange(75, dtype=np.uint8).reshape(5, 5, 3))
 
@@ -52,7 +52,7 @@ def test_a_image_may_be_bounded_more_narrowly():
         with pytest.raises(ValueError, match="5 x 5 pixels; at most 24"):
             open_image(source, max_pixels=24)
     with pytest.raises(ImageReadError, match="pass one of JPEG, GIF"):
-        decode_within(png(IMAGE), formats=("JPEG", "GIF"))
+        decode_image_file(png(IMAGE), formats=("JPEG", "GIF"))
 
 
 def test_what_is_no_image_is_refused(tmp_path):
@@ -76,19 +76,19 @@ def test_what_is_no_image_is_refused(tmp_path):
 
 @pytest.mark.parametrize("address", ["http://example.org/a.png", "file:///etc/passwd", "ftp://example.org/a.png"])
 def test_no_address_is_fetched_unless_asked(address, monkeypatch):
-    monkeypatch.setattr(images, "fetch", lambda *args: pytest.fail("it was fetched"))
+    monkeypatch.setattr(image_loading, "fetch_url", lambda *args: pytest.fail("it was fetched"))
     with pytest.raises(ValueError, match="fetching is not allowed here"):
         open_image(address)
 
 
 def test_an_address_is_fetched_where_that_is_asked_for(monkeypatch):
     def fetch(url: str, max_bytes: int) -> bytes:
-        assert max_bytes == images.MAX_BYTES
+        assert max_bytes == image_loading.MAX_BYTES
         if url != "https://example.org/a.png":
-            raise AddressError("it took too long")
+            raise FetchError("it took too long")
         return png(IMAGE)
 
-    monkeypatch.setattr(images, "fetch", fetch)
+    monkeypatch.setattr(image_loading, "fetch_url", fetch)
     assert open_image("https://example.org/a.png", allow_urls=True).tobytes() == IMAGE.tobytes()
     with pytest.raises(ValueError, match=r"The image http://slow.org/ was not fetched: it took too long\."):
         open_image("http://slow.org/", allow_urls=True)

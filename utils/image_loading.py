@@ -1,0 +1,112 @@
+"""Images from untrusted sources: bounds on file size and pixels, and on where they may come from."""
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..image_reading_dsvl import FORMATS, MAX_BYTES, MAX_PIXELS, ImageError, file_of, read_image
+from .text import shortened
+from .url_fetching import FetchError, fetch_url
+from .urls import decode_data_url, is_data_url, is_url
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+
+
+class ImageReadError(ValueError):
+    """An image cannot be used: the problem and the remedy, to be printed after the image's name.
+
+    The message holds nothing about this machine, so that a server may send it to a client.
+    """
+
+
+def open_image(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open an image as upright RGB.
+
+    Args:
+        source: A path, URL, data URL, bytes, array or PIL image, as for `read_image`.
+        allow_urls (`bool`, *optional*, defaults to `False`): Whether http(s) URLs are fetched; see `fetch_url`.
+        max_pixels (`int`, *optional*): The largest width x height.
+
+    Raises:
+        ValueError: If the image cannot be read, or is too large; the message names the source.
+    """
+    source = file_of(source)
+    is_text = isinstance(source, (str, os.PathLike))
+    if is_data_url(source):
+        name = "(a data URL)"
+    else:
+        name = shortened(os.fspath(source)) if is_text else f"({type(source).__name__})"
+    source = fetch_image_source(source, allow_urls)
+    if isinstance(source, (str, os.PathLike)):
+        source = _read(Path(source).expanduser(), name)
+    try:
+        return read_image(source, max_pixels=max_pixels, allow_urls=False)
+    except ImageError as error:
+        raise ValueError(f"The image {name} {error.words}.") from error
+
+
+def fetch_image_source(source: Any, allow_urls: bool = False) -> Any:
+    """Replace an http(s) URL or a data URL by the bytes of its file.
+
+    Args:
+        source: Any source of an image. Sources other than URLs are returned unchanged. `file://` URLs are refused: they may
+            come from a client. Those of a data file have become paths when it was read.
+        allow_urls (`bool`, *optional*, defaults to `False`): Whether http(s) URLs are fetched; see `fetch_url`.
+
+    Raises:
+        ValueError: If a URL is not allowed or cannot be fetched; the message names it.
+    """
+    if is_data_url(source):
+        return decode_data_url(source)
+    if not is_url(source):
+        return source
+    name = shortened(source)
+    if not allow_urls:
+        raise ValueError(
+            f"The image {name} is a URL, and fetching is not allowed here; pass a file, or allow it (--allow-urls)."
+        )
+    try:
+        return fetch_url(source, MAX_BYTES)
+    except FetchError as error:
+        raise ValueError(f"The image {name} was not fetched: {error}.") from error
+
+
+def decode_image_file(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """Decode an image file to upright RGB; the size in its header is checked before pixels are decoded.
+
+    Args:
+        data (`bytes`): The content of the file.
+        max_pixels (`int`, *optional*): The largest width x height.
+        formats (`Sequence[str]`, *optional*): Pillow's names of the accepted formats.
+
+    Raises:
+        ImageReadError: If the image is too large, broken or of another format.
+    """
+    try:
+        return read_image(data, formats=formats, max_pixels=max_pixels)
+    except ImageError as error:
+        raise ImageReadError(error.words) from error
+
+
+def thumbnail_data_url(image: Image.Image, width: int, quality: int = 80) -> str:
+    """A JPEG of at most `width` x `width` pixels as a data URL, for an HTML page."""
+    small = image.copy()
+    small.thumbnail((width, width))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _read(path: Path, name: str) -> bytes:
+    if not os.path.isfile(path):  # reading a pipe or a device may never end
+        raise ValueError(f"The image {name} does not exist, or is no file.")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(
+            f"The image {name} has {path.stat().st_size:,} bytes; the largest that is opened has {MAX_BYTES:,}."
+        )
+    return path.read_bytes()
