@@ -307,7 +307,7 @@ def test_nothing_answered_is_a_failure(folder, evaluate, monkeypatch):
     (folder / "nowhere.json").write_text(json.dumps({"cup": [["What?", "./eval/cup.png"]]}))
     monkeypatch.chdir(folder)
     with pytest.raises(
-        ValueError, match="Left out: .*nowhere.json, 'cup': The image .*/eval/cup.png does not exist"
+        ValueError, match="Skipped: .*nowhere.json, 'cup': The image .*/eval/cup.png does not exist"
     ) as failure:
         evaluate("--on-bad-sample", "skip", data="nowhere.json")
     assert "no question of" in str(failure.value) and "Traceback" not in str(failure.value)
