@@ -189,7 +189,9 @@ class CsvRecords(ByteRangeRecords):
                     elif row:
                         self.add(start, counted.offset, line)
         if not self.keys or len(set(self.keys)) < len(self.keys):
-            raise ValueError(f"{self.source} begins with {shortened(self.keys)}; expected a line of column names, each once.")
+            raise ValueError(
+                f"{self.source} begins with {shortened(self.keys)}; expected a line of column names, each once."
+            )
 
     def parse(self, raw: bytes) -> dict[str, str]:
         assert self.keys is not None

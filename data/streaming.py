@@ -53,6 +53,7 @@ class Stream(IterableDataset):
 
     Attributes:
         source (`str`): The data set.
+        rows (`datasets.IterableDataset`): The share of this process.
         format (`RecordFormat`): The detected format.
         bad (`BadSamples`): The counts of samples and skipped samples.
         shards (`int`): The largest number of workers that can share the data of this process.
@@ -78,8 +79,8 @@ class Stream(IterableDataset):
         self.source, self.allow_urls = str(source), allow_urls
         self.bad = BadSamples(on_bad_sample, max_bad_samples, self.source)
         rows, self._reader, self.format = _open(str(source), split)
-        self._rows = split_dataset_by_node(rows.shuffle(seed, buffer_size=SHUFFLE_BUFFER), rank, processes)
-        self.shards = self._rows.num_shards
+        self.rows = split_dataset_by_node(rows.shuffle(seed, buffer_size=SHUFFLE_BUFFER), rank, processes)
+        self.shards = self.rows.num_shards
         self.arrange: Callable[[Iterable[dict[str, Any]]], Iterator[Any]] = iter
         self.usable: Callable[[dict[str, Any]], Any] = bool
         self._batches = self._batch_size = 0
@@ -119,7 +120,7 @@ class Stream(IterableDataset):
             ValueError: If a sample is broken, unless bad samples are skipped; if no sample can be used.
         """
         # A copy, because the workers share the epoch of a data set: a fast worker would change it for the others.
-        rows = copy.deepcopy(self._rows)
+        rows = copy.deepcopy(self.rows)
         rows.set_epoch(number)
         empty = True
         for row in rows:

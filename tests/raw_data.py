@@ -1,4 +1,4 @@
-"""Small raw data sets in the published schemas, with real photographs, and what they are converted to."""
+"""Small raw data sets in the published schemas, with real photographs, and the expected conversations."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""A conversion: the same from any number of workers, resumable, never half a file, and it says what it left out."""
+"""Conversion: independent of the number of workers, resumable, atomic, with a report of skipped records."""
 
 import json
 import logging
@@ -85,7 +85,22 @@ def test_a_conversion_with_other_arguments_is_not_continued(root, tmp_path, monk
         convert("minigpt4", root, tmp_path / "out", seed=1)
 
 
-def test_what_is_there_is_not_written_over(root, tmp_path):
+def test_a_conversion_of_an_older_version_is_resumed(root, tmp_path, monkeypatch):
+    """It called skipped records `left_out`."""
+    monkeypatch.setattr(convert_module, "CHUNK_SIZE", 1)
+    write_captions(root, 2, annotations=[{"image_id": "0", "caption": " "}, {"image_id": "1", "caption": 5}])
+    with pytest.raises(ValueError, match="'caption' of the record is int"):
+        convert("minigpt4", root, tmp_path / "out")
+    path = tmp_path / "out/minigpt4.state.json"
+    state = json.loads(path.read_text())
+    assert state["skipped"] == {"an empty answer": 1}
+    path.write_text(json.dumps({"left_out" if key == "skipped" else key: value for key, value in state.items()}))
+    write_captions(root, 2, annotations=[{"image_id": "0", "caption": " "}, {"image_id": "1", "caption": "A cat."}])
+    report = convert("minigpt4", root, tmp_path / "out")
+    assert (report.records, report.samples, report.skipped) == (2, 1, {"an empty answer": 1})
+
+
+def test_existing_files_are_not_overwritten(root, tmp_path):
     write_captions(root, 3)
     convert("minigpt4", root, tmp_path / "out")
     with pytest.raises(FileExistsError, match="remove it"):
@@ -109,7 +124,7 @@ def test_what_is_there_is_not_written_over(root, tmp_path):
         ('{"annotations": [{"image_id": "0", "caption": " "}]}', "No record of .*\n.*an empty answer"),
     ],
 )
-def test_broken_files_and_records_are_told_by_name(root, tmp_path, text, reason):
+def test_errors_name_broken_files_and_records(root, tmp_path, text, reason):
     write_captions(root, 1)
     (root / "cc_sbu_align/filter_cap.json").write_text(text)
     with pytest.raises(ValueError, match=reason):
@@ -117,7 +132,7 @@ def test_broken_files_and_records_are_told_by_name(root, tmp_path, text, reason)
     assert not (tmp_path / "out/minigpt4.jsonl").exists()
 
 
-def test_absent_files_and_unknown_names(root, tmp_path, capsys):
+def test_missing_files_and_unknown_names_are_errors(root, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="filter_cap.json does not exist; --root must be the folder"):
         convert("minigpt4", root, tmp_path / "out")
     assert main(["data", "convert", "minigpt5", "--root", str(root), "--out", str(tmp_path / "out")]) == 1
@@ -136,7 +151,7 @@ def test_skipped_records_are_counted_and_named(root, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "gigantic"])
-def test_a_image_that_cannot_be_opened_is_told_with_its_record(root, tmp_path, damage):
+def test_the_error_for_a_broken_image_names_its_record(root, tmp_path, damage):
     write_captions(root, 2)
     path = root / "cc_sbu_align/image/1.jpg"
     if damage == "gigantic":
@@ -153,7 +168,7 @@ def test_a_image_that_cannot_be_opened_is_told_with_its_record(root, tmp_path, d
 
 
 def stored(photograph, kind, folder):
-    """The same small photograph, stored in some way; returns its path."""
+    """Store a small photograph in some format; returns its path."""
     small = photograph.resize((40, 30))
     path = folder / f"{kind}.png"
     if kind == "cmyk":
@@ -168,7 +183,7 @@ def stored(photograph, kind, folder):
         small.save(path, save_all=True, append_images=[Image.new("RGB", small.size)])
     elif kind == "rotated":
         exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned by 90 degrees to the right
+        exif[0x0112] = 6  # rotate by 90 degrees to the right
         small.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
     elif kind == "transparent":
         clear = Image.new("RGBA", (50, 30))
@@ -178,7 +193,7 @@ def stored(photograph, kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["cmyk", "palette", "16 bits", "animated", "rotated", "transparent"])
-def test_a_image_looks_the_same_however_it_is_stored(photographs, tmp_path, kind):
+def test_an_image_looks_the_same_in_every_file_format(photographs, tmp_path, kind):
     path = stored(photographs[0], kind, tmp_path)
     expected = photographs[0].resize((40, 30))
     expected = expected.convert("L").convert("RGB") if kind == "16 bits" else expected
@@ -207,11 +222,11 @@ def test_a_text_with_placeholders_loses_no_image_and_no_word(parts):
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.lists(st.booleans(), max_size=4), WORDS, WORDS.filter(str.strip)), min_size=1, max_size=4))
-def test_rounds_keep_every_image_in_its_order(talk):
+def test_turns_keep_every_image_in_its_order(talk):
     turns, count = [], 0
-    for places, question, answer in talk:
-        count += sum(places)
-        question = "".join(PLACEHOLDER if place else f"{question}." for place in places) + "?"
+    for marks, question, answer in talk:
+        count += sum(marks)
+        question = "".join(PLACEHOLDER if mark else f"{question}." for mark in marks) + "?"
         turns += [("user", question), ("assistant", answer)]
     images = [f"{number}.png" for number in range(count)]
     sample = to_sample(turns, images)

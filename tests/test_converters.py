@@ -1,4 +1,4 @@
-"""Each data set in its true raw schema becomes exactly these conversations, and every hazard is told by name."""
+"""Each data set in its published schema is converted to exactly these conversations; errors name the record."""
 
 import json
 
@@ -32,7 +32,7 @@ def root(tmp_path, photographs):
 
 
 def samples(root, name, out=None, **options):
-    """A converted data set as its lines are, images by their path below the root."""
+    """The lines of a converted data set, with image paths relative to the root."""
     out = out or root.parent / "out"
     report = convert(name, root, out, **options)
     lines = [json.loads(line) for line in (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -52,7 +52,7 @@ def coco(*numbers):
 # -- COCO --------------------------------------------------------------------------------------------------------------
 
 
-def test_llava_keeps_the_first_round_and_the_images_place(root):
+def test_llava_keeps_the_first_turn_and_the_images_position(root):
     write_llava(root)
     lines, _ = samples(root, "llava")
     assert lines == [
@@ -62,11 +62,11 @@ def test_llava_keeps_the_first_round_and_the_images_place(root):
     ]
 
 
-def test_llava_dial_keeps_all_rounds(root):
+def test_llava_dial_keeps_all_turns(root):
     write_llava(root)
     (line,), _ = samples(root, "llava_dial")
-    rounds = [ask(None, "What animal is it?"), answer("A cat."), ask("What colour?"), answer("Ginger.")]
-    assert line == {"messages": rounds, "images": coco(2)}
+    messages = [ask(None, "What animal is it?"), answer("A cat."), ask("What colour?"), answer("Ginger.")]
+    assert line == {"messages": messages, "images": coco(2)}
 
 
 def aokvqa_record(**changes):
@@ -98,7 +98,7 @@ def test_aokvqa_asks_why_and_answers_with_each_reason_once(root):
     assert [line["images"] for line in lines] == [coco(0), coco(1)]
 
 
-def test_captions_of_val_and_test_are_left_out(root, photographs):
+def test_captions_of_val_and_test_are_skipped(root, photographs):
     def image(number, split, folder):
         name = f"COCO_{folder}_{number:012d}.jpg"
         write_image(root / "coco/2014" / folder / name, photographs[number])
@@ -134,7 +134,7 @@ def test_minigpt4(root, photographs):
 # -- OCR-VQA -----------------------------------------------------------------------------------------------------------
 
 
-def test_ocr_vqa_leaves_out_covers_of_one_pixel_and_other_splits(root, photographs):
+def test_ocr_vqa_skips_covers_of_one_pixel_and_other_splits(root, photographs):
     def book(split, suffix=".jpg"):
         return {
             "imageURL": f"http://ecx.images-amazon.com/images/I/51{suffix}?x=1",
@@ -164,7 +164,7 @@ def cgd(number):
     return "CGD_IMG_" + COCO[number].removesuffix(".jpg")
 
 
-def test_a_round_belongs_to_the_conversation_that_names_it_first(root):
+def test_a_turn_belongs_to_the_conversation_that_names_it_first(root):
     pair = [cgd(0), cgd(1)]
     data = {
         "CGD_INS_3": ("What differs?", "One is a woman.", pair, ["CGD_INS_1"]),
@@ -188,7 +188,7 @@ def test_a_round_belongs_to_the_conversation_that_names_it_first(root):
 
 @pytest.mark.parametrize("form", ["json", "parquet"])
 @pytest.mark.parametrize("name", ["SD", "SN", "TVC", "VST"])
-def test_images_that_lie_in_a_file_are_written_out(root, photographs, name, form):
+def test_images_inside_a_file_are_extracted(root, photographs, name, form):
     images = {f"{name}_IMG_{number}": as_base64(photographs[number % 3]) for number in range(10)}
     images[f"{name}_IMG_3"] = as_base64(photographs[0], "PNG")
     images[f"{name}_IMG_4"] = "bm8gcGljdHVyZQ=="
@@ -285,7 +285,7 @@ def test_images_are_words_and_ids_that_nest_are_kept_apart(root, photographs):
     }
 
 
-def test_a_images_name_at_either_end_of_a_question_is_read(root, photographs, processor):
+def test_an_images_name_at_either_end_of_a_question_is_read(root, photographs, processor):
     dialogue = [
         turn("user", f"IMAGE#14{TAG} IMAGE#3{TAG} or IMAGE#1417{TAG}", "3", "14", "1417"),
         turn("assistant", "Both."),
@@ -305,7 +305,7 @@ def test_a_images_name_at_either_end_of_a_question_is_read(root, photographs, pr
         ([turn("user", f"IMAGE#99{TAG}?", "99"), turn("assistant", "a")], "99.jpg does not exist"),
     ],
 )
-def test_a_broken_dialogue_is_told_with_its_number(root, photographs, dialogue, reason):
+def test_the_error_for_a_broken_dialogue_names_its_number(root, photographs, dialogue, reason):
     good = [turn("user", f"IMAGE#3{TAG}?", "3"), turn("assistant", "a")]
     sparkles(root, photographs, good, dialogue)
     with pytest.raises(ValueError, match=rf"sparkles_dialogue, record SparklesDialogueCC: 1: .*{reason}"):
@@ -314,7 +314,7 @@ def test_a_broken_dialogue_is_told_with_its_number(root, photographs, dialogue, 
     assert report.skipped == {"broken": 1}
 
 
-def test_dialogues_of_many_images_or_names_without_one_are_left_out(root, photographs):
+def test_dialogues_with_many_images_or_unknown_names_are_skipped(root, photographs):
     ids = [str(number) for number in range(20, 29)]
     many = [turn("user", " ".join(f"IMAGE#{i}{TAG}" for i in ids), *ids), turn("assistant", "a")]
     unknown = [turn("user", f"IMAGE#3{TAG}?", "3"), turn("assistant", "As in IMAGE#55.")]
@@ -324,7 +324,7 @@ def test_dialogues_of_many_images_or_names_without_one_are_left_out(root, photog
     assert report.skipped == {"more than 8 images": 1, "an image that is named but not shown": 1}
 
 
-# -- public forms ------------------------------------------------------------------------------------------------------
+# -- public formats ------------------------------------------------------------------------------------------------------
 
 
 def test_llava_conversations_with_no_one_and_several_images(root):
@@ -366,9 +366,9 @@ def test_cauldron_rows_from_parquet_with_images_inside(root, photographs):
     table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
     table.to_parquet(root / "rows.parquet")
     lines, _ = samples(root / "rows.parquet", "cauldron")
-    # Its "<image>" is text, and stays it.
-    rounds = [ask(None, None, "What is <image>?"), answer("A token."), ask("Two?"), answer("Yes.")]
-    assert [line["messages"] for line in lines] == [rounds, [ask("Two?"), answer("Yes.")]]
+    # Its "<image>" is text.
+    messages = [ask(None, None, "What is <image>?"), answer("A token."), ask("Two?"), answer("Yes.")]
+    assert [line["messages"] for line in lines] == [messages, [ask("Two?"), answer("Yes.")]]
     sizes = [Image.open(root / path).size for path in lines[0]["images"]]
     assert sizes == [(9, 8), (7, 6)] and lines[1]["images"] == []
 

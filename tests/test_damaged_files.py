@@ -1,4 +1,4 @@
-"""Files that are cut off, changed or something else: a ValueError that names them, or what they held."""
+"""Truncated, changed and other files: a ValueError that names them, or the right content."""
 
 import contextlib
 import json
@@ -21,16 +21,16 @@ from dsvl.training.checkpoints import MARKER, last_complete_checkpoint, mark_com
 
 
 def damaged(whole: bytes, generator: random.Random) -> bytes:
-    """A file that was cut off, or of which some bytes were changed, lost or doubled."""
+    """Truncate a file, or change, drop or repeat some bytes."""
     kind = generator.randrange(4)
-    place = generator.randrange(len(whole))
+    position = generator.randrange(len(whole))
     if kind == 0:
-        return whole[:place]
+        return whole[:position]
     if kind == 1:
-        return whole[:place] + bytes([generator.randrange(256) for _ in range(8)]) + whole[place + 8 :]
+        return whole[:position] + bytes([generator.randrange(256) for _ in range(8)]) + whole[position + 8 :]
     if kind == 2:
-        return whole[:place] + whole[place + generator.randrange(1, 64) :]
-    return whole[:place] + whole[max(0, place - 40) :]
+        return whole[:position] + whole[position + generator.randrange(1, 64) :]
+    return whole[:position] + whole[max(0, position - 40) :]
 
 
 # -- image KV caches ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Conversations from files: what is accepted, what is refused and how it is named, and the same sample from every format."""
+"""Loading conversations: what is accepted, the errors, and the same sample from every file format."""
 
 import io
 import json
@@ -21,7 +21,7 @@ GOOD = {"messages": [QUESTION, ANSWER]}
 
 
 def write(path, *samples):
-    """A JSON lines file; a text stands for itself."""
+    """Write a JSON lines file; strings are written unchanged."""
     lines = [sample if isinstance(sample, str) else json.dumps(sample) for sample in samples]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -58,7 +58,7 @@ def test_relative_paths_start_at_the_files_folder(tmp_path, images, monkeypatch)
     assert [Path(source).read_bytes() for source in sources] == expected
 
 
-def test_addresses_are_no_paths(tmp_path):
+def test_urls_are_no_paths(tmp_path):
     address = "https://example.org/cat.png"
     parts = [
         {"type": "image", "url": address},
@@ -78,13 +78,13 @@ def test_blank_lines_are_no_samples_but_count_as_lines(tmp_path):
         load_conversations(tmp_path / "data.jsonl")
 
 
-def test_samples_come_by_place_in_any_order(tmp_path):
+def test_samples_are_read_by_index_in_any_order(tmp_path):
     texts = ["naïve", "", "鳥" * 50, "last"]
     samples = [{"messages": [{"role": "user", "content": text}, ANSWER]} for text in texts]
     path = tmp_path / "data.jsonl"
     path.write_bytes("\r\n".join(json.dumps(sample, ensure_ascii=False) for sample in samples).encode())  # no last newline
     data = load_conversations(path)
-    assert [data[place]["messages"][0]["content"] for place in (3, 0, 2, 1, -1)] == ["last", "naïve", texts[2], "", "last"]
+    assert [data[index]["messages"][0]["content"] for index in (3, 0, 2, 1, -1)] == ["last", "naïve", texts[2], "", "last"]
     with pytest.raises(IndexError):
         data[4]
 
@@ -119,7 +119,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
         load_conversations(path)
 
 
-def test_broken_lines_can_be_left_out_and_are_counted(tmp_path, caplog):
+def test_broken_lines_can_be_skipped_and_are_counted(tmp_path, caplog):
     path = write(tmp_path / "data.jsonl", GOOD, *BROKEN_LINES, GOOD)
     with caplog.at_level(logging.WARNING, "dsvl"):
         data = load_conversations(path, on_bad_sample="skip", max_bad_samples=1)
@@ -131,7 +131,7 @@ def test_broken_lines_can_be_left_out_and_are_counted(tmp_path, caplog):
     assert messages[-1] == f"{path}: {data.skipped} of {data.skipped + 2} samples are broken and were skipped."
 
 
-def test_a_file_of_rubbish_does_not_flood_the_log(tmp_path, caplog):
+def test_a_file_of_broken_lines_does_not_flood_the_log(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "dsvl"):
         path = write(tmp_path / "data.jsonl", GOOD, *["{"] * (NAMED + 30))
         data = load_conversations(path, "skip", max_bad_samples=1)
@@ -160,6 +160,13 @@ def test_unknown_sources_and_options_are_refused(tmp_path, monkeypatch):
             load_conversations(tmp_path / name)
     with pytest.raises(ValueError, match="on_bad_sample='ignore' is not known; choose from 'error', 'skip'"):
         load_conversations(write(tmp_path / "data.jsonl", GOOD), on_bad_sample="ignore")
+
+
+def test_the_old_name_of_for_training_is_deprecated(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "What?"}]}))
+    with pytest.warns(DeprecationWarning, match="'to_learn' of load_conversations is deprecated; use 'for_training'"):
+        assert len(load_conversations(path, to_learn=False)) == 1
 
 
 # -- the rules ---------------------------------------------------------------------------------------------------------
@@ -212,7 +219,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_each_rule_has_its_sentence(rule):
+def test_each_rule_has_its_message(rule):
     sample, sentence = RULES[rule]
     with pytest.raises(ValueError, match=sentence):
         check_conversation(sample)
@@ -228,12 +235,12 @@ def test_each_rule_has_its_sentence(rule):
     ],
     ids=["system message", "several in a row", "parts", "no part"],
 )
-def test_what_a_template_can_render_is_accepted(processor, messages):
+def test_valid_messages_are_accepted(processor, messages):
     check_conversation({"messages": messages})
     assert processor.apply_chat_template(complete_messages(messages))
 
 
-def test_a_long_part_is_cut_in_its_message():
+def test_a_long_value_is_shortened_in_the_message():
     with pytest.raises(ValueError) as error:
         check_conversation(asked_with({"type": "video", "data": "x" * 10_000}))
     assert len(str(error.value)) < 300
@@ -250,7 +257,7 @@ def answered(text):
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-ROUNDS = [
+MESSAGES = [
     asked({"type": "image"}, "What is it?"),
     answered("A person."),
     asked("And ", {"type": "image"}, "?"),
@@ -273,7 +280,7 @@ def pixels(messages):
 
 @pytest.fixture
 def as_lines(tmp_path, images):
-    samples = [{"messages": ROUNDS, "images": images}, {"messages": TEXTS}]
+    samples = [{"messages": MESSAGES, "images": images}, {"messages": TEXTS}]
     return load_conversations(write(tmp_path / "data.jsonl", *samples))
 
 
@@ -290,7 +297,7 @@ def test_tables_hold_the_same_conversations(tmp_path, images, as_lines, kind, co
 
     files = [str(tmp_path / path) for path in images]
     values = files if column == "paths" else [encoded(path) for path in files]
-    rows = datasets.Dataset.from_list([{"messages": ROUNDS, "images": values}, {"messages": TEXTS, "images": []}])
+    rows = datasets.Dataset.from_list([{"messages": MESSAGES, "images": values}, {"messages": TEXTS, "images": []}])
     if column == "images":
         rows = rows.cast_column("images", datasets.List(datasets.Image()))
     source = tmp_path / ("table.parquet" if kind == "parquet" else "table")
@@ -304,13 +311,13 @@ def test_tables_hold_the_same_conversations(tmp_path, images, as_lines, kind, co
         assert pixels(complete_messages(sample)) == pixels(complete_messages(line))
 
 
-def test_images_may_lie_inside_the_parts_of_a_table(tmp_path, images, as_lines):
+def test_parts_in_a_table_may_contain_images(tmp_path, images, as_lines):
     import datasets
 
     first, second = (Image.open(tmp_path / path) for path in images)
-    rounds = [asked({"type": "image", "image": first}, "What is it?"), ROUNDS[1]]
-    rounds += [asked("And ", {"type": "image", "image": second}, "?"), ROUNDS[3]]
-    datasets.Dataset.from_list([{"messages": rounds}]).to_parquet(tmp_path / "table.parquet")
+    messages = [asked({"type": "image", "image": first}, "What is it?"), MESSAGES[1]]
+    messages += [asked("And ", {"type": "image", "image": second}, "?"), MESSAGES[3]]
+    datasets.Dataset.from_list([{"messages": messages}]).to_parquet(tmp_path / "table.parquet")
     (sample,) = load_conversations(tmp_path / "table.parquet")
     assert pixels(complete_messages(sample)) == pixels(complete_messages(as_lines[0]))
 
@@ -327,10 +334,10 @@ def test_contents_of_a_table_may_be_texts_and_parts(tmp_path):
 
 @pytest.mark.parametrize("column", ["images", "bytes"])
 def test_a_table_is_opened_without_decoding_images(tmp_path, column):
-    """They are the collator's, which can leave them out."""
+    """The collator decodes them, and can skip them."""
     import datasets
 
-    rows = datasets.Dataset.from_list([{"messages": ROUNDS[:2], "images": [b"no image"]}])
+    rows = datasets.Dataset.from_list([{"messages": MESSAGES[:2], "images": [b"no image"]}])
     if column == "images":
         rows = rows.cast_column("images", datasets.List(datasets.Image()))
     rows.to_parquet(tmp_path / "table.parquet")
@@ -360,10 +367,10 @@ def test_a_table_without_messages_is_refused(tmp_path):
     expected = r"has the columns \['prompt', 'reply'\]; expected messages \(and images\)\. .*dsvl data list"
     with pytest.raises(ValueError, match=expected) as error:
         load_conversations(tmp_path / "table.parquet")
-    assert "--on-bad-sample" not in str(error.value)  # it is no single sample
+    assert "--on-bad-sample" not in str(error.value)  # this is not an error of one sample
 
 
-def test_a_split_that_is_not_there_is_named(tmp_path):
+def test_an_unknown_split_is_named(tmp_path):
     import datasets
 
     rows = datasets.Dataset.from_list([{"messages": TEXTS}])
@@ -373,7 +380,7 @@ def test_a_split_that_is_not_there_is_named(tmp_path):
     assert len(load_conversations(tmp_path / "table", split="test")) == 1
 
 
-# -- images into their places ----------------------------------------------------------------------------------------
+# -- images into their parts ----------------------------------------------------------------------------------------
 
 
 def test_images_go_to_the_parts_without_a_source_in_reading_order(photographs):

@@ -1,4 +1,4 @@
-"""Data as users have them: every form that is taken, what is refused by name, and what one bad sample may cost."""
+"""Data of users: every accepted format, the errors for others, and the effect of one bad sample."""
 
 import base64
 import csv
@@ -43,7 +43,7 @@ ONE_BAD = ["surrogate", "brackets", "long_value", "zero_size", "unreachable"]
 
 @pytest.fixture
 def cases(tmp_path):
-    """The folder of cases, with those that are too long to keep."""
+    """The folder of cases, with generated ones that are too large for the repository."""
     folder = tmp_path / "cases"
     shutil.copytree(CASES, folder)
     good = json.dumps(GOOD)
@@ -68,14 +68,14 @@ def asked(*parts, **keys):
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "b"}], **keys}
 
 
-def learnt(processor, samples):
-    """conversations / images / what is trained on, of a batch."""
+def trained_on(processor, samples):
+    """The number of conversations and images of a batch, and the texts that are trained on."""
     batch = ConversationCollator(processor)(samples)
     rows = [row[row != -100] for row in batch["labels"]]
     return len(rows), len(batch.get("pixel_values", [])), [processor.tokenizer.decode(row) for row in rows]
 
 
-# -- every form that is taken ------------------------------------------------------------------------------------------
+# -- accepted formats --------------------------------------------------------------------------------------------------
 
 TAKEN = [
     *("plain.jsonl", "sharegpt.json", "image_url.jsonl", "data_url.jsonl", "dict_path.jsonl", "part_dict.jsonl"),
@@ -85,29 +85,29 @@ TAKEN = [
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_a_form_is_taken_with_its_image_wherever_one_stands(processor, monkeypatch, tmp_path, name):
+def test_a_format_is_loaded_with_its_image(processor, monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     data = load_conversations(CASES / name)
-    assert learnt(processor, list(data)) == (1, 1, ["A cup.</s>"])
+    assert trained_on(processor, list(data)) == (1, 1, ["A cup.</s>"])
     (source,) = images_of(complete_messages(data[0]))
     pixels = np.asarray(read_image(source))
     assert pixels.shape == (6, 8, 3) and (pixels == pixels[0, 0]).all()
     if name == "dict_path.jsonl":
         assert pixels[0, 0].argmax() == 2  # the blue one
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.5)  # of 5 seconds for each Parquet file
-    assert learnt(processor, list(Stream(CASES / name).epoch(0))) == (1, 1, ["A cup.</s>"])
+    assert trained_on(processor, list(Stream(CASES / name).epoch(0))) == (1, 1, ["A cup.</s>"])
     (one,) = Questions(CASES / name)[0].rounds
     assert one.references == ["A cup."] and len(one.images) == 1
 
 
-def test_an_array_is_taken(processor):
-    assert learnt(processor, list(load_conversations(CASES / "array.json"))) == (2, 2, ["A cup.</s>"] * 2)
+def test_a_json_array_is_loaded(processor):
+    assert trained_on(processor, list(load_conversations(CASES / "array.json"))) == (2, 2, ["A cup.</s>"] * 2)
     assert len(list(Stream(CASES / "array.json").epoch(0))) == 2
 
 
 def test_an_answer_of_weight_0_is_read_but_not_trained_on(processor, capsys):
     (sample,) = load_conversations(CASES / "weight.jsonl")
-    assert learnt(processor, [sample]) == (1, 0, ["good</s>"])
+    assert trained_on(processor, [sample]) == (1, 0, ["good</s>"])
     batch = ConversationCollator(processor)([sample])
     assert "WRONG ANSWER" in processor.tokenizer.decode(batch["input_ids"][0])
     packs = PackedConversations(load_conversations(CASES / "weight.jsonl"), lambda sample: 5, 400)
@@ -135,10 +135,10 @@ def test_other_weights_are_refused(tmp_path, weight):
         load_conversations(write(tmp_path / "data.jsonl", {"messages": [GOOD["messages"][0], answer | {"weight": 0}]}))
 
 
-def test_what_was_recognised_is_said_in_a_line(caplog, capsys):
+def test_the_detected_format_is_logged(caplog, capsys):
     with caplog.at_level(logging.INFO, "dsvl"):
         load_conversations(CASES / "table.csv")
-        load_conversations(CASES / "plain.jsonl")  # our own form needs no word
+        load_conversations(CASES / "plain.jsonl")  # the native format is not logged
     (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("dsvl")]
     assert said == f"{CASES / 'table.csv'}: detected an image and its text, the answer to {CAPTION_QUESTION!r}."
     assert main(["data", "show", str(CASES / "table.csv")]) == 0
@@ -176,7 +176,7 @@ def test_shards_of_webdataset(processor, tmp_path, caplog):
         load_conversations(path)
     with caplog.at_level(logging.INFO, "dsvl"):
         data = load_conversations(path, "skip")
-    assert learnt(processor, list(data)) == (3, 3, ["A cup.</s>"] * 3)
+    assert trained_on(processor, list(data)) == (3, 3, ["A cup.</s>"] * 3)
     assert "detected shards of WebDataset" in caplog.text and "not read: url" in caplog.text
     assert len(list(Stream(path, "skip").epoch(0))) == 3
     path.write_bytes(path.read_bytes()[:700])
@@ -192,14 +192,14 @@ def test_a_folder_of_images_with_lines_of_metadata(processor, tmp_path):
     with pytest.raises(ValueError, match=rf"{path}, line 2: the image .*gone\.png does not exist"):
         load_conversations(tmp_path)
     write(path, row, row)
-    assert learnt(processor, list(load_conversations(tmp_path))) == (2, 2, ["A cup.</s>"] * 2)
+    assert trained_on(processor, list(load_conversations(tmp_path))) == (2, 2, ["A cup.</s>"] * 2)
     messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cup."}]
     write(path, {"file_name": "a b.png", "messages": messages})
-    assert learnt(processor, list(load_conversations(tmp_path))) == (1, 1, ["A cup.</s>"])
+    assert trained_on(processor, list(load_conversations(tmp_path))) == (1, 1, ["A cup.</s>"])
 
 
-def test_a_csv_file_keeps_its_words(processor, tmp_path):
-    """Line breaks, commas, quotes, and words that others take for missing values or numbers."""
+def test_csv_values_stay_strings(processor, tmp_path):
+    """Line breaks, commas, quotes, and strings that other readers take for missing values or numbers."""
     answers = ["NA", "None", "7", "007", "a, b", 'a "b"', "two\nlines", "é", "null"]
     with (tmp_path / "table.csv").open("w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows([["question", "answer", "image"], *(["What?", answer, ""] for answer in answers)])
@@ -286,7 +286,7 @@ def test_every_way_to_name_an_image(tmp_path, monkeypatch, source, where, suffix
     assert read_image(image).getpixel((0, 0)) == (255, 0, 0)
 
 
-# -- what is refused by name -------------------------------------------------------------------------------------------
+# -- errors with the key -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tool_calls", "name"])
@@ -346,7 +346,7 @@ def test_keys_with_a_meaning_are_never_dropped(tmp_path, case):
         load_conversations(write(tmp_path / "data.jsonl", sample))
 
 
-def test_keys_that_ask_for_nothing_are_no_reason(tmp_path):
+def test_empty_values_of_such_keys_are_accepted(tmp_path):
     answer = GOOD["messages"][1] | {"tool_calls": [], "name": None, "reasoning_content": ""}
     assert len(
         load_conversations(write(tmp_path / "data.jsonl", {"messages": [GOOD["messages"][0], answer], "tools": None}))
@@ -363,7 +363,7 @@ def test_keys_that_ask_for_nothing_are_no_reason(tmp_path):
         ("data.txt", "x", "has an unknown format; expected JSON lines"),
     ],
 )
-def test_another_format_is_refused_with_what_converts_it(tmp_path, name, content, reason):
+def test_the_error_for_another_format_names_its_converter(tmp_path, name, content, reason):
     path = tmp_path / name
     path.write_text(json.dumps(content))
     for on_bad_sample in ("error", "skip"):
@@ -373,7 +373,7 @@ def test_another_format_is_refused_with_what_converts_it(tmp_path, name, content
 
 
 @pytest.mark.parametrize("name", ["./missing", "/no/where", "a/b/c", "no.csv", "no.jsonl.gz", "no.tar", "~/x", "no.txt"])
-def test_a_path_that_is_not_there_is_not_looked_up(name, monkeypatch, tmp_path):
+def test_a_missing_path_is_not_looked_up_on_the_hub(name, monkeypatch, tmp_path):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub"))
@@ -415,7 +415,7 @@ def test_show_names_a_bad_sample_and_shows_the_others(cases, capfd, caplog, name
 
 
 @pytest.mark.parametrize("name", ONE_BAD)
-def test_train_names_a_bad_sample_and_learns_from_the_others(cases, capfd, checkpoint, tmp_path, name):
+def test_train_names_a_bad_sample_and_trains_on_the_others(cases, capfd, checkpoint, tmp_path, name):
     path = cases / f"{name}.jsonl"
     flags = ["--model", checkpoint, "--data", path, "--output", tmp_path / "out", "--max-steps", 1, "--use-cpu"]
     flags += ["--per-device-train-batch-size", 2, "--report-to", "none", "--save-strategy", "no"]
@@ -435,7 +435,7 @@ def test_evaluate_names_a_bad_sample_and_asks_the_others(cases, capfd, caplog, c
     assert main(flags) == 1
     said = capfd.readouterr().err
     assert f"{path}, line 2: " in said and "Traceback" not in said and len(said) < 20_000
-    if name == "long_value":  # whether a file is there is found out by whoever opens it
+    if name == "long_value":  # evaluation finds missing files when it opens them
         assert "does not exist" in said
     assert main([*flags, "--on-bad-sample", "skip"]) == 0
     assert f"Skipped: {path}, line 2: " in caplog.text
@@ -443,7 +443,7 @@ def test_evaluate_names_a_bad_sample_and_asks_the_others(cases, capfd, caplog, c
 
 
 def test_a_bad_sample_is_found_in_its_batch(processor, tmp_path):
-    """What goes wrong only when a batch is rendered is told of the sample that did it."""
+    """An error that occurs when a batch is rendered names its sample."""
 
     class Fragile:
         def __init__(self, processor):
@@ -489,7 +489,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("error", "stops"), ERRORS, ids=lambda value: repr(value)[:40])
-def test_what_a_sample_causes_is_told_from_what_stops_the_run(error, stops):
+def test_errors_of_a_sample_differ_from_errors_of_the_machine(error, stops):
     bad = BadSamples("skip")
     if not stops:
         with bad.sample("data.jsonl, line 3"):
@@ -503,7 +503,7 @@ def test_what_a_sample_causes_is_told_from_what_stops_the_run(error, stops):
             raise error
         assert raised.value is error
     assert bad.count == 0
-    if isinstance(error, OSError):  # what decodes images makes a ValueError of it
+    if isinstance(error, OSError):  # image decoding turns it into a ValueError
         with pytest.raises(ValueError, match="cannot be decoded"), bad.sample("x"):
             try:
                 raise error
@@ -567,7 +567,7 @@ def test_the_share_holds_for_streams_batches_and_conversions(processor, tmp_path
         BadSamples(max_bad_samples=1.5)
 
 
-def test_a_conversion_obeys_whatever_a_record_causes(tmp_path):
+def test_a_conversion_skips_every_kind_of_broken_record(tmp_path):
     good = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}
     half = {"conversations": [{"from": "human", "value": "\ud83d"}, {"from": "gpt", "value": "!"}]}
     lines = [json.dumps(good), json.dumps(half), '{"conversations":' + "[" * 100_000 + "]" * 100_000 + "}"]
@@ -577,7 +577,7 @@ def test_a_conversion_obeys_whatever_a_record_causes(tmp_path):
 
 
 def test_messages_of_skipped_samples_are_short(tmp_path, caplog):
-    """A data URL of 3 MB, in every place in which a message might repeat it."""
+    """A data URL of 3 MB, in every value that a message might repeat."""
     huge = "data:image/png;base64," + "A" * 3_000_000
     text = [{"type": "text", "text": "x"}]
     samples = [
@@ -616,10 +616,10 @@ def test_values_are_shortened_to_one_printable_line():
     assert len(shortened(nested)) <= 200
 
 
-# -- addresses ---------------------------------------------------------------------------------------------------------
+# -- URLs --------------------------------------------------------------------------------------------------------------
 
 
-def test_training_fetches_addresses_only_when_allowed(processor, checkpoint, tmp_path, monkeypatch, capfd):
+def test_training_fetches_urls_only_when_allowed(processor, checkpoint, tmp_path, monkeypatch, capfd):
     fetched = []
 
     def fetch(url, max_bytes):
@@ -649,7 +649,7 @@ def test_training_fetches_addresses_only_when_allowed(processor, checkpoint, tmp
     assert f"Skipped: {path}, line 2: " in capfd.readouterr().err
 
 
-def test_exact_match_leaves_answers_of_weight_0_and_bad_samples_out(processor, cases):
+def test_exact_match_skips_answers_of_weight_0_and_bad_samples(processor, cases):
     from dsvl.training.evaluation import _answers
 
     (weighted,) = load_conversations(cases / "weight.jsonl")
@@ -667,7 +667,7 @@ def test_many_bad_samples_are_named_only_at_first(tmp_path, caplog):
     assert len(caplog.messages) == NAMED
 
 
-def test_records_are_read_from_the_disk_when_asked_for(tmp_path):
+def test_records_are_not_kept_in_memory(tmp_path):
     records = open_records(write(tmp_path / "data.jsonl", *[asked(str(number)) for number in range(1000)]))
     assert len(records) == 1000 and len(records.starts) * records.starts.itemsize == 8000
     assert records.parse(records.read(500)) == asked("500")

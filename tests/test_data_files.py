@@ -1,4 +1,4 @@
-"""Random data files of each form: a clear error, or every record is a sample or counted."""
+"""Random data files of each format: a clear error, or every record is a sample or counted."""
 
 import csv
 import gzip
@@ -29,7 +29,7 @@ MANY = FEW | {"max_examples": 500}
 
 
 def mostly(good, odd=None, often=20):
-    """A strategy that gives what is right most of the time."""
+    """A strategy that draws valid values most of the time."""
     return st.integers(0, often).flatmap(lambda number: (ODD if odd is None else odd) if number == often else good)
 
 
@@ -144,12 +144,16 @@ DAMAGE = st.one_of(st.none(), st.none(), st.none(), st.tuples(st.sampled_from(["
 def damaged(content, damage):
     if damage is None or not content:
         return content
-    place = int(damage[1] * (len(content) - 1))
-    return content[:place] if damage[0] == "cut" else content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :]
+    position = int(damage[1] * (len(content) - 1))
+    return (
+        content[:position]
+        if damage[0] == "cut"
+        else content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :]
+    )
 
 
 def check(source, processor):
-    """Load a file both ways, and make batches of all that is good; whether there was something good."""
+    """Load a file as map-style data set and as stream, and make batches; returns whether a sample was good."""
     try:
         load_conversations(source, allow_urls=False)
     except ValueError as error:
@@ -184,7 +188,7 @@ def check_form(name, records, damage, processor):
 
 
 def run(options, check, *strategies):
-    """Run a check, which must have met enough that is good."""
+    """Run a check, and require that enough files contained good samples."""
     found = []
 
     @settings(**options)
@@ -207,7 +211,7 @@ def test_many_random_files(name, processor):
     run(MANY, lambda records, damage: check_form(name, records, damage, processor), st.lists(RECORD, max_size=4), DAMAGE)
 
 
-# Arrow has one type for each column, so what varies is what the values are.
+# Arrow has one type per column, so only the values vary.
 ROWS = st.lists(
     st.fixed_dictionaries(
         {

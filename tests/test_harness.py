@@ -1,4 +1,4 @@
-"""lm-evaluation-harness runs a checkpoint by its own model class, and gets the answers that `generate()` gives."""
+"""lm-evaluation-harness runs a checkpoint with its own model class, and gets the answers of `generate()`."""
 
 import json
 import os
@@ -24,15 +24,15 @@ def test_the_harness_gets_the_models_own_answers(
 ) -> None:
     torch.manual_seed(0)
     CLIPVisionModel(tiny_tower_config()).save_pretrained(tmp_path / "tower")
-    save_tiny_llama(tmp_path / "llama", initializer_range=0.3)  # far from answering the same to everything
+    save_tiny_llama(tmp_path / "llama", initializer_range=0.3)  # so that answers differ
     model, processor = dsvl.compose(tmp_path / "tower", tmp_path / "llama", number_after=True)
     dsvl.save_checkpoint(model, processor, tmp_path / "model")
     conversations = []
     for number, count in enumerate([1, 0, 2, 1, 0]):  # images
         parts: list[dict[str, Any]] = [{"type": "text", "text": f"Question {number}?"}]
-        for place in range(count):
-            photographs[number + place].convert("RGB").save(tmp_path / f"{number}{place}.png")
-            parts.insert(place, {"type": "image", "path": f"{number}{place}.png"})
+        for position in range(count):
+            photographs[number + position].convert("RGB").save(tmp_path / f"{number}{position}.png")
+            parts.insert(position, {"type": "image", "path": f"{number}{position}.png"})
         conversations.append([{"role": "user", "content": parts}, {"role": "assistant", "content": "An answer."}])
     lines = [json.dumps({"messages": messages}) for messages in conversations]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))

@@ -1,4 +1,4 @@
-"""What is opened: within bounds, and nothing that was not asked for."""
+"""Loading images from untrusted sources: bounds, formats and URLs."""
 
 import io
 import struct
@@ -46,7 +46,7 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(side, monkeypat
         open_image(bomb(side))
 
 
-def test_a_image_may_be_bounded_more_narrowly():
+def test_a_smaller_bound_can_be_set():
     assert open_image(IMAGE, max_pixels=25) is IMAGE
     for source in (IMAGE, png(IMAGE)):
         with pytest.raises(ValueError, match="5 x 5 pixels; at most 24"):
@@ -55,7 +55,7 @@ def test_a_image_may_be_bounded_more_narrowly():
         decode_image_file(png(IMAGE), formats=("JPEG", "GIF"))
 
 
-def test_what_is_no_image_is_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     (tmp_path / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")  # Pillow starts a program
     with pytest.raises(ValueError, match=r"page.eps cannot be read: its format is EPS; pass one of PNG, JPEG"):
         open_image(tmp_path / "page.eps")
@@ -74,14 +74,14 @@ def test_what_is_no_image_is_refused(tmp_path):
         open_image(tmp_path / "large.png")
 
 
-@pytest.mark.parametrize("address", ["http://example.org/a.png", "file:///etc/passwd", "ftp://example.org/a.png"])
-def test_no_address_is_fetched_unless_asked(address, monkeypatch):
+@pytest.mark.parametrize("url", ["http://example.org/a.png", "file:///etc/passwd", "ftp://example.org/a.png"])
+def test_urls_are_not_fetched_by_default(url, monkeypatch):
     monkeypatch.setattr(image_loading, "fetch_url", lambda *args: pytest.fail("it was fetched"))
     with pytest.raises(ValueError, match="fetching is not allowed here"):
-        open_image(address)
+        open_image(url)
 
 
-def test_an_address_is_fetched_where_that_is_asked_for(monkeypatch):
+def test_urls_are_fetched_if_allowed(monkeypatch):
     def fetch(url: str, max_bytes: int) -> bytes:
         assert max_bytes == image_loading.MAX_BYTES
         if url != "https://example.org/a.png":

@@ -1,4 +1,4 @@
-"""Blends: how much of each data set, conversations that become one, and what is held out."""
+"""Mixtures: the amount of each data set, concatenated conversations, and the evaluation split."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from dsvl.data.mixture import Mixture, Part, concatenated, load_mixture, split
 
 
 def write_set(folder, name, number, images=1, system=False):
-    """Conversations that can be told apart: the question names the set and the number."""
+    """Distinguishable conversations: the question names the data set and the number."""
     folder.mkdir(exist_ok=True)
     lines = []
     for index in range(number):
@@ -49,7 +49,7 @@ def mixture(folder, *parts, seed=0, **options):
 
 
 class Counted:
-    """As much of a data set as a mixture asks for."""
+    """The methods of a data set that a mixture calls."""
 
     source, skipped = "counted", 0
 
@@ -59,11 +59,11 @@ class Counted:
     def __len__(self):
         return len(self.counts)
 
-    def images(self, place):
-        return self.counts[place]
+    def images(self, index):
+        return self.counts[index]
 
-    def has_system(self, place):
-        return self.systems[place]
+    def has_system(self, index):
+        return self.systems[index]
 
 
 @given(
@@ -76,16 +76,16 @@ def test_concatenation_keeps_every_conversation_exactly_once(facts, together, ma
     counts, systems = zip(*facts, strict=True)
     part = Part("x", concatenate=together)
     made = Mixture([(part, Counted(counts, systems))], seed, max_images).index
-    places = [place for _, group in made for place in group]
-    assert sorted(places) == list(range(len(counts)))
+    indices = [index for _, group in made for index in group]
+    assert sorted(indices) == list(range(len(counts)))
     for _, group in made:
         assert 1 <= len(group) <= together
-        assert sum(counts[place] for place in group) <= (max_images or 1000)
-        assert not any(systems[place] for place in group[1:])
+        assert sum(counts[index] for index in group) <= (max_images or 1000)
+        assert not any(systems[index] for index in group[1:])
     assert made == Mixture([(part, Counted(counts, systems))], seed, max_images).index
 
 
-def test_group_sizes_are_at_random_and_depend_on_the_seed_alone():
+def test_group_sizes_are_random_and_depend_only_on_the_seed():
     data = Counted([1] * 600, [False] * 600)
     groups = [len(group) for _, group in Mixture([(Part("x", concatenate=3), data)], 0).index]
     shares = [groups.count(size) / len(groups) for size in (1, 2, 3)]
@@ -108,7 +108,7 @@ def test_a_concatenated_conversation_has_its_images_numbered_through(tmp_path, p
         assert message["content"][0]["image"].endswith(f"{question.replace(' ', '_')}_0.png")
 
 
-def test_samples_and_weights_say_how_much_of_each(tmp_path):
+def test_samples_and_weights_select_the_amount_of_each(tmp_path):
     a, b = write_set(tmp_path, "a", 10, images=0), write_set(tmp_path, "b", 8, images=0)
     blend = mixture(tmp_path, Part(str(a), samples=4), Part(str(b), weight=2.5))
     asked = [question for (question,) in questions(blend)]
@@ -117,7 +117,7 @@ def test_samples_and_weights_say_how_much_of_each(tmp_path):
     assert sorted(of_b.count(f"b {number}") for number in range(8)) == [2, 2, 2, 2, 3, 3, 3, 3]
 
 
-def test_a_conversation_with_too_many_images_is_left_out_and_counted(tmp_path, caplog):
+def test_a_conversation_with_too_many_images_is_skipped_and_counted(tmp_path, caplog):
     a, b = write_set(tmp_path, "a", 3, images=3), write_set(tmp_path, "b", 2)
     blend = mixture(tmp_path, Part(str(a)), Part(str(b)), max_images=2)
     assert len(blend) == 2 and blend.skipped == 3
@@ -131,7 +131,7 @@ def test_a_system_message_is_never_in_the_middle(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_a_share_is_held_out_by_the_seed(tmp_path, share):
+def test_the_seed_chooses_the_evaluation_split(tmp_path, share):
     data = load_conversations(write_set(tmp_path, "a", 30, images=0))
     train, held_out = split(data, share)
     assert len(held_out) == 30 * share
@@ -192,7 +192,7 @@ datasets:
         ("datasets: [{path: a.jsonl, samples: " + "x" * 5000 + "}]", "samples is x+"),
     ],
 )
-def test_a_broken_description_is_told(tmp_path, text, reason):
+def test_a_broken_description_is_an_error(tmp_path, text, reason):
     write_set(tmp_path, "a", 3, images=0)
     (tmp_path / "mix.yaml").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=reason) as error:
@@ -200,7 +200,7 @@ def test_a_broken_description_is_told(tmp_path, text, reason):
     assert len(str(error.value)) < 700
 
 
-def test_a_description_in_other_bytes_is_told(tmp_path):
+def test_a_description_in_another_encoding_is_an_error(tmp_path):
     (tmp_path / "mix.yaml").write_bytes("datasets: [{path: é.jsonl}]".encode("latin-1"))
     with pytest.raises(ValueError, match=r"mix\.yaml is not a text in UTF-8"):
         load_mixture(tmp_path / "mix.yaml")

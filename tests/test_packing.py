@@ -1,4 +1,4 @@
-"""Packed conversations: each in one pack, none sees another, and a run over packs is a run over conversations."""
+"""Packing: each conversation is in one pack, attends only to itself, and training equals training without packing."""
 
 import functools
 import itertools
@@ -35,7 +35,7 @@ def test_every_item_is_in_exactly_one_pack_within_its_bounds(items, max_images, 
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=9))
-def test_a_pack_of_the_largest_is_filled_as_well_as_can_be(sizes):
+def test_the_pack_of_the_largest_item_is_filled_optimally(sizes):
     (first, *_) = pack([(number, size, 0) for number, size in enumerate(sizes)], 16)
     largest = max(range(len(sizes)), key=lambda number: sizes[number])
     others = sizes[:largest] + sizes[largest + 1 :]
@@ -73,17 +73,19 @@ def test_packs_are_filled_on_the_demos_conversations(tmp_path):
     lessons = Lessons(0, 400)
     lengths = [collator.processor.count_tokens(complete_messages(lessons[number])) for number in range(len(lessons))]
     packs = list(pack([(number, length, 0) for number, length in enumerate(lengths)], 4096))
-    assert sum(one.tokens for one in packs[:-1]) / (4096 * (len(packs) - 1)) > 0.99  # the last holds what is left
+    assert (
+        sum(one.tokens for one in packs[:-1]) / (4096 * (len(packs) - 1)) > 0.99
+    )  # the last pack holds the remaining items
 
 
-# -- no leak -----------------------------------------------------------------------------------------------------------
+# -- isolation -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packing")
     make_checkpoint(folder)
-    # An image at the very start follows from the template; texts alone between, before and behind conversations with some.
+    # An image at the very start follows from the template; texts alone between, before and after conversations with some.
     make_conversations(folder, layout="tpptptt" + "ppt" * 5)
     return folder
 
@@ -135,7 +137,7 @@ def test_loss_and_gradients_are_those_of_the_conversations_apart(folder, attenti
 @pytest.mark.parametrize("attention", ["mmca", "causal"])
 @pytest.mark.parametrize(("family", "backend"), [(family, backend) for family in FAMILIES for backend in backends(family)])
 @pytest.mark.parametrize("layouts", [("ttttt", "tttttttt"), ("Itt", "I", "ttI")])
-def test_without_asking_for_no_cache_no_conversation_sees_another(family, backend, attention, layouts, uncompiled):
+def test_conversations_are_isolated_also_without_use_cache_false(family, backend, attention, layouts, uncompiled):
     model = tiny_model(family, attention, backend)
     inputs, lengths = packed(*layouts)
     inputs = {key: value for key, value in inputs.items() if key != "pixel_values" or len(value)}
@@ -196,13 +198,13 @@ def test_a_stream_is_packed_once_by_all_workers_of_all_processes(tmp_path):
 
     for processes, workers in ((1, 0), (1, 1), (2, 0), (2, 1)):
         read = shares(processes, workers)
-        first = [list(itertools.chain(*share))[: 200 // processes - 64] for share in read]  # before any comes again
+        first = [list(itertools.chain(*share))[: 200 // processes - 64] for share in read]  # the first epoch
         assert len(set(itertools.chain(*first))) == sum(map(len, first))
         assert all(sum(5 + n % 7 for n in one) <= 32 for share in read for one in share)
         assert read == shares(processes, workers)
 
 
-def test_what_cannot_be_packed_is_refused_or_counted(folder, caplog):
+def test_conversations_that_cannot_be_packed_are_errors_or_counted(folder, caplog):
     data = load_conversations(folder / "data.jsonl")
 
     def length(sample):

@@ -1,4 +1,4 @@
-"""Streams: every sample once before any comes again, whoever reads; a run resumes where it was."""
+"""Streaming: each epoch contains each sample once, for any number of processes and workers; runs can be resumed."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from dsvl.data.streaming import Stream, StreamLoader, read_lines
 
 @pytest.fixture
 def numbered(tmp_path, monkeypatch):
-    """A file of 200 conversations, known by their numbers, in several parts."""
+    """A file of 200 numbered conversations in several shards."""
     monkeypatch.setattr(streaming, "MIN_SHARD_BYTES", 1000)
     path = tmp_path / "numbered.jsonl"
     lines = [
@@ -37,7 +37,7 @@ def numbers(stream, count, workers=0, batch_size=None):
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_sample_comes_once_before_any_comes_again(numbered, processes, workers):
+def test_an_epoch_contains_every_sample_once(numbered, processes, workers):
     class Once(Stream):
         def __iter__(self):
             return self.epoch(0)
@@ -51,14 +51,14 @@ def test_every_sample_comes_once_before_any_comes_again(numbered, processes, wor
     assert sorted(seen) == list(range(200)) and seen != sorted(seen)
 
 
-def test_the_next_time_the_order_is_another(numbered):
+def test_each_epoch_has_another_order(numbered):
     read = list(itertools.chain(*numbers(Stream(numbered), 400)))
     assert sorted(read[:200]) == sorted(read[200:]) == list(range(200)) and read[:200] != read[200:]
     assert read[:200] != list(itertools.chain(*numbers(Stream(numbered, seed=1), 200)))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_stream_starts_where_it_was_left(numbered, workers):
+def test_a_stream_resumes_after_the_batches_that_were_read(numbered, workers):
     whole = numbers(Stream(numbered), 60, workers, batch_size=4)
     for batches in (1, 2, 3, 52):
         stream = Stream(numbered)
@@ -67,20 +67,20 @@ def test_a_stream_starts_where_it_was_left(numbered, workers):
         assert rest == whole[batches:]
 
 
-def test_a_worker_that_is_ahead_changes_nothing_for_the_others(numbered, monkeypatch):
+def test_a_fast_worker_does_not_change_the_epoch_of_the_others(numbered, monkeypatch):
     expected = list(Stream(numbered).epoch(0))
     stream, set_epoch = Stream(numbered), datasets.IterableDataset.set_epoch
 
     def meanwhile(rows, epoch):
         set_epoch(rows, epoch)
-        set_epoch(stream._rows, epoch + 1)  # as by another worker, who has this object from the same process
+        set_epoch(stream.rows, epoch + 1)  # as another worker does, which shares this object
 
     monkeypatch.setattr(datasets.IterableDataset, "set_epoch", meanwhile)
     assert list(stream.epoch(0)) == expected
 
 
 @given(st.lists(st.text(max_size=9).map(lambda text: text.encode().replace(b"\n", b" ")), max_size=12), st.data())
-def test_parts_of_a_file_hold_every_line_once(lines, data):
+def test_byte_ranges_of_a_file_contain_every_line_once(lines, data):
     import tempfile
 
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
@@ -97,8 +97,8 @@ def test_parts_of_a_file_hold_every_line_once(lines, data):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "directory"])
-def test_tables_stream_what_their_lines_stream(tmp_path, kind):
-    """Images inside a table, and beside a file."""
+def test_tables_stream_the_same_samples_as_json_lines(tmp_path, kind):
+    """Images inside a table, and as files."""
     lines = load_conversations(make_conversations(tmp_path, layout="ppp"))
     rows = []
     for sample in lines:
@@ -158,8 +158,8 @@ def test_a_streamed_run_resumes_to_the_bit(tmp_path, processes, packing):
     assert furthest(weights(tmp_path / "two"), weights(tmp_path / "one")) == 0
 
 
-def test_two_processes_learn_from_all_of_a_stream(tmp_path):
-    """More processes than parts: each takes every other sample."""
+def test_two_processes_train_on_all_samples_of_a_stream(tmp_path):
+    """More processes than shards: each reads every other sample."""
     model, data = make_checkpoint(tmp_path), make_conversations(tmp_path, layout="pt" * 4)
     base = ["--model", model, "--data", data, "--streaming", "--max-steps", 4, "--logging-steps", 1, "--save-strategy", "no"]
     said = run(*base, "--per-device-train-batch-size", 1, "--output", tmp_path / "one", processes=2).stderr

@@ -1,4 +1,4 @@
-"""Fetching an address that somebody named: public ones alone, whatever the name, a redirect or a slow server does."""
+"""Fetching URLs of untrusted users: only public addresses, with redirects, DNS rebinding and slow servers."""
 
 import contextlib
 import shutil
@@ -37,11 +37,11 @@ from dsvl.utils.url_fetching import FetchError, fetch_url, is_public
     + ["ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "64:ff9b:1::1"]
     + ["2002:7f00:1::", "2002:a00:1::", "2002:808:808::", "2001:0:7f00:1::"],
 )
-def test_addresses_of_this_network_are_not_public(address: str) -> None:
+def test_private_addresses_are_not_public(address: str) -> None:
     assert not is_public(address)
 
 
-def test_addresses_of_the_internet_are() -> None:
+def test_addresses_of_the_internet_are_public() -> None:
     public = ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "2606:2800:220:1::1", "::ffff:8.8.8.8", "64:ff9b::808:808"]
     assert all(map(is_public, public))
 
@@ -61,14 +61,14 @@ def test_addresses_of_the_internet_are() -> None:
     ]
     + ["http://127.0.0.1/a", "http://localhost/a", "http://2130706433/a", "http://0x7f.1/a", "http://[::1]/a"],
 )
-def test_addresses_that_are_refused(url: str, monkeypatch: Any) -> None:
+def test_urls_that_are_refused(url: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(url_fetching.socket, "socket", lambda *arguments: pytest.fail("it was connected to"))
     with pytest.raises(FetchError):
         fetch_url(url, 1000)
 
 
 class Site:
-    """A server that counts its visitors and does with each what it was told to."""
+    """A server that counts requests and answers them with the given function."""
 
     def __init__(self, serve: Callable[[Any, str], None], tls: ssl.SSLContext | None = None) -> None:
         self.serve, self.tls = serve, tls
@@ -83,7 +83,7 @@ class Site:
                 connection, _ = self.listener.accept()
             except OSError:
                 return
-            with connection, contextlib.suppress(OSError):  # the visitor left
+            with connection, contextlib.suppress(OSError):  # the client disconnected
                 if self.tls is not None:
                     connection = self.tls.wrap_socket(connection, server_side=True)
                 path = connection.recv(65536).split()[1].decode()
@@ -95,7 +95,7 @@ class Site:
 
 @pytest.fixture
 def site(monkeypatch: Any) -> Iterator[Callable[..., Site]]:
-    """Sites on a loopback address that counts as public here, under the name site.example."""
+    """Servers on a loopback address that counts as public, with the name site.example."""
     sites: list[Site] = []
     resolve = socket.getaddrinfo
 
@@ -119,7 +119,7 @@ def answer(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
     return "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "", ""]).encode() + body
 
 
-def test_bytes_of_a_public_address(site: Callable[..., Site]) -> None:
+def test_a_public_url_is_fetched(site: Callable[..., Site]) -> None:
     def serve(connection: socket.socket, path: str) -> None:
         onward = answer(b"", "302 Found", "Location: /image?a=1")
         connection.sendall(onward if path == "/" else answer(b"pixels"))
@@ -145,7 +145,7 @@ def test_images_are_fetched_if_that_is_allowed_and_together_within_the_limits(si
         fetch_images(messages(2), Limits(allow_urls=True, body_bytes=1000))
 
 
-def test_redirects_are_checked_like_the_first_address(site: Callable[..., Site]) -> None:
+def test_redirects_are_checked_like_the_first_url(site: Callable[..., Site]) -> None:
     inner = site(lambda connection, path: connection.sendall(answer(b"secret")))
     for target in (f"http://127.0.0.2:{inner.port}/", "file:///etc/passwd", f"http://[::ffff:127.0.0.2]:{inner.port}/"):
         outer = site(lambda connection, path, target=target: connection.sendall(answer(b"", "307 x", f"Location: {target}")))
@@ -192,7 +192,7 @@ def test_size_and_time_are_bounded(site: Callable[..., Site]) -> None:
         assert time.monotonic() - begun < 2
 
 
-def test_failures_tell_nothing_of_this_network(site: Callable[..., Site]) -> None:
+def test_errors_reveal_nothing_about_the_local_network(site: Callable[..., Site]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     said = []
@@ -203,7 +203,7 @@ def test_failures_tell_nothing_of_this_network(site: Callable[..., Site]) -> Non
     assert len(set(said)) == 1
 
 
-def test_looking_a_name_up_is_bounded_too(monkeypatch: Any) -> None:
+def test_name_resolution_is_bounded_too(monkeypatch: Any) -> None:
     done = threading.Event()
     monkeypatch.setattr(url_fetching.socket, "getaddrinfo", lambda *arguments, **options: done.wait(10))
     begun = time.monotonic()
@@ -222,7 +222,7 @@ def test_every_address_of_a_name_is_tried(site: Callable[..., Site], monkeypatch
     assert fetch_url("http://site.example/", 1000) == b"pixels"
 
 
-def test_what_is_cut_off_or_missing_is_no_image(site: Callable[..., Site]) -> None:
+def test_truncated_and_missing_files_are_errors(site: Callable[..., Site]) -> None:
     cut = site(lambda connection, path: connection.sendall(answer(b"pixels")[:-1]))
     with pytest.raises(FetchError, match="broke off"):
         fetch_url(f"http://site.example:{cut.port}/", 1000)
@@ -232,7 +232,7 @@ def test_what_is_cut_off_or_missing_is_no_image(site: Callable[..., Site]) -> No
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate by openssl")
-def test_a_certificate_is_checked_against_the_address_that_was_named(
+def test_a_certificate_is_checked_against_the_name_in_the_url(
     site: Callable[..., Site], tmp_path: Path, monkeypatch: Any
 ) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
@@ -248,7 +248,7 @@ def test_a_certificate_is_checked_against_the_address_that_was_named(
     one = site(serve, context)
     with pytest.raises(FetchError, match="certificate is not valid"):
         fetch_url(f"https://site.example:{one.port}/", 1000)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # now somebody vouches for it
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # now it is trusted
     assert fetch_url(f"https://site.example:{one.port}/", 1000) == b"pixels"
     with pytest.raises(FetchError, match="certificate is not valid"):
         fetch_url(f"https://127.0.0.1:{one.port}/", 1000)

@@ -1,1 +1,1 @@
-"""Helpers that several parts of the package share. Importing them imports neither torch nor transformers."""
+"""Helpers that several parts of the package share."""
