@@ -1,14 +1,20 @@
-"""MMCA in fused kernels, for NVIDIA GPUs: no score is ever stored.
+"""Fused MMCA kernels in Triton for NVIDIA Hopper GPUs.
 
-The definition is in attention_dsvl.py. What makes it fast: text keys and image keys are two lists of places, and what a
-text query sees is an interval of each list (all of it up to some place, under plain causality). So a block of queries
-walks two short lists whose inner blocks need no mask, and keys that no query of the block sees are never read. Keys and
-values are packed in the order of their lists first, so that a block is read as one; queries and gradients by the kernels
-that are the first to read them. A query that is not text is copied from its own value. Softmaxes are computed online, and
-the backward pass recomputes them from their saved normalisers (FlashAttention-2, arXiv 2307.08691), once for each of the two
-branches.
+Algorithm: FlashAttention-2 (Dao, 2023, arXiv 2307.08691), with two softmaxes. attention_dsvl.py defines MMCA: the output of
+a text query is the sum of two attentions, one over the text keys and one over the image keys that it sees; the output of any
+other query is its own value.
 
-Written in Triton, which comes with PyTorch for CUDA; without it `can_fuse` is False.
+- `TokenLists` lists the text queries, text keys and image keys of a sample. What a query sees is one interval of indices in
+  each list of keys, and what sees a key is one interval of the list of text queries. A program loops over the blocks of an
+  interval only. Full blocks need no mask; the first and last blocks are masked.
+- Keys and values are first packed in list order (`_pack_kernel`), so that a tensor descriptor can load a block. The forward
+  kernel packs the queries and the dQ kernel packs the output gradients, for the dK/dV kernel.
+- Forward, for each of the two branches: an online softmax over blocks of keys, with the row maximum `m_i`, the row sum `l_i`
+  and the accumulator `acc`. The log-sum-exp `lse` and the output of each branch are saved for the backward pass.
+- Backward: `p` is recomputed from `lse`. With `delta = rowsum(dO * O)` of the branch, `dS = p * (dO V^T - delta)`. One
+  kernel computes dQ, and another one dK and dV.
+
+No score is written to global memory. Triton comes with the CUDA builds of PyTorch; without it `can_fuse` returns False.
 """
 
 from __future__ import annotations
@@ -31,30 +37,49 @@ except ImportError:
     triton = tl = None
 
 MAX_HEAD_DIM = 256
-# In single precision the kernels are right, but their products leave no registers for anything else: others are faster.
+# float32 gives correct results, but is slower than the other implementations: it needs too many registers.
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, training: bool = False) -> bool:
-    """Whether the kernels are to compute a decoder's attention: on an NVIDIA GPU of the Hopper generation (H100,
-    H200), with Triton, for scores in half precision, heads of up to 256, and no dropout.
+    """Whether the kernels support a decoder on a device.
 
-    Earlier GPUs have no memory accelerator that reads a block without registers, and the kernels spill there; later ones
-    compile them, but nobody has measured them yet.
+    They need Triton and a Hopper GPU (compute capability 9.x, such as H100 and H200). Earlier GPUs lack the tensor memory
+    accelerator, and the kernels spill registers there. Later GPUs compile them, but have not been measured.
+
+    Args:
+        text_config: configuration of the decoder.
+        dtype: dtype of queries, keys and values; bfloat16 or float16.
+        device: device of queries, keys and values.
+        training (*optional*, defaults to `False`): whether attention dropout applies, which the kernels lack.
+
+    Returns:
+        True if the kernels can compute the attention, for heads of up to `MAX_HEAD_DIM`.
     """
     if triton is None or device.type != "cuda" or torch.version.cuda is None or dtype not in DTYPES:
         return False
     heads = text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    dropped = training and (getattr(text_config, "attention_dropout", None) or 0) > 0
-    return head_dim <= MAX_HEAD_DIM and not dropped and _capability(device)[0] == 9
+    has_dropout = training and (getattr(text_config, "attention_dropout", None) or 0) > 0
+    return head_dim <= MAX_HEAD_DIM and not has_dropout and _capability(device)[0] == 9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Kernels. Scores are kept in units of log2, for exp2 is what the hardware has.
+# Kernels
+#
+# Names, beside those of FlashAttention:
+#   offs_m, offs_n        indices in the lists of queries and keys; idx_m, idx_n are the indices of those tokens
+#   Counts                (batch, 4): text queries, text keys, image keys, first row of the sample in the saved tensors
+#   branch                0: text keys, 1: image keys
+#   total_q               rows of the saved tensors, which hold the text queries of all samples one after the other
+#   seqlen_q_rounded, seqlen_k_rounded    rows of packed tensors for each head, multiples of PACK_BLOCK
+#   BLOCK_D               HEAD_DIM rounded up to a power of two
+#   WINDOWED              whether intervals of keys may start after the first key of a list
+#
+# Scores, m_i and lse are in units of log2, for exp2. The factor 1.4426950408889634 is log2(e).
 
-# Lengths differ from batch to batch: a kernel must not be compiled again for one that is a multiple of 16.
-_LENGTHS = ["queries", "keys", "rows", "places", "slots", "query_slots", "key_slots"]
+# Lengths change with every batch. Without specialization a kernel is not compiled again for multiples of 16.
+_LENGTHS = ["seqlen_q", "seqlen_k", "total_q", "seqlen_q_rounded", "seqlen_k_rounded"]
 
 
 def jit(function: Callable) -> Any:
@@ -70,344 +95,359 @@ def kernel(function: Callable) -> Any:
 
 
 @jit
-def _load_rows(pointer, places, stride, head_dim: tl.constexpr, block_d: tl.constexpr, valid):
-    """Rows of (places, head_dim) at `places`; zero where not `valid`."""
-    columns = tl.arange(0, block_d)
-    at = pointer + places[:, None].to(tl.int64) * stride + columns[None, :]
-    if block_d != head_dim:
-        return tl.load(at, mask=valid[:, None] & (columns < head_dim)[None, :], other=0.0)
-    return tl.load(at, mask=valid[:, None], other=0.0)
+def _load_rows(ptr, index, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, mask):
+    """Rows `index` of a matrix of HEAD_DIM columns, as (len(index), BLOCK_D); zero where not `mask`."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + index[:, None].to(tl.int64) * stride + offs_d[None, :]
+    if BLOCK_D != HEAD_DIM:
+        return tl.load(ptrs, mask=mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(ptrs, mask=mask[:, None], other=0.0)
 
 
 @jit
-def _store_rows(pointer, places, stride, rows, head_dim: tl.constexpr, block_d: tl.constexpr, valid):
-    columns = tl.arange(0, block_d)
-    at = pointer + places[:, None].to(tl.int64) * stride + columns[None, :]
-    tl.store(at, rows.to(pointer.dtype.element_ty), mask=valid[:, None] & (columns < head_dim)[None, :])
+def _store_rows(ptr, index, stride, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, mask):
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + index[:, None].to(tl.int64) * stride + offs_d[None, :]
+    tl.store(ptrs, rows.to(ptr.dtype.element_ty), mask=mask[:, None] & (offs_d < HEAD_DIM)[None, :])
 
 
 @jit
-def _cap(scores, scale, softcap):
-    """tanh(scores * scale / softcap), by which Gemma 2 caps its scores."""
-    return 2.0 / (1.0 + tl.exp2(scores * (scale * (-2.0 * 1.4426950408889634) / softcap))) - 1.0
+def _tanh_scores(qk, sm_scale, softcap):
+    """tanh(qk * sm_scale / softcap), the capped scores of Gemma 2 before their multiplication by `softcap`."""
+    return 2.0 / (1.0 + tl.exp2(qk * (sm_scale * (-2.0 * 1.4426950408889634) / softcap))) - 1.0
 
 
 @jit
-def _seen(ranks, first, last, windowed: tl.constexpr):
-    """Which ranks lie in which intervals; `ranks` broadcasts against `first` and `last`."""
-    seen = ranks < last
-    if windowed:
-        seen &= ranks >= first
-    return seen
+def _in_range(offs, range_lo, range_hi, WINDOWED: tl.constexpr):
+    """Whether range_lo <= offs < range_hi, with broadcasting; range_lo is taken as 0 if not WINDOWED."""
+    inside = offs < range_hi
+    if WINDOWED:
+        inside &= offs >= range_lo
+    return inside
 
 
 @jit
-def _intervals(First, Last, row, valid, others, size: tl.constexpr, windowed: tl.constexpr):
-    """Consecutive intervals, whose ends never decrease: which blocks lie in any of them, and which in all.
+def _load_ranges(Lo, Hi, offs, mask, num_others, BLOCK: tl.constexpr, WINDOWED: tl.constexpr):
+    """Load the intervals of a block of rows, and find the blocks to loop over.
 
     Args:
-        First, Last: pointers to where the first of them begins and ends.
-        row, valid: which of them a program has, and whether they exist.
-        others: how many follow the first.
-        windowed: whether they may begin elsewhere than at 0.
+        Lo, Hi: pointers to start and end of the first row's interval. Neither decreases from a row to the next.
+        offs, mask: offsets of the rows of the block, and which of them exist.
+        num_others: the number of rows that follow the first one.
+        BLOCK: size of the blocks to loop over.
+        WINDOWED: whether intervals may start after 0.
 
     Returns:
-        Where each begins and ends; and start, inner start, inner end, end of all, multiples of `size` but the last.
+        range_lo, range_hi: interval of each row.
+        lo, full_lo, full_hi, hi: blocks from lo to hi overlap an interval; blocks from full_lo to full_hi lie in all
+            intervals and need no mask. All but hi are multiples of BLOCK.
     """
-    first, last = tl.load(First + row, mask=valid, other=0), tl.load(Last + row, mask=valid, other=0)
-    end, inner_end = tl.load(Last + others), tl.load(Last) // size * size
-    start, inner_start = 0, 0
-    if windowed:
-        start = tl.minimum(tl.load(First), end) // size * size
-        inner_start = (tl.load(First + others) + size - 1) // size * size
-    return first, last, start, inner_start, inner_end, end
+    range_lo, range_hi = tl.load(Lo + offs, mask=mask, other=0), tl.load(Hi + offs, mask=mask, other=0)
+    hi, full_hi = tl.load(Hi + num_others), tl.load(Hi) // BLOCK * BLOCK
+    lo, full_lo = 0, 0
+    if WINDOWED:
+        lo = tl.minimum(tl.load(Lo), hi) // BLOCK * BLOCK
+        full_lo = (tl.load(Lo + num_others) + BLOCK - 1) // BLOCK * BLOCK
+    return range_lo, range_hi, lo, full_lo, full_hi, hi
 
 
 @kernel
 def _pack_kernel(
-    States, Packed, Places, Counts, s_batch, s_head, s_token, heads, places, slots,
-    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr,
+    X, Packed, Index, Counts, stride_xb, stride_xh, stride_xn, num_heads, seqlen_k, seqlen_k_rounded,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Rows of (batch, key-value heads, tokens, head_dim) in the order of the keys: (batch, heads, slots, block_d).
+    """Gather keys or values (batch, kv heads, seqlen_k, HEAD_DIM) in list order.
 
-    A block is read whole, and what is hidden in it is weighed by 0, which nothing but numbers survives: slots behind the
-    image keys are set to 0 as far as any block of them reaches.
+    Packed is (batch, kv heads, seqlen_k_rounded, BLOCK_D).
+    The rows after the image keys are set to 0 as far as a block may reach: masked rows are multiplied by p = 0, which would
+    give NaN if they held NaN or infinity.
     """
-    block, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
-    count = tl.load(Counts + batch * 4 + 1) + tl.load(Counts + batch * 4 + 2)
-    if block * block_m >= count + block_m:
+    start_n, off_b, off_h = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    num_k = tl.load(Counts + off_b * 4 + 1) + tl.load(Counts + off_b * 4 + 2)
+    if start_n * BLOCK_N >= num_k + BLOCK_N:
         return
-    ranks = block * block_m + tl.arange(0, block_m)
-    valid = ranks < count
-    at = tl.load(Places + batch * places + ranks, mask=valid, other=0)
-    base = States + batch.to(tl.int64) * s_batch + head.to(tl.int64) * s_head
-    rows = _load_rows(base, at, s_token, head_dim, block_d, valid)
-    out = Packed + (batch * heads + head).to(tl.int64) * slots * block_d
-    _store_rows(out, ranks, block_d, rows, block_d, block_d, ranks < slots)
+    offs_n = start_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_k
+    idx_n = tl.load(Index + off_b * seqlen_k + offs_n, mask=mask_n, other=0)
+    X += off_b.to(tl.int64) * stride_xb + off_h.to(tl.int64) * stride_xh
+    x = _load_rows(X, idx_n, stride_xn, HEAD_DIM, BLOCK_D, mask_n)
+    Packed += (off_b * num_heads + off_h).to(tl.int64) * seqlen_k_rounded * BLOCK_D
+    _store_rows(Packed, offs_n, BLOCK_D, x, BLOCK_D, BLOCK_D, offs_n < seqlen_k_rounded)
 
 
 @jit
-def _attend(
-    query, Key, Value, row, first, last, start, inner_start, inner_end, end, scale, softcap, block_d: tl.constexpr,
-    capped: tl.constexpr, windowed: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, precision: tl.constexpr,
+def _fwd_inner(
+    q, desc_k, desc_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi, sm_scale, softcap, BLOCK_D: tl.constexpr,
+    USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of keys from rank `start` to `end`, by online softmax; every query sees those from `inner_start` to
-    `inner_end`."""
-    accumulator = tl.zeros([block_m, block_d], dtype=tl.float32)
-    normaliser = tl.zeros([block_m], dtype=tl.float32)
-    peak = tl.full([block_m], float("-inf"), dtype=tl.float32)
-    for rank in range(start, end, block_n):
-        key = Key.load([row + rank, 0])
-        scores = tl.dot(query, tl.trans(key), input_precision=precision)
-        # One multiplication and addition for each score: the peak is kept in scaled units, the scores are not.
-        if capped:
-            scores, unit = _cap(scores, scale, softcap), softcap * 1.4426950408889634
+    """Online softmax of a block of queries over the keys of one branch.
+
+    Args:
+        row_k: row of the branch's first key in the packed keys and values.
+        range_lo, range_hi, lo, full_lo, full_hi, hi: see `_load_ranges`.
+
+    Returns:
+        acc, l_i, m_i: unnormalized output, row sum and row maximum.
+    """
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    for start_n in range(lo, hi, BLOCK_N):
+        k = desc_k.load([row_k + start_n, 0])
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        # m_i is scaled and qk is not: p then takes one fused multiply-add for each score.
+        if USE_SOFTCAP:
+            qk, qk_scale = _tanh_scores(qk, sm_scale, softcap), softcap * 1.4426950408889634
         else:
-            unit = scale * 1.4426950408889634
-        if (rank < inner_start) | (rank >= inner_end):
-            ranks = rank + tl.arange(0, block_n)
-            scores = tl.where(_seen(ranks[None, :], first[:, None], last[:, None], windowed), scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * unit)
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores * unit - shift[:, None])
-        decay = tl.exp2(peak - shift)
-        normaliser = normaliser * decay + tl.sum(weights, 1)
-        accumulator = accumulator * decay[:, None]
-        value = Value.load([row + rank, 0])
-        accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision=precision)
-        peak = new_peak
-    return accumulator, normaliser, peak
+            qk_scale = sm_scale * 1.4426950408889634
+        if (start_n < full_lo) | (start_n >= full_hi):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            qk = tl.where(_in_range(offs_n[None, :], range_lo[:, None], range_hi[:, None], WINDOWED), qk, float("-inf"))
+        m_ij = tl.maximum(m_i, tl.max(qk, 1) * qk_scale)
+        m_finite = tl.where(m_ij == float("-inf"), 0.0, m_ij)  # a row may see no key of this branch
+        p = tl.exp2(qk * qk_scale - m_finite[:, None])
+        alpha = tl.exp2(m_i - m_finite)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        v = desc_v.load([row_k + start_n, 0])
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        m_i = m_ij
+    return acc, l_i, m_i
 
 
 @kernel
-def _forward_kernel(
-    Query, Key, Value, OwnValue, Out, PackedQuery, Branches, Normalisers, Queries, Counts, KeyRanges, OwnKey,
-    q_batch, q_head, q_token, v_batch, v_head, v_token, scale, softcap,
-    heads, queries, rows, query_slots, key_slots, group: tl.constexpr,
-    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    capped: tl.constexpr, windowed: tl.constexpr, save: tl.constexpr, precision: tl.constexpr,
+def _fwd_kernel(
+    Q, desc_k, desc_v, V, Out, PackedQ, BranchOut, Lse, QIndex, Counts, KRanges, OwnKey,
+    stride_qb, stride_qh, stride_qm, stride_vb, stride_vh, stride_vn, sm_scale, softcap,
+    num_heads, seqlen_q, total_q, seqlen_q_rounded, seqlen_k_rounded, GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: text queries attend, others are given their own value."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the long ones first
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    kv_head = head // group
-    text_queries = tl.load(Counts + batch * 4)
-    value_base = OwnValue + batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    ranks = block * block_m + tl.arange(0, block_m)
-    within, valid = ranks < queries, ranks < text_queries
-    places = tl.load(Queries + batch * queries + ranks, mask=within, other=0)
-    out_base = Out + (batch.to(tl.int64) * queries * heads + head) * head_dim
-    if block * block_m >= text_queries:
-        own = tl.load(OwnKey + batch * queries + places, mask=within, other=0)
-        own_value = _load_rows(value_base, own, v_token, head_dim, block_d, within)
-        _store_rows(out_base, places, heads * head_dim, own_value, head_dim, block_d, within)
+    """Output of one block of queries of one head: attention for text queries, their own value for the others."""
+    start_m = tl.num_programs(0) - 1 - tl.program_id(0)  # the blocks with the longest intervals first
+    off_b, off_h = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    off_hk = off_h // GROUP_SIZE
+    num_text_q = tl.load(Counts + off_b * 4)
+    V += off_b.to(tl.int64) * stride_vb + off_hk.to(tl.int64) * stride_vh
+    offs_m = start_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m, is_text = offs_m < seqlen_q, offs_m < num_text_q
+    idx_m = tl.load(QIndex + off_b * seqlen_q + offs_m, mask=mask_m, other=0)
+    Out += (off_b.to(tl.int64) * seqlen_q * num_heads + off_h) * HEAD_DIM
+    if start_m * BLOCK_M >= num_text_q:
+        own_idx = tl.load(OwnKey + off_b * seqlen_q + idx_m, mask=mask_m, other=0)
+        own_v = _load_rows(V, own_idx, stride_vn, HEAD_DIM, BLOCK_D, mask_m)
+        _store_rows(Out, idx_m, num_heads * HEAD_DIM, own_v, HEAD_DIM, BLOCK_D, mask_m)
         return
-    query_base = Query + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
-    query = _load_rows(query_base, places, q_token, head_dim, block_d, valid)
-    if save:
-        packed_base = PackedQuery + (batch * heads + head).to(tl.int64) * query_slots * block_d
-        _store_rows(packed_base, ranks, block_d, query, block_d, block_d, ranks < query_slots)
-    key_row = (batch * (heads // group) + kv_head) * key_slots
-    total = tl.zeros([block_m, block_d], dtype=Out.dtype.element_ty)
-    row, others = tl.arange(0, block_m), tl.minimum(block_m, text_queries - block * block_m) - 1
-    saved = tl.load(Counts + batch * 4 + 3) + ranks
+    Q += off_b.to(tl.int64) * stride_qb + off_h.to(tl.int64) * stride_qh
+    q = _load_rows(Q, idx_m, stride_qm, HEAD_DIM, BLOCK_D, is_text)
+    if SAVE:
+        PackedQ += (off_b * num_heads + off_h).to(tl.int64) * seqlen_q_rounded * BLOCK_D
+        _store_rows(PackedQ, offs_m, BLOCK_D, q, BLOCK_D, BLOCK_D, offs_m < seqlen_q_rounded)
+    row_k = (off_b * (num_heads // GROUP_SIZE) + off_hk) * seqlen_k_rounded
+    out = tl.zeros([BLOCK_M, BLOCK_D], dtype=Out.dtype.element_ty)
+    rows, num_others = tl.arange(0, BLOCK_M), tl.minimum(BLOCK_M, num_text_q - start_m * BLOCK_M) - 1
+    offs_saved = tl.load(Counts + off_b * 4 + 3) + offs_m
     for branch in tl.static_range(2):
-        begin = KeyRanges + (batch * 4 + 2 * branch) * queries + block * block_m
-        first, last, start, inner_start, inner_end, end = _intervals(
-            begin, begin + queries, row, within, others, block_n, windowed
+        Lo = KRanges + (off_b * 4 + 2 * branch) * seqlen_q + start_m * BLOCK_M
+        range_lo, range_hi, lo, full_lo, full_hi, hi = _load_ranges(
+            Lo, Lo + seqlen_q, rows, mask_m, num_others, BLOCK_N, WINDOWED
         )
         if branch == 1:
-            key_row += tl.load(Counts + batch * 4 + 1)
-        accumulator, normaliser, peak = _attend(
-            query, Key, Value, key_row, first, last, start, inner_start, inner_end, end, scale, softcap, block_d,
-            capped, windowed, block_m, block_n, precision,
+            row_k += tl.load(Counts + off_b * 4 + 1)
+        acc, l_i, m_i = _fwd_inner(
+            q, desc_k, desc_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi, sm_scale, softcap, BLOCK_D,
+            USE_SOFTCAP, WINDOWED, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
-        some = normaliser > 0
-        accumulator = accumulator / tl.where(some, normaliser, 1.0)[:, None]
-        # Kept in the output's precision between the branches: half the registers, which are what there is too little of.
-        total = (total.to(tl.float32) + accumulator).to(total.dtype)
-        if save:
-            # An empty softmax is infinitely normalised, so that its weights come back as 0.
-            log = tl.where(some, peak + tl.log2(normaliser), float("inf"))
-            at = (branch * heads + head).to(tl.int64) * rows + saved
-            tl.store(Normalisers + at, log, mask=valid)
-            branch_base = Branches + (head.to(tl.int64) + branch * rows * heads) * head_dim
-            _store_rows(branch_base, saved, heads * head_dim, accumulator, head_dim, block_d, valid)
-    if block * block_m + block_m > text_queries:
-        own = tl.load(OwnKey + batch * queries + places, mask=within, other=0)
-        own_value = _load_rows(value_base, own, v_token, head_dim, block_d, within & ~valid)
-        total = tl.where(valid[:, None], total, own_value)
-    _store_rows(out_base, places, heads * head_dim, total, head_dim, block_d, within)
+        has_keys = l_i > 0
+        acc = acc / tl.where(has_keys, l_i, 1.0)[:, None]
+        # The sum of the branches is kept in the output's dtype: it takes half the registers.
+        out = (out.to(tl.float32) + acc).to(out.dtype)
+        if SAVE:
+            # lse = inf makes p = 0 in the backward pass where a row sees no key of this branch.
+            lse = tl.where(has_keys, m_i + tl.log2(l_i), float("inf"))
+            offs_lse = (branch * num_heads + off_h).to(tl.int64) * total_q + offs_saved
+            tl.store(Lse + offs_lse, lse, mask=is_text)
+            branch_out = BranchOut + (off_h.to(tl.int64) + branch * total_q * num_heads) * HEAD_DIM
+            _store_rows(branch_out, offs_saved, num_heads * HEAD_DIM, acc, HEAD_DIM, BLOCK_D, is_text)
+    if start_m * BLOCK_M + BLOCK_M > num_text_q:
+        own_idx = tl.load(OwnKey + off_b * seqlen_q + idx_m, mask=mask_m, other=0)
+        own_v = _load_rows(V, own_idx, stride_vn, HEAD_DIM, BLOCK_D, mask_m & ~is_text)
+        out = tl.where(is_text[:, None], out, own_v)
+    _store_rows(Out, idx_m, num_heads * HEAD_DIM, out, HEAD_DIM, BLOCK_D, mask_m)
 
 
 @jit
-def _delta(gradient, Branch, places, stride, head_dim: tl.constexpr, block_d: tl.constexpr, valid):
-    """What a branch's softmax takes off the gradients of its scores: the output's gradient times the branch's output."""
-    output = _load_rows(Branch, places, stride, head_dim, block_d, valid)
-    return tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
+def _load_delta(do, BranchOut, index, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, mask):
+    """delta = rowsum(dO * O) of one branch."""
+    o = _load_rows(BranchOut, index, stride, HEAD_DIM, BLOCK_D, mask)
+    return tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
 
 
 @jit
-def _weights(scores, normaliser, scale, softcap, capped: tl.constexpr):
-    """Weights from raw products, and how fast the scores grow with these; `normaliser` broadcasts against `scores`."""
-    if capped:
-        cap = _cap(scores, scale, softcap)
-        weights, slope = tl.exp2(cap * (softcap * 1.4426950408889634) - normaliser), 1.0 - cap * cap
+def _recompute_p(qk, lse, sm_scale, softcap, USE_SOFTCAP: tl.constexpr):
+    """p from unscaled scores and `lse`, which broadcasts against them; and the derivative of the cap."""
+    if USE_SOFTCAP:
+        tanh = _tanh_scores(qk, sm_scale, softcap)
+        p, dcap = tl.exp2(tanh * (softcap * 1.4426950408889634) - lse), 1.0 - tanh * tanh
     else:
-        weights, slope = tl.exp2(scores * (scale * 1.4426950408889634) - normaliser), 1.0
-    return weights, slope
+        p, dcap = tl.exp2(qk * (sm_scale * 1.4426950408889634) - lse), 1.0
+    return p, dcap
 
 
 @jit
-def _query_blocks(
-    gradient_sum, query, gradient, normaliser, delta, Key, Value, row, first, last, start, inner_start, inner_end, end,
-    scale, softcap, capped: tl.constexpr, windowed: tl.constexpr, block_n: tl.constexpr, precision: tl.constexpr,
+def _bwd_dq_inner(
+    dq, q, do, lse, delta, desc_k, desc_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi,
+    sm_scale, softcap, USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for rank in range(start, end, block_n):
-        key = Key.load([row + rank, 0])
-        value = Value.load([row + rank, 0])
-        scores = tl.dot(query, tl.trans(key), input_precision=precision)
-        weights, slope = _weights(scores, normaliser[:, None], scale, softcap, capped)
-        if (rank < inner_start) | (rank >= inner_end):
-            ranks = rank + tl.arange(0, block_n)
-            weights = tl.where(_seen(ranks[None, :], first[:, None], last[:, None], windowed), weights, 0.0)
-        weight_gradients = tl.dot(gradient, tl.trans(value), input_precision=precision)
-        gradients = weights * (weight_gradients - delta[:, None]) * slope
-        gradient_sum = tl.dot(gradients.to(key.dtype), key, gradient_sum, input_precision=precision)
-    return gradient_sum
+    for start_n in range(lo, hi, BLOCK_N):
+        k = desc_k.load([row_k + start_n, 0])
+        v = desc_v.load([row_k + start_n, 0])
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p, dcap = _recompute_p(qk, lse[:, None], sm_scale, softcap, USE_SOFTCAP)
+        if (start_n < full_lo) | (start_n >= full_hi):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            p = tl.where(_in_range(offs_n[None, :], range_lo[:, None], range_hi[:, None], WINDOWED), p, 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None]) * dcap
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
 
 
 @kernel
-def _query_gradient_kernel(
-    Query, Key, Value, Gradient, PackedGradient, QueryGradient, Branches, Normalisers, Deltas, Queries, Counts, KeyRanges,
-    g_batch, g_head, g_token, d_batch, d_head, d_token, scale, softcap,
-    heads, queries, rows, query_slots, key_slots, group: tl.constexpr,
-    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    capped: tl.constexpr, windowed: tl.constexpr, precision: tl.constexpr,
+def _bwd_dq_kernel(
+    desc_q, desc_k, desc_v, DO, PackedDO, DQ, BranchOut, Lse, Delta, QIndex, Counts, KRanges,
+    stride_dob, stride_doh, stride_dom, stride_dqb, stride_dqh, stride_dqm, sm_scale, softcap,
+    num_heads, seqlen_q, total_q, seqlen_q_rounded, seqlen_k_rounded, GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one block of queries of one head; 0 for queries that are not text."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    kv_head = head // group
-    text_queries = tl.load(Counts + batch * 4)
-    ranks = block * block_m + tl.arange(0, block_m)
-    within, valid = ranks < queries, ranks < text_queries
-    places = tl.load(Queries + batch * queries + ranks, mask=within, other=0)
-    out_base = QueryGradient + batch.to(tl.int64) * d_batch + head.to(tl.int64) * d_head
-    total = tl.zeros([block_m, block_d], dtype=tl.float32)
-    if block * block_m < text_queries:
-        query_row = (batch * heads + head) * query_slots
-        query = Query.load([query_row + block * block_m, 0])
-        gradient_base = Gradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
-        gradient = _load_rows(gradient_base, places, g_token, head_dim, block_d, valid)
-        packed_base = PackedGradient + query_row.to(tl.int64) * block_d
-        _store_rows(packed_base, ranks, block_d, gradient, block_d, block_d, ranks < query_slots)
-        key_row = (batch * (heads // group) + kv_head) * key_slots
-        saved = tl.load(Counts + batch * 4 + 3) + ranks
-        text, image = Branches + head.to(tl.int64) * head_dim, Branches + (head.to(tl.int64) + rows * heads) * head_dim
+    """dQ of one block of queries of one head: 0 for queries that are not text. Saves delta and packs dO."""
+    start_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    off_b, off_h = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    off_hk = off_h // GROUP_SIZE
+    num_text_q = tl.load(Counts + off_b * 4)
+    offs_m = start_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m, is_text = offs_m < seqlen_q, offs_m < num_text_q
+    idx_m = tl.load(QIndex + off_b * seqlen_q + offs_m, mask=mask_m, other=0)
+    DQ += off_b.to(tl.int64) * stride_dqb + off_h.to(tl.int64) * stride_dqh
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    if start_m * BLOCK_M < num_text_q:
+        row_q = (off_b * num_heads + off_h) * seqlen_q_rounded
+        q = desc_q.load([row_q + start_m * BLOCK_M, 0])
+        do_base = DO + off_b.to(tl.int64) * stride_dob + off_h.to(tl.int64) * stride_doh
+        do = _load_rows(do_base, idx_m, stride_dom, HEAD_DIM, BLOCK_D, is_text)
+        packed_base = PackedDO + row_q.to(tl.int64) * BLOCK_D
+        _store_rows(packed_base, offs_m, BLOCK_D, do, BLOCK_D, BLOCK_D, offs_m < seqlen_q_rounded)
+        row_k = (off_b * (num_heads // GROUP_SIZE) + off_hk) * seqlen_k_rounded
+        offs_saved = tl.load(Counts + off_b * 4 + 3) + offs_m
+        text_out = BranchOut + off_h.to(tl.int64) * HEAD_DIM
+        image_out = BranchOut + (off_h.to(tl.int64) + total_q * num_heads) * HEAD_DIM
         deltas = (
-            _delta(gradient, text, saved, heads * head_dim, head_dim, block_d, valid),
-            _delta(gradient, image, saved, heads * head_dim, head_dim, block_d, valid),
+            _load_delta(do, text_out, offs_saved, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, is_text),
+            _load_delta(do, image_out, offs_saved, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, is_text),
         )
-        row, others = tl.arange(0, block_m), tl.minimum(block_m, text_queries - block * block_m) - 1
+        rows, num_others = tl.arange(0, BLOCK_M), tl.minimum(BLOCK_M, num_text_q - start_m * BLOCK_M) - 1
         for branch in tl.static_range(2):
-            begin = KeyRanges + (batch * 4 + 2 * branch) * queries + block * block_m
-            first, last, start, inner_start, inner_end, end = _intervals(
-                begin, begin + queries, row, within, others, block_n, windowed
+            Lo = KRanges + (off_b * 4 + 2 * branch) * seqlen_q + start_m * BLOCK_M
+            range_lo, range_hi, lo, full_lo, full_hi, hi = _load_ranges(
+                Lo, Lo + seqlen_q, rows, mask_m, num_others, BLOCK_N, WINDOWED
             )
             if branch == 1:
-                key_row += tl.load(Counts + batch * 4 + 1)
-            at = (branch * heads + head).to(tl.int64) * rows + saved
-            normaliser = tl.load(Normalisers + at, mask=valid, other=float("inf"))
+                row_k += tl.load(Counts + off_b * 4 + 1)
+            offs_lse = (branch * num_heads + off_h).to(tl.int64) * total_q + offs_saved
+            lse = tl.load(Lse + offs_lse, mask=is_text, other=float("inf"))
             delta = deltas[branch]
-            tl.store(Deltas + at, delta, mask=valid)
-            total = _query_blocks(
-                total, query, gradient, normaliser, delta, Key, Value, key_row, first, last,
-                start, inner_start, inner_end, end, scale, softcap, capped, windowed, block_n, precision,
+            tl.store(Delta + offs_lse, delta, mask=is_text)
+            dq = _bwd_dq_inner(
+                dq, q, do, lse, delta, desc_k, desc_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi,
+                sm_scale, softcap, USE_SOFTCAP, WINDOWED, BLOCK_N, PRECISION,
             )  # fmt: skip
-    total = tl.where(valid[:, None], total * scale, 0.0)
-    _store_rows(out_base, places, d_token, total, head_dim, block_d, within)
+    dq = tl.where(is_text[:, None], dq * sm_scale, 0.0)
+    _store_rows(DQ, idx_m, stride_dqm, dq, HEAD_DIM, BLOCK_D, mask_m)
 
 
 @jit
-def _key_blocks(
-    key_sum, value_sum, key, value, Query, Gradient, Normalisers, Deltas, row, line, saved, first, last, start,
-    inner_start, inner_end, end, scale, softcap, capped: tl.constexpr, block_m: tl.constexpr, precision: tl.constexpr,
+def _bwd_dkdv_inner(
+    dk, dv, k, v, desc_q, desc_do, desc_lse, desc_delta, row_q, row_lse, start_saved, range_lo, range_hi,
+    lo, full_lo, full_hi, hi, sm_scale, softcap, USE_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for rank in range(start, end, block_m):
-        query = Query.load([row + rank, 0])
-        gradient = Gradient.load([row + rank, 0])
-        normaliser = Normalisers.load([line, saved + rank]).reshape([block_m])
-        delta = Deltas.load([line, saved + rank]).reshape([block_m])
-        scores = tl.dot(key, tl.trans(query), input_precision=precision)
-        weights, slope = _weights(scores, normaliser[None, :], scale, softcap, capped)
-        if (rank < inner_start) | (rank >= inner_end):
-            ranks = rank + tl.arange(0, block_m)
-            weights = tl.where(_seen(ranks[None, :], first[:, None], last[:, None], True), weights, 0.0)
-            delta = tl.where(ranks < end, delta, 0.0)  # behind the last query nothing was written
-        value_sum = tl.dot(weights.to(gradient.dtype), gradient, value_sum, input_precision=precision)
-        weight_gradients = tl.dot(value, tl.trans(gradient), input_precision=precision)
-        gradients = weights * (weight_gradients - delta[None, :]) * slope
-        key_sum = tl.dot(gradients.to(query.dtype), query, key_sum, input_precision=precision)
-    return key_sum, value_sum
+    """Transposed: scores and p are (BLOCK_N, BLOCK_M)."""
+    for start_m in range(lo, hi, BLOCK_M):
+        q = desc_q.load([row_q + start_m, 0])
+        do = desc_do.load([row_q + start_m, 0])
+        lse = desc_lse.load([row_lse, start_saved + start_m]).reshape([BLOCK_M])
+        delta = desc_delta.load([row_lse, start_saved + start_m]).reshape([BLOCK_M])
+        kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p, dcap = _recompute_p(kq, lse[None, :], sm_scale, softcap, USE_SOFTCAP)
+        if (start_m < full_lo) | (start_m >= full_hi):
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            p = tl.where(_in_range(offs_m[None, :], range_lo[:, None], range_hi[:, None], True), p, 0.0)
+            delta = tl.where(offs_m < hi, delta, 0.0)  # uninitialized after the last text query
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :]) * dcap
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
 
 
 @kernel
-def _key_gradient_kernel(
-    Query, Key, Value, Gradient, OwnGradient, KeyGradient, ValueGradient, Normalisers, Deltas,
-    Keys, Counts, QueryRanges, OwnKey, g_batch, g_head, g_token,
-    dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, scale, softcap,
-    heads, queries, keys, query_slots, key_slots, group: tl.constexpr,
-    head_dim: tl.constexpr, block_d: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    capped: tl.constexpr, precision: tl.constexpr,
+def _bwd_dkdv_kernel(
+    desc_q, desc_k, desc_v, desc_do, DO, DK, DV, desc_lse, desc_delta,
+    KIndex, Counts, QRanges, OwnKey, stride_dob, stride_doh, stride_dom,
+    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, sm_scale, softcap,
+    num_heads, seqlen_q, seqlen_k, seqlen_q_rounded, seqlen_k_rounded, GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one block of keys and values of one key-value head: text keys, or image and hidden keys."""
-    kv_heads = heads // group
-    batch, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-    text_keys = tl.load(Counts + batch * 4 + 1)
-    block, text_blocks = tl.program_id(0), (text_keys + block_n - 1) // block_n
-    branch = (block >= text_blocks).to(tl.int32)
-    begin = tl.where(branch == 1, text_keys, 0)
-    count = tl.where(branch == 1, keys - text_keys, text_keys)
-    first_rank = (block - branch * text_blocks) * block_n  # within the text or the other keys
-    if first_rank >= count:
+    """dK and dV of one block of keys of one kv head. A block holds text keys, or image and hidden keys."""
+    num_kv_heads = num_heads // GROUP_SIZE
+    off_b, off_hk = tl.program_id(1) // num_kv_heads, tl.program_id(1) % num_kv_heads
+    num_text_k = tl.load(Counts + off_b * 4 + 1)
+    block_n, num_text_blocks = tl.program_id(0), (num_text_k + BLOCK_N - 1) // BLOCK_N
+    branch = (block_n >= num_text_blocks).to(tl.int32)
+    branch_start = tl.where(branch == 1, num_text_k, 0)
+    branch_len = tl.where(branch == 1, seqlen_k - num_text_k, num_text_k)
+    start_n = (block_n - branch * num_text_blocks) * BLOCK_N  # from branch_start on
+    if start_n >= branch_len:
         return
-    row = tl.arange(0, block_n)
-    valid = first_rank + row < count
-    places = tl.load(Keys + batch * keys + begin + first_rank + row, mask=valid, other=0)
-    seen_by = QueryRanges + batch * 2 * keys + begin + first_rank
-    # Hidden keys come last, and no query sees them.
-    shown = tl.minimum(tl.where(branch == 1, tl.load(Counts + batch * 4 + 2), text_keys) - first_rank, block_n)
-    first, last, start, inner_start, inner_end, end = _intervals(
-        seen_by, seen_by + keys, row, valid, tl.maximum(shown - 1, 0), block_m, True
+    rows = tl.arange(0, BLOCK_N)
+    mask_n = start_n + rows < branch_len
+    idx_n = tl.load(KIndex + off_b * seqlen_k + branch_start + start_n + rows, mask=mask_n, other=0)
+    Lo = QRanges + off_b * 2 * seqlen_k + branch_start + start_n
+    # Hidden keys are last in the list, and no query sees them.
+    num_visible = tl.minimum(tl.where(branch == 1, tl.load(Counts + off_b * 4 + 2), num_text_k) - start_n, BLOCK_N)
+    range_lo, range_hi, lo, full_lo, full_hi, hi = _load_ranges(
+        Lo, Lo + seqlen_k, rows, mask_n, tl.maximum(num_visible - 1, 0), BLOCK_M, True
     )
-    end = tl.where(shown > 0, end, 0)
-    key_row = (batch * kv_heads + kv_head) * key_slots + begin + first_rank
-    key, value = Key.load([key_row, 0]), Value.load([key_row, 0])
-    saved = tl.load(Counts + batch * 4 + 3)
-    key_sum = tl.zeros([block_n, block_d], dtype=tl.float32)
-    value_sum = tl.zeros([block_n, block_d], dtype=tl.float32)
-    # The query whose own key this is, if it is one of this call's and not text, was given the value itself.
-    own_query = places - tl.load(OwnKey + batch * queries)
-    is_own = valid & (own_query >= 0) & (own_query < queries) & (branch == 1)
-    for member in range(0, group):
-        head = kv_head * group + member
-        key_sum, value_sum = _key_blocks(
-            key_sum, value_sum, key, value, Query, Gradient, Normalisers, Deltas, (batch * heads + head) * query_slots,
-            branch * heads + head, saved, first, last, start, inner_start, inner_end, end, scale, softcap, capped, block_m,
-            precision,
+    hi = tl.where(num_visible > 0, hi, 0)
+    row_k = (off_b * num_kv_heads + off_hk) * seqlen_k_rounded + branch_start + start_n
+    k, v = desc_k.load([row_k, 0]), desc_v.load([row_k, 0])
+    start_saved = tl.load(Counts + off_b * 4 + 3)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    # The output of a query that is not text is its own value, whose gradient is the query's dO.
+    own_query = idx_n - tl.load(OwnKey + off_b * seqlen_q)
+    is_own = mask_n & (own_query >= 0) & (own_query < seqlen_q) & (branch == 1)
+    for off_g in range(0, GROUP_SIZE):
+        off_h = off_hk * GROUP_SIZE + off_g
+        dk, dv = _bwd_dkdv_inner(
+            dk, dv, k, v, desc_q, desc_do, desc_lse, desc_delta, (off_b * num_heads + off_h) * seqlen_q_rounded,
+            branch * num_heads + off_h, start_saved, range_lo, range_hi, lo, full_lo, full_hi, hi, sm_scale, softcap,
+            USE_SOFTCAP, BLOCK_M, PRECISION,
         )  # fmt: skip
-    key_sum = tl.where((row < shown)[:, None], key_sum, 0.0)
-    value_sum = tl.where((row < shown)[:, None], value_sum, 0.0)
+    dk = tl.where((rows < num_visible)[:, None], dk, 0.0)
+    dv = tl.where((rows < num_visible)[:, None], dv, 0.0)
     if branch == 1:
-        for member in range(0, group):
-            head = kv_head * group + member
-            own_base = OwnGradient + batch.to(tl.int64) * g_batch + head.to(tl.int64) * g_head
-            value_sum += _load_rows(own_base, own_query, g_token, head_dim, block_d, is_own).to(tl.float32)
-    key_out = KeyGradient + batch.to(tl.int64) * dk_batch + kv_head.to(tl.int64) * dk_head
-    value_out = ValueGradient + batch.to(tl.int64) * dv_batch + kv_head.to(tl.int64) * dv_head
-    _store_rows(key_out, places, dk_token, key_sum * scale, head_dim, block_d, valid)
-    _store_rows(value_out, places, dv_token, value_sum, head_dim, block_d, valid)
+        for off_g in range(0, GROUP_SIZE):
+            off_h = off_hk * GROUP_SIZE + off_g
+            do = DO + off_b.to(tl.int64) * stride_dob + off_h.to(tl.int64) * stride_doh
+            dv += _load_rows(do, own_query, stride_dom, HEAD_DIM, BLOCK_D, is_own).to(tl.float32)
+    DK += off_b.to(tl.int64) * stride_dkb + off_hk.to(tl.int64) * stride_dkh
+    DV += off_b.to(tl.int64) * stride_dvb + off_hk.to(tl.int64) * stride_dvh
+    _store_rows(DK, idx_n, stride_dkn, dk * sm_scale, HEAD_DIM, BLOCK_D, mask_n)
+    _store_rows(DV, idx_n, stride_dvn, dv, HEAD_DIM, BLOCK_D, mask_n)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,29 +455,32 @@ def _key_gradient_kernel(
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """How a kernel cuts its work: queries and keys of a block, warps, and how many loads are in flight."""
+class BlockConfig:
+    """Block sizes and launch options of a kernel."""
 
-    queries: int
-    keys: int
-    warps: int
-    stages: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
-
-# What measured best in half precision on Hopper, with heads of up to 64, 128 and 256; what its shared memory and registers
-# hold in single precision. The forward and the query kernel write what the key kernel reads: its blocks of queries are no
-# longer than theirs.
-_SMALL = {"forward": Blocks(64, 64, 4, 3), "queries": Blocks(64, 64, 4, 3), "keys": Blocks(32, 64, 4, 3)}
-_NARROW = {"forward": Blocks(64, 64, 4, 3), "queries": Blocks(128, 64, 8, 3), "keys": Blocks(64, 64, 4, 2)}
-_WIDE = {"forward": Blocks(64, 64, 8, 2), "queries": Blocks(64, 64, 8, 2), "keys": Blocks(64, 64, 8, 2)}
-_SINGLE = {"forward": Blocks(64, 32, 4, 1), "queries": Blocks(64, 32, 4, 1), "keys": Blocks(32, 32, 4, 1)}
+    @property
+    def options(self) -> dict[str, int]:
+        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-def _blocks(kernel: str, packed: torch.Tensor) -> Blocks:
+# The fastest that were measured on Hopper in half precision, for BLOCK_D up to 64, 128 and 256; for float32, sizes that fit
+# into shared memory and registers. BLOCK_M of bwd_dkdv may not exceed that of fwd and bwd_dq, which write the rows it reads.
+_D64 = {"fwd": BlockConfig(64, 64, 4, 3), "bwd_dq": BlockConfig(64, 64, 4, 3), "bwd_dkdv": BlockConfig(32, 64, 4, 3)}
+_D128 = {"fwd": BlockConfig(64, 64, 4, 3), "bwd_dq": BlockConfig(128, 64, 8, 3), "bwd_dkdv": BlockConfig(64, 64, 4, 2)}
+_D256 = {"fwd": BlockConfig(64, 64, 8, 2), "bwd_dq": BlockConfig(64, 64, 8, 2), "bwd_dkdv": BlockConfig(64, 64, 8, 2)}
+_FP32 = {"fwd": BlockConfig(64, 32, 4, 1), "bwd_dq": BlockConfig(64, 32, 4, 1), "bwd_dkdv": BlockConfig(32, 32, 4, 1)}
+
+
+def _config(name: str, packed: torch.Tensor) -> BlockConfig:
     block_d = packed.shape[3]
     if packed.element_size() == 4:
-        return replace(_SINGLE[kernel], queries=32) if block_d > 128 else _SINGLE[kernel]
-    return (_SMALL if block_d <= 64 else _NARROW if block_d <= 128 else _WIDE)[kernel]
+        return replace(_FP32[name], block_m=32) if block_d > 128 else _FP32[name]
+    return (_D64 if block_d <= 64 else _D128 if block_d <= 128 else _D256)[name]
 
 
 @lru_cache
@@ -445,75 +488,109 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _strides(states: torch.Tensor) -> tuple[int, int, int]:
-    """Of (batch, heads, tokens, head_dim), whose last dimension lies dense."""
-    return states.stride(0), states.stride(1), states.stride(2)
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of (batch, heads, seqlen, head_dim), whose last stride is 1."""
+    return x.stride(0), x.stride(1), x.stride(2)
 
 
-def _dense(states: torch.Tensor) -> torch.Tensor:
-    return states if states.stride(3) == 1 else states.contiguous()
+def _contiguous_last_dim(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
 
 
-# Packed states are written by so many rows at a time, of which no block that is read has more.
-_ROOM = 128
+# Rows that a program of _pack_kernel writes. The length of packed tensors is a multiple of it; no block is larger.
+PACK_BLOCK = 128
 
 
-def _pack(states: torch.Tensor, lists: TokenLists) -> torch.Tensor:
-    """Keys or values (batch, heads, tokens, head_dim) in the order of their list: (batch, heads, slots, a power of two)."""
-    states = _dense(states)
-    batch, heads, tokens, head_dim = states.shape
-    packed = _empty_packed(states)
-    slots, block_d = packed.shape[2:]
-    _pack_kernel[(slots // _ROOM, batch * heads)](
-        states, packed, lists.keys, lists.counts, *_strides(states), heads, tokens, slots,
-        head_dim=head_dim, block_d=block_d, block_m=_ROOM, num_warps=8,
+def _pack(x: torch.Tensor, lists: TokenLists) -> torch.Tensor:
+    """Gather keys or values (batch, kv heads, seqlen_k, head_dim) in list order; see `_pack_kernel`."""
+    x = _contiguous_last_dim(x)
+    batch, num_kv_heads, seqlen_k, head_dim = x.shape
+    packed = empty_packed(x)
+    seqlen_k_rounded, block_d = packed.shape[2:]
+    _pack_kernel[(seqlen_k_rounded // PACK_BLOCK, batch * num_kv_heads)](
+        x, packed, lists.keys, lists.counts, *_strides(x), num_kv_heads, seqlen_k, seqlen_k_rounded,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=PACK_BLOCK, num_warps=8,
     )  # fmt: skip
     return packed
 
 
-def _empty_packed(states: torch.Tensor, wanted: bool = True) -> torch.Tensor:
-    batch, heads, tokens, head_dim = states.shape
-    slots = -(-tokens // _ROOM) * _ROOM if wanted else 0
-    return states.new_empty(batch, heads, slots, max(1 << (head_dim - 1).bit_length(), 16))
+def empty_packed(x: torch.Tensor, needed: bool = True) -> torch.Tensor:
+    """Allocate the packed form of (batch, heads, seqlen, head_dim); of length 0 if not `needed`."""
+    batch, heads, seqlen, head_dim = x.shape
+    seqlen_rounded = -(-seqlen // PACK_BLOCK) * PACK_BLOCK if needed else 0
+    return x.new_empty(batch, heads, seqlen_rounded, max(1 << (head_dim - 1).bit_length(), 16))
 
 
-def _empty_outputs(query: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the forward pass: the output, and of each branch its output and its normalisers, for so many text queries."""
-    batch, heads, tokens, head_dim = query.shape
+def empty_outputs(query: torch.Tensor, total_q: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Allocate what the forward pass returns, with `total_q` rows of what it saves.
+
+    Returns:
+        out: (batch, seqlen_q, heads, head_dim)
+        branch_out: (2, total_q, heads, head_dim), output of each branch for the text queries.
+        lse: (2, heads, total_q) float32, log-sum-exp of each branch for the text queries.
+    """
+    batch, num_heads, seqlen_q, head_dim = query.shape
     return (
-        query.new_empty(batch, tokens, heads, head_dim),
-        query.new_empty(2, rows, heads, head_dim),
-        query.new_empty(2, heads, rows, dtype=torch.float32),
+        query.new_empty(batch, seqlen_q, num_heads, head_dim),
+        query.new_empty(2, total_q, num_heads, head_dim),
+        query.new_empty(2, num_heads, total_q, dtype=torch.float32),
     )
 
 
-def _empty_gradients(
-    gradient: torch.Tensor, key: torch.Tensor, keys: int
+def empty_gradients(
+    gradient: torch.Tensor, key: torch.Tensor, seqlen_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of query, key and value, as a decoder's projections lie in memory; `gradient` is (batch, queries, heads, head_dim)."""
-    batch, tokens, heads, head_dim = gradient.shape
-    query_like = gradient.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
-    key_like, value_like = (gradient.new_empty(batch, keys, key.shape[1], head_dim).transpose(1, 2) for _ in range(2))
-    return query_like, key_like, value_like
+    """Allocate the gradients of query, key and value, in the memory layout of a decoder's projections.
+
+    Args:
+        gradient: (batch, seqlen_q, heads, head_dim), gradient of the output.
+        key: the packed keys.
+        seqlen_k: the number of keys.
+    """
+    batch, seqlen_q, num_heads, head_dim = gradient.shape
+    dq = gradient.new_empty(batch, seqlen_q, num_heads, head_dim).transpose(1, 2)
+    dk, dv = (gradient.new_empty(batch, seqlen_k, key.shape[1], head_dim).transpose(1, 2) for _ in range(2))
+    return dq, dk, dv
 
 
-def _blocks_of(packed: torch.Tensor, rows: int) -> Any:
-    """Packed states as a kernel reads them, `rows` at a time."""
+def _row_blocks(packed: torch.Tensor, block_rows: int) -> Any:
+    """Descriptor of a packed tensor that loads `block_rows` rows."""
     block_d = packed.shape[3]
-    return TensorDescriptor(packed, [packed.numel() // block_d, block_d], [block_d, 1], [rows, block_d])
+    return TensorDescriptor(packed, [packed.numel() // block_d, block_d], [block_d, 1], [block_rows, block_d])
 
 
-def _lines_of(figures: torch.Tensor, columns: int) -> Any:
-    """Figures of softmaxes (2, heads, rows) as a kernel reads them, those of so many queries of one head at a time."""
-    rows = figures.shape[2]
-    return TensorDescriptor(figures, [figures.numel() // rows, rows], [rows, 1], [1, columns])
+def _lse_blocks(x: torch.Tensor, block_m: int) -> Any:
+    """Descriptor of lse or delta (2, heads, total_q) that loads `block_m` queries of one branch and head."""
+    total_q = x.shape[2]
+    return TensorDescriptor(x, [x.numel() // total_q, total_q], [total_q, 1], [1, block_m])
 
 
-def _forward(
+def _check_arguments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: TokenLists) -> None:
+    if key.shape != value.shape or query.shape[3] != key.shape[3] or not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            "The fused kernels need queries, keys and values of one head_dim and dtype, and as many values as keys; got a "
+            f"query {tuple(query.shape)} {query.dtype}, a key {tuple(key.shape)} {key.dtype} and a value "
+            f"{tuple(value.shape)} {value.dtype}. Use attn_implementation='eager' or 'flex_attention'."
+        )
+    if query.shape[3] > MAX_HEAD_DIM or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"The fused kernels need a head_dim of up to {MAX_HEAD_DIM} and a number of heads that is a multiple of the "
+            f"number of key-value heads; got a query {tuple(query.shape)} and a key {tuple(key.shape)}. "
+            "Use attn_implementation='eager' or 'flex_attention'."
+        )
+    listed = tuple(lists.queries.shape), tuple(lists.keys.shape)
+    if listed != ((query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])):
+        raise ValueError(
+            f"The token lists are for queries {listed[0]} and keys {listed[1]} of shape (batch, seqlen); got a query "
+            f"{tuple(query.shape)} and a key {tuple(key.shape)}. Build the lists from the inputs of this forward call."
+        )
+
+
+def launch_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -522,56 +599,70 @@ def _forward(
     softcap: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    query, value = _dense(query), _dense(value)
-    batch, heads, tokens, head_dim = query.shape
-    packed_query, packed_key, packed_value = _empty_packed(query, save), _pack(key, lists), _pack(value, lists)
-    cut = _blocks("forward", packed_key)
-    rows = lists.rows if save else 0
-    out, branches, normalisers = _empty_outputs(query, rows)
-    _forward_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
-        query, _blocks_of(packed_key, cut.keys), _blocks_of(packed_value, cut.keys), value, out, packed_query, branches,
-        normalisers, lists.queries, lists.counts, lists.key_ranges, lists.own_key, *_strides(query), *_strides(value),
-        scaling, softcap, heads, tokens, rows, packed_query.shape[2], packed_key.shape[2], group=heads // key.shape[1],
-        head_dim=head_dim, block_d=packed_key.shape[3], block_m=cut.queries, block_n=cut.keys,
-        capped=softcap > 0, windowed=lists.windowed, save=save, precision=_precision(query.dtype),
-        num_warps=cut.warps, num_stages=cut.stages,
+    """Launch the kernels of the forward pass; for the arguments see `fused_attention`.
+
+    Returns:
+        The output; and packed queries, keys and values, branch outputs and lse, which `launch_backward` takes. What only the
+        backward pass needs has no rows if not `save`.
+    """
+    _check_arguments(query, key, value, lists)
+    query, value = _contiguous_last_dim(query), _contiguous_last_dim(value)
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    packed_q, packed_k, packed_v = empty_packed(query, save), _pack(key, lists), _pack(value, lists)
+    config = _config("fwd", packed_k)
+    total_q = lists.rows if save else 0
+    out, branch_out, lse = empty_outputs(query, total_q)
+    _fwd_kernel[(triton.cdiv(seqlen_q, config.block_m), batch * num_heads)](
+        query, _row_blocks(packed_k, config.block_n), _row_blocks(packed_v, config.block_n), value, out, packed_q,
+        branch_out, lse, lists.queries, lists.counts, lists.key_ranges, lists.own_key, *_strides(query), *_strides(value),
+        scaling, softcap, num_heads, seqlen_q, total_q, packed_q.shape[2], packed_k.shape[2],
+        GROUP_SIZE=num_heads // key.shape[1], HEAD_DIM=head_dim, BLOCK_D=packed_k.shape[3], USE_SOFTCAP=softcap > 0,
+        WINDOWED=lists.windowed, SAVE=save, PRECISION=_precision(query.dtype), **config.options,
     )  # fmt: skip
-    return out, packed_query, packed_key, packed_value, branches, normalisers
+    return out, packed_q, packed_k, packed_v, branch_out, lse
 
 
-def _backward(
+def launch_backward(
     out_gradient: torch.Tensor, saved: Sequence[torch.Tensor], lists: TokenLists, scaling: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    query, key, value, branches, normalisers = saved
-    gradient = _dense(out_gradient.transpose(1, 2))
-    batch, heads, tokens, head_dim = gradient.shape
-    kv_heads, kv_tokens = key.shape[1], lists.keys.shape[1]
-    rows, slots = lists.rows, (query.shape[2], key.shape[2])
-    deltas, packed_gradient = torch.empty_like(normalisers), torch.empty_like(query)
-    query_gradient, key_gradient, value_gradient = _empty_gradients(out_gradient, key, kv_tokens)
-    exact = dict(
-        group=heads // kv_heads, head_dim=head_dim, block_d=query.shape[3], capped=softcap > 0,
-        precision=_precision(query.dtype),
+    """Launch the kernels of the backward pass.
+
+    Args:
+        out_gradient: (batch, seqlen_q, heads, head_dim)
+        saved: what `launch_forward` returned after the output.
+        lists, scaling, softcap: the same as in the forward pass.
+
+    Returns:
+        The gradients of query, key and value.
+    """
+    packed_q, packed_k, packed_v, branch_out, lse = saved
+    do = _contiguous_last_dim(out_gradient.transpose(1, 2))
+    batch, num_heads, seqlen_q, head_dim = do.shape
+    num_kv_heads, seqlen_k = packed_k.shape[1], lists.keys.shape[1]
+    total_q, rounded = lists.rows, (packed_q.shape[2], packed_k.shape[2])
+    delta, packed_do = torch.empty_like(lse), torch.empty_like(packed_q)
+    dq, dk, dv = empty_gradients(out_gradient, packed_k, seqlen_k)
+    constants = dict(
+        GROUP_SIZE=num_heads // num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=packed_q.shape[3], USE_SOFTCAP=softcap > 0,
+        PRECISION=_precision(packed_q.dtype),
     )  # fmt: skip
-    cut = _blocks("queries", query)
-    _query_gradient_kernel[(triton.cdiv(tokens, cut.queries), batch * heads)](
-        _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
-        gradient, packed_gradient, query_gradient, branches, normalisers, deltas,
-        lists.queries, lists.counts, lists.key_ranges, *_strides(gradient), *_strides(query_gradient), scaling, softcap,
-        heads, tokens, rows, *slots, windowed=lists.windowed,
-        block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
+    config = _config("bwd_dq", packed_q)
+    _bwd_dq_kernel[(triton.cdiv(seqlen_q, config.block_m), batch * num_heads)](
+        _row_blocks(packed_q, config.block_m), _row_blocks(packed_k, config.block_n), _row_blocks(packed_v, config.block_n),
+        do, packed_do, dq, branch_out, lse, delta, lists.queries, lists.counts, lists.key_ranges, *_strides(do),
+        *_strides(dq), scaling, softcap, num_heads, seqlen_q, total_q, *rounded, WINDOWED=lists.windowed,
+        **constants, **config.options,
     )  # fmt: skip
-    cut = _blocks("keys", query)
-    # One block more than there are keys for, as the last block of text keys may be partly filled.
-    _key_gradient_kernel[(triton.cdiv(kv_tokens, cut.keys) + 1, batch * kv_heads)](
-        _blocks_of(query, cut.queries), _blocks_of(key, cut.keys), _blocks_of(value, cut.keys),
-        _blocks_of(packed_gradient, cut.queries), gradient, key_gradient, value_gradient,
-        _lines_of(normalisers, cut.queries), _lines_of(deltas, cut.queries),
-        lists.keys, lists.counts, lists.query_ranges, lists.own_key, *_strides(gradient),
-        *_strides(key_gradient), *_strides(value_gradient), scaling, softcap, heads, tokens, kv_tokens, *slots,
-        block_m=cut.queries, block_n=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **exact,
+    config = _config("bwd_dkdv", packed_q)
+    # One program more than there are blocks of keys: the last block of text keys may be partial.
+    _bwd_dkdv_kernel[(triton.cdiv(seqlen_k, config.block_n) + 1, batch * num_kv_heads)](
+        _row_blocks(packed_q, config.block_m), _row_blocks(packed_k, config.block_n), _row_blocks(packed_v, config.block_n),
+        _row_blocks(packed_do, config.block_m), do, dk, dv, _lse_blocks(lse, config.block_m),
+        _lse_blocks(delta, config.block_m), lists.keys, lists.counts, lists.query_ranges, lists.own_key, *_strides(do),
+        *_strides(dk), *_strides(dv), scaling, softcap, num_heads, seqlen_q, seqlen_k, *rounded,
+        **constants, **config.options,
     )  # fmt: skip
-    return query_gradient, key_gradient, value_gradient
+    return dq, dk, dv
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -580,7 +671,7 @@ class _FusedAttention(torch.autograd.Function):
         ctx: Any, query: Any, key: Any, value: Any, lists: TokenLists, scaling: float, softcap: float
     ) -> torch.Tensor:
         with torch.cuda.device_of(query):
-            out, *saved = _forward(query, key, value, lists, scaling, softcap, save=True)
+            out, *saved = launch_forward(query, key, value, lists, scaling, softcap, save=True)
         ctx.save_for_backward(*saved)
         ctx.options = lists, scaling, softcap
         return out
@@ -588,12 +679,11 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
         with torch.cuda.device_of(gradient):
-            return *_backward(gradient, ctx.saved_tensors, *ctx.options), None, None, None
+            return *launch_backward(gradient, ctx.saved_tensors, *ctx.options), None, None, None
 
 
-# The same as operators, for a compiled graph, which does not look into them. Two versions of this file may be loaded in one
-# process, as the remote code of two checkpoints: each has operators of its own. The module's name holds that of the
-# checkpoint's directory, in any script, but the name of an operator must be ASCII.
+# The same as custom operators, which torch.compile does not trace. The namespace depends on the module name, so that two
+# copies of this file can be loaded in one process. The name is hashed, because operator names must be ASCII.
 _NAMESPACE = f"dsvl_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
 
 
@@ -608,14 +698,14 @@ def mmca(
     softcap: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _forward(query, key, value, TokenLists.of(lists, windowed), scaling, softcap, save)
+    return launch_forward(query, key, value, TokenLists.of(lists, windowed), scaling, softcap, save)
 
 
 @mmca.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: Any, *options: Any) -> Any:
     save = options[-1]
-    out, branches, normalisers = _empty_outputs(query, lists[-1].shape[0] if save else 0)
-    return out, _empty_packed(query, save), _empty_packed(key), _empty_packed(value), branches, normalisers
+    out, branch_out, lse = empty_outputs(query, lists[-1].shape[0] if save else 0)
+    return out, empty_packed(query, save), empty_packed(key), empty_packed(value), branch_out, lse
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::mmca_backward", mutates_args=())
@@ -627,12 +717,12 @@ def mmca_backward(
     scaling: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward(gradient, saved, TokenLists.of(lists, windowed), scaling, softcap)
+    return launch_backward(gradient, saved, TokenLists.of(lists, windowed), scaling, softcap)
 
 
 @mmca_backward.register_fake
 def _(gradient: torch.Tensor, saved: Any, lists: Any, *options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_gradients(gradient, saved[1], lists[1].shape[1])
+    return empty_gradients(gradient, saved[1], lists[1].shape[1])
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -642,10 +732,10 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _compiled_backward(ctx: Any, gradient: torch.Tensor, *unused: Any) -> tuple:
-    tensors = ctx.saved_tensors  # asked for once: under checkpointing a second time is an error
+    tensors = ctx.saved_tensors  # gradient checkpointing allows only one access
     lists, saved = list(tensors[:-5]), list(tensors[-5:])
     gradients = mmca_backward(gradient, saved, lists, *ctx.options)
-    return *gradients, [None] * len(lists), None, None, None, None  # a list of them for a list
+    return *gradients, [None] * len(lists), None, None, None, None  # a list for the list argument
 
 
 mmca.register_autograd(_compiled_backward, setup_context=_save_for_backward)
@@ -659,32 +749,27 @@ def fused_attention(
     scaling: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """MMCA of one layer.
+    """MMCA of one decoder layer.
 
     Args:
-        query: (batch, heads, queries, head_dim), bf16, fp16 or fp32, on an NVIDIA GPU.
-        key, value: (batch, key-value heads, keys, head_dim), of the same dtype.
-        lists: tokens by modality, and what each sees; layers of one type share them.
-        scaling: by what the products of queries and keys are multiplied.
-        softcap: to what the scores are capped, by softcap * tanh(scores / softcap).
+        query (`torch.Tensor` of shape (batch, heads, seqlen_q, head_dim)): bfloat16, float16 or float32, on an NVIDIA GPU.
+        key, value (`torch.Tensor` of shape (batch, key-value heads, seqlen_k, head_dim)): of the same dtype.
+        lists (`TokenLists`): tokens by modality, and what each sees. Layers of one type share them.
+        scaling (`float`): factor of the products of queries and keys.
+        softcap (`float`, *optional*, defaults to `None`): cap of the scores, by softcap * tanh(scores / softcap).
 
     Returns:
-        (batch, queries, heads, head_dim)
+        `torch.Tensor` of shape (batch, seqlen_q, heads, head_dim).
 
     Raises:
-        ValueError: if values are not as wide as keys, or tensors have different dtypes.
+        ValueError: if shapes or dtypes do not fit each other or the lists, or head_dim exceeds `MAX_HEAD_DIM`. In a compiled
+            graph, at run time.
     """
-    if key.shape != value.shape or query.shape[3] != key.shape[3] or not query.dtype == key.dtype == value.dtype:
-        raise ValueError(
-            "The fused kernels want queries, keys and values of one width and dtype; got a query "
-            f"{tuple(query.shape)} {query.dtype}, a key {tuple(key.shape)} {key.dtype} and a value {tuple(value.shape)} "
-            f"{value.dtype}. Choose attn_implementation='eager' or 'flex_attention'."
-        )
-    save = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     options = float(scaling), float(softcap or 0.0)
     if torch.compiler.is_compiling():
         return mmca(query, key, value, lists.tensors, lists.windowed, *options, save)[0]
     if save:
         return _FusedAttention.apply(query, key, value, lists, *options)
     with torch.cuda.device_of(query):
-        return _forward(query, key, value, lists, *options, save)[0]
+        return launch_forward(query, key, value, lists, *options, save)[0]

@@ -1,4 +1,4 @@
-"""What the fused kernels compute, in plain PyTorch by the lists of their mask: the way to them, without an NVIDIA GPU."""
+"""The fused kernels in plain PyTorch, from the same token lists, for tests without an NVIDIA GPU."""
 
 from typing import Any
 
@@ -8,86 +8,82 @@ from dsvl.acceleration import fused_mask, kernels
 
 
 def use_plain_kernels(monkeypatch: Any) -> None:
-    """Let every decoder take the fused way, and this compute it."""
+    """Make every decoder choose the fused kernels, and compute them with the functions of this file."""
     monkeypatch.setattr(fused_mask, "can_fuse", lambda *args: True)
-    monkeypatch.setattr(kernels, "_forward", forward)
-    monkeypatch.setattr(kernels, "_backward", backward)
+    monkeypatch.setattr(kernels, "launch_forward", forward)
+    monkeypatch.setattr(kernels, "launch_backward", backward)
 
 
-def forward(query, key, value, mask, scaling, softcap, save):
-    packed = [_packed(states, places) for states, places in ((query, mask.queries), (key, mask.keys), (value, mask.keys))]
-    weights, _ = _weights(*packed[:2], mask, scaling, softcap)
-    values = packed[2][:, :, : mask.keys.shape[1]].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    attended = sum(weights) @ values
-    attended = torch.where(_is_text(mask), attended, values.gather(2, _own_keys(mask).expand_as(attended)))
-    out, branches, normalisers = kernels._empty_outputs(query, mask.rows if save else 0)
-    out.copy_(_unpacked(attended, mask.queries, out.transpose(1, 2).shape).transpose(1, 2))
-    return out, *packed, branches, normalisers
+def forward(query, key, value, lists, scaling, softcap, save):
+    packed = [_pack(x, index) for x, index in ((query, lists.queries), (key, lists.keys), (value, lists.keys))]
+    (text_p, image_p), _ = _probabilities(*packed[:2], lists, scaling, softcap)
+    values = packed[2][:, :, : lists.keys.shape[1]].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    attended = (text_p + image_p) @ values
+    attended = torch.where(_is_text(lists), attended, values.gather(2, _own_keys(lists).expand_as(attended)))
+    out, branch_out, lse = kernels.empty_outputs(query, lists.rows if save else 0)
+    out.copy_(_unpack(attended, lists.queries, out.transpose(1, 2).shape).transpose(1, 2))
+    return out, *packed, branch_out, lse
 
 
-def backward(out_gradient, saved, mask, scaling, softcap):
+def backward(out_gradient, saved, lists, scaling, softcap):
     query, key, value, *_ = saved
-    group, keys = query.shape[1] // key.shape[1], mask.keys.shape[1]
-    (text, image), capped = _weights(query, key, mask, scaling, softcap)
-    gradient = _packed(out_gradient.transpose(1, 2), mask.queries)[:, :, : mask.queries.shape[1]]
-    values = value[:, :, :keys].repeat_interleave(group, dim=1)
-    attended, is_text = text + image, _is_text(mask)
-    towards = gradient @ values.transpose(-1, -2)
-    scores = sum(branch * (towards - (branch * towards).sum(-1, keepdim=True)) for branch in (text, image))
-    scores = scores * is_text * capped * scaling
-    repeated = key[:, :, :keys].repeat_interleave(group, dim=1)
-    query_gradient = scores @ repeated
-    key_gradient = scores.transpose(-1, -2) @ query[:, :, : mask.queries.shape[1]]
-    own = _own_keys(mask).expand_as(gradient)
-    value_gradient = (attended * is_text).transpose(-1, -2) @ gradient
-    value_gradient = value_gradient.scatter_add(2, own, gradient * ~is_text)
-    made = kernels._empty_gradients(out_gradient, key, keys)
-    found = query_gradient, *(g.unflatten(1, (-1, group)).sum(2) for g in (key_gradient, value_gradient))
-    for empty, states, places in zip(made, found, (mask.queries, mask.keys, mask.keys), strict=True):
-        empty.copy_(_unpacked(states, places, empty.shape))
-    return made
+    group_size, seqlen_q, seqlen_k = query.shape[1] // key.shape[1], lists.queries.shape[1], lists.keys.shape[1]
+    probabilities, dcap = _probabilities(query, key, lists, scaling, softcap)
+    do = _pack(out_gradient.transpose(1, 2), lists.queries)[:, :, :seqlen_q]
+    keys, values = (x[:, :, :seqlen_k].repeat_interleave(group_size, dim=1) for x in (key, value))
+    is_text = _is_text(lists)
+    dp = do @ values.transpose(-1, -2)
+    ds = sum(p * (dp - (p * dp).sum(-1, keepdim=True)) for p in probabilities) * is_text * dcap * scaling
+    dq = ds @ keys
+    dk = ds.transpose(-1, -2) @ query[:, :, :seqlen_q]
+    dv = (sum(probabilities) * is_text).transpose(-1, -2) @ do
+    dv = dv.scatter_add(2, _own_keys(lists).expand_as(do), do * ~is_text)
+    gradients = kernels.empty_gradients(out_gradient, key, seqlen_k)
+    packed = dq, *(x.unflatten(1, (-1, group_size)).sum(2) for x in (dk, dv))
+    for gradient, x, index in zip(gradients, packed, (lists.queries, lists.keys, lists.keys), strict=True):
+        gradient.copy_(_unpack(x, index, gradient.shape))
+    return gradients
 
 
-def _packed(states, places):
-    """(batch, heads, tokens, head_dim) in the order of a list, in the room that the kernels take."""
-    packed = kernels._empty_packed(states).zero_()
-    index = places.long()[:, None, :, None].expand_as(states)
-    packed[:, :, : states.shape[2], : states.shape[3]] = states.gather(2, index)
+def _pack(x, index):
+    """(batch, heads, seqlen, head_dim) in list order, in the shape of the kernels' packed tensors."""
+    packed = kernels.empty_packed(x).zero_()
+    packed[:, :, : x.shape[2], : x.shape[3]] = x.gather(2, index.long()[:, None, :, None].expand_as(x))
     return packed
 
 
-def _unpacked(states, places, shape):
-    states = states[..., : shape[3]]
-    return torch.zeros(shape, dtype=states.dtype).scatter(2, places.long()[:, None, :, None].expand(shape), states)
+def _unpack(x, index, shape):
+    x = x[..., : shape[3]]
+    return torch.zeros(shape, dtype=x.dtype).scatter(2, index.long()[:, None, :, None].expand(shape), x)
 
 
-def _is_text(mask):
-    return (torch.arange(mask.queries.shape[1]) < mask.counts[:, :1])[:, None, :, None]
+def _is_text(lists):
+    return (torch.arange(lists.queries.shape[1]) < lists.counts[:, :1])[:, None, :, None]
 
 
-def _own_keys(mask):
-    """The rank of each query's own key, by the query's rank: (batch, 1, queries, 1)."""
-    place = mask.own_key.long().gather(1, mask.queries.long())
-    rank = mask.keys.long().argsort(-1)
-    return rank.gather(1, place)[:, None, :, None]
+def _own_keys(lists):
+    """List index of each listed query's own key: (batch, 1, seqlen_q, 1)."""
+    key_index = lists.own_key.long().gather(1, lists.queries.long())
+    list_index = lists.keys.long().argsort(-1)
+    return list_index.gather(1, key_index)[:, None, :, None]
 
 
-def _weights(query, key, mask, scaling, softcap):
-    """Of both branches, (batch, heads, queries, keys) by rank; and what a capped score's gradient is multiplied with."""
-    queries, keys = mask.queries.shape[1], mask.keys.shape[1]
-    key = key[:, :, :keys].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores, capped = query[:, :, :queries] @ key.transpose(-1, -2) * scaling, 1.0
+def _probabilities(query, key, lists, scaling, softcap):
+    """Softmax of both branches, (batch, heads, seqlen_q, seqlen_k) in list order; and the derivative of the cap."""
+    seqlen_q, seqlen_k = lists.queries.shape[1], lists.keys.shape[1]
+    key = key[:, :, :seqlen_k].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores, dcap = query[:, :, :seqlen_q] @ key.transpose(-1, -2) * scaling, 1.0
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-        capped = 1 - (scores / softcap) ** 2
-    texts = mask.counts[:, 1][:, None, None]
-    ranks, edges = torch.arange(keys), mask.key_ranges[..., None]
-    weights = []
-    for rank, member, (first, last) in (
-        (ranks, ranks < texts, (edges[:, 0], edges[:, 1])),
-        (ranks - texts, ranks >= texts, (edges[:, 2], edges[:, 3])),
+        dcap = 1 - (scores / softcap) ** 2
+    num_text_k = lists.counts[:, 1][:, None, None]
+    offs_n, ranges = torch.arange(seqlen_k), lists.key_ranges[..., None]
+    probabilities = []
+    for offs, in_branch, (lo, hi) in (
+        (offs_n, offs_n < num_text_k, (ranges[:, 0], ranges[:, 1])),
+        (offs_n - num_text_k, offs_n >= num_text_k, (ranges[:, 2], ranges[:, 3])),
     ):
-        seen = ((rank >= first) & (rank < last) & member)[:, None]
-        some = seen.any(-1, keepdim=True)
-        weights.append(torch.where(some, scores.masked_fill(~seen & some, -torch.inf).softmax(-1), 0))
-    return weights, capped
+        visible = ((offs >= lo) & (offs < hi) & in_branch)[:, None]
+        has_keys = visible.any(-1, keepdim=True)
+        probabilities.append(torch.where(has_keys, scores.masked_fill(~visible & has_keys, -torch.inf).softmax(-1), 0))
+    return probabilities, dcap

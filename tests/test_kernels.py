@@ -1,4 +1,4 @@
-"""The fused kernels against the definition, on random layouts: padding, caches, windows, packed documents, grouped heads."""
+"""The fused kernels against the definition, on layouts with padding, caches, windows, packed documents and grouped heads."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, IMAGE_ID, batch, tiny_model
-from kernel_layouts import TOLERANCE, errors
+from kernel_layouts import TOLERANCE, relative_errors
 from plain_kernels import use_plain_kernels
 from torch.utils.checkpoint import checkpoint
 
@@ -35,17 +35,17 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 def test_random_layouts_agree_with_the_definition_in_float64(dtype, head_dim, groups, softcap, count, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that is not written reads as NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialized memory with NaN
     try:
         for seed in range(count):
-            found = errors(seed, dtype, head_dim, 400, "cuda", groups, softcap)
-            assert all(error < TOLERANCE[dtype] for error in found), (seed, found)
+            errors = relative_errors(seed, dtype, head_dim, 400, "cuda", groups, softcap)
+            assert all(error < TOLERANCE[dtype] for error in errors), (seed, errors)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, whose interpreter runs the kernels on a CPU")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself is asked")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
 def test_random_layouts_agree_in_the_interpreter():
     script = Path(__file__).with_name("kernel_layouts.py")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -63,9 +63,9 @@ def packed():
 
 
 @pytest.mark.parametrize("inputs", [padded, packed])
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])  # which sdpa would not cap
-def test_their_way_through_a_model_gives_what_the_gathered_one_gives(family, inputs, monkeypatch):
-    """The lists, the ranges and the intervals of windows and packed conversations, with plain PyTorch for the kernels."""
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])  # sdpa does not cap scores
+def test_a_model_with_the_fused_mask_gives_the_loss_and_gradients_of_the_gathered_mask(family, inputs, monkeypatch):
+    """Token lists and ranges for windows and packed documents, with the kernels in plain PyTorch."""
     model, inputs = tiny_model(family).train(), inputs()
     ids = inputs["input_ids"]
     labels = torch.where((ids == IMAGE_ID) | (inputs.get("attention_mask", torch.ones_like(ids)) == 0), -100, ids)
@@ -81,22 +81,38 @@ def test_their_way_through_a_model_gives_what_the_gathered_one_gives(family, inp
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-9)
 
 
-def test_their_operator_has_the_gradients_of_their_function(monkeypatch):
-    """The one is in compiled graphs, the other is called without; and both may be checkpointed."""
+def test_the_custom_operator_has_the_gradients_of_the_autograd_function(monkeypatch):
+    """Compiled graphs call the operator, also under gradient checkpointing; eager execution calls the function."""
     use_plain_kernels(monkeypatch)
     torch.manual_seed(0)
     types = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0, -1, -1]])
     lists = TokenLists.build(types == 0, types == 0, types == 1, torch.arange(9), rows=12)
-    states = [torch.randn(2, heads, 9, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    inputs = [torch.randn(2, heads, 9, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
 
-    def by_operator(*states):
-        return kernels.mmca(*states, lists.tensors, lists.windowed, 0.3, 5.0, True)[0]
+    def call_operator(*inputs):
+        return kernels.mmca(*inputs, lists.tensors, lists.windowed, 0.3, 5.0, True)[0]
 
-    expected = kernels.fused_attention(*states, lists, 0.3, 5.0)
+    expected = kernels.fused_attention(*inputs, lists, 0.3, 5.0)
     gradient = torch.randn_like(expected)
-    gradients = torch.autograd.grad(expected, states, gradient)
-    for call in (by_operator, lambda *states: checkpoint(by_operator, *states, use_reentrant=False)):
-        got = call(*states)
+    gradients = torch.autograd.grad(expected, inputs, gradient)
+    for call in (call_operator, lambda *inputs: checkpoint(call_operator, *inputs, use_reentrant=False)):
+        got = call(*inputs)
         assert got.equal(expected)
-        for ours, theirs in zip(torch.autograd.grad(got, states, gradient), gradients, strict=True):
+        for ours, theirs in zip(torch.autograd.grad(got, inputs, gradient), gradients, strict=True):
             assert ours.equal(theirs)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "message"),
+    [
+        ((2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 16), "one head_dim and dtype"),
+        ((2, 3, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8), "multiple of the number of key-value heads"),
+        ((2, 1, 9, 512), (2, 1, 9, 512), (2, 1, 9, 512), "head_dim of up to 256"),
+        ((2, 4, 9, 8), (2, 2, 10, 8), (2, 2, 10, 8), "token lists are for"),
+    ],
+)
+def test_arguments_that_do_not_fit_raise_before_a_launch(query, key, value, message):
+    is_text = torch.ones(2, 9, dtype=torch.bool)
+    lists = TokenLists.build(is_text, is_text, ~is_text, torch.arange(9))
+    with pytest.raises(ValueError, match=message):
+        kernels.fused_attention(*(torch.zeros(shape) for shape in (query, key, value)), lists, 0.3)
