@@ -51,7 +51,7 @@ def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, trainin
         text_config: configuration of the decoder.
         dtype: dtype of queries, keys and values; bfloat16 or float16.
         device: device of queries, keys and values.
-        training (*optional*, defaults to `False`): whether attention dropout applies, which the kernels lack.
+        training (*optional*, defaults to `False`): whether the decoder trains. The kernels have no attention dropout.
 
     Returns:
         True if the kernels can compute the attention, for heads of up to `MAX_HEAD_DIM`.
@@ -78,20 +78,18 @@ def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, trainin
 #
 # Scores, m_i and lse are in units of log2, for exp2. The factor 1.4426950408889634 is log2(e).
 
-# Lengths change with every batch. Without specialization a kernel is not compiled again for multiples of 16.
+# Lengths change with every batch. Triton would compile a kernel again for a length that is 1 or a multiple of 16.
 _LENGTHS = ["seqlen_q", "seqlen_k", "total_q", "seqlen_q_rounded", "seqlen_k_rounded"]
 
 
-def jit(function: Callable) -> Any:
-    return function if triton is None else triton.jit(function)
+def jit(function: Callable, **options: Any) -> Any:
+    """`triton.jit`, or the plain function if Triton is not installed."""
+    return function if triton is None else triton.jit(function, **options)
 
 
 def kernel(function: Callable) -> Any:
-    return (
-        function
-        if triton is None
-        else triton.jit(function, do_not_specialize=[n for n in _LENGTHS if n in function.__code__.co_varnames])
-    )
+    """`jit` for a function that is launched, without specialization for lengths."""
+    return jit(function, do_not_specialize=[name for name in _LENGTHS if name in function.__code__.co_varnames])
 
 
 @jit
@@ -158,9 +156,8 @@ def _pack_kernel(
 ):  # fmt: skip
     """Gather keys or values (batch, kv heads, seqlen_k, HEAD_DIM) in list order.
 
-    Packed is (batch, kv heads, seqlen_k_rounded, BLOCK_D).
-    The rows after the image keys are set to 0 as far as a block may reach: masked rows are multiplied by p = 0, which would
-    give NaN if they held NaN or infinity.
+    Packed is (batch, kv heads, seqlen_k_rounded, BLOCK_D). Its rows after the image keys are 0 as far as a block may reach:
+    masked rows are multiplied by p = 0, and uninitialized rows may hold NaN.
     """
     start_n, off_b, off_h = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
     num_k = tl.load(Counts + off_b * 4 + 1) + tl.load(Counts + off_b * 4 + 2)
