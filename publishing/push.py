@@ -14,7 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..hub_card import at_repository, render_card
 from .checks import Contents, read_contents
-from .fresh_process import run_without_dsvl
+from .fresh_process import check_standalone
 
 CARD = "README.md"
 ADAPTERS = "adapters"  # as `dsvl train` calls their folder
@@ -37,10 +37,10 @@ def check_directory(directory: str | Path) -> Contents:
     contents = read_contents(directory)
     if contents.faults:
         raise ValueError(f"{directory} is not published:\n" + "\n".join(f"  - {fault}" for fault in contents.faults))
-    opened = run_without_dsvl(Path(__file__).with_name("opens_alone.py"), Path(directory), capture=True)
-    if opened.returncode != 0:
-        said = "\n".join(opened.stderr.strip().splitlines()[-8:])
-        raise ValueError(f"{directory} is not published: it does not open in a process of its own.\n{said}")
+    try:
+        check_standalone(directory)
+    except ValueError as error:
+        raise ValueError(f"{directory} is not published: {error}") from error
     return contents
 
 

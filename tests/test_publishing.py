@@ -11,8 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import plain_answer
 import pytest
-import transformers
-from hub_server import TOKEN, Hub, Refused
+from hub_server import TOKEN, Hub, Refused, connect
 from huggingface_hub import ModelCard
 from plain_environment import plain_packages, run_plainly
 from training_runs import make_checkpoint, make_conversations
@@ -43,22 +42,14 @@ def checkpoint(made, tmp_path) -> Path:
 def hub(monkeypatch):
     """A Hub, and this process as a client of it."""
     with Hub() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(
-            transformers.utils.hub, "_hf_api", None
-        )  # transformers keeps a client of the address it saw first
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        connect(server, monkeypatch)
         yield server
 
 
 @pytest.fixture
 def opens(monkeypatch):
-    """Spare the process that opens the checkpoint; the tests that name it use the real one."""
-    opened = subprocess.CompletedProcess([], 0, "", "")
-    monkeypatch.setattr(push, "run_without_dsvl", lambda *args, **kwargs: opened)
+    """Skip the process that loads the checkpoint; the tests that name it use the real one."""
+    monkeypatch.setattr(push, "check_standalone", lambda directory: {})
 
 
 def commit_count(hub: Hub, repo_id: str) -> int:
@@ -354,7 +345,7 @@ def test_a_directory_that_does_not_open_alone_is_refused(hub, checkpoint, capsys
         file.write("\nraise RuntimeError('broken code')\n")
     assert main(["push", str(checkpoint), "me/tiny"]) == 1
     said = capsys.readouterr().err
-    assert "does not open in a process of its own" in said and "broken code" in said and hub.log == []
+    assert "does not load in a process without the package dsvl" in said and "broken code" in said and hub.log == []
 
 
 def test_weights_of_other_names_are_refused(checkpoint, capsys):
