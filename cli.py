@@ -20,7 +20,7 @@ COMMANDS = {
     "plan": ("the memory of training, per GPU, from the configuration alone", "training.plan"),
     "chat": ("talk to a checkpoint in the terminal", "chat.commands"),
     "data": ("convert raw data sets to conversations, and look at them", "data.commands"),
-    "compare": ("the answers of evaluations side by side: scores, a table, a page", "evaluation.compare"),
+    "compare": ("the answers of evaluations side by side: scores, a table, a page", "evaluation.compare_command"),
     "evaluate": ("ask a checkpoint what a data set asks, and score its answers", "evaluation.commands"),
     "migrate": ("weights of DeepSpeed-VisualChat and of Qwen-VL -> checkpoints", "migration.commands"),
     "demo": ("talk to a checkpoint on a page in the browser", "page.commands"),

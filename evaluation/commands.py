@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from ..chat.commands import add_generation_arguments, add_loading_arguments, generation_options
 from ..data.commands import MAX_BAD_SAMPLES_HELP
 from ..utils.local_paths import check_exists
-from .compare import add_report_arguments, write_reports
+from .compare_command import add_report_arguments, write_reports
 
 if TYPE_CHECKING:
-    from .answers import AnswerFile
-    from .run import Evaluation
+    from .answer_file import AnswerFile
+    from .evaluator import Evaluation
 
 MAX_NEW_TOKENS = 256  # DeepSpeed-VisualChat's; at most a quarter of the context
 
@@ -53,15 +53,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size is {arguments.batch_size}; pass 1 or more.")
     import torch
 
-    from ..chat.loading import load
-    from .answers import AnswerFile, checkpoint_fingerprint
+    from ..utils.model_loading import load_checkpoint
+    from .answer_file import AnswerFile, checkpoint_fingerprint
+    from .evaluator import Evaluation
     from .questions import Questions
-    from .run import Evaluation
 
     questions = Questions(
         arguments.data, arguments.on_bad_sample, arguments.split, arguments.allow_urls, arguments.max_bad_samples
     )
-    model, processor = load(
+    model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
     options = _options(arguments, model)
@@ -89,7 +89,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     file = AnswerFile(arguments.out, header)
     file.check_conversations({outline.id: len(outline.answered) for outline in questions.outlines})
     try:
-        summary = evaluation.run(file)
+        summary = evaluation.evaluator(file)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"Interrupted. {arguments.out} holds {len(file.answers):,} answers; the same command goes on from there."
@@ -108,7 +108,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _options(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
     """All that decides the answers' tokens, named in the summary."""
-    from .asking import GREEDY
+    from .generate_answers import GREEDY
 
     context = model.config.text_config.max_position_embeddings
     names = ("do_sample", "num_beams", "repetition_penalty")

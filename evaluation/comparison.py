@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .records import Record
+from .answer_records import Record
 
 Runs = Mapping[str, Sequence[Record]]
 

@@ -19,10 +19,10 @@ from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor
 from ..projectors_dsvl import sincos_position_table
 from ..utils.atomic_files import check_new_directory
+from .compare_shapes import compare_shapes
 from .lora import is_fused, save_adapters, set_weights
-from .reading import read_tensors, weight_files
-from .shapes import compare_shapes
-from .state_dict import Translated, projector_type, tower_type, translate
+from .state_dict_names import Translated, projector_type, tower_type, translate
+from .weight_files import read_tensors, weight_files
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .state_dict import Lora, Translated
+from .state_dict_names import Lora, Translated
 
 
 def is_fused(translated: Translated, untrained: Callable[[str], torch.Tensor]) -> bool:

@@ -9,9 +9,9 @@ from ..composition.towers import clip_image_processor
 from ..configuration_dsvl import DSVLQwenVisionConfig
 from ..utils.atomic_files import atomic_directory, check_new_directory
 from ..vision_dsvl import DSVLQwenVisionModel
-from .reading import read_json, read_tensors, weight_files
-from .shapes import compare_shapes
-from .state_dict import QWEN_TOWER, translate_by
+from .compare_shapes import compare_shapes
+from .state_dict_names import QWEN_TOWER, translate_by
+from .weight_files import read_json, read_tensors, weight_files
 
 PREFIX = "transformer.visual."
 # Qwen-VL's, for what a file of weights does not tell.

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from ..hub_card import at_repository, render_card
-from .checks import Contents, read_contents
+from .directory_checks import Contents, read_contents
 from .fresh_process import check_standalone
 
 CARD = "README.md"

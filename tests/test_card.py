@@ -12,7 +12,7 @@ from dsvl.cli import main
 from dsvl.data.mixture import load_mixture, split
 from dsvl.hub_card import TrainingFacts, at_repository, render_card
 from dsvl.hub_card.base_models import BaseModel, inherited_license, read_base_models
-from dsvl.publishing.checks import read_contents
+from dsvl.publishing.directory_checks import read_contents
 from dsvl.training.facts import data_counts, read_emissions
 
 FACTS = TrainingFacts(

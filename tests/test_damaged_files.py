@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from dsvl import ImageKVCache
 from dsvl.cli import main
-from dsvl.evaluation.answers import AnswerFile
-from dsvl.evaluation.records import Record, read_records
+from dsvl.evaluation.answer_file import AnswerFile
+from dsvl.evaluation.answer_records import Record, read_records
 from dsvl.migration import migrate_checkpoint, migrate_qwen_tower
-from dsvl.migration.reading import read_tensors, weight_files
+from dsvl.migration.weight_files import read_tensors, weight_files
 from dsvl.training.checkpoints import MARKER, last_complete_checkpoint, mark_complete, what_is_missing
 
 

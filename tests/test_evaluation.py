@@ -17,12 +17,12 @@ from transformers import GenerationConfig
 
 from dsvl import DSVLForConditionalGeneration
 from dsvl.chat import DSVLChat
-from dsvl.chat.loading import load
 from dsvl.cli import main
-from dsvl.evaluation.asking import GREEDY, ask
+from dsvl.evaluation.answer_records import read_records
+from dsvl.evaluation.generate_answers import GREEDY, ask
 from dsvl.evaluation.questions import Questions
-from dsvl.evaluation.records import read_records
 from dsvl.utils import image_loading
+from dsvl.utils.model_loading import load_checkpoint
 
 NEW = ["--max-new-tokens", "6"]
 
@@ -78,7 +78,7 @@ def answers(records):
 
 
 def double(folder):
-    model, processor = load(str(folder / "model"), device="cpu")
+    model, processor = load_checkpoint(str(folder / "model"), device="cpu")
     return model.double(), processor
 
 
@@ -88,7 +88,7 @@ def double(folder):
 @pytest.mark.parametrize("batch_size", ["1", "4", "64"])
 def test_a_batchs_answers_are_those_of_each_conversation_held_alone(folder, evaluate, monkeypatch, batch_size):
     model, processor = double(folder)
-    monkeypatch.setattr("dsvl.chat.loading.load", lambda *args: (model, processor))
+    monkeypatch.setattr("dsvl.utils.model_loading.load_checkpoint", lambda *args: (model, processor))
     records, summary = evaluate("--batch-size", batch_size)
     said = answers(records)
     kinds = set()
@@ -103,7 +103,7 @@ def test_a_batchs_answers_are_those_of_each_conversation_held_alone(folder, eval
 
 def test_given_answers_are_what_follow_ups_are_asked_after(folder, evaluate, monkeypatch, calls):
     model, processor = double(folder)
-    monkeypatch.setattr("dsvl.chat.loading.load", lambda *args: (model, processor))
+    monkeypatch.setattr("dsvl.utils.model_loading.load_checkpoint", lambda *args: (model, processor))
     records, _ = evaluate("--given-answers", "--batch-size", "8")
     assert calls == [8] * (len(records) // 8) + [len(records) % 8]  # no round waits for another
     said = answers(records)
@@ -390,7 +390,7 @@ def test_answers_to_something_else_are_not_gone_on_from(folder, evaluate, tmp_pa
     before = (tmp_path / "answers.jsonl").read_bytes()
     data = (folder / "data.jsonl").read_text()
     (folder / "other.jsonl").write_text(data.replace("red", "pink"))
-    model, processor = load(str(folder / "model"), device="cpu")
+    model, processor = load_checkpoint(str(folder / "model"), device="cpu")
     with torch.no_grad():
         model.lm_head.weight[7, 7] += 1
     model.save_pretrained(folder / "other")

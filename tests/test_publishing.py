@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 
 import dsvl
 from dsvl.cli import main
-from dsvl.publishing import checks, push
+from dsvl.publishing import directory_checks, push
 from dsvl.training.arguments import DSVLTrainingArguments
 from dsvl.training.collator import ConversationCollator
 from dsvl.training.trainer import DSVLTrainer
@@ -203,7 +203,7 @@ def test_model_and_processor_pushed_apart_are_a_whole(order, hub, made, tmp_path
         assert set(hub.files("me/tiny")) >= REMOTE_CODE
     for name, content in hub.files("me/tiny").items():
         (tmp_path / name).write_bytes(content)
-    assert checks.read_contents(tmp_path).faults == []
+    assert directory_checks.read_contents(tmp_path).faults == []
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text" and 'name = "me/tiny"' in card.text
 
@@ -235,7 +235,7 @@ def test_a_trainer_pushes_a_model_and_no_state(kind, hub, opens, made, tmp_path)
     (tmp_path / "pushed").mkdir()
     for name, content in hub.files("me/trained", commit.oid).items():
         (tmp_path / "pushed" / name).write_bytes(content)
-    contents = checks.read_contents(tmp_path / "pushed")
+    contents = directory_checks.read_contents(tmp_path / "pushed")
     assert set(contents.files) >= REMOTE_CODE
     if kind is Trainer:
         assert len(contents.faults) == 1 and "README.md has pipeline_tag: None" in contents.faults[0]
@@ -329,7 +329,7 @@ def test_what_must_not_be_published_is_refused_by_name(fault, hub, opens, checkp
 def test_all_faults_are_told_at_once(checkpoint):
     for fault in ("a token", "a pickle", "no template"):
         FAULTS[fault][0](checkpoint)
-    assert len(checks.read_contents(checkpoint).faults) == 3
+    assert len(directory_checks.read_contents(checkpoint).faults) == 3
 
 
 def test_text_that_only_looks_like_a_path_is_let_pass(checkpoint):
@@ -337,7 +337,7 @@ def test_text_that_only_looks_like_a_path_is_let_pass(checkpoint):
     tokenizer["model"]["vocab"]["/usr/lib/python"] = 99999
     (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
     add_to_json(checkpoint / "generation_config.json", note="either/or, 1/2/3, </s>, /", address="https://hf.co/tmp/x")
-    assert checks.read_contents(checkpoint).faults == []
+    assert directory_checks.read_contents(checkpoint).faults == []
 
 
 def test_a_directory_that_does_not_open_alone_is_refused(hub, checkpoint, capsys):

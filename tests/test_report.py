@@ -17,9 +17,9 @@ from PIL import Image
 
 from dsvl.cli import main
 from dsvl.evaluation import report
-from dsvl.evaluation.compare import standing
+from dsvl.evaluation.answer_records import Record, read_records
+from dsvl.evaluation.compare_command import standing
 from dsvl.evaluation.comparison import Duel, duels, join, summarize
-from dsvl.evaluation.records import Record, read_records
 from dsvl.evaluation.report import write_csv, write_html
 
 HOSTILE = "</p><script>alert('x')</script><img src=x onerror=alert(1)>"

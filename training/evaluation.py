@@ -9,7 +9,7 @@ from ..data import complete_messages
 from ..data.messages import is_trained, location_of
 from ..data.sample_errors import BadSample, one_sample
 from ..evaluation import metrics
-from ..evaluation.asking import ask
+from ..evaluation.generate_answers import ask
 from .collator import ConversationCollator
 
 

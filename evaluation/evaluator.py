@@ -13,11 +13,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.sample_errors import NAMED, BadSample, one_sample
 from ..utils.image_loading import open_image
-from .answers import AnswerFile
-from .asking import ask
+from .answer_file import AnswerFile
+from .answer_records import Record
+from .generate_answers import ask
 from .metrics import score
 from .questions import Conversation, Questions
-from .records import Record
 
 logger = logging.getLogger(__name__)
 

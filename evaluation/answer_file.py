@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import atomic_path, write_atomically
-from .records import Record, numbered_records
+from .answer_records import Record, numbered_records
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .state_dict import Translated
+from .state_dict_names import Translated
 
 
 def compare_shapes(

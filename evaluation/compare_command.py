@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .answer_records import Record
     from .comparison import Duel, Summary
-    from .records import Record
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,8 +20,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    from .answer_records import read_records
     from .comparison import duels, join, summarize
-    from .records import read_records
 
     records = {path: read_records(path) for path in dict.fromkeys(arguments.answers)}
     runs = dict(zip(labels(records), records.values(), strict=True))
