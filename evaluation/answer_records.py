@@ -1,4 +1,4 @@
-"""An answered round: one line of the file that an evaluation writes."""
+"""The records of an answer file: one JSON line for each answered turn."""
 
 import json
 import math
@@ -6,26 +6,26 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-SHOWN = 80  # characters of a value that a message repeats
+MAX_SHOWN = 80  # characters of a value in an error message
 
 
 @dataclass(frozen=True)
-class Record:
-    """A question of a conversation, and a model's answer.
+class AnswerRecord:
+    """A turn of a conversation with a model's answer.
 
     Attributes:
-        id: the conversation's name or number.
-        round: of the conversation, from 0.
-        question: as it was asked.
-        images: paths or addresses of this round's own images.
-        answer: the model's.
-        references: answers that count as right; none if there are none.
-        scores: metric -> score, without references none.
+        id: name or number of the conversation.
+        turn: index of the turn in the conversation.
+        question: text of the question.
+        images: paths or URLs of the images of this turn.
+        answer: the model's answer.
+        references: correct answers; empty if none are known.
+        scores: metric -> score; empty without references.
         model: name or directory of the checkpoint.
     """
 
     id: str
-    round: int
+    turn: int
     question: str
     images: list[str]
     answer: str
@@ -34,12 +34,12 @@ class Record:
     model: str
 
     def line(self) -> str:
-        """The record as JSON, without a line's end."""
+        """The record as JSON, without a newline."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
-def read_records(path: str | Path) -> list[Record]:
-    """The records of a file of JSON lines, in its order.
+def read_records(path: str | Path) -> list[AnswerRecord]:
+    """Read the records of an answer file, in the order of the file.
 
     Raises:
         ValueError: see `numbered_records`.
@@ -47,57 +47,67 @@ def read_records(path: str | Path) -> list[Record]:
     return [record for _, record in numbered_records(path)]
 
 
-def numbered_records(path: str | Path) -> list[tuple[int, Record]]:
-    """The records of a file of JSON lines, in its order, and the numbers of their lines.
+def numbered_records(path: str | Path) -> list[tuple[int, AnswerRecord]]:
+    """Read the records of an answer file with their line numbers, in the order of the file.
 
     Raises:
-        ValueError: naming file and line, for a line that is no record, and for a second answer to a round.
+        ValueError: naming file and line, for an invalid record, or a second answer to a turn.
     """
-    found: dict[tuple[str, int], tuple[int, Record]] = {}
+    found: dict[tuple[str, int], tuple[int, AnswerRecord]] = {}
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            place = f"{path}, line {number}"
-            record = _record(line, place)
-            before, _ = found.setdefault((record.id, record.round), (number, record))
+            location = f"{path}, line {number}"
+            record = _record(line, location)
+            before, _ = found.setdefault((record.id, record.turn), (number, record))
             if before != number:
                 raise ValueError(
-                    f"{place} answers conversation {_short(record.id)}, round {record.round}, as line {before} does; "
+                    f"{location} answers conversation {_short(record.id)}, turn {record.turn}, as line {before} does; "
                     "delete one of them."
                 )
     return list(found.values())
 
 
-_NAMES = [field.name for field in fields(Record)]
+_NAMES = [field.name for field in fields(AnswerRecord)]
 
 
-def _record(line: bytes, place: str) -> Record:
+def _record(line: bytes, location: str) -> AnswerRecord:
     try:
         value: Any = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is no JSON ({error}); pass what dsvl evaluate wrote.") from error
+        raise ValueError(f"{location} is not JSON ({error}); pass what dsvl evaluate wrote.") from error
+    if isinstance(value, dict) and "round" in value:  # the key of `turn` until version 0.2
+        value["turn"] = value.pop("round")
     if not isinstance(value, dict) or set(value) != set(_NAMES):
-        raise ValueError(f"{place} is no answer: it needs the fields {', '.join(_NAMES)}; pass what dsvl evaluate wrote.")
-    for name, kind in (("id", str), ("question", str), ("answer", str), ("model", str), ("round", int)):
+        raise ValueError(
+            f"{location} is not an answer record: it needs the fields {', '.join(_NAMES)}; pass what dsvl evaluate wrote."
+        )
+    for name, kind in (("id", str), ("question", str), ("answer", str), ("model", str), ("turn", int)):
         if type(value[name]) is not kind:
-            raise ValueError(f"{place} is no answer: its {name} is {_short(value[name])}; expected {_KINDS[kind]}.")
+            raise ValueError(
+                f"{location} is not an answer record: its {name} is {_short(value[name])}; expected {_KINDS[kind]}."
+            )
     for name in ("images", "references"):
         if not isinstance(value[name], list) or not all(isinstance(one, str) for one in value[name]):
-            raise ValueError(f"{place} is no answer: its {name} are {_short(value[name])}; expected a list of texts.")
-    if value["round"] < 0:
-        raise ValueError(f"{place} is no answer: its round is {value['round']}; expected 0 or more.")
+            raise ValueError(
+                f"{location} is not an answer record: its {name} are {_short(value[name])}; expected a list of strings."
+            )
+    if value["turn"] < 0:
+        raise ValueError(f"{location} is not an answer record: its turn is {value['turn']}; expected 0 or more.")
     if not isinstance(value["scores"], dict):
-        raise ValueError(f"{place} is no answer: its scores are {_short(value['scores'])}; expected metrics and numbers.")
+        raise ValueError(
+            f"{location} is not an answer record: its scores are {_short(value['scores'])}; expected numbers by metric."
+        )
     for metric, score in value["scores"].items():
         if type(score) not in (int, float) or not math.isfinite(score):
-            raise ValueError(f"{place}: the score {_short(metric)} is {_short(score)}; expected a finite number.")
-    return Record(**value)
+            raise ValueError(f"{location}: the score {_short(metric)} is {_short(score)}; expected a finite number.")
+    return AnswerRecord(**value)
 
 
-_KINDS = {str: "a text", int: "a number"}
+_KINDS = {str: "a string", int: "an integer"}
 
 
 def _short(value: Any) -> str:
     shown = repr(value)
-    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
