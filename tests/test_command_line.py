@@ -288,9 +288,9 @@ def _interrupted(process: "subprocess.Popen[str]", after: str | float) -> str:
     [
         ("train", "| loss ", "kept"),
         ("train", 1.5, "kept"),
-        ("evaluate", 1.5, "kept; the same command goes on from there"),
-        ("compose", 1.5, "Nothing was written; the same command starts over"),
-        ("data", 4.0, "What was converted is kept; the same command goes on from there"),
+        ("evaluate", 1.5, "kept; run the same command to resume"),
+        ("compose", 1.5, "Nothing was written; run the same command to start again"),
+        ("data", 4.0, "Converted data is kept; run the same command to resume"),
     ],
 )
 def test_ctrl_c_is_one_line(checkpoint: Path, tmp_path: Path, command: str, after: str | float, kept: str) -> None:

@@ -419,7 +419,7 @@ def test_who_stops_a_run_is_told_how_to_go_on(evaluate, calls):
     with pytest.raises(ValueError, match="answers.jsonl holds 6 answers; run the same command to resume"):
         evaluate("--batch-size", "3")
     calls.error = torch.OutOfMemoryError
-    with pytest.raises(ValueError, match="out of memory .not today.; .* a --batch-size below 3 goes on from 6 answers"):
+    with pytest.raises(ValueError, match="out of memory .not today.; .* a --batch-size below 3 to resume from 6 answers"):
         evaluate("--batch-size", "3")
 
 

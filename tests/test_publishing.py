@@ -137,7 +137,7 @@ def test_a_dry_run_sends_nothing(hub, opens, checkpoint, capsys):
     assert main(["push", str(checkpoint), "me/tiny", "--dry-run"]) == 0
     said = capsys.readouterr().out
     weights = (checkpoint / "model.safetensors").stat().st_size
-    assert f"{weights:,}  model.safetensors" in said and "left out  checkpoint-4" in said
+    assert f"{weights:,}  model.safetensors" in said and "skipped  checkpoint-4" in said
     assert hub.log == []
 
 
@@ -312,7 +312,10 @@ FAULTS = {
         "model-1.safetensors is missing, which model.safetensors.index.json names",
     ),
     "no metadata": (lambda folder: (folder / "README.md").write_text("# A model\n"), "README.md has library_name: None"),
-    "another model": (lambda folder: add_to_json(folder / "config.json", model_type="llama"), "not that of a DSVL model"),
+    "another model": (
+        lambda folder: add_to_json(folder / "config.json", model_type="llama"),
+        "does not belong to a DSVL model",
+    ),
 }
 
 
