@@ -45,7 +45,9 @@ def test_every_tensor_is_accounted_for(name, tmp_path):
     weights = ReferenceCase(name).weights
     report = migrate(tmp_path, name)
     assert set(report.taken) | set(report.unused) == set(weights) and not set(report.taken) & set(report.unused)
-    assert report.unused == {"lang_decoder.model.embed_tokens.weight": "the frozen copy of the embedding table; lang_embed is the trained one"}
+    assert report.unused == {
+        "lang_decoder.model.embed_tokens.weight": "the frozen copy of the embedding table; lang_embed is the trained one"
+    }
     ours = tensors(tmp_path / "out")
     assert {name for names in report.taken.values() for name in names if "(LoRA)" not in name} == set(ours)
     assert ours[EMBEDDINGS].equal(weights["lang_embed.weight"])
