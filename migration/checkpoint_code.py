@@ -18,7 +18,7 @@ from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import DSVLProcessor
 from ..publishing.fresh_process import check_standalone
 from ..publishing.push import HTTP_ERROR
-from ..publishing.standalone_check import image_prompt_logits
+from ..publishing.standalone_check import eager_logits
 from ..publishing.travelling_code import PATTERN, travelling_code
 from ..utils.local_paths import check_exists
 
@@ -233,7 +233,7 @@ def compare_logits(old: Path, new: Path, name: str) -> float:
         ValueError: if the difference exceeds the tolerance, or the new files do not load.
     """
     model = DSVLForConditionalGeneration.from_pretrained(old).eval()
-    before = image_prompt_logits(model, DSVLProcessor.from_pretrained(old))
+    before = eager_logits(model, DSVLProcessor.from_pretrained(old))
     del model  # the process below loads the weights a second time
     after = torch.tensor(check_standalone(new)["logits"])
     difference = float((before - after).abs().max()) if before.shape == after.shape else float("inf")

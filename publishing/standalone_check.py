@@ -29,8 +29,13 @@ def image_prompt(processor: Any) -> Any:
 
 
 @torch.no_grad()
-def image_prompt_logits(model: Any, processor: Any) -> torch.Tensor:
-    """The logits of the first token of the answer to `image_prompt`, float32 of shape (vocabulary,)."""
+def eager_logits(model: Any, processor: Any) -> torch.Tensor:
+    """The logits of the first token of the answer to `image_prompt`, float32 of shape (vocabulary,).
+
+    The decoder's attention is set to eager, which is the same code with and without the package's acceleration: the logits
+    are then equal in every dtype.
+    """
+    model.set_attn_implementation({"text_config": "eager"})
     return model(**image_prompt(processor), logits_to_keep=1).logits[0, -1].float()
 
 
@@ -38,7 +43,7 @@ def check(checkpoint: str) -> dict[str, Any]:
     """Load a checkpoint directory by the Auto classes and answer a question.
 
     Returns:
-        `parameters` and `tokens` (of the question), two counts, and the `logits` of `image_prompt_logits`.
+        `parameters` and `tokens` (of the question), two counts, and the `logits` of `eager_logits`.
 
     Raises:
         SystemExit: naming what is wrong, where transformers itself does not raise.
@@ -57,14 +62,15 @@ def check(checkpoint: str) -> dict[str, Any]:
     images = int((inputs["input_ids"] == config.image_token_id).sum())
     if images != config.image_seq_length:
         sys.exit(f"The processor writes {images} image tokens for an image; the model takes {config.image_seq_length}.")
-    logits = image_prompt_logits(model, processor)
+    with torch.no_grad():
+        logits = model(**inputs, logits_to_keep=1).logits
     if not torch.isfinite(logits).all():
         sys.exit("The model's logits are not finite; its weights are broken.")
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": inputs["input_ids"].shape[1],
-        "logits": logits.tolist(),
+        "logits": eager_logits(model, processor).tolist(),
     }
 
 

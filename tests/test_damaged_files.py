@@ -16,7 +16,7 @@ from dsvl.cli import main
 from dsvl.evaluation.answer_file import AnswerFile
 from dsvl.evaluation.answer_records import AnswerRecord, read_records
 from dsvl.migration import migrate_checkpoint, migrate_qwen_tower
-from dsvl.migration.weight_files import read_tensors, weight_files
+from dsvl.migration.read_weights import read_tensors, weight_files
 from dsvl.training.checkpoints import MARKER, last_complete_checkpoint, mark_complete, what_is_missing
 
 
