@@ -1,4 +1,4 @@
-"""The command `dsvl`."""
+"""The command line interface, `dsvl`."""
 
 import argparse
 import gc
@@ -12,31 +12,31 @@ from .utils.command_line import CommandParser
 from .utils.missing_packages import import_error_message
 from .utils.third_party_output import silence_third_party_output
 
-# What each does, and the module that reads its arguments; only that of the command that is called is imported.
+# Command -> help and the module that defines its arguments. Only the module of the called command is imported.
 COMMANDS = {
-    "compose": ("vision tower + language model -> one checkpoint directory", "composition.commands"),
+    "compose": ("compose a vision tower and a language model into a checkpoint", "composition.commands"),
     "train": ("fine-tune a checkpoint; also python -m dsvl.training under a launcher", "training.run"),
-    "merge": ("a checkpoint + trained adapters -> one checkpoint directory", "training.merge"),
-    "plan": ("the memory of training, per GPU, from the configuration alone", "training.plan"),
-    "chat": ("talk to a checkpoint in the terminal", "chat.commands"),
-    "data": ("convert raw data sets to conversations, and look at them", "data.commands"),
-    "compare": ("the answers of evaluations side by side: scores, a table, a page", "evaluation.compare"),
-    "evaluate": ("ask a checkpoint what a data set asks, and score its answers", "evaluation.commands"),
-    "migrate": ("weights of DeepSpeed-VisualChat and of Qwen-VL -> checkpoints", "migration.commands"),
-    "demo": ("talk to a checkpoint on a page in the browser", "page.commands"),
-    "push": ("a checkpoint directory -> a repository on the Hub", "publishing.commands"),
-    "serve": ("a checkpoint behind the OpenAI chat-completions protocol", "serving.commands"),
+    "merge": ("merge trained adapters into a checkpoint", "training.merge"),
+    "plan": ("estimate the memory of a training per GPU", "training.plan"),
+    "chat": ("chat with a checkpoint in the terminal", "chat.commands"),
+    "data": ("convert raw data sets to conversations, and show them", "data.commands"),
+    "compare": ("compare the answers of several evaluations", "evaluation.compare_command"),
+    "evaluate": ("generate and score a checkpoint's answers to a data set", "evaluation.commands"),
+    "migrate": ("convert weights of DeepSpeed-VisualChat and Qwen-VL; update a checkpoint's code", "migration.commands"),
+    "demo": ("chat with a checkpoint on a web page", "page.commands"),
+    "push": ("publish a checkpoint directory on the Hub", "publishing.commands"),
+    "serve": ("serve a checkpoint with the OpenAI chat completions API", "serving.commands"),
 }
-INTERRUPTED = 130  # the exit status of a command that Ctrl-C has ended, as shells have it
-# What is kept then, and how to go on, where the command itself does not know it better.
+INTERRUPTED = 130  # exit status after Ctrl-C, as in shells
+# Messages after Ctrl-C for commands without a message of their own: what is kept, and how to resume.
 KEPT = {
-    "train": "Checkpoints that were complete are kept; the same command goes on from the last one, or starts over.",
-    "data": "What was converted is kept; the same command goes on from there.",
-    "evaluate": "Answers that were written are kept; the same command goes on from there.",
-    "push": "Nothing was committed; the same command starts over.",
-    "chat": "Nothing was saved; the same command starts over.",
-    "serve": "The same command starts it again.",
-    "demo": "The same command starts it again.",
+    "train": "Complete checkpoints are kept; run the same command to resume from the last one, or to start again.",
+    "data": "Converted data is kept; run the same command to resume.",
+    "evaluate": "Written answers are kept; run the same command to resume.",
+    "push": "Nothing was committed; run the same command to start again.",
+    "chat": "Nothing was saved.",
+    "serve": "The server was stopped.",
+    "demo": "The server was stopped.",
 }
 
 
@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
     """Run the command.
 
     Args:
-        argv: its arguments; by default the process's.
-        import_package: called before a command runs, where `dsvl/__init__.py` was not executed yet.
+        argv: *optional*, its arguments; defaults to those of the process.
+        import_package: executes `dsvl/__init__.py` before a command runs, if it was not executed yet.
 
     Returns:
-        its exit status.
+        The exit status.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
     silence_third_party_output()
     named = argv[0] if argv[0] in COMMANDS else None
     try:
-        if named == "train":  # a YAML file may stand before its flags, which are those of three dataclasses
+        if named == "train":  # its flags are the fields of three dataclasses, and a YAML file may come first
             import_package()
             import_module(".training.run", __package__).main(argv[1:])
         else:
@@ -65,24 +65,24 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
             import_package()
             arguments.run(arguments)
     except KeyboardInterrupt as interruption:
-        kept = KEPT.get(str(named), "Nothing was written; the same command starts over.")
+        kept = KEPT.get(str(named), "Nothing was written; run the same command to start again.")
         message = str(interruption) or f"Interrupted. {kept}"
     except ImportError as error:
         print(f"dsvl {named}: {import_error_message(error, named)}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:  # what a user can mend; anything else is ours, and shows where it is
+    except (ValueError, OSError) as error:  # errors that a user can fix; others are bugs, with a traceback
         print(f"dsvl {named}: {error}", file=sys.stderr)
         return 1
     else:
         return 0
-    gc.collect()  # progress bars end, with a line of their own
-    if os.environ.get("RANK", "0") == "0":  # once, of the processes of a launcher
+    gc.collect()  # closes progress bars, so that the message starts on a new line
+    if os.environ.get("RANK", "0") == "0":  # only one of the processes of a launcher
         print(f"\ndsvl {named}: {message}", file=sys.stderr)
     return INTERRUPTED
 
 
 def _parser(named: str | None) -> CommandParser:
-    """The parser, which knows the flags of one command alone."""
+    """The parser with the flags of one command."""
     parser = CommandParser(prog="dsvl", description="Compose, train and share vision-language models.")
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

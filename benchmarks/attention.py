@@ -1,11 +1,11 @@
-"""One attention layer: MMCA beside plain causal sdpa and the released arithmetic, forward and forward + backward, in turns.
+"""One attention layer: MMCA, causal sdpa and the released computation, forward and forward + backward, interleaved.
 
     python benchmarks/attention.py [--shapes 2x4096 1x32768] [--shares 0 0.5 0.88] [--ways fused released] [--out FILE]
 
 On a GPU it is a layer of a 7B decoder in bf16 (32 heads of 128, images of 257 tokens), on a CPU a small one in float32 (8
-heads of 64, images of 64). "causal sdpa" is what transformers calls for a plain decoder, with the kernel that PyTorch
-itself picks. On a GPU times are the device's: each step is a CUDA graph (but flex_attention's, which cannot be one). What
-Python needs to launch it is in the table "as called". TFLOP/s count the scores that exist by a row's own definition.
+heads of 64, images of 64). "causal sdpa" is the call of transformers for a text decoder, with the kernel that PyTorch
+selects. On a GPU each step is a CUDA graph (except flex_attention, which cannot be captured), so that times do not include
+launches; the table "as called" includes them. TFLOP/s count the pairs of a row's own definition of attention.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from flops import attention_flops, attention_pairs
-from measure import Table, describe_device, device_type, graphed, in_turns, peak_gib, report, utilise, write
-from released import additive_masks, free_bytes, needed_bytes, released_attention
+from measure import Table, describe_device, device_type, graphed, peak_gib, report, time_interleaved, utilise, write
+from released_attention import additive_masks, free_bytes, needed_bytes, released_attention
 from torch import nn
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -37,7 +37,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Heads:
-    """What is measured of a decoder, and what an image takes of it; `head_dim` in channels, `per_image` in tokens."""
+    """Sizes of an attention layer, and the number of tokens per image."""
 
     heads: int
     key_value_heads: int
@@ -54,7 +54,7 @@ HEADS = {"cuda": Heads(32, 32, 128, 257, torch.bfloat16), "cpu": Heads(8, 8, 64,
 
 
 class Layer(nn.Module):
-    """What an attention function wants to know of its module."""
+    """The attributes that attention functions read from their module."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -63,22 +63,23 @@ class Layer(nn.Module):
 
 
 def token_types(batch: int, tokens: int, images: int, per_image: int) -> torch.Tensor:
-    """Images spread evenly over the sequence: (batch, tokens), 1 = image."""
+    """Token types (batch, tokens) with evenly spaced images, 1 = image."""
     types = torch.zeros(batch, tokens, dtype=torch.long)
     for number in range(images):
         start = 1 + number * (tokens // images)
         types[:, start : start + per_image] = 1
     if types.sum() != batch * images * per_image:
-        raise ValueError(f"{images} images of {per_image} tokens do not fit into {tokens} tokens; ask for fewer.")
+        raise ValueError(f"{images} images of {per_image} tokens do not fit into {tokens} tokens; pass a lower number.")
     return types
 
 
 class Attention:
-    """The inputs of one layer, and the ways to compute its attention.
+    """The inputs of a layer, and the implementations of its attention.
 
     Args:
         size: of the layer.
-        batch, tokens, images: of the inputs; a sample has so many tokens and images.
+        batch: number of samples.
+        tokens, images: numbers per sample.
     """
 
     def __init__(self, size: Heads, batch: int, tokens: int, images: int) -> None:
@@ -92,7 +93,7 @@ class Attention:
         )
         self.layer, self.scaling = Layer(self.config), size.head_dim**-0.5
 
-        def states(heads: int) -> torch.Tensor:  # in memory, as a decoder's projections leave them
+        def states(heads: int) -> torch.Tensor:  # memory layout of a decoder's projections
             return torch.randn(batch, tokens, heads, size.head_dim, device=self.device, dtype=size.dtype)
 
         self.gradient = states(size.heads)
@@ -107,21 +108,21 @@ class Attention:
         share = self.images * self.size.per_image / tokens
         return f"{batch} x {tokens} tokens, {self.images} images of {self.size.per_image} ({share:.0%}), {self.size}"
 
-    def left_out(self, way: str, backward: bool = True) -> str | None:
-        """Why a way cannot be measured here, if it cannot."""
+    def skip_reason(self, way: str, backward: bool = True) -> str | None:
+        """Why an implementation cannot run here; None if it can."""
         if way == "fused" and not can_fuse(self.config, self.size.dtype, torch.device(self.device)):
             return "the fused kernels need an NVIDIA GPU of the Hopper generation, Triton, and half precision"
         if way == "flex_attention" and self.device == "cpu":
             return "flex_attention has no backward on a CPU"
         if way == "released":
             needed = needed_bytes(len(self.types), self.size.heads, self.types.shape[1], self.size.dtype, backward)
-            # Some room is left to the others.
+            # With a margin for other allocations.
             if 1.5 * needed > free_bytes():
-                return f"its matrices take {needed / 2**30:.1f} GiB, of {free_bytes() / 2**30:.1f} that are free"
+                return f"its matrices take {needed / 2**30:.1f} GiB, of {free_bytes() / 2**30:.1f} GiB free"
         return None
 
     def masks(self, way: str) -> Any:
-        """What a model builds once a step for all layers."""
+        """Build the masks, as a model does once per step for all layers."""
         if way == "released":
             return additive_masks(self.types, self.size.dtype)
         self.config._attn_implementation = "flex_attention" if way == "flex_attention" else "sdpa"
@@ -137,7 +138,7 @@ class Attention:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](self.layer, *self.states, None, scaling=self.scaling)[0]
 
     def forward(self, way: str) -> Callable[[], torch.Tensor]:
-        """One way's forward pass over masks that are built already: (batch, tokens, heads, head_dim)."""
+        """The forward pass of an implementation with prebuilt masks; returns (batch, tokens, heads, head_dim)."""
         masks = self.masks(way)
         if way == "released":
             return partial(released_attention, *self.states, masks, self.scaling)
@@ -146,27 +147,27 @@ class Attention:
         return lambda: function(self.layer, *self.states, None, multimodal_masks=by_type, scaling=self.scaling)[0]
 
     def flops(self, backward: bool) -> dict[str, float]:
-        """Of each row."""
+        """FLOPs of each row."""
         kinds = {BASE: "causal"} | {row(way): "mmca_reference" if way == "released" else "mmca" for way in WAYS}
         pairs = {kind: attention_pairs(self.types, kind) for kind in set(kinds.values())}
         size = self.size.heads, self.size.head_dim, backward
         return {name: attention_flops(pairs[kind], *size) for name, kind in kinds.items()}
 
     def step(self, run: Callable[[], torch.Tensor], backward: bool) -> Step:
-        def forward_alone() -> torch.Tensor:
+        def forward_only() -> torch.Tensor:
             with torch.no_grad():
                 return run()
 
-        return (lambda: torch.autograd.grad(run(), self.states, self.gradient)) if backward else forward_alone
+        return (lambda: torch.autograd.grad(run(), self.states, self.gradient)) if backward else forward_only
 
 
 def row(way: str) -> str:
-    """What a way is called in a table."""
-    return "released arithmetic" if way == "released" else f"mmca {way}"
+    """The name of an implementation in a table."""
+    return "released computation" if way == "released" else f"mmca {way}"
 
 
 def default_ways() -> list[str]:
-    """What "sdpa" computes here, beside the others that run."""
+    """The implementation that "sdpa" selects here, and the others that run."""
     device = device_type()
     fused = can_fuse(LlamaConfig(), HEADS[device].dtype, torch.device(device))
     ours = "fused" if fused else "gathered sdpa"
@@ -174,41 +175,41 @@ def default_ways() -> list[str]:
 
 
 def compare(attention: Attention, ways: list[str], backward: bool, timing: dict[str, Any]) -> tuple[Table, dict[str, Step]]:
-    """The time that each way takes on the device, masks apart, and the steps themselves.
+    """Time each implementation on the device, without building masks; returns the table and the steps.
 
     Args:
-        attention: whose layer and inputs.
-        ways: of `WAYS`, beside causal attention.
+        attention: layer and inputs.
+        ways: implementations of `WAYS`, in addition to causal attention.
         backward: whether a step has a backward pass.
-        timing: what `in_turns` takes.
+        timing: arguments of `time_interleaved`.
     """
-    reasons = {way: attention.left_out(way, backward) for way in ways}
+    reasons = {way: attention.skip_reason(way, backward) for way in ways}
     forwards = {BASE: attention.causal} | {row(way): attention.forward(way) for way in ways if reasons[way] is None}
     steps = {name: attention.step(run, backward) for name, run in forwards.items()}
     if attention.device == "cuda":
         captured = {name: step for name, step in steps.items() if name != row("flex_attention")}
         peaks = {name: peak_gib(step) for name, step in captured.items()}
-        table = in_turns({name: graphed(step) for name, step in captured.items()}, **timing)
+        table = time_interleaved({name: graphed(step) for name, step in captured.items()}, **timing)
         for name, figures in table.items():
-            figures["peak_gib"] = peaks[name]  # the graph's own memory is taken before it runs
+            figures["peak_gib"] = peaks[name]  # the memory of a graph is allocated at capture
         if "flex_attention" in ways:
             reasons["flex_attention"] = "flex_attention cannot be captured in a CUDA graph"
     else:
-        table = in_turns(steps, **timing)
+        table = time_interleaved(steps, **timing)
     utilise(table, attention.flops(backward))
-    table |= {row(way): {"left_out": reason} for way, reason in reasons.items() if reason is not None}
+    table |= {row(way): {"skipped": reason} for way, reason in reasons.items() if reason is not None}
     return table, steps
 
 
 def free_memory() -> None:
-    """Give back what graphs and N x N matrices took."""
+    """Free the memory of graphs and N x N matrices."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def measure(attention: Attention, ways: list[str], timing: dict[str, Any]) -> dict[str, Table]:
-    """All tables of a shape, printed as they come."""
+    """Measure and print all tables of a shape."""
     results: dict[str, Table] = {}
 
     def add(what: str, table: Table) -> None:
@@ -220,34 +221,32 @@ def measure(attention: Attention, ways: list[str], timing: dict[str, Any]) -> di
         add(BOTH if backward else FORWARD, table)
         free_memory()
     if attention.device == "cuda":
-        add(f"{BOTH}, as called", in_turns(steps, **timing))
+        add(f"{BOTH}, as called", time_interleaved(steps, **timing))
     steps.clear()
     free_memory()
-    can = [way for way in ways if attention.left_out(way) is None]
+    can = [way for way in ways if attention.skip_reason(way) is None]
     if can:
-        add("masks, once a step", in_turns({row(way): partial(attention.masks, way) for way in can}, **timing))
+        add("masks, once per step", time_interleaved({row(way): partial(attention.masks, way) for way in can}, **timing))
     return results
 
 
 def add_layer_options(parser: argparse.ArgumentParser) -> None:
-    """Options about the layer and how long it is measured, which growth.py has as well."""
+    """Add the options for the layer and the timing, which attention.py and growth.py share."""
     parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, help="beside causal sdpa; by default what sdpa picks here, and others"
+        "--ways", nargs="+", choices=WAYS, help="in addition to causal sdpa (default: what sdpa selects here, and others)"
     )
     parser.add_argument("--heads", type=int)
     parser.add_argument("--key-value-heads", type=int)
     parser.add_argument("--head-dim", type=int)
     parser.add_argument("--per-image", type=int, help="tokens of an image")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--rounds", type=int, help="in a table; 20 on a GPU, 15 on a CPU")
-    parser.add_argument(
-        "--budget", type=float, help="seconds for each row of a table, if that is less; 10 on a GPU, 3 on a CPU"
-    )
-    parser.add_argument("--out", help="write the figures as JSON")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a CPU (default 1)")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default 20 on a GPU, 15 on a CPU)")
+    parser.add_argument("--budget", type=float, help="maximum seconds for each row (default 10 on a GPU, 3 on a CPU)")
+    parser.add_argument("--out", help="JSON file for the results")
 
 
 def layer_options(options: argparse.Namespace) -> tuple[Heads, list[str], dict[str, Any]]:
-    """The layer, the ways and what `in_turns` takes."""
+    """The layer, the implementations, and the arguments of `time_interleaved`."""
     on_gpu = device_type() == "cuda"
     if not on_gpu:
         torch.set_num_threads(options.threads)
@@ -266,7 +265,7 @@ def layer_options(options: argparse.Namespace) -> tuple[Heads, list[str], dict[s
         "budget": options.budget or (10.0 if on_gpu else 3.0),
     }
     ways = options.ways or default_ways()
-    vars(options).update(asdict(size), dtype=str(size.dtype).removeprefix("torch."), ways=ways)  # for whoever reads the file
+    vars(options).update(asdict(size), dtype=str(size.dtype).removeprefix("torch."), ways=ways)  # recorded in the JSON file
     return size, ways, timing
 
 
@@ -281,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
         type=float,
         nargs="+",
         default=[0, 0.5, 0.88] if on_gpu else [0.1, 0.3, 0.5, 0.88],
-        help="how much is images",
+        help="fraction of image tokens",
     )
     add_layer_options(parser)
     options = parser.parse_args(argv)

@@ -1,10 +1,10 @@
-"""Time to the first token of an answer in every round of a conversation: `DSVLChat`, which goes on from its cache, beside
-running the whole conversation again. Eight rounds, an image in each; and then a question without one. Weights are random.
+"""Time to first token in each turn of a conversation: `DSVLChat`, which reuses its KV cache, and processing the whole
+conversation again. Eight turns with an image each, then a question without an image. Weights are random.
 
-    python benchmarks/chat.py [--size demo|7b] [--rounds 8] [--repeats 10] [--out chat.json]
+    python benchmarks/chat.py [--size demo|7b] [--turns 8] [--repeats 10] [--out chat.json]
 
-The first repeat warms up. Random answers do not read as they were said, so the last one is computed again each time: with
-a trained model it is reused as well.
+The first repeat is a warm-up. Tokenizing the text of a random answer gives other tokens than were generated, so the last
+answer is processed again each time; with a trained model it is reused as well.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from dsvl.chat import DSVLChat
 from dsvl.demo.drawing import IMAGE_SIZE, words
 from dsvl.demo.parts import HEADINGS, train_tokenizer
 
-# The demo's model as demo/parts.py makes it, but for room for longer conversations; and CLIP ViT-L/14 + LLaMA-7B.
+# The demo's model with a longer context, and CLIP ViT-L/14 + LLaMA-7B.
 DEMO = Shape(
     layers=3,
     hidden=128,
@@ -42,7 +42,7 @@ QUESTION = "What do you see in this image, and how does it differ from the one b
 def build_parts(
     shape: Shape, backend: str, device: str, dtype: torch.dtype
 ) -> tuple[DSVLForConditionalGeneration, DSVLProcessor]:
-    """A model of this shape, with the demo's tokenizer."""
+    """A model of this shape with the demo's tokenizer."""
     tokenizer = train_tokenizer([HEADINGS.format(text) for text in words()])
     side = {"height": shape.image_size, "width": shape.image_size}
     image_processor = CLIPImageProcessor(size={"shortest_edge": shape.image_size}, crop_size=side)
@@ -60,7 +60,7 @@ def draw_image(seed: int, width: int = 640, height: int = 480) -> Image.Image:
 
 
 def run_again(model: DSVLForConditionalGeneration, processor: DSVLProcessor, messages: list) -> tuple[float, int]:
-    """Seconds to the first token of the whole conversation, and that token."""
+    """Process the whole conversation: seconds to the first token, and that token."""
     started = time.perf_counter()
     inputs = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
@@ -71,12 +71,12 @@ def run_again(model: DSVLForConditionalGeneration, processor: DSVLProcessor, mes
 
 
 def compare(chat: DSVLChat, repeats: int, with_image: bool) -> dict[str, object]:
-    """The next round, both ways in turns; each time with another question, so that nothing of it is known."""
+    """Measure the next turn both ways, interleaved, each time with another question so that it is not cached."""
     times: dict[str, list[float]] = {"run again": [], "incremental": []}
     same = 0
     length = len(chat.messages)
     for repeat in range(repeats + 1):
-        if not chat.messages:  # nothing was said before the first round
+        if not chat.messages:  # before the first turn
             chat.reset()
         chat.ask(f"{repeat}. {QUESTION}", [draw_image(1000 + repeat)] if with_image else [], max_new_tokens=1)
         seconds, token = run_again(chat.model, chat.processor, chat.messages[:-1])
@@ -97,12 +97,12 @@ def compare(chat: DSVLChat, repeats: int, with_image: bool) -> dict[str, object]
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SHAPES, default="demo")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--answer-tokens", type=int, default=64, help="of the earlier answers")
+    parser.add_argument("--turns", "--rounds", type=int, default=8, help="turns with an image")
+    parser.add_argument("--answer-tokens", type=int, default=64, help="length of earlier answers")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--backend", default="sdpa", help="sdpa, eager, flex_attention")
     parser.add_argument("--cache-implementation", choices=("dynamic", "static"), default="dynamic")
-    parser.add_argument("--out", help="write the figures as JSON")
+    parser.add_argument("--out", help="JSON file for the results")
     options = parser.parse_args(argv)
     device = device_type()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -120,9 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     answer = {"min_new_tokens": options.answer_tokens, "max_new_tokens": options.answer_tokens}
     results: dict[str, dict] = {}
     print(f"{'':28}{'incremental':>13}{'run again':>13}{'speed':>8}{'tokens':>8}{'reused':>8}{'same':>7}")
-    for number in range(1, options.rounds + 2):
-        with_image = number <= options.rounds
-        title = f"round {number}, {'with an image' if with_image else 'text alone'}"
+    for number in range(1, options.turns + 2):
+        with_image = number <= options.turns
+        title = f"turn {number}, {'with an image' if with_image else 'text only'}"
         row = results[title] = compare(chat, options.repeats, with_image)
         print(
             f"{title:28}{row['incremental']['ms']:10.1f} ms{row['run again']['ms']:10.1f} ms"

@@ -1,11 +1,11 @@
-"""Samples a second from the disk to a batch, on a CPU: DSVL beside transformers' own LlavaProcessor, on the same images.
+"""Samples per second from disk to batch on a CPU: DSVL and transformers' LlavaProcessor with the same images.
 
     python benchmarks/data_loading.py [--samples 400] [--batch-size 8] [--rounds 3] [--workers 0 1 2]
 
-Both read the same JSON lines, decode the same JPEG files (real photographs, 640 pixels wide), resize and normalize them by
-the same CLIP image processor to 336 pixels, and pad a batch of conversations of one or two images and two rounds. DSVL's
-batches hold labels for the assistant's tokens besides; LlavaProcessor's do not. "Cached" reads a tower's features (here any
-numbers of their size, 577 x 1,024 in 16 bits) instead of images. Alternatives take turns, the median counts.
+Both read the same JSON lines, decode the same JPEG files (photographs, 640 pixels wide), resize and normalize them with the
+same CLIP image processor to 336 pixels, and pad a batch of conversations with one or two images and two turns. DSVL adds
+labels for the assistant's tokens. "Cached" reads cached features of a tower instead of images (here random numbers
+of their size, 577 x 1,024 in 16 bits). Measurements are interleaved; the table shows medians.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from dsvl.training import ConversationCollator
 from dsvl.training.features import SHARD, FeatureCache, image_key
 
 SIZE, PATCH, WIDTH_OF_TOWER = 336, 14, 1024  # CLIP ViT-L/14 336
-WIDTH = 640  # of an image on the disk, as COCO's
+WIDTH = 640  # of an image file, as in COCO
 QUESTION = "What is shown in this image and how many of them are there on the left side of a large brown table ?"
 WORDS = QUESTION.split(" ")
 SYSTEM = (
@@ -47,9 +47,9 @@ def write_conversations(folder: Path, samples: int) -> Path:
     images = list(photographs().values())
     lines = []
     for number in range(samples):
-        names = [f"{number}_{place}.jpg" for place in range(1 + number % 2)]
-        for place, name in enumerate(names):
-            image = images[(number + place) % len(images)].rotate(number % 7)
+        names = [f"{number}_{index}.jpg" for index in range(1 + number % 2)]
+        for index, name in enumerate(names):
+            image = images[(number + index) % len(images)].rotate(number % 7)
             image.resize((WIDTH, WIDTH * image.height // image.width)).save(folder / name, quality=90)
         messages: list[dict[str, Any]] = []
         for turn in range(2):
@@ -63,7 +63,7 @@ def write_conversations(folder: Path, samples: int) -> Path:
 
 
 class Lines(Dataset):
-    """The shortest way to a file of conversations."""
+    """A minimal data set of conversations."""
 
     def __init__(self, path: Path) -> None:
         self.folder, self.lines = path.parent, path.read_text().splitlines()
@@ -71,8 +71,8 @@ class Lines(Dataset):
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, place: int) -> Any:
-        messages = json.loads(self.lines[place])["messages"]
+    def __getitem__(self, index: int) -> Any:
+        messages = json.loads(self.lines[index])["messages"]
         for message in messages:
             for part in message["content"]:
                 if "path" in part:

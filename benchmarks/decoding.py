@@ -1,11 +1,11 @@
-"""Tokens a second after the first: DSVL beside transformers' Llava, with a dynamic cache and with a static one and a
-compiled step, as `generate` has them. Weights and images are random; the prompt is an image and some text.
+"""Decoding speed of DSVL and transformers' Llava, with a dynamic KV cache, and with a static one and a compiled step.
+Weights and images are random; the prompt is an image and some text.
 
     python benchmarks/decoding.py [--size small|7b] [--batches 1 16] [--new-tokens 128] [--quantize int8] [--out FILE]
 
-All run in turns in one process. The clock is a streamer: it runs from the first new token to the last, as the host gets
-them, so that prompts do not count. Beside it stands what of the weights is read in that time, in GB/s: at batch 1 it is what
-bounds a step.
+Measurements are interleaved in one process. A streamer measures the time from the first new token to the last on the host,
+so that the prefill does not count. The table also has the bandwidth of reading the weights in GB/s, which bounds a step at
+batch size 1.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """What a step reads of the weights: the decoder's and the head's, one row of the embeddings aside."""
+    """Bytes of the weights that a decode step reads: those of the decoder and the head."""
     table = model.get_input_embeddings().weight
     parts = [*model.model.language_model.parameters(), model.lm_head.weight]
     read = {id(weight): weight for weight in parts if weight is not table or weight is model.lm_head.weight}
@@ -29,14 +29,14 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def _stored_bytes(weight: torch.Tensor) -> int:
-    """In memory; a quantized weight tells the size of what it stands for, not its own."""
+    """Bytes in memory; `nbytes` of a quantized weight is that of the unquantized one."""
     if hasattr(weight, "__tensor_flatten__"):
         return sum(_stored_bytes(getattr(weight, part)) for part in weight.__tensor_flatten__()[0])
     return weight.nbytes
 
 
 class Clock(BaseStreamer):
-    """When tokens reach the host; the prompt comes first."""
+    """A streamer that records when tokens reach the host; the first entry is the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -49,11 +49,11 @@ class Clock(BaseStreamer):
 
 
 def tokens_per_second(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: int, static: bool) -> float:
-    """Of all rows of a batch, after the first token."""
+    """Tokens per second of all rows of a batch, without the first token."""
     options: dict = {}
     if static:
         options = {"cache_implementation": "static"}
-        if not torch.cuda.is_available():  # on a CPU transformers does not compile, unless told so
+        if not torch.cuda.is_available():  # transformers compiles on a CPU only if forced
             options["compile_config"] = CompileConfig(mode="default")
             options["compile_config"]._compile_all_devices = True
     clock = Clock()
@@ -63,7 +63,7 @@ def tokens_per_second(model: PreTrainedModel, inputs: dict[str, torch.Tensor], n
 
 
 def quantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The decoder's weights in 8 bits, as `from_pretrained(quantization_config=...)` makes them of a checkpoint."""
+    """Quantize the decoder to 8 bits, as `from_pretrained(quantization_config=...)` does."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model.model.language_model, Int8WeightOnlyConfig())
@@ -74,13 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SHAPES, default="small")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--images", type=int, default=1, help="of a prompt")
+    parser.add_argument("--images", type=int, default=1, help="images in a prompt")
     parser.add_argument("--text", type=int, default=60, help="tokens of text in a prompt")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default="sdpa", help="sdpa, eager, flex_attention")
-    parser.add_argument("--quantize", choices=("int8",), help="DSVL's decoder beside itself in 8 bits")
-    parser.add_argument("--out", help="write the figures as JSON")
+    parser.add_argument("--quantize", choices=("int8",), help="add rows with DSVL's decoder in 8 bits")
+    parser.add_argument("--out", help="JSON file for the results")
     options = parser.parse_args(argv)
     device = device_type()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
                 rate = tokens_per_second(models[model], inputs, options.new_tokens, static)
                 if number:  # the first compiles
                     rates.append(rate)
-        print(f"\nbatch {batch}, prompts of {inputs['input_ids'].shape[1]} tokens, {options.new_tokens} new ones")
+        print(f"\nbatch {batch}, prompts of {inputs['input_ids'].shape[1]} tokens, {options.new_tokens} new tokens")
         base = ways[("Llava", True)]
         for (model, static), rates in ways.items():
             way = f"{model}, {'static, compiled' if static else 'dynamic'}"
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             results[f"{way}, batch {batch}"] = row
             print(
                 f"{way:28}{row['tokens_per_s']:9.1f} tokens/s ({min(rates):.1f} to {max(rates):.1f})"
-                f"{row['ms_per_step']:9.2f} ms a step{row['weights_gb_per_s']:8.0f} GB/s{row['speed']:7.2f}x"
+                f"{row['ms_per_step']:9.2f} ms per step{row['weights_gb_per_s']:8.0f} GB/s{row['speed']:7.2f}x"
             )
     write(options.out, options, results)
 

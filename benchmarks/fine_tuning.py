@@ -1,26 +1,25 @@
-"""Whole training steps at CLIP ViT-L/14 + LLaMA-7B size, bf16: DSVL beside transformers' Llava, with and without DeepSpeed.
+"""Full training steps of DSVL and transformers' Llava at CLIP ViT-L/14 + LLaMA-7B size in bf16, with and without DeepSpeed.
 
     python benchmarks/fine_tuning.py [--rows llava zero2/dsvl+liger] [--attention-backend sdpa] [--out fine_tuning.json]
-    DS_ACCELERATOR=cpu python benchmarks/fine_tuning.py --tiny    # does every row run? The numbers mean nothing
+    DS_ACCELERATOR=cpu python benchmarks/fine_tuning.py --tiny    # only checks that every row runs
 
-A step is forward, backward and AdamW's step. Projector and embeddings learn, tower and decoder are frozen; with LoRA
-adapters learn beside them. A row is named by what it is,
+A step is forward, backward and AdamW's step. Projector and embeddings are trained, tower and decoder are frozen; with LoRA
+adapters are trained as well. The name of a row is
 `[lora/][zero2/|zero3/][checkpointing/]MODEL[+liger][+compiled][+everyN][+cached]`:
 
-    lora           adapters at every linear map of the decoder
-    zero2, zero3   a DeepSpeed engine of one process, with the bucket sizes that transformers fills in for "auto"
-    checkpointing  every layer is recomputed in the backward, as Trainer's `activation_checkpointing` has it
-    MODEL          llava (by sdpa) or dsvl (MMCA, by --attention-backend)
-    +liger         Liger's kernels: in the decoder, and for Llava its fused loss too (DSVL has supervised logits only)
-    +compiled      DSVL's decoder layers, as `dsvl train --compile-decoder-layers` has them
-    +everyN        only every Nth layer is recomputed
-    +cached        DSVL, the tower's features read from a cache instead of computed (`dsvl train --cache-image-features`)
+    lora           adapters at all linear layers of the decoder
+    zero2, zero3   DeepSpeed with one process and the bucket sizes that transformers sets for "auto"
+    checkpointing  gradient checkpointing of all layers
+    MODEL          llava (with sdpa) or dsvl (MMCA, with --attention-backend)
+    +liger         Liger's kernels in the decoder, and for Llava its fused loss
+    +compiled      compiled decoder layers (`dsvl train --compile-decoder-layers`)
+    +everyN        gradient checkpointing of every Nth layer
+    +cached        image features from a cache (`dsvl train --cache-image-features`)
 
-Each row is a process of its own, since the memory that an engine leaves behind would be counted to the next. Its numbers are
-over the timed steps: median, lowest and highest time; tokens of the batch a second; MFU by flops.py; the peak of allocated
-memory in all and above the model's bf16 weights; speed and peak relative to plain Llava of the same setup (speed above 1 is
-faster, memory below 1 is less); and the peak that `dsvl plan` expects. The first row is repeated at the end, to show how
-much the machine drifted.
+Each row runs in its own process, as an engine does not free all its memory. The table has the median, minimum and maximum
+time of a step; tokens per second; MFU by flops.py; peak allocated memory, in total and without the model's bf16 weights;
+speed and peak memory relative to plain Llava in the same setup (speed above 1 is faster, memory below 1 is less); and the
+peak that `dsvl plan` estimates. The first row is repeated at the end, to show the drift of the machine.
 """
 
 import argparse
@@ -44,7 +43,7 @@ import torch
 from flops import peak_tflops, step_flops, supervised_tokens
 from models import Shape, dsvl, inputs, llava
 
-# The rows that answer the question come first: a run that is cut short still has them. A baseline comes before its row.
+# The most important rows come first, in case the budget is exceeded. A baseline comes before the rows that use it.
 ROWS = (
     "llava",
     "dsvl",
@@ -84,9 +83,9 @@ TINY = Shape(
     image_size=56,
 )
 LORA_RANK = 16
-LEARNING_RATE = 1e-3  # large enough to move bf16 weights, so that the loss shows that the steps are whole
-WARM_UP = 3  # steps: kernels are compiled, the optimizer's state exists, ZeRO-3 knows the order of its weights
-ROW_TIMEOUT = 180  # seconds: a row that hangs must not cost the others their place
+LEARNING_RATE = 1e-3  # large enough to change bf16 weights, so that the loss shows that the optimizer steps
+WARM_UP = 3  # steps, for compilation, optimizer states, and ZeRO-3's trace of its parameters
+ROW_TIMEOUT = 180  # seconds, for rows that hang
 REPEATED = " (again)"
 
 
@@ -109,12 +108,12 @@ class Row:
         )
         if match is None or ((match[7] or match[9]) and match[5] == "llava"):
             raise ValueError(
-                f"{name!r} names no row; expected [lora/][zero2/|zero3/][checkpointing/]llava|dsvl[+liger][+compiled]"
-                f"[+everyN][+cached] (DSVL alone is compiled and cached), such as {', '.join(ROWS)}."
+                f"{name!r} is not a row; expected [lora/][zero2/|zero3/][checkpointing/]llava|dsvl[+liger][+compiled]"
+                f"[+everyN][+cached] (compiled and cached only for dsvl), such as {', '.join(ROWS)}."
             )
         setup, lora, stage, checkpointing, model, liger, compiled, every, cached = match.groups()
         if checkpointing and every:
-            raise ValueError(f"{name!r} asks for every layer and for every {every}th to be recomputed; name one of them.")
+            raise ValueError(f"{name!r} has both checkpointing and +every{every}; pass one of them.")
         return cls(
             model=model,
             lora=lora is not None,
@@ -128,7 +127,7 @@ class Row:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One row, in a process of its own
+# One row, in its own process
 
 
 def device_type() -> str:
@@ -136,7 +135,7 @@ def device_type() -> str:
 
 
 def build(row: Row, shape: Shape, backend: str) -> torch.nn.Module:
-    """The row's model on the device, with its kernels, checkpointing and adapters."""
+    """The model of a row on the device, with its kernels, gradient checkpointing and adapters."""
     device = device_type()
     model: Any = dsvl(shape, "mmca", backend, device) if row.model == "dsvl" else llava(shape, device)
     if row.liger and row.model == "dsvl":
@@ -148,8 +147,8 @@ def build(row: Row, shape: Shape, backend: str) -> torch.nn.Module:
 
         _apply_liger_kernel_to_instance(model=model)
     if row.checkpoint_every:
-        # On the whole model, as Trainer does. Llava's frozen tower then has a graph, and is recomputed as well; DSVL's runs
-        # without one in any case.
+        # On the whole model, as Trainer does. Llava's frozen tower then has an autograd graph and is recomputed too; DSVL's
+        # never has one.
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=row.checkpoint_every)
     if row.compiled:
         model.compile_decoder_layers()
@@ -162,7 +161,7 @@ def build(row: Row, shape: Shape, backend: str) -> torch.nn.Module:
             target_modules=r".*\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
             modules_to_save=["multi_modal_projector", "embed_tokens"],
         )
-        # In bf16, as DeepSpeed casts them: peft's float32 would have every adapter's input copied to float32.
+        # In bf16, as DeepSpeed casts them: with PEFT's default of float32, the inputs of adapters are copied to float32.
         model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
     return model
 
@@ -182,12 +181,12 @@ def zero_config(stage: int, shape: Shape) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": True},
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled first
+        "zero_allow_untested_optimizer": True,  # torch's AdamW; DeepSpeed's would be compiled first
     }
 
 
-def join_alone() -> None:
-    """A process group of one, as a launcher would describe it."""
+def init_process_group() -> None:
+    """Initialize a process group of one process, as a launcher does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -211,7 +210,7 @@ def training_step(row: Row, model: torch.nn.Module, shape: Shape, batch: dict) -
             return loss.detach()
 
         return plain
-    join_alone()
+    init_process_group()
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config(row.zero_stage, shape))
@@ -235,7 +234,7 @@ def peak_gib() -> float | None:
 
 
 def planned_gib(row: Row, shape: Shape, supervised: int) -> float | None:
-    """What `dsvl plan` expects of a row; but it knows no Liger, no compiled layers and no recomputation of some."""
+    """The estimate of `dsvl plan`; None for rows that it does not support."""
     if row.model != "dsvl" or row.liger or row.compiled or row.checkpoint_every > 1:
         return None
     from dsvl import DSVLConfig
@@ -265,7 +264,7 @@ def measure(name: str, shape: Shape, backend: str, rounds: int) -> dict[str, Any
     if row.cached:
         with torch.no_grad():
             batch["image_features"] = model.get_image_features(batch.pop("pixel_values")).last_hidden_state
-    # Before an engine takes them apart. A tied weight is counted once.
+    # Before an engine partitions them. A tied weight counts once.
     weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers())) / 2**30
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run = training_step(row, model, shape, batch)
@@ -284,7 +283,7 @@ def measure(name: str, shape: Shape, backend: str, rounds: int) -> dict[str, Any
         times.append(1000 * (time.perf_counter() - start))
     first, last = float(losses[0]), float(losses[-1])
     if not (math.isfinite(first) and math.isfinite(last)) or first == last:
-        raise RuntimeError(f"{name}: the loss went from {first} to {last}, so these steps learn nothing.")
+        raise RuntimeError(f"{name}: the loss went from {first} to {last}; expected finite losses that change.")
     supervised = supervised_tokens(batch["labels"])
     flops = step_flops(shape, supervised, LORA_RANK if row.lora else 0)
     ms, peak = statistics.median(times), peak_gib()
@@ -297,7 +296,7 @@ def measure(name: str, shape: Shape, backend: str, rounds: int) -> dict[str, Any
         "peak_gib": peak,
         "planned_gib": planned_gib(row, shape, supervised),
         "peak_gib_above_weights": None if peak is None else peak - weights,
-        "peak_gib_at_start": starting_peak,  # of building, the engine's start and the first steps
+        "peak_gib_at_start": starting_peak,  # while building, initializing the engine, and in the warm-up
         "weights_gib": weights,
         "trained_parameters": trained,
         "losses": [first, last],
@@ -306,8 +305,8 @@ def measure(name: str, shape: Shape, backend: str, rounds: int) -> dict[str, Any
     }
 
 
-def measure_alone(name: str, options: argparse.Namespace, shape: Shape) -> None:
-    """What the process of a row does."""
+def measure_row(name: str, options: argparse.Namespace, shape: Shape) -> None:
+    """Measure a row in this process, and write its results."""
     result = measure(name, shape, options.attention_backend, options.rounds)
     Path(options.out).write_text(json.dumps(result))
     if torch.distributed.is_initialized():
@@ -319,8 +318,8 @@ def measure_alone(name: str, options: argparse.Namespace, shape: Shape) -> None:
 
 
 def in_own_process(name: str, timeout: float) -> dict[str, Any]:
-    """The row's figures, or `skipped` or `error` with the reason."""
-    # Triton can interpret kernels on a CPU, but not in bf16: the hidden states become NaN.
+    """Run a row in its own process; returns its results, or `skipped` or `error` with the reason."""
+    # In bf16, Triton's interpreter on a CPU gives NaN.
     if Row.parse(name).liger and not torch.cuda.is_available():
         return {"skipped": "Liger's kernels need a GPU"}
     environment = dict(os.environ)
@@ -335,10 +334,10 @@ def in_own_process(name: str, timeout: float) -> dict[str, Any]:
             )
         except subprocess.TimeoutExpired:
             return {"error": f"took more than {timeout:.0f} s"}
-        if out.exists():  # whatever happened on the way out
+        if out.exists():  # even if the process failed at exit
             return json.loads(out.read_text())
-    said = [line for line in done.stdout.splitlines() if line.strip()]
-    return {"error": said[-1] if said else f"exit status {done.returncode}", "log": said[-60:]}
+    output = [line for line in done.stdout.splitlines() if line.strip()]
+    return {"error": output[-1] if output else f"exit status {done.returncode}", "log": output[-60:]}
 
 
 def describe(name: str, result: dict[str, Any], baseline: dict[str, Any] | None, peak: float | None) -> str:
@@ -370,7 +369,7 @@ HEADER = (
 
 
 def write_all(options: argparse.Namespace, shape: Shape, peak: float | None, results: dict[str, dict[str, Any]]) -> None:
-    """As measure.write does; but this process leaves the device to the rows', which tell its name."""
+    """Write all results as JSON. Unlike measure.write, this does not initialize CUDA in this process."""
     ran = next((result for result in results.values() if "ms" in result), {})
     record = {
         "device": ran.get("device"),
@@ -385,18 +384,18 @@ def write_all(options: argparse.Namespace, shape: Shape, peak: float | None, res
 
 
 def measure_all(names: list[str], options: argparse.Namespace, shape: Shape) -> bool:
-    """Measure rows while the budget lasts; print each as it comes. Returns whether all of them ran."""
+    """Measure and print rows until the budget is spent; returns whether no row failed."""
     began, longest = time.monotonic(), 0.0
     queue = [*names, names[0] + REPEATED] if len(names) > 1 else list(names)
     results: dict[str, dict[str, Any]] = {}
     print(
-        f"{shape.batch} x {shape.tokens} tokens, {shape.images} images of {shape.per_image} a sample\n\n{HEADER}",
+        f"{shape.batch} x {shape.tokens} tokens, {shape.images} images of {shape.per_image} tokens per sample\n\n{HEADER}",
         flush=True,
     )
     for label in queue:
         name = label.removesuffix(REPEATED)
         left = options.budget - (time.monotonic() - began)
-        # Room is kept for the repeated row, without which the others say less.
+        # Time is reserved for the repeated row.
         if left < longest * (1 if label == queue[-1] else 2):
             results[label] = {"skipped": f"the budget of {options.budget:.0f} s is nearly spent; --rows {name}"}
         else:
@@ -410,29 +409,29 @@ def measure_all(names: list[str], options: argparse.Namespace, shape: Shape) -> 
             write_all(options, shape, peak, results)
     ran = [result for result in results.values() if "ms" in result]
     if ran:
-        print(f"\n{ran[0]['device']}, torch {ran[0]['torch']}, {time.monotonic() - began:.0f} s in all")
+        print(f"\n{ran[0]['device']}, torch {ran[0]['torch']}, {time.monotonic() - began:.0f} s in total")
     return not any("error" in result for result in results.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="by name, in this order")
-    parser.add_argument("--tiny", action="store_true", help="a small shape, to see that every row runs")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="names of rows, in this order")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny shape, to check that every row runs")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--tokens", type=int)
-    parser.add_argument("--images", type=int, help="a sample")
-    parser.add_argument("--layers", type=int, help="of the decoder; fewer for a smaller GPU")
-    parser.add_argument("--attention-backend", choices=["sdpa", "flex_attention"], default="sdpa", help="DSVL's")
-    parser.add_argument("--rounds", type=int, default=8, help="timed steps of a row")
-    parser.add_argument("--budget", type=float, default=520, help="seconds, after which no row is started")
-    parser.add_argument("--peak-tflops", type=float, help="of a device that flops.py does not know")
-    parser.add_argument("--out", help="write the figures as JSON")
+    parser.add_argument("--images", type=int, help="images per sample")
+    parser.add_argument("--layers", type=int, help="layers of the decoder; fewer for a smaller GPU")
+    parser.add_argument("--attention-backend", choices=["sdpa", "flex_attention"], default="sdpa", help="of DSVL")
+    parser.add_argument("--rounds", type=int, default=8, help="timed steps per row")
+    parser.add_argument("--budget", type=float, default=520, help="seconds after which no row is started")
+    parser.add_argument("--peak-tflops", type=float, help="peak TFLOP/s of a device that flops.py does not know")
+    parser.add_argument("--out", help="JSON file for the results")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     given = {key: getattr(options, key) for key in ("batch", "tokens", "images", "layers")}
     shape = replace(TINY if options.tiny else Shape(), **{key: value for key, value in given.items() if value is not None})
     if options.row is not None:
-        measure_alone(options.row, options, shape)
+        measure_row(options.row, options, shape)
         return
     for name in options.rows:
         Row.parse(name)

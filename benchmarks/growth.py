@@ -1,15 +1,15 @@
-"""How cost grows with a sequence's length, with images, and with the batch: attention, and the prefill of a whole model.
+"""Scaling with sequence length, number of images and batch size: attention, and the prefill of a whole model.
 
     python benchmarks/growth.py [--sweep length images batch] [--what attention prefill] [--values 512 1024] [--out FILE]
 
-    length    a share of the tokens (--share) is in images
-    images  a text of --text tokens with so many images in it, so that the sequence grows with them
-    batch     so many samples of --tokens tokens, a share of them in images
+    length    tokens of a sequence, of which a fraction (--share) are image tokens
+    images    images in a text of --text tokens, so that the sequence length grows with them
+    batch     samples of --tokens tokens, of which a fraction (--share) are image tokens
 
-`attention` is the layer of attention.py: causal sdpa, MMCA, and the released arithmetic. `prefill` is a whole model of
-models.py (--size), its vision tower included, up to the first token's logits: transformers' Llava, DSVL with causal
-attention and with MMCA, and with images that were encoded before. A way of attention that would take longer than
---patience for one run, judged by the size before, is left out.
+`attention` is the layer of attention.py: causal sdpa, MMCA, and the released computation. `prefill` is a model of models.py
+(--size) with its vision tower, up to the logits of the first token: transformers' Llava, DSVL with causal attention, with
+MMCA, and with encoded images. An implementation whose run would take longer than --patience, extrapolated from the size
+before, is skipped.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from attention import (
     layer_options,
     row,
 )
-from measure import Table, describe_device, device_type, in_turns, report, write
+from measure import Table, describe_device, device_type, report, time_interleaved, write
 from models import SHAPES, Shape, dsvl, inputs, llava
 
 SWEEPS = ("length", "images", "batch")
@@ -50,7 +50,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One size of a sweep: samples of so many tokens and images."""
+    """One size of a sweep: the number of samples, and of tokens and images per sample."""
 
     batch: int
     tokens: int
@@ -58,12 +58,12 @@ class Point:
 
     @property
     def pairs(self) -> int:
-        """What dense attention costs, up to a factor."""
+        """Cost of dense attention, up to a factor."""
         return self.batch * self.tokens**2
 
 
 def point(sweep: str, value: int, options: argparse.Namespace, per_image: int) -> Point:
-    """The size that a sweep has at a value."""
+    """The size of a sweep at a value."""
     if sweep == "images":
         return Point(1, options.text + value * per_image, value)
     tokens, batch = (value, 1) if sweep == "length" else (options.tokens, value)
@@ -73,19 +73,19 @@ def point(sweep: str, value: int, options: argparse.Namespace, per_image: int) -
 def sweep_attention(
     points: dict[int, Point], size: Heads, ways: list[str], backward: bool, timing: dict[str, Any], patience: float
 ) -> dict[int, Table]:
-    """Value -> the times of a layer at the value's size."""
+    """Measure a layer at each point; returns value -> table."""
     tables: dict[int, Table] = {}
-    seconds_a_pair: dict[str, float] = {}
+    seconds_per_pair: dict[str, float] = {}
     for value, where in points.items():
         attention = Attention(size, where.batch, where.tokens, where.images)
-        expected = {way: seconds_a_pair.get(row(way), 0.0) * where.pairs for way in ways}
+        expected = {way: seconds_per_pair.get(row(way), 0.0) * where.pairs for way in ways}
         table = compare(attention, [way for way in ways if expected[way] <= patience], backward, timing)[0]
         for way, seconds in expected.items():
             if seconds > patience:
-                table[row(way)] = {"left_out": f"one run would take about {seconds:.0f} s"}
+                table[row(way)] = {"skipped": f"one run would take about {seconds:.0f} s"}
         for name, figures in table.items():
             if "ms" in figures and name != BASE:
-                seconds_a_pair[name] = figures["ms"] / 1000 / where.pairs
+                seconds_per_pair[name] = figures["ms"] / 1000 / where.pairs
         report(f"{BOTH if backward else FORWARD}: {attention}", table)
         tables[value] = table
         del attention
@@ -94,7 +94,7 @@ def sweep_attention(
 
 
 class Prefill:
-    """Both models, made once; a prompt's logits for its next token are what is measured."""
+    """Measures the prefill of both models up to the logits of the next token."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape, self.device = shape, device_type()
@@ -124,7 +124,7 @@ class Prefill:
             cache = self.ours.encode_images(batch["pixel_values"])
             alternatives["DSVL mmca, encoded images"] = lambda: self.ours.prefill(batch["input_ids"], cache).logits
         with torch.no_grad():
-            table = in_turns(alternatives, **timing)
+            table = time_interleaved(alternatives, **timing)
         report(f"prefill: {where.batch} x {where.tokens} tokens, {where.images} images of {shape.per_image}", table)
         free_memory()
         return table
@@ -137,10 +137,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--what", nargs="+", choices=["attention", "prefill"], default=["attention"] if on_gpu else ["attention", "prefill"]
     )
-    parser.add_argument("--values", type=int, nargs="+", help="of one sweep: tokens, images or samples")
-    parser.add_argument("--share", type=float, default=0.5, help="of a sample's tokens in images")
-    parser.add_argument("--tokens", type=int, default=4096 if on_gpu else 512, help="of a sample, as the batch grows")
-    parser.add_argument("--text", type=int, default=4096 if on_gpu else 256, help="tokens of text, as images are added")
+    parser.add_argument("--values", type=int, nargs="+", help="values of one sweep: tokens, images or samples")
+    parser.add_argument("--share", type=float, default=0.5, help="fraction of image tokens in a sample")
+    parser.add_argument("--tokens", type=int, default=4096 if on_gpu else 512, help="tokens of a sample in the batch sweep")
+    parser.add_argument("--text", type=int, default=4096 if on_gpu else 256, help="tokens of text in the images sweep")
     parser.add_argument(
         "--directions",
         nargs="+",
@@ -149,14 +149,14 @@ def main(argv: list[str] | None = None) -> None:
         help="of attention",
     )
     parser.add_argument(
-        "--patience", type=float, default=3 if on_gpu else 1.5, help="seconds that one run of attention may take"
+        "--patience", type=float, default=3 if on_gpu else 1.5, help="maximum seconds of one run of attention"
     )
-    parser.add_argument("--size", choices=SHAPES, default="7b" if on_gpu else "small", help="of the models")
+    parser.add_argument("--size", choices=SHAPES, default="7b" if on_gpu else "small", help="of the models for prefill")
     add_layer_options(parser)
     options = parser.parse_args(argv)
     if options.values is not None and len(options.sweep) != 1:
-        parser.error("--values are those of one sweep; name it by --sweep")
-    if options.ways is None:  # what cannot be captured would be left out of every table
+        parser.error("--values needs exactly one sweep; pass --sweep")
+    if options.ways is None:  # it cannot be captured in a CUDA graph
         options.ways = [way for way in default_ways() if way != "flex_attention"]
     size, ways, timing = layer_options(options)
     print(describe_device())

@@ -1,4 +1,4 @@
-"""Timing that compares alternatives in one process, in turns, on a CPU or an NVIDIA GPU, and how the figures are kept."""
+"""Interleaved timing of alternatives in one process, on a CPU or an NVIDIA GPU, and writing the results."""
 
 import argparse
 import json
@@ -12,11 +12,11 @@ import torch
 import transformers
 from flops import peak_tflops
 
-# One alternative's figures, or {"left_out": reason}; and those of all, in the order in which they ran.
+# The figures of an alternative, or {"skipped": reason}; and those of all alternatives in order.
 Figures = dict[str, Any]
 Table = dict[str, Figures]
 
-LEAST_ROUNDS = 3  # that an alternative takes part in, however long they take
+LEAST_ROUNDS = 3  # minimum number of timed rounds of an alternative, whatever its budget
 
 
 def device_type() -> str:
@@ -24,7 +24,7 @@ def device_type() -> str:
 
 
 def device_name() -> str:
-    """The GPU; or the processor, as far as it tells its name, and on how many threads torch runs."""
+    """The name of the GPU, or of the processor with torch's number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -43,7 +43,7 @@ def synchronize() -> None:
 
 
 def host_ms(run: Callable[[], object]) -> float:
-    """Milliseconds until the device is done and the host has what it returns."""
+    """Milliseconds until the device is done and the result is on the host."""
     synchronize()
     started = time.perf_counter()
     run()
@@ -52,7 +52,7 @@ def host_ms(run: Callable[[], object]) -> float:
 
 
 def device_ms(run: Callable[[], object]) -> float:
-    """Milliseconds on the GPU between what was asked of it before and after; on a CPU, the host's."""
+    """Milliseconds between two CUDA events around the run; on a CPU, `host_ms`."""
     if not torch.cuda.is_available():
         return host_ms(run)
     torch.cuda.synchronize()
@@ -64,25 +64,25 @@ def device_ms(run: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def in_turns(
+def time_interleaved(
     alternatives: Mapping[str, Callable[[], object]],
     rounds: int = 20,
     warm_up: int = 5,
     clock: Callable[[Callable[[], object]], float] = device_ms,
     budget: float = float("inf"),
 ) -> Table:
-    """Run each alternative once a round, so that a change of the machine's speed meets them all.
+    """Time alternatives interleaved: each round runs all of them once, so that drift of the machine's speed affects all.
 
     Args:
-        alternatives: name -> what to run. Speeds are relative to the first, the base.
-        rounds: how many timed rounds.
-        warm_up: rounds before, for compilation and clocks.
-        clock: what times a run, in milliseconds.
-        budget: seconds for each alternative, its first run apart. One that has spent them takes part in no further round
-            than `LEAST_ROUNDS`; the base takes part in all.
+        alternatives: name -> function to time. Speeds are relative to the first, the base.
+        rounds: number of timed rounds.
+        warm_up: number of untimed rounds before, for compilation and clocks.
+        clock: returns the milliseconds of a run.
+        budget: seconds for each alternative, without its first run. An alternative that has spent them runs in
+            `LEAST_ROUNDS` rounds only; the base runs in all rounds.
 
     Returns:
-        What `compared` says of the times, and on a GPU the peak memory above what was allocated before (`peak_gib`).
+        The result of `compared`, and on a GPU the peak memory above what was allocated before (`peak_gib`).
     """
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     spent = dict.fromkeys(alternatives, 0.0)
@@ -113,14 +113,14 @@ def in_turns(
 
 
 def compared(times: Mapping[str, Sequence[float]]) -> Table:
-    """What the milliseconds of alternatives that took turns say.
+    """Statistics of interleaved times.
 
     Args:
-        times: name -> one time a round, from the first round on. The first, the base, took part in all.
+        times: name -> milliseconds of each round. The first name is the base, which ran in all rounds.
 
     Returns:
-        For each name: median, lowest and highest time (`ms`, `ms_low`, `ms_high`); the same of how many times as fast as the
-        base it was in each round (`speed`, `speed_low`, `speed_high`); and how many `rounds` there were.
+        For each name: median, minimum and maximum of the times (`ms`, `ms_low`, `ms_high`) and of the speed relative to the
+        base in the same round (`speed`, `speed_low`, `speed_high`), and the number of `rounds`.
     """
     reference = times[next(iter(times))]
     table: Table = {}
@@ -139,7 +139,7 @@ def compared(times: Mapping[str, Sequence[float]]) -> Table:
 
 
 def peak_gib(run: Callable[[], object]) -> float:
-    """The memory that a run on a GPU takes at most, above what is allocated. It runs twice: the first may compile."""
+    """Peak GPU memory of a run above what is allocated before. It runs twice, as the first run may compile."""
     run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -150,14 +150,14 @@ def peak_gib(run: Callable[[], object]) -> float:
 
 
 def large_product_tflops(size: int = 16384) -> float:
-    """What a GPU reaches in a large bf16 product, when it has been at it for a while."""
+    """TFLOP/s of a large bf16 matrix product on a GPU, after a warm-up."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     times = [device_ms(lambda: a @ b) for _ in range(60)]
     return 2 * size**3 / statistics.median(times[20:]) / 1e9
 
 
 def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """The same work as a CUDA graph: what the device does, without the host that asks for it."""
+    """The same work as a CUDA graph, so that launches by the host do not count."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -171,12 +171,12 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def utilise(table: Table, flops: Mapping[str, float], peak: float | None = None) -> None:
-    """Add to a table what its alternatives' operations come to: `tflop_per_s`, and `utilisation` of the device's peak.
+    """Add `tflop_per_s`, and `utilisation` of the device's peak, to a table.
 
     Args:
-        table: of `in_turns`.
-        flops: of one run of each alternative.
-        peak: the device's TFLOP/s; by default what flops.py knows of it, and no utilisation is given if that is nothing.
+        table: of `time_interleaved`.
+        flops: operations of one run of each alternative.
+        peak: TFLOP/s of the device; *optional*, defaults to the value in flops.py. Without it there is no utilisation.
     """
     peak = peak_tflops(device_name()) if peak is None else peak
     for name, figures in table.items():
@@ -186,10 +186,10 @@ def utilise(table: Table, flops: Mapping[str, float], peak: float | None = None)
                 figures["utilisation"] = figures["tflop_per_s"] / peak
 
 
-# Title, key, width and format of the columns that not every table has.
+# Title, key, width and format of optional columns.
 _COLUMNS = (
     ("peak GiB", "peak_gib", 10, ".2f"),
-    ("in all", "total_gib", 9, ".2f"),
+    ("total GiB", "total_gib", 9, ".2f"),
     ("tokens/s", "tokens_per_s", 10, ".0f"),
     ("TFLOP/s", "tflop_per_s", 9, ".3g"),
     ("of peak", "utilisation", 9, ".1%"),
@@ -197,13 +197,13 @@ _COLUMNS = (
 
 
 def report(title: str, table: Table) -> None:
-    """Print a table: times in milliseconds, how many times as fast as the base, and what else was measured."""
+    """Print a table: times in milliseconds, speed relative to the base, and optional columns."""
     columns = [column for column in _COLUMNS if any(column[1] in figures for figures in table.values())]
     heads = "".join(f"{head:>{width}}" for head, _, width, _ in columns)
     print(f"\n{title}\n{'':38}{'ms':>10}{'low':>10}{'high':>10}   {'speed (low to high)':22}{heads}")
     for name, figures in table.items():
-        if "left_out" in figures:
-            print(f"{name:38}  left out: {figures['left_out']}")
+        if "skipped" in figures:
+            print(f"{name:38}  skipped: {figures['skipped']}")
             continue
         speed = f"{figures['speed']:.2f} ({figures['speed_low']:.2f} to {figures['speed_high']:.2f})"
         cells = "".join(
@@ -217,7 +217,7 @@ def describe_device() -> str:
 
 
 def write(path: str | None, options: argparse.Namespace, results: object) -> None:
-    """Write everything that was measured as JSON, with the device and the options it was measured with."""
+    """Write the results as JSON, with device, versions and options."""
     if path is None:
         return
     record = {

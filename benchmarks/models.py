@@ -1,6 +1,6 @@
-"""The two models that are measured, at one shape with random weights, and the batch that both are given.
+"""The models of the benchmarks, of equal shapes with random weights, and their inputs.
 
-Projector and embeddings learn, tower and decoder are frozen, as DeepSpeed-VisualChat trains.
+Projector and embeddings are trained, tower and decoder are frozen, as in DeepSpeed-VisualChat.
 """
 
 import copy
@@ -15,11 +15,11 @@ from dsvl import DSVLConfig, DSVLForConditionalGeneration
 
 @dataclass(frozen=True)
 class Shape:
-    """CLIP ViT-L/14 with LLaMA-7B, whose vocabulary has room for `<image>`; lengths are in tokens, widths in channels."""
+    """Sizes of model and batch; the defaults are CLIP ViT-L/14 and LLaMA-7B with 64 more rows of vocabulary."""
 
     batch: int = 2
     tokens: int = 4096
-    images: int = 8  # a sample
+    images: int = 8  # per sample
 
     layers: int = 32
     hidden: int = 4096
@@ -67,7 +67,7 @@ class Shape:
         return vision, text
 
 
-# CLIP ViT-L/14's 257 tokens an image at widths that a CPU can run; and CLIP ViT-L/14 + LLaMA-7B.
+# A model for CPUs with CLIP ViT-L/14's 257 tokens per image, and CLIP ViT-L/14 + LLaMA-7B.
 SMALL = Shape(
     layers=8,
     hidden=512,
@@ -83,7 +83,7 @@ SHAPES = {"small": SMALL, "7b": Shape()}
 
 
 def build(cls: Any, config: Any, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A model of random weights, made where and as it is used."""
+    """A model with random weights, created on the device and in the dtype."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device(device):
@@ -103,7 +103,7 @@ def dsvl(
 
 
 def llava(shape: Shape, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> LlavaForConditionalGeneration:
-    """transformers' own, with sdpa (its default), all 257 tokens of an image and the same parts frozen."""
+    """transformers' Llava with sdpa (its default), all 257 tokens per image, and the same parts frozen."""
     vision, text = shape.configs()
     config = LlavaConfig(
         vision_config=vision,
@@ -120,13 +120,13 @@ def llava(shape: Shape, device: str = "cuda", dtype: torch.dtype = torch.bfloat1
 
 
 def twin(model: Any) -> Any:
-    """Another model of the same weights: two models of 7B are enough for one GPU."""
+    """A second model that shares its weights, since more copies of 7B parameters do not fit on a GPU."""
     weights = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
 
 
 def inputs(shape: Shape, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Images spread evenly; the last quarter of the text between two images is an answer."""
+    """A batch with evenly spaced images; the last quarter of the text between two images is supervised."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, shape.image_token_id, (shape.batch, shape.tokens), generator=generator)
     labels = torch.full_like(ids, -100)

@@ -1,10 +1,10 @@
-"""Plots of what the benchmarks wrote, as SVG on a white ground, which GitHub shows in light and in dark alike.
+"""Plots of benchmark results as SVG.
 
     python benchmarks/plots.py FOLDER [--out FOLDER]
 
-FOLDER holds the JSON files under the names of `PLOTS`; what is missing is named. matplotlib comes with the extra `bench`.
-Colours are Okabe and Ito's, which colour-blind eyes tell apart, and every line has a marker of its own besides. Bands and
-bars' whiskers are the lowest and the highest of the rounds.
+FOLDER holds the JSON files with the names in `PLOTS`; missing files are reported. matplotlib comes with the extra `bench`.
+Colours are the colour-blind safe ones of Okabe and Ito, and each line has a marker of its own. Bands and error bars show the
+minimum and maximum of the rounds.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from matplotlib import pyplot, ticker  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-# Who is drawn how: the first that begins a name.
+# Colour and marker by prefix of a row's name; the first match counts.
 STYLES = {
     "causal": ("#444444", "o"),
     "Llava": ("#444444", "o"),
@@ -47,20 +47,20 @@ PALETTE = (
     ("#D55E00", "^"),
     ("#56B4E9", "v"),
 )
-LIGHT = ("#56B4E9", "#E69F00")  # colours on which black is read better than white
+LIGHT = ("#56B4E9", "#E69F00")  # colours that need black labels
 
-AXES = {"length": "tokens", "images": "images", "batch": "samples in a batch"}
+AXES = {"length": "tokens", "images": "images", "batch": "batch size"}
 
 
 def style(name: str) -> dict[str, Any]:
     """Colour and marker of a row."""
-    name = name.rsplit("/", 1)[-1]  # of fine_tuning.py's rows, the model
+    name = name.rsplit("/", 1)[-1]  # the model in names of fine_tuning.py's rows
     colour, marker = next((drawn for begin, drawn in STYLES.items() if name.startswith(begin)), PALETTE[4])
     return {"color": colour, "marker": marker}
 
 
 def line(axes: Axes, name: str, points: dict[float, dict[str, float]], key: str = "ms", **drawn: Any) -> None:
-    """A row's figures over what was varied, without those that were left out."""
+    """Draw a row's figures over the varied value, without skipped ones."""
     measured = {x: figures for x, figures in points.items() if key in figures}
     if not measured:
         return
@@ -71,13 +71,13 @@ def line(axes: Axes, name: str, points: dict[float, dict[str, float]], key: str 
 
 
 def transposed(tables: dict[Any, dict[str, Any]]) -> dict[str, dict[float, Any]]:
-    """{what was varied: {row: figures}} as {row: {what was varied: figures}}."""
+    """Convert {value: {row: figures}} to {row: {value: figures}}."""
     rows = dict.fromkeys(name for table in tables.values() for name in table)
     return {name: {float(x): table[name] for x, table in tables.items() if name in table} for name in rows}
 
 
 def ticks_at(axes: Axes, values: list[float]) -> None:
-    """A horizontal axis of powers of two, or of 0 and these, with a tick for each value."""
+    """Make the horizontal axis logarithmic (base 2, symlog with 0), with a tick for each value."""
     least = min((value for value in values if value > 0), default=1)
     if 0 in values:
         axes.set_xscale("symlog", base=2, linthresh=least)
@@ -89,7 +89,7 @@ def ticks_at(axes: Axes, values: list[float]) -> None:
 
 
 def logarithmic(axes: Axes) -> None:
-    """A vertical axis of powers of ten, in plain numbers."""
+    """Make the vertical axis logarithmic, with plain numbers."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
@@ -102,7 +102,7 @@ def logarithmic(axes: Axes) -> None:
 
 
 def draw_attention(record: dict[str, Any]) -> Figure:
-    """A layer's time by the share of the tokens that is in images; a column for each shape, a row for each direction."""
+    """Time of a layer over the fraction of image tokens; a column for each shape, a row for each direction."""
     shapes: dict[str, dict[int, dict[str, Any]]] = {}
     for title, tables in record["results"].items():
         shape, images = title.split(", ")
@@ -120,7 +120,7 @@ def draw_attention(record: dict[str, Any]) -> Figure:
                 line(axes, name, points)
             logarithmic(axes)
             axes.set_title(f"{shape.replace('x', ' x ')} tokens, {direction}")
-        grid[-1, column].set_xlabel("% of the tokens in images")
+        grid[-1, column].set_xlabel("image tokens, % of all tokens")
     for axes in grid[:, 0]:
         axes.set_ylabel("ms")
     options = record["options"]
@@ -129,7 +129,7 @@ def draw_attention(record: dict[str, Any]) -> Figure:
 
 
 def draw_growth(record: dict[str, Any]) -> Figure:
-    """Time over length, images and batch; a row for attention in each direction, and one for the prefill."""
+    """Time over length, images and batch size; a row for each direction of attention, and one for the prefill."""
     sweeps = {sweep: tables for sweep, tables in record["results"].items() if tables}
     rows = list(dict.fromkeys(what for tables in sweeps.values() for what in tables))
     options = record["options"]
@@ -138,7 +138,7 @@ def draw_growth(record: dict[str, Any]) -> Figure:
     )
     for column, (sweep, tables) in enumerate(sweeps.items()):
         fixed = {
-            "length": f"{options['share']:.0%} in images",
+            "length": f"{options['share']:.0%} image tokens",
             "images": f"in {options['text']:,} tokens of text",
             "batch": f"of {options['tokens']:,} tokens each",
         }[sweep]
@@ -152,36 +152,36 @@ def draw_growth(record: dict[str, Any]) -> Figure:
     for axes in grid[:, 0]:
         axes.set_ylabel("ms")
     layer = f"{options['heads']} heads of {options['head_dim']}, images of {options['per_image']} tokens"
-    finish(figure, f"How cost grows: one attention layer ({layer})" + (", a whole prefill" if "prefill" in rows else ""))
+    finish(figure, f"Scaling of one attention layer ({layer})" + (", and of the prefill" if "prefill" in rows else ""))
     return figure
 
 
 def bars(axes: Axes, rows: dict[str, dict[str, Any]], key: str, label: str) -> None:
-    """A horizontal bar for each row, from the top."""
+    """Draw a horizontal bar for each row, from the top."""
     measured = {name: figures for name, figures in rows.items() if figures.get(key) is not None}
-    places = range(len(measured))
+    positions = range(len(measured))
     lengths = [figures[key] for figures in measured.values()]
     colours = [style(name)["color"] for name in measured]
     ends = [
         [abs(figures.get(f"{key}_{end}", figures[key]) - figures[key]) for figures in measured.values()]
         for end in ("low", "high")
     ]
-    axes.barh(places, lengths, xerr=ends, color=colours, ecolor="#999999", height=0.7)
-    for place, length, colour in zip(places, lengths, colours, strict=True):
-        said = f"{length:,.0f}" if length >= 100 else f"{length:.3g}"
+    axes.barh(positions, lengths, xerr=ends, color=colours, ecolor="#999999", height=0.7)
+    for position, length, colour in zip(positions, lengths, colours, strict=True):
+        text = f"{length:,.0f}" if length >= 100 else f"{length:.3g}"
         ink = "black" if colour in LIGHT else "white"
-        axes.annotate(said, (0, place), xytext=(5, 0), textcoords="offset points", va="center", color=ink)
-    axes.set_yticks(places, list(measured))
+        axes.annotate(text, (0, position), xytext=(5, 0), textcoords="offset points", va="center", color=ink)
+    axes.set_yticks(positions, list(measured))
     axes.invert_yaxis()
     axes.set_xlabel(label)
 
 
 def draw_steps(rows: dict[str, dict[str, Any]], title: str) -> Figure:
-    """Time and peak memory, as far as it was measured, of training steps."""
+    """Time of training steps, and peak memory if it was measured."""
     has_memory = any(figures.get("peak_gib") is not None for figures in rows.values())
     height = 1.6 + 0.3 * len(rows)
     figure, grid = pyplot.subplots(1, 1 + has_memory, figsize=(6.5 + 3.0 * has_memory, height), squeeze=False, sharey=True)
-    bars(grid[0, 0], rows, "ms", "ms a step")
+    bars(grid[0, 0], rows, "ms", "ms per step")
     if has_memory:
         bars(grid[0, 1], rows, "peak_gib", "peak GiB")
     finish(figure, title, legend=False)
@@ -190,7 +190,7 @@ def draw_steps(rows: dict[str, dict[str, Any]], title: str) -> Figure:
 
 def draw_training_step(record: dict[str, Any]) -> Figure:
     rows = {
-        # Memory in all, where it is known, rather than above two models' weights.
+        # Total memory with one model's weights, if it is known.
         name + (", checkpointing" if "checkpointing" in setup else ""): figures | {"peak_gib": figures.get("total_gib")}
         for setup, table in record["results"].items()
         for name, figures in table.items()
@@ -199,43 +199,44 @@ def draw_training_step(record: dict[str, Any]) -> Figure:
     return draw_steps(
         rows,
         f"Forward and backward, {options['size']} models, {options['batch']} x {options['tokens']:,} tokens, "
-        f"{options['images']} images each",
+        f"{options['images']} images per sample",
     )
 
 
 def draw_fine_tuning(record: dict[str, Any]) -> Figure:
     shape = record["shape"]
-    title = f"Whole training steps, {shape['batch']} x {shape['tokens']:,} tokens, {shape['images']} images each"
+    title = f"Whole training steps, {shape['batch']} x {shape['tokens']:,} tokens, {shape['images']} images per sample"
     return draw_steps({name: row for name, row in record["results"].items() if "ms" in row}, title)
 
 
 def draw_chat(record: dict[str, Any]) -> Figure:
-    """Time to the first token in each round."""
+    """Time to first token in each turn."""
     figure, axes = pyplot.subplots(figsize=(6.5, 3.6))
-    rounds = list(record["results"].values())
+    turns = list(record["results"].values())
     for name in ("run again", "incremental"):
-        line(axes, name, {number: table[name] for number, table in enumerate(rounds, start=1)})
+        line(axes, name, {number: table[name] for number, table in enumerate(turns, start=1)})
     titles = [
-        title.removeprefix("round ").replace(", with an image", "").replace(", ", ",\n") for title in record["results"]
+        title.removeprefix("round ").removeprefix("turn ").replace(", with an image", "").replace(", ", ",\n")
+        for title in record["results"]
     ]
-    axes.set_xticks(range(1, len(rounds) + 1), titles)
+    axes.set_xticks(range(1, len(turns) + 1), titles)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("round of a conversation, an image in each")
+    axes.set_xlabel("turn of a conversation with an image in each")
     axes.set_ylabel("ms to the first token")
-    finish(figure, f"Time to the first token, {record['options']['size']} model, {rounds[-1]['tokens']:,} tokens at the end")
+    finish(figure, f"Time to first token, {record['options']['size']} model, {turns[-1]['tokens']:,} tokens at the end")
     return figure
 
 
 def draw_decoding(record: dict[str, Any]) -> Figure:
-    """Tokens a second over the batch."""
+    """Tokens per second over the batch size."""
     ways: dict[str, dict[float, Any]] = {}
     for title, figures in record["results"].items():
         way, _, batch = title.rpartition(" batch ")
         ways.setdefault(way.rstrip(","), {})[float(batch)] = figures
     figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
-    for place, (way, points) in enumerate(ways.items()):
-        colour, marker = PALETTE[place % len(PALETTE)]
-        repeated = place >= len(PALETTE)
+    for index, (way, points) in enumerate(ways.items()):
+        colour, marker = PALETTE[index % len(PALETTE)]
+        repeated = index >= len(PALETTE)
         line(axes, way, points, "tokens_per_s", color=colour, marker=marker, linestyle="--" if repeated else "-")
     ticks_at(axes, sorted({batch for points in ways.values() for batch in points}))
     logarithmic(axes)
@@ -245,7 +246,7 @@ def draw_decoding(record: dict[str, Any]) -> Figure:
     return figure
 
 
-# File that is read -> what draws it, and what writes it. The plot has the file's name.
+# Results file -> function that draws it, and script that writes it. The plot has the name of the file.
 PLOTS: dict[str, tuple[Callable[[dict[str, Any]], Figure], str]] = {
     "attention.json": (draw_attention, "attention.py"),
     "growth.json": (draw_growth, "growth.py"),
@@ -257,7 +258,7 @@ PLOTS: dict[str, tuple[Callable[[dict[str, Any]], Figure], str]] = {
 
 
 def finish(figure: Figure, title: str, legend: bool = True) -> None:
-    """Title, one legend for all panels, and a grid."""
+    """Add title, grid, and one legend for all panels."""
     figure.suptitle(title, fontsize=10)
     for axes in figure.axes:
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -281,11 +282,11 @@ def save(figure: Figure, record: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="with the JSON files")
-    parser.add_argument("--out", type=Path, help="folder for the plots; by default the same")
+    parser.add_argument("folder", type=Path, help="folder with the JSON files")
+    parser.add_argument("--out", type=Path, help="folder for the plots (default: FOLDER)")
     options = parser.parse_args(argv)
     out = options.out or options.folder
-    # Hashes that do not change, so that a plot of the same figures is the same file.
+    # A fixed salt makes the SVG files reproducible.
     look = {
         "svg.hashsalt": "dsvl",
         "figure.constrained_layout.use": True,

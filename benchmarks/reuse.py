@@ -1,16 +1,16 @@
-"""Time to the first token of a prompt about images that were seen before: `generate(..., image_cache=...)`, which runs
-the prompt's text, beside the ordinary prefill of text and images. Weights and images are random.
+"""Time to first token of a prompt with cached images: `generate(..., image_cache=...)`, which processes the text only, and
+the ordinary prefill of text and images. Weights and images are random.
 
     python benchmarks/reuse.py [--size small|7b] [--images 8] [--text 60] [--compile] [--out reuse.json]
 
-All run in turns in one process, from inputs on the device to the token on the host; the first repeats warm up.
+Times are interleaved in one process, from inputs on the device to the token on the host, after a warm-up.
 """
 
 import argparse
 from collections.abc import Callable
 
 import torch
-from measure import describe_device, device_type, host_ms, in_turns, report, write
+from measure import describe_device, device_type, host_ms, report, time_interleaved, write
 from models import SHAPES, Shape, build, twin
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
@@ -29,7 +29,7 @@ def build_model(shape: Shape, backend: str, device: str, dtype: torch.dtype) -> 
 
 
 def prompt(shape: Shape, images: int, text: int, device: str) -> dict[str, torch.Tensor]:
-    """A little text before each image, and the rest after the last."""
+    """A prompt with some text before each image, and the rest after the last one."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, shape.image_token_id, (text,), generator=generator).tolist()
     between = min(4, (text - 1) // images)
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--backend", default="sdpa", help="sdpa, eager, flex_attention")
     parser.add_argument("--cache-implementation", choices=("dynamic", "static"), default="dynamic")
-    parser.add_argument("--compile", action="store_true", help="a row with model.compile_text_prefill() besides")
-    parser.add_argument("--out", help="write the figures as JSON")
+    parser.add_argument("--compile", action="store_true", help="add a row with model.compile_text_prefill()")
+    parser.add_argument("--out", help="JSON file for the results")
     options = parser.parse_args(argv)
     device = device_type()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -80,16 +80,16 @@ def main(argv: list[str] | None = None) -> None:
         fast = twin(model)
         fast.compile_text_prefill()
         ways["image KV cache, compiled"] = first_token("image KV cache, compiled", fast, image_cache=cache)
-    results = in_turns(ways, rounds=options.repeats, warm_up=WARM_UP, clock=host_ms)
+    results = time_interleaved(ways, rounds=options.repeats, warm_up=WARM_UP, clock=host_ms)
     report(f"{whole['input_ids'].shape[1]} tokens, {options.text} of them text", results)
     figures = {
         "same_token": len(set(tokens.values())) == 1,
-        "mib_a_image": cache.nbytes / len(cache) / 2**20,
-        "encoding_ms_a_image": min(encoding) / len(cache),
+        "mib_per_image": cache.nbytes / len(cache) / 2**20,
+        "encoding_ms_per_image": min(encoding) / len(cache),
     }
     print(
-        f"{'the same' if figures['same_token'] else 'another'} token; an image takes "
-        f"{figures['encoding_ms_a_image']:.1f} ms to encode, once, and {figures['mib_a_image']:.1f} MiB"
+        f"{'equal' if figures['same_token'] else 'different'} first tokens; an image takes "
+        f"{figures['encoding_ms_per_image']:.1f} ms to encode, once, and {figures['mib_per_image']:.1f} MiB"
     )
     write(options.out, options, results | {"images": figures})
 

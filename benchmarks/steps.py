@@ -1,4 +1,4 @@
-"""Training steps as users would have them: plain, with compiled layers, with a loss in chunks, with Liger's kernels."""
+"""Variants of a training step: plain, with compiled layers, with a chunked loss, with Liger's kernels."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,9 +14,9 @@ from dsvl.training.kernels import use_liger
 
 Step = Callable[[], torch.Tensor]
 
-# Positions whose logits the chunked loss holds at once.
+# Number of positions whose logits are computed at once in the chunked loss.
 CHUNK = 1024
-# Small enough to be compiled and run on a CPU.
+# Small enough to compile and run on a CPU.
 TINY = Shape(
     tokens=64,
     images=2,
@@ -46,9 +46,9 @@ def step(model: Any, batch: dict[str, torch.Tensor]) -> Step:
 
 
 def supervised_step(model: Any, batch: dict[str, torch.Tensor]) -> Step:
-    """The same of transformers' Llava, with logits of supervised positions only, `CHUNK` of them at a time.
+    """A step of transformers' Llava with logits of supervised positions only, `CHUNK` of them at a time.
 
-    The best that a user gets out of it with a few lines, which are here.
+    It is the fastest step of Llava that a user can write in a few lines.
     """
     rest = {key: tensor for key, tensor in batch.items() if key != "labels"}
 
@@ -69,7 +69,7 @@ def supervised_step(model: Any, batch: dict[str, torch.Tensor]) -> Step:
 
 
 def compiled(model: Any, compiler: str) -> Any:
-    """Another model of the same weights, whose decoder's layers are compiled."""
+    """A second model with the same weights, whose decoder layers are compiled."""
     fast = twin(model)
     if hasattr(fast, "compile_decoder_layers"):
         fast.compile_decoder_layers(backend=compiler)
@@ -80,14 +80,14 @@ def compiled(model: Any, compiler: str) -> Any:
 
 
 def compiled_and_recomputed(model: Any, compiler: str, every: int) -> Any:
-    """The same, with every so many of its layers recomputed in the backward pass."""
+    """The same with gradient checkpointing of every `every`-th layer."""
     fast = compiled(model, compiler)
     fast.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
     return fast
 
 
 def compiled_steps(ours: Any, theirs: Any, batch: dict[str, torch.Tensor], compiler: str) -> dict[str, Step]:
-    """The steps of both models with their layers compiled."""
+    """Steps of both models with compiled layers."""
     fast = compiled(theirs, compiler)
     return {
         "Llava, compiled layers": step(fast, batch),
@@ -97,7 +97,7 @@ def compiled_steps(ours: Any, theirs: Any, batch: dict[str, torch.Tensor], compi
 
 
 def liger_steps(ours: Any, theirs: Any, batch: dict[str, torch.Tensor], compiler: str | None) -> dict[str, Step]:
-    """The steps of both models with Liger's kernels, which replace functions of transformers: to be measured last."""
+    """Steps of both models with Liger's kernels. Liger patches transformers, so these must be measured last."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(model=theirs)
@@ -115,22 +115,22 @@ def has_liger() -> bool:
 def add_rates(
     table: Table, shape: Shape, batch: dict[str, torch.Tensor], weights_gib: float, peak: float | None = None
 ) -> None:
-    """Add to each alternative's figures what a step comes to: tokens and operations a second, memory in all.
+    """Add tokens and TFLOP per second and total memory to a table.
 
     Args:
-        table: of `in_turns`.
-        shape: of models and batch.
-        batch: whose labels say what is supervised.
-        weights_gib: of one model, which `peak_gib` leaves out.
-        peak: TFLOP/s that the step's are held against, if any.
+        table: of `time_interleaved`.
+        shape: of model and batch.
+        batch: its labels determine the number of supervised tokens.
+        weights_gib: size of one model, which `peak_gib` does not include.
+        peak: *optional*, TFLOP/s for the utilisation.
     """
     for figures in table.values():
         if "ms" in figures:
             figures["tokens_per_s"] = 1000 * shape.batch * shape.tokens / figures["ms"]
         if "peak_gib" in figures:
             figures["total_gib"] = weights_gib + figures["peak_gib"]
-    worth = step_flops(shape, supervised_tokens(batch["labels"]))
-    utilise(table, dict.fromkeys(table, worth), peak)
+    flops = step_flops(shape, supervised_tokens(batch["labels"]))
+    utilise(table, dict.fromkeys(table, flops), peak)
 
 
 def weights_gib(model: Any) -> float:
@@ -138,13 +138,13 @@ def weights_gib(model: Any) -> float:
 
 
 def check(compiler: str, device: str) -> dict[str, float]:
-    """Run every row once at a tiny size, without a clock, and hold the losses of each model against each other.
+    """Run every row once at a tiny size, and compare the losses of each model.
 
     Returns:
-        The rows' losses.
+        The losses of the rows.
 
     Raises:
-        AssertionError: if a row's loss is not its model's.
+        AssertionError: if the losses of a model differ.
     """
     batch = inputs(TINY, device)
     batch["pixel_values"] = batch["pixel_values"].float()
@@ -157,5 +157,5 @@ def check(compiler: str, device: str) -> dict[str, float]:
     for name, loss in losses.items():
         print(f"{name:34}{loss:10.6f}")
         expected = losses["Llava, sdpa" if name.startswith("Llava") else "DSVL mmca, sdpa"]
-        assert abs(loss - expected) < 1e-4 * expected, f"{name}: {loss}, but plain {expected}"
+        assert abs(loss - expected) < 1e-4 * expected, f"{name}: {loss}, expected {expected}"
     return losses

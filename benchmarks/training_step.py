@@ -1,11 +1,11 @@
-"""One training step with random weights, in turns: DSVL beside transformers' Llava. CLIP ViT-L/14 + LLaMA-7B in bf16 on a
+"""Training steps of DSVL and transformers' Llava with random weights, interleaved: CLIP ViT-L/14 + LLaMA-7B in bf16 on a
 GPU, a small model in float32 on a CPU.
 
-Projector and embeddings learn, tower and decoder are frozen, as DeepSpeed-VisualChat trains. No optimizer step: forward and
-backward are what differs. TFLOP/s are of what a step is worth, whichever model computes it (flops.py).
+Projector and embeddings are trained, tower and decoder are frozen, as in DeepSpeed-VisualChat. A step is forward and
+backward without the optimizer. TFLOP/s are computed from the same FLOPs for both models (flops.py).
 
     python benchmarks/training_step.py [--tokens 4096] [--batch 2] [--images 8] [--layers 32] [--out step.json]
-    python benchmarks/training_step.py --check    # every row once, tiny, on a CPU as well
+    python benchmarks/training_step.py --check    # run every row once at a tiny size, also on a CPU
 """
 
 import argparse
@@ -13,13 +13,13 @@ import gc
 from dataclasses import replace
 
 import torch
-from measure import Table, describe_device, device_type, in_turns, large_product_tflops, report, write
+from measure import Table, describe_device, device_type, large_product_tflops, report, time_interleaved, write
 from models import SHAPES, Shape, dsvl, inputs, llava
 from steps import add_rates, check, compiled_and_recomputed, compiled_steps, has_liger, liger_steps, step, weights_gib
 
 
 def attending(model, batch: dict[str, torch.Tensor], attention: str, backend: str):
-    """The same model under another attention: the weights are the same, and two 7B models are enough for one GPU."""
+    """A step of the same model with another attention; more copies of 7B parameters do not fit on a GPU."""
     run = step(model, batch)
 
     def switched():
@@ -56,16 +56,16 @@ def compare(shape: Shape, options: argparse.Namespace, checkpointing: bool, lige
                 some = compiled_and_recomputed(ours, compiler, every=8)
                 alternatives["DSVL mmca, compiled, recomputing 1/8"] = step(some, batch)
     warm_up = 3 if device == "cuda" else 1
-    table = in_turns(alternatives, rounds=options.rounds, warm_up=warm_up, budget=options.budget)
-    title = f"{shape.batch} x {shape.tokens} tokens, {shape.images} images a sample"
+    table = time_interleaved(alternatives, rounds=options.rounds, warm_up=warm_up, budget=options.budget)
+    title = f"{shape.batch} x {shape.tokens} tokens, {shape.images} images per sample"
     title += ", gradient checkpointing" if checkpointing else ""
     title += ", Liger" if liger else ""
     add_rates(table, shape, batch, weights_gib(ours), options.large_product)
     if device == "cuda":
-        peak = f"{options.large_product:.0f} TFLOP/s, which a large bf16 product reaches here"
-        title += f" (of peak: of {peak}; peak GiB: above both models' weights, in all: with one's)"
+        peak = f"{options.large_product:.0f} TFLOP/s, measured with a large bf16 product"
+        title += f" (of peak: of {peak}; peak GiB: without weights, total GiB: with the weights of one model)"
     elif not liger:
-        table["DSVL mmca, flex_attention"] = {"left_out": "flex_attention has no backward on a CPU"}
+        table["DSVL mmca, flex_attention"] = {"skipped": "flex_attention has no backward on a CPU"}
     report(title, table)
     return table
 
@@ -77,14 +77,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=4096 if on_gpu else 512)
     parser.add_argument("--batch", type=int, default=2 if on_gpu else 1)
     parser.add_argument("--images", type=int, default=8 if on_gpu else 1)
-    parser.add_argument("--layers", type=int, help="of the decoder; fewer for a smaller GPU")
+    parser.add_argument("--layers", type=int, help="layers of the decoder; fewer for a smaller GPU")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for each row, if that is less")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="maximum seconds for each row")
     parser.add_argument(
-        "--compiler", default="inductor" if on_gpu else "none", help="torch.compile's backend; none leaves its rows out"
+        "--compiler", default="inductor" if on_gpu else "none", help="torch.compile's backend; none skips the compiled rows"
     )
-    parser.add_argument("--check", action="store_true", help="run every row once at a tiny size instead, and compare losses")
-    parser.add_argument("--out", help="write the figures as JSON")
+    parser.add_argument("--check", action="store_true", help="only run every row once at a tiny size, and compare losses")
+    parser.add_argument("--out", help="JSON file for the results")
     options = parser.parse_args(argv)
     if options.check:
         check(options.compiler, device_type())
@@ -95,11 +95,11 @@ def main(argv: list[str] | None = None) -> None:
     layers = options.layers or shape.layers
     shape = replace(shape, batch=options.batch, tokens=options.tokens, images=options.images, layers=layers)
     results = {}
-    for liger in (False, True) if on_gpu and has_liger() else (False,):  # last: it changes transformers' functions
+    for liger in (False, True) if on_gpu and has_liger() else (False,):  # last, as Liger patches transformers
         for checkpointing in (False, True):
             name = ("checkpointing" if checkpointing else "plain") + ", Liger" * liger
             results[name] = compare(shape, options, checkpointing, liger)
-            torch._dynamo.reset()  # which makes so many graphs of the layers' code, and no more
+            torch._dynamo.reset()  # dynamo limits the number of graphs per function
             gc.collect()
             if on_gpu:
                 torch.cuda.empty_cache()

@@ -84,11 +84,11 @@ def _chat(arguments: argparse.Namespace) -> None:
     from transformers import set_seed
     from transformers.utils import logging
 
+    from ..utils.model_loading import load_checkpoint
     from .conversation import DSVLChat
-    from .loading import load
 
     logging.set_verbosity_error()  # its advice on options would stand between the lines
-    model, processor = load(
+    model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
     if arguments.seed is not None:

@@ -1,4 +1,4 @@
-"""A complete checkpoint directory, or none."""
+"""Saving a complete checkpoint directory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,24 +22,23 @@ def save_checkpoint(
 ) -> Path:
     """Write weights, configuration, processor, chat template, remote code and model card to a new directory.
 
-    Everything is written beside the directory first and moved there when it is complete, so that an interrupted call
-    leaves nothing that looks like a checkpoint.
+    Saving is atomic: everything is written to a temporary directory, which is renamed when it is complete.
 
     Args:
         model: the model to save.
         processor: its `DSVLProcessor`.
-        directory: where; it must not exist, or be empty.
-        base_models: names or directories of the models it was made of, for the card.
-        origin: for the card, where the weights are from if they were neither composed nor trained here; see `render_card`.
-        untrained: for the card, whether the projector is fresh.
-        max_shard_size: of one safetensors file.
-        write_more: writes what else belongs into the directory that it is given.
+        directory: the new directory; it must not exist, or be empty.
+        base_models: *optional*, names or directories of the base models, for the model card.
+        origin: *optional*, where the weights come from, for the model card; see `render_card`.
+        untrained: whether the projector is untrained, for the model card.
+        max_shard_size: maximum size of a safetensors file.
+        write_more: *optional*, a function that writes further files to the directory that it is given.
 
     Returns:
-        The directory.
+        The absolute path of the directory.
 
     Raises:
-        FileExistsError: if there is something there.
+        FileExistsError: if the directory is not empty.
         PermissionError: if it cannot be written.
     """
     with atomic_directory(directory) as partial:

@@ -8,24 +8,26 @@ from ..utils.local_paths import check_exists
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl compose` to the command's parser."""
-    parser = commands.add_parser("compose", help="vision tower + language model -> one checkpoint directory")
+    parser = commands.add_parser("compose", help="compose a vision tower and a language model into a checkpoint")
     parser.add_argument(
         "--vision", type=check_exists, required=True, help="name or directory of a vision tower, or a model that has one"
     )
     parser.add_argument("--language", type=check_exists, required=True, help="name or directory of a causal language model")
     parser.add_argument("--out", required=True, help="new directory for the checkpoint")
-    parser.add_argument("--projector-type", choices=PROJECTOR_TYPES, default="linear")
-    parser.add_argument("--multimodal-attention", choices=MULTIMODAL_ATTENTIONS, default="mmca")
-    parser.add_argument("--vision-feature-layer", type=int, default=-1, help="the tower's layer to project (default -1)")
+    parser.add_argument("--projector-type", choices=PROJECTOR_TYPES, default="linear", help="(default linear)")
+    parser.add_argument("--multimodal-attention", choices=MULTIMODAL_ATTENTIONS, default="mmca", help="(default mmca)")
+    parser.add_argument(
+        "--vision-feature-layer", type=int, default=-1, help="layer of the tower whose features are projected (default -1)"
+    )
     parser.add_argument(
         "--vision-feature-select-strategy",
         choices=FEATURE_SELECT_STRATEGIES,
         default="full",
-        help="full keeps CLS and registers",
+        help="full keeps CLS and register tokens, default drops them (default full)",
     )
-    parser.add_argument("--number-after", action="store_true", help="repeat an image's number behind it in prompts")
+    parser.add_argument("--number-after", action="store_true", help="in prompts, repeat the number of an image after it")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the language model's)")
-    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)")
     parser.set_defaults(run=_compose)
 
 
@@ -54,4 +56,4 @@ def _compose(arguments: argparse.Namespace) -> None:
         max_shard_size=arguments.max_shard_size,
     )
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens an image")
+    print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens per image")

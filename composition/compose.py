@@ -1,4 +1,4 @@
-"""Vision tower + language model + tokenizer -> one DSVL model and its processor."""
+"""Composing a vision tower, a language model and a tokenizer into a DSVL model and its processor."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor, extend_tokenizer
 from .towers import count_prefix_tokens, load_image_processor, load_tower, processed_size
 
-VOCABULARY_MULTIPLE = 64  # rows of the embedding table: what matrix units like
+VOCABULARY_MULTIPLE = 64  # the embedding table is padded to a multiple of this, for tensor cores
 
 
 def compose(
@@ -29,28 +29,28 @@ def compose(
     number_after: bool = False,
     dtype: torch.dtype | str = "auto",
 ) -> tuple[DSVLForConditionalGeneration, DSVLProcessor]:
-    """Compose a vision tower and a language model into a DSVL model with a fresh projector.
+    """Compose a vision tower and a language model into a DSVL model with a newly initialized projector.
 
-    The tokenizer is extended with `<image>` (and a padding token if it has none), the embeddings are resized to a multiple
-    of 64, new rows being the mean of the old ones, and the head stays tied or untied as the language model has it. Loaded
-    models are taken over, not copied.
+    The tokenizer is extended by `<image>` (and a padding token if it has none). The embeddings are resized to a multiple
+    of 64; new rows are the mean of the old ones. The head stays tied or untied as in the language model. Loaded models
+    become part of the new model without a copy.
 
     Args:
-        vision: name or directory of a vision tower (CLIP, SigLIP, DINOv2, DINOv3, Qwen-VL's by `dsvl migrate qwen-tower`,
-            or another that gives a sequence of features) or of a model that has one, or a loaded one.
+        vision: name or directory of a vision tower, or of a model that has one, or a loaded model: CLIP, SigLIP, DINOv2,
+            DINOv3, Qwen-VL's (by `dsvl migrate qwen-tower`), or another that returns a sequence of features.
         language: name or directory of a causal language model, or a loaded one.
         projector_type, multimodal_attention, vision_feature_layer, vision_feature_select_strategy: see `DSVLConfig`.
-        tokenizer: the language model's tokenizer; read from `language` by default.
-        image_processor: the tower's image processor; read from `vision` by default, or CLIP's for its `image_size`. It
-            says how large images are.
+        tokenizer: *optional*, the language model's tokenizer; defaults to that of `language`.
+        image_processor: *optional*, determines the image size; defaults to that of `vision`, or CLIP's with the tower's
+            `image_size` if it has none.
         number_after: see `DSVLProcessor`.
         dtype: of the whole model; "auto" is the language model's own.
 
     Returns:
-        The model, in evaluation mode and with every parameter trainable (see `set_trainable`), and its processor.
+        The model, in evaluation mode and with all parameters trainable (see `set_trainable`), and its processor.
 
     Raises:
-        ValueError: if the parts do not go together; the message names the remedy.
+        ValueError: if the parts are not compatible.
     """
     tower = load_tower(vision)
     image_processor = image_processor or load_image_processor(vision)
@@ -63,7 +63,7 @@ def compose(
     extend_tokenizer(tokenizer)
     _resize_embeddings(decoder, len(tokenizer), new_ids=_new_ids(tokenizer, decoder))
     for part in (tower.config, decoder.config):
-        if Path(part.name_or_path).exists():  # a directory of this machine means nothing in a checkpoint
+        if Path(part.name_or_path).exists():  # a local path, which must not be in a checkpoint
             part.name_or_path = ""
     text_config = decoder.config
     text_config.pad_token_id = tokenizer.pad_token_id
@@ -80,7 +80,7 @@ def compose(
         num_prefix_tokens=num_prefix_tokens,
         dtype=dtype,
     )
-    with torch.device("meta"):  # the parts exist already; only the projector is new
+    with torch.device("meta"):  # the parts are loaded already; only the projector is initialized
         model = DSVLForConditionalGeneration(config)
     model.model.vision_tower = tower.to(dtype)
     model.model.language_model = decoder.base_model
@@ -97,11 +97,11 @@ def compose(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    # Rows past the vocabulary exist only to round its size up.
+    # Rows beyond the vocabulary are padding.
     padding_rows = list(range(len(tokenizer), text_config.vocab_size))
     model.generation_config.suppress_tokens = padding_rows or None
 
-    # Generation continues at the right. The attribute alone is not saved with a tokenizer that was made without it.
+    # Batched generation needs left padding. The attribute alone is not saved if the tokenizer was created without it.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     processor = DSVLProcessor(
         image_processor, tokenizer, image_seq_length=config.image_seq_length, number_after=number_after
@@ -122,7 +122,7 @@ def _causal_lm(language: str | Path | PreTrainedModel, dtype: torch.dtype | str)
         )
     if head.bias is not None:
         raise ValueError(
-            f"The head of {type(decoder).__name__} has a bias, which DSVL has no place for; choose another language model."
+            f"The head of {type(decoder).__name__} has a bias, which DSVL does not support; choose another language model."
         )
     return decoder
 
@@ -135,7 +135,7 @@ def _tokenizer(language: str | Path | PreTrainedModel) -> Any:
 
 
 def _new_ids(tokenizer: Any, decoder: PreTrainedModel) -> list[int]:
-    """Tokens that the language model has not learnt: `<image>`, and whatever lies past its table."""
+    """Ids of tokens without trained embeddings: `<image>`, and ids beyond the embedding table."""
     rows = decoder.get_input_embeddings().weight.shape[0]
     known = decoder.config.vocab_size if decoder.config.vocab_size < rows else rows
     new = {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), *range(known, len(tokenizer))}
@@ -144,7 +144,7 @@ def _new_ids(tokenizer: Any, decoder: PreTrainedModel) -> list[int]:
 
 @torch.no_grad()
 def _resize_embeddings(decoder: PreTrainedModel, vocabulary: int, new_ids: list[int]) -> None:
-    """Make room for the vocabulary, in both tables; new rows are the mean of the old ones."""
+    """Resize input and output embeddings to the vocabulary; new rows are the mean of the old ones."""
     old = decoder.get_input_embeddings().weight.shape[0]
     size = max(old, vocabulary)
     size += -size % VOCABULARY_MULTIPLE

@@ -1,4 +1,4 @@
-"""Vision towers: loading one of any type, and measuring what it makes of an image."""
+"""Loading vision towers and image processors, and determining image size and number of prefix tokens."""
 
 import copy
 import logging
@@ -19,10 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_tower(vision: str | Path | PreTrainedModel) -> PreTrainedModel:
-    """The vision tower of a name or directory, or of a loaded model: the model itself, or the tower in it.
+    """Load a vision tower.
+
+    Args:
+        vision: name or directory of a tower, or of a model that has one, or a loaded model.
 
     Raises:
-        ValueError: if there is no tower, or not all of its weights.
+        ValueError: if there is no tower, or some of its weights are missing.
     """
     if isinstance(vision, PreTrainedModel):
         tower = getattr(vision, "vision_model", vision)
@@ -42,10 +45,10 @@ def load_tower(vision: str | Path | PreTrainedModel) -> PreTrainedModel:
 
 
 def tower_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    """The vision tower's part of a configuration.
+    """The configuration of the vision tower in a model's configuration.
 
     Raises:
-        ValueError: if there is none that can be used.
+        ValueError: if there is no supported tower.
     """
     config = getattr(config, "vision_config", config)
     if config.model_type in NAFLEX_TOWERS:
@@ -55,36 +58,36 @@ def tower_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
         )
     if not isinstance(getattr(config, "image_size", None), int) or not isinstance(getattr(config, "patch_size", None), int):
         raise ValueError(
-            f"vision={name!r} is a model of type {config.model_type!r}, which has no tower that makes a square image a "
-            "sequence of patches; pass CLIP, SigLIP, DINOv2, DINOv3, or a tower of dsvl migrate qwen-tower."
+            f"vision={name!r} is a model of type {config.model_type!r}, which has no tower that turns a square image "
+            "into a sequence of patches; pass CLIP, SigLIP, DINOv2, DINOv3, or a tower of dsvl migrate qwen-tower."
         )
     return config
 
 
 def load_image_processor(vision: str | Path | PreTrainedModel) -> Any:
-    """The image processor of a name, directory or loaded model; CLIP's at the tower's size if it has none."""
+    """Load the image processor of a name, directory or loaded model; CLIP's with the tower's size if it has none."""
     source = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
     try:
         if source:
             return AutoImageProcessor.from_pretrained(source)
     except OSError:
-        logger.info("%s has no image processor; CLIP's default is used at the tower's size.", source)
+        logger.info("%s has no image processor; CLIP's is used with the tower's image size.", source)
     config = vision.config if isinstance(vision, PreTrainedModel) else AutoConfig.from_pretrained(vision)
     return clip_image_processor(getattr(config, "vision_config", config).image_size)
 
 
 def clip_image_processor(size: int) -> "CLIPImageProcessor":
-    """CLIP's image processor, for squares of `size` pixels."""
-    from transformers import CLIPImageProcessor  # without torchvision, this import warns
+    """CLIP's image processor for square images of `size` pixels."""
+    from transformers import CLIPImageProcessor  # here, as it warns without torchvision
 
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 def processed_size(image_processor: Any) -> int:
-    """The side in pixels of the squares that an image processor makes of images, found by trying.
+    """The side, in pixels, of the square images that an image processor returns, determined with two test images.
 
     Raises:
-        ValueError: if it does not make squares of one size.
+        ValueError: if it does not return square images of one size.
     """
     shapes = set()
     for width, height in ((80, 40), (30, 90)):
@@ -93,27 +96,27 @@ def processed_size(image_processor: Any) -> int:
     shape = shapes.pop()
     if shapes or len(shape) != 4 or shape[2] != shape[3]:
         raise ValueError(
-            f"{type(image_processor).__name__} makes pixel_values of shapes {sorted([shape, *shapes])} of two images; "
+            f"{type(image_processor).__name__} returns pixel_values of shapes {sorted([shape, *shapes])} for two images; "
             "expected one square for both. Pass image_processor= with a fixed size (do_resize, or do_center_crop)."
         )
     return shape[2]
 
 
 def count_prefix_tokens(tower: PreTrainedModel, image_size: int) -> int:
-    """How many tokens (CLS, registers) a tower puts before its grid of patches, told by a copy of shapes without values.
+    """The number of tokens (CLS, registers) that a tower returns before its patches, determined on the meta device.
 
     Raises:
-        ValueError: if it takes no image of this size, or gives no sequence of features.
+        ValueError: if it does not support images of this size, or does not return a sequence of features.
     """
     config = copy.deepcopy(tower.config)
     config._attn_implementation = "eager"
     with torch.device("meta"), no_init_weights(), torch.no_grad():
-        shapes = type(tower)(config).eval()
+        meta_tower = type(tower)(config).eval()
         try:
-            features = shapes(torch.zeros(1, 3, image_size, image_size)).last_hidden_state
+            features = meta_tower(torch.zeros(1, 3, image_size, image_size)).last_hidden_state
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"The image processor makes images of {image_size} pixels, which {type(tower).__name__} does not take "
+                f"The image processor returns images of {image_size} pixels, which {type(tower).__name__} does not support "
                 f"({error}); pass image_processor= with its size, {config.image_size}."
             ) from error
     patches, width = (image_size // config.patch_size) ** 2, config.hidden_size
@@ -121,7 +124,7 @@ def count_prefix_tokens(tower: PreTrainedModel, image_size: int) -> int:
         patches, width = config.num_queries, config.output_dim
     if features.ndim != 3 or features.shape[1] < patches or features.shape[2] != width:
         raise ValueError(
-            f"{type(tower).__name__} gives features of shape {tuple(features.shape)} for an image of {patches} patches; "
-            f"expected (1, at least {patches}, {width}). Use a tower that gives a feature for every patch."
+            f"{type(tower).__name__} returns features of shape {tuple(features.shape)} for an image of {patches} patches; "
+            f"expected (1, at least {patches}, {width}). Use a tower that returns a feature for every patch."
         )
     return features.shape[1] - patches

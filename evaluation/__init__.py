@@ -1,1 +1,1 @@
-"""Asking a checkpoint what a data set asks, scoring its answers, and showing them, one model's or several side by side."""
+"""Generating a checkpoint's answers to a data set, scoring them, and comparing runs."""

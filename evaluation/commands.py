@@ -7,61 +7,68 @@ from typing import TYPE_CHECKING, Any
 from ..chat.commands import add_generation_arguments, add_loading_arguments, generation_options
 from ..data.commands import MAX_BAD_SAMPLES_HELP
 from ..utils.local_paths import check_exists
-from .compare import add_report_arguments, write_reports
+from .compare_command import add_report_arguments, write_reports
 
 if TYPE_CHECKING:
-    from .answers import AnswerFile
-    from .run import Evaluation
+    from .answer_file import AnswerFile
+    from .evaluator import Evaluator
 
 MAX_NEW_TOKENS = 256  # DeepSpeed-VisualChat's; at most a quarter of the context
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl evaluate` to the command's parser."""
-    parser = commands.add_parser("evaluate", help="ask a checkpoint what a data set asks, and score its answers")
+    parser = commands.add_parser("evaluate", help="generate and score a checkpoint's answers to a data set")
     parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint, or its name on the Hub")
     parser.add_argument(
         "data",
         type=check_exists,
         metavar="DATA",
-        help="conversations as for dsvl train, or a file of DeepSpeed-VisualChat's",
+        help="conversations as for dsvl train, or an evaluation file of DeepSpeed-VisualChat",
     )
     parser.add_argument("--split", default="train", help="of a data set that has several (default train)")
-    parser.add_argument("--out", metavar="FILE", default="answers.jsonl", help="JSON lines (default answers.jsonl)")
-    add_report_arguments(parser)
-    parser.add_argument("--batch-size", type=int, default=8, help="questions at a time (default 8)")
     parser.add_argument(
-        "--given-answers", action="store_true", help="ask follow-ups after the data's answers, not after the model's own"
+        "--out",
+        metavar="FILE",
+        default="answers.jsonl",
+        help="JSON lines file for the answers; an existing one is resumed (default answers.jsonl)",
     )
-    parser.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="a broken conversation or image")
+    add_report_arguments(parser)
+    parser.add_argument("--batch-size", type=int, default=8, help="questions in a batch (default 8)")
+    parser.add_argument(
+        "--given-answers", action="store_true", help="ask follow-ups after the data's answers instead of the model's own"
+    )
+    parser.add_argument(
+        "--on-bad-sample", choices=("error", "skip"), default="error", help="what an invalid conversation or image causes"
+    )
     parser.add_argument("--max-bad-samples", type=float, default=0.05, help=MAX_BAD_SAMPLES_HELP)
-    parser.add_argument("--allow-urls", action="store_true", help="images may be http(s) addresses, which are fetched")
+    parser.add_argument("--allow-urls", action="store_true", help="allow images with http(s) URLs, which are fetched")
     add_loading_arguments(parser)
     options = add_generation_arguments(
         parser, "greedy, whatever the checkpoint's own settings are", "256, or a quarter of the context"
     )
-    options.add_argument("--num-beams", type=int, help="follow several answers, and take the likeliest")
+    options.add_argument("--num-beams", type=int, help="number of beams of beam search (default 1)")
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     try:
-        import rapidfuzz  # noqa: F401  (for the scores; told before a model is loaded)
+        import rapidfuzz  # noqa: F401  (for the scores; checked before a model is loaded)
     except ImportError as error:
         raise ImportError(f"{error}; dsvl evaluate needs it for its scores: pip install 'dsvl[evaluate]'") from error
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size is {arguments.batch_size}; pass 1 or more.")
     import torch
 
-    from ..chat.loading import load
-    from .answers import AnswerFile, checkpoint_fingerprint
+    from ..utils.model_loading import load_checkpoint
+    from .answer_file import AnswerFile, checkpoint_fingerprint
+    from .evaluator import Evaluator
     from .questions import Questions
-    from .run import Evaluation
 
     questions = Questions(
         arguments.data, arguments.on_bad_sample, arguments.split, arguments.allow_urls, arguments.max_bad_samples
     )
-    model, processor = load(
+    model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
     options = _options(arguments, model)
@@ -77,7 +84,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         },
         "fingerprint": {"model": checkpoint_fingerprint(arguments.model), "data": questions.fingerprint},
     }
-    evaluation = Evaluation(
+    evaluator = Evaluator(
         model,
         processor,
         questions,
@@ -89,17 +96,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     file = AnswerFile(arguments.out, header)
     file.check_conversations({outline.id: len(outline.answered) for outline in questions.outlines})
     try:
-        summary = evaluation.run(file)
+        summary = evaluator.run(file)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"Interrupted. {arguments.out} holds {len(file.answers):,} answers; the same command goes on from there."
+            f"Interrupted. {arguments.out} holds {len(file.answers):,} answers; run the same command to resume."
         ) from None
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"out of memory ({error}); the same command with a --batch-size below {arguments.batch_size} goes on from "
+            f"out of memory ({error}); run the same command with a --batch-size below {arguments.batch_size} to resume from "
             f"{len(file.answers):,} answers."
         ) from error
-    print("\n".join(_told(summary, file, evaluation)))
+    print("\n".join(_summary_lines(summary, file, evaluator)))
     if not file.answers:
         raise ValueError(f"no question of {arguments.data} could be asked.")
     runs = {Path(header["model"]).name: list(file.answers.values())}
@@ -107,8 +114,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _options(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """All that decides the answers' tokens, named in the summary."""
-    from .asking import GREEDY
+    """The generation options, which the summary records."""
+    from .generate_answers import GREEDY
 
     context = model.config.text_config.max_position_embeddings
     names = ("do_sample", "num_beams", "repetition_penalty")
@@ -123,28 +130,26 @@ def _options(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
         if options[name] < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {options[name]}; pass 1 or more.")
     if options["max_new_tokens"] >= context:
-        raise ValueError(
-            f"--max-new-tokens is {options['max_new_tokens']}, but the context holds {context} tokens; pass less."
-        )
+        raise ValueError(f"--max-new-tokens is {options['max_new_tokens']}, but the context length is {context}; pass less.")
     return options
 
 
-def _told(summary: dict[str, Any], file: "AnswerFile", evaluation: "Evaluation") -> list[str]:
+def _summary_lines(summary: dict[str, Any], file: "AnswerFile", evaluator: "Evaluator") -> list[str]:
     counts = summary["counts"]
     lines = [
-        f"{file.path}: {counts['answered']:,} of {counts['rounds']:,} questions in {counts['conversations']:,} "
+        f"{file.path}: {counts['answered']:,} of {counts['turns']:,} questions in {counts['conversations']:,} "
         "conversations are answered"
     ]
     conversations = counts["conversations"]
-    samples = conversations + counts["conversations_left_out"]
-    whys = {
-        "conversations_left_out": f"of {samples:,} samples left out: no conversations",
-        "conversations_skipped": f"of {conversations:,} conversations left out for images that {file.summary} names",
-        "rounds_too_long": f"of {counts['rounds']:,} questions left out: no room in the context",
+    samples = conversations + counts["samples_skipped"]
+    reasons = {
+        "samples_skipped": f"of {samples:,} samples skipped: not conversations",
+        "conversations_skipped": f"of {conversations:,} conversations skipped for images that {file.summary} names",
+        "turns_too_long": f"of {counts['turns']:,} questions skipped: they exceed the context length",
     }
-    lines += [f"  {counts[name]:,} {why}" for name, why in whys.items() if counts[name]]
+    lines += [f"  {counts[name]:,} {reason}" for name, reason in reasons.items() if counts[name]]
     lines += [f"{metric:<14}{mean:.3f}  ({number:,} questions)" for metric, (mean, number) in file.scores().items()]
-    if evaluation.tokens:
-        speed = evaluation.tokens / evaluation.seconds
-        lines.append(f"{evaluation.tokens:,} tokens in {evaluation.seconds:.1f} s: {speed:,.0f} tokens/s")
+    if evaluator.tokens:
+        speed = evaluator.tokens / evaluator.seconds
+        lines.append(f"{evaluator.tokens:,} tokens in {evaluator.seconds:.1f} s: {speed:,.0f} tokens/s")
     return lines

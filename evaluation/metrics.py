@@ -1,16 +1,16 @@
-"""How right an answer is: numbers between 0 and 1. With several references the best one counts."""
+"""Metrics of answers, between 0 and 1. With several references the best match counts."""
 
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
 
-VQA_REFERENCES = 4  # with fewer, not even an answer that all humans gave has an accuracy of 1
+VQA_REFERENCES = 4  # with fewer references, no answer can have an accuracy of 1
 ANLS_THRESHOLD = 0.5
 
 
 def score(answer: str, references: Sequence[str]) -> dict[str, float]:
-    """All metrics that apply: metric -> score; none without references."""
+    """Compute all metrics that apply: metric -> score; empty without references."""
     if not references:
         return {}
     scores = {"exact_match": exact_match(answer, references)}
@@ -20,27 +20,26 @@ def score(answer: str, references: Sequence[str]) -> dict[str, float]:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer is a reference to the letter, but for white space around it, else 0."""
+    """1 if the answer equals a reference, apart from surrounding white space, else 0."""
     return float(answer.strip() in {reference.strip() for reference in references})
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """min(matches / 3, 1), averaged over all sets of references but one (https://visualqa.org/evaluation.html).
+    """min(matches / 3, 1), averaged over all subsets that omit one reference (https://visualqa.org/evaluation.html).
 
-    Both sides are normalized (`vqa_normalize`). The released script leaves that out for questions whose references are all
-    the same, so that "Yes." is wrong where ten humans said "yes"; here it is done for all.
+    Answer and references are normalized (`vqa_normalize`). The released script does not normalize if all references are
+    equal, so that "Yes." is wrong if ten humans said "yes"; here both are always normalized.
     """
-    said = vqa_normalize(answer)
-    matches = [vqa_normalize(reference) == said for reference in references]
+    normalized = vqa_normalize(answer)
+    matches = [vqa_normalize(reference) == normalized for reference in references]
     others = [sum(matches) - own for own in matches]
     return sum(min(count / 3, 1.0) for count in others) / len(others)
 
 
 def anls(answer: str, references: Sequence[str]) -> float:
-    """Average normalized Levenshtein similarity: 1 - edits / the longer length, 0 below 0.5.
+    """Average normalized Levenshtein similarity: 1 - edits / length of the longer text, and 0 if this is below 0.5.
 
-    As the DocVQA challenge's script has it (arXiv 1907.00490): in lower case, white space collapsed; a similarity of exactly
-    0.5 counts.
+    As in the DocVQA challenge's script (arXiv 1907.00490): in lower case, with white space collapsed.
 
     Raises:
         ImportError: without the package rapidfuzz.
@@ -55,18 +54,18 @@ def anls(answer: str, references: Sequence[str]) -> float:
 
 
 def token_f1(answer: str, references: Sequence[str]) -> float:
-    """F1 of the words in common, as SQuAD counts them (arXiv 1606.05250): in lower case, without punctuation and articles.
+    """F1 of common words as in SQuAD (arXiv 1606.05250): in lower case, without punctuation and articles.
 
-    If one side has no words, it is 1 if the other has none either, else 0 (arXiv 1806.03822).
+    If one text has no words, it is 1 if the other has none either, else 0 (arXiv 1806.03822).
     """
     return max(_f1(_words(answer), _words(reference)) for reference in references)
 
 
-def _f1(said: list[str], known: list[str]) -> float:
-    if not said or not known:
-        return float(said == known)
-    common = sum((Counter(said) & Counter(known)).values())
-    return 2 * common / (len(said) + len(known))
+def _f1(answer: list[str], reference: list[str]) -> float:
+    if not answer or not reference:
+        return float(answer == reference)
+    common = sum((Counter(answer) & Counter(reference)).values())
+    return 2 * common / (len(answer) + len(reference))
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -84,8 +83,8 @@ _NUMBERS = {
     for number, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
 } | {"none": "0"}
 
-# Contractions that the benchmark knows; one that lacks an apostrophe is completed. Not here, as without it they are other
-# words: she'd, she'll, we'd, we'll, he'll, I'll, ...
+# The benchmark's contractions, for which a missing apostrophe is added. It omits those that are other words without it:
+# she'd, she'll, we'd, we'll, he'll, I'll, ...
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
     how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -98,17 +97,17 @@ _CONTRACTIONS = """
 
 
 def _without_one_apostrophe(word: str) -> list[str]:
-    return [word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'"]
+    return [word[:index] + word[index + 1 :] for index, letter in enumerate(word) if letter == "'"]
 
 
 _COMPLETE = {shorter: word for word in _CONTRACTIONS.split() for shorter in _without_one_apostrophe(word)}
 
 
 def vqa_normalize(text: str) -> str:
-    """An answer as the VQA benchmark compares it: lower case, no punctuation, no articles, digits, whole contractions.
+    """Normalize an answer as the VQA benchmark does: lower case, no punctuation, no articles, digits, full contractions.
 
-    A mark of punctuation becomes a space, unless it stands beside one somewhere, or there is a comma between digits: then
-    all such marks go. A point goes unless a digit follows it.
+    A punctuation mark becomes a space. It is removed instead if it occurs next to a space, or if the text has a comma
+    between digits. A full stop is removed unless a digit follows it.
     """
     text = " ".join(text.split())
     number = re.search(r"\d,\d", text) is not None

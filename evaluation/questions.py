@@ -1,8 +1,8 @@
-"""What is asked: conversations as training reads them, or DeepSpeed-VisualChat's evaluation files.
+"""Reading the questions of an evaluation: conversations as for training, or DeepSpeed-VisualChat's evaluation files.
 
-In a conversation a user's messages up to an answer are a round, and the answer is its reference; `"references"` beside the
-answer's content, a list of texts, are those that count instead (the ten of a VQA question, say). The last question may have
-no answer. DeepSpeed-VisualChat's files are `{"name": [["question", "paths of images"], ["follow-up"]]}`.
+A turn is a user's question (one or more messages) with its answer. The answer is the reference, unless its message has a
+list `"references"`, such as the ten answers to a VQA question. The last question may have no answer.
+DeepSpeed-VisualChat's files are `{"name": [["question", "paths of images"], ["follow-up"]]}`.
 """
 
 import base64
@@ -23,13 +23,13 @@ from ..utils.urls import decode_data_url, is_url
 
 
 @dataclass(frozen=True)
-class Round:
-    """A question, as a user's messages, and what is known of its answer.
+class EvaluationTurn:
+    """A question with its answer in the data.
 
     Attributes:
-        messages: as the chat template takes them; an image is `{"type": "image", "image": path, address or bytes}`.
-        answer: the assistant's message of the data, which later rounds may be asked after; None if there is none.
-        references: answers that count as right; may be empty.
+        messages: the user's messages for the chat template; an image is `{"type": "image", "image": path, URL or bytes}`.
+        answer: the assistant's message in the data; None if there is none.
+        references: correct answers; may be empty.
     """
 
     messages: list[dict[str, Any]]
@@ -38,61 +38,61 @@ class Round:
 
     @property
     def question(self) -> str:
-        """The words of the question."""
+        """The text of the question."""
         return "\n".join(_text(message["content"]) for message in self.messages)
 
     @property
     def images(self) -> list[str | bytes]:
-        """Paths, addresses, or the bytes of files, in reading order."""
+        """Paths, URLs, or bytes of image files, in reading order."""
         parts = [part for message in self.messages if isinstance(message["content"], list) for part in message["content"]]
         return [part["image"] for part in parts if part["type"] == "image"]
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Rounds that belong together.
+class EvaluationConversation:
+    """A conversation to evaluate.
 
     Attributes:
-        id: name or number, its own in a data set.
-        system: its system message, in a list; or an empty list.
-        rounds: in order, at least one.
+        id: name or number, unique in the data set.
+        system: a list with the system message, or an empty list.
+        turns: in order, at least one.
     """
 
     id: str
     system: list[dict[str, Any]]
-    rounds: list[Round]
+    turns: list[EvaluationTurn]
 
     @property
     def images(self) -> list[str | bytes]:
-        """Those of all rounds."""
-        return [image for one in self.rounds for image in one.images]
+        """The images of all turns."""
+        return [image for one in self.turns for image in one.images]
 
     def outline(self) -> "Outline":
-        """What is known of it before it is held."""
+        """The sizes of the conversation, which are kept in memory."""
         return Outline(
             self.id,
-            letters=[len(one.question) for one in self.rounds],
-            images=[len(one.images) for one in self.rounds],
-            answered=[one.answer is not None for one in self.rounds],
+            letters=[len(one.question) for one in self.turns],
+            images=[len(one.images) for one in self.turns],
+            answered=[one.answer is not None for one in self.turns],
             address=next((p for p in self.images if isinstance(p, str) and is_url(p)), None),
         )
 
     def digest(self) -> bytes:
-        """A hash of all that is asked and known, images in files by their paths."""
-        asked = [self.id, self.system, [[one.messages, one.answer, one.references] for one in self.rounds]]
+        """A hash of questions, answers and references; an image file counts by its path."""
+        asked = [self.id, self.system, [[one.messages, one.answer, one.references] for one in self.turns]]
         text = json.dumps(asked, sort_keys=True, default=lambda data: hashlib.sha256(data).hexdigest())
         return hashlib.sha256(text.encode()).digest()
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a conversation before it is held.
+    """The sizes of a conversation.
 
     Attributes:
-        id: as the conversation's.
-        letters, images: of each round's question, how many.
-        answered: of each round, whether the data has an answer.
-        address: the first image that would have to be fetched, if there is one.
+        id: the conversation's.
+        letters, images: number of characters and of images of each turn's question.
+        answered: for each turn, whether the data has an answer.
+        address: URL of the first image that has to be fetched; None if there is none.
     """
 
     id: str
@@ -103,25 +103,25 @@ class Outline:
 
 
 class Questions:
-    """A data set of conversations to hold, read from the disk one at a time.
+    """A data set of conversations to evaluate, read from the disk one at a time.
 
     Args:
-        source: a data set as `data.load_conversations` opens it; or a `.json` file of DeepSpeed-VisualChat, whose images'
-            paths start at the file's folder, or else at the working directory.
-        on_bad_sample: "error", or "skip" to skip, counted, what is no conversation. Images are not opened here.
+        source: a data set as for `data.load_conversations`, or a `.json` file of DeepSpeed-VisualChat, whose image paths are
+            relative to the file's directory, or else to the working directory.
+        on_bad_sample: "error" to raise for an invalid conversation, "skip" to skip it. Images are not opened here.
         split: of a data set that has several.
-        allow_urls: whether images of conversations may be addresses.
-        max_bad_samples: the share that may be skipped, see `data.sample_errors.BadSamples`.
+        allow_urls: whether images may be http(s) URLs.
+        max_bad_samples: the fraction of samples that may be skipped, see `data.sample_errors.BadSamples`.
 
     Attributes:
-        outlines: of the conversations.
-        fingerprint: of all that is asked and known, images in files by their paths.
-        left_out: how many samples are no conversations.
-        bad: counts them, and those that whoever asks skips.
+        outlines: the sizes of the conversations.
+        fingerprint: hash of questions, answers and references; an image file counts by its path.
+        skipped: number of invalid samples that were skipped.
+        bad: counts skipped samples, here and in `Evaluator`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the place of what is no conversation, or two conversations of the same name.
+        FileNotFoundError: if the file does not exist.
+        ValueError: naming the location of an invalid conversation, or for an id that is used twice.
     """
 
     def __init__(
@@ -138,79 +138,83 @@ class Questions:
             self._samples = load_conversations(
                 source, on_bad_sample, split, for_training=False, allow_urls=allow_urls, max_bad_samples=max_bad_samples
             )
-            places: list[Any] = list(range(len(self._samples)))
+            keys: list[Any] = list(range(len(self._samples)))
         else:
-            places = list(self._named)
-        self._places, self.outlines = [], []
+            keys = list(self._named)
+        self._keys, self.outlines = [], []
         ids, whole = set(), hashlib.sha256()
-        self.bad = BadSamples(on_bad_sample, max_bad_samples, self.source, total=len(places))
-        for place in places:
+        self.bad = BadSamples(on_bad_sample, max_bad_samples, self.source, total=len(keys))
+        for key in keys:
             with self.bad.sample():
-                found = self._read(place)
+                found = self._read(key)
                 if found.id in ids:
                     raise ValueError(
-                        f"{self.source}: two conversations have the id {shortened(repr(found.id))}; give each its own, or "
-                        "none."
+                        f"{self.source}: two conversations have the id {shortened(repr(found.id))}; make ids unique, or "
+                        "remove them."
                     )
                 ids.add(found.id)
                 whole.update(found.digest())
-                self._places.append(place)
+                self._keys.append(key)
                 self.outlines.append(found.outline())
         self.fingerprint = whole.hexdigest()
-        self.left_out = self.bad.count + (0 if self._named is not None else self._samples.skipped)
-        if not self._places:
-            raise ValueError(f"{self.source} holds no question ({self.left_out} conversations were left out).")
+        self.skipped = self.bad.count + (0 if self._named is not None else self._samples.skipped)
+        if not self._keys:
+            raise ValueError(f"{self.source} holds no question ({self.skipped} samples were skipped).")
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._keys)
 
-    def __getitem__(self, index: int) -> Conversation:
-        return self._read(self._places[index])
+    def __getitem__(self, index: int) -> EvaluationConversation:
+        return self._read(self._keys[index])
 
-    def __iter__(self) -> Iterator[Conversation]:
-        return map(self._read, self._places)
+    def __iter__(self) -> Iterator[EvaluationConversation]:
+        return map(self._read, self._keys)
 
     def location(self, index: int) -> str:
-        """Where a conversation is from, for messages."""
-        place = self._places[index]
+        """Where a conversation comes from, for messages."""
+        key = self._keys[index]
         if self._named is not None:
-            return f"{self.source}, {shortened(repr(place))}"
-        return self._samples.records.location(self._samples.good[place])
+            return f"{self.source}, {shortened(repr(key))}"
+        return self._samples.records.location(self._samples.good[key])
 
-    def _read(self, place: Any) -> Conversation:
+    def _read(self, key: Any) -> EvaluationConversation:
         if self._named is not None:
-            return _from_pairs(place, self._named[place], self.source)
-        sample = self._samples[place]
+            return _from_pairs(key, self._named[key], self.source)
+        sample = self._samples[key]
         name = sample.get("id")
         try:
-            return from_messages(str(place if name is None else name), complete_messages(sample))
+            return from_messages(str(key if name is None else name), complete_messages(sample))
         except ValueError as error:
-            named = shortened(str(place if name is None else name))
+            named = shortened(str(key if name is None else name))
             raise ValueError(f"{self.source}, conversation {named}: {error}") from error
 
 
-def from_messages(name: str, messages: list[dict[str, Any]]) -> Conversation:
-    """The rounds of a conversation's complete messages.
+def from_messages(name: str, messages: list[dict[str, Any]]) -> EvaluationConversation:
+    """Split the messages of a conversation into turns.
+
+    Args:
+        name: the conversation's id.
+        messages: with `images` placed in them, see `data.complete_messages`.
 
     Raises:
-        ValueError: for an answer to no question, or references that are no list of texts.
+        ValueError: for an answer without a question, or references that are not a list of strings.
     """
     system = [message for message in messages if message["role"] == "system"]
-    rounds: list[Round] = []
+    turns: list[EvaluationTurn] = []
     asked: list[dict[str, Any]] = []
     for message in messages[len(system) :]:
         if message["role"] == "user":
             asked.append(_with_plain_images(message))
             continue
         if not asked:
-            raise ValueError("two answers follow each other; expected a question before each.")
+            raise ValueError("an answer follows another answer; expected a question before each.")
         answer = {"role": "assistant", "content": message["content"]}
-        known = _references(message) if is_trained(message) else []  # no answer to be held against
-        rounds.append(Round(asked, answer, known))
+        known = _references(message) if is_trained(message) else []  # its answer is not a reference
+        turns.append(EvaluationTurn(asked, answer, known))
         asked = []
     if asked:
-        rounds.append(Round(asked, None, []))
-    return Conversation(name, system, rounds)
+        turns.append(EvaluationTurn(asked, None, []))
+    return EvaluationConversation(name, system, turns)
 
 
 def _references(message: dict[str, Any]) -> list[str]:
@@ -218,12 +222,12 @@ def _references(message: dict[str, Any]) -> list[str]:
     if known is None:
         return [_text(message["content"])]
     if not isinstance(known, list) or not known or not all(isinstance(text, str) for text in known):
-        raise ValueError(f"references are {known!r:.100}; expected a list of texts, at least one.")
+        raise ValueError(f"references are {known!r:.100}; expected a list of strings, at least one.")
     return known
 
 
 def _with_plain_images(message: dict[str, Any]) -> dict[str, Any]:
-    """A user's message whose images are all under the key `image`, files by absolute paths."""
+    """A user's message with each image under the key `image`, and paths made absolute."""
     if isinstance(message["content"], str):
         return {"role": "user", "content": message["content"]}
     parts = []
@@ -241,7 +245,7 @@ def _absolute(source: Any) -> str | bytes:
     if isinstance(source, str) and not is_url(source):
         return os.path.abspath(source)
     if not isinstance(source, (str, bytes)):
-        raise ValueError(f"an image is of type {type(source).__name__}; expected a path, an address or a file's bytes.")
+        raise ValueError(f"an image is of type {type(source).__name__}; expected a path, a URL or the bytes of a file.")
     return source
 
 
@@ -250,7 +254,7 @@ def _decoded(text: Any) -> bytes:
         is_url = isinstance(text, str) and text[:5].lower() == "data:"
         return decode_data_url(text) if is_url else base64.b64decode(text, validate=True)
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"an image's base64 is broken ({error}).") from error
+        raise ValueError(f"an image is not valid base64 ({error}).") from error
 
 
 def _text(content: Any) -> str:
@@ -263,11 +267,11 @@ def _text(content: Any) -> str:
 
 
 def _read_named(path: Path) -> dict[str, Any] | None:
-    """The conversations of a file of DeepSpeed-VisualChat by their names; None if it is something else."""
+    """The conversations of a file of DeepSpeed-VisualChat by name; None for another kind of file."""
     if path.suffix != ".json" or not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # JSON lines may have this suffix as well
         return None
     except ValueError as error:
@@ -275,33 +279,33 @@ def _read_named(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and format_of_keys(set(value)) is None else None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
-        raise ValueError(f"{shortened(repr(twice))} is there twice; each name may be used once.")
+        raise ValueError(f"{shortened(repr(twice))} is used twice; each name may be used once.")
     return found
 
 
-def _from_pairs(name: str, pairs: Any, source: str) -> Conversation:
+def _from_pairs(name: str, pairs: Any, source: str) -> EvaluationConversation:
     if not isinstance(pairs, list) or not pairs:
         raise ValueError(
-            f"{source}, {name!r}: expected a list of rounds [question, images], got {pairs!r:.100}. (Or a file of "
-            'conversations, each a line {"messages": [...]}.)'
+            f"{source}, {name!r}: expected a list of turns [question, images], got {pairs!r:.100}. (A file of "
+            'conversations has lines {"messages": [...]}.)'
         )
-    rounds = []
+    turns = []
     for number, pair in enumerate(pairs):
         texts = isinstance(pair, list) and 1 <= len(pair) <= 2 and isinstance(pair[0], str)
         paths = pair[1] if texts and len(pair) == 2 else []
         if not texts or not (isinstance(paths, str) or (isinstance(paths, list) and all(isinstance(p, str) for p in paths))):
             raise ValueError(
-                f"{source}, {name!r}, round {number}: expected [question] or [question, images], images as a list or as "
-                f"paths between spaces, got {pair!r:.100}."
+                f"{source}, {name!r}, turn {number}: expected [question] or [question, images], images as a list or as "
+                f"paths separated by spaces, got {pair!r:.100}."
             )
         found = [_find(path, Path(source).parent) for path in (_split(paths) if isinstance(paths, str) else paths)]
         parts = [{"type": "image", "image": path} for path in found] + [{"type": "text", "text": pair[0]}]
-        rounds.append(Round([{"role": "user", "content": parts if found else pair[0]}], None, []))
-    return Conversation(name, [], rounds)
+        turns.append(EvaluationTurn([{"role": "user", "content": parts if found else pair[0]}], None, []))
+    return EvaluationConversation(name, [], turns)
 
 
 def _split(paths: str) -> list[str]:
@@ -309,7 +313,7 @@ def _split(paths: str) -> list[str]:
 
 
 def _find(path: str, folder: Path) -> str:
-    """Beside the file; or else where the original looks, which is the working directory."""
+    """The path relative to the file's directory, or else to the working directory, as in the original."""
     if is_url(path):
         return path
     beside = folder / path

@@ -1,4 +1,4 @@
-"""Answers to show: a table for spreadsheets, and a page that holds its images."""
+"""Reports of answers: a CSV table, and a self-contained HTML page with the images."""
 
 import csv
 import json
@@ -11,28 +11,28 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..utils.image_loading import open_image, thumbnail_data_url
-from .comparison import Round, Runs, duels, join, metrics_of, score, summarize
+from .comparison import ComparedTurn, Runs, join, metrics_of, score, summarize, win_loss_tie
 
-# A page is sent to somebody: mail takes about 25 MB, in an encoding that takes a third more.
+# A page should fit into a mail: the limit is often 25 MB, and base64 adds a third.
 PAGE_BYTES = 12 * 2**20
-WIDTHS = {480: 250, 320: 500, 200: None}  # pixels of an image -> up to how many images of a page
+WIDTHS = {480: 250, 320: 500, 200: None}  # width of images in pixels -> maximum number of images on a page
 
-# Longer answers are folded: in characters, and in lines; and what of them is seen then.
-LONG, LONG_LINES, SHOWN = 800, 16, 400
+# Answers with more characters or lines are collapsed to their first characters.
+MAX_CHARACTERS, MAX_LINES, COLLAPSED_CHARACTERS = 800, 16, 400
 
-# Spreadsheets compute a cell that begins with one of these: https://owasp.org/www-community/attacks/CSV_Injection
+# Spreadsheets evaluate a cell that begins with one of these: https://owasp.org/www-community/attacks/CSV_Injection
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 
 def write_csv(path: str | Path, runs: Runs) -> None:
-    """Write the answers as a table, a row for each conversation, round and run.
+    """Write the answers as a CSV table with a row for each conversation, turn and run.
 
-    It opens in spreadsheets as it is (UTF-8 with a mark). A text that such a program would compute, because it begins
-    with = + - @, a tab or a line's end, gets an apostrophe in front; the exact texts are in the JSON lines.
+    The file opens in spreadsheets (UTF-8 with a byte order mark). A text that a spreadsheet would evaluate as a formula gets
+    an apostrophe in front; the exact texts are in the answer files.
 
     Args:
         path: of the file.
-        runs: label -> records. A round that a run has not answered is a row with `answered` no.
+        runs: label -> records. A turn that a run did not answer is a row with `answered` "no".
 
     Raises:
         ValueError: see `comparison.join`.
@@ -41,68 +41,68 @@ def write_csv(path: str | Path, runs: Runs) -> None:
     metrics = metrics_of(conversations)
     with open(path, "w", encoding="utf-8-sig", errors="replace", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["id", "round", "model", "answered", "question", "images", "answer", "references", *metrics])
-        for one in (one for rounds in conversations.values() for one in rounds):
+        table.writerow(["id", "turn", "model", "answered", "question", "images", "answer", "references", *metrics])
+        for one in (one for turns in conversations.values() for one in turns):
             asked = one.asked
             for label, record in one.answers.items():
                 scores = record.scores if record else {}
-                texts = [asked.question, _listed(asked.images), record.answer if record else "", _listed(asked.references)]
+                texts = [asked.question, _to_json(asked.images), record.answer if record else "", _to_json(asked.references)]
                 table.writerow(
-                    [_inert(asked.id), asked.round, _inert(label), "yes" if record else "no"]
-                    + [_inert(text) for text in texts]
+                    [_escape_formula(asked.id), asked.turn, _escape_formula(label), "yes" if record else "no"]
+                    + [_escape_formula(text) for text in texts]
                     + [scores.get(metric, "") for metric in metrics]
                 )
 
 
 def write_html(path: str | Path, runs: Runs, title: str | None = None, allow_urls: bool = False) -> None:
-    """Write the answers as one page that needs nothing else: images beside questions and answers, runs side by side.
+    """Write the answers as a self-contained HTML page: images beside questions and answers, runs side by side.
 
-    Images are made smaller, the more there are; beyond `PAGE_BYTES` of them, and where one cannot be opened, the page
-    shows its name and why. Paths of this machine are not on it.
+    The size of images depends on their number. For an image that cannot be read, or beyond `PAGE_BYTES` of images, the page
+    shows the file name and the reason. It contains no paths of this machine.
 
     Args:
         path: of the file.
         runs: label -> records.
-        title: of the page; by default the runs that are compared.
-        allow_urls: fetch images that are http(s) addresses, to put them onto the page.
+        title: of the page; *optional*, defaults to the labels of the runs.
+        allow_urls: whether images with http(s) URLs are fetched.
 
     Raises:
         ValueError: see `comparison.join`.
     """
     conversations = join(runs)
-    rounds = [one for several in conversations.values() for one in several]
-    count = sum(len(one.asked.images) for one in rounds)
-    shelf = _Shelf(next(width for width, most in WIDTHS.items() if most is None or count <= most), allow_urls)
-    # Images are opened before the page's head is written, which counts those that are not shown.
-    shown = {name: [_shown(one, shelf) for one in several] for name, several in conversations.items()}
+    turns = [one for several in conversations.values() for one in several]
+    count = sum(len(one.asked.images) for one in turns)
+    embedder = _ImageEmbedder(next(width for width, most in WIDTHS.items() if most is None or count <= most), allow_urls)
+    # Images come first: the head of the page says how many are not shown.
+    shown = {name: [_shown(one, embedder) for one in several] for name, several in conversations.items()}
     page = _environment().from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8"))
     text = page.render(
         title=title or _title(list(runs)),
         labels=list(runs),
         metrics=metrics_of(conversations),
         summaries=summarize(conversations),
-        missing=any(one.missing for one in rounds),
+        missing=any(one.missing for one in turns),
         common=summarize(conversations, common=True),
-        duels=duels(conversations),
+        win_loss_tie=win_loss_tie(conversations),
         conversations=shown,
-        rounds=len(rounds),
+        turns=len(turns),
         images=count,
-        unseen=shelf.unseen,
-        differing=sum(one.differs for one in rounds),
-        imperfect=sum(one.imperfect for one in rounds),
+        not_shown=embedder.not_shown,
+        differing=sum(one.differs for one in turns),
+        imperfect=sum(one.imperfect for one in turns),
     )
     Path(path).write_text(text, encoding="utf-8", errors="replace")
 
 
-class _Shelf:
-    """The images of a page, as far as they find room on it."""
+class _ImageEmbedder:
+    """Embeds images into a page, up to `PAGE_BYTES`."""
 
     def __init__(self, width: int, allow_urls: bool) -> None:
         self.width, self.allow_urls = width, allow_urls
-        self.bytes = self.unseen = 0
+        self.bytes = self.not_shown = 0
 
     def image(self, source: str) -> dict[str, str]:
-        """An image's `name`, and its `data`, or `reason` why there is none."""
+        """The `name` of an image, and its `data` URL or the `reason` why there is none."""
         name = source.rstrip("/").rpartition("/")[2] or source
         reason = ""
         if self.bytes < PAGE_BYTES:
@@ -114,17 +114,17 @@ class _Shelf:
                 self.bytes += len(data)
                 return {"name": name, "data": data, "reason": ""}
         else:
-            reason = f"is left out: there are {PAGE_BYTES / 2**20:.0f} MB of images on this page already."
-        self.unseen += 1
+            reason = f"is not shown: the page has {PAGE_BYTES / 2**20:.0f} MB of images already."
+        self.not_shown += 1
         return {"name": name, "data": "", "reason": reason}
 
 
-def _shown(one: Round, shelf: _Shelf) -> dict[str, Any]:
-    """A round as the page's template takes it."""
+def _shown(one: ComparedTurn, embedder: _ImageEmbedder) -> dict[str, Any]:
+    """The variables of a turn for the template."""
     return {
-        "number": one.asked.round + 1,
+        "number": one.asked.turn + 1,
         "question": one.asked.question,
-        "images": [shelf.image(source) for source in one.asked.images],
+        "images": [embedder.image(source) for source in one.asked.images],
         "references": Counter(one.asked.references),
         "answers": one.answers,
         "differs": one.differs,
@@ -141,29 +141,29 @@ def _environment() -> Environment:
 
 
 def _best(summaries: Mapping[str, Any], metric: str) -> float | None:
-    """The best mean of a metric, if there is a worse one."""
+    """The best mean of a metric; None if all means are equal."""
     means = {summary.means[metric][0] for summary in summaries.values() if metric in summary.means}
     return max(means) if len(means) > 1 else None
 
 
 def _title(labels: list[str]) -> str:
-    """What is compared."""
+    """The default title."""
     if len(labels) == 1:
         return f"Answers of {labels[0]}"
     return f"{labels[0]} compared with {' and '.join(labels[1:])}"
 
 
 def _beginning(text: str) -> str | None:
-    """What is shown of a long text until it is unfolded; None for a text that is shown whole."""
-    if len(text) <= LONG and text.count("\n") < LONG_LINES:
+    """What is shown of a long text while it is collapsed; None for a short text."""
+    if len(text) <= MAX_CHARACTERS and text.count("\n") < MAX_LINES:
         return None
-    lines = text[:SHOWN].split("\n")
-    return "\n".join(lines[: LONG_LINES // 2]).rstrip() + " ..."
+    lines = text[:COLLAPSED_CHARACTERS].split("\n")
+    return "\n".join(lines[: MAX_LINES // 2]).rstrip() + " ..."
 
 
-def _listed(values: Sequence[str]) -> str:
+def _to_json(values: Sequence[str]) -> str:
     return json.dumps(values, ensure_ascii=False) if values else ""
 
 
-def _inert(text: str) -> str:
+def _escape_formula(text: str) -> str:
     return f"'{text}" if text.startswith(_FORMULA) else text

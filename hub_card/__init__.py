@@ -1,4 +1,4 @@
-"""The model card that travels with a checkpoint."""
+"""The model card of a checkpoint."""
 
 from .card import TrainingFacts, at_repository, render_card
 

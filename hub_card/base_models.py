@@ -1,4 +1,4 @@
-"""What a model was made of: names, and the licences that its weights inherit."""
+"""The base models of a checkpoint, and the licences that its weights inherit."""
 
 import json
 import logging
@@ -13,10 +13,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 logger = logging.getLogger(__name__)
 
-# Open-source licences that combine; from the fewest to the most conditions, so that the last of several holds for all.
+# Compatible open-source licences, in order of their conditions: a combination has the last of its licences.
 PERMISSIVE = ("cc0-1.0", "unlicense", "mit", "bsd-2-clause", "bsd-3-clause", "apache-2.0")
 
-# What licences that travel along ask of whoever shares a derived model, by the Hub's name of the licence.
+# Conditions for sharing a derived model, by the licence's name on the Hub.
 _LLAMA = (
     'pass a copy of the licence on, keep its notice in a file `NOTICE`, show "Built with {}", begin the model\'s name with '
     '"{}", and respect the acceptable use policy'
@@ -35,11 +35,11 @@ CONDITIONS = {
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model that another one was made of.
+    """A base model.
 
     Attributes:
-        name: on the Hub; None for a directory of this machine, which means nothing elsewhere.
-        license, license_name, license_link: as in the metadata of its card; None where they are not known here.
+        name: on the Hub; None for a local directory.
+        license, license_name, license_link: as in the metadata of its card; None if they are not known.
     """
 
     name: str | None
@@ -49,15 +49,15 @@ class BaseModel:
 
     @property
     def terms(self) -> str | None:
-        """What the licence is called; one that is the model's own needs a name on the Hub."""
+        """The name of the licence; for a licence of the model's own, its `license_name`."""
         return (self.license_name or "of-the-base-model") if self.license == "other" else self.license
 
 
 def read_base_models(names: Sequence[str]) -> list[BaseModel]:
-    """Look base models up in their cards, where these are in a directory or in the Hub's cache; nothing is downloaded.
+    """Read names and licences of base models from their cards, in local directories or the Hub's cache, without downloads.
 
-    A local DSVL checkpoint counts as what its own card says that it was made of, so that the names and the licence go on
-    from composing to fine-tuning.
+    For a local DSVL checkpoint, the base models of its card are returned, so that their names and licences pass from
+    composing to fine-tuning.
     """
     found: list[BaseModel] = []
     for name in map(str, names):
@@ -75,9 +75,9 @@ def read_base_models(names: Sequence[str]) -> list[BaseModel]:
 
 
 def inherited_license(base_models: Sequence[BaseModel]) -> dict[str, Any]:
-    """The metadata of the licence under which a model made of these can be shared; empty where that cannot be told.
+    """The licence metadata for a model that is derived from these; empty if it cannot be determined.
 
-    A restrictive licence goes before a permissive one; several restrictive ones become "other", under all their names.
+    A restrictive licence takes precedence over permissive ones; several restrictive ones become "other" with all names.
     """
     restrictive = [base for base in restrictions(base_models) if base.license]
     if len({base.terms for base in restrictive}) > 1:
@@ -94,12 +94,12 @@ def inherited_license(base_models: Sequence[BaseModel]) -> dict[str, Any]:
 
 
 def restrictions(base_models: Sequence[BaseModel]) -> list[BaseModel]:
-    """Those whose licence must travel along, one for each licence."""
+    """The models with a restrictive licence, one for each licence."""
     return list({base.terms: base for base in base_models if base.license and base.license not in PERMISSIVE}.values())
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name can be that of a repository on the Hub."""
+    """Whether a name is a valid repository id."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -116,7 +116,7 @@ def _metadata(name: str) -> dict[str, Any]:
     try:
         return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError) as error:
-        logger.warning("The metadata of %s cannot be read (%s), so its licence is taken for unknown.", card, error)
+        logger.warning("The metadata of %s cannot be read (%s); its licence counts as unknown.", card, error)
         return {}
 
 

@@ -1,4 +1,4 @@
-"""Fills the model card's template."""
+"""Rendering the model card."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,24 +13,24 @@ from .base_models import CONDITIONS, inherited_license, read_base_models, restri
 
 TAGS = ["dsvl", "multi-image", "custom_code"]
 
-# A card does not know where it will lie; `at_repository` puts the address in its place.
+# A line of the example in the card; `at_repository` replaces it.
 HERE = 'name = "."  # this directory'
 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a card says of a training.
+    """The facts about a training on the model card.
 
     Attributes:
-        data: data set -> how many of its conversations; None if it was streamed.
-        datasets: of these, the names on the Hub.
+        data: data set -> number of conversations; None if it was streamed.
+        datasets: names of those data sets that are on the Hub.
         settings: hyperparameters, name -> value.
         results: name -> number.
-        hardware: the devices, in words.
-        seconds: how long it took on the clock, from the last resumption on if it was `resumed`.
-        resumed: whether the training was interrupted.
-        emissions: codecarbon's estimate, in kg of CO2 equivalents; None without one.
-        plot: the file beside the card that shows loss and metrics over the steps; None without one.
+        hardware: description of the devices.
+        seconds: wall-clock time; since the last resumption if it was `resumed`.
+        resumed: whether the training was resumed.
+        emissions: codecarbon's estimate, in kg of CO2 equivalents; *optional*.
+        plot: name of the image file with loss and metrics, in the same directory; *optional*.
     """
 
     data: dict[str, int | None]
@@ -51,20 +51,18 @@ def render_card(
     origin: str | None = None,
     untrained: bool = False,
 ) -> str:
-    """The README.md of a checkpoint.
+    """Render the README.md of a checkpoint.
 
     Args:
         config: the model's configuration.
-        base_models: names or directories of the models it was made of. Directories of this machine are not named; what
-            their cards say of licences and origins goes on (see `read_base_models`). If no name is known, those that the
-            configurations of tower and language model remember.
-        training: of a fine-tuned model.
-        origin: where weights are from that were neither composed nor trained here, in a sentence or two of Markdown; of a
-            migrated model.
-        untrained: whether the projector is fresh, as composing leaves it.
+        base_models: names or directories of the base models. Local paths are not shown; licences and base models on their
+            cards are (see `read_base_models`). Without any name, those in the configurations of tower and language model.
+        training: *optional*, facts about the training of a fine-tuned model.
+        origin: *optional*, a sentence or two of Markdown that says where the weights of a migrated model come from.
+        untrained: whether the projector is untrained.
     """
     bases = read_base_models(base_models)
-    if not any(base.name for base in bases):  # the parts' configurations remember names on the Hub
+    if not any(base.name for base in bases):  # configurations hold the names they were loaded from
         parts = [part.name_or_path for part in (config.vision_config, config.text_config) if part.name_or_path]
         bases = [*(base for base in bases if base.license), *read_base_models(parts)] or bases
     names = list(dict.fromkeys(base.name for base in bases if base.name))
@@ -74,7 +72,7 @@ def render_card(
         unknown = ["the base models"]
     metadata: dict[str, Any] = dict(licence)
     if names:
-        # Models that were put together without training are a "merge" to the Hub.
+        # The Hub calls a combination of models without training a "merge".
         metadata["base_model_relation"] = "merge" if untrained else "finetune"
     if training is not None and training.emissions is not None:
         metadata["co2_eq_emissions"] = {
@@ -110,7 +108,7 @@ def render_card(
 
 
 def at_repository(card: str, repo_id: str) -> str:
-    """A card whose example loads the model from a repository on the Hub."""
+    """Make the example of a card load the model from a repository on the Hub."""
     return card.replace(HERE, f'name = "{repo_id}"')
 
 

@@ -1,7 +1,8 @@
-"""What DeepSpeed-VisualChat's training wrote, as a checkpoint of this project."""
+"""Converting checkpoints of DeepSpeed-VisualChat."""
 
 import logging
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
@@ -19,18 +20,18 @@ from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor
 from ..projectors_dsvl import sincos_position_table
 from ..utils.atomic_files import check_new_directory
+from .compare_shapes import compare_shapes
 from .lora import is_fused, save_adapters, set_weights
-from .reading import read_tensors, weight_files
-from .shapes import compare_shapes
-from .state_dict import Translated, projector_type, tower_type, translate
+from .read_weights import read_tensors, weight_files
+from .state_dict_names import Translated, projector_type, tower_type, translate
 
 logger = logging.getLogger(__name__)
 
-# What the original adds to the language model's tokenizer, in this order; the last only if there is no padding token.
+# Tokens that the original adds to the language model's tokenizer, in this order; the last if there is no padding token.
 PADDING = "<PAD>"
 ADDED_TOKENS = ("### Image:", IMAGE_TOKEN, PADDING)
 ORIGIN = (  # for the card
-    "The weights were trained by [DeepSpeed-VisualChat](https://arxiv.org/abs/2309.14327) and turned into this form by "
+    "The weights were trained with [DeepSpeed-VisualChat](https://arxiv.org/abs/2309.14327) and converted by "
     "`dsvl migrate checkpoint`."
 )
 BASELINE = "baseline"  # the original's name of the linear projector
@@ -38,40 +39,46 @@ BASELINE = "baseline"  # the original's name of the linear projector
 
 @dataclass
 class MigrationReport:
-    """What became of every tensor of a checkpoint.
+    """What happened to each tensor of a converted checkpoint.
 
     Attributes:
         directory: the new checkpoint.
-        taken: original name -> our names.
-        passed_over: original name -> why it is not needed.
-        filled: our name of a position table that was missing -> where it was taken from.
-        adapters: of how many layers there were LoRA weights, and what became of them.
-        notes: what the checkpoint is now, beside its weights.
+        taken: original name -> new names.
+        unused: original name -> why it is not needed.
+        filled: new name of a missing position table -> its source.
+        adapters: the number of layers with LoRA weights, and what happened to them.
+        notes: further properties of the new checkpoint.
     """
 
     directory: Path
     taken: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    passed_over: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
     filled: dict[str, str] = field(default_factory=dict)
     adapters: str = "none"
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """The name of `unused` until version 0.2."""
+        warnings.warn("MigrationReport.passed_over is called unused.", DeprecationWarning, stacklevel=2)
+        return self.unused
+
     def lines(self) -> list[str]:
-        """The report as text; the layers of a kind share a line."""
+        """The report as text, with one line for the same tensor of all layers."""
         kinds: dict[str, int] = {}
         for theirs, ours in self.taken.items():
             line = f"{_layers_as_one(theirs)} -> {', '.join(map(_layers_as_one, ours))}"
             kinds[line] = kinds.get(line, 0) + 1
         dropped: dict[str, int] = {}
-        for theirs, why in self.passed_over.items():
+        for theirs, why in self.unused.items():
             line = f"{_layers_as_one(theirs)}: {why}"
             dropped[line] = dropped.get(line, 0) + 1
         return [
-            f"{self.directory}: {len(self.taken)} tensors taken, {len(self.passed_over)} passed over, "
+            f"{self.directory}: {len(self.taken)} tensors converted, {len(self.unused)} unused, "
             f"{len(self.filled)} filled in; LoRA: {self.adapters}",
-            *(f"  taken       {count:4} x {line}" for line, count in kinds.items()),
-            *(f"  passed over {count:4} x {line}" for line, count in dropped.items()),
-            *(f"  filled in      1 x {ours}: {source}" for ours, source in self.filled.items()),
+            *(f"  converted {count:4} x {line}" for line, count in kinds.items()),
+            *(f"  unused    {count:4} x {line}" for line, count in dropped.items()),
+            *(f"  filled in    1 x {ours}: {source}" for ours, source in self.filled.items()),
             *(f"  {note}" for note in self.notes),
         ]
 
@@ -93,31 +100,32 @@ def migrate_checkpoint(
     dtype: torch.dtype | str = "auto",
     max_shard_size: str = "5GB",
 ) -> MigrationReport:
-    """Turn what DeepSpeed-VisualChat's training wrote into a checkpoint of this project that computes the same.
+    """Convert a checkpoint that DeepSpeed-VisualChat's training wrote. The new checkpoint computes the same outputs.
 
-    The trained embedding table is used everywhere, where the original embeds generated tokens by a frozen copy; images are
-    given in reading order, and take their places in reverse, as the original puts them (`DSVLConfig.reversed_images`).
+    Generated tokens are embedded by the trained embedding table; the original uses a frozen copy for them. Images are passed
+    in reading order and placed in reverse order, as in the original (`DSVLConfig.reversed_images`).
 
     Args:
-        checkpoint: the folder of an epoch (its tokenizer is used if it is there), or its pytorch_model.bin; of any ZeRO
-            stage.
-        vision: name or directory of the CLIP model that it was trained from, or the directory of `dsvl migrate qwen-tower`.
-        language: name or directory of its LLaMA.
-        out: a new directory; it is complete, or it is not there.
-        mmca: whether it was trained with `--enable_mmca_attention`, which its files do not tell.
-        projector: its `--vis_proj`, to be held against what the file has. Default: as the file has it.
-        keep_adapter: leave LoRA weights out of the model, as adapters of PEFT in `out`/adapters.
-        lora: whether LoRA weights are in the model's weights already: "fused", "unfused", or "auto", which asks the models
-            that it was trained from.
-        dtype: of the result; "auto" is the widest of the file.
-        max_shard_size: of one safetensors file.
+        checkpoint: directory of an epoch (its tokenizer is used if it has one), or its pytorch_model.bin, of any ZeRO stage.
+        vision: name or directory of the CLIP model it was trained from, or the directory of `dsvl migrate qwen-tower`.
+        language: name or directory of the LLaMA model it was trained from.
+        out: a new directory. Saving is atomic.
+        mmca: whether it was trained with `--enable_mmca_attention`, which its files do not record.
+        projector: *optional*, the original's `--vis_proj`; an error if the file has another.
+        keep_adapter: save LoRA weights as a PEFT adapter in `out`/adapters instead of merging them.
+        lora: whether the weights include the LoRA weights already: "fused", "unfused", or "auto" to compare them with the
+            weights of `vision` and `language`.
+        dtype: of the new checkpoint; "auto" is the widest dtype in the file.
+        max_shard_size: maximum size of a safetensors file.
 
     Returns:
-        What became of every tensor.
+        What happened to each tensor.
 
     Raises:
-        FileNotFoundError, FileExistsError, PermissionError: for files that are not there, or there already.
-        ValueError: if the file is damaged, would run code, or does not go with the models; the message names the remedy.
+        FileNotFoundError: if a file does not exist.
+        FileExistsError: if `out` is not empty.
+        PermissionError: if `out` cannot be written.
+        ValueError: if the file is damaged, would run code, or does not match the models.
     """
     check_new_directory(out)
     original = dict(read_tensors(weight_files(checkpoint)))
@@ -128,15 +136,15 @@ def migrate_checkpoint(
     tokenizer = _tokenizer(Path(checkpoint), language, config)
     with torch.device("meta"):
         model = DSVLForConditionalGeneration(config)
-    count_prefix_tokens(model.model.vision_tower, config.image_size)  # which refuses images of another size
+    count_prefix_tokens(model.model.vision_tower, config.image_size)  # raises for images of an unsupported size
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
-    def says(ours: str) -> str:
+    def size_source(ours: str) -> str:
         flags = [f"--vision {vision}"] * ("language_model" not in ours) + [f"--language {language}"] * ("vision" not in ours)
         return " and ".join(flags)
 
-    compare_shapes(translated, expected, str(checkpoint), says)
-    report = MigrationReport(Path(out).absolute(), translated.taken, translated.passed_over)
+    compare_shapes(translated, expected, str(checkpoint), size_source)
+    report = MigrationReport(Path(out).absolute(), translated.taken, translated.unused)
     report.filled = _fill_in(translated, config, vision)
     if translated.lora:
         fused = is_fused(translated, _untrained(vision, language)) if lora == "auto" else lora == "fused"
@@ -166,7 +174,7 @@ def migrate_checkpoint(
     )
     report.notes = [
         f"multimodal_attention: {config.multimodal_attention!r}; projector_type: {config.projector_type!r}; dtype: {dtype}",
-        "reversed_images: true (images are given in reading order, and computed with as the original did)",
+        "reversed_images: true (pass images in reading order; they are placed in reverse order, as in the original)",
         f"tokens: {IMAGE_TOKEN} is {config.image_token_id}, padding {tokenizer.pad_token} is {tokenizer.pad_token_id}",
     ]
     return report
@@ -184,39 +192,41 @@ def _config(
         )
     kind = projector_type(original)
     if projector is not None and {BASELINE: "linear"}.get(projector, projector) != kind:
-        raise ValueError(f"--projector {projector}, but {checkpoint} has the projector {kind!r}; leave --projector out.")
+        raise ValueError(f"--projector {projector}, but {checkpoint} has the projector {kind!r}; omit --projector.")
     text = AutoConfig.from_pretrained(language)
     if text.model_type != "llama":
-        raise ValueError(f"--language {language} is of type {text.model_type!r}; DeepSpeed-VisualChat trains 'llama' alone.")
+        raise ValueError(
+            f"--language {language} is of type {text.model_type!r}; DeepSpeed-VisualChat supports 'llama' only."
+        )
     table = original.get("lang_embed.weight")
     if table is None:
-        raise ValueError(f"{checkpoint} has no lang_embed.weight, so it is no model of DeepSpeed-VisualChat.")
+        raise ValueError(f"{checkpoint} has no lang_embed.weight, so it is not a model of DeepSpeed-VisualChat.")
     if table.ndim != 2:
         raise ValueError(f"{checkpoint} has lang_embed.weight of shape {tuple(table.shape)}; expected (tokens, width).")
     text.vocab_size = table.shape[0]
-    text.tie_word_embeddings = False  # the embeddings were trained apart from the head
+    text.tie_word_embeddings = False  # the original trains the embeddings but not the head
     for part in (text, tower):
-        if Path(part.name_or_path).exists():  # a directory of this machine means nothing in a checkpoint
+        if Path(part.name_or_path).exists():  # a local path, which must not be in a checkpoint
             part.name_or_path = ""
     return DSVLConfig(
         vision_config=tower,
         text_config=text,
         projector_type=kind,
         multimodal_attention="mmca_reference" if mmca else "causal",
-        image_token_id=0,  # until the tokenizer is read
+        image_token_id=0,  # set when the tokenizer is loaded
         reversed_images=True,
     )
 
 
 def _tokenizer(checkpoint: Path, language: str | Path, config: DSVLConfig) -> Any:
-    """The checkpoint's tokenizer, or the language model's with what the original adds to it."""
+    """The checkpoint's tokenizer, or the language model's with the tokens that the original adds."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     saved = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     tokenizer = AutoTokenizer.from_pretrained(folder if saved else language)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokens = ADDED_TOKENS if tokenizer.pad_token is None else ADDED_TOKENS[:2]
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
-    # The original pads with the end of the answer; but then transformers would keep its embedding from learning.
+    # The original pads with the end-of-sequence token. transformers would then not train its embedding.
     if PADDING in tokenizer.get_vocab():
         tokenizer.pad_token = PADDING
     rows = config.text_config.vocab_size
@@ -244,7 +254,7 @@ def _generation_config(language: str | Path, tokenizer: Any) -> GenerationConfig
 
 
 def _fill_in(translated: Translated, config: DSVLConfig, vision: str | Path) -> dict[str, str]:
-    """Position tables that are not in the file: what the original has there when it loads such a file."""
+    """Fill in position tables that are not in the file, as the original does when it loads such a file."""
     filled = {}
     for ours in translated.absent:
         if ours.startswith("model.vision_tower."):
@@ -254,12 +264,12 @@ def _fill_in(translated: Translated, config: DSVLConfig, vision: str | Path) -> 
         else:
             queries = config.image_seq_length
             translated.tensors[ours] = sincos_position_table(int(queries**0.5), config.text_config.hidden_size)
-            filled[ours] = "sines and cosines, as it begins"
+            filled[ours] = "sine-cosine positions, its initial value"
     return filled
 
 
 def _untrained(vision: str | Path, language: str | Path) -> Callable[[str], torch.Tensor]:
-    """From the name of one of our weights to that of the models that were trained."""
+    """A function from the name of a weight to its value before the training."""
 
     def weight(name: str) -> torch.Tensor:
         if name.startswith("model.vision_tower."):

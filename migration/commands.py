@@ -1,6 +1,7 @@
-"""`dsvl migrate`: Qwen-VL's tower, and DeepSpeed-VisualChat's checkpoints."""
+"""`dsvl migrate`: Qwen-VL's tower, DeepSpeed-VisualChat's checkpoints, and the code of older DSVL checkpoints."""
 
 import argparse
+from pathlib import Path
 
 from ..configuration_dsvl import PROJECTOR_TYPES
 from ..utils.local_paths import check_exists
@@ -8,41 +9,76 @@ from ..utils.local_paths import check_exists
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl migrate` to the command's parser."""
-    parser = commands.add_parser("migrate", help="weights of DeepSpeed-VisualChat and of Qwen-VL -> checkpoints")
+    parser = commands.add_parser(
+        "migrate", help="convert weights of DeepSpeed-VisualChat and Qwen-VL; update a checkpoint's code"
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    one = actions.add_parser("qwen-tower", help="Qwen-VL's vision tower out of its checkpoint, for --vision")
-    one.add_argument("--from", dest="source", required=True, help="directory of Qwen-VL or Qwen-VL-Chat, or a file of it")
-    one.add_argument("--out", required=True, help="new directory for the tower")
-    one.add_argument("--max-shard-size", default="5GB")
-    one.set_defaults(run=_qwen_tower)
+    action = actions.add_parser("code", help="replace the code files of an older DSVL checkpoint")
+    action.add_argument("source", metavar="DIR_OR_REPO", help="a checkpoint directory, or a repository on the Hub")
+    action.add_argument("--create-pr", action="store_true", help="open a pull request on the Hub (for a repository)")
+    action.set_defaults(run=_code)
 
-    one = actions.add_parser("checkpoint", help="what DeepSpeed-VisualChat's training wrote -> one checkpoint directory")
-    one.add_argument("--checkpoint", required=True, help="the folder of an epoch, or its pytorch_model.bin")
-    one.add_argument(
-        "--vision", type=check_exists, required=True, help="its CLIP, or the tower that dsvl migrate qwen-tower wrote"
+    action = actions.add_parser("qwen-tower", help="extract Qwen-VL's vision tower, for dsvl compose --vision")
+    action.add_argument(
+        "--from", dest="source", required=True, help="directory of Qwen-VL or Qwen-VL-Chat, or one of its weight files"
     )
-    one.add_argument("--language", type=check_exists, required=True, help="name or directory of its language model")
-    one.add_argument("--out", required=True, help="new directory for the checkpoint")
-    one.add_argument(
+    action.add_argument("--out", required=True, help="new directory for the tower")
+    action.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)")
+    action.set_defaults(run=_qwen_tower)
+
+    action = actions.add_parser("checkpoint", help="convert a checkpoint that DeepSpeed-VisualChat's training wrote")
+    action.add_argument("--checkpoint", required=True, help="directory of an epoch, or its pytorch_model.bin")
+    action.add_argument(
+        "--vision",
+        type=check_exists,
+        required=True,
+        help="the CLIP model it was trained from, or the directory that dsvl migrate qwen-tower wrote",
+    )
+    action.add_argument(
+        "--language", type=check_exists, required=True, help="name or directory of the language model it was trained from"
+    )
+    action.add_argument("--out", required=True, help="new directory for the checkpoint")
+    action.add_argument(
         "--mmca",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="it was trained with --enable_mmca_attention, as its scripts do (default)",
+        help="it was trained with --enable_mmca_attention, as the original's scripts do (default)",
     )
-    one.add_argument(
-        "--projector", choices=("baseline", *PROJECTOR_TYPES), help="its --vis_proj (default: as the file has it)"
+    action.add_argument(
+        "--projector",
+        choices=("baseline", *PROJECTOR_TYPES),
+        help="the original's --vis_proj; an error if the file has another (default: read from the file)",
     )
-    one.add_argument("--keep-adapter", action="store_true", help="LoRA weights beside the model, for PEFT, not in it")
-    one.add_argument(
+    action.add_argument(
+        "--keep-adapter", action="store_true", help="save LoRA weights as a PEFT adapter instead of merging them"
+    )
+    action.add_argument(
         "--lora",
         choices=("auto", "fused", "unfused"),
         default="auto",
-        help="whether LoRA weights were added to the model's already (default: told by the models it was trained from)",
+        help="whether the weights include the LoRA weights already (default: compare with --vision and --language)",
     )
-    one.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the file's)")
-    one.add_argument("--max-shard-size", default="5GB")
-    one.set_defaults(run=_checkpoint)
+    action.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the file's)")
+    action.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)")
+    action.set_defaults(run=_checkpoint)
+
+
+def _code(arguments: argparse.Namespace) -> None:
+    from .checkpoint_code import migrate_code
+
+    done = migrate_code(arguments.source, create_pr=arguments.create_pr)
+    if done.difference is None:
+        print(f"{done.source}: the code is up to date; nothing to do.")
+        return
+    is_proposal = not Path(done.source).expanduser().is_dir()
+    print(f"{done.source}: {'proposed changes' if is_proposal else 'changed'}")
+    print("\n".join([*(f"  written  {name}" for name in done.written), *(f"  removed  {name}" for name in done.removed)]))
+    print(f"Logits of a prompt with an image: largest difference {done.difference:g} between old and new files.")
+    if done.pull_request:
+        print(f"Pull request: {done.pull_request}")
+    elif is_proposal:
+        print("Nothing was uploaded; pass --create-pr to open a pull request.")
 
 
 def _qwen_tower(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed-VisualChat's adapters: whether they are in the weights already, and into the weights or beside them."""
+"""DeepSpeed-VisualChat's LoRA adapters: detecting whether they are merged, merging them, and saving them for PEFT."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,44 +6,44 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .state_dict import Lora, Translated
+from .state_dict_names import Lora, Translated
 
 
 def is_fused(translated: Translated, untrained: Callable[[str], torch.Tensor]) -> bool:
-    """Whether the adapters have been added to the weights.
+    """Whether the adapters are merged into the weights.
 
-    The original's training adds them before it saves and keeps their factors in the file, so that names do not tell; only
-    the weights from before the training do.
+    The original merges them before it saves and keeps their factors in the file, so that only a comparison with the weights
+    before the training can tell.
 
     Args:
         translated: a checkpoint with adapters.
-        untrained: from the name of one of our weights to what it was before.
+        untrained: a function from the name of a weight to its value before the training.
 
     Raises:
-        ValueError: if the weights are neither what they were nor that with the adapters added.
+        ValueError: if a weight is neither its untrained value nor that plus the adapter.
     """
     for name, lora in sorted(translated.lora.items()):
         delta = lora.delta()
         size = delta.abs().max()
-        if size == 0:  # not trained: fused or not, it is the same
+        if size == 0:  # not trained, so there is no difference
             continue
         weight, before = translated.tensors[f"{name}.weight"].float(), untrained(f"{name}.weight").float()
         if weight.shape != before.shape:
             raise ValueError(
-                f"{name}.weight has shape {tuple(weight.shape)}, and {tuple(before.shape)} before its training."
+                f"{name}.weight has shape {tuple(weight.shape)}, but {tuple(before.shape)} before the training."
             )
-        apart, with_delta = (weight - before).abs().max(), (weight - before - delta).abs().max()
-        if min(apart, with_delta) < 0.5 * size:
-            return bool(with_delta < apart)
+        distance, distance_with_delta = (weight - before).abs().max(), (weight - before - delta).abs().max()
+        if min(distance, distance_with_delta) < 0.5 * size:
+            return bool(distance_with_delta < distance)
         raise ValueError(
-            f"{name}.weight is neither that of the untrained model nor that with its adapter added, so whether the adapters "
-            "are fused cannot be told; pass the models that it was trained from, or --lora fused or --lora unfused."
+            f"{name}.weight is neither that of the untrained model nor that plus its adapter, so it is unknown whether the "
+            "adapters are fused; pass the models it was trained from, or --lora fused or --lora unfused."
         )
     return False
 
 
 def set_weights(translated: Translated, fused: bool, keep: bool) -> None:
-    """Add the adapters to the weights, or, to keep them, take them out; where that is not so already."""
+    """Merge the adapters into the weights, or, to keep them, subtract them, unless this is the case already."""
     if fused != keep:
         return
     sign = -1 if keep else 1
@@ -53,7 +53,7 @@ def set_weights(translated: Translated, fused: bool, keep: bool) -> None:
 
 
 def save_adapters(lora: dict[str, Lora], directory: Path, base_model: str) -> None:
-    """Write adapters as PEFT does, for `PeftModel.from_pretrained` and `dsvl merge`.
+    """Save adapters in PEFT's format, for `PeftModel.from_pretrained` and `dsvl merge`.
 
     Raises:
         ImportError: without PEFT.

@@ -1,4 +1,4 @@
-"""Qwen-VL's vision tower out of Qwen-VL's checkpoint."""
+"""Extracting Qwen-VL's vision tower from its checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -9,34 +9,34 @@ from ..composition.towers import clip_image_processor
 from ..configuration_dsvl import DSVLQwenVisionConfig
 from ..utils.atomic_files import atomic_directory, check_new_directory
 from ..vision_dsvl import DSVLQwenVisionModel
-from .reading import read_json, read_tensors, weight_files
-from .shapes import compare_shapes
-from .state_dict import QWEN_TOWER, translate_by
+from .compare_shapes import compare_shapes
+from .read_weights import read_json, read_tensors, weight_files
+from .state_dict_names import QWEN_TOWER, translate_by
 
 PREFIX = "transformer.visual."
-# Qwen-VL's, for what a file of weights does not tell.
+# Qwen-VL's values, which cannot be derived from the weights.
 HEADS, IMAGE_SIZE, MLP_RATIO = 16, 448, 4.9231
 SIZES = ("width", "mlp_ratio", "mlp_size", "layers", "heads", "image_size", "patch_size", "output_dim", "n_queries")
 
 
 def migrate_qwen_tower(source: str | Path, out: str | Path, *, max_shard_size: str = "5GB") -> DSVLQwenVisionConfig:
-    """Write the vision tower of a Qwen-VL checkpoint as one of `DSVLQwenVisionModel`, with its image processor.
+    """Save the vision tower of a Qwen-VL checkpoint as a `DSVLQwenVisionModel`, with its image processor.
 
-    One shard after the other is mapped into memory; beyond the tower itself nothing is held.
+    Shards are mapped into memory one at a time; only the tower's weights are kept.
 
     Args:
-        source: directory of Qwen-VL or Qwen-VL-Chat, in safetensors or .bin, or a file of it; also what
-            DeepSpeed-VisualChat's `extract_qwen_vl.py` wrote.
+        source: directory of Qwen-VL or Qwen-VL-Chat with safetensors or .bin files, one of these files, or the output of
+            DeepSpeed-VisualChat's `extract_qwen_vl.py`.
         out: a new directory.
-        max_shard_size: of one safetensors file.
+        max_shard_size: maximum size of a safetensors file.
 
     Returns:
         The tower's configuration.
 
     Raises:
         FileNotFoundError: if there are no weights.
-        FileExistsError: if `out` holds anything.
-        ValueError: if there is no such tower, or it is not whole, or not of the size that config.json says.
+        FileExistsError: if `out` is not empty.
+        ValueError: if the tower is missing or incomplete, or its shapes do not match config.json.
     """
     check_new_directory(out)
     files = weight_files(source, wanted=PREFIX)
@@ -47,7 +47,7 @@ def migrate_qwen_tower(source: str | Path, out: str | Path, *, max_shard_size: s
     for name, tensor in read_tensors(files):
         seen.append(name)
         if name.startswith(PREFIX) and name != f"{PREFIX}proj":
-            original[name.removeprefix(PREFIX)] = tensor.clone()  # so that the shard can be let go
+            original[name.removeprefix(PREFIX)] = tensor.clone()  # so that the shard can be freed
         elif name in ("conv1.weight", "positional_embedding") or name.startswith(("ln_", "transformer.resb", "attn_pool.")):
             original[name] = tensor.clone()
     if not original:
@@ -70,7 +70,7 @@ def migrate_qwen_tower(source: str | Path, out: str | Path, *, max_shard_size: s
 
 
 def _visual(source: str | Path) -> dict[str, Any]:
-    """The tower's part of Qwen-VL's config.json, whose code is not run."""
+    """The tower's part of Qwen-VL's config.json, read without running Qwen-VL's code."""
     path = Path(source) / "config.json" if Path(source).is_dir() else Path(source).with_name("config.json")
     visual = read_json(path).get("visual", {}) if path.is_file() else {}
     if not isinstance(visual, dict) or not all(type(visual.get(name, 1)) in (int, float) for name in SIZES):
@@ -81,7 +81,7 @@ def _visual(source: str | Path) -> dict[str, Any]:
 
 
 def _config(visual: dict[str, Any], tensors: dict[str, torch.Tensor]) -> DSVLQwenVisionConfig:
-    """As config.json says, or else as the tensors are shaped."""
+    """The configuration by config.json, or else by the shapes of the tensors."""
     for name, dimensions in (("embeddings.patch_embedding.weight", 4), ("resampler.query", 2)):
         if tensors[name].ndim != dimensions:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {dimensions} dimensions.")

@@ -22,12 +22,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dsvl.chat import DSVLChat
-from dsvl.chat.loading import load
 from dsvl.page.examples import Example, drawn_examples
 from dsvl.page.gate import Gate
 from dsvl.page.interface import STYLE, build_page
 from dsvl.page.limits import Limits
 from dsvl.page.visitors import Visitors
+from dsvl.utils.model_loading import load_checkpoint
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
@@ -152,7 +152,7 @@ def main() -> None:
     name = os.environ.get("DSVL_MODEL")
     if not name:
         raise SystemExit("DSVL_MODEL is not set; in the Space's settings, give it the checkpoint's name on the Hub.")
-    model, processor = load(name)
+    model, processor = load_checkpoint(name)
     # A Space is reached through a proxy, which Gradio finds by itself, and which names the host.
     host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
     system = os.environ.get("DSVL_SYSTEM")

@@ -41,7 +41,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     from transformers import set_seed
     from transformers.utils import logging
 
-    from ..chat.loading import load
+    from ..utils.model_loading import load_checkpoint
     from .examples import read_examples
     from .limits import Limits
 
@@ -58,7 +58,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
     examples = None if arguments.examples is None else read_examples(arguments.examples)
     logging.set_verbosity_error()
-    model, processor = load(
+    model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
     if arguments.seed is not None:

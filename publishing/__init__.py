@@ -1,1 +1,1 @@
-"""Onto the Hub: a directory is checked, opened in a fresh process, and committed at once."""
+"""Publishing a checkpoint on the Hub: checks, loading in a fresh process, and upload in one commit."""

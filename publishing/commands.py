@@ -5,13 +5,13 @@ import argparse
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl push` to the command's parser."""
-    parser = commands.add_parser("push", help="a checkpoint directory -> a repository on the Hub")
-    parser.add_argument("directory", metavar="DIR", help="what dsvl compose, train or merge has written")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it is not there")
+    parser = commands.add_parser("push", help="publish a checkpoint directory on the Hub")
+    parser.add_argument("directory", metavar="DIR", help="checkpoint directory that dsvl compose, train or merge wrote")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; created if it does not exist")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
-    parser.add_argument("--revision", help="a branch, made if it is not there (default main)")
-    parser.add_argument("--create-pr", action="store_true", help="propose the commit as a pull request")
-    parser.add_argument("--dry-run", action="store_true", help="make all checks, list the files, upload nothing")
+    parser.add_argument("--revision", help="branch; created if it does not exist (default main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--dry-run", action="store_true", help="run all checks and list the files without uploading")
     parser.set_defaults(run=_push)
 
 
@@ -20,7 +20,7 @@ def _push(arguments: argparse.Namespace) -> None:
 
     if arguments.dry_run:
         print(describe(check_directory(arguments.directory)))
-        print(f"It opens in a process of its own; nothing was uploaded to {arguments.repo_id}.")
+        print(f"All checks passed; nothing was uploaded to {arguments.repo_id}.")
         return
     commit = push_directory(
         arguments.directory,

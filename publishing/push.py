@@ -1,4 +1,4 @@
-"""From a directory, or from a model in memory, to a repository on the Hub; always in one commit."""
+"""Pushing a checkpoint directory, or a model in memory, to the Hub in one commit."""
 
 import shutil
 import sys
@@ -13,34 +13,35 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from ..hub_card import at_repository, render_card
-from .checks import Contents, read_contents
-from .fresh_process import run_without_dsvl
+from .directory_checks import Contents, read_contents
+from .fresh_process import check_standalone
 
 CARD = "README.md"
-ADAPTERS = "adapters"  # as `dsvl train` calls their folder
-HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever the library has; no OSError if nobody answers
-# What an earlier push may have left and a new one may not bring: other shards would be loaded in the place of the new ones.
-# In the repository's first level; and adapters, which are of other weights.
+ADAPTERS = "adapters"  # directory that `dsvl train` writes
+# The base class of httpx's errors; huggingface_hub uses httpx or httpx2. A failed connection is not an OSError.
+HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]
+# Files of an earlier push that a new one deletes unless it replaces them: stale shards would be loaded instead of the new
+# weights, and adapters belong to the old ones.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*_dsvl.py", f"{ADAPTERS}/*")
 
 
 def check_directory(directory: str | Path) -> Contents:
-    """Make sure that a directory can be published, and opens in a process without this package.
+    """Check that a directory can be published, and that it loads in a process without this package.
 
     Returns:
         Its contents.
 
     Raises:
-        ValueError: listing every reason why not.
-        NotADirectoryError: if it is none.
+        ValueError: listing all faults.
+        NotADirectoryError: if it is not a directory.
     """
     contents = read_contents(directory)
     if contents.faults:
         raise ValueError(f"{directory} is not published:\n" + "\n".join(f"  - {fault}" for fault in contents.faults))
-    opened = run_without_dsvl(Path(__file__).with_name("opens_alone.py"), Path(directory), capture=True)
-    if opened.returncode != 0:
-        said = "\n".join(opened.stderr.strip().splitlines()[-8:])
-        raise ValueError(f"{directory} is not published: it does not open in a process of its own.\n{said}")
+    try:
+        check_standalone(directory)
+    except ValueError as error:
+        raise ValueError(f"{directory} is not published: {error}") from error
     return contents
 
 
@@ -56,20 +57,20 @@ def push_directory(
 ) -> CommitInfo:
     """Publish a checkpoint directory, after the checks of `check_directory`, in one commit.
 
-    Whatever was uploaded before an interruption need not be uploaded again: call it again to complete it.
+    After an interruption, call it again; files that were uploaded already are not uploaded again.
 
     Args:
         directory: a complete checkpoint.
-        repo_id: `owner/name`; made if it is not there.
-        private: make the repository private; refused for one that exists and is public.
-        revision: a branch, made if it is not there; main by default.
-        create_pr: propose the commit as a pull request.
-        token: of the Hub; the saved one by default.
-        commit_message: its title.
+        repo_id: `owner/name`; created if it does not exist.
+        private: *optional*, make the repository private; an error for an existing public repository.
+        revision: *optional*, a branch, created if it does not exist; defaults to main.
+        create_pr: open a pull request instead of committing to the branch.
+        token: of the Hub, *optional*, defaults to the saved one.
+        commit_message: title of the commit.
 
     Raises:
-        ValueError: if it must not be published, or cannot be as asked.
-        OSError: if the Hub refuses or cannot be reached, or does not hold afterwards what was pushed.
+        ValueError: if a check fails, or the arguments contradict each other or the repository.
+        OSError: if the Hub refuses or cannot be reached, or the files on the Hub are not those that were pushed.
     """
     contents = check_directory(directory)
     root = Path(directory)
@@ -80,10 +81,10 @@ def push_directory(
         files[CARD] = at_repository((root / CARD).read_text(encoding="utf-8"), repo_id).encode()
         commit = _commit(api, repo_id, files, REPLACED, revision, create_pr, commit_message)
         _verify(api, repo_id, files, commit.oid)
-    except (HTTP_ERROR, RuntimeError) as error:  # RuntimeError: what the client makes of a failed upload
+    except (HTTP_ERROR, RuntimeError) as error:  # the client raises RuntimeError for a failed upload
         raise OSError(
-            f"{repo_id} could not be pushed: {error}. If nothing is wrong with the name or your rights, run the same again: "
-            "what was uploaded is not uploaded twice."
+            f"{repo_id} could not be pushed: {error}. Check the name and your access rights, then run the same again: "
+            "files that were uploaded are not uploaded twice."
         ) from error
     return commit
 
@@ -103,7 +104,7 @@ def push_part(
 ) -> CommitInfo:
     """`push_to_hub` of a model or a processor; the arguments are transformers'.
 
-    All remote code goes along, whichever part comes first. A model brings its card, unless the repository has one.
+    All remote code is uploaded with either part, and a model card with a model, unless the repository has one.
     """
     is_model = hasattr(part, "state_dict")
     api = HfApi(token=token)
@@ -128,13 +129,13 @@ def push_part(
 def _tagged(card: str, tags: list[str]) -> str:
     if not tags:
         return card
-    made = ModelCard(card)
-    made.data["tags"] = list(dict.fromkeys([*made.data.get("tags", []), *tags]))
-    return str(made)
+    tagged = ModelCard(card)
+    tagged.data["tags"] = list(dict.fromkeys([*tagged.data.get("tags", []), *tags]))
+    return str(tagged)
 
 
 def _prepare_repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> str:
-    """Make the repository and the branch if they are not there; returns the repository's full name."""
+    """Create the repository and the branch if they do not exist; returns the repository's full name."""
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request goes to main, not to {revision}; pass create_pr or revision, not both.")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -155,11 +156,11 @@ def _commit(
     message: str,
     description: str | None = None,
 ) -> CommitInfo:
-    """Add files and delete what they replace; all of it is there afterwards, or nothing has changed."""
-    there = api.list_repo_files(repo_id, revision=revision)
+    """Add files and delete those that they replace, in one commit."""
+    existing = api.list_repo_files(repo_id, revision=revision)
     stale = [
         name
-        for name in there
+        for name in existing
         if name not in files and any(fnmatch(name, one) and name.count("/") == one.count("/") for one in replaced)
     ]
     operations: list[Any] = [
@@ -181,18 +182,18 @@ def _commit(
 
 def _verify(api: HfApi, repo_id: str, files: dict[str, Path | bytes], revision: str) -> None:
     tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
-    there = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
     expected = {
         name: content.stat().st_size if isinstance(content, Path) else len(content) for name, content in files.items()
     }
-    wrong = [name for name, size in expected.items() if there.get(name) != size]
+    wrong = [name for name, size in expected.items() if sizes.get(name) != size]
     if wrong:
         raise OSError(f"{repo_id} at {revision} does not hold {', '.join(wrong)} as pushed; push again.")
 
 
 def describe(contents: Contents) -> str:
-    """The files with their sizes, and what is left out, a line each."""
+    """List the files with their sizes, and the skipped directories, a line each."""
     lines = [f"{size:>16,}  {name}" for name, size in contents.files.items()]
     lines.append(f"{sum(contents.files.values()):>16,}  bytes in {len(contents.files)} files")
-    folders = sorted({name.partition("/")[0] for name in contents.left_out})
-    return "\n".join([*lines, *(f"{'left out':>16}  {folder}" for folder in folders)])
+    folders = sorted({name.partition("/")[0] for name in contents.skipped})
+    return "\n".join([*lines, *(f"{'skipped':>16}  {folder}" for folder in folders)])

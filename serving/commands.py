@@ -32,7 +32,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from ..chat.loading import load
+        from ..utils.model_loading import load_checkpoint
         from .app import LOOPBACK, build_app
         from .connections import UVICORN
         from .requests import Limits
@@ -50,7 +50,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         new_tokens=arguments.max_new_tokens,
         allow_urls=arguments.allow_urls,
     )
-    model, processor = load(
+    model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
     name = arguments.name or Path(arguments.model).resolve().name

@@ -1,8 +1,8 @@
-"""The part of the Hub's HTTP protocol that `huggingface_hub` uses to create, commit, list and download; in memory.
+"""An in-memory Hub that implements what `huggingface_hub` uses to create, commit, list and download.
 
-With `HF_ENDPOINT` at its address and `HF_HUB_DISABLE_XET=1` (files go by git-LFS then), the real client talks to it. Small
-and strict: a commit that names an LFS object which was never uploaded is refused, and whoever writes, or reads what is
-private, must show the token.
+The real client talks to it with `HF_ENDPOINT` set to its address and `HF_HUB_DISABLE_XET=1` (files are then uploaded by
+git-LFS); `connect` does so in this process. It refuses a commit that names an LFS object which was never uploaded, and
+writing, or reading a private repository, without the token.
 """
 
 import base64
@@ -14,6 +14,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import huggingface_hub
+import pytest
+import transformers
 
 TOKEN = "hf_" + "t" * 34
 OWNER = "me"
@@ -99,6 +103,16 @@ class Hub(ThreadingHTTPServer):
     def __exit__(self, *exception: Any) -> None:
         self.shutdown()
         self.server_close()
+
+
+def connect(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process a client of the server, with its token."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
+    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # transformers keeps a client of the first address
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -95,7 +95,7 @@ def test_alternatives_take_turns_and_the_slow_ones_leave_early(load):
         run()
         return took[said[-1]] * (1 + 0.1 * (said.count("base") % 2))  # every other round all are slower
 
-    table = measure.in_turns(alternatives, rounds=6, warm_up=2, clock=clock, budget=0.5)
+    table = measure.time_interleaved(alternatives, rounds=6, warm_up=2, clock=clock, budget=0.5)
     assert said[:3] == ["base", "slow", "fast"] and said.count("slow") == 2 + measure.LEAST_ROUNDS
     assert [figures["rounds"] for figures in table.values()] == [6, 3, 6]
     assert table["fast"]["speed_low"] == pytest.approx(2) == table["fast"]["speed_high"]
@@ -141,15 +141,15 @@ def test_the_row_of_gathered_sdpa_is_mmca(load):
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_what_does_not_fit_is_left_out_with_its_reason(load, monkeypatch):
+def test_what_does_not_fit_is_skipped_with_its_reason(load, monkeypatch):
     benchmark = load("attention")
     attention = benchmark.Attention(benchmark.Heads(2, 2, 8, 4, torch.float32), 1, 64, 4)
-    assert attention.left_out("released") is None
+    assert attention.skip_reason("released") is None
     monkeypatch.setattr(benchmark, "free_bytes", lambda: 2**18)
     table, _ = benchmark.compare(attention, ["gathered sdpa", "released"], True, {"rounds": 1, "warm_up": 0})
-    assert table["released arithmetic"]["left_out"].startswith("its matrices take 0.0 GiB, of 0.0 that are free")
+    assert table["released computation"]["skipped"].startswith("its matrices take 0.0 GiB, of 0.0 GiB free")
     assert table["mmca gathered sdpa"]["ms"] > 0
-    assert "NVIDIA GPU" in attention.left_out("fused") and "backward" in attention.left_out("flex_attention")
+    assert "NVIDIA GPU" in attention.skip_reason("fused") and "backward" in attention.skip_reason("flex_attention")
     with pytest.raises(ValueError, match="17 images of 4 tokens do not fit into 64 tokens"):
         benchmark.token_types(1, 64, 17, 4)
 
@@ -187,10 +187,10 @@ def test_attention(load, tmp_path, drawn, one_thread, capsys):
     tables = results(tmp_path / "attention.json")
     assert list(tables) == ["1x48, 0 images", "1x48, 3 images"]
     table = tables["1x48, 3 images"]["forward + backward"]
-    assert list(table) == ["causal sdpa", "mmca gathered sdpa", "released arithmetic"]
+    assert list(table) == ["causal sdpa", "mmca gathered sdpa", "released computation"]
     assert all(figures["ms"] > 0 and figures["tflop_per_s"] > 0 for figures in table.values())
     assert "forward + backward: 1 x 48 tokens, 3 images of 8 (50%), 2 heads of 8, float32" in capsys.readouterr().out
-    said = drawn("attention", "causal sdpa", "mmca gathered sdpa", "released arithmetic", "48 tokens, forward + backward")
+    said = drawn("attention", "causal sdpa", "mmca gathered sdpa", "released computation", "48 tokens, forward + backward")
     assert "decoding.json is missing, so decoding.svg is not drawn: python benchmarks/decoding.py" in said
 
 
@@ -210,15 +210,15 @@ def test_growth(load, tmp_path, drawn, one_thread, monkeypatch):
             assert all(figures["ms"] > 0 for table in tables.values() for figures in table.values())
     assert "DSVL mmca, encoded images" in sweeps["images"]["prefill"]["3"]
     assert "DSVL mmca, encoded images" not in sweeps["images"]["prefill"]["0"]
-    drawn("growth", "Llava, sdpa", "DSVL mmca, encoded images", "released arithmetic", "prefill", "in 16 tokens of text")
+    drawn("growth", "Llava, sdpa", "DSVL mmca, encoded images", "released computation", "prefill", "in 16 tokens of text")
 
 
-def test_a_way_that_grew_too_slow_is_left_out_of_larger_sizes(load):
+def test_a_way_that_grew_too_slow_is_skipped_of_larger_sizes(load):
     growth, heads = load("growth"), load("attention").Heads(2, 2, 8, 8, torch.float32)
     points = {tokens: growth.Point(1, tokens, 1) for tokens in (32, 64)}
     tables = growth.sweep_attention(points, heads, ["released"], False, {"rounds": 1, "warm_up": 0}, patience=1e-9)
-    assert "ms" in tables[32]["released arithmetic"] and "ms" in tables[64]["causal sdpa"]
-    assert tables[64]["released arithmetic"]["left_out"].startswith("one run would take about")
+    assert "ms" in tables[32]["released computation"] and "ms" in tables[64]["causal sdpa"]
+    assert tables[64]["released computation"]["skipped"].startswith("one run would take about")
     with pytest.raises(SystemExit):
         growth.main(["--values", "32"])
 
@@ -230,7 +230,7 @@ def test_training_step(load, tmp_path, drawn):
     assert list(tables) == ["plain", "checkpointing"]
     measured = [figures for figures in tables["plain"].values() if "ms" in figures]
     assert len(measured) >= 3 and len({figures["tflop_per_s"] * figures["ms"] for figures in measured}) <= 2  # rounding
-    drawn("training_step", "Llava, sdpa", "DSVL mmca, sdpa, checkpointing", "ms a step")
+    drawn("training_step", "Llava, sdpa", "DSVL mmca, sdpa, checkpointing", "ms per step")
 
 
 def test_every_training_step_that_is_measured_computes_its_models_loss(load, capsys):
@@ -271,7 +271,7 @@ def test_a_row_is_named_by_what_it_is(fine_tuning):
     assert fine_tuning.Row.parse("zero2/dsvl+compiled").compiled
     assert fine_tuning.Row.parse("checkpointing/llava").checkpoint_every == 1
     for wrong in ("zero1/llava", "llava+compiled"):
-        with pytest.raises(ValueError, match=f"'{re.escape(wrong)}' names no row"):
+        with pytest.raises(ValueError, match=f"'{re.escape(wrong)}' is not a row"):
             fine_tuning.Row.parse(wrong)
 
 
@@ -286,16 +286,16 @@ def test_liger_that_is_not_installed_is_asked_for(monkeypatch):
         use_liger(tiny_model())
 
 
-def test_every_rounds_answer_is_compared_with_the_whole_conversation_run_again(load, tmp_path, drawn):
-    flags = ["--rounds", "3", "--answer-tokens", "4", "--repeats", "2", "--out", str(tmp_path / "chat.json")]
+def test_every_turns_answer_is_compared_with_the_whole_conversation_run_again(load, tmp_path, drawn):
+    flags = ["--turns", "3", "--answer-tokens", "4", "--repeats", "2", "--out", str(tmp_path / "chat.json")]
     load("chat").main(flags)
-    rounds = results(tmp_path / "chat.json")
-    assert list(rounds) == [*(f"round {n}, with an image" for n in (1, 2, 3)), "round 4, text alone"]
-    first, *_, with_image, text = rounds.values()
+    turns = results(tmp_path / "chat.json")
+    assert list(turns) == [*(f"turn {n}, with an image" for n in (1, 2, 3)), "turn 4, text only"]
+    first, *_, with_image, text = turns.values()
     assert (first["images_encoded"], with_image["images_encoded"], text["images_encoded"]) == (1, 1, 0)
     assert first["reused"] == 0 < with_image["reused"] < with_image["tokens"] < text["reused"] + 100
-    assert all(table["same_first_token"] == 1 and table["incremental"]["ms"] > 0 for table in rounds.values())
-    drawn("chat", "run again", "incremental", "text alone")
+    assert all(table["same_first_token"] == 1 and table["incremental"]["ms"] > 0 for table in turns.values())
+    drawn("chat", "run again", "incremental", "text only")
 
 
 def test_a_prompt_over_known_images_is_compared_with_the_whole_prefill(load, tmp_path):
@@ -303,7 +303,7 @@ def test_a_prompt_over_known_images_is_compared_with_the_whole_prefill(load, tmp
     load("reuse").main(flags)
     tables = results(tmp_path / "reuse.json")
     assert tables["images"]["same_token"] and tables["image KV cache"]["speed"] > 1
-    assert tables["images"]["mib_a_image"] == 2 * 8 * 257 * 512 * 4 / 2**20
+    assert tables["images"]["mib_per_image"] == 2 * 8 * 257 * 512 * 4 / 2**20
 
 
 def test_data_loading(load, capsys):
@@ -317,7 +317,7 @@ def test_decoding(load, tmp_path, drawn, monkeypatch, uncompiled):
     flags = ["--batches", "1", "2", "--text", "8", "--new-tokens", "12", "--rounds", "1"]
     load("decoding").main([*flags, "--out", str(tmp_path / "decoding.json")])
     assert len(results(tmp_path / "decoding.json")) == 8  # two models, two caches, two batches
-    drawn("decoding", "Llava, static, compiled", "DSVL, dynamic", "tokens/s", "samples in a batch")
+    drawn("decoding", "Llava, static, compiled", "DSVL, dynamic", "tokens/s", "batch size")
 
 
 def test_nothing_to_draw_is_an_error(load, tmp_path, capsys):

@@ -12,7 +12,7 @@ from dsvl.cli import main
 from dsvl.data.mixture import load_mixture, split
 from dsvl.hub_card import TrainingFacts, at_repository, render_card
 from dsvl.hub_card.base_models import BaseModel, inherited_license, read_base_models
-from dsvl.publishing.checks import read_contents
+from dsvl.publishing.directory_checks import read_contents
 from dsvl.training.facts import data_counts, read_emissions
 
 FACTS = TrainingFacts(
@@ -55,7 +55,7 @@ def test_a_composed_model(config):
         "base_model_relation": "merge",
     }
     assert "**The projector is untrained.**" in card.text and "## Training" not in card.text
-    assert "Made of openai/clip-vit-large-patch14 and Qwen/Qwen3-0.6B." in card.text
+    assert "Based on openai/clip-vit-large-patch14 and Qwen/Qwen3-0.6B." in card.text
 
 
 def test_a_fine_tuned_model(config):
@@ -105,7 +105,7 @@ def test_a_lora_model_from_the_command(tmp_path, monkeypatch):
     assert main(list(map(str, argv))) == 0
     contents = read_contents(tmp_path / "run")
     assert contents.faults == [] and "adapters/adapter_model.safetensors" in contents.files
-    assert {name.partition("/")[0] for name in contents.left_out} >= {"checkpoint-2", "emissions.csv"}
+    assert {name.partition("/")[0] for name in contents.skipped} >= {"checkpoint-2", "emissions.csv"}
     card = ModelCard.load(tmp_path / "run" / "README.md")
     settings = table(card, "| | |")
     assert settings["adapters"] == "LoRA, rank 2, alpha 4" and settings["hardware"].startswith("1 process on CPU")
@@ -123,7 +123,7 @@ def test_a_migrated_model(tmp_path):
     )
     card = ModelCard.load(saved / "README.md")
     assert note in card.text and "untrained" not in card.text and card.data.base_model_relation == "finetune"
-    assert "image softmax is uniform over what is left" in card.text
+    assert "softmax over images is uniform and includes later images" in card.text
     assert read_contents(saved).faults == []
 
 
@@ -202,12 +202,12 @@ def base_on_disk(folder, license, model_type="llama", **metadata):
 def test_a_licence_that_travels_along_is_a_warning(config, tmp_path, license, asks):
     card = ModelCard(render_card(config, [base_on_disk(tmp_path / "base", license)]))
     assert card.data.license == license
-    assert "**A licence of the base models travels along.**" in card.text and asks in card.text
+    assert "**The licence of a base model applies to this model.**" in card.text and asks in card.text
 
 
 def test_what_is_not_known_is_said(config):
     card = ModelCard(render_card(config, ["a/never-downloaded"]))
-    assert card.data.license is None and "the licence of a/never-downloaded was not known" in card.text
+    assert card.data.license is None and "The licence of a/never-downloaded was not known" in card.text
 
 
 def test_origin_and_licence_go_on_from_composing_to_fine_tuning(config, tmp_path):
@@ -223,10 +223,10 @@ def test_the_cache_of_the_hub_is_read(tmp_path, monkeypatch):
     assert read_base_models(["a/b"]) == [BaseModel("a/b", "llama2")]
 
 
-def test_a_broken_card_of_a_base_model_is_passed_over_with_a_warning(tmp_path, caplog):
+def test_a_broken_card_of_a_base_model_is_skipped_with_a_warning(tmp_path, caplog):
     (tmp_path / "README.md").write_text("---\na: [\n---\n")
     assert read_base_models([str(tmp_path)]) == [BaseModel(None)]
-    assert "its licence is taken for unknown" in caplog.text
+    assert "its licence counts as unknown" in caplog.text
 
 
 # -- facts -------------------------------------------------------------------------------------------------------------

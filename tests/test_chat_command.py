@@ -17,9 +17,9 @@ from torch import nn
 from training_runs import make_checkpoint
 
 from dsvl.chat import DSVLChat
-from dsvl.chat.loading import load
 from dsvl.chat.terminal import Terminal, dropped_images, line_reader, printable
 from dsvl.cli import main
+from dsvl.utils.model_loading import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def talk(checkpoint, capsys):
     """Type lines; gives what was printed and the conversation."""
-    model, processor = load(str(checkpoint), device="cpu")
+    model, processor = load_checkpoint(str(checkpoint), device="cpu")
     capsys.readouterr()
 
     def run(*lines: str, **options: object) -> tuple[str, str, DSVLChat]:
@@ -251,7 +251,7 @@ def test_flags_reach_the_model(checkpoint, folder, monkeypatch, capsys, flags, d
 def test_a_quantized_decoder_answers(tmp_path, kind, package, made_of):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}")
     checkpoint = make_checkpoint(tmp_path, intermediate_size=128)  # whole blocks of 64
-    model, processor = load(str(checkpoint), device="cpu", quantization=kind)
+    model, processor = load_checkpoint(str(checkpoint), device="cpu", quantization=kind)
     weights = [module.weight for module in model.model.language_model.layers.modules() if isinstance(module, nn.Linear)]
     assert {type(weight).__name__ for weight in weights} == {made_of}
     others = [model.model.vision_tower, model.model.multi_modal_projector, model.lm_head]

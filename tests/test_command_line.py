@@ -17,10 +17,10 @@ from conftest import save_tiny_llama
 from training_runs import environment, make_checkpoint, make_conversations
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, cli
-from dsvl.chat.loading import load
 from dsvl.training.arguments import DataArguments, DSVLTrainingArguments, ModelArguments
 from dsvl.training.help import GROUPS, TrainParser
 from dsvl.utils.local_paths import looks_like_path
+from dsvl.utils.model_loading import load_checkpoint
 
 # What the console script does, whatever of the package is installed.
 SCRIPT = f"""
@@ -200,7 +200,7 @@ def test_a_path_that_does_not_exist_is_not_looked_for_elsewhere(
 
 def test_a_loader_says_so_as_well(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing does not exist"):
-        load(str(tmp_path / "missing"))
+        load_checkpoint(str(tmp_path / "missing"))
 
 
 def test_a_package_that_is_missing_names_the_extra(capsys: Any, checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -288,9 +288,9 @@ def _interrupted(process: "subprocess.Popen[str]", after: str | float) -> str:
     [
         ("train", "| loss ", "kept"),
         ("train", 1.5, "kept"),
-        ("evaluate", 1.5, "kept; the same command goes on from there"),
-        ("compose", 1.5, "Nothing was written; the same command starts over"),
-        ("data", 4.0, "What was converted is kept; the same command goes on from there"),
+        ("evaluate", 1.5, "kept; run the same command to resume"),
+        ("compose", 1.5, "Nothing was written; run the same command to start again"),
+        ("data", 4.0, "Converted data is kept; run the same command to resume"),
     ],
 )
 def test_ctrl_c_is_one_line(checkpoint: Path, tmp_path: Path, command: str, after: str | float, kept: str) -> None:

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from dsvl import ImageKVCache
 from dsvl.cli import main
-from dsvl.evaluation.answers import AnswerFile
-from dsvl.evaluation.records import Record, read_records
+from dsvl.evaluation.answer_file import AnswerFile
+from dsvl.evaluation.answer_records import AnswerRecord, read_records
 from dsvl.migration import migrate_checkpoint, migrate_qwen_tower
-from dsvl.migration.reading import read_tensors, weight_files
+from dsvl.migration.read_weights import read_tensors, weight_files
 from dsvl.training.checkpoints import MARKER, last_complete_checkpoint, mark_complete, what_is_missing
 
 
@@ -141,7 +141,7 @@ def test_a_marker_that_is_none_makes_no_checkpoint(tmp_path: Path, content: str)
 
 # -- answers ---------------------------------------------------------------------------------------------------------------
 
-RECORD = Record("a", 0, "What?", ["x.png"], "A dog.", ["a dog"], {"exact_match": 1.0}, "m")
+RECORD = AnswerRecord("a", 0, "What?", ["x.png"], "A dog.", ["a dog"], {"exact_match": 1.0}, "m")
 
 
 def line(**changes: Any) -> str:
@@ -151,28 +151,28 @@ def line(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
-        (line(answer="A cat."), "line 3 answers conversation 'a', round 0, as line 1 does"),
-        (RECORD.line(), "line 3 answers conversation 'a', round 0, as line 1 does"),
-        (line(round=1, scores={"exact_match": float("nan")}), "line 3: the score 'exact_match' is nan"),
-        (line(round=1, scores={"exact_match": float("inf")}), "line 3: the score 'exact_match' is inf"),
-        (line(round=1, scores={"exact_match": "x"}), "line 3: the score 'exact_match' is 'x'"),
-        (line(round=1, scores={"exact_match": True}), "line 3: the score 'exact_match' is True"),
-        (line(round=1, scores=[1]), "line 3 is no answer: its scores are"),
-        (line(id=5), "line 3 is no answer: its id is 5; expected a text"),
-        (line(id=["a"]), "line 3 is no answer: its id is"),
-        (line(id=None), "line 3 is no answer: its id is None"),
-        (line(round="1"), "line 3 is no answer: its round is '1'"),
-        (line(round=-1), "line 3 is no answer: its round is -1"),
-        (line(round=1.0), "line 3 is no answer: its round is 1.0"),
-        (line(round=True), "line 3 is no answer: its round is True"),
-        (line(round=1, images="x.png"), "line 3 is no answer: its images are"),
-        (line(round=1, references=[1]), "line 3 is no answer: its references are"),
-        (line(round=1, answer=None), "line 3 is no answer: its answer is None"),
-        (line(round=1, id="x" * 10_000, answer=5), "line 3 is no answer: its answer is 5"),
-        ("[" * 100_000, "line 3 is no JSON"),
-        ("\udcff", "line 3 is no JSON"),
-        ("5", "line 3 is no answer"),
-        (line(more=1), "line 3 is no answer"),
+        (line(answer="A cat."), "line 3 answers conversation 'a', turn 0, as line 1 does"),
+        (RECORD.line(), "line 3 answers conversation 'a', turn 0, as line 1 does"),
+        (line(turn=1, scores={"exact_match": float("nan")}), "line 3: the score 'exact_match' is nan"),
+        (line(turn=1, scores={"exact_match": float("inf")}), "line 3: the score 'exact_match' is inf"),
+        (line(turn=1, scores={"exact_match": "x"}), "line 3: the score 'exact_match' is 'x'"),
+        (line(turn=1, scores={"exact_match": True}), "line 3: the score 'exact_match' is True"),
+        (line(turn=1, scores=[1]), "line 3 is not an answer record: its scores are"),
+        (line(id=5), "line 3 is not an answer record: its id is 5; expected a string"),
+        (line(id=["a"]), "line 3 is not an answer record: its id is"),
+        (line(id=None), "line 3 is not an answer record: its id is None"),
+        (line(turn="1"), "line 3 is not an answer record: its turn is '1'"),
+        (line(turn=-1), "line 3 is not an answer record: its turn is -1"),
+        (line(turn=1.0), "line 3 is not an answer record: its turn is 1.0"),
+        (line(turn=True), "line 3 is not an answer record: its turn is True"),
+        (line(turn=1, images="x.png"), "line 3 is not an answer record: its images are"),
+        (line(turn=1, references=[1]), "line 3 is not an answer record: its references are"),
+        (line(turn=1, answer=None), "line 3 is not an answer record: its answer is None"),
+        (line(turn=1, id="x" * 10_000, answer=5), "line 3 is not an answer record: its answer is 5"),
+        ("[" * 100_000, "line 3 is not JSON"),
+        ("\udcff", "line 3 is not JSON"),
+        ("5", "line 3 is not an answer record"),
+        (line(more=1), "line 3 is not an answer record"),
     ],
 )
 def test_answers_that_are_none_are_named_by_their_line(tmp_path: Path, capsys: Any, broken: str, words: str) -> None:
@@ -190,8 +190,8 @@ def test_answers_to_what_is_not_asked_are_named(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     with contextlib.closing(AnswerFile(path, header)._file):
         pass
-    path.write_text(f"{RECORD.line()}\n{line(round=1)}\n{line(id='b')}\n")
-    for rounds, words in (({"a": 2}, "line 3 answers conversation 'b'"), ({"a": 1, "b": 1}, "line 2 .* round 1")):
+    path.write_text(f"{RECORD.line()}\n{line(turn=1)}\n{line(id='b')}\n")
+    for rounds, words in (({"a": 2}, "line 3 answers conversation 'b'"), ({"a": 1, "b": 1}, "line 2 .* turn 1")):
         file = AnswerFile(path, header)
         with contextlib.closing(file._file), pytest.raises(ValueError, match=words):
             file.check_conversations(rounds)
@@ -206,5 +206,5 @@ def test_a_summary_that_is_none_is_named(tmp_path: Path, summary: str) -> None:
     path.write_text(RECORD.line() + "\n")
     path.with_suffix(".summary.json").write_text(summary)
     header = {"model": "m", "data": "d", "options": {}, "fingerprint": {"model": "1", "data": "2"}}
-    with pytest.raises(ValueError, match=r"answers\.summary\.json does not say to what"):
+    with pytest.raises(ValueError, match=r"answers\.summary\.json does not say of which run"):
         AnswerFile(path, header)

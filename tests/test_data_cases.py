@@ -96,7 +96,7 @@ def test_a_format_is_loaded_with_its_image(processor, monkeypatch, tmp_path, nam
         assert pixels[0, 0].argmax() == 2  # the blue one
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.5)  # of 5 seconds for each Parquet file
     assert trained_on(processor, list(Stream(CASES / name).epoch(0))) == (1, 1, ["A cup.</s>"])
-    (one,) = Questions(CASES / name)[0].rounds
+    (one,) = Questions(CASES / name)[0].turns
     assert one.references == ["A cup."] and len(one.images) == 1
 
 
@@ -113,7 +113,7 @@ def test_an_answer_of_weight_0_is_read_but_not_trained_on(processor, capsys):
     packs = PackedConversations(load_conversations(CASES / "weight.jsonl"), lambda sample: 5, 400)
     packed = ConversationCollator(processor, 400)([packs[0]])
     assert processor.tokenizer.decode(packed["labels"][packed["labels"] != -100]) == "good</s>"
-    assert [one.references for one in Questions(CASES / "weight.jsonl")[0].rounds] == [[], ["good"]]
+    assert [one.references for one in Questions(CASES / "weight.jsonl")[0].turns] == [[], ["good"]]
     assert main(["data", "show", str(CASES / "weight.jsonl")]) == 0
     shown = capsys.readouterr().out
     assert "«good</s>»" in shown and "«WRONG" not in shown and "WRONG ANSWER" in shown

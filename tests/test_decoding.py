@@ -11,7 +11,7 @@ from transformers import CompileConfig, StaticCache, StopStringCriteria, TextStr
 from dsvl import DSVLForConditionalGeneration
 from dsvl.acceleration import decoding_loop
 from dsvl.cache_dsvl import cached_types
-from dsvl.composition.quantization import quantization_config
+from dsvl.utils.quantization import quantization_config
 
 LAYOUTS = ("ttItttIIttttttIttt", "tttItt", "tttt")
 

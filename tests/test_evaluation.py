@@ -17,19 +17,19 @@ from transformers import GenerationConfig
 
 from dsvl import DSVLForConditionalGeneration
 from dsvl.chat import DSVLChat
-from dsvl.chat.loading import load
 from dsvl.cli import main
-from dsvl.evaluation.asking import GREEDY, ask
+from dsvl.evaluation.answer_records import read_records
+from dsvl.evaluation.generate_answers import GREEDY, generate_answers
 from dsvl.evaluation.questions import Questions
-from dsvl.evaluation.records import read_records
 from dsvl.utils import image_loading
+from dsvl.utils.model_loading import load_checkpoint
 
 NEW = ["--max-new-tokens", "6"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint, and conversations of one to three rounds with no, one and two images."""
+    """A checkpoint, and conversations of one to three turns with no, one and two images."""
     folder = tmp_path_factory.mktemp("evaluation")
     # Far from uniform attention, so that answers depend on what is asked.
     make_checkpoint(folder, max_position_embeddings=512, initializer_range=0.3)
@@ -74,11 +74,11 @@ def calls(monkeypatch):
 
 
 def answers(records):
-    return {(record.id, record.round): record.answer for record in records}
+    return {(record.id, record.turn): record.answer for record in records}
 
 
 def double(folder):
-    model, processor = load(str(folder / "model"), device="cpu")
+    model, processor = load_checkpoint(str(folder / "model"), device="cpu")
     return model.double(), processor
 
 
@@ -88,38 +88,38 @@ def double(folder):
 @pytest.mark.parametrize("batch_size", ["1", "4", "64"])
 def test_a_batchs_answers_are_those_of_each_conversation_held_alone(folder, evaluate, monkeypatch, batch_size):
     model, processor = double(folder)
-    monkeypatch.setattr("dsvl.chat.loading.load", lambda *args: (model, processor))
+    monkeypatch.setattr("dsvl.utils.model_loading.load_checkpoint", lambda *args: (model, processor))
     records, summary = evaluate("--batch-size", batch_size)
     said = answers(records)
     kinds = set()
     for conversation in Questions(folder / "data.jsonl"):
         chat = DSVLChat(model, processor, max_new_tokens=6)
-        for place, one in enumerate(conversation.rounds):
+        for place, one in enumerate(conversation.turns):
             assert said.pop((conversation.id, place)) == chat.ask(one.question, one.images)
             kinds.add((place, len(conversation.images)))
     assert not said and len(kinds) > 5 and len({record.answer for record in records}) > len(records) / 2
-    assert summary["counts"]["answered"] == summary["counts"]["rounds"] == len(records)
+    assert summary["counts"]["answered"] == summary["counts"]["turns"] == len(records)
 
 
 def test_given_answers_are_what_follow_ups_are_asked_after(folder, evaluate, monkeypatch, calls):
     model, processor = double(folder)
-    monkeypatch.setattr("dsvl.chat.loading.load", lambda *args: (model, processor))
+    monkeypatch.setattr("dsvl.utils.model_loading.load_checkpoint", lambda *args: (model, processor))
     records, _ = evaluate("--given-answers", "--batch-size", "8")
-    assert calls == [8] * (len(records) // 8) + [len(records) % 8]  # no round waits for another
+    assert calls == [8] * (len(records) // 8) + [len(records) % 8]  # no turn waits for another
     said = answers(records)
     own = answers(evaluate(out="own.jsonl")[0])
     assert said != own and all(said[place] == own[place] for place in said if place[1] == 0)
     for conversation in Questions(folder / "data.jsonl"):
         messages: list[Any] = []
-        for place, one in enumerate(conversation.rounds):
-            (answer,) = ask(model, processor, [messages + one.messages], 6)
+        for place, one in enumerate(conversation.turns):
+            (answer,) = generate_answers(model, processor, [messages + one.messages], 6)
             assert said[conversation.id, place] == answer.text
             messages += [*one.messages, one.answer]
 
 
-def test_rounds_of_like_depth_are_asked_together(folder, evaluate, calls):
+def test_turns_of_like_depth_are_asked_together(folder, evaluate, calls):
     records, _ = evaluate("--batch-size", "64")
-    depths = [sum(record.round == place for record in records) for place in range(3)]
+    depths = [sum(record.turn == place for record in records) for place in range(3)]
     assert calls == depths and min(depths) > 0
 
 
@@ -177,7 +177,7 @@ def test_what_is_sampled_depends_on_the_seed(evaluate):
 
 
 def test_answers_are_scored_and_come_in_the_datas_order(folder, evaluate, tmp_path, capsys):
-    first = {answer.id: answer.answer for answer in evaluate()[0] if answer.round == 0}
+    first = {answer.id: answer.answer for answer in evaluate()[0] if answer.turn == 0}
     samples = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     for number, sample in enumerate(samples):
         sample["id"] = f"c{number}"
@@ -193,7 +193,7 @@ def test_answers_are_scored_and_come_in_the_datas_order(folder, evaluate, tmp_pa
     assert [record.scores.get("exact_match") for record in records] == [1, 1, 1, 0, 0, 0, None, None, None]
     assert [record.scores.get("vqa_accuracy") for record in records[:5]] == [pytest.approx(0.25)] * 3 + [0, None]
     assert summary["scores"]["exact_match"] == 0.5 and summary["scores"]["vqa_accuracy"] == pytest.approx(3 * 0.25 / 4)
-    assert summary["counts"] | {"answered": 9, "rounds": 9, "conversations": 9} == summary["counts"]
+    assert summary["counts"] | {"answered": 9, "turns": 9, "conversations": 9} == summary["counts"]
     assert summary["model"] == str(folder / "model") and summary["data"] == str(folder / "named.jsonl")
     assert summary["options"] == {
         "do_sample": False,
@@ -215,7 +215,7 @@ def test_answers_are_scored_and_come_in_the_datas_order(folder, evaluate, tmp_pa
 def test_a_table_and_a_page_are_written_as_well(folder, evaluate, tmp_path):
     records, _ = evaluate("--csv", str(tmp_path / "table.csv"), "--html", str(tmp_path / "page.html"))
     table = (tmp_path / "table.csv").read_text(encoding="utf-8-sig").splitlines()
-    assert table[0].startswith("id,round,model") and len(table) > len(records)
+    assert table[0].startswith("id,turn,model") and len(table) > len(records)
     page = (tmp_path / "page.html").read_text()
     assert "<title>model: answers to data.jsonl</title>" in page
     shown = re.findall(r'<h2 dir="auto">(.*?)</h2>', page)
@@ -272,7 +272,7 @@ def test_a_broken_image_costs_its_own_conversation_alone(folder, evaluate, capsy
             wrong
         )
         out, err = capsys.readouterr()
-        assert "3 of 9 conversations left out for images that" in out
+        assert "3 of 9 conversations skipped for images that" in out
         if "--given-answers" not in flags:
             assert answers(records) == {place: answer for place, answer in whole.items() if place[0] not in wrong}
 
@@ -287,20 +287,20 @@ def test_addresses_are_fetched_if_that_is_asked_for(folder, evaluate, monkeypatc
 
     monkeypatch.setattr(image_loading, "fetch_url", fetch)
     (folder / "address.json").write_text(json.dumps({"cup": [["What?", address], ["And?"]]}))
-    with pytest.raises(ValueError, match=f"conversation 'cup' has the address of an image, {address}; pass --allow-urls"):
+    with pytest.raises(ValueError, match=f"conversation 'cup' has an image with the URL {address}; pass --allow-urls"):
         evaluate(data="address.json")
     assert not fetched
     records, _ = evaluate("--allow-urls", data="address.json")
     assert fetched == [address] and [record.images for record in records] == [[address], []]
 
 
-def test_rounds_without_room_in_the_context_are_not_asked(folder, evaluate, capsys):
+def test_turns_without_room_in_the_context_are_not_asked(folder, evaluate, capsys):
     long = "red cup " * 200
     (folder / "long.json").write_text(json.dumps({"long": [["What?"], [long], ["And?"]], "short": [["What?"], ["And?"]]}))
     records, summary = evaluate(data="long.json")
-    assert [(record.id, record.round) for record in records] == [("long", 0), ("short", 0), ("short", 1)]
-    assert summary["counts"]["rounds_too_long"] == 2 and summary["counts"]["rounds"] == 5
-    assert "2 of 5 questions left out: no room in the context" in capsys.readouterr().out
+    assert [(record.id, record.turn) for record in records] == [("long", 0), ("short", 0), ("short", 1)]
+    assert summary["counts"]["turns_too_long"] == 2 and summary["counts"]["turns"] == 5
+    assert "2 of 5 questions skipped: they exceed the context length" in capsys.readouterr().out
 
 
 def test_nothing_answered_is_a_failure(folder, evaluate, monkeypatch):
@@ -315,7 +315,7 @@ def test_nothing_answered_is_a_failure(folder, evaluate, monkeypatch):
 
 def test_given_answers_must_be_there(folder, evaluate):
     (folder / "two.json").write_text(json.dumps({"cup": [["What?"], ["And?"]]}))
-    with pytest.raises(ValueError, match="round 0 of conversation 'cup' has no answer to go on from"):
+    with pytest.raises(ValueError, match="turn 0 of conversation 'cup' has no answer"):
         evaluate("--given-answers", data="two.json")
 
 
@@ -351,7 +351,7 @@ def test_half_a_line_at_the_end_is_asked_again(evaluate, calls, tmp_path, caplog
         (tmp_path / "answers.jsonl").write_bytes(whole[:-cut])
         evaluate()
         assert calls == [1] and (tmp_path / "answers.jsonl").read_bytes() == whole
-        assert "ends in the middle of a line" in caplog.text
+        assert "ends in an incomplete line" in caplog.text
 
 
 KILLED = """
@@ -390,7 +390,7 @@ def test_answers_to_something_else_are_not_gone_on_from(folder, evaluate, tmp_pa
     before = (tmp_path / "answers.jsonl").read_bytes()
     data = (folder / "data.jsonl").read_text()
     (folder / "other.jsonl").write_text(data.replace("red", "pink"))
-    model, processor = load(str(folder / "model"), device="cpu")
+    model, processor = load_checkpoint(str(folder / "model"), device="cpu")
     with torch.no_grad():
         model.lm_head.weight[7, 7] += 1
     model.save_pretrained(folder / "other")
@@ -409,17 +409,17 @@ def test_answers_to_something_else_are_not_gone_on_from(folder, evaluate, tmp_pa
         with pytest.raises(ValueError, match=message):
             evaluate(*flags)
     (tmp_path / "answers.summary.json").unlink()
-    with pytest.raises(ValueError, match="does not say to what"):
+    with pytest.raises(ValueError, match="does not say of which run"):
         evaluate()
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
 def test_who_stops_a_run_is_told_how_to_go_on(evaluate, calls):
     calls.limit, calls.error = 2, KeyboardInterrupt
-    with pytest.raises(ValueError, match="answers.jsonl holds 6 answers; the same command goes on from there"):
+    with pytest.raises(ValueError, match="answers.jsonl holds 6 answers; run the same command to resume"):
         evaluate("--batch-size", "3")
     calls.error = torch.OutOfMemoryError
-    with pytest.raises(ValueError, match="out of memory .not today.; .* a --batch-size below 3 goes on from 6 answers"):
+    with pytest.raises(ValueError, match="out of memory .not today.; .* a --batch-size below 3 to resume from 6 answers"):
         evaluate("--batch-size", "3")
 
 
@@ -437,7 +437,7 @@ def test_another_batch_size_may_go_on(evaluate, calls):
     [
         (["--batch-size", "0"], "--batch-size is 0; pass 1 or more"),
         (["--num-beams", "0"], "--num-beams is 0"),
-        (["--max-new-tokens", "512"], "the context holds 512 tokens"),
+        (["--max-new-tokens", "512"], "the context length is 512"),
     ],
 )
 def test_wrong_options_are_named(evaluate, flags, message):

@@ -39,10 +39,10 @@ def test_answers_are_references_and_the_last_question_may_have_none(folder):
     path = write(folder / "data.jsonl", {"messages": messages})
     (found,) = Questions(path)
     assert found.id == "0" and found.system == [system]
-    assert [one.question for one in found.rounds] == ["What?", "And?", "Why?"]
-    assert [one.references for one in found.rounds] == [["A cup."], ["Two dogs"], []]
-    assert [one.images for one in found.rounds] == [[str(folder / "images/one.png")], [], []]
-    assert found.rounds[0].answer == CUP and found.rounds[2].answer is None
+    assert [one.question for one in found.turns] == ["What?", "And?", "Why?"]
+    assert [one.references for one in found.turns] == [["A cup."], ["Two dogs"], []]
+    assert [one.images for one in found.turns] == [[str(folder / "images/one.png")], [], []]
+    assert found.turns[0].answer == CUP and found.turns[2].answer is None
     with pytest.raises(ValueError, match="the last message is the user's"):  # there is nothing to learn
         load_conversations(path)
 
@@ -50,20 +50,20 @@ def test_answers_are_references_and_the_last_question_may_have_none(folder):
 def test_several_references_count_instead_of_the_answer(folder):
     answer = CUP | {"references": ["cup", "mug"]}
     write(folder / "data.jsonl", {"messages": [user("What?"), answer]})
-    (one,) = Questions(folder / "data.jsonl")[0].rounds
+    (one,) = Questions(folder / "data.jsonl")[0].turns
     assert one.references == ["cup", "mug"] and one.answer == CUP
     for wrong in ("cup", [], [1]):
         write(folder / "data.jsonl", {"messages": [user("What?"), CUP | {"references": wrong}]})
-        with pytest.raises(ValueError, match="conversation 0: references are .*; expected a list of texts"):
+        with pytest.raises(ValueError, match="conversation 0: references are .*; expected a list of strings"):
             Questions(folder / "data.jsonl")
 
 
 def test_messages_of_a_user_in_a_row_are_one_question(folder):
     write(folder / "data.jsonl", {"messages": [user("Look.", "images/one.png"), user("What?", "images/two.png"), CUP]})
-    (one,) = Questions(folder / "data.jsonl")[0].rounds
+    (one,) = Questions(folder / "data.jsonl")[0].turns
     assert one.question == "Look.\nWhat?" and len(one.messages) == len(one.images) == 2
     write(folder / "data.jsonl", {"messages": [user("What?"), CUP, CUP]})
-    with pytest.raises(ValueError, match="two answers follow each other"):
+    with pytest.raises(ValueError, match="an answer follows another answer"):
         Questions(folder / "data.jsonl")
 
 
@@ -83,7 +83,7 @@ def test_conversations_have_names_of_their_own(folder, caplog):
     write(path, *samples, {"messages": [CUP]})
     with caplog.at_level(logging.WARNING):
         found = Questions(path, on_bad_sample="skip")
-    assert [one.id for one in found] == ["cup", "7", "3"] and found.left_out == 2 and len(found) == 3
+    assert [one.id for one in found] == ["cup", "7", "3"] and found.skipped == 2 and len(found) == 3
     assert "two conversations have the id" in caplog.text
 
 
@@ -102,7 +102,7 @@ def test_every_source_of_a_image_is_a_path_an_address_or_bytes(folder):
     paths = [str(folder / f"images/{name}.png") for name in ("two", "one")]
     assert found.images == ["https://example.org/cup.png", data, data, data, *paths]
     broken = {"messages": [{"role": "user", "content": [{"type": "image", "base64": "§"}]}]}
-    with pytest.raises(ValueError, match="base64 is broken"):
+    with pytest.raises(ValueError, match="is not valid base64"):
         Questions(write(folder / "data.jsonl", broken))
 
 
@@ -132,7 +132,7 @@ def test_tables_hold_names_references_and_images(folder):
     table.save_to_disk(folder / "data")
     for path in (folder / "data.parquet", folder / "data"):
         (found,) = Questions(path)
-        assert found.id == "cup" and found.rounds[0].references == ["cup"] * 10
+        assert found.id == "cup" and found.turns[0].references == ["cup"] * 10
         assert isinstance(found.images[0], bytes)
         assert load_conversations(path)[0]["messages"][1]["content"] == [{"type": "text", "text": "A cup."}]
 
@@ -174,11 +174,11 @@ def test_the_originals_files_are_read_as_they_are(folder, monkeypatch):
     path.write_text(json.dumps(written, indent=2))
     cups, spaces, text, missing = Questions(path)
     assert [found.id for found in (cups, spaces, text, missing)] == list(written)
-    assert [one_.question for one_ in cups.rounds] == ["What?", "And now?", "This?"]
-    assert [one_.images for one_ in cups.rounds] == [[one, two], [], [one]]
-    assert [one_.images for one_ in spaces.rounds] == [[three], [three, one]]
+    assert [one_.question for one_ in cups.turns] == ["What?", "And now?", "This?"]
+    assert [one_.images for one_ in cups.turns] == [[one, two], [], [one]]
+    assert [one_.images for one_ in spaces.turns] == [[three], [three, one]]
     assert text.images == [] and missing.images == [str(folder / "images/nowhere.png")]
-    assert all(one_.references == [] and one_.answer is None for one_ in cups.rounds)
+    assert all(one_.references == [] and one_.answer is None for one_ in cups.turns)
 
 
 def test_images_beside_the_originals_file_come_first(folder, monkeypatch):
@@ -192,11 +192,11 @@ def test_images_beside_the_originals_file_come_first(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"cup": []}', "'cup': expected a list of rounds"),
-        ('{"mesages": [{"role": "user", "content": "What?"}]}', "'mesages', round 0: expected .question"),
-        ('{"cup": [["What?", "a.png", "A cup."]]}', "'cup', round 0: expected .question"),
-        ('{"cup": [["What?"], [3]]}', "'cup', round 1: expected .question"),
-        ('{"cup": [["What?"]], "cup": [["Why?"]]}', "'cup' is there twice"),
+        ('{"cup": []}', "'cup': expected a list of turns"),
+        ('{"mesages": [{"role": "user", "content": "What?"}]}', "'mesages', turn 0: expected .question"),
+        ('{"cup": [["What?", "a.png", "A cup."]]}', "'cup', turn 0: expected .question"),
+        ('{"cup": [["What?"], [3]]}', "'cup', turn 1: expected .question"),
+        ('{"cup": [["What?"]], "cup": [["Why?"]]}', "'cup' is used twice"),
     ],
 )
 def test_what_is_none_of_the_originals_files_is_named(tmp_path, text, message):

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer, DynamicCache
 
 from dsvl import DSVLForConditionalGeneration, DSVLProcessor, DSVLQwenVisionModel
 from dsvl.cli import main
-from dsvl.migration import migrate_checkpoint, migrate_qwen_tower, reading
+from dsvl.migration import migrate_checkpoint, migrate_qwen_tower, read_weights
 
 B, C, D, E, G = "B_baseline_mmca_on", "C_vit_mmca_on", "D_perceiver_mmca_on", "E_qwen_mmca_on", "G_lora"
 TABLE = "vis_encoder.vision_model.embeddings.position_embedding.weight"
@@ -44,15 +44,15 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 def test_every_tensor_is_accounted_for(name, tmp_path):
     weights = ReferenceCase(name).weights
     report = migrate(tmp_path, name)
-    assert set(report.taken) | set(report.passed_over) == set(weights) and not set(report.taken) & set(report.passed_over)
-    assert report.passed_over == {
-        "lang_decoder.model.embed_tokens.weight": "the frozen table that lang_embed was trained from"
+    assert set(report.taken) | set(report.unused) == set(weights) and not set(report.taken) & set(report.unused)
+    assert report.unused == {
+        "lang_decoder.model.embed_tokens.weight": "the frozen copy of the embedding table; lang_embed is the trained one"
     }
     ours = tensors(tmp_path / "out")
     assert {name for names in report.taken.values() for name in names if "(LoRA)" not in name} == set(ours)
     assert ours[EMBEDDINGS].equal(weights["lang_embed.weight"])
     assert sum(t.numel() for t in ours.values()) == sum(
-        t.numel() for n, t in weights.items() if "lora_" not in n and n not in report.passed_over
+        t.numel() for n, t in weights.items() if "lora_" not in n and n not in report.unused
     )
 
 
@@ -63,14 +63,14 @@ def test_the_command_reports_them(tmp_path, capsys):
     assert main([*command, "--vision", str(vision), "--language", str(language), "--projector", "baseline"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(
-        "out: 115 tensors taken, 1 passed over, 0 filled in; LoRA: 21 layers, not fused in the file, merged"
+        "out: 115 tensors converted, 1 unused, 0 filled in; LoRA: 21 layers, not fused in the file, merged"
     )
     assert (
-        "  taken          3 x lang_decoder.model.layers.N.mlp.up_proj.lora_left_weight -> "
+        "  converted    3 x lang_decoder.model.layers.N.mlp.up_proj.lora_left_weight -> "
         "model.language_model.layers.N.mlp.up_proj (LoRA)" in lines
     )
-    assert "  taken          1 x lang_embed.weight -> model.language_model.embed_tokens.weight" in lines
-    assert sum(int(line.split()[1]) for line in lines if line.startswith("  taken")) == 115
+    assert "  converted    1 x lang_embed.weight -> model.language_model.embed_tokens.weight" in lines
+    assert sum(int(line.split()[1]) for line in lines if line.startswith("  converted")) == 115
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["multimodal_attention"], config["reversed_images"]) == ("causal", True)
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
@@ -102,7 +102,7 @@ def test_what_zero_3_leaves_out_and_what_others_save_besides_changes_nothing(tmp
         "lang_decoder.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
     }
     report = migrate(tmp_path, B, weights | extra)
-    assert all(report.passed_over[name] == "a table that is computed" for name in extra)
+    assert all(report.unused[name] == "a buffer that is computed" for name in extra)
     expected = tensors(migrated(B, True))
     assert all(tensor.equal(expected[name]) for name, tensor in tensors(tmp_path / "out").items())
 
@@ -112,7 +112,7 @@ def test_missing_position_tables_are_filled_in(tmp_path):
     weights = {n: t for n, t in case.weights.items() if n not in (TABLE, "projection.pos_embed")}
     report = migrate(tmp_path, D, weights)
     assert report.filled == {
-        "model.multi_modal_projector.position_embedding": "sines and cosines, as it begins",
+        "model.multi_modal_projector.position_embedding": "sine-cosine positions, its initial value",
         "model.vision_tower.embeddings.position_embedding.weight": f"from --vision {parts_of(D)[0]}",
     }
     ours = tensors(tmp_path / "out")
@@ -133,7 +133,7 @@ def test_a_tied_head_that_zero_3_left_out_is_the_frozen_table(tmp_path):
     torch.save(weights, tmp_path / "pytorch_model.bin")
     report = migrate_checkpoint(tmp_path / "pytorch_model.bin", vision, tied, tmp_path / "out")
     frozen = "lang_decoder.model.embed_tokens.weight"
-    assert report.taken[frozen] == ("lm_head.weight",) and not report.passed_over
+    assert report.taken[frozen] == ("lm_head.weight",) and not report.unused
     model = DSVLForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight.equal(weights[frozen]) and model.get_input_embeddings().weight.equal(
         weights["lang_embed.weight"]
@@ -329,7 +329,7 @@ def qwen_source(folder: Path, kind: str = "safetensors") -> Path:
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_qwens_tower_comes_out_of_its_shards(tmp_path, kind, capsys, monkeypatch):
     if kind == "bin":  # a shard is let go before the next is opened
-        read, held = reading._read_pickle, []
+        read, held = read_weights.read_pickle, []
 
         def watched(file):
             assert sum(tensor() is not None for tensor in held) <= 1
@@ -337,7 +337,7 @@ def test_qwens_tower_comes_out_of_its_shards(tmp_path, kind, capsys, monkeypatch
             held.extend(weakref.ref(tensor) for tensor in loaded.values())
             return loaded
 
-        monkeypatch.setattr(reading, "_read_pickle", watched)
+        monkeypatch.setattr(read_weights, "read_pickle", watched)
     source, out = qwen_source(tmp_path / "qwen", kind), tmp_path / "tower"
     assert main(["migrate", "qwen-tower", "--from", str(source), "--out", str(out)]) == 0
     assert "2 layers of width 32, 4 embeddings of 128 an image of 56 pixels" in capsys.readouterr().out
@@ -426,7 +426,7 @@ def test_files_that_are_no_state_dict_are_refused(tmp_path):
             migrate_checkpoint(tmp_path, *parts_of(B), tmp_path / "out")
     (tmp_path / "epoch-3").mkdir()
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "epoch-3" / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="holds no weights; pass one of its folders, epoch-3"):
+    with pytest.raises(FileNotFoundError, match="holds no weights; pass one of its directories, epoch-3"):
         migrate_checkpoint(tmp_path, *parts_of(B), tmp_path / "out")
 
 
@@ -464,9 +464,9 @@ def test_the_wrong_models_are_refused(tmp_path):
         migrate_checkpoint(tmp_path, parts_of(E)[0], language, tmp_path / "out")
     with pytest.raises(ValueError, match="is a model of type 'llama', which has no tower"):
         migrate_checkpoint(tmp_path, language, language, tmp_path / "out")
-    with pytest.raises(ValueError, match="--projector vit, but .* has the projector 'linear'; leave --projector out"):
+    with pytest.raises(ValueError, match="--projector vit, but .* has the projector 'linear'; omit --projector"):
         migrate_checkpoint(tmp_path, vision, language, tmp_path / "out", projector="vit")
-    with pytest.raises(ValueError, match="--language .* is of type 'clip_vision_model'; .* trains 'llama' alone"):
+    with pytest.raises(ValueError, match="--language .* is of type 'clip_vision_model'; .* supports 'llama' only"):
         migrate_checkpoint(tmp_path, vision, vision, tmp_path / "out")
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import plain_answer
 import pytest
-import transformers
-from hub_server import TOKEN, Hub, Refused
+from hub_server import TOKEN, Hub, Refused, connect
 from huggingface_hub import ModelCard
 from plain_environment import plain_packages, run_plainly
 from training_runs import make_checkpoint, make_conversations
@@ -20,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 
 import dsvl
 from dsvl.cli import main
-from dsvl.publishing import checks, push
+from dsvl.publishing import directory_checks, push
 from dsvl.training.arguments import DSVLTrainingArguments
 from dsvl.training.collator import ConversationCollator
 from dsvl.training.trainer import DSVLTrainer
@@ -43,22 +42,14 @@ def checkpoint(made, tmp_path) -> Path:
 def hub(monkeypatch):
     """A Hub, and this process as a client of it."""
     with Hub() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(
-            transformers.utils.hub, "_hf_api", None
-        )  # transformers keeps a client of the address it saw first
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        connect(server, monkeypatch)
         yield server
 
 
 @pytest.fixture
 def opens(monkeypatch):
-    """Spare the process that opens the checkpoint; the tests that name it use the real one."""
-    opened = subprocess.CompletedProcess([], 0, "", "")
-    monkeypatch.setattr(push, "run_without_dsvl", lambda *args, **kwargs: opened)
+    """Skip the process that loads the checkpoint; the tests that name it use the real one."""
+    monkeypatch.setattr(push, "check_standalone", lambda directory: {})
 
 
 def commit_count(hub: Hub, repo_id: str) -> int:
@@ -146,7 +137,7 @@ def test_a_dry_run_sends_nothing(hub, opens, checkpoint, capsys):
     assert main(["push", str(checkpoint), "me/tiny", "--dry-run"]) == 0
     said = capsys.readouterr().out
     weights = (checkpoint / "model.safetensors").stat().st_size
-    assert f"{weights:,}  model.safetensors" in said and "left out  checkpoint-4" in said
+    assert f"{weights:,}  model.safetensors" in said and "skipped  checkpoint-4" in said
     assert hub.log == []
 
 
@@ -212,7 +203,7 @@ def test_model_and_processor_pushed_apart_are_a_whole(order, hub, made, tmp_path
         assert set(hub.files("me/tiny")) >= REMOTE_CODE
     for name, content in hub.files("me/tiny").items():
         (tmp_path / name).write_bytes(content)
-    assert checks.read_contents(tmp_path).faults == []
+    assert directory_checks.read_contents(tmp_path).faults == []
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text" and 'name = "me/tiny"' in card.text
 
@@ -244,7 +235,7 @@ def test_a_trainer_pushes_a_model_and_no_state(kind, hub, opens, made, tmp_path)
     (tmp_path / "pushed").mkdir()
     for name, content in hub.files("me/trained", commit.oid).items():
         (tmp_path / "pushed" / name).write_bytes(content)
-    contents = checks.read_contents(tmp_path / "pushed")
+    contents = directory_checks.read_contents(tmp_path / "pushed")
     assert set(contents.files) >= REMOTE_CODE
     if kind is Trainer:
         assert len(contents.faults) == 1 and "README.md has pipeline_tag: None" in contents.faults[0]
@@ -321,7 +312,10 @@ FAULTS = {
         "model-1.safetensors is missing, which model.safetensors.index.json names",
     ),
     "no metadata": (lambda folder: (folder / "README.md").write_text("# A model\n"), "README.md has library_name: None"),
-    "another model": (lambda folder: add_to_json(folder / "config.json", model_type="llama"), "not that of a DSVL model"),
+    "another model": (
+        lambda folder: add_to_json(folder / "config.json", model_type="llama"),
+        "does not belong to a DSVL model",
+    ),
 }
 
 
@@ -338,7 +332,7 @@ def test_what_must_not_be_published_is_refused_by_name(fault, hub, opens, checkp
 def test_all_faults_are_told_at_once(checkpoint):
     for fault in ("a token", "a pickle", "no template"):
         FAULTS[fault][0](checkpoint)
-    assert len(checks.read_contents(checkpoint).faults) == 3
+    assert len(directory_checks.read_contents(checkpoint).faults) == 3
 
 
 def test_text_that_only_looks_like_a_path_is_let_pass(checkpoint):
@@ -346,7 +340,7 @@ def test_text_that_only_looks_like_a_path_is_let_pass(checkpoint):
     tokenizer["model"]["vocab"]["/usr/lib/python"] = 99999
     (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
     add_to_json(checkpoint / "generation_config.json", note="either/or, 1/2/3, </s>, /", address="https://hf.co/tmp/x")
-    assert checks.read_contents(checkpoint).faults == []
+    assert directory_checks.read_contents(checkpoint).faults == []
 
 
 def test_a_directory_that_does_not_open_alone_is_refused(hub, checkpoint, capsys):
@@ -354,7 +348,7 @@ def test_a_directory_that_does_not_open_alone_is_refused(hub, checkpoint, capsys
         file.write("\nraise RuntimeError('broken code')\n")
     assert main(["push", str(checkpoint), "me/tiny"]) == 1
     said = capsys.readouterr().err
-    assert "does not open in a process of its own" in said and "broken code" in said and hub.log == []
+    assert "does not load in a process without the package dsvl" in said and "broken code" in said and hub.log == []
 
 
 def test_weights_of_other_names_are_refused(checkpoint, capsys):

@@ -17,20 +17,20 @@ from PIL import Image
 
 from dsvl.cli import main
 from dsvl.evaluation import report
-from dsvl.evaluation.compare import standing
-from dsvl.evaluation.comparison import Duel, duels, join, summarize
-from dsvl.evaluation.records import Record, read_records
+from dsvl.evaluation.answer_records import AnswerRecord, read_records
+from dsvl.evaluation.compare_command import win_loss_lines
+from dsvl.evaluation.comparison import WinLossTie, join, summarize, win_loss_tie
 from dsvl.evaluation.report import write_csv, write_html
 
 HOSTILE = "</p><script>alert('x')</script><img src=x onerror=alert(1)>"
 VOID = {"meta", "img", "br", "input", "link"}
 
 
-def record(name: str, number: int = 0, answer: str = "blue", score: float | None = 1.0, **fields: Any) -> Record:
+def record(name: str, number: int = 0, answer: str = "blue", score: float | None = 1.0, **fields: Any) -> AnswerRecord:
     scores = {} if score is None else {"exact_match": score}
     references = [] if score is None else ["blue"]
-    known = dict(id=name, round=number, question=f"What is {name} {number}?", images=[], model="/models/one")
-    return Record(**(known | dict(answer=answer, references=references, scores=scores) | fields))
+    known = dict(id=name, turn=number, question=f"What is {name} {number}?", images=[], model="/models/one")
+    return AnswerRecord(**(known | dict(answer=answer, references=references, scores=scores) | fields))
 
 
 @pytest.fixture
@@ -94,11 +94,11 @@ def test_records_are_read_as_they_were_written(tmp_path):
 # -- joining -----------------------------------------------------------------------------------------------------------
 
 
-def test_runs_are_joined_on_conversation_and_round():
+def test_runs_are_joined_on_conversation_and_turn():
     one = [record("b", 1), record("b", 0), record("a", 0, "red", 0.0)]
     two = [record("a", 0), record("c", 0)]
     conversations = join({"one": one, "two": two})
-    assert [(name, [r.asked.round for r in rounds]) for name, rounds in conversations.items()] == [
+    assert [(name, [r.asked.turn for r in turns]) for name, turns in conversations.items()] == [
         ("b", [0, 1]),
         ("a", [0]),
         ("c", [0]),
@@ -115,7 +115,7 @@ def test_runs_are_joined_on_conversation_and_round():
     ("runs", "words"),
     [
         ({"one": [record("a")], "two": []}, "two has no answers"),
-        ({"one": [record("a"), record("a")]}, "answers conversation 'a', round 0, twice"),
+        ({"one": [record("a"), record("a")]}, "answers conversation 'a', turn 0 twice"),
         ({"one": [record("a")], "two": [record("a", question="Who?")]}, "question 'What is a 0.' and 'Who.'"),
         ({"one": [record("a")], "two": [record("a", images=["x"])]}, "number of images 0 and 1"),
         ({"one": [record("a")], "two": [record("a", references=["red"])]}, "references"),
@@ -131,11 +131,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path, runs, words):
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_has_a_row_for_each_round_and_model(tmp_path, image):
+def test_the_table_has_a_row_for_each_turn_and_model(tmp_path, image):
     one = [record("a", images=[image]), record("a", 1, 'two\nlines, and a "quote"', None)]
     two = [record("a", 0, "red", 0.25, images=[image])]
     rows = table_of(tmp_path / "t.csv", {"one": one, "two": two})
-    assert [(row["id"], row["round"], row["model"], row["answered"], row["answer"], row["exact_match"]) for row in rows] == [
+    assert [(row["id"], row["turn"], row["model"], row["answered"], row["answer"], row["exact_match"]) for row in rows] == [
         ("a", "0", "one", "yes", "blue", "1.0"),
         ("a", "0", "two", "yes", "red", "0.25"),
         ("a", "1", "one", "yes", 'two\nlines, and a "quote"', ""),
@@ -159,7 +159,7 @@ def test_the_page_shows_images_questions_answers_scores_and_references(tmp_path,
     one = [record("a", images=[image]), record("a", 1, "It is red.", 0.25, references=["blue", "navy", "blue"])]
     page = page_of(tmp_path / "p.html", {"one": one}, title="Cups & saucers")
     words = page.words()
-    shown = ["Cups & saucers", "0.625 of 2", "1 conversation, 2 rounds, 1 image", "What is a 0?", "blue", "exact match 1"]
+    shown = ["Cups & saucers", "0.625 of 2", "1 conversation, 2 turns, 1 image", "What is a 0?", "blue", "exact match 1"]
     shown += ["Reference: blue", "What is a 1?", "It is red.", "exact match 0.250", "References: blue × 2, navy"]
     places = [words.find(text) for text in shown]
     assert -1 not in places and places == sorted(places), list(zip(shown, places, strict=True))
@@ -176,12 +176,12 @@ def test_models_stand_side_by_side_and_missing_answers_are_shown(tmp_path):
     words = page.words()
     assert "one red exact match 0 two blue exact match 1" in words
     assert "What is a 1? one blue exact match 1 two no answer" in words
-    assert "the models differ (2)" in words and "Over the 2 rounds that all have" in words
+    assert "the models differ (2)" in words and "Over the 2 turns that all models answered" in words
     kinds = [[kind for kind in ("differs", "imperfect") if kind in one["class"].split()] for one in page.elements["article"]]
     assert kinds == [["differs", "imperfect"], ["differs"], []]
     assert {one["id"] for one in page.elements["input"]} == {"all", "differs", "imperfect"}
     disjoint = page_of(tmp_path / "p.html", {"one": one, "two": [record("c")]})
-    assert "There is no round that all have." in disjoint.words()
+    assert "No turn was answered by all models." in disjoint.words()
 
 
 def test_the_title_says_what_is_compared(tmp_path):
@@ -194,14 +194,14 @@ def test_the_title_says_what_is_compared(tmp_path):
         assert page_of(tmp_path / "p.html", runs).words().startswith(f"{title} ")
 
 
-def test_wins_losses_and_ties_of_the_rounds_that_both_have(tmp_path):
+def test_wins_losses_and_ties_of_the_turns_that_both_have(tmp_path):
     scores = {"one": [1.0, 0.5, 0.0, 1.0, None, 0.5], "two": [0.0, 0.5, 1.0, 0.5, 1.0], "three": [1.0]}
     runs = {
         label: [record("a", number, "x", value) for number, value in enumerate(values)] for label, values in scores.items()
     }
-    found = duels(join(runs))
-    assert found == {"two": {"exact_match": Duel(2, 1, 1)}, "three": {"exact_match": Duel(0, 0, 1)}}
-    assert standing("one", found) == [
+    found = win_loss_tie(join(runs))
+    assert found == {"two": {"exact_match": WinLossTie(2, 1, 1)}, "three": {"exact_match": WinLossTie(0, 0, 1)}}
+    assert win_loss_lines("one", found) == [
         "one against two    exact_match  2 wins  1 losses  1 ties",
         "one against three  exact_match  0 wins  0 losses  1 ties",
     ]
@@ -267,7 +267,7 @@ def test_pages_of_many_images_stay_small_enough_to_be_sent(tmp_path, image, monk
     monkeypatch.setattr(report, "PAGE_BYTES", 2 * len(page.elements["img"][0]["src"]) + 1)
     page = page_of(tmp_path / "p.html", runs)
     assert len(page.elements["img"]) == 3  # the one that crosses the bound is the last
-    assert page.words().count("a cup.png is left out") == 4 and "7 images, 4 of them not shown" in page.words()
+    assert page.words().count("a cup.png is not shown") == 4 and "7 images, 4 of them not shown" in page.words()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -291,7 +291,7 @@ def test_a_browser_filters_the_page_and_runs_and_fetches_nothing(tmp_path, image
             return [element.inner_text() for element in page.query_selector_all(selector) if element.is_visible()]
 
         assert seen("h2") == ["a", "b", "c"] and len(seen(".answer")) == 8 and len(seen("img")) == 1
-        page.check("#differs")  # the rounds before one that differs keep their questions and images
+        page.check("#differs")  # the turns before one that differs keep their questions and images
         assert seen("h2") == ["a", "c"] and len(seen(".question")) == 3 and len(seen(".answer")) == 4
         page.check("#imperfect")
         assert seen("h2") == ["a"] and len(seen(".question")) == 2 and len(seen(".answer")) == 2
@@ -307,7 +307,7 @@ def test_a_browser_filters_the_page_and_runs_and_fetches_nothing(tmp_path, image
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, records: list[Record]) -> str:
+def write(path: Path, records: list[AnswerRecord]) -> str:
     path.write_text("".join(f"{one.line()}\n" for one in records), encoding="utf-8")
     return str(path)
 
@@ -318,14 +318,14 @@ def test_the_command_prints_means_and_writes_table_and_page(tmp_path, capsys):
     out = [str(tmp_path / "t.csv"), str(tmp_path / "p.html")]
     assert main(["compare", first, second, "--csv", out[0], "--html", out[1]]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "     rounds  missing  exact_match",
-        "one       3        0    0.500 (2)",
-        "two       1        2        1 (1)",
+        "     turns  missing  exact_match",
+        "one      3        0    0.500 (2)",
+        "two      1        2        1 (1)",
         "",
-        "Over the 1 round that all have:",
-        "     rounds  missing  exact_match",
-        "one       1        0        1 (1)",
-        "two       1        0        1 (1)",
+        "Over the 1 turn that all runs answered:",
+        "     turns  missing  exact_match",
+        "one      1        0        1 (1)",
+        "two      1        0        1 (1)",
         "",
         "one against two  exact_match  0 wins  0 losses  1 ties",
         *out,
@@ -338,3 +338,9 @@ def test_runs_of_one_model_are_told_apart_by_their_files(tmp_path, capsys):
     assert main(["compare", *paths]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["greedy", "beams"]
     assert main(["compare", str(tmp_path / "none.jsonl")]) == 1
+
+
+def test_an_answer_file_of_version_0_1_is_read(tmp_path):
+    path = tmp_path / "old.jsonl"
+    path.write_text(record("a", 1).line().replace('"turn": 1', '"round": 1') + "\n")
+    assert read_records(path) == [record("a", 1)]

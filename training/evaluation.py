@@ -9,7 +9,7 @@ from ..data import complete_messages
 from ..data.messages import is_trained, location_of
 from ..data.sample_errors import BadSample, one_sample
 from ..evaluation import metrics
-from ..evaluation.asking import ask
+from ..evaluation.generate_answers import generate_answers
 from .collator import ConversationCollator
 
 
@@ -43,7 +43,7 @@ def exact_match(
             asked = mine or places[:1]  # a process without a question of its own goes along with the others
             messages = [complete_messages(conversations[index])[: end + 1] for index, end in asked]
             prompts = [collator.decode(conversation[:-1], pixels=True) for conversation in messages]
-            answers = ask(model, collator.processor, prompts, max_new_tokens)
+            answers = generate_answers(model, collator.processor, prompts, max_new_tokens)
             truths = [_text(conversation[-1]["content"]) for conversation in messages]
             right = int(sum(metrics.exact_match(answer.text, [t]) for answer, t in zip(answers, truths, strict=True)))
             counts += torch.tensor([right, len(asked)]) * bool(mine)

@@ -23,12 +23,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ..composition.quantization import quantization_config
 from ..configuration_dsvl import DSVLConfig
 from ..data.streaming import Stream
 from ..hub_card import TrainingFacts, render_card
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..publishing.push import push_directory
+from ..utils.quantization import quantization_config
 from ..utils.transformers_names import TRAINER_STATE_NAME
 from .adapters import lora_config, merge_adapters
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments, parse

@@ -19,6 +19,7 @@ NAMES = {
     "TRAINER_STATE_NAME": "transformers.trainer",
     "get_parameter_names": "transformers.trainer_pt_utils",
     "EvalLoopOutput": "transformers.trainer_utils",
+    "custom_object_save": "transformers.dynamic_module_utils",
     "rotate_checkpoints": "transformers.trainer_utils",
     "render_jinja_template": "transformers.utils.chat_template_utils",
     "cached_file": "transformers.utils.hub",

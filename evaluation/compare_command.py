@@ -1,4 +1,4 @@
-"""`dsvl compare`: the answers of several evaluations, side by side."""
+"""`dsvl compare`: scores and answers of several evaluations side by side."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .comparison import Duel, Summary
-    from .records import Record
+    from .answer_records import AnswerRecord
+    from .comparison import Summary, WinLossTie
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl compare` to the command's parser."""
-    parser = commands.add_parser("compare", help="the answers of evaluations side by side: scores, a table, a page")
-    parser.add_argument("answers", nargs="+", metavar="ANSWERS", help="JSON lines that dsvl evaluate wrote")
+    parser = commands.add_parser("compare", help="compare the answers of several evaluations")
+    parser.add_argument("answers", nargs="+", metavar="ANSWERS", help="answer files that dsvl evaluate wrote")
     add_report_arguments(parser)
-    parser.add_argument("--allow-urls", action="store_true", help="fetch images that are http(s) addresses for the page")
+    parser.add_argument("--allow-urls", action="store_true", help="fetch images with http(s) URLs for the HTML report")
     parser.set_defaults(run=_compare)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .comparison import duels, join, summarize
-    from .records import read_records
+    from .answer_records import read_records
+    from .comparison import join, summarize, win_loss_tie
 
     records = {path: read_records(path) for path in dict.fromkeys(arguments.answers)}
     runs = dict(zip(labels(records), records.values(), strict=True))
@@ -32,24 +32,24 @@ def _compare(arguments: argparse.Namespace) -> None:
         common = summarize(conversations, common=True)
         shared = next((summary.answered for summary in common.values()), 0)
         if shared:
-            print(f"\nOver the {shared:,} round{'s' if shared > 1 else ''} that all have:")
+            print(f"\nOver the {shared:,} turn{'s' if shared > 1 else ''} that all runs answered:")
             print("\n".join(table(common)))
         else:
-            print("\nThere is no round that all have.")
-    lines = standing(next(iter(runs)), duels(conversations))
+            print("\nNo turn was answered by all runs.")
+    lines = win_loss_lines(next(iter(runs)), win_loss_tie(conversations))
     if lines:
         print("\n" + "\n".join(lines))
     write_reports(arguments, runs)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `write_reports` reads."""
-    parser.add_argument("--csv", metavar="FILE", help="write a table for spreadsheets as well")
-    parser.add_argument("--html", metavar="FILE", help="write a page with the images as well")
+    """Add the flags that `write_reports` reads."""
+    parser.add_argument("--csv", metavar="FILE", help="also write the answers as a CSV table")
+    parser.add_argument("--html", metavar="FILE", help="also write an HTML report with the images")
 
 
-def write_reports(arguments: argparse.Namespace, runs: "Mapping[str, list[Record]]", **page: str) -> None:
-    """Write the table and the page that were asked for, and say where; `page` goes to `report.write_html`."""
+def write_reports(arguments: argparse.Namespace, runs: "Mapping[str, list[AnswerRecord]]", **page: str) -> None:
+    """Write the requested CSV and HTML files, and print their paths; `page` is passed to `report.write_html`."""
     if arguments.csv is None and arguments.html is None:
         return
     from .report import write_csv, write_html
@@ -62,11 +62,11 @@ def write_reports(arguments: argparse.Namespace, runs: "Mapping[str, list[Record
         print(arguments.html)
 
 
-def labels(runs: Mapping[str, Sequence["Record"]]) -> list[str]:
-    """Short names that tell runs apart: of the models; where those are the same, of the files; else their paths.
+def labels(runs: Mapping[str, Sequence["AnswerRecord"]]) -> list[str]:
+    """Short unique names of runs: of the models if these differ, else of the files if these differ, else the paths.
 
     Args:
-        runs: a file's path -> its records.
+        runs: path of the answer file -> its records.
     """
     models = ["/".join(dict.fromkeys(Path(record.model).name for record in records)) for records in runs.values()]
     for names in (models, [Path(path).stem for path in runs]):
@@ -75,23 +75,23 @@ def labels(runs: Mapping[str, Sequence["Record"]]) -> list[str]:
     return list(runs)
 
 
-def standing(first: str, duels: Mapping[str, Mapping[str, "Duel"]]) -> list[str]:
-    """Wins, losses and ties of the first run against each other one, as lines of text."""
+def win_loss_lines(first: str, win_loss_tie: Mapping[str, Mapping[str, "WinLossTie"]]) -> list[str]:
+    """Format wins, losses and ties of the first run against each other run, as lines of text."""
     rows = [
-        (f"{first} against {other}", metric, f"{duel.wins:,} wins", f"{duel.losses:,} losses", f"{duel.ties:,} ties")
-        for other, metrics in duels.items()
-        for metric, duel in metrics.items()
+        (f"{first} against {other}", metric, f"{counts.wins:,} wins", f"{counts.losses:,} losses", f"{counts.ties:,} ties")
+        for other, metrics in win_loss_tie.items()
+        for metric, counts in metrics.items()
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def table(summaries: Mapping[str, "Summary"]) -> list[str]:
-    """Mean scores with their counts, as lines of text."""
+    """Format mean scores with their counts, as lines of text."""
     from .comparison import score
 
     metrics = list(dict.fromkeys(metric for summary in summaries.values() for metric in summary.means))
-    rows = [["", "rounds", "missing", *metrics]]
+    rows = [["", "turns", "missing", *metrics]]
     for label, summary in summaries.items():
         row = [label, f"{summary.answered:,}", f"{summary.missing:,}"]
         for metric in metrics:
@@ -101,8 +101,8 @@ def table(summaries: Mapping[str, "Summary"]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]

@@ -1,6 +1,6 @@
-"""The released arithmetic of multi-modal causal attention, as DeepSpeed-VisualChat computes it, from its definition
-(`multimodal_attention="mmca_reference"`): whole N x N matrices of scores, masks that are added to them, two softmaxes in
-float32, one product with the values. A key-value head is repeated for the queries that share it.
+"""Multi-modal causal attention as in DeepSpeed-VisualChat's released code (`multimodal_attention="mmca_reference"`):
+N x N score matrices, additive masks, two softmaxes in float32, and one product with the values. Key-value heads are repeated
+for grouped queries.
 """
 
 import psutil
@@ -8,13 +8,13 @@ import torch
 
 
 def additive_masks(token_types: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is added to the scores of the text and of the image softmax: two (batch, 1, tokens, tokens).
+    """The additive masks of the text and the image softmax, two tensors (batch, 1, tokens, tokens).
 
-    The lowest number is added once for causality and once for modality. Where all keys of a set are hidden, those that were
-    hidden once are left alike, which makes the softmax uniform over them. An image query's image softmax is itself.
+    The lowest number is added once for causality and once for modality. If all keys of a modality are masked, those that are
+    masked once get equal weights. An image query attends to itself in the image softmax.
 
     Args:
-        token_types: (batch, tokens), 1 = image; nothing is padded.
+        token_types: (batch, tokens), 1 = image, without padding.
         dtype: of the scores.
     """
     tokens, lowest = token_types.shape[1], torch.finfo(dtype).min
@@ -28,8 +28,8 @@ def additive_masks(token_types: torch.Tensor, dtype: torch.dtype) -> tuple[torch
 def released_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: tuple[torch.Tensor, torch.Tensor], scaling: float
 ) -> torch.Tensor:
-    """(batch, tokens, heads, head_dim) of a query (batch, heads, tokens, head_dim) and its keys and values, which have as
-    many heads or a fraction of them."""
+    """The output (batch, tokens, heads, head_dim) for a query (batch, heads, tokens, head_dim), and keys and values with the
+    same number of heads or a fraction of it."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -39,15 +39,15 @@ def released_attention(
 
 
 def needed_bytes(batch: int, heads: int, tokens: int, dtype: torch.dtype, backward: bool) -> int:
-    """An upper bound of the memory that `released_attention` and its masks take."""
-    wide, own = 4, dtype.itemsize  # bytes of a float32 and of a state
-    # For the backward pass both softmaxes are kept in float32, and a gradient like them comes to it.
-    a_pair = (3 if backward else 2) * wide + 4 * own
-    return tokens**2 * batch * (heads * a_pair + 3 * own)
+    """An upper bound of the memory of `released_attention` and its masks."""
+    float32, own = 4, dtype.itemsize  # bytes per element
+    # The backward pass needs both softmaxes in float32, and a gradient of their size.
+    per_pair = (3 if backward else 2) * float32 + 4 * own
+    return tokens**2 * batch * (heads * per_pair + 3 * own)
 
 
 def free_bytes() -> int:
-    """Of the GPU's memory if there is one, else of the machine's."""
+    """Free memory of the GPU, or of the machine without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""Names of DeepSpeed-VisualChat's state dicts, turned into ours."""
+"""Translating the names in DeepSpeed-VisualChat's state dicts."""
 
 import re
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-# Original name -> our name; {n} stands for a layer's number. A rule may split one tensor into several names (in equal
-# parts along the first dimension).
+# Original name -> new name; {n} is the index of a layer. A rule may split a tensor into several (in equal parts along the
+# first dimension).
 Rules = dict[str, str | tuple[str, ...]]
 
 
@@ -17,7 +17,7 @@ def _both(*pairs: tuple[str, str]) -> Rules:
 
 
 def _qkv(theirs: str, ours: str) -> Rules:
-    """torch's MultiheadAttention, whose one projection holds query, key and value one after the other."""
+    """Rules for torch's MultiheadAttention, whose projection concatenates query, key and value."""
     return {f"{theirs}.in_proj_{kind}": tuple(f"{ours}{name}_proj.{kind}" for name in "qkv") for kind in ("weight", "bias")}
 
 
@@ -35,7 +35,7 @@ _CLIP: Rules = {
         *(name for module in _CLIP_LAYER for name in _both((f"encoder.layers.{{n}}.{module}", ""))),
     )
 }
-# Qwen-VL's own names, as they are in its checkpoints behind `transformer.visual.`.
+# The names in Qwen-VL's checkpoints, without the prefix `transformer.visual.`.
 QWEN_TOWER: Rules = {
     "conv1.weight": "embeddings.patch_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -85,20 +85,20 @@ _LANGUAGE: Rules = {
         )
     },
 }
-_OURS = "model.multi_modal_projector."
+_PROJECTOR = "model.multi_modal_projector."
 _PROJECTORS: dict[str, Rules] = {
-    "linear": _both(("projection.0", f"{_OURS}linear"), ("projection.1", f"{_OURS}layer_norm")),
+    "linear": _both(("projection.0", f"{_PROJECTOR}linear"), ("projection.1", f"{_PROJECTOR}layer_norm")),
     "vit": {
-        **_both(("projection.projection.0", f"{_OURS}linear"), ("projection.projection.1", f"{_OURS}layer_norm")),
-        **_both(*((f"projection.vis_layer.{name}", f"{_OURS}encoder_layer.{name}") for name in _CLIP_LAYER)),
+        **_both(("projection.projection.0", f"{_PROJECTOR}linear"), ("projection.projection.1", f"{_PROJECTOR}layer_norm")),
+        **_both(*((f"projection.vis_layer.{name}", f"{_PROJECTOR}encoder_layer.{name}") for name in _CLIP_LAYER)),
     },
     "perceiver": {
-        "projection.query": f"{_OURS}query",
-        "projection.pos_embed": f"{_OURS}position_embedding",
-        **_qkv("projection.attn", _OURS),
+        "projection.query": f"{_PROJECTOR}query",
+        "projection.pos_embed": f"{_PROJECTOR}position_embedding",
+        **_qkv("projection.attn", _PROJECTOR),
         **_both(
             *(
-                (f"projection.{theirs}", f"{_OURS}{ours}")
+                (f"projection.{theirs}", f"{_PROJECTOR}{ours}")
                 for theirs, ours in (
                     ("kv_proj", "kv_proj"),
                     ("ln_q", "query_norm"),
@@ -112,11 +112,13 @@ _PROJECTORS: dict[str, Rules] = {
     },
 }
 
-_PASSED_OVER = {
-    "a table that is computed": re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)"),
-    "the frozen table that lang_embed was trained from": re.compile(r"lang_decoder\.model\.embed_tokens\.weight"),
+_UNUSED = {
+    "a buffer that is computed": re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)"),
+    "the frozen copy of the embedding table; lang_embed is the trained one": re.compile(
+        r"lang_decoder\.model\.embed_tokens\.weight"
+    ),
 }
-# What ZeRO-3's saving leaves out, or a file may lack: positions that the tower's own weights or a formula give.
+# Position tables may be missing, for example with ZeRO-3; the tower's weights or a formula give their values.
 _POSITION_TABLES = re.compile(r".*\.(position_embedding\.weight|positional_embedding|pos_embed)")
 _LAYER = re.compile(r"\.(layers|resblocks)\.(\d+)\.")
 _LORA = re.compile(r"(.*)\.lora_(left|right)_weight")
@@ -124,7 +126,7 @@ _LORA = re.compile(r"(.*)\.lora_(left|right)_weight")
 
 @dataclass
 class Lora:
-    """DeepSpeed-VisualChat's adapter of one linear layer: it adds `right @ left` of shape (in, out), times 1 / rank."""
+    """DeepSpeed-VisualChat's adapter of a linear layer, which adds `right @ left` / rank, of shape (in, out)."""
 
     left: torch.Tensor | None = None  # (rank, out)
     right: torch.Tensor | None = None  # (in, rank)
@@ -135,38 +137,38 @@ class Lora:
         return self.left.shape[0]
 
     def delta(self) -> torch.Tensor:
-        """What it adds to the weight, (out, in) in float32."""
+        """The update of the weight: float32 of shape (out, in)."""
         assert self.left is not None and self.right is not None
         return (self.left.float().T @ self.right.float().T) / self.rank
 
 
 @dataclass
 class Translated:
-    """A state dict by our names, and what became of every original name."""
+    """A state dict with new names, and what happened to each original name."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    lora: dict[str, Lora] = field(default_factory=dict)  # by the name of our linear layer
-    taken: dict[str, tuple[str, ...]] = field(default_factory=dict)  # original name -> ours
-    passed_over: dict[str, str] = field(default_factory=dict)  # original name -> why
-    absent: list[str] = field(default_factory=list)  # our names of position tables that are not there
+    lora: dict[str, Lora] = field(default_factory=dict)  # new name of the linear layer -> adapter
+    taken: dict[str, tuple[str, ...]] = field(default_factory=dict)  # original name -> new names
+    unused: dict[str, str] = field(default_factory=dict)  # original name -> why it is not needed
+    absent: list[str] = field(default_factory=list)  # new names of missing position tables
 
     def original_name(self, ours: str) -> str:
         return next(theirs for theirs, names in self.taken.items() if ours in names)
 
 
 def translate(original: Mapping[str, torch.Tensor], tied: bool = False) -> Translated:
-    """Map the state dict of a DeepSpeed-VisualChat model to our names.
+    """Translate the state dict of a DeepSpeed-VisualChat model.
 
-    The trained embedding table (`lang_embed`) is used everywhere; the frozen copy that the original keeps beside it for
-    generated tokens is passed over.
+    The trained embedding table (`lang_embed`) is used for all tokens; the frozen copy, which the original uses for generated
+    tokens, is dropped.
 
     Args:
-        original: tensors by the original's names, as in its `pytorch_model.bin`, with or without LoRA weights.
-        tied: whether the language model's head is its embedding table. ZeRO-3's saving then leaves out the head, which is
-            the frozen copy.
+        original: the state dict in `pytorch_model.bin`, with or without LoRA weights.
+        tied: whether the language model's head is tied to its embeddings. ZeRO-3 then does not save the head, which is the
+            frozen copy.
 
     Raises:
-        ValueError: if names are unknown or missing; all of them are listed.
+        ValueError: listing all unknown and missing names, if there are any.
     """
     head, frozen = "lang_decoder.lm_head.weight", "lang_decoder.model.embed_tokens.weight"
     is_head = tied and head not in original and frozen in original
@@ -180,13 +182,13 @@ def translate(original: Mapping[str, torch.Tensor], tied: bool = False) -> Trans
 
 
 def translate_by(rules: Rules, original: Mapping[str, torch.Tensor], what: str) -> Translated:
-    """Map a state dict by rules; `what` it should be, for the error."""
+    """Translate a state dict by rules; `what` names the expected kind of state dict in the error."""
     result, unknown, used = Translated(), [], set()
     numbers: dict[str, set[int]] = {}
     for name, tensor in original.items():
-        reason = next((reason for reason, pattern in _PASSED_OVER.items() if pattern.fullmatch(name)), None)
+        reason = next((reason for reason, pattern in _UNUSED.items() if pattern.fullmatch(name)), None)
         if reason is not None:
-            result.passed_over[name] = reason
+            result.unused[name] = reason
             continue
         lora = _LORA.fullmatch(name)
         plain = f"{lora[1]}.weight" if lora else name
@@ -238,7 +240,7 @@ def projector_type(original: Mapping[str, torch.Tensor]) -> str:
 
 
 def _expected(rules: Mapping[str, object], numbers: Mapping[str, set[int]]) -> set[str]:
-    """Every original name that a complete model with the layers that were found must have."""
+    """All original names of a complete model with the layers that were found."""
     names = set()
     for rule in rules:
         if "{n}" not in rule:

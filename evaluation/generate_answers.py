@@ -1,13 +1,12 @@
-"""Questions to a model, several at a time: the one place that makes answers of prompts, in training's evaluation as well."""
+"""Generating answers to a batch of prompts, for `dsvl evaluate` and for the evaluation during training."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-# A checkpoint's generation_config.json may set beams, penalties, sampling, forbidden words for conversations. Models are
-# compared by what they compute, asked in the same way: all of that is set here, and only which tokens end an answer is left
-# to the checkpoint.
+# Models are compared with the same generation options, so all options that a checkpoint's generation_config.json may set
+# (beams, penalties, sampling, ...) are overridden. Only the tokens that end an answer are the checkpoint's.
 GREEDY: dict[str, Any] = {
     "do_sample": False,
     "temperature": None,
@@ -56,28 +55,28 @@ GREEDY: dict[str, Any] = {
 }
 
 
-class Answer(NamedTuple):
-    """What a model said, as it decodes, and how many tokens that took (the end of the answer and padding aside)."""
+class GeneratedAnswer(NamedTuple):
+    """The text of an answer, and its number of tokens without special tokens."""
 
     text: str
     tokens: int
 
 
 @torch.no_grad()
-def ask(
+def generate_answers(
     model: Any, processor: Any, prompts: Sequence[list[dict[str, Any]]], max_new_tokens: int, **options: Any
-) -> list[Answer]:
-    """Answer the last questions of several conversations in one batch, padded on the left.
+) -> list[GeneratedAnswer]:
+    """Answer the last question of each of several conversations in one batch, padded on the left.
 
     Args:
         model: a `DSVLForConditionalGeneration`, or PEFT's wrapper around it, in evaluation mode.
         processor: its `DSVLProcessor`.
-        prompts: messages of each conversation, a user's last; images as `DSVLProcessor.apply_chat_template` takes them.
-        max_new_tokens: of an answer.
-        options: what `generate()` takes, in the place of `GREEDY`'s.
+        prompts: the messages of each conversation, ending with a user's; images as in `DSVLProcessor.apply_chat_template`.
+        max_new_tokens: maximum length of an answer.
+        options: arguments of `generate()`, which override `GREEDY`.
 
     Returns:
-        An answer to each, as the conversation asked alone would have it.
+        One answer for each prompt. It does not depend on the other prompts of the batch.
     """
     inputs = processor.apply_chat_template(
         list(prompts),
@@ -92,8 +91,10 @@ def ask(
         **{key: tensor.to(device) for key, tensor in inputs.items()},
         **(GREEDY | {"max_new_tokens": max_new_tokens, "use_cache": True} | options),
     )
-    said = ids[:, inputs["input_ids"].shape[1] :].tolist()
+    generated = ids[:, inputs["input_ids"].shape[1] :].tolist()
     tokenizer = processor.tokenizer
-    texts = tokenizer.batch_decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     special = set(tokenizer.all_special_ids)
-    return [Answer(text, sum(token not in special for token in row)) for text, row in zip(texts, said, strict=True)]
+    return [
+        GeneratedAnswer(text, sum(token not in special for token in row)) for text, row in zip(texts, generated, strict=True)
+    ]

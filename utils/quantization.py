@@ -1,22 +1,22 @@
-"""Fewer bits for the decoder's weights, by bitsandbytes or torchao through transformers."""
+"""Quantization of the decoder's weights by bitsandbytes or torchao, through transformers."""
 
 from typing import Any
 
 import torch
 
-from ..utils.quantization_choices import QUANTIZATIONS
+from .quantization_choices import QUANTIZATIONS
 
-# Small, or too delicate: they stay as they are.
+# Modules that are small or lose accuracy when they are quantized.
 UNQUANTIZED = ("model.multi_modal_projector", "model.vision_tower", "lm_head")
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:
-    """What `from_pretrained(quantization_config=...)` takes.
+    """Make the `quantization_config` argument of `from_pretrained`.
 
     Args:
-        kind: "4bit" (NF4, quantized twice) or "8bit" (LLM.int8()) by bitsandbytes; "int8" (weights alone, a scale for each
-            output) by torchao, which torch.compile sees through.
-        dtype: to compute in.
+        kind: "4bit" (NF4 with double quantization) or "8bit" (LLM.int8()) by bitsandbytes; "int8" (weights only, one scale
+            per output channel) by torchao, which works with torch.compile.
+        dtype: dtype of the computation, for "4bit".
 
     Raises:
         ValueError: for another kind.

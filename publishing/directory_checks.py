@@ -1,4 +1,4 @@
-"""What a directory to publish must hold, and what it must not."""
+"""Checks of a checkpoint directory before it is published."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..configuration_dsvl import AUTO_MAP
 
-# The rest of a training, which belongs to whoever may resume it: left out, and said so.
-LEFT_OUT = (
+# Files of a training run, which are needed to resume it only: skipped.
+SKIPPED = (
     "checkpoint-*/*",
     "incomplete-*/*",
     "superseded-*/*",
@@ -30,7 +30,7 @@ LEFT_OUT = (
     "__pycache__/*",
     ".DS_Store",
 )
-# Formats that run code when they are opened, and what only an optimizer needs.
+# Formats that can run code when they are loaded, and states of a training.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 TRAINING_STATES = (
     "optimizer*",
@@ -63,44 +63,44 @@ SECRETS = {
     "a token of Slack": r"\bxox[abprs]-[0-9A-Za-z-]{10,}",
     "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
 }
-# An absolute path as a whole value (with more than one step, so that no token of a vocabulary is one), or, anywhere, a path
-# in a home directory.
+# A value that is an absolute path (of two or more components, as a token of a vocabulary may start with a slash), or a value
+# that contains a path of a home directory.
 _PATH = re.compile(r"(?:/[^/\s]+){2,}/?|~/.+|file://.+|[A-Za-z]:[\\/].+|\\\\\S+\\.+")
 _HOME = re.compile(r"(?<![\w.])/(?:home|Users|root|mnt|tmp|scratch)/[^\s\"']+|[A-Za-z]:\\Users\\")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The files of a directory.
+    """The files of a checkpoint directory.
 
     Attributes:
-        files: what is published, path in the repository -> bytes.
-        left_out: paths that belong to the training, not to the model.
-        faults: a sentence for each reason not to publish it.
+        files: files to publish: path in the repository -> size in bytes.
+        skipped: paths of files of a training run, which are not published.
+        faults: the reasons not to publish the directory, a sentence each.
     """
 
     files: dict[str, int]
-    left_out: list[str]
+    skipped: list[str]
     faults: list[str]
 
 
 def read_contents(directory: str | Path) -> Contents:
-    """List a checkpoint directory, and find what must not be published and what is missing.
+    """List the files of a checkpoint directory, and find files that are missing or must not be published.
 
     Raises:
-        NotADirectoryError: if it is none.
+        NotADirectoryError: if it is not a directory.
     """
     root = Path(directory)
     if not root.is_dir():
         raise NotADirectoryError(f"{directory} is not a directory; pass one that dsvl compose, train or merge has written.")
     paths = sorted(path for path in root.rglob("*") if path.is_file())
     names = [path.relative_to(root).as_posix() for path in paths]
-    left_out = [name for name in names if _matches(name, LEFT_OUT)]
-    files = {name: path.stat().st_size for name, path in zip(names, paths, strict=True) if name not in left_out}
+    skipped = [name for name in names if _matches(name, SKIPPED)]
+    files = {name: path.stat().st_size for name, path in zip(names, paths, strict=True) if name not in skipped}
     faults = [*_missing(root, set(files))]
     for name in files:
         faults += _faults(root / name, name)
-    return Contents(files, left_out, faults)
+    return Contents(files, skipped, faults)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -108,20 +108,20 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _missing(root: Path, names: set[str]) -> Iterator[str]:
-    """What a repository that works as it lies has, and this directory has not."""
+    """Faults for files that a working repository needs."""
     if "config.json" not in names:
         yield "config.json is missing: this is not a checkpoint."
         return
     config = _json(root / "config.json")
     if not isinstance(config, dict) or config.get("model_type") != "dsvl":
-        yield "config.json is not that of a DSVL model."
+        yield "config.json does not belong to a DSVL model."
         return
     auto_map = config.get("auto_map") or {}
     if set(AUTO_MAP) - set(auto_map):
         yield f"auto_map in config.json lacks {', '.join(sorted(set(AUTO_MAP) - set(auto_map)))}; save the model again."
     for name in ("README.md", "generation_config.json", "chat_template.jinja", "processor_config.json", "tokenizer.json"):
         if name not in names:
-            yield f"{name} is missing; save model and processor by dsvl.save_checkpoint, which writes all there is."
+            yield f"{name} is missing; save model and processor with dsvl.save_checkpoint, which writes all files."
     for module in sorted({str(value).partition(".")[0] for value in auto_map.values()}):
         if f"{module}.py" not in names:
             yield f"{module}.py is missing, which auto_map names; save the model again."
@@ -137,19 +137,19 @@ def _missing_weights(root: Path, names: set[str]) -> Iterator[str]:
             yield f"{shard} is missing, which {index} names; the weights are incomplete."
         for stray in sorted(name for name in names if fnmatch(name, "model*.safetensors") and "/" not in name):
             if stray not in shards:
-                yield f"{stray} is not in {index}, so it is of another save; remove it."
+                yield f"{stray} is not in {index}, so it belongs to other weights; remove it."
     elif "model.safetensors" not in names:
-        yield "model.safetensors is missing, and so is an index of shards; there are no weights."
+        yield "model.safetensors and model.safetensors.index.json are missing; there are no weights."
 
 
 def _faults(path: Path, name: str) -> Iterator[str]:
-    """What is wrong with one file."""
+    """Faults of one file."""
     if _matches(name, TRAINING_STATES):
         yield f"{name} is the state of an optimizer or a training, not of the model; remove it."
     elif _matches(name, SECRET_FILES):
         yield f"{name} may hold credentials; remove it."
     elif _matches(name, PICKLES):
-        yield f"{name} is in a format that can run code when it is opened; remove it, or save it as safetensors."
+        yield f"{name} is in a format that can run code when it is loaded; remove it, or save it as safetensors."
     elif name.endswith(".safetensors"):
         yield from _faults_of_weights(path, name)
     else:
@@ -161,7 +161,7 @@ def _faults_of_weights(path: Path, name: str) -> Iterator[str]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        yield f"{name} cannot be read ({error}); it is cut, or not what its name says. Save the model again."
+        yield f"{name} cannot be read ({error}); it is truncated or damaged. Save the model again."
         return
     yield from _secrets(json.dumps(metadata), name)
     yield from _paths(metadata, name)
@@ -171,7 +171,7 @@ def _faults_of_text(path: Path, name: str) -> Iterator[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        return  # an image, say
+        return  # a binary file, such as an image
     yield from _secrets(text, name)
     if name == "README.md":
         yield from _faults_of_card(path)
@@ -183,7 +183,9 @@ def _faults_of_text(path: Path, name: str) -> Iterator[str]:
         yield f"{name} is not JSON: {error}."
         return
     if name.endswith("tokenizer.json") and isinstance(content, dict):
-        content = {key: value for key, value in content.items() if key != "model"}  # a vocabulary, whose tokens are any text
+        content = {
+            key: value for key, value in content.items() if key != "model"
+        }  # tokens of a vocabulary may look like paths
     if not name.endswith("vocab.json"):
         yield from _paths(content, name)
 
@@ -203,7 +205,7 @@ def _secrets(text: str, name: str) -> Iterator[str]:
     for what, pattern in SECRETS.items():
         found = re.search(pattern, text)
         if found:
-            yield f"{name} holds {what} ({found[0][:7]}...); remove it, and revoke it if anybody else could read it."
+            yield f"{name} holds {what} ({found[0][:7]}...); remove it, and revoke it if anybody else could have read it."
 
 
 def _paths(content: Any, name: str, where: str = "") -> Iterator[str]:
@@ -222,4 +224,4 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return None  # named among the faults of the file itself
+        return None  # reported with the faults of the file itself

@@ -1,4 +1,4 @@
-"""An evaluation: all rounds of all conversations, in batches, from where it was interrupted."""
+"""Generating answers to all turns of a data set, in batches, resuming an interrupted run."""
 
 import hashlib
 import logging
@@ -13,43 +13,42 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.sample_errors import NAMED, BadSample, one_sample
 from ..utils.image_loading import open_image
-from .answers import AnswerFile
-from .asking import ask
+from .answer_file import AnswerFile
+from .answer_records import AnswerRecord
+from .generate_answers import generate_answers
 from .metrics import score
-from .questions import Conversation, Questions
-from .records import Record
+from .questions import EvaluationConversation, Questions
 
 logger = logging.getLogger(__name__)
 
-Item = tuple[int, Sequence[int]]  # a conversation's place in the data, and which of its rounds are asked one after the other
+Item = tuple[int, Sequence[int]]  # index of a conversation, and the indices of its turns to ask in sequence
 
 
-class Evaluation:
-    """Ask a model what a data set asks.
+class Evaluator:
+    """Answer the questions of a data set with a model.
 
-    Conversations go through their rounds together, batches of like length, the longest first. One with an image that cannot
-    be opened is an error, or is skipped, as the questions have it (`on_bad_sample`); rounds for which the context has no
-    room are left out, and what follows them.
+    A batch holds conversations of similar length, the longest first, and goes through their turns in parallel. An image that
+    cannot be read raises, or its conversation is skipped, depending on `questions`' `on_bad_sample`. A turn that exceeds the
+    context length is skipped with all later turns of its conversation.
 
     Args:
         model: a `DSVLForConditionalGeneration`, in evaluation mode.
         processor: its `DSVLProcessor`.
         questions: the data.
-        batch_size: rounds at a time.
-        max_new_tokens: of an answer.
-        given_answers: ask each round after the data's answers to the earlier ones, not the model's own.
-        allow_urls: whether images are fetched from addresses.
+        batch_size: number of turns in a batch.
+        max_new_tokens: maximum length of an answer.
+        given_answers: whether the prompt of a turn contains the data's answers to earlier turns instead of the model's.
+        allow_urls: whether images may be fetched from http(s) URLs.
         seed: of sampling.
-        options: what `generate()` takes, in the place of `asking.GREEDY`'s.
+        options: arguments of `generate()`, which override `generate_answers.GREEDY`.
 
     Attributes:
-        skipped: conversation -> why it was left out.
-        too_long: rounds that were not asked for want of context.
-        tokens, seconds: what `run` generated, and how long the model took.
+        skipped: conversation id -> why it was skipped.
+        too_long: number of turns that were skipped because they exceed the context length.
+        tokens, seconds: number of tokens that `run` generated, and the time for it.
 
     Raises:
-        ValueError: if there are addresses that may not be fetched; or if rounds are to be asked after given answers, and one
-            that has another round after it has none.
+        ValueError: for URLs without `allow_urls`, or for `given_answers` if a turn before the last has no answer.
     """
 
     def __init__(
@@ -69,98 +68,98 @@ class Evaluation:
         self.model, self.processor, self.questions = model, processor, questions
         self.batch_size, self.max_new_tokens, self.options = batch_size, max_new_tokens, options
         self.given_answers, self.allow_urls, self.seed = given_answers, allow_urls, seed
-        self.room = model.config.text_config.max_position_embeddings - max_new_tokens
+        self.max_prompt_tokens = model.config.text_config.max_position_embeddings - max_new_tokens
         self.skipped: dict[str, str] = {}
-        self.too_long = self.tokens = self._told = 0
+        self.too_long = self.tokens = self._warnings = 0
         self.seconds = 0.0
         for outline in questions.outlines:
             if outline.address is not None and not allow_urls:
                 raise ValueError(
-                    f"{questions.source}: conversation {outline.id!r} has the address of an image, {outline.address:.200}; "
-                    "pass --allow-urls to fetch such images."
+                    f"{questions.source}: conversation {outline.id!r} has an image with the URL {outline.address:.200}; "
+                    "pass --allow-urls to fetch it."
                 )
             if given_answers and not all(outline.answered[:-1]):
                 raise ValueError(
-                    f"{questions.source}: round {outline.answered.index(False)} of conversation {outline.id!r} has no "
-                    "answer to go on from; leave out --given-answers, so that the model's own are taken."
+                    f"{questions.source}: turn {outline.answered.index(False)} of conversation {outline.id!r} has no "
+                    "answer; omit --given-answers, so that the model's own answers are used."
                 )
 
     def run(self, file: AnswerFile) -> dict[str, Any]:
-        """Ask what the file has no answer to, write answers as they come, and return the summary (also written)."""
-        rounds = sum(len(outline.letters) for outline in self.questions.outlines)
-        with logging_redirect_tqdm(), tqdm(total=rounds, initial=len(file.answers), unit="round", disable=None) as bar:
+        """Answer the turns that the file does not hold yet, append the answers, and write and return the summary."""
+        turns = sum(len(outline.letters) for outline in self.questions.outlines)
+        with logging_redirect_tqdm(), tqdm(total=turns, initial=len(file.answers), unit="turn", disable=None) as bar:
             for group in self._groups():
                 for asked in self._ask(group, file):
                     bar.update(asked)
         file.finish(outline.id for outline in self.questions.outlines)
         counts = {
             "conversations": len(self.questions),
-            "rounds": rounds,
+            "turns": turns,
             "answered": len(file.answers),
             "conversations_skipped": len(self.skipped),
-            "rounds_too_long": self.too_long,
-            "conversations_left_out": self.questions.left_out,
+            "turns_too_long": self.too_long,
+            "samples_skipped": self.questions.skipped,
         }
         return file.write_summary(counts, self.skipped)
 
     def _groups(self) -> Iterator[list[Item]]:
-        """What is asked together: the same in every run, so that one that was interrupted goes on with the same batches."""
+        """The items of each batch. They are the same in every run, so that a resumed run generates the same batches."""
         per_image = self.processor.image_seq_length
-        sizes = []  # about how many tokens each round takes, all before it included
+        sizes = []  # estimated tokens of each turn's prompt
         for outline in self.questions.outlines:
             own = [n // 4 + m * per_image for n, m in zip(outline.letters, outline.images, strict=True)]
             sizes.append(list(accumulate(own)))
         items: list[Item]
-        if self.given_answers:  # no round waits for another
-            items = [(index, [place]) for index, own in enumerate(sizes) for place in range(len(own))]
+        if self.given_answers:  # turns are independent of each other
+            items = [(index, [turn]) for index, own in enumerate(sizes) for turn in range(len(own))]
             items.sort(key=lambda item: -sizes[item[0]][item[1][0]])
-        else:  # those with as many rounds together, or later batches would not be full
+        else:  # conversations with the same number of turns together, so that later batches are full
             items = [(index, range(len(own))) for index, own in enumerate(sizes)]
             items.sort(key=lambda item: (-len(item[1]), -sizes[item[0]][-1]))
         for start in range(0, len(items), self.batch_size):
             yield items[start : start + self.batch_size]
 
     def _ask(self, group: list[Item], file: AnswerFile) -> Iterator[int]:
-        """Ask the rounds of a group; after each batch, how many were answered."""
+        """Answer the turns of a group; yields the number of answers of each batch."""
         ids = {index: self.questions.outlines[index].id for index, _ in group}
-        waiting = [item for item in group if any((ids[item[0]], place) not in file for place in item[1])]
+        waiting = [item for item in group if any((ids[item[0]], turn) not in file for turn in item[1])]
         opened = {index: self._open(index, file) for index, _ in waiting}
-        for depth in range(max((len(places) for _, places in waiting), default=0)):
+        for depth in range(max((len(turns) for _, turns in waiting), default=0)):
             batch = []
-            for index, places in waiting:
+            for index, turns in waiting:
                 found = opened[index]
-                if found is None or depth >= len(places) or (ids[index], places[depth]) in file:
+                if found is None or depth >= len(turns) or (ids[index], turns[depth]) in file:
                     continue
                 conversation, images, names = found
-                place = places[depth]
-                prompt = self._prompt(conversation, images, place, file)
+                turn = turns[depth]
+                prompt = self._prompt(conversation, images, turn, file)
                 length = self.processor.count_tokens(prompt, add_generation_prompt=True)
-                if length > self.room:
-                    self._leave_out_rounds(conversation.id, place, len(places) - depth, length)
+                if length > self.max_prompt_tokens:
+                    self._skip_turns(conversation.id, turn, len(turns) - depth, length)
                     opened[index] = None
                     continue
-                batch.append((conversation, place, prompt, names[place]))
+                batch.append((conversation, turn, prompt, names[turn]))
             if batch:
                 file.add(self._answers(batch, file.header["model"]))
                 yield len(batch)
 
-    def _answers(self, batch: list[tuple[Conversation, int, Any, list[str]]], model: str) -> list[Record]:
+    def _answers(self, batch: list[tuple[EvaluationConversation, int, Any, list[str]]], model: str) -> list[AnswerRecord]:
         if self.options.get("do_sample"):
-            # Of the questions, not of what was asked before: a run that was interrupted draws what a whole one draws.
-            text = repr([self.seed, [(conversation.id, place) for conversation, place, _, _ in batch]])
+            # The seed depends on this batch only, so that a resumed run samples what an uninterrupted one samples.
+            text = repr([self.seed, [(conversation.id, turn) for conversation, turn, _, _ in batch]])
             torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
         started = time.perf_counter()
         prompts = [prompt for _, _, prompt, _ in batch]
-        answers = ask(self.model, self.processor, prompts, self.max_new_tokens, **self.options)
+        answers = generate_answers(self.model, self.processor, prompts, self.max_new_tokens, **self.options)
         self.seconds += time.perf_counter() - started
         self.tokens += sum(answer.tokens for answer in answers)
         records = []
-        for (conversation, place, _, images), answer in zip(batch, answers, strict=True):
-            asked = conversation.rounds[place]
+        for (conversation, turn, _, images), answer in zip(batch, answers, strict=True):
+            asked = conversation.turns[turn]
             records.append(
-                Record(
+                AnswerRecord(
                     id=conversation.id,
-                    round=place,
+                    turn=turn,
                     question=asked.question,
                     images=images,
                     answer=answer.text,
@@ -172,22 +171,22 @@ class Evaluation:
         return records
 
     def _prompt(
-        self, conversation: Conversation, images: list[list[Any]], place: int, file: AnswerFile
+        self, conversation: EvaluationConversation, images: list[list[Any]], turn: int, file: AnswerFile
     ) -> list[dict[str, Any]]:
-        """The messages up to the question of a round, with its earlier answers."""
+        """The messages up to the question of a turn, with its earlier answers."""
         messages = list(conversation.system)
-        for number, one in enumerate(conversation.rounds[: place + 1]):
+        for number, one in enumerate(conversation.turns[: turn + 1]):
             following = iter(images[number])
             messages += [_with_images(message, following) for message in one.messages]
-            if number < place and self.given_answers:
-                assert one.answer is not None  # the constructor has seen to it
+            if number < turn and self.given_answers:
+                assert one.answer is not None  # the constructor checks it
                 messages.append(one.answer)
-            elif number < place:
+            elif number < turn:
                 messages.append({"role": "assistant", "content": file.answers[conversation.id, number].answer})
         return messages
 
-    def _open(self, index: int, file: AnswerFile) -> tuple[Conversation, list[list[Any]], list[list[str]]] | None:
-        """A conversation with the images of each round, and their names; None if one cannot be opened."""
+    def _open(self, index: int, file: AnswerFile) -> tuple[EvaluationConversation, list[list[Any]], list[list[str]]] | None:
+        """A conversation, the images of each turn, and their names; None if an image cannot be read."""
         name = self.questions.outlines[index].id
         if name in self.skipped:
             return None
@@ -196,7 +195,7 @@ class Evaluation:
             conversation = self.questions[index]
             try:
                 with one_sample():
-                    images = [[open_image(one, self.allow_urls) for one in asked.images] for asked in conversation.rounds]
+                    images = [[open_image(one, self.allow_urls) for one in asked.images] for asked in conversation.turns]
             except BadSample as error:
                 self.skipped[name] = error.reason
                 raise
@@ -206,20 +205,20 @@ class Evaluation:
         conversation, images = found
         names = [
             [source if isinstance(source, str) else file.keep_image(source) for source in one.images]
-            for one in conversation.rounds
+            for one in conversation.turns
         ]
         return conversation, images, names
 
-    def _leave_out_rounds(self, name: str, place: int, count: int, length: int) -> None:
+    def _skip_turns(self, name: str, turn: int, count: int, length: int) -> None:
         self.too_long += count
-        self._told += 1
-        if self._told <= NAMED:
+        self._warnings += 1
+        if self._warnings <= NAMED:
             logger.warning(
-                "Conversation %s is not asked from round %d on: it takes %d tokens, and the context leaves room for %d.",
+                "Conversation %s is skipped from turn %d on: its prompt has %d tokens, and the context has space for %d.",
                 name,
-                place,
+                turn,
                 length,
-                self.room,
+                self.max_prompt_tokens,
             )
 
 
