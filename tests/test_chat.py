@@ -219,7 +219,7 @@ def test_an_edited_conversation_falls_back_to_what_is_still_true(chat, edit, cac
     check_next(chat, 1, draw_image(9))
 
 
-def test_who_draws_on_a_image_afterwards_draws_on_another(chat):
+def test_who_draws_on_an_image_afterwards_draws_on_another(chat):
     image = draw_image(5)
     chat.ask("This?", image)
     image.paste((0, 255, 0), (0, 0, 30, 30))

@@ -1,4 +1,4 @@
-"""A decoder whose layers are compiled learns what it learns otherwise, by one graph for every kind of layer."""
+"""A decoder whose layers are compiled trains as it does otherwise, by one graph for every kind of layer."""
 
 import copy
 
@@ -14,7 +14,7 @@ from dsvl.training.adapters import lora_config
 
 TOKENS = 28
 # Of the images of two rows; labels differ as well.
-PLACES = ([[3, 12], [6]], [[0], [1, 8, 16]], [[5], [20]], [[23], []], [[], []])
+IMAGE_STARTS = ([[3, 12], [6]], [[0], [1, 8, 16]], [[5], [20]], [[23], []], [[], []])
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +25,10 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def labelled(places: list[list[int]], number: int, tokens: int = TOKENS, dtype: torch.dtype = torch.float64):
-    """Two rows of so many tokens, the second one padded by two, with images that begin at these places."""
+def labelled(starts: list[list[int]], number: int, tokens: int = TOKENS, dtype: torch.dtype = torch.float64):
+    """Two rows of so many tokens, the second one padded by two, with images that begin at these starts."""
     layouts = []
-    for row, starts in enumerate(places):
+    for row, starts in enumerate(starts):
         layout, length = "", tokens - 2 * row
         place = 0
         while place < length:
@@ -37,8 +37,8 @@ def labelled(places: list[list[int]], number: int, tokens: int = TOKENS, dtype: 
         layouts.append(layout)
     inputs = batch(*layouts, side="right", dtype=dtype, seed=number)
     ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
-    learnt = real & (ids != IMAGE_ID) & (torch.rand(ids.shape, generator=torch.Generator().manual_seed(number)) < 0.5)
-    return inputs | {"labels": torch.where(learnt, ids, -100)}
+    trained = real & (ids != IMAGE_ID) & (torch.rand(ids.shape, generator=torch.Generator().manual_seed(number)) < 0.5)
+    return inputs | {"labels": torch.where(trained, ids, -100)}
 
 
 def packed(inputs):
@@ -85,15 +85,15 @@ def graphs() -> int:
     ],
 )
 def test_loss_and_gradients_are_the_same_and_the_graph_holds(family, rows, way, monkeypatch):
-    """Ten layers, more than torch compiles a function anew; images (in a batch none), places and labels change."""
+    """Ten layers, more than torch compiles a function anew; images (in a batch none), starts and labels change."""
     if way == "fused":
         use_plain_kernels(monkeypatch)
     layers, kinds = {"num_hidden_layers": 10, "initializer_range": 0.1}, 1
     if family == "gemma3_text":
         layers["layer_types"], kinds = ["sliding_attention", "full_attention"] * 5, 2
     model, compiled = pair(family, "language_model", backend="eager" if way == "eager" else "sdpa", **layers)
-    for number, places in enumerate(reversed(PLACES) if way == "fused" else PLACES):
-        inputs = labelled(places, number)
+    for number, starts in enumerate(reversed(IMAGE_STARTS) if way == "fused" else IMAGE_STARTS):
+        inputs = labelled(starts, number)
         assert_same(compiled, model, packed(inputs) if rows == "packed" else inputs)
         assert graphs() == kinds
 
@@ -111,13 +111,13 @@ def test_lengths_share_one_more_graph(way, learning, monkeypatch):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointed_layers_are_computed_again_by_the_graph(use_reentrant):
     model, compiled = pair("llama", "language_model", num_hidden_layers=4)
-    whole = kept(compiled, labelled(PLACES[0], 0))
+    whole = kept(compiled, labelled(IMAGE_STARTS[0], 0))
     for either in (model, compiled):
         either.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-    for number, places in enumerate(PLACES):
-        assert_same(compiled, model, labelled(places, number))
+    for number, starts in enumerate(IMAGE_STARTS):
+        assert_same(compiled, model, labelled(starts, number))
     assert graphs() == 2
-    assert kept(compiled, labelled(PLACES[0], 0)) < whole / 3
+    assert kept(compiled, labelled(IMAGE_STARTS[0], 0)) < whole / 3
 
 
 def kept(model, inputs) -> int:
@@ -144,10 +144,10 @@ def test_adapters_learn_the_same():
     model = peft.get_peft_model(model, lora_config(model, 4, dropout=0.0)).double()
     compiled = copy.deepcopy(model)
     compiled.get_base_model().compile_decoder_layers(backend="aot_eager", fullgraph=True)
-    for number, places in enumerate(PLACES):
-        assert_same(compiled, model, labelled(places, number))
+    for number, starts in enumerate(IMAGE_STARTS):
+        assert_same(compiled, model, labelled(starts, number))
     assert graphs() == 1
-    assert any("lora_A" in name for name in step(compiled, labelled(PLACES[0], 0))[1])
+    assert any("lora_A" in name for name in step(compiled, labelled(IMAGE_STARTS[0], 0))[1])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -161,7 +161,7 @@ def test_data_parallel_training_keeps_the_graph_whole(checkpointing, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=0.005)
-        inputs = labelled(PLACES[0], 0)
+        inputs = labelled(IMAGE_STARTS[0], 0)
         wrapped(**inputs, use_cache=False).loss.backward()
     finally:
         torch.distributed.destroy_process_group()
@@ -172,7 +172,7 @@ def test_data_parallel_training_keeps_the_graph_whole(checkpointing, tmp_path):
 
 def test_evaluation_is_not_compiled_and_training_goes_on_with_its_graph():
     model, compiled = pair("llama")
-    inputs = labelled(PLACES[0], 0)
+    inputs = labelled(IMAGE_STARTS[0], 0)
     assert_same(compiled, model, inputs)
     for either in (model, compiled):
         either.eval()
@@ -180,7 +180,7 @@ def test_evaluation_is_not_compiled_and_training_goes_on_with_its_graph():
     how = {"max_new_tokens": 4, "do_sample": False}
     assert compiled.generate(**prompt, **how).equal(model.generate(**prompt, **how))
     assert graphs() == 1
-    assert_same(compiled.train(), model.train(), labelled(PLACES[1], 1))
+    assert_same(compiled.train(), model.train(), labelled(IMAGE_STARTS[1], 1))
     assert graphs() == 1
 
 
@@ -193,7 +193,7 @@ def test_a_copy_is_compiled_for_itself():
     plain.model._compiled_layers = None
     for layer in plain.model.language_model.layers:
         layer._compiled_call_impl = None
-    assert_same(other, plain, labelled(PLACES[0], 0))
+    assert_same(other, plain, labelled(IMAGE_STARTS[0], 0))
     assert graphs() == 1
 
 
@@ -227,8 +227,8 @@ def test_generated_code_agrees_as_well(way, monkeypatch):
     for checkpointing in (False, True):
         for either in (model, compiled) if checkpointing else ():
             either.activation_checkpointing_enable({"use_reentrant": False})
-        for number, places in enumerate(PLACES):
-            inputs = labelled(places, number, dtype=torch.float32)
+        for number, starts in enumerate(IMAGE_STARTS):
+            inputs = labelled(starts, number, dtype=torch.float32)
             (loss, gradients), (expected, expected_gradients) = step(compiled, inputs), step(model, inputs)
             torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
             for name, gradient in gradients.items():

@@ -26,7 +26,7 @@ def config(**kwargs):
     )
 
 
-def test_how_many_embeddings_a_image_becomes():
+def test_how_many_embeddings_an_image_becomes():
     assert config().image_seq_length == PER_IMAGE
     assert config(vision_feature_select_strategy="default").image_seq_length == PER_IMAGE - 1
     assert config(projector_type="vit").image_seq_length == PER_IMAGE

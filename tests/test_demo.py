@@ -49,7 +49,7 @@ def test_a_seed_decides_the_whole_conversation():
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_a_image_has_its_colour_on_white(colour):
+def test_an_image_has_its_colour_on_white(colour):
     image = drawing.render(Scene(colour, "square", "two"), random.Random(0))
     shades = {pixel for _, pixel in image.getcolors() if pixel != drawing.BACKGROUND}
     (shade,) = shades  # one, and not a blend
@@ -59,7 +59,7 @@ def test_a_image_has_its_colour_on_white(colour):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", NUMBERS)
-def test_a_image_shows_as_many_shapes_as_it_says(shape, count):
+def test_an_image_shows_as_many_shapes_as_it_says(shape, count):
     measure = pytest.importorskip("skimage.measure")
     for seed in range(5):
         image = drawing.render(Scene("blue", shape, count), random.Random(seed)).convert("L")

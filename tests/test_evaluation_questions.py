@@ -87,7 +87,7 @@ def test_conversations_have_names_of_their_own(folder, caplog):
     assert "two conversations have the id" in caplog.text
 
 
-def test_every_source_of_a_image_is_a_path_an_address_or_bytes(folder):
+def test_every_source_of_an_image_is_a_path_an_address_or_bytes(folder):
     data = (folder / "images/one.png").read_bytes()
     parts = [
         {"type": "image", "url": "https://example.org/cup.png"},

@@ -116,7 +116,7 @@ def test_images_and_features_do_not_mix(filled, data, processor):
 # -- on the disk -------------------------------------------------------------------------------------------------------
 
 
-def test_a_image_is_known_by_its_file(tmp_path, photographs):
+def test_an_image_is_known_by_its_file(tmp_path, photographs):
     path = tmp_path / "cup.png"
     photographs[1].save(path)
     assert image_key(str(path)) == image_key(path.read_bytes())

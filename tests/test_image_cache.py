@@ -173,14 +173,14 @@ def test_prompts_that_do_not_fit_are_refused(layouts, cached, message):
         greedy(model, inputs, model.encode_images(random_images(cached)))
 
 
-def test_a_image_that_is_cut_is_refused():
+def test_an_image_that_is_cut_is_refused():
     model, inputs = tiny_model(), batch("tIItt")
     cut = {name: torch.cat([inputs[name][:, :3], inputs[name][:, 6:]], 1) for name in ("input_ids", "attention_mask")}
     with pytest.raises(ValueError, match=r"hold \[7\] image tokens, 7 in all, but there are 2 images of 5"):
         greedy(model, cut, model.encode_images(inputs["pixel_values"]))
 
 
-def test_what_a_image_cache_cannot_do_is_said():
+def test_what_an_image_cache_cannot_do_is_said():
     model, inputs = tiny_model(), batch("ttItt")
     cache = model.encode_images(inputs["pixel_values"])
     text = {name: value for name, value in inputs.items() if name != "pixel_values"}

@@ -197,7 +197,7 @@ def test_an_example_is_asked_with_a_click(parts: tuple[Any, Any], browser: Any) 
 
 
 @pytest.mark.slow
-def test_a_image_that_is_too_large_is_refused(parts: tuple[Any, Any], browser: Any, tmp_path: Path) -> None:
+def test_an_image_that_is_too_large_is_refused(parts: tuple[Any, Any], browser: Any, tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.png"
     Image.new("1", (20_000, 20_000)).save(bomb)
     assert bomb.stat().st_size < LIMITS.image_bytes

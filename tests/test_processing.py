@@ -84,7 +84,7 @@ def test_number_after_repeats_the_number(processor, image):
     assert processor.apply_chat_template(messages) == prompt
 
 
-def test_a_image_in_a_sentence_leaves_its_name_there(processor, image):
+def test_an_image_in_a_sentence_leaves_its_name_there(processor, image):
     prompt = processor.apply_chat_template([user(image, "Is ", image, " larger than ", image, "?")])
     assert "### Image 3:\n<image>\n\n### Question:\nIs Image 2 larger than Image 3?\n" in prompt
     trailing = processor.apply_chat_template([user("What is this?", image)])
@@ -234,7 +234,7 @@ def test_images_and_placeholders_are_counted_for_each_sample(processor, image):
         )
 
 
-def test_truncation_that_would_cut_a_image_is_refused(processor, image):
+def test_truncation_that_would_cut_an_image_is_refused(processor, image):
     with pytest.raises(ValueError, match=r"left \[3\] of \[5\] image tokens .* raise max_length"):
         processor(text="<image> and", images=image, truncation=True, max_length=4)
     with pytest.raises(ValueError, match=r"left \[0\] of \[5\] image tokens"):
@@ -244,7 +244,7 @@ def test_truncation_that_would_cut_a_image_is_refused(processor, image):
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "missing", "array"])
-def test_a_image_that_cannot_be_decoded_is_named(processor, image, damage, tmp_path):
+def test_an_image_that_cannot_be_decoded_is_named(processor, image, damage, tmp_path):
     path = tmp_path / f"{damage}.png"
     image.resize((64, 64)).save(path)
     content = path.read_bytes()

@@ -232,7 +232,7 @@ def test_nothing_on_the_page_is_run_or_fetched(tmp_path):
     assert not re.search(r"url\(|@import", (tmp_path / "p.html").read_text(encoding="utf-8"))
 
 
-def test_a_image_that_cannot_be_opened_shows_its_name_and_why(tmp_path, image, monkeypatch):
+def test_an_image_that_cannot_be_opened_shows_its_name_and_why(tmp_path, image, monkeypatch):
     (tmp_path / "broken.png").write_bytes(b"no image")
     sources = [str(tmp_path / "gone.png"), str(tmp_path / "broken.png"), "http://example.org/far.png", image]
     monkeypatch.setattr(report, "open_image", wrapped := Opened(report.open_image))

@@ -278,7 +278,7 @@ def test_a_failing_request_fails_alone_and_tells_nothing(server: Server, parts: 
     assert "secret" not in str(error.value)
 
 
-def test_a_image_by_its_address_if_the_server_may(parts: tuple[Any, Any], tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_image_by_its_address_if_the_server_may(parts: tuple[Any, Any], tmp_path: Path, monkeypatch: Any) -> None:
     draw_image(1).save(tmp_path / "one.png")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     monkeypatch.setattr(url_fetching, "is_public", lambda address: address == "127.0.0.1")

@@ -142,8 +142,8 @@ def test_a_step_waits_for_nothing(family, rows, checkpointing, device, monkeypat
     layers = model.config.text_config.num_hidden_layers
     assert queued == [layers, layers]  # the whole decoder was given to the device before the first was read
     assert sum(name.endswith("mmca_backward.default") for name in step.done) == layers
-    learnt = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert learnt == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 class Questions(TorchFunctionMode):
