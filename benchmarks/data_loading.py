@@ -27,7 +27,7 @@ from dsvl.data import load_conversations
 from dsvl.demo.parts import train_tokenizer
 from dsvl.demo.photographs import photographs
 from dsvl.training import ConversationCollator
-from dsvl.training.features import SHARD, FeatureCache, image_key
+from dsvl.training.feature_cache import SHARD, FeatureCache, image_key
 
 SIZE, PATCH, WIDTH_OF_TOWER = 336, 14, 1024  # CLIP ViT-L/14 336
 WIDTH = 640  # of an image file, as in COCO

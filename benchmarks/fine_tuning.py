@@ -139,7 +139,7 @@ def build(row: Row, shape: Shape, backend: str) -> torch.nn.Module:
     device = device_type()
     model: Any = dsvl(shape, "mmca", backend, device) if row.model == "dsvl" else llava(shape, device)
     if row.liger and row.model == "dsvl":
-        from dsvl.training.kernels import use_liger
+        from dsvl.training.liger import use_liger
 
         use_liger(model)
     elif row.liger:
@@ -238,7 +238,7 @@ def planned_gib(row: Row, shape: Shape, supervised: int) -> float | None:
     if row.model != "dsvl" or row.liger or row.compiled or row.checkpoint_every > 1:
         return None
     from dsvl import DSVLConfig
-    from dsvl.training.plan import plan
+    from dsvl.training.memory_plan import plan
 
     vision, text = shape.configs()
     text_tokens = shape.batch * (shape.tokens - shape.images * shape.per_image)

@@ -10,7 +10,7 @@ from measure import Table, utilise
 from models import Shape, dsvl, inputs, llava, twin
 from torch.utils.checkpoint import checkpoint
 
-from dsvl.training.kernels import use_liger
+from dsvl.training.liger import use_liger
 
 Step = Callable[[], torch.Tensor]
 

@@ -2,13 +2,13 @@
 
     python fine_tune_with_trainer.py --model my-model --data conversations.jsonl --output my-tuned-model
 
-Each line of the data is a conversation; what to learn is what the assistant says:
+Each line of the data is a conversation; the model is trained on the assistant's messages:
 
     {"messages": [
         {"role": "user", "content": [{"type": "image", "path": "one.jpg"}, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": "A cup of coffee."}]}
 
-Relative paths of images start at the working directory. Several processes: `torchrun --nproc-per-node=8 ...`.
+Relative paths of images are relative to the working directory. Several processes: `torchrun --nproc-per-node=8 ...`.
 """
 
 import argparse
@@ -24,17 +24,17 @@ parser.add_argument("--model", required=True, help="directory or Hub name of a D
 parser.add_argument("--data", required=True, help="a JSON lines file of conversations")
 parser.add_argument("--output", required=True, help="directory for the trained model")
 parser.add_argument("--max-steps", type=int, default=1000)
-parser.add_argument("--batch-size", type=int, default=8, help="conversations a step, in each process")
+parser.add_argument("--batch-size", type=int, default=8, help="conversations per step and process")
 parser.add_argument("--learning-rate", type=float, default=1e-3)
-parser.add_argument("--max-length", type=int, help="tokens; of a longer conversation the last rounds are left out")
-parser.add_argument("--bf16", action="store_true", help="compute in 16 bits; the weights keep 32")
+parser.add_argument("--max-length", type=int, help="maximum tokens; longer conversations lose their last turns")
+parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")
 parser.add_argument("--logging-steps", type=int, default=10)
 args = parser.parse_args()
 
-# Weights in 32 bits, whatever the checkpoint has: the small steps of training would be rounded away in 16.
+# float32 weights, as small updates would be rounded away in 16 bits.
 model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32)
 processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-# Without this line everything learns. What is frozen costs neither gradients nor optimizer memory.
+# Without this line everything is trained. Frozen parts need no memory for gradients and optimizer states.
 model.set_trainable(projector=True, embeddings=True, vision_tower=False, language_model=False, lm_head=False)
 
 trainer = Trainer(
@@ -45,17 +45,17 @@ trainer = Trainer(
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=0.03,  # below 1: a share of all steps
+        warmup_steps=0.03,  # below 1: a fraction of all steps
         bf16=args.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # without it several processes on CPUs would not know of each other
+        use_cpu=not torch.accelerator.is_available(),  # without it, processes on CPUs would not communicate
         logging_steps=args.logging_steps,
-        save_strategy="no",  # "steps" for checkpoints on the way, to resume from
-        remove_unused_columns=False,  # the model has no argument `messages`, but the collator reads them
+        save_strategy="no",  # "steps" for checkpoints to resume from
+        remove_unused_columns=False,  # the collator reads the column `messages`
     ),
     train_dataset=load_dataset("json", data_files=args.data, split="train"),
     data_collator=ConversationCollator(processor, max_length=args.max_length),
-    processing_class=processor,  # saved beside the model
+    processing_class=processor,  # saved with the model
 )
 trainer.train()
-trainer.save_model()  # weights, code and processor: from_pretrained(output) is all it takes to load them
+trainer.save_model()  # weights, code and processor, for from_pretrained(output)
 trainer.save_state()  # the logged losses, in trainer_state.json

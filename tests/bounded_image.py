@@ -17,7 +17,7 @@ from dsvl import DSVLProcessor
 from dsvl.serving.images import load_image
 from dsvl.serving.requests import Limits
 from dsvl.training import ConversationCollator
-from dsvl.training.features import _NewImages
+from dsvl.training.feature_cache import MissingImages
 
 ADDED = 500 * 2**20
 
@@ -39,7 +39,7 @@ def ways(path: str):
     return {
         "processor": lambda: processor(text="<image>", images=path, return_tensors="pt")["pixel_values"],
         "collator": lambda: ConversationCollator(processor)([sample])["pixel_values"],
-        "features": lambda: next(iter(_NewImages([[sample]], empty, processor.image_processor, False)[0][1].values()))[None],
+        "features": lambda: next(iter(MissingImages([[sample]], empty, processor.image_processor)[0][1].values()))[None],
         "server": serve,
     }
 

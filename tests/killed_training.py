@@ -1,6 +1,6 @@
 """`dsvl train` that is killed at a chosen moment: python killed_training.py MOMENT STEP flags...
 
-A signal that no process can catch ends it: within a step, or within the writing of a checkpoint, whose files it leaves cut.
+SIGKILL ends it within a step, or while a checkpoint is written, whose files are then truncated.
 """
 
 import io
@@ -69,16 +69,16 @@ elif moment == "before the mark":
 
     checkpoints.mark_complete = not_marked
 elif moment == "in the trained model":
-    from dsvl.training import run
+    from dsvl.training import saving
 
-    move = run._move
+    move = saving.move_into_place
 
     def not_moved(partial, output):
         if step:
             die()
         move(partial, output)
 
-    run._move = not_moved
+    saving.move_into_place = not_moved
 else:
     sys.exit(f"no such moment: {moment}")
 

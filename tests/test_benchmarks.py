@@ -24,7 +24,7 @@ from dsvl.masks_dsvl import (
     mmca_reference_codes,
     visibilities,
 )
-from dsvl.training.kernels import use_liger
+from dsvl.training.liger import use_liger
 
 
 @pytest.fixture

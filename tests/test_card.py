@@ -13,7 +13,7 @@ from dsvl.data.mixture import load_mixture, split
 from dsvl.hub_card import TrainingFacts, at_repository, render_card
 from dsvl.hub_card.base_models import BaseModel, inherited_license, read_base_models
 from dsvl.publishing.directory_checks import read_contents
-from dsvl.training.facts import data_counts, read_emissions
+from dsvl.training.model_card import data_counts, read_emissions
 
 FACTS = TrainingFacts(
     data={"llava": 12345, "my|own": 6},

@@ -1,4 +1,4 @@
-"""What a batch holds, what of it is learnt, and what happens to conversations that do not fit or are broken."""
+"""Contents and labels of batches, and conversations that do not fit or are broken."""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,7 @@ EOS = "</s>"
 
 
 def user(*parts):
-    """Texts, images, and paths of images."""
+    """A user message of texts, images and paths of images."""
 
     def part(value):
         if isinstance(value, str):
@@ -36,7 +36,7 @@ def assistant(text):
 
 
 def supervised(batch, row=0):
-    """The texts of the spans that are learnt, in order; each label stands where its token is."""
+    """The texts of the spans with labels, in order; every label must equal its token."""
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE / "tokenizer")
     ids, labels = batch["input_ids"][row].tolist(), batch["labels"][row].tolist()
     spans, previous = [], -100
@@ -61,8 +61,8 @@ def collator(processor):
 
 
 @pytest.fixture
-def rounds(photographs):
-    """Three rounds; the second has two images."""
+def turns(photographs):
+    """Three turns; the second has two images."""
     return [
         user(photographs[0], "What is red?"),
         assistant("One cup."),
@@ -79,11 +79,11 @@ def damaged(folder, name="damaged.png"):
     return path
 
 
-# -- what is learnt ----------------------------------------------------------------------------------------------------
+# -- labels ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_answers_and_their_ends_are_learnt_and_nothing_else(collator, rounds):
-    batch = collator([{"messages": rounds}, [user("Hello?"), assistant("A cat")]])
+def test_only_the_answers_and_their_ends_have_labels(collator, turns):
+    batch = collator([{"messages": turns}, [user("Hello?"), assistant("A cat")]])
     assert supervised(batch, 0) == ["One cup." + EOS, "Two are blue." + EOS, "No." + EOS]
     assert supervised(batch, 1) == ["A cat" + EOS]
     assert batch["labels"].dtype == torch.int64
@@ -91,18 +91,18 @@ def test_the_answers_and_their_ends_are_learnt_and_nothing_else(collator, rounds
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
 
-def test_answers_in_a_row_are_each_learnt(collator):
+def test_consecutive_answers_all_have_labels(collator):
     batch = collator([[user("One"), user("Two?"), assistant("red"), assistant("blue"), user("?"), assistant("cat")]])
     assert supervised(batch) == ["red" + EOS, "blue" + EOS, "cat" + EOS]
 
 
-def test_an_answer_in_parts_is_learnt_as_one(collator):
+def test_an_answer_in_parts_equals_one_text(collator):
     parts = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}, {"type": "text", "text": " and a dog"}]}
     assert_equal(collator([[user("?"), parts]]), collator([[user("?"), assistant("a cat and a dog")]]))
 
 
 def test_typed_special_tokens_are_text(collator, processor, photographs):
-    """They end no answer, start no image, and are not learnt where a user typed them."""
+    """Typed by a user, they end no answer, start no image and have no labels."""
     typed = f"What does {EOS} mean, <image> or <pad>?"
     batch = collator([[user(photographs[0], typed), assistant(f"An <image> is no {EOS}, but")]])
     ids = batch["input_ids"][0]
@@ -119,19 +119,19 @@ TALK = st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12), st.boolean
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(TALK)
-def test_exactly_the_assistants_tokens_are_learnt(collator, processor, photographs, talk):
-    """Whatever is said: the learnt tokens are those of each answer, up to its end, by the characters they stand for."""
+def test_exactly_the_assistants_tokens_have_labels(collator, processor, photographs, talk):
+    """For any text, the tokens with labels are those of the answers, up to their ends."""
     messages = []
     for question, answer, with_image in talk:
         messages += [user(photographs[0], question) if with_image else user(question), assistant(answer)]
     (ids,), (labels,) = (collator([messages])[key].numpy() for key in ("input_ids", "labels"))
-    learnt = labels != -100
-    assert (labels[learnt] == ids[learnt]).all()
-    assert (ids[learnt] == processor.tokenizer.eos_token_id).sum() == len(talk)
-    # An answer changed is learnt tokens changed, and no others.
+    labelled = labels != -100
+    assert (labels[labelled] == ids[labelled]).all()
+    assert (ids[labelled] == processor.tokenizer.eos_token_id).sum() == len(talk)
+    # Changing an answer changes tokens with labels only.
     others = [m if m["role"] == "user" else assistant("dog") for m in messages]
     (other_ids,), (other_labels,) = (collator([others])[key].numpy() for key in ("input_ids", "labels"))
-    kept = (ids != processor.tokenizer.pad_token_id) & ~learnt
+    kept = (ids != processor.tokenizer.pad_token_id) & ~labelled
     other_kept = (other_ids != processor.tokenizer.pad_token_id) & (other_labels == -100)
     assert ids[kept].tolist() == other_ids[other_kept].tolist()
 
@@ -139,38 +139,38 @@ def test_exactly_the_assistants_tokens_are_learnt(collator, processor, photograp
 # -- the batch ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_is_padded_to_a_multiple_of_eight(collator, processor, rounds):
+def test_a_batch_is_padded_to_a_multiple_of_eight(collator, processor, turns):
     widths = set()
     for extra in range(12):
         text = [user("red " * extra + "?"), assistant("b")]
-        batch = collator([text, rounds[4:]])
+        batch = collator([text, turns[4:]])
         tokens, longest = batch["input_ids"].shape[1], batch["attention_mask"].sum(1).max()
         assert tokens % 8 == 0 and tokens - longest < 8
-        assert batch["attention_mask"].sum(1).tolist() == [processor.count_tokens(text), processor.count_tokens(rounds[4:])]
+        assert batch["attention_mask"].sum(1).tolist() == [processor.count_tokens(text), processor.count_tokens(turns[4:])]
         assert (batch["input_ids"][batch["attention_mask"] == 0] == processor.tokenizer.pad_token_id).all()
         assert {batch[key].shape for key in batch if key != "pixel_values"} == {(2, tokens)}
         widths.add(tokens)
     assert len(widths) > 1
 
 
-def test_token_types_mark_the_images(collator, processor, rounds):
-    batch = collator([rounds, rounds[4:], rounds[:2]])
+def test_token_types_mark_the_images(collator, processor, turns):
+    batch = collator([turns, turns[4:], turns[:2]])
     types = batch["mm_token_type_ids"]
     assert types.equal((batch["input_ids"] == processor.image_token_id).long())
     assert types.sum(1).tolist() == [3 * PER_IMAGE, 0, PER_IMAGE]
     assert batch["pixel_values"].shape == (4, 3, 28, 28)
-    assert "pixel_values" not in collator([rounds[4:]])
+    assert "pixel_values" not in collator([turns[4:]])
 
 
-def test_images_beside_the_messages_are_those_inside_them(collator, rounds, photographs, tmp_path):
+def test_images_beside_the_messages_are_those_inside_them(collator, turns, photographs, tmp_path):
     path = str(tmp_path / "image.png")
     photographs[0].save(path)
-    inline = collator([{"messages": rounds}])
+    inline = collator([{"messages": turns}])
     bare = [
         message
         if isinstance(message["content"], str)
         else message | {"content": [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]}
-        for message in rounds
+        for message in turns
     ]
     for first in (photographs[0], path, (tmp_path / "image.png").read_bytes()):
         assert_equal(collator([{"messages": bare, "images": [first, *photographs[1:3]]}]), inline)
@@ -178,35 +178,35 @@ def test_images_beside_the_messages_are_those_inside_them(collator, rounds, phot
     assert swapped["pixel_values"].equal(inline["pixel_values"].flip(0))
 
 
-def test_the_length_is_that_of_the_batch(collator, rounds):
+def test_the_length_is_that_of_the_batch(collator, turns):
     for end in (2, 4, 6):
-        batch = collator([rounds[:end]])
-        assert batch["attention_mask"].sum() == collator.processor.count_tokens(rounds[:end])
+        batch = collator([turns[:end]])
+        assert batch["attention_mask"].sum() == collator.processor.count_tokens(turns[:end])
 
 
 # -- conversations that do not fit -------------------------------------------------------------------------------------
 
 
-def test_whole_rounds_are_dropped_from_the_end(processor, collator, rounds):
-    lengths = [processor.count_tokens(rounds[:end]) for end in (2, 4, 6)]
+def test_whole_turns_are_dropped_from_the_end(processor, collator, turns):
+    lengths = [processor.count_tokens(turns[:end]) for end in (2, 4, 6)]
     for kept, length in zip((2, 4, 6), lengths, strict=True):
         for slack in (0, 1):
             limited = ConversationCollator(processor, max_length=length + slack)
-            assert_equal(limited([rounds]), collator([rounds[:kept]]))
+            assert_equal(limited([turns]), collator([turns[:kept]]))
             assert limited.counts.tolist() == [1, 0, int(kept < 6)]
     for kept, length in zip((2, 4), lengths[1:], strict=True):  # one token short
-        assert_equal(ConversationCollator(processor, max_length=length - 1)([rounds]), collator([rounds[:kept]]))
+        assert_equal(ConversationCollator(processor, max_length=length - 1)([turns]), collator([turns[:kept]]))
 
 
-def test_no_image_is_cut_whatever_the_limit(processor, collator, rounds):
-    for limit in range(processor.count_tokens(rounds[:2]), processor.count_tokens(rounds) + 1, 3):
-        batch = ConversationCollator(processor, limit)([rounds])
+def test_no_image_is_cut_whatever_the_limit(processor, collator, turns):
+    for limit in range(processor.count_tokens(turns[:2]), processor.count_tokens(turns) + 1, 3):
+        batch = ConversationCollator(processor, limit)([turns])
         assert batch["attention_mask"].sum() <= limit
         assert batch["mm_token_type_ids"].sum() == PER_IMAGE * len(batch["pixel_values"])
         assert supervised(batch)[-1].endswith(EOS)
 
 
-def test_a_round_ends_with_its_last_answer(processor, collator):
+def test_a_turn_ends_with_its_last_answer(processor, collator):
     messages = [
         {"role": "system", "content": "Be brief."},
         user("One"),
@@ -226,33 +226,33 @@ def test_a_round_ends_with_its_last_answer(processor, collator):
     assert collator.shorten(messages) is messages
 
 
-def test_images_of_dropped_rounds_are_not_decoded(processor, collator, rounds, tmp_path):
-    broken = [*rounds[:2], user(damaged(tmp_path), "?"), assistant("!")]
-    limited = ConversationCollator(processor, max_length=processor.count_tokens(rounds[:2]))
-    assert_equal(limited([broken]), collator([rounds[:2]]))
+def test_images_of_dropped_turns_are_not_decoded(processor, collator, turns, tmp_path):
+    broken = [*turns[:2], user(damaged(tmp_path), "?"), assistant("!")]
+    limited = ConversationCollator(processor, max_length=processor.count_tokens(turns[:2]))
+    assert_equal(limited([broken]), collator([turns[:2]]))
     with pytest.raises(ValueError, match="cannot be decoded"):
         collator([broken])
 
 
-def test_a_first_round_that_is_too_long_is_an_error_with_both_lengths(processor, collator, rounds):
-    length = processor.count_tokens(rounds[:2])
+def test_a_first_turn_that_is_too_long_is_an_error_with_both_lengths(processor, collator, turns):
+    length = processor.count_tokens(turns[:2])
     expected = (
-        rf"^The first round of a conversation takes {length} tokens, more than max_length={length - 1} "
+        rf"^The first turn of a conversation takes {length} tokens, more than max_length={length - 1} "
         r"\('What is red\?'\); raise max_length\. Or skip such conversations"
     )
     with pytest.raises(ValueError, match=expected):
-        ConversationCollator(processor, length - 1)([rounds])
+        ConversationCollator(processor, length - 1)([turns])
 
 
-def test_a_first_round_that_is_too_long_can_be_left_out(processor, collator, rounds, caplog):
+def test_a_first_turn_that_is_too_long_can_be_skipped(processor, collator, turns, caplog):
     short = [user("?"), assistant("!")]
     limited = ConversationCollator(processor, processor.count_tokens(short), "skip")
     with caplog.at_level(logging.WARNING, "dsvl"):
-        batch = limited([rounds, short, rounds])
+        batch = limited([turns, short, turns])
     assert_equal(batch, collator([short]))
     assert limited.counts.tolist() == [3, 2, 0]
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2 and all(text.startswith("Skipped: The first round") for text in messages)
+    assert len(messages) == 2 and all(text.startswith("Skipped: The first turn") for text in messages)
 
 
 @pytest.mark.parametrize("options", [{"max_length": 0}, {"max_length": -5}, {"on_bad_sample": "ignore"}])
@@ -295,13 +295,13 @@ def test_a_broken_image_is_an_error(collator, photographs, tmp_path, kind):
             collator([sample])
 
 
-def test_broken_images_can_be_left_out(processor, collator, rounds, photographs, tmp_path, caplog):
+def test_broken_images_can_be_skipped(processor, collator, turns, photographs, tmp_path, caplog):
     broken = broken_samples(tmp_path, photographs[0])
     assert list(broken) == KINDS
     skipping = ConversationCollator(processor, on_bad_sample="skip", max_bad_samples=1)
     with caplog.at_level(logging.WARNING, "dsvl"):
-        batch = skipping([rounds, *broken.values(), rounds[:2]])
-    assert_equal(batch, collator([rounds, rounds[:2]]))
+        batch = skipping([turns, *broken.values(), turns[:2]])
+    assert_equal(batch, collator([turns, turns[:2]]))
     assert skipping.counts.tolist() == [len(KINDS) + 2, len(KINDS), 0]
     assert [record.getMessage()[:9] for record in caplog.records] == ["Skipped: "] * len(KINDS)
 
@@ -319,7 +319,7 @@ def model(tmp_path_factory):
     return DSVLForConditionalGeneration.from_pretrained(make_checkpoint(tmp_path_factory.mktemp("collator")))
 
 
-def test_a_batch_that_loses_everything_has_nothing_to_learn(processor, model, tmp_path):
+def test_a_batch_of_which_everything_is_skipped_has_no_labels(processor, model, tmp_path):
     skipping = ConversationCollator(processor, on_bad_sample="skip")
     batch = skipping([[user(damaged(tmp_path), "?"), assistant("!")]] * 2)
     assert skipping.counts.tolist() == [2, 2, 0]
@@ -328,20 +328,20 @@ def test_a_batch_that_loses_everything_has_nothing_to_learn(processor, model, tm
     model.set_trainable(projector=True, embeddings=True, vision_tower=True, language_model=True, lm_head=True)
     loss = model(**batch).loss
     assert loss.item() == 0
-    loss.backward()  # the other ranks wait for its gradients
-    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    loss.backward()  # the other processes reduce its gradients
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert {"model.multi_modal_projector.linear.weight", "model.language_model.embed_tokens.weight"} <= with_gradient
-    assert with_gradient <= learning
+    assert with_gradient <= trainable
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
     model.zero_grad()
 
 
-def test_a_conversation_left_out_leaves_the_loss_as_without_it(processor, model, collator, rounds, tmp_path):
+def test_a_skipped_conversation_does_not_change_the_loss(processor, model, collator, turns, tmp_path):
     skipping = ConversationCollator(processor, on_bad_sample="skip")
-    batch = skipping([[user(damaged(tmp_path), "?"), assistant("!")], rounds])
+    batch = skipping([[user(damaged(tmp_path), "?"), assistant("!")], turns])
     with torch.no_grad():
-        assert model.eval()(**batch).loss == model(**collator([rounds])).loss > 0
+        assert model.eval()(**batch).loss == model(**collator([turns])).loss > 0
 
 
 # -- counting ----------------------------------------------------------------------------------------------------------
@@ -359,8 +359,8 @@ def test_counts_of_workers_reach_the_parent(processor, collator, tmp_path):
         assert_equal(batch, collator([good[:2], good[:2]]))
 
 
-def test_a_sample_is_unchanged_by_being_put_into_a_batch(collator, rounds):
-    messages = complete_messages(rounds)
+def test_collating_does_not_modify_a_sample(collator, turns):
+    messages = complete_messages(turns)
     copy = [dict(message) for message in messages]
-    collator([rounds])
-    assert messages == copy == rounds
+    collator([turns])
+    assert messages == copy == turns

@@ -17,8 +17,8 @@ from conftest import save_tiny_llama
 from training_runs import environment, make_checkpoint, make_conversations
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, cli
+from dsvl.training.argument_parser import GROUPS, TrainParser
 from dsvl.training.arguments import DataArguments, DSVLTrainingArguments, ModelArguments
-from dsvl.training.help import GROUPS, TrainParser
 from dsvl.utils.local_paths import looks_like_path
 from dsvl.utils.model_loading import load_checkpoint
 
@@ -117,7 +117,7 @@ def test_the_help_of_training_has_groups_and_each_flag_once(capsys: Any) -> None
     flags = re.findall(r"^  (--[\w-]+)", text, re.M)
     assert len(flags) == len(set(flags)) < 70 and not re.search(r"^  --\w+_", text, re.M)
     assert re.search(r"--output DIR .*\[required\]", text) and re.search(r"--lora-rank N .*\[default: 0\]", text)
-    assert "[on; --no-lora-language switches it off]" in text
+    assert "[default: on; disable with --no-lora-language]" in text
 
 
 def test_every_field_is_in_the_help_for_all() -> None:

@@ -17,7 +17,7 @@ from dsvl.evaluation.answer_file import AnswerFile
 from dsvl.evaluation.answer_records import AnswerRecord, read_records
 from dsvl.migration import migrate_checkpoint, migrate_qwen_tower
 from dsvl.migration.read_weights import read_tensors, weight_files
-from dsvl.training.checkpoints import MARKER, last_complete_checkpoint, mark_complete, what_is_missing
+from dsvl.training.checkpoints import MARKER, last_complete_checkpoint, mark_complete, why_incomplete
 
 
 def damaged(whole: bytes, generator: random.Random) -> bytes:
@@ -133,9 +133,9 @@ def test_a_marker_that_is_none_makes_no_checkpoint(tmp_path: Path, content: str)
         folder.mkdir()
         (folder / "w").write_text("abc")
         mark_complete(folder)
-    assert what_is_missing(tmp_path / "checkpoint-4") is None
+    assert why_incomplete(tmp_path / "checkpoint-4") is None
     (tmp_path / "checkpoint-4" / MARKER).write_bytes(content.encode("utf-8", "surrogateescape"))
-    assert what_is_missing(tmp_path / "checkpoint-4")
+    assert why_incomplete(tmp_path / "checkpoint-4")
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 

@@ -650,12 +650,12 @@ def test_training_fetches_urls_only_when_allowed(processor, checkpoint, tmp_path
 
 
 def test_exact_match_skips_answers_of_weight_0_and_bad_samples(processor, cases):
-    from dsvl.training.evaluation import _answers
+    from dsvl.training.evaluation import answer_indices
 
     (weighted,) = load_conversations(cases / "weight.jsonl")
-    assert _answers(ConversationCollator(processor), weighted) == [3]
+    assert answer_indices(ConversationCollator(processor), weighted) == [3]
     _, zero = load_conversations(cases / "zero_size.jsonl")
-    assert _answers(ConversationCollator(processor, on_bad_sample="skip"), zero) == []
+    assert answer_indices(ConversationCollator(processor, on_bad_sample="skip"), zero) == []
 
 
 def test_many_bad_samples_are_named_only_at_first(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Two processes learn what one does: DDP and every ZeRO stage, with what makes them differ."""
+"""Two processes train like one: DDP, every ZeRO stage, and the settings in which they differ."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ import dsvl.training
 pytest.importorskip("deepspeed")
 
 ZERO = {"ddp": [], "zero1": ["--deepspeed", "zero1"], "zero2": ["--deepspeed", "zero2"], "zero3": ["--deepspeed", "zero3"]}
-# One process takes the batches of both: with this layout the second of two has texts alone, every second step.
+# One process takes the batches of both. With this layout the second process has only texts in every other step.
 LAYOUT = "ppttpppp" * 3
 IN_ORDER = ["--train-sampling-strategy", "sequential"]
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """Runs of one process, by their flags; each is made once."""
+    """Runs of one process, by their flags; each is run once."""
     made = {}
 
     def get(*flags):
@@ -56,7 +56,7 @@ def assert_as_alone(output, single):
 
 @pytest.mark.parametrize("stage", ZERO)
 def test_two_processes_equal_one_where_one_of_them_has_no_images(folder, tmp_path, alone, stage):
-    """With activation checkpointing beside it, evaluated, saved, loaded, and resumed."""
+    """With activation checkpointing, evaluation, saving, loading and resuming."""
     evaluate = ["--eval-data", folder / "held_out.jsonl", "--eval-exact-match", "--eval-max-new-tokens", "3"]
     flags = [*IN_ORDER, "--activation-checkpointing", "true"]
     output = tmp_path / "output"
@@ -98,7 +98,7 @@ def test_evaluations_of_two_processes_equal_those_of_one(folder, tmp_path, stage
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_adapters_learn_the_same_in_two_processes(folder, tmp_path, alone, stage):
+def test_adapters_train_the_same_in_two_processes(folder, tmp_path, alone, stage):
     flags = [*IN_ORDER, "--lora-rank", "4", "--lora-vision"]
     output = tmp_path / "output"
     train_by_two(folder, output, *ZERO[stage], *flags)
@@ -138,7 +138,7 @@ def test_the_deepspeed_launcher_starts_it_from_a_file(folder, tmp_path, alone):
 
 
 def test_accelerate_launch_starts_it(folder, tmp_path, alone):
-    """One process, as accelerate starts several on CPUs by MPI only; its environment must not turn DeepSpeed off."""
+    """A single process, as accelerate needs MPI for several on CPUs; its environment must not disable DeepSpeed."""
     output = tmp_path / "output"
     base = ["--model", folder / "model", "--data", folder / "data.jsonl", "--output", output, BATCH, 4, *STEPS, *IN_ORDER]
     run(*base, "--deepspeed", "zero2", launcher="accelerate")

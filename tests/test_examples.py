@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as a reader would run them, and what they write is a model."""
+"""The scripts in examples/ run from the command line, and their output is a model."""
 
 import json
 import subprocess
@@ -32,14 +32,14 @@ def folder(tmp_path_factory):
 
 
 def images_apart(line):
-    """A conversation with its images in a list of their own, as TRL wants them."""
+    """A conversation with its images in a separate list, as TRL expects them."""
     messages = json.loads(line)["messages"]
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
     return json.dumps({"images": [part.pop("path") for part in parts if part["type"] == "image"], "messages": messages})
 
 
 def run_example(folder, script, data, output, *flags):
-    """Run a script in the data's folder; its output, and the losses that it logged."""
+    """Run a script in the data's folder; returns its output directory and logged losses."""
     files = ["--model", "model", "--data", data, "--output", output]
     offline = environment() | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     command = [sys.executable, EXAMPLES / script, *files, *FLAGS, *flags]
@@ -48,12 +48,12 @@ def run_example(folder, script, data, output, *flags):
     return folder / output, losses(folder / output)
 
 
-def assert_learnt(logged):
+def assert_loss_falls(logged):
     assert len(logged) == 12
     assert sum(logged[-3:]) / 3 < sum(logged[:3]) / 3 - 0.3
 
 
-def assert_loads_and_only_its_parts_learnt(output, folder):
+def assert_loads_and_only_its_parts_changed(output, folder):
     _, info = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values())
     AutoProcessor.from_pretrained(output, trust_remote_code=True)
@@ -67,31 +67,31 @@ def by_trainer(folder):
     return run_example(folder, "fine_tune_with_trainer.py", "data.jsonl", "by_trainer")
 
 
-def test_the_trainer_script_learns(folder, by_trainer):
+def test_the_trainer_script_trains(folder, by_trainer):
     output, logged = by_trainer
-    assert_learnt(logged)
-    assert_loads_and_only_its_parts_learnt(output, folder)
+    assert_loss_falls(logged)
+    assert_loads_and_only_its_parts_changed(output, folder)
 
 
-def test_dsvl_train_learns_what_the_trainer_script_learns(folder, by_trainer):
+def test_dsvl_train_has_the_losses_of_the_trainer_script(folder, by_trainer):
     output = folder / "by_dsvl_train"
     flags = [BATCH if flag == "--batch-size" else flag for flag in FLAGS]
     run("--model", folder / "model", "--data", folder / "data.jsonl", "--output", output, *flags)
     assert losses(output) == pytest.approx(by_trainer[1], abs=1e-5)
 
 
-def test_the_trl_script_learns(folder, by_trainer):
+def test_the_trl_script_trains(folder, by_trainer):
     output, logged = run_example(folder, "fine_tune_with_trl.py", "images_apart.jsonl", "by_trl")
-    assert_learnt(logged)
-    assert_loads_and_only_its_parts_learnt(output, folder)
-    # The same conversations and the same tokens of them, in bf16; with the questions learnt as well it would be 0.02 less.
+    assert_loss_falls(logged)
+    assert_loads_and_only_its_parts_changed(output, folder)
+    # The same conversations and labels, in bf16; with labels for the questions it would be 0.02 less.
     assert logged[0] == pytest.approx(by_trainer[1][0], abs=5e-3)
 
 
 def test_the_trl_script_makes_adapters_that_load_on_the_base(folder):
     peft = pytest.importorskip("peft")
     output, logged = run_example(folder, "fine_tune_with_trl.py", "images_apart.jsonl", "adapters", "--lora-rank", "4")
-    assert_learnt(logged)
+    assert_loss_falls(logged)
     assert not (output / "model.safetensors").exists()
     AutoProcessor.from_pretrained(output, trust_remote_code=True)
 
@@ -105,7 +105,7 @@ def test_the_trl_script_makes_adapters_that_load_on_the_base(folder):
     assert all(torch.equal(adapted[name], merged[name]) for name in before)
 
 
-def test_trls_own_collator_learns_the_same_tokens_as_ours(folder, monkeypatch):
+def test_trls_collator_has_the_same_labels_as_ours(folder, monkeypatch):
     monkeypatch.chdir(folder)
     data = load_dataset("json", data_files="images_apart.jsonl", split="train", cache_dir=str(folder / "cache"))
     data = data.cast_column("images", List(Image()))
@@ -113,7 +113,7 @@ def test_trls_own_collator_learns_the_same_tokens_as_ours(folder, monkeypatch):
     ours = ConversationCollator(processor)
     theirs = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
     for start in range(0, len(data), 6):
-        samples = [data[place] for place in range(start, start + 6)]
+        samples = [data[index] for index in range(start, start + 6)]
         one, other = ours(samples), theirs([dict(sample) for sample in samples])
         assert one.keys() == dict(other).keys()
         assert torch.equal(one["pixel_values"], other["pixel_values"])

@@ -1,4 +1,4 @@
-"""The cache of image features: a training that reads from it is the training without it."""
+"""The cache of image features: training with it equals training without it."""
 
 import shutil
 
@@ -10,8 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dsvl.data import load_conversations
 from dsvl.training import ConversationCollator
-from dsvl.training.features import FeatureCache, fill, image_key, owner_of
-from dsvl.training.weights import load_tower
+from dsvl.training.feature_cache import FeatureCache, feature_fingerprint, fill_cache, image_key
+from dsvl.training.model_loading import load_checkpoint_tower
 
 STEPS = ["--max-steps", 6, "--save-steps", 3, "--logging-steps", 1, "--learning-rate", 1e-2, "--use-cpu"]
 
@@ -38,11 +38,11 @@ def loaded(model):
 
 @pytest.fixture
 def fresh(tmp_path, model, loaded, processor):
-    """Open the cache anew, as a later run does."""
+    """Open the cache again, as a later run does."""
 
     def opened(dtype=torch.float32, image_processor=processor.image_processor):
-        tower = load_tower(str(model), loaded.config, dtype)
-        return FeatureCache(tmp_path / "cache", owner_of(tower, loaded.config, image_processor)), tower
+        tower = load_checkpoint_tower(str(model), loaded.config, dtype)
+        return FeatureCache(tmp_path / "cache", feature_fingerprint(tower, loaded.config, image_processor)), tower
 
     return opened
 
@@ -50,13 +50,13 @@ def fresh(tmp_path, model, loaded, processor):
 @pytest.fixture
 def filled(fresh, data, loaded, processor):
     cache, tower = fresh()
-    fill(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor)
+    fill_cache(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor)
     cache.refresh()
     return cache
 
 
 def same_gradients(loaded, *batches):
-    """The loss of each batch, and that its gradients are those of the first."""
+    """The loss of each batch; their gradients must be equal."""
     seen = []
     for batch in batches:
         loaded.zero_grad()
@@ -69,7 +69,7 @@ def same_gradients(loaded, *batches):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_batch_of_features_learns_as_a_batch_of_images(filled, data, processor, loaded, packed):
+def test_a_batch_of_features_has_the_gradients_of_a_batch_of_images(filled, data, processor, loaded, packed):
     loaded.set_trainable()
     samples = list(load_conversations(data))[:5]  # images and texts
     samples = [samples[:3], samples[3:]] if packed else samples
@@ -80,8 +80,8 @@ def test_a_batch_of_features_learns_as_a_batch_of_images(filled, data, processor
     same_gradients(loaded, images, features)
 
 
-def test_a_batch_of_texts_says_that_there_are_features(filled, processor, loaded):
-    """Other processes wait for its projector's gradients, but not for its tower."""
+def test_a_batch_of_texts_has_empty_image_features(filled, processor, loaded):
+    """Its projector must have gradients, which other processes reduce; its tower must not run."""
     loaded.set_trainable()
     batch = ConversationCollator(processor, features=filled)(
         [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]]
@@ -98,7 +98,7 @@ def test_generation_from_features_is_generation_from_images(filled, data, proces
     (message, *_) = next(sample for sample in load_conversations(data) if "image" in str(sample))["messages"]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     answers = []
-    for sources in ({}, {"image_features": filled.of(message["content"][0]["path"])}):
+    for sources in ({}, {"image_features": filled.get(message["content"][0]["path"])}):
         content = [message["content"][0] if not sources else {"type": "image"} | sources, *message["content"][1:]]
         inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
         answers.append(loaded.eval().generate(**inputs, max_new_tokens=8, do_sample=False))
@@ -108,7 +108,7 @@ def test_generation_from_features_is_generation_from_images(filled, data, proces
 def test_images_and_features_do_not_mix(filled, data, processor):
     (message, *_) = next(sample for sample in load_conversations(data) if "image" in str(sample))["messages"]
     image = message["content"][0]
-    content = [image, {"type": "image", "image_features": filled.of(image["path"])}]
+    content = [image, {"type": "image", "image_features": filled.get(image["path"])}]
     with pytest.raises(ValueError, match="1 of 2 images are given as their features"):
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
 
@@ -116,7 +116,7 @@ def test_images_and_features_do_not_mix(filled, data, processor):
 # -- on the disk -------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_is_known_by_its_file(tmp_path, photographs):
+def test_an_image_is_identified_by_its_file(tmp_path, photographs):
     path = tmp_path / "cup.png"
     photographs[1].save(path)
     assert image_key(str(path)) == image_key(path.read_bytes())
@@ -129,39 +129,39 @@ def test_only_what_is_missing_is_computed(filled, fresh, tmp_path, data, loaded,
     cache, tower = fresh()
     assert len(cache) == len(filled) == len(set(cache.files)) > 10
     files = sorted((tmp_path / "cache").glob("*.safetensors"))
-    asked = []
-    tower.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))
-    fill(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor)
-    assert asked == [] and sorted((tmp_path / "cache").glob("*.safetensors")) == files
-    more = make_conversations(tmp_path / "more", layout="p" * 26)  # begins with what is known
-    fill(cache, [load_conversations(more)], tower, loaded.config, processor.image_processor)
+    calls = []
+    tower.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    fill_cache(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor)
+    assert calls == [] and sorted((tmp_path / "cache").glob("*.safetensors")) == files
+    more = make_conversations(tmp_path / "more", layout="p" * 26)  # the first images are in the cache
+    fill_cache(cache, [load_conversations(more)], tower, loaded.config, processor.image_processor)
     cache.refresh()
-    assert sum(asked) == len(cache) - len(filled) > 0
+    assert sum(calls) == len(cache) - len(filled) > 0
 
 
-def test_shares_of_processes_and_workers_make_the_same_cache(filled, tmp_path, data, loaded, processor, model):
-    tower = load_tower(str(model), loaded.config, torch.float32)
-    cache = FeatureCache(tmp_path / "shared", owner_of(tower, loaded.config, processor.image_processor))
+def test_several_processes_and_workers_fill_the_same_cache(filled, tmp_path, data, loaded, processor, model):
+    tower = load_checkpoint_tower(str(model), loaded.config, torch.float32)
+    cache = FeatureCache(tmp_path / "shared", feature_fingerprint(tower, loaded.config, processor.image_processor))
     for rank, workers in ((0, 0), (1, 2)):
-        fill(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor, workers, rank, 2)
+        fill_cache(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor, workers, rank, 2)
     cache.refresh()
     assert sorted(cache.files) == sorted(filled.files)
     assert all(torch.allclose(cache[key], filled[key], atol=1e-6) for key in cache.files)
 
 
 def test_a_cache_of_another_model_is_refused(filled, fresh, processor, loaded, model, tmp_path):
-    with pytest.raises(ValueError, match=r"cache holds image features of another tower \(or precision\); pass an empty"):
+    with pytest.raises(ValueError, match=r"cache contains image features of another tower \(or precision\); pass an empty"):
         fresh(dtype=torch.bfloat16)
     other = type(processor.image_processor).from_dict(processor.image_processor.to_dict() | {"do_normalize": False})
     with pytest.raises(ValueError, match=r"features of another image processor \("):
         fresh(image_processor=other)
-    tower = load_tower(str(model), loaded.config, torch.float32)
+    tower = load_checkpoint_tower(str(model), loaded.config, torch.float32)
     next(tower.parameters()).data += 1e-3
     with pytest.raises(ValueError, match=r"features of another tower \("):
-        FeatureCache(tmp_path / "cache", owner_of(tower, loaded.config, processor.image_processor))
+        FeatureCache(tmp_path / "cache", feature_fingerprint(tower, loaded.config, processor.image_processor))
     (tmp_path / "photographs").mkdir()
     (tmp_path / "photographs/cat.png").touch()
-    with pytest.raises(ValueError, match="photographs holds something else than image features; pass an empty"):
+    with pytest.raises(ValueError, match="photographs contains files that are not image features; pass an empty"):
         FeatureCache(tmp_path / "photographs", {})
 
 
@@ -172,13 +172,13 @@ def test_broken_and_changed_images_are_named(fresh, tmp_path, loaded, processor,
         file.write(b"no image")
     cache, tower = fresh()
     data = load_conversations(path)
-    fill(cache, [data], tower, loaded.config, processor.image_processor)
+    fill_cache(cache, [data], tower, loaded.config, processor.image_processor)
     cache.refresh()
     photographs[0].save(changed)
     collator = ConversationCollator(processor, features=cache)
     with pytest.raises(ValueError, match="0_0.png cannot be decoded"):
         collator([data[0]])
-    with pytest.raises(ValueError, match="1_0.png is not in .*cache: it was another one when its features were"):
+    with pytest.raises(ValueError, match="1_0.png is not in .*cache: it has changed since its features were computed"):
         collator([data[1]])
 
 
@@ -202,8 +202,8 @@ def test_a_run_from_the_cache_is_the_run_without_it(tmp_path, model, data, start
 
 
 @pytest.mark.slow
-def test_zero3_asks_no_tower_that_others_do_not_ask(tmp_path, model, data):
-    """One process has texts alone where the other has images; a layer that one of them alone asks for waits for ever."""
+def test_zero3_runs_the_tower_in_all_processes_or_in_none(tmp_path, model, data):
+    """One process has only texts where the other has images; a layer that only one process gathers deadlocks."""
     common = ["--model", model, "--data", data, *STEPS, "--eval-share", 0.2, "--per-device-train-batch-size", 1]
     common += ["--deepspeed", "zero3"]
     run(*common, "--output", tmp_path / "plain", processes=2, launcher="deepspeed")

@@ -1,4 +1,4 @@
-"""Whatever kills a training, the same command again ends where an uninterrupted run ends, to the bit."""
+"""A killed training, resumed by the same command, ends bit-identical to an uninterrupted run."""
 
 import json
 import random
@@ -13,7 +13,7 @@ import torch
 from training_runs import BATCH, command, environment, furthest, make_checkpoint, make_conversations, run, weights
 
 KILLED = str(Path(__file__).with_name("killed_training.py"))
-# Adapters with dropout, so that chance plays a part; the second epoch begins at step 6.
+# Adapters with dropout, to use random numbers; the second epoch begins at step 6.
 SETTINGS = ["--max-steps", "8", "--save-steps", "2", "--logging-steps", "3", "--learning-rate", "1e-2", BATCH, "4"]
 SETTINGS += ["--lora-rank", "4", "--lora-dropout", "0.2", "--save-total-limit", "1"]
 
@@ -38,7 +38,7 @@ def flags(folder, output, settings=SETTINGS):
 
 
 def history(output):
-    """What was logged at every step, but for how long it took."""
+    """The logged values of every step, without timings."""
     entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in entries if "train_runtime" not in entry]
 
@@ -48,7 +48,7 @@ def assert_equal_to_the_bit(output, uninterrupted):
     assert furthest(weights(output), weights(uninterrupted)) == 0
 
 
-MOMENTS = {  # the moment and the step it is killed at -> the checkpoint that is left to go on from
+MOMENTS = {  # moment and step of the kill -> step of the checkpoint that the run resumes from
     ("in a step", 7): 6,
     ("in the weights", 4): 2,
     ("in the optimizer", 6): 4,
@@ -59,7 +59,7 @@ MOMENTS = {  # the moment and the step it is killed at -> the checkpoint that is
 
 @pytest.mark.parametrize(("moment", "step"), MOMENTS, ids=lambda value: str(value))
 def test_a_killed_training_continues_to_the_bit(folder, uninterrupted, tmp_path, moment, step):
-    # With adapters, the trained model is what PEFT wrote and what was merged of it.
+    # With adapters, the trained model consists of PEFT's files and the merged weights.
     output = tmp_path / "output"
     killed = run(moment, step, *flags(folder, output), module=KILLED, check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -68,8 +68,8 @@ def test_a_killed_training_continues_to_the_bit(folder, uninterrupted, tmp_path,
     again = run(*flags(folder, output))
     left = MOMENTS[moment, step]
     assert f"Resuming from {output / f'checkpoint-{left}'}." in again.stderr
-    passed_over = f"{output / f'checkpoint-{step}'} is passed over" in again.stderr
-    assert passed_over == (moment not in ("in a step", "in the trained model"))
+    skipped = f"{output / f'checkpoint-{step}'} is skipped" in again.stderr
+    assert skipped == (moment not in ("in a step", "in the trained model"))
     assert_equal_to_the_bit(output, uninterrupted)
 
 
@@ -125,7 +125,7 @@ def test_killed_again_and_again_at_random_moments(folder, tmp_path, seed):
 
 
 def test_a_run_on_another_seed_is_another_run(folder, uninterrupted, tmp_path):
-    """The comparison above can fail."""
+    """The comparison above fails for different runs."""
     run(*flags(folder, tmp_path / "output"), "--seed", "7")
     assert not torch.equal(
         *(weights(output)["model.multi_modal_projector.linear.weight"] for output in (tmp_path / "output", uninterrupted))

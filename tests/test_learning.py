@@ -1,4 +1,4 @@
-"""What learns, and what `dsvl train` leaves behind: adapters, precision, activation checkpointing, evaluation."""
+"""Trained parts and results of `dsvl train`: adapters, precision, activation checkpointing, evaluation."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from dsvl import DSVLForConditionalGeneration
 from dsvl.cli import main
 from dsvl.training import ConversationCollator, lora_config, merge_adapters
 from dsvl.training.arguments import parse
-from dsvl.training.run import load_model
+from dsvl.training.model_loading import load_model
 
 peft = pytest.importorskip("peft")
 
@@ -70,7 +70,7 @@ def gradients(model, batch):
 
 @pytest.fixture
 def reference():
-    """The released code's adapters in PEFT's, with its scale of 1 / rank."""
+    """The adapters of the released code loaded into PEFT, with its scale of 1 / rank."""
     case = ReferenceCase("G_lora")
     adapters = {key: value for key, value in case.weights.items() if "lora_" in key}
     model = case.model("mmca_reference", "eager", keep_adapter=True)  # without them
@@ -85,7 +85,7 @@ def reference():
     return case, model
 
 
-def test_adapters_compute_and_learn_what_the_released_code_does(reference):
+def test_adapters_have_the_outputs_and_gradients_of_the_released_code(reference):
     case, model = reference
     batch = case.batch("batch")
     output = model(**batch)
@@ -146,7 +146,7 @@ def test_adapters_are_saved_loaded_and_merged(folder, tmp_path, dora):
     assert furthest(dict(again.state_dict()), dict(merged.state_dict())) == 0
 
 
-def test_adapters_leave_what_they_do_not_name(folder, tmp_path):
+def test_adapters_change_only_their_targets(folder, tmp_path):
     flags = ["--lora-rank", "4", "--lora-targets", "q_proj", "v_proj", "--train", "projector"]
     before, after = weights(folder / "model"), weights(train(folder, tmp_path / "output", *flags))
     changed = {name for name in before if not before[name].equal(after[name])}
@@ -212,8 +212,8 @@ def test_checkpointed_activations_give_the_same_gradients(folder, parts, data, r
     assert plain.keys() == recomputed.keys() and plain
     for name in plain:
         torch.testing.assert_close(recomputed[name], plain[name], atol=1e-6, rtol=1e-5)
-    learns_from_texts = parts not in ("projector", "vision_tower")
-    assert any(gradient.abs().max() > 0 for gradient in plain.values()) == (data == "data.jsonl" or learns_from_texts)
+    trained_on_texts = parts not in ("projector", "vision_tower")
+    assert any(gradient.abs().max() > 0 for gradient in plain.values()) == (data == "data.jsonl" or trained_on_texts)
 
 
 def test_a_batch_of_texts_gives_the_projector_zero_gradients_and_the_same_loss(folder):
@@ -230,7 +230,7 @@ def test_a_batch_of_texts_gives_the_projector_zero_gradients_and_the_same_loss(f
 # Precision, evaluation, reports
 
 
-def test_in_bfloat16_what_learns_is_float32_and_what_is_saved_is_not(folder, tmp_path):
+def test_in_bfloat16_trainable_weights_are_float32_and_saved_ones_are_not(folder, tmp_path):
     argv = ["--model", str(folder / "model"), "--data", "x", "--output", str(tmp_path / "x"), "--bf16"]
     model_arguments, _, arguments = parse(argv)
     model = load_model(model_arguments, arguments)
@@ -244,7 +244,7 @@ def test_in_bfloat16_what_learns_is_float32_and_what_is_saved_is_not(folder, tmp
 
 
 def test_the_best_checkpoint_is_kept_and_training_stops_early(folder, tmp_path):
-    # What is learnt makes these answers less likely: the first evaluation is the best.
+    # Training makes these answers less likely, so the first evaluation is the best.
     held_out = (folder / "held_out.jsonl").read_text().splitlines()
     conversations = [json.loads(line) for line in held_out]
     for conversation in conversations:
@@ -263,7 +263,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(folder, tmp_path):
     assert furthest(weights(output), weights(output / f"checkpoint-{best}")) == 0
 
 
-def test_a_run_says_what_it_trains_and_what_it_left_out(folder, tmp_path, caplog):
+def test_a_run_logs_what_it_trains_and_skips(folder, tmp_path, caplog):
     lines = (folder / "data.jsonl").read_text().splitlines()
     lines[3:3] = ["{broken", json.dumps({"messages": [{"role": "user", "content": "no answer"}]})]
     (folder / "broken.jsonl").write_text("\n".join(lines))
@@ -273,18 +273,18 @@ def test_a_run_says_what_it_trains_and_what_it_left_out(folder, tmp_path, caplog
     said = caplog.text
     assert "Parameters: 30,912 of 155,488 are trained (19.88%)." in said
     assert "Data: 10 conversations, 10 turns, 4 images, 1,226 tokens, 81 trained." in said
-    assert "Optimizer: 0.000 GiB in each of 1 processes (all of it)." in said
+    assert "Optimizer: 0.000 GiB in each of 1 processes (not partitioned)." in said
     assert "line 4: is not JSON" in said and "line 5: the last message is the user's" in said
     assert "2 of 20 samples are broken and were skipped" in said
-    assert "2 samples of" in said and "rounds that did not fit" in said
+    assert "2 samples of" in said and "lost turns beyond the maximum length" in said
     card = (output / "README.md").read_text()
     assert "| broken.jsonl | 18 |" in card and "| learning rate | 0.01 |" in card
     assert "last logged training loss" in card
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 1])
-def test_every_part_of_the_tower_that_learns_gets_a_gradient(layer):
-    """DDP waits for each of them."""
+def test_every_trainable_part_of_the_tower_gets_a_gradient(layer):
+    """DDP waits for the gradients of all of them."""
     from conftest import batch, tiny_model
 
     model = tiny_model(dtype=torch.float32)

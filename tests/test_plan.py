@@ -1,4 +1,4 @@
-"""`dsvl plan`: what the tracer counts is what a real step holds, ZeRO's shares come out by hand, and the command says so."""
+"""`dsvl plan`: traced memory against real steps, ZeRO arithmetic against values by hand, and the command."""
 
 import json
 import math
@@ -12,16 +12,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.cli import main
-from dsvl.training.model_states import Memory, Sizes, arriving_gradients, model_states
-from dsvl.training.parts import PARTS
-from dsvl.training.plan import GIB, MemoryPlan, Planner, largest_micro_batch, plan, table, usable
-from dsvl.training.trace import ALLOCATION, Ledger, StepTracer, Trace, _planning_attention
+from dsvl.training.activation_memory import ALLOCATION, ActivationMemory, AllocationCounter, StepTracer, planning_attention
+from dsvl.training.memory_plan import MemoryPlan, Planner, largest_micro_batch, plan, usable
+from dsvl.training.model_states import GIB, ModelSizes, PhaseMemory, arriving_gradients, model_states
+from dsvl.training.plan import table
+from dsvl.training.trainable_parts import PARTS
 
 DEFAULT = ("projector", "embeddings")
 
 
 def small_config(layers=2, projector_type="linear", **text):
-    """Wide enough that the allocator's rounding does not matter, narrow enough for a real step on a CPU."""
+    """Large enough that the allocator's rounding is negligible, small enough for a real step on a CPU."""
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
     )
@@ -56,22 +57,22 @@ def headline():
 
 def test_a_storage_counts_once_while_anything_refers_to_it():
     weight = torch.zeros(256)  # 1 KiB
-    with Ledger([weight]) as ledger:
+    with AllocationCounter([weight]) as counter:
         doubled = weight * 2
         view, _ = doubled[:3], weight[3:]
-        assert ledger.live == 1024
+        assert counter.live == 1024
         del doubled
-        assert ledger.live == 1024
+        assert counter.live == 1024
         more = torch.zeros(1)
-        assert ledger.live == 1024 + ALLOCATION
+        assert counter.live == 1024 + ALLOCATION
         del view
-        assert (ledger.live, ledger.peak) == (ALLOCATION, 1024 + ALLOCATION)
+        assert (counter.live, counter.peak) == (ALLOCATION, 1024 + ALLOCATION)
         del more
-    assert ledger.live == 0
+    assert counter.live == 0
 
 
 def real_saved_bytes(config, train, tokens, labelled):
-    """What autograd keeps of a real model's forward, weights and inputs left out."""
+    """Bytes that autograd saves in the forward of a real model, without weights and inputs."""
     torch.manual_seed(0)
     model = DSVLForConditionalGeneration(config).train().set_trainable(**{PARTS[part]: part in train for part in PARTS})
     input_ids = torch.randint(0, 500, (2, tokens))
@@ -95,7 +96,7 @@ def real_saved_bytes(config, train, tokens, labelled):
 
 
 @pytest.mark.parametrize("train", [DEFAULT, ("projector", "embeddings", "language"), ("vision",)])
-def test_the_trace_holds_after_forward_what_autograd_keeps_of_a_real_one(train):
+def test_the_traced_forward_keeps_what_autograd_saves_in_a_real_one(train):
     config, tokens, labelled = small_config(), 256, 64
     tracer = StepTracer(config, train, dtype=torch.float32)
     with torch.device("meta"):
@@ -105,10 +106,10 @@ def test_the_trace_holds_after_forward_what_autograd_keeps_of_a_real_one(train):
             torch.zeros(2 * labelled, dtype=torch.long),
             torch.zeros(2, 3, 28, 28),
         )
-    with _planning_attention(), Ledger([*tracer.model.parameters(), *tracer.model.buffers(), *inputs]) as ledger:
-        loss = tracer._forward(*inputs)
+    with planning_attention(), AllocationCounter([*tracer.model.parameters(), *tracer.model.buffers(), *inputs]) as counter:
+        loss = tracer.forward(*inputs)
     assert loss.requires_grad
-    assert ledger.live == pytest.approx(real_saved_bytes(config, train, tokens, labelled), rel=0.02)
+    assert counter.live == pytest.approx(real_saved_bytes(config, train, tokens, labelled), rel=0.02)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -144,7 +145,7 @@ def test_activations_grow_evenly_with_depth_and_micro_batch():
     assert peak(4, 12) == pytest.approx(peak(4, 4) + 4 * (peak(4, 6) - peak(4, 4)), rel=1e-3)
 
 
-def test_a_trace_leaves_no_trace():
+def test_tracing_has_no_side_effects():
     config = small_config()
     before, attentions = config.to_dict(), dict(ALL_ATTENTION_FUNCTIONS)
     tracer = StepTracer(config, DEFAULT)
@@ -171,14 +172,14 @@ def test_a_7b_step_needs_what_was_measured_on_a_gpu(checkpointing, measured):
 def test_70b_and_2b_are_planned_without_a_weight():
     planner = Planner(headline(), world_size=8, deepspeed="zero3", activation_checkpointing=True)
     made = planner.plan(1)
-    assert all(parameter.is_meta for parameter in planner._tracer.model.parameters())
+    assert all(parameter.is_meta for parameter in planner.tracer.model.parameters())
     assert made.parameters == pytest.approx(70.8e9, rel=0.01)
     assert made.forward_backward.weights == pytest.approx(2 * made.parameters / 8, rel=0.01)
     assert 16 * GIB < made.total < usable(80 * GIB)
     assert plan(headline(), deepspeed="zero2", world_size=8, activation_checkpointing=True).total > 130 * GIB
 
 
-# -- what learns -------------------------------------------------------------------------------------------------------
+# -- trained parts -----------------------------------------------------------------------------------------------------
 
 STEP = dict(sequence_length=128, images=1)
 
@@ -198,7 +199,7 @@ def test_a_frozen_tower_keeps_no_graph():
     assert with_tower.forward_backward.activations > without.forward_backward.activations
 
 
-def test_adapters_learn_beside_the_parts_that_peft_copies():
+def test_adapters_are_trained_beside_the_parts_that_peft_copies():
     rank, hidden, layers = 4, 128, 2
     made, plain = (plan(small_config(), lora_rank=lora_rank, **STEP) for lora_rank in (rank, 0))
     # q and o are hidden x hidden, k and v have half the heads, the MLP is twice as wide: (in + out) x rank each.
@@ -234,14 +235,14 @@ def test_more_supervised_tokens_need_more_logits():
 # -- DeepSpeed's arithmetic, by hand -----------------------------------------------------------------------------------
 
 # 1,000 frozen and 240 trained elements in bfloat16; 4 GPUs, so partitions of 60. "auto" buckets hold 10 * 10 elements.
-SIZES = Sizes(parameters=(1000, 40, 150, 50), trained=(40, 150, 50), largest_module=1000, hidden=10, element=2)
-TRACE = Trace(peak=5000, gradients=0)
+SIZES = ModelSizes(parameters=(1000, 40, 150, 50), trained=(40, 150, 50), largest_module=1000, hidden=10, element=2)
+TRACE = ActivationMemory(peak=5000, gradients=0)
 
 
 def test_without_deepspeed_each_gpu_holds_everything():
-    forward, step, cpu = model_states(SIZES, Trace(peak=5000, gradients=100))
-    assert forward == Memory(weights=2480, gradients=100, optimizer=960, activations=4900, buffers=0)
-    assert step == Memory(weights=2480, gradients=480, optimizer=960, activations=0, buffers=0)
+    forward, step, cpu = model_states(SIZES, ActivationMemory(peak=5000, gradients=100))
+    assert forward == PhaseMemory(weights=2480, gradients=100, optimizer=960, activations=4900, buffers=0)
+    assert step == PhaseMemory(weights=2480, gradients=480, optimizer=960, activations=0, buffers=0)
     assert cpu == 0
 
 
@@ -251,19 +252,19 @@ def test_data_parallelism_copies_gradients_into_buckets():
 
 
 def test_zero_2_partitions_gradients_and_optimizer_states():
-    forward, step, cpu = model_states(SIZES, Trace(peak=5400, gradients=400), "zero2", world_size=4)
-    # The 150 lie across the cuts at 60, 120 and 180: the first GPU holds them and the 40 whole, the last and the third less.
+    forward, step, cpu = model_states(SIZES, ActivationMemory(peak=5400, gradients=400), "zero2", world_size=4)
+    # The 150 cross the cuts at 60, 120 and 180: the first GPU holds both them and the 40 whole, the third and the last less.
     held = arriving_gradients(SIZES, "zero2", 4, accumulation=False)
     assert held == 2 * (150 + 50)
-    assert forward == Memory(weights=2480, gradients=held, optimizer=12 * 60, activations=5000, buffers=3 * 2 * 100)
+    assert forward == PhaseMemory(weights=2480, gradients=held, optimizer=12 * 60, activations=5000, buffers=3 * 2 * 100)
     # The partition flattened and in float32, or one gradient in float64: 6 x 60 or 8 x 60.
-    assert step == Memory(weights=2480, gradients=held, optimizer=720, activations=0, buffers=600 + 480)
+    assert step == PhaseMemory(weights=2480, gradients=held, optimizer=720, activations=0, buffers=600 + 480)
     assert cpu == 0
 
 
 def test_zero_1_keeps_the_large_gradients_of_others_too():
     # Of 40, 150, 120 and 30 the first of two GPUs owns 40 and 130 of the 150; the 120 are larger than a bucket and stay.
-    sizes = Sizes(parameters=(40, 150, 120, 30), trained=(40, 150, 120, 30), largest_module=150, hidden=10, element=2)
+    sizes = ModelSizes(parameters=(40, 150, 120, 30), trained=(40, 150, 120, 30), largest_module=150, hidden=10, element=2)
     assert arriving_gradients(sizes, "zero2", 2, accumulation=False) == 2 * max(40 + 150, 150 + 120 + 30)
     assert arriving_gradients(sizes, "zero1", 2, accumulation=False) == 2 * (150 + 120 + 40)
     assert model_states(sizes, TRACE, "zero1", 2)[1].gradients == 2 * 300  # released before the step
@@ -331,10 +332,10 @@ def test_where_one_sample_does_not_fit_the_largest_micro_batch_is_zero():
         (dict(lora_rank=-4), r"lora_rank=-4 is too small; pass 0 or more"),
         (dict(deepspeed="zero4"), r"deepspeed='zero4' is unknown; choose from zero1, zero2, zero3, zero3-offload"),
         (dict(train=["eyes"]), r"train='eyes' is unknown; choose from projector, embeddings, vision, language, head"),
-        (dict(train=[]), r"names nothing that learns; name parts .*, or pass a lora_rank"),
-        (dict(train=["language"], lora_rank=4), r"lora_rank=4 freezes .* train names 'language'; leave one out"),
+        (dict(train=[]), r"trains nothing; name parts .*, or pass a lora_rank"),
+        (dict(train=["language"], lora_rank=4), r"lora_rank=4 freezes .* train contains 'language'; pass one of them"),
         (dict(sequence_length=34, images=2), r"sequence_length=34 is too short: 2 images take 34 .* at least 35"),
-        (dict(supervised_share=0), r"supervised_share=0 is no share of the text; pass a number above 0, at most 1"),
+        (dict(supervised_share=0), r"supervised_share=0 is out of range; pass a number above 0 and at most 1"),
         (dict(dtype="int8"), r"dtype='int8' is unknown; choose from bfloat16, float16, float32"),
     ],
 )
@@ -343,7 +344,7 @@ def test_an_error_says_what_was_wrong_and_what_to_do(options, message):
         plan(small_config(), **options)
 
 
-def test_a_tied_head_does_not_learn_alone():
+def test_a_tied_head_is_not_trained_alone():
     with pytest.raises(ValueError, match="tied to its embeddings.*pass embeddings=True"):
         plan(small_config(tie_word_embeddings=True), train=["head"])
 
@@ -368,9 +369,18 @@ def test_the_command_prints_a_table_and_the_largest_micro_batch(checkpoint, caps
     assert 1 < float(rows["total per GPU"][0]) < 1024  # a small model's numbers can be read
     assert "million parameters, " in out.splitlines()[0]
     *_, verdict, last = out.splitlines()
-    assert verdict.startswith("a micro-batch of 1 fits a GPU of 2.2 GiB, which has 92.16 MiB beside")
+    assert verdict.startswith("a micro-batch of 1 fits a GPU of 2.2 GiB, of which 92.16 MiB are usable")
     assert last.startswith("largest micro-batch for a GPU of 2.2 GiB: ")
     assert int(last.rpartition(" ")[2]) == largest_micro_batch(small_config(), 2.2 * GIB, sequence_length=64)
+
+
+def test_the_former_flag_of_images_is_read_with_a_warning(checkpoint, capsys, caplog):
+    tables = []
+    for flag in ("--images", "--pictures"):
+        assert main(["plan", "--model", checkpoint, "--sequence-length", "64", flag, "2"]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    assert "--pictures is deprecated and will be removed in dsvl 0.3; use --images." in caplog.text
 
 
 def test_the_command_says_what_to_do_where_nothing_fits(checkpoint, capsys):
@@ -378,7 +388,7 @@ def test_the_command_says_what_to_do_where_nothing_fits(checkpoint, capsys):
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "main memory, for each GPU: " in out and "for each GPU: 0.00" not in out
-    assert "a micro-batch of 1 does not fit a GPU of 1 GiB, which has 0.00 MiB beside" in out
+    assert "a micro-batch of 1 does not fit a GPU of 1 GiB, of which 0.00 MiB are usable" in out
     assert out.splitlines()[-1] == (
         "not even a micro-batch of 1 fits a GPU of 1 GiB; try --activation-checkpointing or a shorter --sequence-length."
     )
@@ -393,7 +403,7 @@ def test_a_micro_batch_that_was_asked_for_may_not_fit(checkpoint, capsys):
 
 
 def test_large_models_are_in_gib():
-    memory = Memory(3 * GIB, GIB, GIB, GIB, 0)
+    memory = PhaseMemory(3 * GIB, GIB, GIB, GIB, 0)
     lines = table(MemoryPlan(7 * 10**9, 10**8, memory, memory, cpu=2 * GIB)).splitlines()
     assert lines[0] == "7.00 billion parameters, 100.00 million of them trained"
     assert lines[1].startswith("GiB ") and lines[-2].split()[-2:] == ["6.00", "6.00"]
@@ -409,6 +419,6 @@ def test_the_command_refuses_what_is_no_dsvl(tmp_path, capsys):
 
 
 def test_the_plan_rounds_like_the_allocator():
-    with Ledger() as ledger:
+    with AllocationCounter() as counter:
         kept = torch.empty(129, dtype=torch.float32, device="meta")
-    assert ledger.peak == math.ceil(129 * 4 / ALLOCATION) * ALLOCATION and kept.is_meta
+    assert counter.peak == math.ceil(129 * 4 / ALLOCATION) * ALLOCATION and kept.is_meta

@@ -1,4 +1,4 @@
-"""A run in another run's directory, a finished run, a run without optimizer states, a run without anything to train."""
+"""Output directories of other runs, finished runs, runs without optimizer states, and runs without tokens to train."""
 
 import json
 import shutil
@@ -12,9 +12,9 @@ from training_runs import command, environment, losses, make_checkpoint, make_co
 
 from dsvl import DSVLForConditionalGeneration
 from dsvl.cli import main
-from dsvl.training import fingerprint, resumption, run
+from dsvl.training import distributed, fingerprint, run
 from dsvl.training.arguments import DataArguments, DSVLTrainingArguments, ModelArguments, parse
-from dsvl.training.fingerprint import RECORD, differences, file_digest, take_fingerprint
+from dsvl.training.fingerprint import RECORD, differences, file_digest, read_record, take_fingerprint
 
 pytestmark = pytest.mark.usefixtures("fresh_log")
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def train(folder, tmp_path, capsys):
-    """`dsvl train` in this process: its status, and what it said."""
+    """`dsvl train` in this process: its exit status and output."""
 
     def call(*flags, model="model", data="data.jsonl", output=tmp_path / "out"):
         argv = ["--model", folder / model, "--data", folder / data, "--output", output, *F, *flags]
@@ -67,7 +67,7 @@ def times(output):
 
 # -- another run's directory -------------------------------------------------------------------------------------------
 
-WAYS = "--overwrite-output to delete it and start over, or --resume-from CHECKPOINT to train on"
+REMEDY = "--overwrite-output to delete it and start over, or --resume-from CHECKPOINT to continue"
 CHANGES = {
     "data": dict(data="b.jsonl"),
     "model": dict(model="other-model"),
@@ -95,24 +95,24 @@ def test_another_run_is_refused_and_the_field_named(train, out, monkeypatch, nam
     change = dict(CHANGES[name])
     status, said = train(*change.pop("flags", []), **change)
     assert status == 1 and times(out) == before
-    assert f"dsvl train: {out} holds another run: {name} (" in said and WAYS in said
+    assert f"dsvl train: {out} belongs to another run: {name} (" in said and REMEDY in said
     assert said.count(" before, ") == 1
 
 
 def test_several_differences_are_named_together(train, out):
     status, said = train("--learning-rate", "1e-2", data="b.jsonl")
-    assert status == 1 and "holds another run: data (data.jsonl, " in said
+    assert status == 1 and "belongs to another run: data (data.jsonl, " in said
     assert "learning_rate (5e-05 before, 0.01 now). Pass another --output, " in said
 
 
 def test_a_finished_run_says_so_and_changes_nothing(train, out):
     before = times(out)
     status, said = train()
-    assert status == 0 and f"{out} is finished: the trained model is there, and nothing is changed." in said
+    assert status == 0 and f"{out} is finished: the trained model exists, and nothing is changed." in said
     assert times(out) == before
 
 
-def test_what_only_changes_the_speed_is_the_same_run(train, out):
+def test_settings_that_only_change_the_speed_do_not_matter(train, out):
     take_back(out)
     flags = [
         "--per-device-train-batch-size",
@@ -141,23 +141,23 @@ def test_a_changed_data_file_of_the_same_name_is_another(train, folder, out, tmp
     path = tmp_path / "elsewhere/data.jsonl"
     path.write_text(path.read_text().replace("circle", "square", 1))
     status, said = train(data=path)
-    assert status == 1 and "holds another run: data (data.jsonl, " in said
+    assert status == 1 and "belongs to another run: data (data.jsonl, " in said
 
 
 def test_overwriting_starts_over(train, out, finished):
     (out / "notes.txt").write_text("mine")
     status, said = train("--overwrite-output", "--learning-rate", "1e-2", "--max-steps", "2")
-    assert status == 0 and "Deleted what an earlier run wrote" in said and "Resuming" not in said
+    assert status == 0 and " of an earlier run in " in said and "Resuming" not in said
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2"]
     assert (out / "notes.txt").read_text() == "mine" and len(losses(out)) == 2
     assert train("--learning-rate", "1e-2", "--max-steps", "2")[1].count("is finished") == 1
 
 
-def test_training_on_from_a_checkpoint_under_new_settings(train, out):
+def test_resuming_from_a_checkpoint_with_new_settings(train, out):
     flags = ["--learning-rate", "1e-2", "--max-steps", "6", "--lr-scheduler-type", "constant"]
     status, said = train("--resume-from", out / "checkpoint-2", *flags, data="b.jsonl")
-    assert status == 0 and f"{out / 'checkpoint-2'} was written by a run of other settings: data (" in said
-    assert f"{out / 'checkpoint-4'} is later than {out / 'checkpoint-2'} and was renamed to superseded-4." in said
+    assert status == 0 and f"{out / 'checkpoint-2'} was written by a run with other settings: data (" in said
+    assert f"{out / 'checkpoint-4'} is newer than {out / 'checkpoint-2'} and was renamed to superseded-4." in said
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
     assert len(rates) == 6 and max(rates[:2]) <= 5e-5 and rates[2:] == [1e-2] * 4  # not the checkpoint's
@@ -165,30 +165,30 @@ def test_training_on_from_a_checkpoint_under_new_settings(train, out):
 
 
 @pytest.mark.parametrize("word", ["no", "false"])
-def test_nothing_is_resumed_where_that_is_asked(train, out, tmp_path, word):
+def test_resume_from_no_never_resumes(train, out, tmp_path, word):
     before = times(out)
     status, said = train("--resume-from-checkpoint", word)
-    assert status == 1 and "nothing may be resumed" in said and times(out) == before
+    assert status == 1 and "but --resume-from is no" in said and times(out) == before
     take_back(out)
     assert train("--resume-from", word)[0] == 1
     status, said = train("--resume-from", word, output=tmp_path / "new")
     assert status == 0 and "Resuming" not in said and (tmp_path / "new/config.json").exists()
 
 
-def test_the_last_checkpoint_can_be_insisted_on(train, out, tmp_path):
-    assert "holds no complete checkpoint" in train("--resume-from", "last", output=tmp_path / "new")[1]
+def test_resume_from_last_needs_a_checkpoint(train, out, tmp_path):
+    assert "contains no complete checkpoint" in train("--resume-from", "last", output=tmp_path / "new")[1]
     take_back(out)
     assert f"Resuming from {out / 'checkpoint-2'}." in train("--resume-from", "true")[1]
 
 
-def test_what_is_no_checkpoint_cannot_be_resumed_from(train, tmp_path):
+def test_other_directories_cannot_be_resumed_from(train, tmp_path):
     status, said = train("--resume-from", tmp_path)
-    assert status == 1 and f"--resume-from {tmp_path} is no checkpoint of a training" in said
+    assert status == 1 and f"--resume-from {tmp_path} is not a checkpoint (it has no trainer_state.json)" in said
     status, said = train("--resume-from", tmp_path, "--overwrite-output")
     assert status == 1 and "pass one of them" in said
 
 
-def test_runs_of_before_resume_with_one_warning(train, out):
+def test_runs_without_a_record_resume_with_one_warning(train, out):
     take_back(out)
     (out / RECORD).unlink()
     status, said = train()
@@ -197,11 +197,11 @@ def test_runs_of_before_resume_with_one_warning(train, out):
     assert "is finished" in train()[1]
 
 
-def test_a_model_that_no_run_left_is_not_replaced(train, folder, tmp_path):
+def test_a_model_without_a_record_is_not_replaced(train, folder, tmp_path):
     shutil.copytree(folder / "other-model", tmp_path / "out")
     before = weights(tmp_path / "out")
     status, said = train()
-    assert status == 1 and "holds a model that no run left there to resume" in said
+    assert status == 1 and "contains a model without the record of a run" in said
     assert all(before[name].equal(value) for name, value in weights(tmp_path / "out").items())
     status, said = train(model=tmp_path / "out")
     assert status == 1 and "is the directory of --model, which would be replaced" in said
@@ -220,14 +220,14 @@ def test_weights_alone_are_not_resumed(train, out):
     assert train("--save-only-model", "true", "--overwrite-output")[0] == 0
     take_back(out)
     status, said = train("--save-only-model", "true")
-    assert status == 1 and "checkpoint-2 holds weights without an optimizer's states (--save-only-model)" in said
+    assert status == 1 and "checkpoint-2 has no optimizer states (--save-only-model)" in said
     assert f"--model {out / 'checkpoint-2'} and another --output" in said
-    assert "holds weights without" in train("--resume-from", out / "checkpoint-2")[1]
+    assert "has no optimizer states" in train("--resume-from", out / "checkpoint-2")[1]
     status, said = train("--save-only-model", "true", "--overwrite-output")
     assert status == 0 and "Resuming" not in said
 
 
-def test_what_weights_alone_recommend_works(train, out, tmp_path):
+def test_a_new_run_can_start_from_weights_alone(train, out, tmp_path):
     assert train("--save-only-model", "true", "--overwrite-output")[0] == 0
     assert train(model=out / "checkpoint-2", output=tmp_path / "next")[0] == 0
 
@@ -254,18 +254,17 @@ def test_a_template_without_marks_is_refused(train, folder, tmp_path):
     template.write_text(marks.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", ""))
     assert template.read_text() != marks
     status, said = train(model=tmp_path / "model")
-    assert status == 1 and "has no token to train in 18 conversations: the chat template marks none." in said
+    assert status == 1 and "has no token to train in 18 conversations: the chat template marks no answers." in said
 
 
-def test_the_start_line_counts(train):
-
+def test_the_data_line_counts(train):
     status, said = train("--max-steps", 1)
     (line,) = [line for line in said.splitlines() if line.startswith("Data: ")]
     assert line == "Data: 18 conversations, 40 turns, 22 images, 3,235 tokens, 307 trained."
-    assert "holds no image" not in said
+    assert "contains no image" not in said
 
 
-def test_the_start_line_counts_what_batches_hold(folder):
+def test_the_data_line_counts_the_contents_of_batches(folder):
     from transformers import AutoProcessor
 
     from dsvl.data import load_conversations
@@ -299,13 +298,13 @@ def test_large_data_is_estimated(folder, monkeypatch):
 
 def test_data_without_images_warns(train):
     status, said = train("--max-steps", 1, data="texts.jsonl")
-    assert status == 0 and "texts.jsonl holds no image" in said and ", 0 images, " in said
+    assert status == 0 and "texts.jsonl contains no image" in said and ", 0 images, " in said
 
 
 # -- interrupted -------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_says_what_is_kept_in_one_line(folder, tmp_path):
+def test_ctrl_c_names_the_kept_checkpoint_in_one_line(folder, tmp_path):
     output = tmp_path / "out"
     flags = ["--model", folder / "model", "--data", folder / "data.jsonl", "--output", output, *F]
     flags += ["--max-steps", "100000", "--save-steps", "20"]
@@ -321,7 +320,7 @@ def test_ctrl_c_says_what_is_kept_in_one_line(folder, tmp_path):
     assert process.returncode == 130 and "Traceback" not in said
     last = said.rstrip().splitlines()[-1]
     assert last.startswith(f"dsvl train: Interrupted. {output / 'checkpoint-'}")
-    assert last.endswith("is kept; the same command goes on from it.")
+    assert last.endswith("is kept; run the same command again to resume from it.")
 
 
 def test_ctrl_c_before_a_checkpoint(train, monkeypatch):
@@ -337,9 +336,9 @@ def test_ctrl_c_before_a_checkpoint(train, monkeypatch):
 
 
 def test_every_argument_is_part_of_the_fingerprint_or_known_not_to_be():
-    """A new argument must be looked at: does it change what is computed?"""
+    """For every new argument, decide whether it changes the result."""
     elsewhere = {"attn_implementation", "compile_decoder_layers", "cache_image_features", "model", "data", "eval_data"}
-    elsewhere |= {"allow_urls", "max_bad_samples"}  # whether a run goes on, not what it computes
+    elsewhere |= {"allow_urls", "max_bad_samples"}  # whether a run fails, not its result
     known = {*fingerprint.MODEL_FIELDS, *fingerprint.ADAPTER_FIELDS, *fingerprint.DATA_FIELDS} | elsewhere
     assert {field.name for kind in (ModelArguments, DataArguments) for field in fields(kind)} - known == set()
     assert set(fingerprint.TRAINING_FIELDS) <= {field.name for field in fields(DSVLTrainingArguments)}
@@ -363,14 +362,26 @@ def test_large_files_are_sampled(tmp_path, monkeypatch):
     path = tmp_path / "large"
     path.write_bytes(bytes(range(250)) * 6)
     before = file_digest(path)
-    for place in (0, 700, 1499):
+    for index in (0, 700, 1499):
         content = bytearray(path.read_bytes())
-        content[place] ^= 1
+        content[index] ^= 1
         path.write_bytes(content)
         assert file_digest(path) != before
-        content[place] ^= 1
+        content[index] ^= 1
         path.write_bytes(content)
         assert file_digest(path) == before
+
+
+def test_records_with_a_former_field_name_are_read(out, train):
+    """Runs of dsvl 0.1 recorded `max_pictures_per_pack`."""
+    take_back(out)
+    content = json.loads((out / RECORD).read_text())
+    content["settings"]["max_pictures_per_pack"] = content["settings"].pop("max_images_per_pack")
+    (out / RECORD).write_text(json.dumps(content))
+    assert "max_images_per_pack" in read_record(out).settings
+    status, said = train("--packing", "--max-length", 400, "--max-images-per-pack", 3)
+    assert status == 1 and "max_images_per_pack (null before, 3 now)" in said
+    assert f"Resuming from {out / 'checkpoint-2'}." in train()[1]
 
 
 def test_fields_that_only_one_version_knows_are_no_difference():
@@ -390,10 +401,10 @@ def test_a_mixture_is_its_parts_wherever_they_are(folder, tmp_path):
     assert digest(folder, 1) == digest(tmp_path / "elsewhere", 1) != digest(folder, 2)
 
 
-def test_an_error_of_the_first_process_is_everybodys():
+def test_an_error_of_the_first_process_is_raised():
     def fail():
         raise ValueError("no")
 
-    assert resumption.on_first_process(lambda: 3) == 3
+    assert distributed.on_first_process(lambda: 3) == 3
     with pytest.raises(ValueError, match="no"):
-        resumption.on_first_process(fail)
+        distributed.on_first_process(fail)

@@ -22,7 +22,7 @@ import dsvl
 from dsvl.cli import main
 from dsvl.composition.towers import count_prefix_tokens
 from dsvl.training import lora_config
-from dsvl.training.weights import load_tower
+from dsvl.training.model_loading import load_checkpoint_tower
 from dsvl.vision_dsvl import run_tower
 
 SIZE, PATCH = 28, 14
@@ -110,7 +110,7 @@ def test_its_features_are_its_own(parts, composed, name):
 def test_it_loads_without_the_rest(composed, name):
     """As `--cache-image-features` does."""
     model = dsvl.DSVLForConditionalGeneration.from_pretrained(composed / name)
-    tower = load_tower(str(composed / name), model.config, torch.float32)
+    tower = load_checkpoint_tower(str(composed / name), model.config, torch.float32)
     pixels = torch.randn(2, 3, SIZE, SIZE)
     with torch.no_grad():
         features = run_tower(tower, model.config, pixels).last_hidden_state

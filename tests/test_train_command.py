@@ -1,4 +1,4 @@
-"""`dsvl train` before any weights are loaded: its arguments, its YAML files, and errors of one sentence."""
+"""`dsvl train` before weights are loaded: arguments, YAML files, and errors of one sentence."""
 
 import importlib.util
 import json
@@ -14,10 +14,11 @@ from transformers import CLIPVisionModel, get_scheduler
 
 from dsvl import DSVLForConditionalGeneration
 from dsvl.cli import main
-from dsvl.training import arguments as arguments_module
-from dsvl.training import run
+from dsvl.training import argument_checks, run
 from dsvl.training import training_arguments_table as table
-from dsvl.training.arguments import check_options, parse, zero_stage
+from dsvl.training.argument_checks import check_options
+from dsvl.training.arguments import parse
+from dsvl.training.deepspeed_config import zero_stage
 
 pytestmark = pytest.mark.usefixtures("fresh_log")
 
@@ -38,7 +39,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def refused(monkeypatch, capsys, checkpoint, data, tmp_path):
-    """Run the command, which must stop before it loads weights; its one sentence."""
+    """Run the command, which must fail before it loads weights; returns its one-sentence error."""
 
     def no_weights(*args, **kwargs):
         raise AssertionError("weights were loaded")
@@ -64,7 +65,7 @@ def refused(monkeypatch, capsys, checkpoint, data, tmp_path):
 
 
 def test_an_unknown_part_is_refused(refused):
-    expected = "--train decoder tower: there is no such part; choose from projector, embeddings, vision, language, head."
+    expected = "--train decoder tower: no such part; choose from projector, embeddings, vision, language, head."
     assert refused("--train", "projector", "decoder", "tower") == expected
 
 
@@ -73,7 +74,7 @@ def test_an_unknown_part_is_refused(refused):
     ["--lora-vision", "--dora", "--qlora", "--lora-alpha 8", "--lora-targets q_proj v_proj"],
 )
 def test_options_of_adapters_need_a_rank(refused, flags):
-    assert refused(*flags.split()) == f"{flags.split()[0]} without adapters; pass --lora-rank too (16, say)."
+    assert refused(*flags.split()) == f"{flags.split()[0]} without adapters; also pass --lora-rank (for example 16)."
 
 
 def test_options_of_adapters_are_named_together(refused):
@@ -83,12 +84,15 @@ def test_options_of_adapters_are_named_together(refused):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ("--train language", "--train language learns in full what --lora-rank would freeze and adapt; leave language out"),
-        ("--train projector vision --lora-vision", "--train vision learns in full what --lora-rank would freeze and adapt;"),
-        ("--lora-language false", "--lora-rank with nothing to adapt; leave --lora-language on, or pass --lora-vision."),
+        (
+            "--train language",
+            "--train language trains in full what --lora-rank freezes and adapts; remove language from --train",
+        ),
+        ("--train projector vision --lora-vision", "--train vision trains in full what --lora-rank freezes and adapts;"),
+        ("--lora-language false", "--lora-rank with nothing to adapt; keep --lora-language on, or pass --lora-vision."),
     ],
 )
-def test_adapters_and_what_learns_in_full_are_held_apart(refused, flags, sentence):
+def test_a_part_is_either_adapted_or_trained_in_full(refused, flags, sentence):
     assert refused("--lora-rank", 4, *flags.split()).startswith(sentence)
 
 
@@ -96,18 +100,18 @@ def test_a_negative_rank_is_refused(refused):
     assert refused("--lora-rank", -4) == "--lora-rank -4: pass a positive rank, or 0 for no adapters."
 
 
-def test_a_run_in_which_nothing_learns_is_refused(refused):
-    assert refused("--train") == "--train names nothing to learn."
+def test_a_run_that_trains_nothing_is_refused(refused):
+    assert refused("--train") == "--train names nothing to train; name parts, or pass --lora-rank."
 
 
-def test_adapters_may_learn_alone():
+def test_adapters_may_be_trained_alone():
     model_arguments, _, _ = parsed("--train", "--lora-rank", 4)
     assert model_arguments.train == [] and model_arguments.lora_rank == 4
 
 
 @pytest.mark.parametrize("name", ["zero4", "no/such/file.json"])
 def test_an_unknown_deepspeed_configuration_is_refused(refused, name):
-    expected = f"--deepspeed {name} is no file; choose from zero1, zero2, zero3, zero3-offload, or pass the path of one."
+    expected = f"--deepspeed {name} is not a file; choose from zero1, zero2, zero3, zero3-offload, or pass the path of one."
     assert refused("--deepspeed", name) == expected
 
 
@@ -128,27 +132,27 @@ def test_four_bits_cannot_be_partitioned(refused, tmp_path):
 def test_four_bits_need_bitsandbytes(refused, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        arguments_module.importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a)
+        argument_checks.importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a)
     )
     assert refused("--qlora", "--lora-rank", 4) == (
-        "--qlora needs bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out."
+        "--qlora needs bitsandbytes, which is not installed; pip install bitsandbytes, or drop --qlora."
     )
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero3-offload"])
 def test_compiling_and_deepspeed_do_not_go_together(refused, stage):
-    expected = "--torch-compile with --deepspeed: their hooks do not go together; choose one of them."
+    expected = "--torch-compile with --deepspeed: their hooks are not compatible; choose one of them."
     assert refused("--torch-compile", "--deepspeed", stage) == expected
 
 
 def test_layers_that_cannot_be_compiled_are_refused(refused):
     expected = "--compile-decoder-layers with --torch-compile: the layers would be compiled twice; choose one of them."
     assert refused("--compile-decoder-layers", "--torch-compile") == expected
-    expected = "--compile-decoder-layers with ZeRO-3: it fetches weights inside of the layers, where a graph would break;"
+    expected = "--compile-decoder-layers with ZeRO-3: it gathers weights inside the layers, which breaks the graph; choose"
     assert refused("--compile-decoder-layers", "--deepspeed", "zero3-offload").startswith(expected)
 
 
-def test_the_decoders_layers_are_compiled_when_they_are_asked_for(checkpoint):
+def test_compile_decoder_layers_compiles_the_layers(checkpoint):
     for rank in (0, 4):
         flags = ("--compile-decoder-layers", "--lora-rank", rank, "--model", checkpoint)
         model_arguments, _, arguments = parsed(*flags)
@@ -158,8 +162,8 @@ def test_the_decoders_layers_are_compiled_when_they_are_asked_for(checkpoint):
         assert all(layer._compiled_call_impl is not None for layer in inner.language_model.layers)
 
 
-def test_a_step_is_not_waited_for():
-    """Neither for its loss nor to copy the next batch; unless somebody asks for it."""
+def test_steps_do_not_synchronize_with_the_device():
+    """Neither for the logged loss nor for copying the next batch, unless it is requested."""
     _, _, arguments = parsed()
     assert not arguments.logging_nan_inf_filter and arguments.accelerator_config.non_blocking
     _, _, arguments = parsed("--logging-nan-inf-filter", "--dataloader-pin-memory", "false")
@@ -167,19 +171,20 @@ def test_a_step_is_not_waited_for():
 
 
 def test_evaluations_need_held_out_data(refused):
-    expected = "--early-stopping-patience has nothing to watch; pass --eval-data."
+    expected = "--early-stopping-patience needs evaluations; pass --eval-data or --eval-share."
     assert refused("--early-stopping-patience", 2) == expected
-    assert refused("--eval-exact-match") == "--eval-exact-match has no questions; pass --eval-data."
+    expected = "--eval-exact-match needs held-out data; pass --eval-data or --eval-share."
+    assert refused("--eval-exact-match") == expected
 
 
 # -- the fields of TrainingArguments -----------------------------------------------------------------------------------
 
 
 def test_every_field_of_training_arguments_is_listed_once():
-    """A new release of transformers may add some: decide what becomes of them, and list them."""
+    """A new release of transformers may add fields: decide how to treat them, and list them."""
     assert table.unlisted() == set()
-    listed = [*table.HONOURED, *table.REFUSED, *table.MEANINGLESS]
-    assert len(listed) == len(set(listed)) and set(table.REFUSED_VALUES) <= set(table.HONOURED)
+    listed = [*table.SUPPORTED, *table.REFUSED, *table.WITHOUT_EFFECT]
+    assert len(listed) == len(set(listed)) and set(table.REFUSED_VALUES) <= set(table.SUPPORTED)
 
 
 def test_the_page_of_the_fields_is_current():
@@ -189,39 +194,39 @@ def test_the_page_of_the_fields_is_current():
 REFUSED_FLAGS = {
     "--bf16-full-eval": "--bf16-full-eval True: the last evaluation would round the trained weights",
     "--save-on-each-node": "--save-on-each-node True: a checkpoint is complete when one directory",
-    "--enable-jit-checkpoint": "--enable-jit-checkpoint True: a run that it stops would be saved as if it were finished",
-    "--label-names x": "--label-names ['x']: a batch of conversations has labels",
+    "--enable-jit-checkpoint": "--enable-jit-checkpoint True: a stopped run would be saved as if it were finished",
+    "--label-names x": "--label-names ['x']: the only labels of a batch are",
     "--fsdp full_shard": "--fsdp full_shard: sharding by FSDP is not supported; pass --deepspeed zero3.",
     "--train-sampling-strategy group_by_length": "--train-sampling-strategy group_by_length: lengths are not known",
     "--train-sampling-strategy batch_rebalance": "--train-sampling-strategy batch_rebalance: lengths are not known",
-    "--remove-unused-columns true": "--remove-unused-columns True: the collator needs the conversations",
+    "--remove-unused-columns true": "--remove-unused-columns True: the collator needs the columns",
     "--hub-strategy checkpoint": "--hub-strategy checkpoint: only the finished model is published",
-    "--fp16": "--fp16 on a CPU: its products are not computed in float16; pass --bf16, or neither.",
+    "--fp16": "--fp16 on a CPU: CPUs do not multiply matrices in float16; pass --bf16, or neither.",
     "--report-to nonsense": "--report-to nonsense is unknown; choose from none, all, ",
     "--include-num-input-tokens-seen some": "--include-num-input-tokens-seen some is unknown; choose from all, non_padding,",
 }
 
 
 @pytest.mark.parametrize("flags", REFUSED_FLAGS)
-def test_what_cannot_be_honoured_is_refused_with_a_sentence(refused, flags):
+def test_unsupported_values_are_refused_with_a_sentence(refused, flags):
     assert refused(*flags.split()).startswith(REFUSED_FLAGS[flags])
 
 
 def test_a_report_without_its_package_is_refused_at_once(refused, monkeypatch):
-    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", lambda: [])
+    monkeypatch.setattr(argument_checks, "get_available_reporting_integrations", lambda: [])
     expected = "--report-to tensorboard needs the package tensorboard, which is not installed; pip install 'dsvl[train]'."
     assert refused("--report-to", "tensorboard") == expected
 
 
-def test_what_changes_nothing_is_said(caplog):
+def test_a_flag_without_effect_is_logged(caplog):
     parsed("--do-eval", "--eval-accumulation-steps", 3)
     assert sorted(record.getMessage() for record in caplog.records if record.name.startswith("dsvl")) == [
-        "--do-eval True changes nothing: --eval-data or --eval-share decide it.",
-        "--eval-accumulation-steps 3 changes nothing: evaluations collect no predictions.",
+        "--do-eval True has no effect: evaluation is enabled by --eval-data or --eval-share.",
+        "--eval-accumulation-steps 3 has no effect: evaluations collect no predictions.",
     ]
 
 
-def test_the_defaults_are_neither_refused_nor_remarked(caplog):
+def test_the_defaults_are_neither_refused_nor_logged(caplog):
     parsed()
     assert not [record for record in caplog.records if record.name.startswith("dsvl")]
 
@@ -290,7 +295,7 @@ def test_a_senseless_length_is_refused(refused):
 
 
 def test_a_sound_run_goes_on_to_the_weights(checkpoint, data, tmp_path, monkeypatch):
-    """So that the tests above do not pass for another reason."""
+    """The tests above do not pass for another reason."""
 
     class Reached(Exception):
         pass
@@ -313,7 +318,7 @@ def parsed(*flags):
 
 
 def plain(three):
-    """Arguments that can be compared; the time in a folder's name aside."""
+    """The arguments as dictionaries, without the time in the name of the log directory."""
     return [vars(one) if number < 2 else one.to_dict() | {"logging_dir": None} for number, one in enumerate(three)]
 
 
@@ -391,6 +396,15 @@ def test_numbers_of_yaml_are_numbers_wherever_they_are(tmp_path):
     get_scheduler(arguments.lr_scheduler_type, optimizer, 2, 10, arguments.lr_scheduler_kwargs).step()
 
 
+@pytest.mark.parametrize("flag", ["--max-pictures-per-pack", "--max_pictures_per_pack"])
+def test_a_former_flag_is_read_with_a_warning(tmp_path, caplog, flag):
+    data_arguments = parsed("--packing", "--max-length", 64, flag, 3)[1]
+    assert data_arguments.max_images_per_pack == 3
+    assert f"{flag} is deprecated and will be removed in dsvl 0.3; use --max-images-per-pack." in caplog.text
+    yaml = YAML + "packing: true\nmax_pictures_per_pack: 3\n"
+    assert from_yaml(tmp_path, yaml)[1].max_images_per_pack == 3
+
+
 def test_an_empty_list_is_one(tmp_path):
     assert from_yaml(tmp_path, YAML, "--train", "--lora-rank", 4)[0].train == []
     yaml = YAML.replace("[projector, vision]", "[]") + "lora_rank: 4\n"
@@ -411,7 +425,9 @@ def test_a_value_of_the_wrong_type_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("text, kind", [("- a\n- b\n", "list"), ("", "NoneType"), ("just text", "str")])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, kind):
-    with pytest.raises(ValueError, match=rf"run.yaml holds {kind}; expected lines such as `model: my-model`\."):
+    with pytest.raises(
+        ValueError, match=rf"run.yaml contains a value of type {kind}; expected lines such as `model: my-model`\."
+    ):
         from_yaml(tmp_path, text)
 
 
@@ -456,7 +472,7 @@ def test_held_out_data_is_watched_whenever_a_checkpoint_is_written(strategy, ste
 
 
 def test_explicit_flags_about_evaluation_win(tmp_path):
-    training = parsed("--eval-data", "e", "--eval-strategy", "epoch")[2]  # saved by steps: the best may not be written
+    training = parsed("--eval-data", "e", "--eval-strategy", "epoch")[2]  # checkpoints by steps: the best may not be saved
     assert training.eval_strategy == "epoch" and training.load_best_model_at_end is False
     training = parsed("--eval-data", "e", "--eval_steps=250")[2]
     assert training.eval_steps == 250 and training.save_steps == 500 and training.load_best_model_at_end is True

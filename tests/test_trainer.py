@@ -1,4 +1,4 @@
-"""Parameter groups, evaluations, checkpoints that can be trusted, and the card of a trained model."""
+"""Parameter groups, evaluations, and complete checkpoints."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from dsvl.configuration_dsvl import PROJECTOR_TYPES
 from dsvl.data import load_conversations
 from dsvl.training.adapters import lora_config
 from dsvl.training.arguments import DSVLTrainingArguments
-from dsvl.training.checkpoints import MARKER, CompleteCheckpoints, last_complete_checkpoint, mark_complete, what_is_missing
+from dsvl.training.checkpoints import MARKER, CompleteCheckpoints, last_complete_checkpoint, mark_complete, why_incomplete
 from dsvl.training.collator import ConversationCollator
 from dsvl.training.evaluation import exact_match
 from dsvl.training.trainer import DSVLTrainer, count_parameters, parameter_groups
@@ -33,11 +33,11 @@ def small_model(projector_type="linear", **text):
 
 
 def decays(model, **rates):
-    """Each parameter's name -> its decay; every trained one is in one group, and no other."""
+    """Parameter name -> its weight decay; every trainable parameter must be in exactly one group."""
     groups = parameter_groups(model, 0.1, **rates)
-    places = [id(parameter) for group in groups for parameter in group["params"]]
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert sorted(places) == sorted(names) and all(group["params"] for group in groups)
+    assert sorted(grouped) == sorted(names) and all(group["params"] for group in groups)
     return {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
 
 
@@ -55,7 +55,7 @@ def test_matrices_decay_and_nothing_else(projector_type, tied):
     assert {name for name, decay in found.items() if decay} == linear
 
 
-def test_embeddings_and_what_is_a_parameter_of_its_own_do_not_decay():
+def test_embeddings_and_parameters_outside_of_layers_do_not_decay():
     model = small_model("perceiver")
     model.set_trainable(**EVERYTHING)
     found = decays(model)
@@ -95,7 +95,7 @@ def test_frozen_parameters_are_in_no_group():
 
 
 @pytest.mark.parametrize("train", [dict(projector=True, embeddings=True), EVERYTHING], ids=["usual", "everything"])
-def test_embeddings_learn_at_their_own_rate(train):
+def test_embeddings_have_their_own_learning_rate(train):
     model = small_model()
     model.set_trainable(**dict.fromkeys(EVERYTHING, False) | train)
     groups = parameter_groups(model, 0.1, embeddings_learning_rate=3e-3)
@@ -145,7 +145,7 @@ def test_parameters_are_counted_once():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainer")
-    make_checkpoint(folder, initializer_range=0.3)  # so that its answers depend on the prompts
+    make_checkpoint(folder, initializer_range=0.3)  # large enough that answers depend on the prompts
     make_conversations(folder, layout="ptptp")
     return folder
 
@@ -153,7 +153,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     model = DSVLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float64).eval()
-    model.generation_config.eos_token_id = None  # random models may say it at once
+    model.generation_config.eos_token_id = None  # random models may generate it first
     return model
 
 
@@ -208,7 +208,7 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_all_tokens(model, processor,
 
 
 def alone(model, processor, messages, **kwargs):
-    """A plain answer to one prompt."""
+    """The answer to a single prompt, without batching."""
     inputs = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
@@ -218,7 +218,7 @@ def alone(model, processor, messages, **kwargs):
 
 @pytest.fixture
 def half_right(model, processor, conversations):
-    """The conversations with every second true answer the model's own; how many there are, and how many are right."""
+    """Conversations in which every second reference answer is the model's, and the fraction of these answers."""
     changed, number, right = [], 0, 0
     for sample in conversations:
         messages = []
@@ -226,9 +226,9 @@ def half_right(model, processor, conversations):
             if message["role"] == "assistant":
                 answer = alone(model, processor, messages, max_new_tokens=4)
                 assert answer
-                truth = f" {answer}\n" if number % 2 else answer + " indeed"
+                reference = f" {answer}\n" if number % 2 else answer + " indeed"
                 number, right = number + 1, right + number % 2
-                message = {"role": "assistant", "content": truth}
+                message = {"role": "assistant", "content": reference}
             messages.append(message)
         changed.append({"messages": messages})
     answers = [message["content"] for sample in changed for message in sample["messages"] if message["role"] == "assistant"]
@@ -237,11 +237,11 @@ def half_right(model, processor, conversations):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_exact_answers_are_those_to_each_prompt_alone(model, processor, half_right, batch_size):
+def test_batched_answers_equal_those_to_single_prompts(model, processor, half_right, batch_size):
     samples, share = half_right
     collator = ConversationCollator(processor)
     assert exact_match(model, collator, samples, batch_size, max_new_tokens=4) == pytest.approx(share)
-    assert collator.counts.tolist() == [0, 0, 0]  # of training alone
+    assert collator.counts.tolist() == [0, 0, 0]  # they count training samples only
 
 
 def test_the_trainer_reports_exact_answers(model, processor, half_right, tmp_path):
@@ -253,7 +253,7 @@ def test_the_trainer_reports_exact_answers(model, processor, half_right, tmp_pat
 
 
 class Oracle(nn.Module):
-    """Answers every question that it knows; says how it was asked."""
+    """Answers the questions that it knows, and records the prompts."""
 
     def __init__(self, processor, answers, says=str):
         super().__init__()
@@ -280,7 +280,7 @@ ANSWERS = {"What is red?": "One cup.", "And blue?": "Two dogs", "Which is green?
 
 @pytest.fixture
 def known():
-    """Two conversations, of three rounds and of one; the answers as texts and as parts."""
+    """Two conversations, of three turns and of one; answers are texts and lists of parts."""
     messages = []
     for question, answer in ANSWERS.items():
         messages.append({"role": "user", "content": question})
@@ -299,7 +299,7 @@ def test_right_answers_count_whatever_white_space_is_around_them(processor, know
     assert exact_match(some, collator, known) == 0.75
 
 
-def test_a_round_is_asked_with_the_true_answers_before_it(processor, known):
+def test_a_prompt_contains_the_reference_answers_of_earlier_turns(processor, known):
     oracle = Oracle(processor, ANSWERS, str.upper)
     exact_match(oracle, ConversationCollator(processor), known, batch_size=2)
     assert len(oracle.prompts) == 4
@@ -320,21 +320,21 @@ def test_an_evaluation_leaves_the_model_as_it_was(processor, known):
         oracle.answers["And blue?"] = "Two dogs"
 
 
-def test_rounds_that_do_not_fit_are_not_asked(processor, known):
+def test_turns_that_do_not_fit_are_skipped(processor, known):
     measure = ConversationCollator(processor)
-    two_rounds = measure.processor.count_tokens(known[0]["messages"][:4])
+    two_turns = measure.processor.count_tokens(known[0]["messages"][:4])
     oracle = Oracle(processor, ANSWERS)
-    assert exact_match(oracle, ConversationCollator(processor, two_rounds), known) == 1.0
+    assert exact_match(oracle, ConversationCollator(processor, two_turns), known) == 1.0
     assert len(oracle.prompts) == 3
-    one_round = min(measure.processor.count_tokens(sample["messages"][:2]) for sample in known)
-    with pytest.raises(ValueError, match="first round of a conversation takes"):
-        exact_match(oracle, ConversationCollator(processor, one_round - 1), known)
+    one_turn = min(measure.processor.count_tokens(sample["messages"][:2]) for sample in known)
+    with pytest.raises(ValueError, match="first turn of a conversation takes"):
+        exact_match(oracle, ConversationCollator(processor, one_turn - 1), known)
     oracle.prompts = []
-    assert exact_match(oracle, ConversationCollator(processor, one_round - 1, "skip"), known) == 0.0
+    assert exact_match(oracle, ConversationCollator(processor, one_turn - 1, "skip"), known) == 0.0
     assert oracle.prompts == []
 
 
-def test_a_conversation_with_a_broken_image_is_not_asked_where_it_may_be_left_out(processor, known, tmp_path):
+def test_a_conversation_with_a_broken_image_can_be_skipped(processor, known, tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
     content = [{"type": "image", "path": str(tmp_path / "cut.png")}, {"type": "text", "text": "What?"}]
     broken = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "Nothing"}]}
@@ -362,22 +362,22 @@ def make_complete(folder):
 
 def test_a_marked_checkpoint_is_complete(tmp_path):
     checkpoint = make_complete(tmp_path / "checkpoint-2")
-    assert what_is_missing(checkpoint) is None
+    assert why_incomplete(checkpoint) is None
     assert json.loads((checkpoint / MARKER).read_text()) == dict.fromkeys(
         ["global_step2/rank0.pt", "global_step2/rank1.pt", "model.safetensors", "optimizer.pt"], 100
     )
-    (checkpoint / "notes.txt").write_text("A file more does no harm.")
-    assert what_is_missing(checkpoint) is None
+    (checkpoint / "notes.txt").write_text("Additional files are ignored.")
+    assert why_incomplete(checkpoint) is None
 
 
 def test_a_checkpoint_can_be_marked_again(tmp_path):
-    """A run resumed from an earlier one writes over it."""
+    """A resumed run overwrites it."""
     checkpoint = make_complete(tmp_path / "checkpoint-2")
     (checkpoint / "optimizer.pt").write_bytes(b"y" * 7)
     (checkpoint / f"{MARKER}.partial").write_text("{")  # of an interrupted attempt
     for _ in range(2):
         mark_complete(checkpoint)
-        assert what_is_missing(checkpoint) is None
+        assert why_incomplete(checkpoint) is None
     assert not (checkpoint / f"{MARKER}.partial").exists()
 
 
@@ -401,22 +401,22 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_each_damage_is_found_and_passed_over(tmp_path, caplog, damage):
+def test_damaged_checkpoints_are_skipped(tmp_path, caplog, damage):
     earlier, later = (make_complete(tmp_path / f"checkpoint-{step}") for step in (9, 10))
     do, reason = DAMAGE[damage]
     assert last_complete_checkpoint(tmp_path) == str(later)
     assert caplog.records == []
     do(later)
-    assert what_is_missing(later) == reason
+    assert why_incomplete(later) == reason
     with caplog.at_level(logging.WARNING, "dsvl"):
         assert last_complete_checkpoint(tmp_path) == str(earlier)
-    assert [record.getMessage() for record in caplog.records] == [f"{later} is passed over: {reason}."]
+    assert [record.getMessage() for record in caplog.records] == [f"{later} is skipped: {reason}."]
     assert later.is_dir()
 
 
-def test_an_incomplete_checkpoint_is_put_aside_once_asked(tmp_path):
+def test_put_aside_renames_an_incomplete_checkpoint(tmp_path):
     make_complete(tmp_path / "checkpoint-2")
-    for content in (b"first", b"second"):  # a run that is interrupted twice at the same place
+    for content in (b"first", b"second"):  # a run that is interrupted twice at the same step
         broken = make_files(tmp_path / "checkpoint-4")
         (broken / "optimizer.pt").write_bytes(content)
         assert last_complete_checkpoint(tmp_path, put_aside=True) == str(tmp_path / "checkpoint-2")
@@ -460,7 +460,7 @@ def test_older_checkpoints_go_when_a_newer_one_is_complete(tmp_path):
 
 def test_only_the_first_process_marks_a_checkpoint(tmp_path):
     assert saved(CompleteCheckpoints(1), tmp_path, 2, first=False) == [2]
-    assert what_is_missing(tmp_path / "checkpoint-2") is not None
+    assert why_incomplete(tmp_path / "checkpoint-2") is not None
 
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end"])

@@ -1,4 +1,4 @@
-"""The losses of DSVLTrainer: label smoothing of shifted labels, evaluations without a vocabulary of logits, predictions."""
+"""The losses of DSVLTrainer: label smoothing, evaluations without logits of all tokens, predictions."""
 
 import pytest
 import torch
@@ -116,7 +116,7 @@ def test_a_step_with_label_smoothing_has_the_gradients_of_the_formula(
             torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_a_conversation_can_be_learnt_with_smoothed_labels(model, collator, rows, tmp_path):
+def test_a_conversation_can_be_memorized_with_smoothed_labels(model, collator, rows, tmp_path):
     model.set_trainable(language_model=True, lm_head=True)
     arguments = dict(label_smoothing_factor=0.1, max_steps=60, learning_rate=1e-2, per_device_train_batch_size=1)
     trainer = make_trainer(model, collator, rows[:1], tmp_path, **arguments)
@@ -133,7 +133,7 @@ def test_a_conversation_can_be_learnt_with_smoothed_labels(model, collator, rows
 
 @pytest.fixture
 def head_rows(model, monkeypatch):
-    """Of how many positions the head computes logits, call by call."""
+    """The number of positions for which the head computes logits, per call."""
     seen = []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][..., 0].numel()))
     return seen
@@ -151,7 +151,7 @@ def test_an_evaluation_of_the_loss_has_logits_of_supervised_tokens_alone(model, 
     assert trainer.predict(rows).predictions is None and head_rows == [supervised]
     with torch.no_grad():
         outputs = model.eval()(**batch)
-    assert outputs.logits.shape[:2] == batch["labels"].shape  # as every user of transformers expects
+    assert outputs.logits.shape[:2] == batch["labels"].shape  # as in other models of transformers
     assert outputs.loss.item() == pytest.approx(lean, abs=1e-5)
 
 
@@ -188,7 +188,7 @@ def test_an_epoch_without_a_trained_token_is_an_error(folder, model, rows, tmp_p
         trainer.train()
 
 
-def test_noise_on_the_embeddings_is_there_in_training_alone(folder, collator, rows, tmp_path):
+def test_noise_is_added_to_the_embeddings_in_training_only(folder, collator, rows, tmp_path):
     """NEFTune: `neftune_noise_alpha`."""
     first = {}
     for alpha in (None, 50.0):

@@ -1,4 +1,4 @@
-"""What a training shows: its log lines, TensorBoard's files, and the plot of a finished run."""
+"""The output of a training: log lines, TensorBoard files and the plot of a finished run."""
 
 import io
 import json
@@ -11,9 +11,9 @@ from training_runs import make_checkpoint, make_conversations
 from transformers import TrainerState
 
 from dsvl.cli import main
-from dsvl.training import run
 from dsvl.training.plot import PLOT, curves, plot_training
-from dsvl.training.progress import duration, log_line
+from dsvl.training.progress_callbacks import duration, log_line
+from dsvl.utils.console_log import StderrHandler
 
 pytestmark = pytest.mark.usefixtures("fresh_log")
 
@@ -42,7 +42,9 @@ def test_a_line_shows_loss_rate_speed_and_the_time_left(folder, tmp_path, capsys
     found = re.findall(LINE, capsys.readouterr().out)
     assert found == ["1", "2", "3", "4"]
     history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
-    assert not any({"tokens_per_second", "seconds_left"} & set(entry) for entry in history)  # equal in every repetition
+    assert not any(
+        {"tokens_per_second", "seconds_left"} & set(entry) for entry in history
+    )  # they differ between repetitions of a run
 
 
 def test_the_speed_is_that_of_tokens_without_padding(folder, tmp_path, monkeypatch):
@@ -98,7 +100,9 @@ def test_a_finished_run_has_a_plot_in_its_directory_and_on_its_card(folder, tmp_
 def test_without_matplotlib_there_is_a_message_and_no_plot(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     train(folder, tmp_path / "out", "--report-to", "none")
-    assert "No plot of the training: it needs matplotlib; pip install 'dsvl[train]'." in capsys.readouterr().err
+    assert (
+        "The training is not plotted, as matplotlib is not installed; pip install 'dsvl[train]'." in capsys.readouterr().err
+    )
     assert not (tmp_path / "out" / PLOT).exists() and PLOT not in (tmp_path / "out/README.md").read_text()
 
 
@@ -114,9 +118,9 @@ def test_the_loss_is_logged_every_ten_steps_by_default(tmp_path):
     assert parse(["--model", "m", "--data", "d", "--output", "o", "--use-cpu"])[2].logging_steps == 10
 
 
-def test_lines_go_to_what_standard_error_is_now(monkeypatch):
-    """It may have been replaced and closed since the first training of a process, as notebooks and tests do."""
-    handler = run._Console()
+def test_lines_go_to_the_current_standard_error(monkeypatch):
+    """Notebooks and tests replace and close it after the first training of a process."""
+    handler = StderrHandler()
     now = io.StringIO()
     monkeypatch.setattr("sys.stderr", now)
     handler.emit(logging.LogRecord("dsvl", logging.INFO, "", 0, "a line", None, None))

@@ -1,4 +1,4 @@
-"""A tiny checkpoint, conversations, and `dsvl train` as the processes that a user would start."""
+"""A tiny checkpoint, conversations, and `dsvl train` in processes of its own."""
 
 import json
 import os
@@ -25,7 +25,7 @@ BATCH = "--per-device-train-batch-size"
 
 
 def make_checkpoint(folder: Path, name: str = "model", **llama: Any) -> Path:
-    """Compose a tiny random model with the reference's tokenizer; 5 tokens an image of 28 pixels."""
+    """Compose a tiny random model with the reference's tokenizer; an image of 28 pixels has 5 tokens."""
     torch.manual_seed(0)
     CLIPVisionModel(tiny_tower_config()).save_pretrained(folder / "tower")
     side = {"height": 28, "width": 28}
@@ -36,7 +36,7 @@ def make_checkpoint(folder: Path, name: str = "model", **llama: Any) -> Path:
 
 
 def make_conversations(folder: Path, name: str = "data.jsonl", layout: str = "ppt" * 6) -> Path:
-    """Conversations of one to three rounds: with images (p), or texts alone (t)."""
+    """Conversations of one to three turns: with images (p), or texts only (t)."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     lines = []
@@ -59,7 +59,7 @@ def make_conversations(folder: Path, name: str = "data.jsonl", layout: str = "pp
 
 
 def command(*flags: str, processes: int = 1, launcher: str = "torchrun", module: str = "-m dsvl.training") -> list[str]:
-    """What a user types to start a training."""
+    """The command line that starts a training."""
     bin_folder = Path(sys.executable).parent
     script = module.split()
     if launcher == "deepspeed":
@@ -82,13 +82,13 @@ def command(*flags: str, processes: int = 1, launcher: str = "torchrun", module:
 
 
 def environment() -> dict[str, str]:
-    # One thread each: two processes on two cores, and sums in the same order.
+    # One thread per process: two processes share two cores, and sums have the same order.
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     return kept | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
 
 
 def run(*flags: str | Path, check: bool = True, **start: Any) -> "subprocess.CompletedProcess[str]":
-    """Train in processes of their own; a failure shows what they said."""
+    """Train in separate processes; a failure shows their output."""
     done = subprocess.run(command(*map(str, flags), **start), env=environment(), capture_output=True, text=True, timeout=400)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -96,13 +96,13 @@ def run(*flags: str | Path, check: bool = True, **start: Any) -> "subprocess.Com
 
 
 def take_back(output: Path, checkpoint: str = "checkpoint-4") -> None:
-    """Leave a finished run as it would be if it had been killed before it wrote this checkpoint."""
+    """Restore a finished run to the state before it wrote this checkpoint."""
     shutil.rmtree(output / checkpoint)
     (output / "config.json").unlink()
 
 
 def losses(output: Path) -> list[float]:
-    """The logged losses of a finished run, one a step."""
+    """The logged losses of a finished run, one per step."""
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
 
@@ -112,7 +112,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest difference of two sets of weights, of the same names."""
+    """The largest difference between two sets of weights of the same names."""
     assert one.keys() == other.keys()
     return max((one[key] - other[key]).abs().max().item() for key in one)
 

@@ -1,4 +1,4 @@
-"""LoRA by PEFT: adapters on the decoder and/or the tower; projector and embeddings still learn in full."""
+"""LoRA adapters by PEFT on the decoder and the vision tower; projector and embeddings are trained in full beside them."""
 
 import re
 from collections.abc import Sequence
@@ -24,22 +24,24 @@ def lora_config(
     dropout: float = 0.0,
     dora: bool = False,
 ) -> Any:
-    """The PEFT configuration for `peft.get_peft_model`.
+    """The configuration of adapters for `peft.get_peft_model`.
 
     Args:
-        model: what to adapt.
-        rank: of the adapters.
-        alpha: the adapters' outputs are multiplied by alpha / rank. The default, twice the rank, makes that 2;
-            DeepSpeed-VisualChat's adapters have 1 / rank: pass 1.
-        train: parts that learn in full beside the adapters, by the names of `dsvl train --train`.
-        targets: last names of the linear layers to adapt (`q_proj`); all linear layers by default.
-        language, vision: adapt the decoder, the tower.
-        dropout: in front of the adapters.
-        dora: DoRA, which learns the weights' magnitudes apart from their directions.
+        model: the model to adapt.
+        rank: rank of the adapters.
+        alpha: scale of the adapters: their outputs are multiplied by alpha / rank, *optional*, defaults to twice the rank.
+            DeepSpeed-VisualChat uses 1.
+        train: parts that are trained in full beside the adapters, by the names of `dsvl train --train`, *optional*, defaults
+            to projector and embeddings.
+        targets: names of the linear layers to adapt, such as `q_proj`, *optional*, defaults to all linear layers.
+        language: adapt the decoder, *optional*, defaults to True.
+        vision: adapt the vision tower, *optional*, defaults to False.
+        dropout: dropout probability in front of the adapters, *optional*, defaults to 0.
+        dora: use DoRA, which trains magnitudes and directions of the weights separately, *optional*, defaults to False.
 
     Raises:
-        ValueError: if `targets` names no linear layer of these parts.
-        ImportError: without PEFT.
+        ValueError: if `targets` contains a name that no linear layer of these parts has.
+        ImportError: if PEFT is not installed.
     """
     from peft import LoraConfig
 
@@ -52,7 +54,7 @@ def lora_config(
     unknown = sorted(set(targets or ()) - linear)
     if unknown:
         raise ValueError(
-            f"--lora-targets {' '.join(unknown)}: no linear layer of {' and '.join(roots)} is called so; choose from "
+            f"--lora-targets {' '.join(unknown)}: no linear layer of {' and '.join(roots)} has this name; choose from "
             f"{', '.join(sorted(linear))}."
         )
     names = "|".join(map(re.escape, sorted(targets or linear)))
@@ -66,7 +68,7 @@ def lora_config(
         "head": "lm_head",
     }
     unused = ""
-    if vision:  # a layer counts as unused if its weight is
+    if vision:  # layers whose output the features do not use
         weights = [name for name in model.model.unused_tower_parameters() if name.endswith(".weight")]
         unused = "|".join(re.escape(f"{TOWERS['vision']}.{name.removesuffix('.weight')}") for name in weights)
     return LoraConfig(
@@ -83,18 +85,19 @@ def lora_config(
 
 
 def merge_adapters(model: str | Path, adapters: str | Path) -> DSVLForConditionalGeneration:
-    """Load a checkpoint, and its trained adapters into its weights; on the CPU, in the checkpoint's dtype.
+    """Load a checkpoint and merge trained adapters into its weights, on the CPU in the checkpoint's dtype.
 
     Args:
-        model: directory or Hub name of the checkpoint that was trained.
+        model: directory or Hub name of the checkpoint that the adapters were trained on.
         adapters: directory that PEFT saved.
 
     Raises:
-        ValueError: if `adapters` holds no adapters.
+        ValueError: if `adapters` contains no adapters.
+        ImportError: if PEFT is not installed.
     """
     from peft import PeftModel
 
     if not (Path(adapters) / "adapter_config.json").is_file():
-        raise ValueError(f"{adapters} holds no adapter_config.json; pass a directory of adapters that PEFT saved.")
+        raise ValueError(f"{adapters} contains no adapter_config.json; pass a directory of adapters that PEFT saved.")
     base = DSVLForConditionalGeneration.from_pretrained(model)
     return PeftModel.from_pretrained(base, str(adapters)).merge_and_unload()

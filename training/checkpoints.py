@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: one counts only if all of its files were written."""
+"""Complete checkpoints: a checkpoint is marked when all of its files were written, and only then used."""
 
 import json
 import logging
@@ -15,19 +15,20 @@ from ..utils.transformers_names import rotate_checkpoints
 
 logger = logging.getLogger(__name__)
 
-MARKER = "complete.json"  # written last: names every file of a checkpoint and its size
+MARKER = "complete.json"  # written last: the files of a checkpoint and their sizes
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint when every process has written its share; only then are older ones removed.
+    """Marks a checkpoint as complete when all processes have written their files, and only then removes older ones.
 
-    The Trainer removes older checkpoints as soon as its first process has written its own files. Take `save_total_limit`
-    from its arguments and pass it here, and there is a complete checkpoint at every moment.
+    The Trainer removes older checkpoints as soon as its first process has written its files. To have a complete checkpoint
+    at any time, set `save_total_limit` of its arguments to None, and pass the limit here.
 
-    The loss is logged whenever a checkpoint is written, so that its mean never spans an interruption.
+    The loss is logged whenever a checkpoint is written, so that logged means do not span an interruption.
 
     Args:
-        save_total_limit: how many to keep, the last and the best always among them; None for all.
+        save_total_limit: number of checkpoints to keep, *optional*, defaults to None: all. The last and the best are always
+            kept.
     """
 
     def __init__(self, save_total_limit: int | None = None) -> None:
@@ -52,13 +53,13 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Say that a checkpoint is complete, and what it consists of."""
+    """Mark a checkpoint as complete: write its files and their sizes to `complete.json`."""
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
     write_atomically(checkpoint / MARKER, json.dumps(sizes, indent=1))
 
 
-def what_is_missing(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not complete, or None if it is."""
+def why_incomplete(checkpoint: Path) -> str | None:
+    """The reason why a checkpoint is incomplete; None if it is complete."""
     marker = checkpoint / MARKER
     if not marker.is_file():
         return f"it has no {MARKER}, so writing it was interrupted"
@@ -78,20 +79,21 @@ def what_is_missing(checkpoint: Path) -> str | None:
 
 
 def has_optimizer_states(checkpoint: Path) -> bool:
-    """Whether training can go on from a checkpoint as if it had not been interrupted: Trainer's files, or DeepSpeed's."""
+    """Whether a checkpoint has the optimizer states of the Trainer or DeepSpeed, which resuming needs."""
     return any(path for pattern in ("optimizer*", "global_step*") for path in checkpoint.glob(pattern))
 
 
 def last_complete_checkpoint(output: str | Path, put_aside: bool = False) -> str | None:
-    """The checkpoint to resume from.
+    """Find the checkpoint to resume from.
 
     Args:
-        output: the Trainer's output directory.
-        put_aside: rename an incomplete checkpoint that is newer, to `incomplete-N`, so that its files do not mix with those
-            of the checkpoint that will be written in its place. One that was put aside before is replaced.
+        output: output directory of the Trainer.
+        put_aside: rename newer incomplete checkpoints to `incomplete-N`, so that their files do not mix with those of
+            the checkpoint of the same step that is written next, *optional*, defaults to False. Earlier directories of that
+            name are replaced.
 
     Returns:
-        The last complete checkpoint's directory, or None. Incomplete ones are passed over with a message.
+        The directory of the last complete checkpoint, or None. A warning is logged for each newer incomplete one.
     """
     found = {}
     for path in Path(output).glob("checkpoint-*"):
@@ -99,18 +101,18 @@ def last_complete_checkpoint(output: str | Path, put_aside: bool = False) -> str
         if match and path.is_dir():
             found[int(match[1])] = path
     for step in sorted(found, reverse=True):
-        reason = what_is_missing(found[step])
+        reason = why_incomplete(found[step])
         if reason is None:
             return str(found[step])
-        logger.warning("%s is passed over: %s.", found[step], reason)
+        logger.warning("%s is skipped: %s.", found[step], reason)
         if put_aside:
-            aside = found[step].with_name(f"incomplete-{step}")
-            shutil.rmtree(aside, ignore_errors=True)
-            found[step].rename(aside)
+            renamed = found[step].with_name(f"incomplete-{step}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            found[step].rename(renamed)
     return None
 
 
 def _files(checkpoint: Path) -> list[Path]:
-    """All but the marker, which an earlier run may have left."""
+    """All files except the marker, which may be from an earlier run."""
     markers = (checkpoint / MARKER, partial_path(checkpoint / MARKER))
     return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path not in markers)

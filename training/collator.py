@@ -1,4 +1,4 @@
-"""Conversations to a batch that a DSVL model learns from."""
+"""Collates conversations to batches for training."""
 
 import itertools
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from ..data.sample_errors import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location,
 from ..image_reading_dsvl import fit_thin_image, read_image
 from ..utils.image_loading import fetch_image_source
 from ..utils.text import shortened
-from .features import FeatureCache
+from .feature_cache import FeatureCache
 
-MULTIPLE = 8  # tokens: what matrix units like
+MULTIPLE = 8  # tokens; tensor cores need dimensions that are multiples of 8
 
 
 @dataclass(frozen=True)
 class SampleSize:
-    """What a sample consists of: turns, images, tokens with those of the images, and the tokens that have a label."""
+    """The size of a sample: turns, images, tokens (image tokens included), and tokens that have a label."""
 
     turns: int
     images: int
@@ -33,19 +33,21 @@ class SampleSize:
 
 
 class ConversationCollator:
-    """Renders conversations with the chat template; the assistant's tokens, the end of each answer included, are learnt.
+    """Renders conversations with the chat template. The tokens of the answers have labels, the end of each included.
 
-    A conversation of more than `max_length` tokens loses whole rounds from its end, never a part of an image.
+    Whole turns are dropped from the end of a conversation that is longer than `max_length` tokens; images are never cut.
 
     Args:
-        processor: the model's `DSVLProcessor`.
-        max_length: in tokens, image tokens included; None for no limit.
-        on_bad_sample: what happens if the first round does not fit, an image cannot be decoded, or anything else is wrong
-            with a conversation: "error", or "skip" to leave it out of its batch. A batch that loses all of them has nothing
-            to learn.
-        features: of the images, by a frozen tower; they are then looked up instead of decoded.
-        allow_urls: whether images are fetched from addresses (see `utils.url_fetching.fetch_url`), in every epoch again.
-        max_bad_samples: the share that may be skipped, see `data.sample_errors.BadSamples`.
+        processor: `DSVLProcessor` of the model.
+        max_length: maximum tokens per conversation, image tokens included, *optional*, defaults to None: no limit.
+        on_bad_sample: "error" or "skip", *optional*, defaults to "error": what to do if the first turn does not fit, an
+            image cannot be decoded, or a conversation is invalid. A batch of which all samples are skipped has no labels.
+        features: cache of image features of the frozen tower, *optional*, which replaces decoding of images.
+        allow_urls: whether images may be URLs, which are fetched again in every epoch, *optional*, defaults to False.
+        max_bad_samples: fraction of samples that may be skipped, *optional*; see `data.sample_errors.BadSamples`.
+
+    Raises:
+        ValueError: if `max_length` is less than 1.
     """
 
     def __init__(
@@ -59,54 +61,53 @@ class ConversationCollator:
     ) -> None:
         self.bad = BadSamples(on_bad_sample, max_bad_samples, "The data")
         if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length={max_length} leaves no token; pass at least 1, or None for no limit.")
+            raise ValueError(f"max_length={max_length} leaves no tokens; pass at least 1, or None for no limit.")
         self.processor, self.max_length, self.on_bad_sample = processor, max_length, on_bad_sample
-        self.features = features if features is not None and len(features) else None  # without images there is none
+        self.features = features if features is not None and len(features) else None  # empty if the data have no images
         self.allow_urls = allow_urls
-        # Shared with the data loader's workers, a row for each, as they count at the same time.
+        # In shared memory with one entry per data loader worker, as workers count concurrently.
         self._shortened = torch.zeros(WORKERS, dtype=torch.int64).share_memory_()
 
     @property
     def counts(self) -> torch.Tensor:
-        """How many conversations were seen, left out, and shortened, by all workers: (3,), int64."""
+        """Numbers of conversations that were seen, skipped and shortened, in all workers: (3,), int64."""
         return torch.tensor([self.bad.seen, self.bad.count, int(self._shortened.sum())])
 
     def __call__(self, samples: list[Any]) -> dict[str, torch.Tensor]:
         """Make a batch.
 
         Args:
-            samples: `{"messages": ...}` with or without `"images"` (see dsvl.data), or lists of messages; or packs, lists of
+            samples: `{"messages": ...}` with optional `"images"` (see `dsvl.data`), or lists of messages; or packs: lists of
                 samples that share a row.
 
         Returns:
-            `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (-100 where nothing is learnt), int64 of (batch,
-            tokens), tokens a multiple of 8; and `pixel_values` (images, 3, height, width) if there are images; or, with
-            `features`, `image_features` (images, tower tokens, tower width), in every batch. For packs
-            `position_ids`, which begin again with each conversation, instead of `attention_mask`: so a decoder of
-            transformers tells packed conversations apart. Padding is a conversation of its own.
+            `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (-100 for no label): (batch, tokens), int64,
+            where tokens is a multiple of 8. `pixel_values`: (images, 3, height, width), if there are images; with
+            `features`, `image_features`: (images, tower tokens, tower width) in every batch. Packs have `position_ids`
+            instead of `attention_mask`; they start at 0 for each conversation and for the padding, so that decoders of
+            transformers separate packed conversations.
 
         Raises:
-            ValueError: as asked for by `on_bad_sample`.
+            ValueError: for an invalid sample, unless `on_bad_sample` is "skip".
         """
         packed = _is_pack(samples[0])
         packs = samples if packed else [[sample] for sample in samples]
         rows = [conversations for one in packs if (conversations := self._usable(one))]
         if not rows:
-            return self._nothing()
+            return self._empty_batch()
         rows, batch = self._rendered(rows, padded=not packed)
         if not rows:
-            return self._nothing()
+            return self._empty_batch()
         if packed:
             self._join(batch, [len(row) for row in rows])
         images = {}
-        if "pixel_values" in batch:  # a single copy, without torch's threads, which wait for a core in a busy loader
+        if "pixel_values" in batch:  # one copy, without torch's threads, which compete for cores in a data loader
             images["pixel_values"] = torch.from_numpy(np.stack(batch.pop("pixel_values")))
         if self.features is not None:
             features = batch.pop("image_features", None)
-            images["image_features"] = self.features.none() if features is None else torch.stack(features)
-        # Through numpy: torch reads lists three times slower; and with return_tensors="pt" transformers makes the mask by
-        # walking tensors element by element, slower still. The rows come first: accelerate and transformers take the length
-        # of a batch's first tensor for the number of its samples.
+            images["image_features"] = self.features.empty() if features is None else torch.stack(features)
+        # With NumPy: torch converts lists three times slower, and return_tensors="pt" makes transformers build the mask
+        # element by element. Tokens come first: accelerate and transformers read the batch size from the first tensor.
         tensors = {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in batch.items()}
         tensors["labels"] = tensors["input_ids"].masked_fill(tensors.pop("assistant_masks") == 0, -100)
         tensors |= images
@@ -114,7 +115,7 @@ class ConversationCollator:
         return tensors
 
     def _usable(self, samples: list[Any]) -> list["_Conversation"]:
-        """The samples as messages with decoded images; what cannot be used is told or counted."""
+        """The valid samples as messages with decoded images; others are reported or counted."""
         conversations = []
         for sample in samples:
             location = location_of(sample)
@@ -126,9 +127,9 @@ class ConversationCollator:
         return conversations
 
     def _rendered(self, rows: list[list["_Conversation"]], padded: bool) -> tuple[list[list["_Conversation"]], Any]:
-        """The rows, and the batch of their conversations.
+        """The rows and the batch of their conversations.
 
-        One that cannot be rendered spoils the batch; then each is rendered by itself, which finds it.
+        If rendering the batch fails, conversations are rendered one by one to find the invalid one.
         """
         try:
             return rows, self._render([one for row in rows for one in row], padded)
@@ -142,7 +143,7 @@ class ConversationCollator:
                         usable.append(one)
                 if usable:
                     kept.append(usable)
-            if sum(map(len, kept)) == sum(map(len, rows)):  # not a conversation's fault
+            if sum(map(len, kept)) == sum(map(len, rows)):  # no single conversation fails
                 raise error
         return kept, self._render([one for row in kept for one in row], padded) if kept else None
 
@@ -152,7 +153,7 @@ class ConversationCollator:
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            # No padding for packs: they are put together from what is real.
+            # No padding for packs: their rows are joined from the conversations' tokens.
             processor_kwargs={"padding": True, "pad_to_multiple_of": MULTIPLE} if padded else {},
         )
         for row, one in enumerate(conversations):
@@ -162,7 +163,12 @@ class ConversationCollator:
         return batch
 
     def _join(self, batch: Any, sizes: list[int]) -> None:
-        """Make rows of so many conversations each, in place: lists of tokens one after the other, padded at the end."""
+        """Join conversations to rows, in place; rows are padded at the end.
+
+        Args:
+            batch: lists of tokens per conversation.
+            sizes: number of conversations of each row.
+        """
         del batch["attention_mask"]
         batch["position_ids"] = [list(range(len(ids))) for ids in batch["input_ids"]]
         fill = {"input_ids": self.processor.tokenizer.pad_token_id}
@@ -178,10 +184,10 @@ class ConversationCollator:
             batch[key] = rows
 
     def shorten(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages without the last rounds, as many as do not fit into `max_length`.
+        """The messages without the last turns that do not fit into `max_length`.
 
         Raises:
-            ValueError: if not even the first round fits.
+            ValueError: if the first turn does not fit.
         """
         if self.max_length is None:
             return messages
@@ -191,18 +197,18 @@ class ConversationCollator:
                 return messages[:end]
         question = next(message["content"] for message in messages if message["role"] == "user")
         raise ValueError(
-            f"The first round of a conversation takes {length} tokens, more than max_length={self.max_length} "
+            f"The first turn of a conversation takes {length} tokens, more than max_length={self.max_length} "
             f"({_text(question)!r}); raise max_length."
         )
 
     def measure(self, sample: Any) -> "SampleSize":
-        """The size of a sample as it is trained, once it is shortened; no image is decoded.
+        """The size of a sample after shortening; no image is decoded.
 
         Raises:
-            ValueError: as `shorten` does.
+            ValueError: see `shorten`.
         """
         messages = self.shorten_sample(sample)
-        # The answers' tokens do not depend on images, which stand between marks of their own.
+        # The tokens of the answers do not depend on images.
         texts = [
             message
             if isinstance(message["content"], str)
@@ -224,28 +230,28 @@ class ConversationCollator:
         )
 
     def shorten_sample(self, sample: Any) -> list[dict[str, Any]]:
-        """The messages of a sample as they are trained; raises ValueError as `shorten` does."""
+        """The messages of a sample after shortening; raises `ValueError`, see `shorten`."""
         return self.shorten(_messages(sample))
 
     def first_turn_length(self, sample: Any) -> int:
-        """How many tokens a sample takes at least, if all turns but the first are dropped."""
+        """The number of tokens of a sample's first turn."""
         messages = _messages(sample)
         return int(self.processor.count_tokens(messages[: _turn_ends(messages)[0]]))
 
     def sample_length(self, sample: Any) -> int:
-        """How many tokens a sample takes once it is shortened; raises `BadSample`, whatever is wrong with it."""
+        """The number of tokens of a sample after shortening; raises `BadSample` for any invalid sample."""
         with one_sample(location_of(sample)):
             return self.processor.count_tokens(self.shorten_sample(sample))
 
     def decode(self, messages: list[dict[str, Any]], pixels: bool = False) -> list[dict[str, Any]]:
-        """The messages with their images decoded, or their features, so that one that cannot be is told by itself.
+        """The messages with decoded images or cached features.
 
         Args:
-            messages: complete ones.
-            pixels: decode images whose features are known, too.
+            messages: complete messages.
+            pixels: decode images even if their features are cached, *optional*, defaults to False.
 
         Raises:
-            ValueError: naming that image.
+            ValueError: if an image cannot be decoded; the message names it.
         """
         features = None if pixels else self.features
         return [
@@ -260,12 +266,12 @@ class ConversationCollator:
             return part
         source = fetch_image_source(image_source(part), self.allow_urls)
         if features is not None:
-            return {"type": "image", "image_features": features.of(source)}
+            return {"type": "image", "image_features": features.get(source)}
         image = read_image(source, allow_urls=False)
         return {"type": "image", "image": fit_thin_image(image, self.processor.image_processor)}
 
-    def _nothing(self) -> dict[str, torch.Tensor]:
-        """A batch of one token with nothing to learn, for a rank that others wait for."""
+    def _empty_batch(self) -> dict[str, torch.Tensor]:
+        """A batch of one token without a label, so that this process takes part in collective operations."""
         tokenizer = self.processor.tokenizer
         ids = torch.full((1, MULTIPLE), tokenizer.pad_token_id)
         ids[0, -1] = tokenizer.eos_token_id
@@ -278,20 +284,20 @@ class ConversationCollator:
             "labels": torch.full_like(ids, -100),
         }
         if self.features is not None:
-            tensors["image_features"] = self.features.none()
+            tensors["image_features"] = self.features.empty()
         return tensors
 
 
 @dataclass
 class _Conversation:
-    """Messages with decoded images, and where they are from."""
+    """Messages with decoded images, and their location in the data."""
 
     messages: list[dict[str, Any]]
     location: Location
 
 
 def _messages(sample: Any) -> list[dict[str, Any]]:
-    """A sample's complete messages; one that no data set has checked is checked here."""
+    """The complete messages of a sample; samples that do not come from a data set are checked."""
     if not isinstance(sample, Sample):
         sample = MESSAGES.sample(without_nones({"messages": sample} if isinstance(sample, list) else dict(sample)), None)
         check_conversation(sample, for_training=False)
@@ -299,35 +305,42 @@ def _messages(sample: Any) -> list[dict[str, Any]]:
 
 
 def _unmask(mask: list[int], trained: list[bool]) -> list[int]:
-    """The mask of the assistant's tokens without those of answers of weight 0.
+    """The mask of the assistant's tokens without answers of weight 0.
+
+    Args:
+        mask: (tokens,): 1 for tokens of answers.
+        trained: whether each answer is trained.
 
     Raises:
-        ValueError: if it does not tell the answers apart.
+        ValueError: if answers are not separated in the mask.
     """
     runs = [(value, len(list(run))) for value, run in itertools.groupby(mask)]
     if sum(value for value, _ in runs) != len(trained):
-        raise ValueError("an answer has the weight 0, but the chat template does not mark each answer; remove it.")
+        raise ValueError(
+            "an answer has weight 0, but the chat template does not mark every answer; remove the weight or the answer."
+        )
     answers = iter(trained)
     return [token for value, length in runs for token in [value and int(next(answers))] * length]
 
 
 def _turn_ends(messages: list[dict[str, Any]]) -> list[int]:
-    """How many messages there are up to the end of each turn; a turn ends with its last answer."""
+    """The number of messages up to the end of each turn; a turn ends with its last answer."""
     ends = [index + 1 for index, message in enumerate(messages) if message["role"] == "assistant"]
     return [end for end in ends if end == len(messages) or messages[end]["role"] == "user"]
 
 
 def check_dispatch(rows: int, images: int) -> None:
-    """Refuse a batch that accelerate is about to cut.
+    """Refuse a batch whose images accelerate would cut.
 
-    For a streaming data set accelerate's dispatcher reads in one process for all of them and cuts every tensor of a batch to
-    the number of its rows, the images too. `Trainer` uses it unless it is told not to.
+    accelerate's dispatcher reads a streaming data set in one process for all, and cuts every tensor of a batch to the number
+    of rows, images too. `Trainer` uses it by default.
 
     Args:
-        rows, images: of the batch.
+        rows: number of rows of the batch.
+        images: number of images of the batch.
 
     Raises:
-        ValueError: naming the setting that turns the dispatcher off.
+        ValueError: if images would be lost; the message names the setting that disables the dispatcher.
     """
     state = GradientState()
     loader = state.active_dataloader
@@ -343,7 +356,7 @@ def check_dispatch(rows: int, images: int) -> None:
 
 
 def _is_pack(sample: Any) -> bool:
-    """Whether this is a list of samples, rather than a sample, which may be a list of messages."""
+    """Whether this is a list of samples; a sample may be a list of messages."""
     return isinstance(sample, list) and not (isinstance(sample[0], dict) and "role" in sample[0])
 
 

@@ -1,4 +1,4 @@
-"""What an epoch holds, and that there is something in it to train on."""
+"""Summarizes the training data of an epoch, and checks that it has tokens to train."""
 
 import logging
 from typing import Any
@@ -9,20 +9,21 @@ from .collator import ConversationCollator, SampleSize
 
 logger = logging.getLogger(__name__)
 
-MEASURED = 256  # conversations whose size is measured before training
+MEASURED = 256  # maximum number of conversations that are measured before training
 
 
 def describe_data(data: Any, collator: ConversationCollator) -> str:
-    """The line that says what an epoch holds: "18 conversations, 35 turns, 20 images, 3,235 tokens, 96 trained".
+    """The size of an epoch: "18 conversations, 35 turns, 20 images, 3,235 tokens, 96 trained".
 
-    Of more than `MEASURED` conversations as many are measured, evenly spaced, and the sums are said to be estimates. A data
-    set without images is warned of.
+    Of larger data sets, `MEASURED` evenly spaced conversations are measured, and the line starts with "about". A warning is
+    logged for data without images.
 
     Args:
-        data: map-style, packed, or a stream, of which nothing is known.
+        data: map-style or packed data set, or a stream, which is not measured.
+        collator: collator of the training.
 
     Raises:
-        ValueError: if no conversation has a token to train; all of them are measured before that is said.
+        ValueError: if no conversation has a token to train, after all of them were measured.
     """
     if isinstance(data, Stream):
         return "streamed"
@@ -30,9 +31,9 @@ def describe_data(data: Any, collator: ConversationCollator) -> str:
     conversations = data if packs is None else packs.data
     sizes, measured, failure = _measure(conversations, collator)
     if not any(size.trained for size in sizes):
-        raise ValueError(_why_nothing(conversations, collator, failure))
+        raise ValueError(_nothing_to_train(conversations, collator, failure))
     if not any(conversations.images(index) for index in range(len(conversations))):
-        logger.warning("%s holds no image; what an image shows cannot be trained on it.", data.source)
+        logger.warning("%s contains no image, so image understanding cannot be trained on it.", data.source)
     number = round(len(conversations) * len(sizes) / measured) if packs is None else sum(map(len, packs.packs))
     about = "" if measured == len(conversations) else "about "
     turns, images, tokens, trained = (
@@ -40,16 +41,16 @@ def describe_data(data: Any, collator: ConversationCollator) -> str:
         for name in ("turns", "images", "tokens", "trained")
     )
     if packs is not None:
-        tokens = packs.tokens  # each was measured
+        tokens = packs.tokens  # packing measured every conversation
     line = f"{number:,} conversations, {turns:,} turns, {images:,} images, {tokens:,} tokens, {trained:,} trained"
     return about + (line if packs is None else f"{line}, in {len(packs):,} packs")
 
 
 def _measure(conversations: Any, collator: ConversationCollator) -> tuple[list[SampleSize], int, ValueError | None]:
-    """Measure evenly spaced conversations; if none of them has a token to train, the others until one has.
+    """Measure evenly spaced conversations; if none of them has a token to train, also others until one has.
 
     Returns:
-        The sizes of those that can be used, how many were measured, and the first error.
+        The sizes of valid conversations, the number of measured ones, and the first error.
     """
     failure: ValueError | None = None
     sizes: list[SampleSize] = []
@@ -61,20 +62,20 @@ def _measure(conversations: Any, collator: ConversationCollator) -> tuple[list[S
         measured += 1
         try:
             sizes.append(collator.measure(conversations[index]))
-        except ValueError as error:  # of this sample; its batch says so again, or counts it
+        except ValueError as error:  # the collator reports or skips this sample
             failure = failure or error
     return sizes, measured, failure
 
 
-def _why_nothing(conversations: Any, collator: ConversationCollator, failure: ValueError | None) -> str:
+def _nothing_to_train(conversations: Any, collator: ConversationCollator, failure: ValueError | None) -> str:
     begin = f"{conversations.source} has no token to train in {len(conversations):,} conversations"
     if failure is None:
         return (
-            f"{begin}: the chat template marks none. Put {{% generation %}} and {{% endgeneration %}} around the "
+            f"{begin}: the chat template marks no answers. Put {{% generation %}} and {{% endgeneration %}} around the "
             "assistant's answers in it."
         )
     if collator.max_length is None:
-        return f"{begin}: all of them are skipped. The first: {failure}"
+        return f"{begin}: all of them are skipped. First error: {failure}"
     shortest = min(collator.first_turn_length(conversations[index]) for index in range(len(conversations)))
     limit = collator.max_length
     return f"{begin}: the shortest first turn takes {shortest:,} tokens, more than --max-length {limit:,}; raise it."

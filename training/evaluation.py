@@ -1,4 +1,4 @@
-"""Exact answers to the questions of held-out conversations, shared among the processes."""
+"""The exact-match metric on held-out conversations, distributed over processes."""
 
 from typing import Any
 
@@ -16,37 +16,43 @@ from .collator import ConversationCollator
 def exact_match(
     model: Any, collator: ConversationCollator, conversations: Any, batch_size: int = 8, max_new_tokens: int = 64
 ) -> float:
-    """The share of answers that a model gives to the letter (but for white space around it), generated greedily.
+    """The fraction of greedily generated answers that equal the reference, except for surrounding white space.
 
-    Each round is asked with the true answers of the earlier ones. Every process asks its share of the questions, and all
-    call `generate` as often as each other, as ZeRO-3 needs; images are decoded for one batch at a time.
+    The prompt of a turn contains the reference answers of earlier turns. Questions are distributed over the processes, which
+    call `generate` equally often, as ZeRO-3 requires. Images are decoded batch by batch.
 
     Args:
         model: a `DSVLForConditionalGeneration`, or PEFT's wrapper around it.
-        collator: the one that made the training's batches: it has the processor, and says which rounds are too long and
-            whether a conversation whose first round is too long may be left out.
-        conversations: samples of dsvl.data.
-        batch_size: questions at a time, in each process.
-        max_new_tokens: of an answer.
+        collator: collator of the training, which has the processor and decides which turns and samples are skipped.
+        conversations: samples of `dsvl.data`.
+        batch_size: questions per batch and process, *optional*, defaults to 8.
+        max_new_tokens: maximum tokens of an answer, *optional*, defaults to 64.
 
     Returns:
-        Between 0 and 1.
+        A number between 0 and 1.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    places = [(index, end) for index in range(len(conversations)) for end in _answers(collator, conversations[index])]
+    questions = [
+        (index, answer) for index in range(len(conversations)) for answer in answer_indices(collator, conversations[index])
+    ]
     counts = torch.zeros(2, dtype=torch.int64)
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(places), batch_size * world):
-            mine = places[start + rank * batch_size : start + (rank + 1) * batch_size]
-            asked = mine or places[:1]  # a process without a question of its own goes along with the others
-            messages = [complete_messages(conversations[index])[: end + 1] for index, end in asked]
+        for start in range(0, len(questions), batch_size * world):
+            mine = questions[start + rank * batch_size : start + (rank + 1) * batch_size]
+            asked = mine or questions[:1]  # a process without questions takes part in generate()
+            messages = [complete_messages(conversations[index])[: answer + 1] for index, answer in asked]
             prompts = [collator.decode(conversation[:-1], pixels=True) for conversation in messages]
             answers = generate_answers(model, collator.processor, prompts, max_new_tokens)
-            truths = [_text(conversation[-1]["content"]) for conversation in messages]
-            right = int(sum(metrics.exact_match(answer.text, [t]) for answer, t in zip(answers, truths, strict=True)))
-            counts += torch.tensor([right, len(asked)]) * bool(mine)
+            references = [_text(conversation[-1]["content"]) for conversation in messages]
+            matches = int(
+                sum(
+                    metrics.exact_match(answer.text, [reference])
+                    for answer, reference in zip(answers, references, strict=True)
+                )
+            )
+            counts += torch.tensor([matches, len(asked)]) * bool(mine)
     finally:
         model.train(training)
     if world > 1:
@@ -57,18 +63,18 @@ def exact_match(
     return (counts[0] / counts[1].clamp(min=1)).item()
 
 
-def _answers(collator: ConversationCollator, sample: Any) -> list[int]:
-    """The places of a conversation's answers; none if it is left out of training's batches as well."""
+def answer_indices(collator: ConversationCollator, sample: Any) -> list[int]:
+    """The message indices of a conversation's trained answers; empty if the collator skips the conversation."""
     try:
         with one_sample(location_of(sample)):
             messages = collator.shorten(complete_messages(sample))
-            if collator.on_bad_sample == "skip":  # later would be too late: all processes ask equally often
+            if collator.on_bad_sample == "skip":  # now, as all processes must ask equally many questions
                 collator.decode(messages)
     except BadSample:
         if collator.on_bad_sample == "error":
             raise
         return []
-    return [place for place, message in enumerate(messages) if is_trained(message)]
+    return [index for index, message in enumerate(messages) if is_trained(message)]
 
 
 def _text(content: Any) -> str:

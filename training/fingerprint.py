@@ -1,6 +1,6 @@
-"""The fingerprint of a run: what decides what it computes, so that nothing else is resumed in its output directory.
+"""The fingerprint of a run: everything that determines its result, to detect output directories of other runs.
 
-It says nothing of the machine (no number of processes, no absolute path), so that a run may move.
+It does not depend on the machine (number of processes, absolute paths), so that a run can be moved.
 """
 
 import hashlib
@@ -19,8 +19,9 @@ from ..utils.yaml_files import read_yaml
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
 
 RECORD = "run.json"  # in the output directory
+RENAMED_FIELDS = {"max_pictures_per_pack": "max_images_per_pack"}  # name in records of dsvl 0.1 -> name
 
-# Fields of the argument classes that change the result. What is not named here changes its place, its speed or its rounding.
+# Fields of the argument classes that change the result. Other fields change its location, speed or rounding.
 MODEL_FIELDS = ("train",)
 ADAPTER_FIELDS = (
     "lora_rank",
@@ -72,22 +73,22 @@ TRAINING_FIELDS = (
     "early_stopping_patience",
 )
 
-# Of the files beside a model's weights, what changes neither the model nor its processor.
+# Files of a checkpoint directory that change neither the model nor its processor.
 UNRELATED = {"README.md", "trainer_state.json", "generation_config.json", RECORD}
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
-LARGE = 1 << 30  # bytes; of a larger file evenly spaced blocks are read
+LARGE = 1 << 30  # bytes; of larger files, BLOCKS evenly spaced blocks are read
 BLOCKS, BLOCK = 4096, 1 << 16
 
 
 @dataclass
 class RunRecord:
-    """What `run.json` holds.
+    """The content of `run.json`.
 
     Attributes:
         settings: the fingerprint, field -> value; the value of `model`, `data` and `eval_data` is `{"name", "digest"}`.
-        files: the digests of files, with the size and the time of change that they were read at.
-        finished: whether the run's trained model is complete.
+        files: file name -> its digest, size and modification time.
+        finished: whether the trained model is complete.
     """
 
     settings: dict[str, Any]
@@ -101,31 +102,32 @@ class RunRecord:
 
 
 def read_record(output: Path) -> RunRecord | None:
-    """The record of the run that wrote to this directory; None without one.
+    """The record of the run in an output directory; None if there is none.
 
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: if the file is not a record.
     """
     path = output / RECORD
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return RunRecord(dict(content["settings"]), dict(content["files"]), bool(content["finished"]))
-    except (ValueError, TypeError, KeyError) as error:
+        settings = {RENAMED_FIELDS.get(name, name): value for name, value in content["settings"].items()}
+        return RunRecord(settings, dict(content["files"]), bool(content["finished"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not the record of a run ({error!r}); delete it, or pass --overwrite-output.") from error
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The fields in which two fingerprints differ, each with both values; fields that only one of them has do not count."""
+    """Descriptions of the fields in which two fingerprints differ; fields that only one of them has are ignored."""
     found = []
     for name in before.keys() & now.keys():
-        if _compared(before[name]) != _compared(now[name]):
+        if _comparable(before[name]) != _comparable(now[name]):
             found.append(f"{name} ({_shown(before[name])} before, {_shown(now[name])} now)")
     return sorted(found)
 
 
-def _compared(value: Any) -> Any:
+def _comparable(value: Any) -> Any:
     return value["digest"] if isinstance(value, dict) and "digest" in value else value
 
 
@@ -141,13 +143,14 @@ def take_fingerprint(
     arguments: DSVLTrainingArguments,
     known: Mapping[str, dict[str, Any]] | None = None,
 ) -> RunRecord:
-    """The fingerprint of what is asked for.
+    """Compute the fingerprint of a run.
 
     Args:
-        known: `RunRecord.files` of an earlier start, whose files are not read again if their size and time are the same.
+        model_arguments, data_arguments, arguments: arguments of the run.
+        known: `RunRecord.files` of an earlier start, *optional*; files of the same size and modification time are not read.
 
     Returns:
-        A record that is not finished.
+        A record with `finished=False`.
     """
     digests = _Digests(known or {})
     settings: dict[str, Any] = {"model": _model(model_arguments.model, digests), "data": _data(data_arguments, digests)}
@@ -162,9 +165,9 @@ def take_fingerprint(
     settings["batch_size"] = (
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     )
-    if arguments.max_steps > 0:  # which it overrides
+    if arguments.max_steps > 0:  # overrides num_train_epochs
         del settings["num_train_epochs"]
-    # As JSON gives it back: enumerations as their values, tuples as lists.
+    # Normalized as JSON returns them: enumerations as values, tuples as lists.
     settings = json.loads(json.dumps(settings, default=lambda value: getattr(value, "value", str(value))))
     return RunRecord(settings, digests.files)
 
@@ -173,7 +176,7 @@ def _model(name: str, digests: "_Digests") -> dict[str, str]:
     folder = Path(name)
     if folder.is_dir():
         files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in UNRELATED)
-        # Code is the package's; what travels with a checkpoint changes with every release.
+        # Without code, which changes with every release and is taken from the package.
         return digests.together(name, [path for path in files if path.suffix != ".py" and not path.name.startswith(".")])
     config, _ = PreTrainedConfig.get_config_dict(name)
     return {"name": name, "digest": f"{name}@{config.get('_commit_hash')}"}
@@ -187,14 +190,14 @@ def _data(arguments: DataArguments, digests: "_Digests") -> dict[str, str]:
         return _source(arguments.data, digests)
     path = Path(arguments.data)
     content, parts = read_yaml(path), []
-    for entry in content["datasets"]:  # which has been opened
+    for entry in content["datasets"]:  # valid: the mixture was opened before
         local = path.parent / str(entry.pop("path"))
         parts.append(_source(str(local), digests)["digest"] if local.exists() else str(local.name))
     return {"name": path.name, "digest": _hash([json.dumps(content, sort_keys=True), *parts])}
 
 
 def _source(source: str, digests: "_Digests") -> dict[str, str]:
-    """What `load_conversations` opens."""
+    """The fingerprint of a source of `load_conversations`."""
     path = Path(source)
     if path.is_file():
         return digests.together(source, [path])
@@ -208,24 +211,24 @@ def _source(source: str, digests: "_Digests") -> dict[str, str]:
 
 
 class _Digests:
-    """Digests of files, each read once."""
+    """Computes digests of files; each file is read once."""
 
     def __init__(self, known: Mapping[str, dict[str, Any]]) -> None:
         self.known, self.files = known, dict[str, dict[str, Any]]()
 
     def together(self, source: str, paths: list[Path], root: Path | None = None) -> dict[str, str]:
-        """The fingerprint of several files; of a directory's, with their names in it."""
+        """The combined digest of several files; with `root`, their relative paths are included."""
         lines = [self._one(path) + (path.relative_to(root).as_posix() if root else "") for path in paths]
         return {"name": Path(source).name or "data", "digest": _hash(lines)}
 
     def _one(self, path: Path) -> str:
         status = path.stat()
-        facts = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-        # Without its folder, so that a run may move; copies of a file that keep its time are the same file.
+        stat = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        # Without the directory, so that a run can be moved; copies with the same modification time count as equal.
         key = path.name if path.name not in self.files else f"{path.parent.name}/{path.name}"
         before = self.known.get(key, {})
-        same = all(before.get(name) == value for name, value in facts.items())
-        self.files[key] = facts | {"digest": before["digest"] if same else file_digest(path)}
+        same = all(before.get(name) == value for name, value in stat.items())
+        self.files[key] = stat | {"digest": before["digest"] if same else file_digest(path)}
         return self.files[key]["digest"]
 
 

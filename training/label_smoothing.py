@@ -1,4 +1,4 @@
-"""Label smoothing as a loss function of transformers' form, for the logits that the model chooses to compute."""
+"""Label smoothing as a loss function with the signature of transformers' `ForCausalLMLoss`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +8,15 @@ from torch import nn
 
 
 def smoothed_loss(factor: float) -> Callable[..., torch.Tensor]:
-    """A loss function that gives every token of the vocabulary a share of the target (Szegedy et al., arXiv:1512.00567).
+    """A cross-entropy loss with label smoothing (Szegedy et al., arXiv:1512.00567).
 
     Args:
-        factor: the share that is spread over the whole vocabulary, 0 to 1.
+        factor: probability that is distributed over the whole vocabulary, 0 to 1.
 
     Returns:
-        A function of the signature of `transformers.loss.loss_utils.ForCausalLMLoss`. With `shift_labels` (..., tokens),
-        -100 for none, and logits (..., tokens, vocabulary) it gives the sum of `(1 - factor) * -log p(label) + factor *
-        mean(-log p)` over `num_items_in_batch`, or the mean over tokens with a label without it.
+        A function with the signature of `transformers.loss.loss_utils.ForCausalLMLoss`. For logits (..., tokens, vocabulary)
+        and `shift_labels` (..., tokens), -100 for no label, it returns the sum of `(1 - factor) * -log p(label) + factor *
+        mean(-log p)` divided by `num_items_in_batch`; without that, the mean over tokens with a label.
     """
 
     def loss(

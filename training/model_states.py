@@ -1,6 +1,6 @@
-"""What training keeps beside its activations: weights, gradients, optimizer states and buffers, in bytes per GPU.
+"""The memory of weights, gradients, optimizer states and buffers, in bytes per GPU.
 
-Each formula names the source that it was read from: torch 2.13, transformers 5.23, DeepSpeed 0.19.8.
+Each formula names its source in torch 2.13, transformers 5.23 or DeepSpeed 0.19.8.
 """
 
 import math
@@ -8,40 +8,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .trace import Trace
+from .deepspeed_config import ZERO
 
-ZERO = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
+if TYPE_CHECKING:
+    from .activation_memory import ActivationMemory
+
+GIB, MIB = 2**30, 2**20
+DTYPES = ("bfloat16", "float16", "float32")  # of weights and activations
 
 # DeepSpeed's defaults of stage3_max_reuse_distance and sub_group_size, in elements (deepspeed/runtime/zero/config.py).
 MAX_REUSE_DISTANCE = SUB_GROUP_SIZE = 10**9
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What one GPU holds at the fullest moment of a phase, in bytes."""
+class PhaseMemory:
+    """The memory of one GPU at the peak of a phase of the training step, in bytes."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    buffers: int  # what comes and goes for communication, or to convert
+    buffers: int  # temporary: for communication and dtype conversion
 
     @property
     def total(self) -> int:
+        """The sum of all of them."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """A model's sizes, in elements.
+class ModelSizes:
+    """The sizes of a model's parameters, in elements.
 
     Attributes:
-        parameters: of every parameter (tied ones once).
-        trained: of those that learn, in the model's order.
-        largest_module: of the parameters that one module itself holds, at most.
-        hidden: the decoder's width, on which transformers bases DeepSpeed's "auto" buckets.
-        element: bytes of a weight.
+        parameters: size of every parameter; tied parameters count once.
+        trained: size of every trainable parameter, in the model's order.
+        largest_module: largest sum of the parameters that one module holds itself.
+        hidden: hidden size of the decoder, from which transformers computes DeepSpeed's "auto" bucket sizes.
+        element: bytes per weight.
     """
 
     parameters: tuple[int, ...]
@@ -52,19 +56,20 @@ class Sizes:
 
 
 def model_states(
-    sizes: Sizes, trace: "Trace", zero: str | None = None, world_size: int = 1, accumulation: bool = False
-) -> tuple[Memory, Memory, int]:
-    """Weights, gradients, optimizer states and buffers, beside the activations.
+    sizes: ModelSizes, trace: "ActivationMemory", zero: str | None = None, world_size: int = 1, accumulation: bool = False
+) -> tuple[PhaseMemory, PhaseMemory, int]:
+    """The memory of a training step, activations included.
 
     Args:
-        sizes: the model's.
-        trace: of a micro-batch, with its gradients `taken_into` what `arriving_gradients` says.
-        zero: a key of `ZERO`, or None for plain data parallelism.
-        world_size: GPUs that share the work.
-        accumulation: whether a step has several micro-batches, so that gradients outlive a backward.
+        sizes: sizes of the model.
+        trace: memory of a micro-batch, traced with the `gradient_buffer` that `arriving_gradients` returns.
+        zero: key of `ZERO`, *optional*, defaults to None: plain data parallelism.
+        world_size: number of GPUs, *optional*, defaults to 1.
+        accumulation: whether a step has several micro-batches, so that gradients outlive a backward pass, *optional*,
+            defaults to False.
 
     Returns:
-        Forward and backward, the optimizer's step, and bytes of main memory, all per GPU.
+        The memory of forward and backward, the memory of the optimizer step, and bytes of main memory, each per GPU.
     """
     if zero is None:
         return (*_unpartitioned(sizes, trace, world_size, accumulation), 0)
@@ -73,26 +78,27 @@ def model_states(
     return _zero_3(sizes, trace, world_size, offload=zero.endswith("offload"))
 
 
-def arriving_gradients(sizes: Sizes, zero: str | None, world_size: int, accumulation: bool) -> int | None:
-    """What holds the gradients from the first complete one on, in bytes, where they leave the tensors that backward made.
+def arriving_gradients(sizes: ModelSizes, zero: str | None, world_size: int, accumulation: bool) -> int | None:
+    """Bytes of the buffer that gradients are moved to as soon as they are complete.
 
-    None where they stay in them; 0 where they are added to, or put into, what is there already (see `_there_before`).
+    None if gradients stay in the tensors that backward allocated; 0 if they are added to or copied into memory that is
+    allocated before forward (see `_preallocated_gradients`).
     """
     stage = 0 if zero is None else ZERO[zero]
     if stage == 0:
         return 0 if accumulation else None
     if stage == 3:
         return 0
-    # copy_grads_in_partition: reduced gradients of the parameters that this GPU's partition touches, whole. Stage 1 does not
-    # release what other GPUs own; gradients that fit into a bucket have moved there, though.
+    # copy_grads_in_partition: whole reduced gradients of all parameters that overlap with this GPU's partition. Stage 1 does
+    # not release the gradients of other partitions, except for those that were moved into a bucket.
     bucket = sizes.hidden**2 if stage == 1 and not accumulation else None
     return sizes.element * _held_gradients(sizes.trained, world_size, bucket)
 
 
-def _there_before(sizes: Sizes, stage: int, world_size: int, accumulation: bool) -> int:
-    """Bytes of gradients that are there throughout forward and backward."""
+def _preallocated_gradients(sizes: ModelSizes, stage: int, world_size: int, accumulation: bool) -> int:
+    """Bytes of gradients that are allocated throughout forward and backward."""
     if stage == 3:
-        return sizes.element * _cut(sizes.trained, world_size)  # grad_partitions_flat_buffer, from the start
+        return sizes.element * _partitioned(sizes.trained, world_size)  # grad_partitions_flat_buffer
     if not accumulation:
         return 0
     if stage == 2:
@@ -100,78 +106,84 @@ def _there_before(sizes: Sizes, stage: int, world_size: int, accumulation: bool)
     return sizes.element * sum(sizes.trained)  # reduced after the last micro-batch only
 
 
-def _unpartitioned(sizes: Sizes, trace: "Trace", world_size: int, accumulation: bool) -> tuple[Memory, Memory]:
-    """`Trainer` without DeepSpeed: everything on every GPU, AdamW with two states in the weights' dtype
-    (torch.optim.adamw_fused: no copies in the step)."""
+def _unpartitioned(
+    sizes: ModelSizes, trace: "ActivationMemory", world_size: int, accumulation: bool
+) -> tuple[PhaseMemory, PhaseMemory]:
+    """`Trainer` without DeepSpeed: every GPU holds everything; AdamW has two states in the weights' dtype
+    (torch.optim.adamw_fused, without copies in the step)."""
     weights, gradients = (sizes.element * sum(numels) for numels in (sizes.parameters, sizes.trained))
-    # DDP keeps a second copy of all gradients in its buckets (torch Reducer, gradient_as_bucket_view=False).
+    # DDP copies all gradients into its buckets (torch Reducer, gradient_as_bucket_view=False).
     buckets = gradients if world_size > 1 else 0
     optimizer = 2 * gradients
-    there = _there_before(sizes, 0, world_size, accumulation)
-    forward_backward = Memory(weights, there + trace.gradients, optimizer, trace.peak - trace.gradients, buckets)
-    return forward_backward, Memory(weights, gradients, optimizer, 0, buckets)
+    preallocated = _preallocated_gradients(sizes, 0, world_size, accumulation)
+    forward_backward = PhaseMemory(weights, preallocated + trace.gradients, optimizer, trace.peak - trace.gradients, buckets)
+    return forward_backward, PhaseMemory(weights, gradients, optimizer, 0, buckets)
 
 
-def _zero_1_2(sizes: Sizes, trace: "Trace", stage: int, world_size: int, accumulation: bool) -> tuple[Memory, Memory]:
+def _zero_1_2(
+    sizes: ModelSizes, trace: "ActivationMemory", stage: int, world_size: int, accumulation: bool
+) -> tuple[PhaseMemory, PhaseMemory]:
     """deepspeed/runtime/zero/stage_1_and_2.py, with contiguous_gradients and overlap_comm."""
     element, trained = sizes.element, sum(sizes.trained)
     partition = math.ceil(trained / world_size)
     bucket = sizes.hidden**2  # reduce_bucket_size "auto": transformers/integrations/deepspeed.py
     weights = element * sum(sizes.parameters)
-    # single_partition_of_fp32_groups and the two states of Adam: float32, of this GPU's partition.
+    # single_partition_of_fp32_groups and the two states of Adam, in float32, for this GPU's partition.
     optimizer = 12 * partition
-    # Two buckets (setup_buckets) and the flattened copy that is reduced (allreduce_bucket).
+    # Two buckets (setup_buckets) and a flattened copy for the reduction (allreduce_bucket).
     buffers = 3 * element * bucket
-    gradients = _there_before(sizes, stage, world_size, accumulation) + trace.gradients
-    forward_backward = Memory(weights, gradients, optimizer, trace.peak - trace.gradients, buffers)
-    # step(): the partition is flattened, converted to float32 and only then released. The norm before it converts one
+    gradients = _preallocated_gradients(sizes, stage, world_size, accumulation) + trace.gradients
+    forward_backward = PhaseMemory(weights, gradients, optimizer, trace.peak - trace.gradients, buffers)
+    # step() flattens the partition and converts it to float32 before releasing it. Before that, the norm converts one
     # gradient at a time to float64 (get_grad_norm_direct).
     conversion = (element + (4 if element < 4 else 0)) * partition
     norm = 8 * min(max(sizes.trained), partition)
     own = element * _held_gradients(sizes.trained, world_size)
-    return forward_backward, Memory(weights, own, optimizer, 0, buffers + max(conversion, norm))
+    return forward_backward, PhaseMemory(weights, own, optimizer, 0, buffers + max(conversion, norm))
 
 
 def _held_gradients(trained: Sequence[int], world_size: int, stage_1_bucket: int | None = None) -> int:
-    """Elements of the gradients that the fullest GPU holds after backward under ZeRO 1 and 2.
+    """The largest number of gradient elements on any GPU after backward, under ZeRO 1 and 2.
 
-    The trained parameters lie end to end and are cut into equal partitions; a parameter across a cut is held whole on both
-    sides. Stage 1 does not release the others' gradients: those that fit into a bucket (of `stage_1_bucket` elements) have
-    moved there, larger ones stay where they are.
+    The trainable parameters are concatenated and cut into equal partitions; both GPUs hold the whole gradient of a parameter
+    across a cut. Stage 1 does not release the gradients of other partitions if they are larger than a bucket of
+    `stage_1_bucket` elements.
     """
     partition = math.ceil(sum(trained) / world_size)
     held = [0] * world_size
-    elsewhere = 0 if stage_1_bucket is None else sum(numel for numel in trained if numel > stage_1_bucket)
+    unreleased = 0 if stage_1_bucket is None else sum(numel for numel in trained if numel > stage_1_bucket)
     offset = 0
     for numel in trained:
-        stays_anyway = stage_1_bucket is not None and numel > stage_1_bucket
+        counted = stage_1_bucket is not None and numel > stage_1_bucket
         for rank in range(offset // partition, (offset + numel - 1) // partition + 1):
-            held[rank] += 0 if stays_anyway else numel
+            held[rank] += 0 if counted else numel
         offset += numel
-    return max(held) + elsewhere
+    return max(held) + unreleased
 
 
-def _zero_3(sizes: Sizes, trace: "Trace", world_size: int, offload: bool) -> tuple[Memory, Memory, int]:
+def _zero_3(
+    sizes: ModelSizes, trace: "ActivationMemory", world_size: int, offload: bool
+) -> tuple[PhaseMemory, PhaseMemory, int]:
     """deepspeed/runtime/zero/stage3.py, partition_parameters.py and partitioned_param_coordinator.py."""
     element, hidden = sizes.element, sizes.hidden
     # The "auto" values of transformers/integrations/deepspeed.py.
     bucket, prefetch, persistence_threshold = hidden**2, int(0.9 * hidden**2), 10 * hidden
 
     persistent = sum(numel for numel in sizes.parameters if numel <= persistence_threshold)
-    # Whole parameters at a time. Not released is what is used again within max_reuse_distance (__params_to_release): where
-    # forward turns into backward, the last layers, each counted there and back. Then the module that computes, and the
-    # next ones that are fetched together and copied out of one tensor (AllGatherCoalescedHandle.wait).
+    # Whole parameters that are gathered at the same time. Parameters that are used again within max_reuse_distance are not
+    # released (__params_to_release): between forward and backward these are the last layers, counted in both directions.
+    # Then the current module, and the prefetched ones, which are copied out of one tensor (AllGatherCoalescedHandle.wait).
     gathered = MAX_REUSE_DISTANCE // 2 + sizes.largest_module + 2 * prefetch
     gathered = element * min(gathered, sum(sizes.parameters) - persistent)
-    # The bucket (_setup_for_real_optimizer) and flattened copies of two reductions in flight (reduce_scatter_coalesced).
+    # The bucket (_setup_for_real_optimizer) and flattened copies for two concurrent reductions (reduce_scatter_coalesced).
     buckets = 3 * element * bucket
 
-    trained = _cut(sizes.trained, world_size)
-    weights = element * _cut(sizes.parameters, world_size)
-    gradients = _there_before(sizes, 3, world_size, accumulation=False)
-    # The float32 copy (the partition itself, if that is float32) and the two states of Adam.
+    trained = _partitioned(sizes.trained, world_size)
+    weights = element * _partitioned(sizes.parameters, world_size)
+    gradients = _preallocated_gradients(sizes, 3, world_size, accumulation=False)
+    # The float32 copy (of float32 weights, the partition itself) and the two states of Adam.
     optimizer = (12 if element < 4 else 8) * trained
-    # _prepare_fp32_grad_for_sub_group: flattened, then converted; before it, one gradient at a time in float64 for the norm.
+    # _prepare_fp32_grad_for_sub_group flattens and converts; before that, the norm takes one gradient at a time in float64.
     sub_group = min(trained, SUB_GROUP_SIZE)
     converted = (element + (4 if element < 4 else 0)) * sub_group
     norm = 8 * math.ceil(max(sizes.trained) / world_size)
@@ -179,19 +191,19 @@ def _zero_3(sizes: Sizes, trace: "Trace", world_size: int, offload: bool) -> tup
     kept = element * persistent
     if not offload:
         return (
-            Memory(weights + kept, gradients, optimizer, trace.peak, gathered + buckets),
-            Memory(weights + kept, gradients, optimizer, 0, buckets + max(converted, norm)),
+            PhaseMemory(weights + kept, gradients, optimizer, trace.peak, gathered + buckets),
+            PhaseMemory(weights + kept, gradients, optimizer, 0, buckets + max(converted, norm)),
             0,
         )
-    # initialize_optimizer_states keeps a float32 gradient for every sub-group in main memory as well.
+    # initialize_optimizer_states also keeps a float32 gradient for every sub-group in main memory.
     cpu = weights + gradients + (12 + 4) * trained
     return (
-        Memory(kept, 0, 0, trace.peak, gathered + buckets),
-        Memory(kept, 0, 0, 0, buckets + norm),
+        PhaseMemory(kept, 0, 0, trace.peak, gathered + buckets),
+        PhaseMemory(kept, 0, 0, 0, buckets + norm),
         cpu,
     )
 
 
-def _cut(numels: Sequence[int], world_size: int) -> int:
-    """One GPU's share of parameters that are each partitioned by themselves."""
+def _partitioned(numels: Sequence[int], world_size: int) -> int:
+    """Elements per GPU of parameters that are partitioned one by one."""
     return sum(math.ceil(numel / world_size) for numel in numels)

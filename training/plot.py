@@ -1,4 +1,4 @@
-"""The plot of a finished run: its loss and the metrics of its evaluations, from `trainer_state.json`."""
+"""Plots the losses and evaluation metrics of a run from its `trainer_state.json`."""
 
 import json
 import logging
@@ -7,20 +7,20 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-PLOT = "training.svg"  # in the output directory, and on the card
+PLOT = "training.svg"  # in the output directory; shown on the model card
 TIMES = ("_runtime", "_per_second", "_preparation_time")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # the palette of Okabe and Ito
 
 
 def plot_training(state: Path, plot: Path) -> bool:
-    """Draw the loss over the steps, and each metric of the evaluations below it.
+    """Plot the losses over the steps, and below them each evaluation metric.
 
     Args:
-        state: a `trainer_state.json`.
-        plot: the SVG file to write; the same state gives the same file.
+        state: path of a `trainer_state.json`.
+        plot: path of the SVG file to write. The output is deterministic.
 
     Returns:
-        Whether there is a plot: not without matplotlib, which is said, nor without two values of a loss.
+        Whether the plot was written: it needs matplotlib (a warning is logged without it) and two values of a curve.
     """
     history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
     panels = curves(history)
@@ -31,27 +31,27 @@ def plot_training(state: Path, plot: Path) -> bool:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("No plot of the training: it needs matplotlib; pip install 'dsvl[train]'.")
+        logger.warning("The training is not plotted, as matplotlib is not installed; pip install 'dsvl[train]'.")
         return False
     with rc_context({"svg.hashsalt": "dsvl", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(7, 2.2 + 1.8 * (len(panels) - 1)), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for own, (title, lines) in zip(axes, panels.items(), strict=True):
+        for ax, (title, lines) in zip(axes, panels.items(), strict=True):
             for colour, (name, values) in zip(COLOURS, lines.items(), strict=False):
                 steps, heights = zip(*values, strict=True)
-                own.plot(steps, heights, color=colour, label=name, marker="." if len(values) < 40 else None)
-            own.set_ylabel(title)
-            own.grid(alpha=0.3)
+                ax.plot(steps, heights, color=colour, label=name, marker="." if len(values) < 40 else None)
+            ax.set_ylabel(title)
+            ax.grid(alpha=0.3)
             if len(lines) > 1:
-                own.legend(frameon=False)
+                ax.legend(frameon=False)
         axes[-1].set_xlabel("step")
         figure.savefig(plot, format="svg", metadata={"Date": None})
     return True
 
 
 def curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """The panels of a plot, top to bottom: title -> line -> (step, value). Losses share the first."""
+    """The panels of the plot, top to bottom: title -> label -> (step, value). The first has the losses."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}}
     for entry in history:
         for name, value in entry.items():
@@ -62,6 +62,6 @@ def curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int,
                 line = panels.setdefault(title, {}).setdefault(title, [])
             else:
                 continue
-            if not line or line[-1][0] != entry["step"]:  # the last evaluation is one of the best checkpoint
+            if not line or line[-1][0] != entry["step"]:  # the final evaluation of the best checkpoint is left out
                 line.append((entry["step"], value))
     return panels

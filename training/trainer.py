@@ -1,4 +1,4 @@
-"""The Trainer: which parameters decay, which learn at their own rate, and evaluations that do not depend on the batches."""
+"""`DSVLTrainer`: parameter groups, label smoothing, streams, and evaluations that do not depend on the batch size."""
 
 import contextlib
 import shutil
@@ -17,36 +17,36 @@ from ..publishing.push import push_directory
 from ..transformers_dsvl import installed_release
 from ..utils.transformers_names import EvalLoopOutput, get_parameter_names
 from .evaluation import exact_match
-from .facts import training_facts
 from .label_smoothing import smoothed_loss
+from .model_card import training_facts
 
-# As in Trainer.get_decay_parameter_names; "embed" beside the modules for what is a parameter of its own (CLIP's CLS token).
+# As in Trainer.get_decay_parameter_names; "embed" also matches parameters outside of nn.Embedding (CLIP's CLS token).
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)", r"embed", r"(?:^|\.)query$"]
 
-OLDEST_TRAINING = (5, 23)  # transformers
+OLDEST_TRAINING = (5, 23)  # oldest release of transformers for training
 
-GROUP_SETTINGS = ("lr", "weight_decay", "betas", "eps", "momentum")  # of an optimizer's group
+GROUP_SETTINGS = ("lr", "weight_decay", "betas", "eps", "momentum")  # of an optimizer's parameter groups
 
 
 class DSVLTrainer(Trainer):
-    """`Trainer` with DSVL's parameter groups, and its evaluations.
+    """`Trainer` with DSVL's parameter groups and evaluations.
 
-    `eval_loss` is the mean over all supervised tokens, so that it does not depend on batches and processes (the Trainer's is
-    a mean of means, in which the last batch's repetitions count). An evaluation that asks for the loss alone (no
-    `compute_metrics`, or `prediction_loss_only`) computes the logits of supervised tokens alone. Under `eval_exact_match` it
-    also answers the held-out questions.
+    `eval_loss` is the mean over all supervised tokens, so that it does not depend on batch size and number of processes (the
+    Trainer's is a mean of batch means, in which padding samples of the last batch count). If only the loss is needed (no
+    `compute_metrics`, or `prediction_loss_only`), logits of supervised tokens only are computed. With `eval_exact_match`,
+    answers to the held-out questions are generated too.
 
-    `label_smoothing_factor` smooths the loss of the shifted labels, as the model computes it: `(1 - factor) * nll + factor *
-    mean(-log p)`, the mean over the vocabulary. Every process reads its own share of a streaming data set
-    (`accelerator_config.dispatch_batches` is False unless it was chosen), as accelerate's dispatcher would cut the images of
-    a batch to the number of its rows.
+    `label_smoothing_factor` is applied to the shifted labels inside the model's loss: `(1 - factor) * nll + factor *
+    mean(-log p)`, with the mean over the vocabulary. Every process reads its own part of a streaming data set
+    (`accelerator_config.dispatch_batches` defaults to False), as accelerate's dispatcher would cut the images of a batch to
+    the number of rows.
 
-    What is logged has `tokens_per_second` (read by all processes, padding aside) and `seconds_left` beside the Trainer's
-    values; they are not kept in the state's `log_history`, which stays the same for every repetition of a run.
+    Logs also contain `tokens_per_second` (of all processes, without padding) and `seconds_left`. They are not kept in the
+    state's `log_history`, so that it is equal for every repetition of a run.
 
     Raises:
-        ImportError: with transformers below 5.23, whose Trainer names activation checkpointing otherwise.
-        ValueError: at the end of an epoch in which not one token was trained.
+        ImportError: with transformers older than 5.23, whose Trainer has other names for activation checkpointing.
+        ValueError: at the end of an epoch in which no token was trained.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,15 +57,15 @@ class DSVLTrainer(Trainer):
                 )
             )
         super().__init__(*args, **kwargs)
-        self.label_smoother = None  # the model computes it: transformers' is for logits of the whole batch
+        self.label_smoother = None  # applied in the model's loss: transformers' label smoother needs logits of all tokens
         self._tokens_read = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._tokens_trained = torch.zeros((), device=self.args.device)
-        self._asked: list[dict[str, Any]] = []
+        self._group_settings: list[dict[str, Any]] = []
         self._logged_at: tuple[float, int] | None = None
         self._started_at: tuple[float, int] | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer's, with an accelerator that lets every process read a streaming data set."""
+        """As in `Trainer`, but every process reads a streaming data set by default."""
         if self.args.accelerator_config.dispatch_batches is None:
             self.args.accelerator_config.dispatch_batches = False
         super().create_accelerator_and_postprocess()
@@ -76,23 +76,23 @@ class DSVLTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, and counts the tokens without waiting for the device."""
+        """As in `Trainer`; also counts tokens, without synchronizing with the device."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
-            mask = batch.get("attention_mask")  # a pack has none, and next to no padding
-            own = batch["input_ids"].numel() if mask is None else mask.sum()
-            self._tokens_read += torch.as_tensor(own, device=self._tokens_read.device)
+            mask = batch.get("attention_mask")  # packs have none, and nearly no padding
+            tokens = batch["input_ids"].numel() if mask is None else mask.sum()
+            self._tokens_read += torch.as_tensor(tokens, device=self._tokens_read.device)
         if num_items is not None:
             self._tokens_trained += torch.as_tensor(num_items, device=self._tokens_trained.device)
         return batches, num_items
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Trainer.training_step`, with label smoothing in backward too, where parts of the loss are computed again."""
+        """As in `Trainer`, with label smoothing; it is also active in backward, which recomputes parts of the loss."""
         with self._smoothed_labels():
             return super().training_step(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.compute_loss`, with label smoothing inside of the model's own loss."""
+        """As in `Trainer`, with label smoothing in the model's loss."""
         with self._smoothed_labels():
             return super().compute_loss(*args, **kwargs)
 
@@ -111,14 +111,14 @@ class DSVLTrainer(Trainer):
             model.loss_function = plain
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; every process must call it at once. Adds what the speed of this process decides."""
+        """As in `Trainer`, with tokens per second and remaining time; all processes must call it together."""
         timing = self._timing() if "loss" in logs else {}
         super().log(logs | timing, start_time)
-        for key in timing:  # another run of the same seed has the same history
+        for key in timing:  # the history does not depend on the speed
             self.state.log_history[-1].pop(key, None)
 
     def _timing(self) -> dict[str, float]:
-        """Tokens per second since the last log, and the seconds that are left at the mean speed of this call of `train`."""
+        """Tokens per second since the last log, and remaining seconds at the mean speed of this call of `train`."""
         now, step = time.perf_counter(), self.state.global_step
         tokens = int(self.accelerator.reduce(self._tokens_read, "sum"))
         self._tokens_read.zero_()
@@ -140,25 +140,27 @@ class DSVLTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Publish the model and its processor, with a card that states this training, in one commit.
+        """Publish the model, its processor and a model card about this training, in one commit.
 
-        Nothing else of the output directory goes along: no optimizer, no pickle. Every process must call it.
+        Other files of the output directory, such as optimizer states, are not published. All processes must call it.
 
         Args:
-            commit_message, token, revision, private: as of `Trainer.push_to_hub`.
+            commit_message, token, revision, private: see `Trainer.push_to_hub`.
             blocking: must be True.
-            kwargs: `create_pr=True` proposes the commit as a pull request.
+            kwargs: `create_pr=True` opens a pull request instead.
 
         Returns:
-            In the first process, the `CommitInfo`.
+            The `CommitInfo` in the first process, None in the others.
 
         Raises:
             ValueError: if the model has adapters, which are not merged here, or a check of `dsvl push` fails.
         """
         if not blocking:
-            raise ValueError("blocking=False: a push is checked before and after, and so waits; leave it out.")
+            raise ValueError("blocking=False is not supported, as a push is checked afterwards; drop it.")
         if hasattr(self.model, "peft_config"):
-            raise ValueError("The model has adapters. Save them, merge them by dsvl merge, and publish that by dsvl push.")
+            raise ValueError(
+                "The model has adapters; save them, merge them with dsvl merge, and publish the result with dsvl push."
+            )
         arguments = self.args
         partial = Path(str(arguments.output_dir)) / ".push.partial"
         self.save_model(str(partial), _internal_call=True)
@@ -181,7 +183,7 @@ class DSVLTrainer(Trainer):
             shutil.rmtree(partial, ignore_errors=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write DSVL's card, with the facts of this training, to the output directory; the arguments are of no use to it."""
+        """Write DSVL's model card about this training to the output directory; arguments are ignored."""
         if self.is_world_process_zero():
             (Path(str(self.args.output_dir)) / "README.md").write_text(self._card(), encoding="utf-8")
 
@@ -191,43 +193,45 @@ class DSVLTrainer(Trainer):
         return render_card(model.config, [model.name_or_path] if model.name_or_path else [], training_facts(self, metrics))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Checkpoints, with their optimizer states, stay where they are; `push_to_hub` publishes the model."""
+        """Does nothing: checkpoints with optimizer states are not published."""
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """The optimizer's class and arguments; `params` holds the groups, unless the optimizer makes its own."""
+        """The class and arguments of the optimizer; `params` contains the groups, unless the optimizer makes its own."""
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if model is not None and not {"params", "model", "optimizer_dict"} & set(kwargs):
             kwargs["params"] = parameter_groups(model, args.weight_decay, getattr(args, "embeddings_learning_rate", None))
         return optimizer, kwargs
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, and remembers the settings of its groups, which a checkpoint's state would replace."""
+        """As in `Trainer`; remembers the settings of the groups, which loading a checkpoint replaces."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        self._asked = [{key: group[key] for key in GROUP_SETTINGS if key in group} for group in optimizer.param_groups]
+        self._group_settings = [
+            {key: group[key] for key in GROUP_SETTINGS if key in group} for group in optimizer.param_groups
+        ]
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's; but learning rate, decay and betas are those of the arguments, not those of the checkpoint."""
+        """As in `Trainer`, but learning rate, decay and betas are taken from the arguments, not from the checkpoint."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self._asked:  # DeepSpeed's configuration may have an optimizer of its own
+        if checkpoint is None or not self._group_settings:  # the DeepSpeed configuration may define the optimizer
             return
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper holds torch's
-        for index, (group, asked) in enumerate(zip(self.optimizer.param_groups, self._asked, strict=True)):
-            group.update({key: value for key, value in asked.items() if key != "lr"})
-            if group.get("initial_lr", asked["lr"]) == asked["lr"]:
+        for index, (group, settings) in enumerate(zip(self.optimizer.param_groups, self._group_settings, strict=True)):
+            group.update({key: value for key, value in settings.items() if key != "lr"})
+            if group.get("initial_lr", settings["lr"]) == settings["lr"]:
                 continue
             if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
                 raise ValueError(
                     f"{checkpoint} has the learning rate {group['initial_lr']:g}, which {type(scheduler).__name__} cannot "
-                    f"change to {asked['lr']:g}; pass the checkpoint's, or choose another --lr-scheduler-type."
+                    f"change to {settings['lr']:g}; pass the checkpoint's, or choose another --lr-scheduler-type."
                 )
-            group["initial_lr"] = scheduler.base_lrs[index] = asked["lr"]
-            group["lr"] = asked["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
+            group["initial_lr"] = scheduler.base_lrs[index] = settings["lr"]
+            group["lr"] = settings["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
             scheduler._last_lr[index] = group["lr"]  # what is logged
 
     def get_train_dataloader(self) -> Any:
-        """As the Trainer's; but of a stream each process has its share already, which accelerate would share out again."""
+        """As in `Trainer`, except for streams, which are already split between the processes."""
         stream, args = self.train_dataset, self.args
         if not isinstance(stream, Stream):
             return super().get_train_dataloader()
@@ -239,12 +243,12 @@ class DSVLTrainer(Trainer):
             device=args.device,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
-            # Its own: a run that resumes would otherwise draw from the restored one what another run did not.
+            # A separate generator, so that resumed runs draw the same numbers from the restored global one.
             generator=torch.Generator().manual_seed(args.seed),
         )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, which would train one step more when it resumes from a checkpoint of the last step."""
+        """As in `Trainer`, which would train one more step when it resumes from a checkpoint of the last step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -253,39 +257,39 @@ class DSVLTrainer(Trainer):
             self._tokens_read.zero_()
             self._tokens_trained.zero_()
         super()._run_epoch(*args, **kwargs)
-        # After a resumption a part of an epoch is no proof.
+        # A resumed run may have trained tokens before.
         if self._started_at[1] == 0 and not self._tokens_trained.item():
             raise ValueError(
                 f"Nothing was trained in {self.state.global_step} steps: no batch had a token with a label (-100 is none). "
-                "Look at the samples that were skipped, at max_length, and for {% generation %} in the chat template."
+                "Check the skipped samples, max_length, and the {% generation %} blocks of the chat template."
             )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple:
-        """As `Trainer.prediction_step`, and counts the loss of every sample once; no logits where none are asked for."""
+        """As in `Trainer`, but every sample counts once in the loss, and logits are only computed if they are needed."""
         labels = inputs["labels"] = inputs["labels"].clone()
         state = self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0:  # the processes share so many; what follows are repetitions
+        if state.end_of_dataloader and state.remainder > 0:  # samples beyond the remainder are repetitions
             own = state.remainder - self.accelerator.process_index * self.args.eval_batch_size
             labels[max(own, 0) :] = -100
         if prediction_loss_only:
             inputs["skip_logits"] = True
         outputs = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (labels[:, 1:] != -100).sum().to(self.args.device)
-        # Each process returns its sum over the mean number of tokens in a process.
+        # The model divides by the mean number of tokens per process.
         mean = self.accelerator.reduce(outputs[0].float(), "mean")
         tokens = self.accelerator.reduce(tokens, "sum")
         self._eval_loss += torch.stack([mean * tokens, tokens]).double().cpu()
         return outputs
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """As `Trainer.evaluation_loop`, with `eval_loss` over tokens, and `eval_exact_match` if it is asked for."""
+        """As in `Trainer`, with `eval_loss` over tokens and, if requested, `eval_exact_match`."""
         self._eval_loss = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics[f"{metric_key_prefix}_loss"] = (self._eval_loss[0] / self._eval_loss[1].clamp(min=1)).item()
         if getattr(self.args, "eval_exact_match", False):
-            with self.accelerator.autocast():  # generate() does not pass by what accelerate put around the model
+            with self.accelerator.autocast():  # generate() bypasses accelerate's wrapper of forward
                 share = exact_match(
                     self.model,
                     self.data_collator,
@@ -298,15 +302,15 @@ class DSVLTrainer(Trainer):
 
 
 def parameter_groups(model: Any, weight_decay: float, embeddings_learning_rate: float | None = None) -> list[dict[str, Any]]:
-    """What learns, in groups: no decay on norms, biases and embeddings; embeddings at their own rate.
+    """Group trainable parameters: no weight decay for norms, biases and embeddings; a learning rate for token embeddings.
 
     Args:
-        model: any model whose `get_input_embeddings` names its token embeddings; adapters of PEFT may be on it.
-        weight_decay: of all other parameters.
-        embeddings_learning_rate: None for the optimizer's own.
+        model: a model with `get_input_embeddings`, with or without PEFT adapters.
+        weight_decay: weight decay of all other parameters.
+        embeddings_learning_rate: learning rate of the token embeddings, *optional*, defaults to that of the optimizer.
 
     Returns:
-        Non-empty groups for a torch optimizer, every trained parameter in exactly one of them.
+        Non-empty parameter groups for a torch optimizer; every trainable parameter is in exactly one of them.
     """
     decaying = set(get_parameter_names(model, [nn.LayerNorm, nn.Embedding], NO_DECAY))
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
@@ -314,17 +318,17 @@ def parameter_groups(model: Any, weight_decay: float, embeddings_learning_rate: 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((id(parameter) in embeddings, name in decaying), []).append(parameter)
-    made = []
+    result = []
     for (is_embedding, decays), parameters in groups.items():
         group: dict[str, Any] = {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
         if is_embedding and embeddings_learning_rate is not None:
             group["lr"] = embeddings_learning_rate
-        made.append(group)
-    return made
+        result.append(group)
+    return result
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters are trained, and how many there are; partitioned ones (ZeRO-3) in full."""
+    """The numbers of trainable parameters and of all parameters; partitioned ones (ZeRO-3) count in full."""
 
     def size(parameter: torch.Tensor) -> int:
         return int(getattr(parameter, "ds_numel", parameter.numel()))

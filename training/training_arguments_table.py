@@ -1,17 +1,19 @@
-"""What `dsvl train` does with every field of transformers' `TrainingArguments`: honoured, refused, or without a meaning.
+"""How `dsvl train` treats every field of transformers' `TrainingArguments`: supported, refused, or without effect.
 
-The fields are those of transformers 5.23 and 5.24. A test fails for a field that a newer release has and nobody listed here.
-`python -m dsvl.training.training_arguments_table` prints the table, which `training/ARGUMENTS.md` holds.
+The fields are those of transformers 5.23 and 5.24; a test fails if the installed release has another field.
+`python -m dsvl.training.training_arguments_table [FILE]` writes the table as Markdown, to standard output without a file.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-HONOURED = (
+SUPPORTED = (
     "output_dir",
     "per_device_train_batch_size",
     "num_train_epochs",
@@ -107,42 +109,42 @@ HONOURED = (
     "local_rank",
 )
 
-# What of an honoured field is refused: field -> value -> why, and what to do.
+# Values of supported fields that are refused: field -> value -> reason and remedy.
 REFUSED_VALUES: dict[str, dict[Any, str]] = {
     "train_sampling_strategy": {
-        "group_by_length": "lengths are not known before a conversation is rendered; --packing leaves no padding at all.",
-        "batch_rebalance": "lengths are not known before a conversation is rendered; --packing leaves no padding at all.",
+        "group_by_length": "lengths are not known before a conversation is rendered; use --packing to avoid padding.",
+        "batch_rebalance": "lengths are not known before a conversation is rendered; use --packing to avoid padding.",
     },
-    "remove_unused_columns": {True: "the collator needs the conversations themselves; leave it out."},
+    "remove_unused_columns": {True: "the collator needs the columns of the conversations; drop it."},
     "hub_strategy": {
-        "checkpoint": "only the finished model is published; leave it out, and copy checkpoints by other means.",
-        "all_checkpoints": "only the finished model is published; leave it out, and copy checkpoints by other means.",
+        "checkpoint": "only the finished model is published; drop it, and copy checkpoints by other means.",
+        "all_checkpoints": "only the finished model is published; drop it, and copy checkpoints by other means.",
     },
 }
 
-# Fields of which no value but the default is taken: why, and what to do.
+# Fields of which only the default is accepted: field -> reason and remedy.
 REFUSED = {
     "bf16_full_eval": "the last evaluation would round the trained weights before they are saved; train with --bf16.",
     "fp16_full_eval": "the last evaluation would round the trained weights before they are saved; train with --bf16.",
-    "liger_kernel_config": "--use-liger-kernel has one set of kernels for this model; leave it out.",
+    "liger_kernel_config": "--use-liger-kernel has one set of kernels for this model; drop it.",
     "save_on_each_node": "a checkpoint is complete when one directory holds the files of all nodes; pass a shared --output.",
-    "enable_jit_checkpoint": "a run that it stops would be saved as if it were finished; lower --save-steps: the same "
-    "command goes on from the last checkpoint.",
-    "label_names": "a batch of conversations has labels and nothing else to predict; leave it out.",
+    "enable_jit_checkpoint": "a stopped run would be saved as if it were finished; lower --save-steps, and repeat the "
+    "command to resume from the last checkpoint.",
+    "label_names": "the only labels of a batch are `labels`; drop it.",
     "parallelism_config": "sequences are not split over devices; pass --deepspeed zero3 to split the model.",
     "fsdp": "sharding by FSDP is not supported; pass --deepspeed zero3.",
     "fsdp_config": "sharding by FSDP is not supported; pass --deepspeed zero3.",
 }
 
-# Fields that change nothing here: why.
-MEANINGLESS = {
+# Fields that have no effect: field -> reason.
+WITHOUT_EFFECT = {
     "do_train": "dsvl train always trains.",
-    "do_eval": "--eval-data or --eval-share decide it.",
+    "do_eval": "evaluation is enabled by --eval-data or --eval-share.",
     "do_predict": "dsvl evaluate generates answers.",
-    "length_column_name": "of --train-sampling-strategy group_by_length, which is refused.",
-    "use_cache": "training keeps no cache.",
+    "length_column_name": "it belongs to --train-sampling-strategy group_by_length, which is refused.",
+    "use_cache": "training uses no KV cache.",
     "hub_always_push": "the model is published once, at the end.",
-    "prediction_loss_only": "evaluations compute the loss alone.",
+    "prediction_loss_only": "evaluations compute only the loss.",
     "eval_do_concat_batches": "evaluations collect no predictions.",
     "eval_use_gather_object": "evaluations collect no predictions.",
     "eval_accumulation_steps": "evaluations collect no predictions.",
@@ -152,17 +154,17 @@ MEANINGLESS = {
 
 
 def check_training_arguments(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """Refuse what cannot be honoured.
+    """Refuse values that are not supported.
 
     Args:
-        values: fields of `TrainingArguments`, by name; those that are missing have their defaults.
-        defaults: of all fields.
+        values: fields of `TrainingArguments`, name -> value; missing fields have their defaults.
+        defaults: default values, name -> value.
 
     Returns:
-        A sentence for each field that was given and changes nothing.
+        A sentence for each field that was set and has no effect.
 
     Raises:
-        ValueError: naming the flag, the reason and the remedy.
+        ValueError: if a value is refused; the message names the flag, the reason and the remedy.
     """
     notes = []
     for name, value in values.items():
@@ -173,36 +175,36 @@ def check_training_arguments(values: Mapping[str, Any], defaults: Mapping[str, A
             continue
         if name in REFUSED:
             raise ValueError(f"{_flag(name)} {value}: {REFUSED[name]}")
-        if name in MEANINGLESS:
-            notes.append(f"{_flag(name)} {value} changes nothing: {MEANINGLESS[name]}")
+        if name in WITHOUT_EFFECT:
+            notes.append(f"{_flag(name)} {value} has no effect: {WITHOUT_EFFECT[name]}")
     return notes
 
 
 def markdown() -> str:
-    """The table for readers."""
+    """The table as Markdown."""
     lines = [
-        "# The fields of TrainingArguments under `dsvl train`",
+        "# Fields of `TrainingArguments` in `dsvl train`",
         "",
-        "Written by `python -m dsvl.training.training_arguments_table`. Every field is a flag and a key of a YAML file.",
+        "Every field is a flag and a key of a YAML file. Generated by `python -m dsvl.training.training_arguments_table`.",
         "",
-        "| field | | |",
+        "| field | status | note |",
         "|---|---|---|",
     ]
-    for name in sorted([*HONOURED, *REFUSED, *MEANINGLESS]):
+    for name in sorted([*SUPPORTED, *REFUSED, *WITHOUT_EFFECT]):
         if name in REFUSED:
             row = ("refused", REFUSED[name])
-        elif name in MEANINGLESS:
-            row = ("no meaning", MEANINGLESS[name])
+        elif name in WITHOUT_EFFECT:
+            row = ("no effect", WITHOUT_EFFECT[name])
         else:
-            values = [f"not `{value}`: {why}" for value, why in REFUSED_VALUES.get(name, {}).items()]
-            row = ("honoured", " ".join(values))
+            values = [f"`{value}` is refused: {why}" for value, why in REFUSED_VALUES.get(name, {}).items()]
+            row = ("supported", " ".join(values))
         lines.append(f"| `{name}` | {row[0]} | {row[1]} |")
     return "\n".join(lines) + "\n"
 
 
 def unlisted() -> set[str]:
-    """The fields that the installed transformers has and this table has not."""
-    return {field.name for field in dataclasses.fields(TrainingArguments)} - {*HONOURED, *REFUSED, *MEANINGLESS}
+    """Fields of the installed transformers that are missing in this table."""
+    return {field.name for field in dataclasses.fields(TrainingArguments)} - {*SUPPORTED, *REFUSED, *WITHOUT_EFFECT}
 
 
 def _flag(name: str) -> str:
@@ -210,4 +212,10 @@ def _flag(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    parser = argparse.ArgumentParser(description="Write the table of TrainingArguments as Markdown.")
+    parser.add_argument("file", nargs="?", type=Path, help="the file to write (default: standard output)")
+    file = parser.parse_args().file
+    if file is None:
+        print(markdown(), end="")
+    else:
+        file.write_text(markdown(), encoding="utf-8")

@@ -1,25 +1,25 @@
-"""Liger's Triton kernels in the decoder of a DSVL model: the same values with less memory and fewer passes over it."""
+"""Liger's fused Triton kernels for the decoder of a DSVL model."""
 
 from ..modeling_dsvl import DSVLForConditionalGeneration
 
 
 def use_liger(model: DSVLForConditionalGeneration) -> DSVLForConditionalGeneration:
-    """Let the decoder compute its norms, rotary positions and gated MLPs by Liger kernels.
+    """Use Liger kernels for norms, rotary embeddings and gated MLPs of the decoder, in place.
 
-    transformers' own switch, `apply_liger_kernel`, goes by the top model type, which Liger does not know; the decoder's it
-    does. The loss stays this model's: it has logits of supervised tokens only, so there is nothing for Liger's fused
-    loss to save. Call it before adapters are added. Liger replaces the rotary function in transformers' module of the
-    decoder's type, so other models of that type in the process change with it.
+    transformers' `apply_liger_kernel` looks up the top-level model type, which Liger does not know; here the decoder's type
+    is used. Liger's fused loss is not used, as the model computes logits of supervised tokens only. Call this function
+    before adapters are added. Liger replaces the rotary function in transformers' module of the decoder, which affects all
+    models of this type in the process.
 
     Args:
-        model: on the device it will run on; its weights stay where they are.
+        model: the model, on its device.
 
     Returns:
-        The model itself.
+        The same model.
 
     Raises:
         ImportError: if liger-kernel is not installed.
-        ValueError: if Liger has no kernels for this kind of decoder.
+        ValueError: if Liger has no kernels for this type of decoder.
     """
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance

@@ -1,4 +1,4 @@
-"""What a run learns from and is evaluated on, as its arguments ask for."""
+"""Opens the training and evaluation data of a run."""
 
 import functools
 import logging
@@ -16,10 +16,15 @@ logger = logging.getLogger(__name__)
 
 
 def open_data(arguments: DataArguments, seed: int, rank: int = 0, processes: int = 1) -> tuple[Any, Any]:
-    """The conversations to train on, as a map-style data set or a stream, and to evaluate on (None without), map-style.
+    """Open the training and evaluation data.
 
     Args:
-        rank, processes: of a stream, the share of this process.
+        arguments: data arguments of the run.
+        seed: seed of mixtures, splits and streams.
+        rank, processes: index of this process and number of processes, which share a stream, *optional*, default to 0 and 1.
+
+    Returns:
+        The training data, map-style or a stream; and the evaluation data, map-style or None.
     """
     train: Any
     options: dict[str, Any] = {"allow_urls": arguments.allow_urls, "max_bad_samples": arguments.max_bad_samples}
@@ -55,10 +60,17 @@ def _parts(arguments: DataArguments) -> list[Part]:
     ]
 
 
-def packed(data: Any, collator: ConversationCollator, arguments: DataArguments, seed: int) -> Any:
-    """Pack the conversations of a data set, which are all measured for it; or those of a stream, as they come."""
+def pack_data(data: Any, collator: ConversationCollator, arguments: DataArguments, seed: int) -> Any:
+    """Pack the conversations of a data set, after measuring all of them; or those of a stream while it is read.
+
+    Args:
+        data: map-style data set or stream of conversations.
+        collator: collator of the training, which measures conversations.
+        arguments: data arguments of the run.
+        seed: seed of the packing.
+    """
     if collator.max_length is None:
-        raise ValueError("Packing needs the length of a pack; pass max_length.")
+        raise ValueError("Packing needs the length of a pack; pass max_length to the collator.")
     if isinstance(data, Stream):
         data.arrange = functools.partial(
             pack_stream,
@@ -77,5 +89,5 @@ def packed(data: Any, collator: ConversationCollator, arguments: DataArguments, 
         on_bad_sample=arguments.on_bad_sample,
         max_bad_samples=arguments.max_bad_samples,
     )
-    logger.info("Packs: %d of %d conversations, filled to %.1f%%.", len(packs), len(data), 100 * packs.filled)
+    logger.info("Packing: %d packs of %d conversations, filled to %.1f%%.", len(packs), len(data), 100 * packs.filled)
     return packs

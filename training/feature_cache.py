@@ -1,4 +1,4 @@
-"""What a frozen vision tower gives for each image: computed once, kept on the disk, read back in every epoch."""
+"""A disk cache of the features that a frozen vision tower computes for each image."""
 
 import contextlib
 import hashlib
@@ -27,16 +27,19 @@ from ..vision_dsvl import run_tower
 
 logger = logging.getLogger(__name__)
 
-OWNER = "cache.json"
-BATCH = 32  # images that pass the tower together
-SHARD = 256  # images of a file: 128 MiB of CLIP ViT-L/14's features in 16 bits
+FINGERPRINT = "cache.json"  # what `feature_fingerprint` returned
+BATCH = 32  # images per forward pass of the tower
+SHARD = 256  # images per file: 128 MiB of CLIP ViT-L/14's features in 16 bits
 
 
 def image_key(source: Any) -> str:
-    """A hash of an image's file, whether it is given as a path or as bytes; of its pixels, if it is given otherwise.
+    """The key of an image in the cache: a hash of its file if it is given as a path or bytes, else of its pixels.
+
+    Args:
+        source: path, bytes, or a decoded image.
 
     Raises:
-        ValueError: if it can only be hashed decoded, and cannot be decoded.
+        ValueError: if its pixels are needed and it cannot be decoded.
     """
     source = file_of(source)
     if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
@@ -47,13 +50,13 @@ def image_key(source: Any) -> str:
     return hashlib.blake2b(source, digest_size=16).hexdigest()
 
 
-def owner_of(tower: torch.nn.Module, config: Any, image_processor: Any) -> dict[str, str]:
-    """Of what a cache holds the features: hashes of the tower, with the layer that is taken, and of the image processor."""
+def feature_fingerprint(tower: torch.nn.Module, config: Any, image_processor: Any) -> dict[str, str]:
+    """What the features depend on: hashes of the tower (weights and feature layer) and of the image processor."""
     weights = hashlib.sha256(f"{config.vision_feature_layer} {config.vision_feature_select_strategy}".encode())
     for name, tensor in sorted(tower.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    # Its classes with and without torchvision compute the same.
+    # Class names are left out: the classes with and without torchvision are equivalent.
     settings = {key: value for key, value in image_processor.to_dict().items() if not key.endswith(("_type", "_class"))}
     settings = {key: value for key, value in settings.items() if value is not None}
     processor = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -61,36 +64,36 @@ def owner_of(tower: torch.nn.Module, config: Any, image_processor: Any) -> dict[
 
 
 class FeatureCache:
-    """Features by their images' keys, in safetensors files, each of which is written at once.
+    """Image features in safetensors files, by image key. Files are written atomically.
 
     Args:
-        directory: is made if it does not exist.
-        owner: what `owner_of` says.
+        directory: directory of the cache; created if it does not exist.
+        fingerprint: result of `feature_fingerprint`.
 
     Raises:
-        ValueError: if the directory holds the features of another tower or image processor.
+        ValueError: if the directory contains features of another tower or image processor, or other files.
     """
 
-    def __init__(self, directory: str | Path, owner: dict[str, str]) -> None:
+    def __init__(self, directory: str | Path, fingerprint: dict[str, str]) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / OWNER
+        path = self.directory / FINGERPRINT
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            other = [name for name in owner if found.get(name) != owner[name]]
+            other = [name for name in fingerprint if found.get(name) != fingerprint[name]]
             if other:
                 raise ValueError(
-                    f"{directory} holds image features of another {' and another '.join(other)} (or precision); pass an "
+                    f"{directory} contains image features of another {' and another '.join(other)} (or precision); pass an "
                     "empty directory, or delete this one."
                 )
         elif any(self.directory.iterdir()):
-            raise ValueError(f"{directory} holds something else than image features; pass an empty directory.")
+            raise ValueError(f"{directory} contains files that are not image features; pass an empty directory.")
         else:
-            write_atomically(path, json.dumps(owner, indent=1), concurrent=True)
+            write_atomically(path, json.dumps(fingerprint, indent=1), concurrent=True)
         self.refresh()
 
     def refresh(self) -> None:
-        """Find what was added, by whichever process."""
+        """Read the keys of all files, including those that other processes added."""
         self.files: dict[str, Path] = {}
         for file in sorted(self.directory.glob("*.safetensors")):
             with safe_open(file, framework="pt") as opened:
@@ -107,28 +110,31 @@ class FeatureCache:
         with safe_open(self.files[key], framework="pt") as opened:
             return opened.get_tensor(key)
 
-    def of(self, source: Any) -> torch.Tensor:
+    def get(self, source: Any) -> torch.Tensor:
         """The features of an image: (tower tokens, tower width).
 
+        Args:
+            source: path, bytes, or a decoded image.
+
         Raises:
-            ValueError: if there are none, since it cannot be decoded, or is another image by now.
+            ValueError: if the image cannot be decoded, or has changed since the features were computed.
         """
         key = image_key(source)
         if key not in self.files:
             read_image(source, allow_urls=False)
             name = shortened(source) if isinstance(source, str) else type(source).__name__
             raise ValueError(
-                f"The image {name} is not in {self.directory}: it was another one when its features were computed; start "
-                "again."
+                f"The image {name} is not in {self.directory}: it has changed since its features were computed; start the "
+                "training again."
             )
         return self[key]
 
-    def none(self) -> torch.Tensor:
-        """Features of no image: (0, tower tokens, tower width)."""
+    def empty(self) -> torch.Tensor:
+        """Features of zero images: (0, tower tokens, tower width)."""
         return self[next(iter(self.files))][None][:0]
 
     def add(self, features: dict[str, torch.Tensor]) -> None:
-        """Write a file of (tower tokens, tower width) by key."""
+        """Write a file of features: key -> (tower tokens, tower width)."""
         name = hashlib.blake2b("".join(features).encode(), digest_size=16).hexdigest()
         path = self.directory / f"{name}.safetensors"
         with atomic_path(path, concurrent=True) as partial:
@@ -136,7 +142,7 @@ class FeatureCache:
         self.files.update(dict.fromkeys(features, path))
 
 
-def fill(
+def fill_cache(
     cache: FeatureCache,
     data: list[Any],
     tower: Any,
@@ -147,36 +153,39 @@ def fill(
     processes: int = 1,
     allow_urls: bool = False,
 ) -> None:
-    """Compute what the cache lacks of the images of data sets; an image that cannot be decoded is passed over.
+    """Compute the features of images that are missing in the cache. Images that cannot be decoded are ignored.
 
     Args:
+        cache: the cache.
         data: map-style data sets of samples.
-        tower: of the cache's owner, on the device that is to compute.
-        workers: that read and decode.
-        rank, processes: this process takes one of so many shares of the samples.
-        allow_urls: whether images are fetched from addresses.
+        tower: the vision tower of the cache's fingerprint, on the device that computes.
+        config: configuration of the model.
+        image_processor: image processor of the model.
+        workers: number of processes that read and decode images, *optional*, defaults to 0: this process.
+        rank, processes: this process handles the samples `rank`, `rank + processes`, ..., *optional*, default to 0 and 1.
+        allow_urls: whether images may be URLs, *optional*, defaults to False.
     """
-    images = _NewImages(data, cache, image_processor, allow_urls)
+    images = MissingImages(data, cache, image_processor, allow_urls)
     loader = DataLoader(images, batch_size=None, sampler=range(rank, len(images), processes), num_workers=workers)
     seen: set[str] = set()
     computed = 0
-    waiting: dict[str, torch.Tensor] = {}
+    pending: dict[str, torch.Tensor] = {}
     done: dict[str, torch.Tensor] = {}
     with tqdm(loader, desc="Image features", unit="conversation", disable=rank > 0) as bar:
         for keys, found in bar:
             seen.update(keys)
-            waiting.update((key, pixels) for key, pixels in found.items() if key not in done and key not in cache)
-            while len(waiting) >= BATCH:
-                done.update(_encode([(key, waiting.pop(key)) for key in list(waiting)[:BATCH]], tower, config))
+            pending.update((key, pixels) for key, pixels in found.items() if key not in done and key not in cache)
+            while len(pending) >= BATCH:
+                done.update(_encode([(key, pending.pop(key)) for key in list(pending)[:BATCH]], tower, config))
             if len(done) >= SHARD:
                 cache.add(done)
                 computed += len(done)
                 done = {}
-    done.update(_encode(list(waiting.items()), tower, config))
+    done.update(_encode(list(pending.items()), tower, config))
     if done:
         cache.add(done)
     computed += len(done)
-    logger.info("Image features of %d images are in %s; %d were computed now.", len(seen), cache.directory, computed)
+    logger.info("Image features of %d images are in %s; %d of them are new.", len(seen), cache.directory, computed)
 
 
 @torch.no_grad()
@@ -187,10 +196,17 @@ def _encode(images: list[tuple[str, torch.Tensor]], tower: Any, config: Any) -> 
         yield from zip(keys, features.to("cpu", tower.dtype), strict=True)
 
 
-class _NewImages(Dataset):
-    """Of each sample the keys of its images, and the pixels of those that the cache does not have."""
+class MissingImages(Dataset):
+    """For each sample, the keys of its images and the pixels of those that are missing in the cache.
 
-    def __init__(self, data: list[Any], cache: FeatureCache, image_processor: Any, allow_urls: bool) -> None:
+    Args:
+        data: map-style data sets of samples.
+        cache: the cache.
+        image_processor: image processor of the model.
+        allow_urls: whether images may be URLs, *optional*, defaults to False.
+    """
+
+    def __init__(self, data: list[Any], cache: FeatureCache, image_processor: Any, allow_urls: bool = False) -> None:
         self.data: ConcatDataset = ConcatDataset(data)
         self.allow_urls = allow_urls
         self.known, self.image_processor = frozenset(cache.files), image_processor
@@ -198,10 +214,10 @@ class _NewImages(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, place: int) -> tuple[list[str], dict[str, torch.Tensor]]:
+    def __getitem__(self, index: int) -> tuple[list[str], dict[str, torch.Tensor]]:
         keys, pixels = [], {}
-        for source in images_of(complete_messages(self.data[place])):
-            with contextlib.suppress(BadSample), one_sample():  # told when its batch is made
+        for source in images_of(complete_messages(self.data[index])):
+            with contextlib.suppress(BadSample), one_sample():  # the collator reports or skips it
                 source = fetch_image_source(source, self.allow_urls)
                 key = image_key(source)
                 if key not in self.known and key not in pixels:

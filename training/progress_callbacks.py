@@ -1,14 +1,14 @@
-"""What a training prints: a line for every log, with the loss, the learning rate, tokens per second and the time left."""
+"""Trainer callbacks that print the progress of a training: loss, learning rate, tokens per second, remaining time."""
 
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-TIMES = ("_runtime", "_per_second", "_preparation_time")  # of evaluations, beside their metrics
+TIMES = ("_runtime", "_per_second", "_preparation_time")  # suffixes of an evaluation's timings
 
 
 class TrainingProgress(ProgressCallback):
-    """The progress bar of `Trainer`, with lines for people."""
+    """The progress bar of `Trainer`, with readable log lines."""
 
     def on_log(
         self,
@@ -22,7 +22,7 @@ class TrainingProgress(ProgressCallback):
             self.training_bar.write(log_line(logs, state))
 
     def close(self) -> None:
-        """Leave the line of the bar, before something else is printed."""
+        """Close the bar, so that the next output starts on a new line."""
         if self.training_bar is not None:
             self.training_bar.close()
 
@@ -42,7 +42,7 @@ class TrainingLines(PrinterCallback):
             print(log_line(logs, state), flush=True)
 
     def close(self) -> None:
-        """There is no bar."""
+        """Does nothing: there is no bar."""
 
 
 def log_line(logs: dict[str, float], state: TrainerState) -> str:

@@ -1,4 +1,4 @@
-"""What a model card says of a training."""
+"""The facts about a training for the model card."""
 
 import csv
 import platform
@@ -15,7 +15,7 @@ from ..data.streaming import Stream
 from ..hub_card import TrainingFacts
 from ..hub_card.base_models import is_repo_id
 
-EMISSIONS = "emissions.csv"  # codecarbon's; the Trainer's callback lets it be written to the output directory
+EMISSIONS = "emissions.csv"  # written to the output directory by the Trainer's codecarbon callback
 
 
 def training_facts(
@@ -28,11 +28,12 @@ def training_facts(
     """The facts of a finished training.
 
     Args:
-        trainer: which has trained.
-        metrics: of the training and of the last evaluation.
-        data: the conversations, before they are packed; the trainer's own data set by default.
-        train: the parts that learnt in full, by the names of `dsvl train --train`.
-        resumed: whether it went on from a checkpoint; its time is that of the last part then.
+        trainer: the trainer after training.
+        metrics: metrics of the training and of the last evaluation, name -> value.
+        data: the conversations before packing, *optional*, defaults to the trainer's data set.
+        train: parts that were trained in full, by the names of `dsvl train --train`, *optional*.
+        resumed: whether the training was resumed from a checkpoint, so that its duration is that of the last part,
+            *optional*, defaults to False.
     """
     arguments = trainer.args
     packs = isinstance(trainer.train_dataset, PackedConversations)
@@ -72,28 +73,34 @@ def training_facts(
 
 
 def data_counts(data: Any) -> tuple[dict[str, int | None], list[str]]:
-    """How many conversations of each data set are in one, by name (None for a stream's); and those of the data sets that are
-    on the Hub."""
+    """The number of conversations per data set, and the data sets that are on the Hub.
+
+    Args:
+        data: a data set, mixture, subset, packed data set or stream.
+
+    Returns:
+        Name -> number of conversations, None for a stream; and the Hub names of data sets.
+    """
     if isinstance(data, PackedConversations):
         data = data.data
-    places = data.indices if isinstance(data, Subset) else None if isinstance(data, Stream) else range(len(data))
+    indices = data.indices if isinstance(data, Subset) else None if isinstance(data, Stream) else range(len(data))
     if isinstance(data, Subset):
         data = data.data
     if not isinstance(data, Mixture):
         source = str(getattr(data, "source", "data of a Python program"))
         on_hub = is_repo_id(source) and hasattr(data, "source") and not Path(source).exists()
-        count = None if places is None else len(places)
+        count = None if indices is None else len(indices)
         return {source if on_hub else Path(source).name: count}, [source] if on_hub else []
     counts = dict.fromkeys((part.name for part, _ in data.parts), 0)
-    for place in places or ():
-        number, group = data.index[place]
+    for index in indices or ():
+        number, group = data.index[index]
         counts[data.parts[number][0].name] += len(group)
     paths = [part.path for part, _ in data.parts]
     return {**counts}, [path for path in paths if is_repo_id(path) and not Path(path).exists()]
 
 
 def hardware(processes: int) -> str:
-    """The devices of a training, in words; those of this process stand for all."""
+    """A description of the devices of a training; all processes are assumed to have the same kind."""
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         name = torch.cuda.get_device_name() if kind is not None and kind.type == "cuda" else str(kind)
@@ -102,7 +109,7 @@ def hardware(processes: int) -> str:
 
 
 def read_emissions(path: Path) -> float | None:
-    """The sum of codecarbon's estimates in its CSV file, one row for each start of the training; kg of CO2 equivalents."""
+    """The emissions of all starts of a training in kg CO2eq, from codecarbon's CSV file."""
     if not path.is_file():
         return None
     with path.open(encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""The parser of `dsvl train`, and its help: groups of the flags that matter, each once."""
+"""The argument parser of `dsvl train`, whose help shows the important flags in groups."""
 
 import argparse
 import textwrap
@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 
 from ..utils.command_line import CommandParser
 
-# Ours, and those of transformers' that most trainings set; names that the installed release does not have are passed over.
+# Fields of the package and common fields of TrainingArguments; names that the installed release lacks are ignored.
 GROUPS = {
     "model": "model attn_implementation",
     "data": "data dataset_names dataset_samples dataset_concatenate_samples max_num_image_per_sample streaming "
@@ -27,30 +27,30 @@ GROUPS = {
     "logging_steps report_to push_to_hub hub_model_id hub_private_repo",
     "distributed": "deepspeed",
 }
-# A field of ours that no group names stands in the group of its class.
+# The group of fields of the package that are not in GROUPS, by class.
 CLASSES = {"ModelArguments": "model", "DataArguments": "data", "DSVLTrainingArguments": "saving and publishing"}
 REST = "all other fields of TrainingArguments"
-# Where transformers' words do not hold here, or say too much.
+# Help texts that replace those of transformers.
 ABOUT = {
     "hub_private_repo": "make the repository private",
-    "push_to_hub": "publish the output directory on the Hub, once, when it is complete",
+    "push_to_hub": "publish the trained model on the Hub when it is complete",
 }
 REQUIRED = ("model", "data", "output_dir")
-SHORT = {"output_dir": "--output"}  # where it is not the field's name
-FEW = 8  # choices that are listed
+SHORT = {"output_dir": "--output"}  # flags that differ from the field's name
+FEW = 8  # maximum number of choices that are listed
 COLUMN, WIDTH = 30, 110
 
 
 class TrainParser(HfArgumentParser, CommandParser):
-    """The parser of dataclasses, whose help is grouped, and which suggests what a mistyped flag may mean.
+    """A parser of dataclasses with grouped help and suggestions for mistyped flags.
 
     Args:
-        types: the dataclasses; the last is a subclass of `TrainingArguments`.
+        types: dataclasses; the last is a subclass of `TrainingArguments`.
         kwargs: see `argparse.ArgumentParser`.
     """
 
     def __init__(self, types: list[Any], **kwargs: Any) -> None:
-        super().__init__(types, **kwargs)  # type: ignore[arg-type]  # of the next class, mypy takes the one after
+        super().__init__(types, **kwargs)  # type: ignore[arg-type]  # mypy resolves it to the wrong base class
         inherited = {name for one in types[-1].__mro__[1:] for name in getattr(one, "__dataclass_fields__", {})}
         self._ours = {
             name: CLASSES[one.__name__]
@@ -58,20 +58,20 @@ class TrainParser(HfArgumentParser, CommandParser):
             for name in one.__dataclass_fields__
             if one is not types[-1] or name not in inherited
         }
-        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every flag, and leave")
+        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every flag and exit")
 
     def format_help(self, everything: bool = False) -> str:
-        """The groups; with all flags of transformers' as well if asked."""
+        """The help text; with `everything`, also the other fields of `TrainingArguments`."""
         lines = [f"usage: {self.usage}", "", *textwrap.wrap(self.description or "", WIDTH)]
         for title, actions in self.groups(everything).items():
             lines += ["", f"{title}:"]
             for action in actions:
-                lines += _told(action)
-        lines += ["", f"  {'-h, --help':{COLUMN - 2}}show this help, and leave"]
-        return "\n".join([*lines, f"  {'--help-all':{COLUMN - 2}}show {REST} as well, and leave", ""])
+                lines += _help_lines(action)
+        lines += ["", f"  {'-h, --help':{COLUMN - 2}}show this help and exit"]
+        return "\n".join([*lines, f"  {'--help-all':{COLUMN - 2}}also show {REST}, and exit", ""])
 
     def groups(self, everything: bool = False) -> dict[str, list[argparse.Action]]:
-        """The flags of each group, each once."""
+        """Title -> flags of the group; every flag is in one group."""
         flags = {action.dest: action for action in self._flags()}
         named = {name: title for title, names in GROUPS.items() for name in names.split()}
         groups: dict[str, list[argparse.Action]] = {title: [] for title in [*GROUPS, *([REST] if everything else [])]}
@@ -83,7 +83,7 @@ class TrainParser(HfArgumentParser, CommandParser):
         return groups
 
     def _flags(self) -> Iterator[argparse.Action]:
-        """An action for each field: no second one, which switches it off, and none for a deprecated name."""
+        """The first action of each field, without `--no-` variants and deprecated names."""
         seen = set()
         for action in self._actions:
             deprecated = (action.help or "").startswith("Deprecated")
@@ -99,12 +99,12 @@ class _HelpAll(argparse.Action):
         parser.exit()
 
 
-def _told(action: argparse.Action) -> list[str]:
-    """A flag, what it takes, what it does, and its default."""
+def _help_lines(action: argparse.Action) -> list[str]:
+    """The lines of a flag: its name, value, help and default."""
     about = " ".join((ABOUT.get(action.dest) or action.help or "").replace("%%", "%").split())
     flag = SHORT.get(action.dest) or "--" + action.dest.replace("_", "-")
     if isinstance(action.default, bool) and action.nargs == "?":
-        default = f"on; --no-{flag[2:]} switches it off" if action.default else "off"
+        default = f"default: on; disable with --no-{flag[2:]}" if action.default else "default: off"
     else:
         flag += f" {_metavar(action)}"
         default = "required" if action.dest in REQUIRED else _default(action.default, about)

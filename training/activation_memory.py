@@ -1,4 +1,4 @@
-"""The activations of a training step, counted on the meta device: the model runs, and nothing is computed or allocated."""
+"""The memory of a training step's activations, counted by running the model on the meta device."""
 
 import copy
 import warnings
@@ -18,9 +18,9 @@ from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS, no_init_weights
 from .adapters import lora_config
-from .parts import PARTS
+from .trainable_parts import PARTS
 
-ALLOCATION = 512  # bytes: the CUDA caching allocator rounds every request up to a multiple (c10 kMinBlockSize)
+ALLOCATION = 512  # bytes; the CUDA caching allocator rounds requests up to a multiple of it (c10 kMinBlockSize)
 
 _ATTENTION = "dsvl_memory_plan"
 
@@ -29,23 +29,23 @@ _ATTENTION = "dsvl_memory_plan"
 # Counting
 
 
-class Ledger(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation makes, until nothing refers to it any more.
+class AllocationCounter(TorchDispatchMode):
+    """Counts the bytes of all storages that operations allocate, until they are freed.
 
     Args:
-        known: tensors that are there already and are not counted: weights, inputs.
+        known: existing tensors that are not counted, such as weights and inputs.
 
     Attributes:
-        live: bytes that are alive.
-        peak: the most that `live` has been.
-        gradients: bytes of `live` that `is_gradient` or `hold` named.
+        live: bytes that are allocated.
+        peak: the maximum of `live`.
+        gradients: bytes of `live` that were registered by `is_gradient` or `hold`.
         gradients_at_peak: `gradients` when `peak` was reached.
     """
 
     def __init__(self, known: Sequence[torch.Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = self.gradients = self.gradients_at_peak = 0
-        # Storages are known by address; the tensors of `known` are kept, so that no other storage gets theirs.
+        # Storages are identified by address; references to `known` keep these addresses from being reused.
         self._known = list(known)
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
@@ -57,11 +57,11 @@ class Ledger(TorchDispatchMode):
         return result
 
     def is_gradient(self, gradient: torch.Tensor) -> None:
-        """Count this tensor, from now on, among the gradients as well."""
+        """Count this tensor among the gradients from now on."""
         self.gradients += self._sizes[gradient.untyped_storage()._cdata]
 
     def hold(self, size: int) -> None:
-        """Count so many bytes of gradients that no tensor here stands for."""
+        """Count `size` bytes of gradients that are not in a traced tensor."""
         self.gradients += size
         self._add(size)
 
@@ -84,20 +84,23 @@ class Ledger(TorchDispatchMode):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention. On the meta device sdpa is the kernel that holds queries x keys matrices; a GPU has better ones. MMCA through
-# library kernels was measured within 2 % of causal attention's memory (README), so the plan traces "causal".
+# Attention. On the meta device sdpa runs the math kernel, which allocates (queries, keys) matrices; a GPU uses flash
+# kernels. The memory of MMCA was measured within 2% of causal attention's, so "causal" is traced.
 
 
 class FlashMemory(torch.autograd.Function):
-    """What a flash kernel allocates, with the results left empty (FlashAttention-2, arXiv 2307.08691: output and float32
-    logsumexp are kept beside the inputs; backward has a float32 accumulator for the queries' gradient, and where heads
-    share keys, gradients of keys and values for every head)."""
+    """Allocates what a flash attention kernel allocates, without computing anything.
+
+    FlashAttention-2 (arXiv:2307.08691) saves the inputs, the output and the float32 logsumexp. Its backward allocates a
+    float32 accumulator for the gradient of the queries and, for grouped-query attention, gradients of keys and values for
+    every query head.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """(batch, heads, tokens, head_dim), key and value with as many heads or fewer: (batch, heads, tokens, head_dim)."""
+        """Inputs and output: (batch, heads, tokens, head_dim); key and value may have fewer heads."""
         batch, heads, tokens, _ = query.shape
-        # The kernels write token by token, so that the transposition after them is free.
+        # The kernels' output has the layout (batch, tokens, heads, head_dim), so that transposing it needs no copy.
         output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
         logsumexp = query.new_empty(batch, heads, tokens, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, logsumexp)
@@ -122,7 +125,7 @@ def _attention(
 
 
 class _FlashSdpa(TorchFunctionMode):
-    """Attention that does not go through transformers' AttentionInterface: the perceiver's."""
+    """Replaces `scaled_dot_product_attention` where it is called directly, as in the perceiver projector."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
@@ -131,8 +134,8 @@ class _FlashSdpa(TorchFunctionMode):
 
 
 @contextmanager
-def _planning_attention() -> Iterator[None]:
-    """Let the name `_ATTENTION` be known to transformers. It has no mask function, so no mask is built under it."""
+def planning_attention() -> Iterator[None]:
+    """Register `_ATTENTION` with transformers. It has no mask function, so that no masks are built for it."""
     ALL_ATTENTION_FUNCTIONS[_ATTENTION] = _attention
     try:
         yield
@@ -145,28 +148,33 @@ def _planning_attention() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """The peak of forward and backward above weights and inputs, in bytes, and how much of it are parameters' gradients."""
+class ActivationMemory:
+    """The peak memory of forward and backward, in bytes.
+
+    Attributes:
+        peak: bytes on top of weights and inputs.
+        gradients: bytes of `peak` that are gradients of parameters.
+    """
 
     peak: int
     gradients: int
 
 
 class StepTracer:
-    """A model that exists by its shapes alone, and the memory of its training steps.
+    """Measures the memory of training steps of a model on the meta device.
 
-    Every layer is traced: that takes a second or two for the largest models, and leaves nothing to extrapolate.
+    Every layer is traced, which takes a second or two for the largest models; nothing is extrapolated.
 
     Args:
-        config: the model's; it is copied.
-        train: what learns in full, by the names of `PARTS`.
-        lora_rank: rank of adapters on the decoder's linear layers; 0 for none. With adapters, the parts that learn beside
-            them are PEFT's `modules_to_save`, which keep the frozen original as well.
-        activation_checkpointing: recompute every layer in backward.
-        dtype: of weights and activations (no autocast).
+        config: configuration of the model; it is copied.
+        train: parts that are trained in full, keys of `PARTS`.
+        lora_rank: rank of adapters on the decoder's linear layers, *optional*, defaults to 0: no adapters. With adapters,
+            the parts in `train` are PEFT's `modules_to_save`, which also keep a frozen copy of the original weights.
+        activation_checkpointing: recompute every layer in backward, *optional*, defaults to False.
+        dtype: dtype of weights and activations, without autocast, *optional*, defaults to bfloat16.
 
     Raises:
-        ValueError: if a tied head should learn without the embeddings, or LoRA is asked for without PEFT.
+        ValueError: if a tied head is to be trained without the embeddings, or PEFT is needed and not installed.
     """
 
     def __init__(
@@ -181,9 +189,9 @@ class StepTracer:
         config.multimodal_attention = "causal"
         for part in (config, config.text_config, config.vision_config):
             part._attn_implementation = _ATTENTION
-        with _planning_attention(), torch.device("meta"), no_init_weights():
+        with planning_attention(), torch.device("meta"), no_init_weights():
             model = DSVLForConditionalGeneration(config).to(dtype).train()
-        model.tie_weights()  # which belongs to the initialization that was left out
+        model.tie_weights()  # skipped together with the initialization
         model.set_trainable(**{argument: part in train for part, argument in PARTS.items()})
         if lora_rank:
             _add_adapters(model, lora_rank, train)
@@ -192,51 +200,58 @@ class StepTracer:
         self.model, self.dtype = model, dtype
 
     def trace(
-        self, micro_batch: int, sequence_length: int, images: int, supervised: int, taken_into: int | None = None
-    ) -> Trace:
+        self, micro_batch: int, sequence_length: int, images: int, supervised: int, gradient_buffer: int | None = None
+    ) -> ActivationMemory:
         """Run forward and backward.
 
         Args:
-            micro_batch: samples.
-            sequence_length: tokens of a sample, its images' included.
-            images: of a sample.
-            supervised: tokens with a label, in the whole micro-batch; logits are computed for these alone.
-            taken_into: bytes of the buffer into which somebody takes each gradient as soon as it is complete, there from
-                the first one on: 0 if it is added to what was there before. Default: gradients stay as backward made them.
+            micro_batch: number of samples.
+            sequence_length: tokens per sample, image tokens included.
+            images: images per sample.
+            supervised: tokens with a label in the micro-batch; logits are computed for these only.
+            gradient_buffer: bytes of a buffer that is allocated when the first gradient is complete, and that gradients are
+                moved to; 0 if it exists before. *Optional*, defaults to None: gradients stay where backward allocated them.
         """
         model, config = self.model, self.model.config
         with torch.device(model.device):
             input_ids = torch.zeros(micro_batch, sequence_length, dtype=torch.long)
             placeholders = torch.zeros(micro_batch, sequence_length, 1, dtype=torch.bool)
-            rows = torch.zeros(supervised, dtype=torch.long)  # of the supervised tokens, and their labels
+            rows = torch.zeros(supervised, dtype=torch.long)
             size = config.image_size
             pixel_values = torch.zeros(micro_batch * images, 3, size, size, dtype=self.dtype)
         inputs = [input_ids, placeholders, rows, pixel_values]
-        ledger = Ledger([*model.parameters(), *model.buffers(), *inputs])
+        counter = AllocationCounter([*model.parameters(), *model.buffers(), *inputs])
 
         def completed(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
-            if taken_into is None:
-                ledger.is_gradient(parameter.grad)
+            if gradient_buffer is None:
+                counter.is_gradient(parameter.grad)
             else:
-                ledger.hold(taken_into - ledger.gradients)
+                counter.hold(gradient_buffer - counter.gradients)
                 parameter.grad = None
 
-        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        hooks = [parameter.register_post_accumulate_grad_hook(completed) for parameter in learning]
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        hooks = [parameter.register_post_accumulate_grad_hook(completed) for parameter in trainable]
         try:
-            with _planning_attention(), ledger, _FlashSdpa():
-                self._forward(input_ids, placeholders, rows, pixel_values).backward()
+            with planning_attention(), counter, _FlashSdpa():
+                self.forward(input_ids, placeholders, rows, pixel_values).backward()
         finally:
             for hook in hooks:
                 hook.remove()
             model.zero_grad(set_to_none=True)
-        return Trace(ledger.peak, ledger.gradients_at_peak)
+        return ActivationMemory(counter.peak, counter.gradients_at_peak)
 
-    def _forward(
+    def forward(
         self, input_ids: torch.Tensor, placeholders: torch.Tensor, rows: torch.Tensor, pixel_values: torch.Tensor
     ) -> torch.Tensor:
-        """`DSVLForConditionalGeneration.forward` without what asks tensors for their values, which meta tensors lack."""
+        """The loss as in `DSVLForConditionalGeneration.forward`, without the checks that read values of tensors.
+
+        Args:
+            input_ids: (batch, tokens), int64.
+            placeholders: (batch, tokens, 1), bool: where image features are inserted.
+            rows: (supervised,), int64: indices of supervised tokens in the flattened batch.
+            pixel_values: (images, 3, height, width).
+        """
         model = self.model
         embeddings = model.get_input_embeddings()(input_ids)
         if len(pixel_values):
@@ -249,12 +264,12 @@ class StepTracer:
 
 
 def _add_adapters(model: DSVLForConditionalGeneration, rank: int, train: Sequence[str]) -> None:
-    """LoRA on the decoder's linear layers; `train` learns in full beside it."""
+    """Add LoRA adapters to the decoder's linear layers; the parts in `train` are trained in full."""
     try:
         from peft import get_peft_model
     except ImportError as error:
         raise ValueError(f"lora_rank={rank} needs PEFT to be traced; pip install 'dsvl[train]'.") from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PEFT has to say is for the run itself
-        # PEFT would keep adapters of half-precision models in float32; DeepSpeed's bf16 casts them to the model's dtype.
+        warnings.simplefilter("ignore")  # PEFT's warnings concern the training itself
+        # PEFT keeps adapters of half-precision models in float32 by default; DeepSpeed casts them to the model's dtype.
         get_peft_model(model, lora_config(model, rank, train=train), autocast_adapter_dtype=False)  # in place

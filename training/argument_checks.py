@@ -1,0 +1,126 @@
+"""Checks of the arguments of `dsvl train` before anything is loaded."""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from ..utils.transformers_names import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from .deepspeed_config import zero_stage
+from .trainable_parts import PARTS
+
+
+def check_options(values: dict[str, Any]) -> None:
+    """Refuse arguments that do not go together, or that this machine cannot satisfy.
+
+    Args:
+        values: fields of the three argument classes, name -> value.
+
+    Raises:
+        ValueError: if one is found; the message names the arguments and the remedy.
+    """
+    unknown = [part for part in values["train"] if part not in PARTS]
+    if unknown:
+        raise ValueError(f"--train {' '.join(unknown)}: no such part; choose from {', '.join(PARTS)}.")
+    rank, adapters = values["lora_rank"], values["lora_rank"] > 0
+    if rank < 0:
+        raise ValueError(f"--lora-rank {rank}: pass a positive rank, or 0 for no adapters.")
+    asked = [name for name in ("lora_vision", "dora", "qlora", "lora_targets", "lora_alpha") if values.get(name)]
+    if asked and not adapters:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise ValueError(f"{flags} without adapters; also pass --lora-rank (for example 16).")
+    for part, flag in (("language", "lora_language"), ("vision", "lora_vision")):
+        if adapters and part in values["train"] and values[flag]:
+            remedy = f"remove {part} from --train, or pass --{flag.replace('_', '-')} false"
+            raise ValueError(f"--train {part} trains in full what --lora-rank freezes and adapts; {remedy}.")
+    if adapters and not (values["lora_language"] or values["lora_vision"]):
+        raise ValueError("--lora-rank with nothing to adapt; keep --lora-language on, or pass --lora-vision.")
+    if not adapters and not values["train"]:
+        raise ValueError("--train names nothing to train; name parts, or pass --lora-rank.")
+    stage = zero_stage(values.get("deepspeed"))
+    if values["qlora"] and stage == 3:
+        raise ValueError("--qlora with ZeRO-3: 4-bit weights cannot be partitioned; choose --deepspeed zero2.")
+    if values["qlora"] and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--qlora needs bitsandbytes, which is not installed; pip install bitsandbytes, or drop --qlora.")
+    if stage is not None and values.get("torch_compile"):
+        raise ValueError("--torch-compile with --deepspeed: their hooks are not compatible; choose one of them.")
+    if values.get("compile_decoder_layers"):
+        _check_compilation(values, stage)
+    held_out = values.get("eval_data") or values.get("eval_share")
+    if values.get("early_stopping_patience") and not held_out:
+        raise ValueError("--early-stopping-patience needs evaluations; pass --eval-data or --eval-share.")
+    if values["eval_exact_match"] and not held_out:
+        raise ValueError("--eval-exact-match needs held-out data; pass --eval-data or --eval-share.")
+    if values.get("cache_image_features") and ("vision" in values["train"] or values["lora_vision"]):
+        raise ValueError("--cache-image-features with a trained vision tower: its features change; choose one of them.")
+    _check_data_options(values)
+    _check_device(values)
+    _check_reports(values.get("report_to"))
+
+
+def _check_compilation(values: dict[str, Any], stage: int | None) -> None:
+    if values.get("torch_compile") or values.get("torch_compile_backend") or values.get("torch_compile_mode"):
+        raise ValueError(
+            "--compile-decoder-layers with --torch-compile: the layers would be compiled twice; choose one of them."
+        )
+    if stage == 3:
+        raise ValueError(
+            "--compile-decoder-layers with ZeRO-3: it gathers weights inside the layers, which breaks the graph; choose "
+            "--deepspeed zero2."
+        )
+
+
+def _check_data_options(values: dict[str, Any]) -> None:
+    names = values.get("dataset_names") or []
+    for option in ("dataset_samples", "dataset_concatenate_samples"):
+        given, flag = values.get(option), f"--{option.replace('_', '-')}"
+        if given and not names:
+            raise ValueError(f"{flag} without --dataset-names; pass both, or a YAML file of a mixture as --data.")
+        if given and len(given) != len(names):
+            raise ValueError(f"{flag} has {len(given)} values for {len(names)} names; pass one for each.")
+    for number in values.get("dataset_samples") or []:
+        if number != "all" and not (number.isdigit() and int(number) > 0):
+            raise ValueError(f"--dataset-samples {number}: expected a number of conversations, or all.")
+    if values.get("max_num_image_per_sample") is not None and not names:
+        raise ValueError("--max-num-image-per-sample needs --dataset-names; a YAML file of a mixture sets it in the file.")
+    if values.get("streaming"):
+        _check_streaming(values)
+    share = values.get("eval_share")
+    if share is not None and (values.get("eval_data") or not 0 < share < 1):
+        raise ValueError(f"--eval-share {share}: expected a number between 0 and 1, and no --eval-data beside it.")
+    if values.get("packing") and not values.get("max_length"):
+        raise ValueError("--packing needs the length of a pack; pass --max-length (for example 4096).")
+    if values.get("max_images_per_pack") is not None and not values.get("packing"):
+        raise ValueError("--max-images-per-pack without --packing; pass both.")
+
+
+def _check_streaming(values: dict[str, Any]) -> None:
+    if values["max_steps"] <= 0:
+        raise ValueError("--streaming never ends; pass --max-steps.")
+    if values.get("dataset_names") or str(values["data"]).endswith((".yaml", ".yml")):
+        raise ValueError(
+            "--streaming reads one data set, not a mixture; choose one of them, or write the mixture to a file first."
+        )
+    for option, why in (("eval_share", "cannot be split"), ("cache_image_features", "does not know its images in advance")):
+        if values.get(option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} with --streaming: a stream {why}; choose one of them.")
+
+
+def _check_device(values: dict[str, Any]) -> None:
+    if values.get("fp16") and (values.get("use_cpu") or not torch.accelerator.is_available()):
+        raise ValueError("--fp16 on a CPU: CPUs do not multiply matrices in float16; pass --bf16, or neither.")
+
+
+def _check_reports(report_to: str | list[str] | None) -> None:
+    """Refuse reporting integrations that are unknown or not installed."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"--report-to {name} is unknown; choose from none, all, {known}.")
+        if name not in installed and name not in ("azure_ml", "flyte"):  # transformers does not detect these
+            remedy = "pip install 'dsvl[train]'" if name == "tensorboard" else f"pip install {name}"
+            raise ValueError(f"--report-to {name} needs the package {name}, which is not installed; {remedy}.")

@@ -1,0 +1,209 @@
+"""The GPU memory of training, computed from a model's configuration.
+
+Activations are measured, not estimated: `activation_memory.py` runs the model on the meta device and counts its allocations.
+Weights, gradients, optimizer states and communication buffers are computed in `model_states.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..configuration_dsvl import DSVLConfig
+from .activation_memory import StepTracer
+from .deepspeed_config import ZERO
+from .model_states import DTYPES, GIB, ModelSizes, PhaseMemory, arriving_gradients, model_states
+from .trainable_parts import PARTS
+
+# GPU memory that is not available for the tensors of the plan.
+CONTEXT = 2 * GIB  # CUDA context and kernels, cuBLAS workspaces, NCCL channels
+FRAGMENTATION = 0.05  # fraction of the GPU's memory lost to fragmentation in the caching allocator
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of training per GPU, in bytes, without `CONTEXT` and `FRAGMENTATION`.
+
+    Attributes:
+        parameters: number of parameters, adapters included.
+        trained: number of trainable parameters.
+        forward_backward: peak during forward and backward.
+        optimizer_step: peak between the end of backward and the end of the optimizer step.
+        cpu: main memory used by offloading, per GPU.
+    """
+
+    parameters: int
+    trained: int
+    forward_backward: PhaseMemory
+    optimizer_step: PhaseMemory
+    cpu: int = 0
+
+    @property
+    def peak(self) -> PhaseMemory:
+        """The phase with the larger total."""
+        return max(self.forward_backward, self.optimizer_step, key=lambda memory: memory.total)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the larger phase."""
+        return self.peak.total
+
+
+class Planner:
+    """Plans the memory of one model and training setup for any micro-batch size.
+
+    Args:
+        config: configuration of the model.
+        world_size: number of GPUs, *optional*, defaults to 1.
+        deepspeed: "zero1", "zero2", "zero3" or "zero3-offload", *optional*, defaults to None: plain data parallelism.
+        sequence_length: tokens per sample, image tokens included, *optional*, defaults to 2048.
+        images: images per sample, *optional*, defaults to 1.
+        train: parts that are trained in full, keys of `PARTS`, *optional*, defaults to projector and embeddings.
+        lora_rank: rank of adapters on the decoder's linear layers, *optional*, defaults to 0: no adapters.
+        activation_checkpointing: recompute activations in backward, *optional*, defaults to False.
+        gradient_accumulation: whether a step has several micro-batches, *optional*, defaults to False.
+        supervised_share: fraction of the text tokens that have a label, *optional*, defaults to 0.25, which is typical of
+            question-answer data. Logits are computed for these tokens only and dominate the memory of large vocabularies.
+        dtype: dtype of weights and activations, without autocast, *optional*, defaults to the configuration's or bfloat16.
+
+    Raises:
+        ValueError: if a value is unknown or the values do not go together.
+    """
+
+    def __init__(
+        self,
+        config: DSVLConfig,
+        *,
+        world_size: int = 1,
+        deepspeed: str | None = None,
+        sequence_length: int = 2048,
+        images: int = 1,
+        train: Sequence[str] = ("projector", "embeddings"),
+        lora_rank: int = 0,
+        activation_checkpointing: bool = False,
+        gradient_accumulation: bool = False,
+        supervised_share: float = 0.25,
+        dtype: str | None = None,
+    ) -> None:
+        self.world_size, self.deepspeed, self.accumulation = world_size, deepspeed, gradient_accumulation
+        self.sequence_length, self.images = sequence_length, images
+        self.text_tokens = sequence_length - images * config.image_seq_length
+        self.supervised_share = supervised_share
+        self._plans: dict[int, MemoryPlan] = {}
+        self._check(config, train, lora_rank)
+        dtype = dtype or _dtype_name(config.dtype or config.text_config.dtype) or "bfloat16"
+        _one_of("dtype", dtype, DTYPES)
+        torch_dtype: torch.dtype = getattr(torch, dtype)
+        self.tracer = StepTracer(config, train, lora_rank, activation_checkpointing, torch_dtype)
+        modules, parameters = self.tracer.model.modules(), list(self.tracer.model.parameters())
+        self.sizes = ModelSizes(
+            parameters=tuple(p.numel() for p in parameters),
+            trained=tuple(p.numel() for p in parameters if p.requires_grad),
+            largest_module=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules),
+            hidden=config.text_config.hidden_size,
+            element=torch_dtype.itemsize,
+        )
+
+    def plan(self, micro_batch: int) -> MemoryPlan:
+        """The memory for `micro_batch` samples per GPU in each forward and backward."""
+        if micro_batch not in self._plans:
+            self._plans[micro_batch] = self._plan(micro_batch)
+        return self._plans[micro_batch]
+
+    def _plan(self, micro_batch: int) -> MemoryPlan:
+        _at_least("micro_batch", micro_batch, 1)
+        supervised = max(round(micro_batch * self.text_tokens * self.supervised_share), 1)
+        into = arriving_gradients(self.sizes, self.deepspeed, self.world_size, self.accumulation)
+        trace = self.tracer.trace(micro_batch, self.sequence_length, self.images, supervised, gradient_buffer=into)
+        states = model_states(self.sizes, trace, self.deepspeed, self.world_size, self.accumulation)
+        return MemoryPlan(sum(self.sizes.parameters), sum(self.sizes.trained), *states)
+
+    def largest_micro_batch(self, gpu_memory: float) -> int:
+        """The largest micro-batch that fits into a GPU; 0 if none does.
+
+        Args:
+            gpu_memory: memory of one GPU, in bytes; `CONTEXT` and `FRAGMENTATION` are subtracted from it.
+        """
+        budget = usable(gpu_memory)
+        first = self.plan(1)
+        if first.total > budget:  # the optimizer step counts too, and does not depend on the micro-batch
+            return 0
+        fits, needed, fails = 1, first.forward_backward.total, math.inf
+        probe = 2
+        # Memory is nearly linear in the micro-batch: extrapolate with the last slope, and trace each guess.
+        while fits + 1 < fails:
+            got = self.plan(probe).forward_backward.total
+            slope = max((got - needed) / (probe - fits), 1)
+            if got <= budget:
+                fits, needed = probe, got
+            else:
+                fails = probe
+            guess = fits + int((budget - needed) / slope)
+            probe = int(min(max(guess, fits + 1), fails - 1))
+        return fits
+
+    def _check(self, config: DSVLConfig, train: Sequence[str], lora_rank: int) -> None:
+        for name, value, least in (
+            ("world_size", self.world_size, 1),
+            ("images", self.images, 0),
+            ("lora_rank", lora_rank, 0),
+        ):
+            _at_least(name, value, least)
+        if self.deepspeed is not None:
+            _one_of("deepspeed", self.deepspeed, tuple(ZERO))
+        for part in train:
+            _one_of("train", part, tuple(PARTS))
+        if not train and not lora_rank:
+            raise ValueError(f"train={list(train)!r} trains nothing; name parts ({', '.join(PARTS)}), or pass a lora_rank.")
+        if lora_rank and "language" in train:
+            raise ValueError(
+                f"lora_rank={lora_rank} freezes the decoder's layers and adapts them, but train contains 'language'; pass "
+                "one of them."
+            )
+        if self.text_tokens < 1:
+            raise ValueError(
+                f"sequence_length={self.sequence_length} is too short: {self.images} images take "
+                f"{self.images * config.image_seq_length} tokens ({config.image_seq_length} each), and a token of text "
+                f"must follow; pass at least {self.images * config.image_seq_length + 1}, or fewer images."
+            )
+        if not 0 < self.supervised_share <= 1:
+            raise ValueError(
+                f"supervised_share={self.supervised_share} is out of range; pass a number above 0 and at most 1."
+            )
+
+
+def plan(config: DSVLConfig, *, micro_batch: int = 1, **options: Any) -> MemoryPlan:
+    """The memory of training a model, per GPU.
+
+    Args:
+        config: configuration of the model.
+        micro_batch: samples per GPU in one forward and backward, *optional*, defaults to 1.
+        options: arguments of `Planner`.
+    """
+    return Planner(config, **options).plan(micro_batch)
+
+
+def largest_micro_batch(config: DSVLConfig, gpu_memory: float, **options: Any) -> int:
+    """The largest micro-batch that fits into a GPU of `gpu_memory` bytes, or 0; `options` are those of `Planner`."""
+    return Planner(config, **options).largest_micro_batch(gpu_memory)
+
+
+def usable(gpu_memory: float) -> int:
+    """Bytes that a GPU of `gpu_memory` bytes has for the tensors of a plan."""
+    return int(gpu_memory * (1 - FRAGMENTATION)) - CONTEXT
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(known)}.")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}={value} is too small; pass {least} or more.")

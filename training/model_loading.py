@@ -1,0 +1,117 @@
+"""Loads the model to train, or its vision tower alone."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoModel, set_seed
+from transformers.utils import logging
+
+from ..configuration_dsvl import DSVLConfig
+from ..modeling_dsvl import DSVLForConditionalGeneration
+from ..transformers_dsvl import is_deepspeed_zero3_enabled
+from ..utils.quantization import quantization_config
+from ..utils.transformers_names import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from .adapters import lora_config
+from .arguments import DSVLTrainingArguments, ModelArguments
+from .liger import use_liger
+from .trainable_parts import PARTS
+
+
+def precision(arguments: DSVLTrainingArguments) -> torch.dtype:
+    """The dtype of frozen weights during training, and of all weights of the saved model."""
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+
+
+def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments) -> Any:
+    """Load the model in the precision of the training, and freeze what is not trained.
+
+    With `--bf16` (`--fp16`) weights are loaded in bfloat16 (float16). Trainable weights are float32, so that small updates
+    are not rounded away, except under DeepSpeed, which keeps float32 copies itself.
+
+    Returns:
+        A `DSVLForConditionalGeneration`, or PEFT's wrapper around it.
+    """
+    dtype = precision(arguments)
+    options: dict[str, Any] = {"dtype": dtype}
+    if model_arguments.attn_implementation is not None:
+        options["attn_implementation"] = {"text_config": model_arguments.attn_implementation}
+    if model_arguments.qlora:
+        options["quantization_config"] = quantization_config("4bit", dtype)
+    model = DSVLForConditionalGeneration.from_pretrained(model_arguments.model, **options)
+    model.config.text_config.use_cache = False
+    if arguments.use_liger_kernel:
+        use_liger(model)
+        arguments.use_liger_kernel = False  # the Trainer would look for kernels of the model type "dsvl"
+    if model_arguments.lora_rank > 0:
+        from peft import get_peft_model
+
+        config = lora_config(
+            model,
+            model_arguments.lora_rank,
+            model_arguments.lora_alpha,
+            train=model_arguments.train,
+            targets=model_arguments.lora_targets,
+            language=model_arguments.lora_language,
+            vision=model_arguments.lora_vision,
+            dropout=model_arguments.lora_dropout,
+            dora=model_arguments.dora,
+        )
+        set_seed(arguments.seed)  # adapters start the same, however many random numbers loading drew
+        model = get_peft_model(model, config, autocast_adapter_dtype=arguments.deepspeed is None)
+    else:
+        model.set_trainable(**{argument: part in model_arguments.train for part, argument in PARTS.items()})
+    if model_arguments.compile_decoder_layers:
+        (model.get_base_model() if model_arguments.lora_rank > 0 else model).compile_decoder_layers()
+    if arguments.deepspeed is None and dtype != torch.float32:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if "language" not in model_arguments.train:  # a frozen decoder computes in its own dtype
+            model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))
+    return model
+
+
+@contextlib.contextmanager
+def without_zero3() -> Iterator[None]:
+    """Load weights unpartitioned while ZeRO-3 is enabled."""
+    from ..utils.transformers_names import _hf_deepspeed_config_weak_ref as zero3_config
+
+    kept = zero3_config() if is_deepspeed_zero3_enabled() else None
+    if kept is not None:
+        unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if kept is not None:
+            set_hf_deepspeed_config(kept)
+
+
+def load_checkpoint_tower(name: str, config: DSVLConfig, dtype: torch.dtype) -> Any:
+    """Load the vision tower of a DSVL checkpoint without its other weights, in evaluation mode.
+
+    Args:
+        name: directory or Hub name of the checkpoint.
+        config: configuration of the checkpoint.
+        dtype: dtype of the tower's weights.
+
+    Raises:
+        ValueError: if weights of the tower are missing in the checkpoint.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the other weights are reported as unexpected
+    try:
+        with without_zero3():
+            tower, info = AutoModel.from_pretrained(
+                name,
+                config=config.vision_config,
+                dtype=dtype,
+                key_mapping={r"^model\.vision_tower\.": ""},
+                output_loading_info=True,
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ValueError(f"{name} lacks weights of its vision tower ({sorted(info['missing_keys'])[:3]}); compose it again.")
+    return tower.eval()

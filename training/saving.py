@@ -1,0 +1,113 @@
+"""Saves a trained model as a complete checkpoint directory."""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..hub_card import TrainingFacts, render_card
+from ..utils.transformers_names import TRAINER_STATE_NAME
+from .adapters import merge_adapters
+from .arguments import ModelArguments
+from .model_loading import precision, without_zero3
+from .plot import PLOT, plot_training
+from .trainer import DSVLTrainer
+
+logger = logging.getLogger(__name__)
+
+ADAPTERS = "adapters"  # directory of a run's adapters, in its output directory
+BASE_MODEL = "base_model_name_or_path"  # PEFT's key of the model that adapters belong to
+
+
+def save_trained(trainer: DSVLTrainer, model_arguments: ModelArguments, facts: TrainingFacts) -> None:
+    """Save the trained model to the output directory: weights, configuration, code, processor, model card.
+
+    Everything is written to a temporary directory first, so that an interrupted call leaves the checkpoints to resume from.
+
+    Args:
+        trainer: the trainer after training.
+        model_arguments: arguments of the run; adapters are merged into the model and kept in `adapters/`.
+        facts: contents of the model card.
+    """
+    arguments = trainer.args
+    output = Path(arguments.output_dir)
+    partial = output / ".trained.partial"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    adapted = model_arguments.lora_rank > 0
+    config = trainer.model.config
+    config.text_config.use_cache = True
+    config.__dict__.pop("use_cache", None)  # set by the Trainer during training
+    if not adapted and not trainer.is_deepspeed_enabled:
+        trainer.model.to(precision(arguments))  # trainable weights were float32
+    trainer.save_model(str(partial / ADAPTERS if adapted else partial))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        if adapted:
+            with without_zero3():
+                merged = merge_adapters(model_arguments.model, partial / ADAPTERS)
+            merged.save_pretrained(partial)
+            trainer.processing_class.save_pretrained(partial)
+        else:
+            check_keys(trainer.model, partial)
+        trainer.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        make_shareable(partial)
+        if plot_training(partial / TRAINER_STATE_NAME, partial / PLOT):
+            facts = replace(facts, plot=PLOT)
+        card = render_card(config, [model_arguments.model], facts)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        move_into_place(partial, output)
+        logger.info("The trained model is in %s.", output)
+    trainer.accelerator.wait_for_everyone()
+
+
+def make_shareable(directory: Path) -> None:
+    """Remove what belongs to this machine from a saved model: pickled arguments and absolute paths."""
+    for arguments in directory.rglob("training_args.bin"):
+        arguments.unlink()
+    (directory / ADAPTERS / "README.md").unlink(missing_ok=True)  # PEFT's card template
+    for name, key in ((TRAINER_STATE_NAME, "best_model_checkpoint"), (f"{ADAPTERS}/adapter_config.json", BASE_MODEL)):
+        path = directory / name
+        if not path.is_file():
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content[key] and Path(content[key]).exists():
+            content[key] = Path(content[key]).name
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def move_into_place(partial: Path, output: Path) -> None:
+    """Move the files of `partial` to `output`, the configuration last: without it the directory is not a checkpoint."""
+    (output / "config.json").unlink(missing_ok=True)
+    for stale in [*output.glob("*.safetensors"), *output.glob("*.safetensors.index.json")]:
+        stale.unlink()
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        target = output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    partial.rmdir()
+
+
+def check_keys(model: Any, directory: Path) -> None:
+    """Compare the keys of saved weights with those of the model.
+
+    Raises:
+        RuntimeError: if they differ; missing weights would be initialized at random on loading.
+    """
+    from safetensors import safe_open
+
+    saved: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            saved |= set(file.keys())
+    own = set(model.state_dict())
+    tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
+    if saved - own or own - saved - tied:
+        raise RuntimeError(
+            f"The saved weights do not match the model: unexpected {sorted(saved - own)[:3]}, missing "
+            f"{sorted(own - saved - tied)[:3]}; please report this."
+        )
