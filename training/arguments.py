@@ -229,6 +229,21 @@ def _start_deepspeed(on_cpu: bool) -> None:
         deepspeed.init_distributed(dist_backend="gloo")
 
 
+def build_parser() -> TrainParser:
+    """The parser of `dsvl train`; its flags are the fields of three dataclasses."""
+    types: list[Any] = [ModelArguments, DataArguments, DSVLTrainingArguments]
+    parser = TrainParser(
+        types,
+        prog="dsvl train",
+        description="Fine-tune a DSVL checkpoint. RUN.yaml holds flags without their dashes; every field of "
+        "TrainingArguments is one as well.",
+        usage="dsvl train [RUN.yaml] --model DIR --data FILE --output DIR [flags]",
+        allow_abbrev=False,
+    )
+    next(action for action in parser._actions if action.dest == "train").nargs = "*"  # adapters may learn alone
+    return parser
+
+
 def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrainingArguments]:
     """Read the arguments.
 
@@ -245,16 +260,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
     place = 1 if argv[:1] and argv[0].startswith("--local_rank") else 0
     if argv[place : place + 1] and argv[place].endswith((".yaml", ".yml")):
         argv[place : place + 1] = _flags(Path(argv[place]))
-    types: list[Any] = [ModelArguments, DataArguments, DSVLTrainingArguments]
-    parser = TrainParser(
-        types,
-        prog="dsvl train",
-        description="Fine-tune a DSVL checkpoint. RUN.yaml holds flags without their dashes; every field of "
-        "TrainingArguments is one as well.",
-        usage="dsvl train [RUN.yaml] --model DIR --data FILE --output DIR [flags]",
-        allow_abbrev=False,
-    )
-    next(action for action in parser._actions if action.dest == "train").nargs = "*"  # adapters may learn alone
+    parser = build_parser()
     values = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     if values.get("eval_data") or values.get("eval_share"):
         # Evaluate whenever a checkpoint is written, and keep the best: what held-out data is for.
