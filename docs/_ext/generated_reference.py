@@ -1,11 +1,12 @@
 """Write the generated part of the reference when the build starts.
 
-`reference/generated/` gets one page for each command, made from its argparse parser, the table of `TrainingArguments`, and
-a page of autodoc directives for every public name of the package.
+`reference/generated/` gets one page for each command, made from its argparse parser, the table of `TrainingArguments`, a
+page of autodoc directives for every public name of the package, and the figures in `benchmarks/results`.
 """
 
 import argparse
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dsvl import cli
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # The public modules, and what each is for.
 MODULES = {
@@ -22,6 +25,25 @@ MODULES = {
     "dsvl.training": "Training",
     "dsvl.migration": "Migration",
     "dsvl.hub_card": "Model cards",
+}
+
+# Folders of benchmarks/results -> their title, and the target of the Makefile that reproduces them.
+DEVICES = {"h100": ("Figures of an NVIDIA H100", "bench-gpu"), "cpu": ("Figures of a CPU", "bench")}
+COLUMNS = {  # a key of a result -> its column
+    "ms": "ms",
+    "ms_per_step": "ms a step",
+    "speed": "speed",
+    "tokens_per_s": "tokens/s",
+    "tokens_per_second": "tokens/s",
+    "tflop_per_s": "TFLOP/s",
+    "tflop_per_second": "TFLOP/s",
+    "utilisation": "utilization",
+    "weights_gb_per_s": "weights, GB/s",
+    "peak_gib": "peak, GiB",
+    "total_gib": "total, GiB",
+    "planned_gib": "planned, GiB",
+    "left_out": "not measured",
+    "skipped": "not measured",
 }
 
 
@@ -40,6 +62,7 @@ def write_pages(folder: Path) -> None:
     pages = {f"{name}.md": command_page(name) for name in cli.COMMANDS}
     pages["training-arguments.md"] = import_module("dsvl.training.training_arguments_table").markdown()
     pages["python.md"] = python_page()
+    pages |= {f"figures-{device}.md": figures_page(device) for device in DEVICES}
     folder.mkdir(parents=True, exist_ok=True)
     for stale in set(folder.glob("*.md")) - {folder / name for name in pages}:
         stale.unlink()
@@ -191,3 +214,67 @@ def _members(value: type) -> dict[str, str]:
             if documented and not name.startswith("_") and function.__doc__:
                 found.setdefault(name, directive)
     return found
+
+
+# -- benchmarks ----------------------------------------------------------------------------------------------------------
+
+
+def figures_page(device: str) -> str:
+    """All results of a device as tables, each with the command that reproduces it.
+
+    Args:
+        device: a folder of `benchmarks/results`.
+    """
+    title, target = DEVICES[device]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipe = re.search(rf"^{target}:(?: \$\(VENV\)/ready)?\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert recipe, target
+    lines = [f"# {title}", "", "Times are medians; the range is in parentheses. Speed is relative to the first row of a group.", ""]
+    for path in sorted((ROOT / "benchmarks" / "results" / device).glob("*.json")):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        lines += [f"## {path.stem.replace('_', ' ').capitalize()}", ""]
+        if command := re.search(rf"python (benchmarks/.*) --out \S*/{path.name}$", recipe[1], re.MULTILINE):
+            lines += ["```bash", f"python {command[1]} --out {path.name}", "```", ""]
+        versions = [f"{name} {held[name]}" for name in ("torch", "transformers") if held.get(name)]
+        lines += [", ".join([held["device"], *versions]) + ".", ""]
+        plot = path.with_suffix(".svg")
+        if plot.exists():
+            lines += [f"![{path.stem}](../../../benchmarks/results/{device}/{plot.name})", ""]
+        lines += _figures_table(list(_results(held["results"]))) + [""]
+    return "\n".join(lines)
+
+
+def _results(found: dict[str, Any], names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """The innermost dictionaries, with the names that lead to them."""
+    values = {key: value for key, value in found.items() if not isinstance(value, dict)}
+    if names and values:
+        yield names, values
+    for key, value in found.items():
+        if isinstance(value, dict):
+            yield from _results(value, (*names, key))
+
+
+def _figures_table(rows: list[tuple[tuple[str, ...], dict[str, Any]]]) -> list[str]:
+    columns = list(dict.fromkeys(COLUMNS[key] for key in COLUMNS if any(key in values for _, values in rows)))
+    lines = ["| " + " | ".join(["", *columns, "other"]) + " |", "|---" * (len(columns) + 2) + "|"]
+    for names, values in rows:
+        cells = dict.fromkeys(columns, "")
+        for key, value in values.items():
+            if key in COLUMNS:
+                low, high = values.get(f"{key}_low"), values.get(f"{key}_high")
+                spread = f" ({_number(low)} to {_number(high)})" if key.startswith(("ms", "tokens")) and low is not None else ""
+                cells[COLUMNS[key]] = _number(value) + spread
+        other = [
+            f"{key.replace('_', ' ')} {_number(value)}"
+            for key, value in values.items()
+            if key not in COLUMNS and not key.endswith(("_low", "_high")) and not isinstance(value, list)
+            if key not in ("rounds", "device", "torch")
+        ]
+        lines.append("| " + " | ".join([_cell("; ".join(names)), *cells.values(), _cell(", ".join(other))]) + " |")
+    return lines
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
