@@ -1,7 +1,7 @@
 """Configuration of the documentation; `make docs` builds it."""
 
 import sys
-from importlib.metadata import version as installed_version
+import tomllib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 project = "DSVL"
 author = "the DSVL authors"
 copyright = author
-release = version = installed_version("dsvl")
+pyproject = Path(__file__).parent.parent / "pyproject.toml"
+release = version = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"]
 
 extensions = [
     "myst_parser",

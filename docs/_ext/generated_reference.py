@@ -138,7 +138,11 @@ def _groups(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Action]]
 
 
 def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
-    flags = [flag for flag in action.option_strings if "_" not in flag] or action.option_strings or [action.metavar or action.dest]
+    flags = (
+        [flag for flag in action.option_strings if "_" not in flag]
+        or action.option_strings
+        or [action.metavar or action.dest]
+    )
     taken = "" if action.nargs == 0 or not action.option_strings or isinstance(action.default, bool) else _values(action)
     text = " ".join((action.help or "").replace("%%", "%").split())
     default = _default(action)
@@ -229,7 +233,12 @@ def figures_page(device: str) -> str:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     recipe = re.search(rf"^{target}:(?: \$\(VENV\)/ready)?\n((?:\t.*\n)+)", makefile, re.MULTILINE)
     assert recipe, target
-    lines = [f"# {title}", "", "Times are medians; the range is in parentheses. Speed is relative to the first row of a group.", ""]
+    lines = [
+        f"# {title}",
+        "",
+        "Times are medians; the range is in parentheses. Speed is relative to the first row of a group.",
+        "",
+    ]
     for path in sorted((ROOT / "benchmarks" / "results" / device).glob("*.json")):
         held = json.loads(path.read_text(encoding="utf-8"))
         lines += [f"## {path.stem.replace('_', ' ').capitalize()}", ""]
@@ -262,7 +271,9 @@ def _figures_table(rows: list[tuple[tuple[str, ...], dict[str, Any]]]) -> list[s
         for key, value in values.items():
             if key in COLUMNS:
                 low, high = values.get(f"{key}_low"), values.get(f"{key}_high")
-                spread = f" ({_number(low)} to {_number(high)})" if key.startswith(("ms", "tokens")) and low is not None else ""
+                spread = (
+                    f" ({_number(low)} to {_number(high)})" if key.startswith(("ms", "tokens")) and low is not None else ""
+                )
                 cells[COLUMNS[key]] = _number(value) + spread
         other = [
             f"{key.replace('_', ' ')} {_number(value)}"
