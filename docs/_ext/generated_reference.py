@@ -93,7 +93,7 @@ def command_page(name: str) -> str:
     parser = command_parser(name)
     about = cli.COMMANDS[name][0].replace("->", "→")
     lines = [f"# dsvl {name}", "", f"{about[0].upper()}{about[1:].rstrip('.')}.", ""]
-    for one in _parsers(parser):
+    for one in parsers(parser):
         if one is not parser:
             lines += [f"## {_name(one)}", ""]
         lines += ["```text", _usage(one), "```", ""]
@@ -104,7 +104,7 @@ def command_page(name: str) -> str:
     return "\n".join(lines)
 
 
-def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """The parser itself if it has arguments of its own, or its subcommands' parsers."""
     nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not nested:
@@ -143,6 +143,8 @@ def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
         or action.option_strings
         or [action.metavar or action.dest]
     )
+    if action.default is True and action.nargs == "?":  # transformers' parser adds a second action for the opposite
+        flags = [*flags, *(f"--no-{flag[2:]}" for flag in flags)]
     taken = "" if action.nargs == 0 or not action.option_strings or isinstance(action.default, bool) else _values(action)
     text = " ".join((action.help or "").replace("%%", "%").split())
     default = _default(action)
