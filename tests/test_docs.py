@@ -93,6 +93,17 @@ def test_the_troubleshooting_page_quotes_real_messages() -> None:
                 assert piece.strip(" )'") in code or message.startswith("dsvl "), message
 
 
+def test_the_contributors_map_names_files_that_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    known = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.*") if ".venv" not in str(path)]
+    for name in set(re.findall(r"`([\w/.-]+\.(?:py|md|cff|txt|toml|jinja))`", page)):
+        assert any(path == name or path.endswith(f"/{name}") for path in known), name
+    for folder in set(re.findall(r"`(\w+(?:/\w+)*)/`", page)):
+        assert (ROOT / folder).is_dir() or folder in ("dist",) or (ROOT / "data" / folder).is_dir(), folder
+    core = {path.name for path in ROOT.glob("*_dsvl.py")}
+    assert core <= set(re.findall(r"`(\w+_dsvl\.py)`", page)), "the map lacks a file of the core"
+
+
 def test_versions_agree() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
