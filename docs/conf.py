@@ -22,11 +22,11 @@ extensions = [
 ]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # a generated page may start at a lower level than the page that includes it
 
 default_role = "code"
+smartquotes_action = "qe"  # leave the dashes of flags as they are
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # types are in the signatures
 napoleon_use_rtype = False

@@ -13,6 +13,7 @@ from snippets import PAGES, ROOT, Reader, check_command, flags_of, snippets
 from training_runs import environment
 
 from dsvl import cli
+from dsvl.training import training_arguments_table
 
 sys.path.insert(0, str(ROOT / "docs" / "_ext"))
 import generated_reference  # noqa: E402  (an extension of the documentation)
@@ -40,6 +41,11 @@ def test_the_reference_has_every_flag(name: str) -> None:
                 deprecated = (action.help or "").startswith("Deprecated")
                 assert deprecated or not flags or any(f"`{flag}" in page for flag in flags), flags
     assert f"generated/{name}\n" in (ROOT / "docs/reference/commands.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_training_arguments_is_a_page(tmp_path: Path) -> None:
+    generated_reference.write_pages(tmp_path)
+    assert (tmp_path / "training-arguments.md").read_text(encoding="utf-8") == training_arguments_table.markdown()
 
 
 @pytest.mark.parametrize("page", PAGES)

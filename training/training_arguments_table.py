@@ -1,7 +1,7 @@
 """What `dsvl train` does with every field of transformers' `TrainingArguments`: honoured, refused, or without a meaning.
 
 The fields are those of transformers 5.23 and 5.24. A test fails for a field that a newer release has and nobody listed here.
-`python -m dsvl.training.training_arguments_table` prints the table, which `training/ARGUMENTS.md` holds.
+`python -m dsvl.training.training_arguments_table` prints the table, which the documentation contains.
 """
 
 import dataclasses

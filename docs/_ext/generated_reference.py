@@ -153,6 +153,7 @@ def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     if action.choices and len(list(action.choices)) <= 8:
         choices = ", ".join(f"`{one}`" for one in action.choices)
         text = f"{text.rstrip('.')}: {choices}" if text else choices
+    text = re.sub(r"(?<![`\w-])--[a-z][\w-]*", r"`\g<0>`", text)
     names = ", ".join(f"`{flag}{' ' + taken if taken and flag == flags[-1] else ''}`" for flag in flags)
     return f"| {names} | {_cell(default)} | {_cell(text)} |"
 
