@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 from snippets import ROOT, answers_at, free_port
 from training_runs import make_checkpoint, make_conversations
 
@@ -27,6 +28,21 @@ def test_every_package_and_data_file_is_distributed() -> None:
     for package, patterns in setuptools["package-data"].items():
         folder = ROOT.joinpath(*package.split(".")[1:])
         assert all(list(folder.glob(pattern)) for pattern in patterns)
+
+
+def test_workflows_call_what_contributors_call() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    commands = []
+    for path in workflows:
+        for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values():
+            commands += [step["run"] for step in job["steps"] if "run" in step]
+    for command in commands:
+        if command.startswith("make "):
+            assert re.search(rf"^{command.removeprefix('make ')}:", makefile, re.MULTILINE), command
+        else:
+            assert command.startswith("sudo apt-get") or (ROOT / command).is_file(), command
+    assert {"make docs", "make build", "make test-slow", "make test-newest", ".ci/run"} <= set(commands)
 
 
 @pytest.mark.slow
