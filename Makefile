@@ -1,38 +1,51 @@
-# Two commands are all that a fresh machine needs: `make demo` and `make test`. Each makes its own environment.
+# `make demo` and `make test` are enough on a fresh machine: each creates its own environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Environments of other transformers releases, the oldest that is admitted first; `make test` compares the pinned one with them.
+# Environments with other transformers releases, the oldest supported one first. `make test` compares the pinned release with them.
 RELEASES ?= .venv-releases
 OTHER_RELEASES := 5.20.2 5.23.0
-# Tests run in files side by side.
+# Processes that run test files in parallel.
 WORKERS ?= 2
 NEWEST ?= .venv-newest
-# Where the benchmarks write their figures and plots.
+# Output folder of the benchmarks.
 RESULTS ?= bench_output
-# Threads that wait busily slow small models down beside anything else.
+# Threads that wait actively slow down small models.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-deepspeed test test-slow test-newest bench bench-gpu clean
+.PHONY: demo demo-deepspeed test test-slow test-newest docs build bench bench-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m dsvl.demo --overwrite
 
-# The same model, trained by `dsvl train` under `deepspeed` in two processes.
+# The same model, trained by `dsvl train` under `deepspeed` with two processes.
 demo-deepspeed: $(VENV)/ready
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m dsvl.demo --deepspeed --overwrite
 
 test: $(VENV)/ready $(OTHER_RELEASES:%=$(RELEASES)/%/ready)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	BIN=$(abspath $(BIN)) sh tests/typecheck.sh
 	DSVL_RELEASES=$(abspath $(RELEASES)) $(BIN)/python -m pytest tests -m "not slow" -n $(WORKERS) --dist loadfile
 
+# What takes minutes: distributed and interrupted trainings, the demo, every command of the documentation, the notebook, and
+# the wheel in an empty environment.
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest tests -m slow
 
-# The newest release of everything, without pins; for a scheduled run, which is to tell what the next release breaks.
-# torch alone is pinned, as its newest may come as a CUDA build of gigabytes.
+# The documentation, in docs/_build/html. Warnings are errors.
+docs: $(VENV)/ready
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# The source distribution and the wheel, in dist/.
+build: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/pyproject-build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+# The newest release of every dependency, without pins, for a scheduled run that detects breaking releases early. Only torch is
+# pinned, because its newest build may be a CUDA build of several gigabytes.
 test-newest:
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
@@ -50,8 +63,8 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/reuse.py --repeats 5 --out $(RESULTS)/reuse.json
 	$(BIN)/python benchmarks/plots.py $(RESULTS)
 
-# On a machine with an NVIDIA GPU, in an environment of its own: `pip install -e '.[bench,gpu,train]'` and then this, with BIN
-# naming its bin.
+# On a machine with an NVIDIA GPU, in a separate environment: `pip install -e '.[bench,gpu,train]'`, then this with BIN set to its
+# bin directory.
 bench-gpu:
 	$(BIN)/python benchmarks/attention.py --out $(RESULTS)/attention.json
 	$(BIN)/python benchmarks/growth.py --out $(RESULTS)/growth.json
@@ -67,11 +80,11 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-# Another transformers, with what it requires and nothing of ours; the test lends it torch and Pillow.
+# Another transformers release with its requirements and without this package; the test lends it torch and Pillow.
 $(RELEASES)/%/ready: $(VENV)/ready
 	$(BIN)/python -m venv --clear --without-pip $(RELEASES)/$*
 	$(BIN)/pip --python $(RELEASES)/$*/bin/python install --quiet "transformers==$*"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(RELEASES) $(NEWEST) demo_output bench_output build *.egg-info
+	rm -rf $(VENV) $(RELEASES) $(NEWEST) demo_output bench_output build dist docs/_build docs/reference/generated *.egg-info

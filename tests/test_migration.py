@@ -496,16 +496,16 @@ def test_what_cannot_be_written_is_refused_before_anything_is_read(tmp_path, mon
     assert f"out cannot be written, as {tmp_path} does not allow it" in capsys.readouterr().err
 
 
-# -- MIGRATING.md ------------------------------------------------------------------------------------------------------
+# -- the guide ---------------------------------------------------------------------------------------------------------
 
 
 def test_its_commands_are_ours(capsys):
     """Every flag that the page names on our side, and every command, exists."""
     from dsvl.training.arguments import parse
 
-    page = (Path(__file__).parent.parent / "MIGRATING.md").read_text()
+    page = (Path(__file__).parent.parent / "docs/guides/migrate.md").read_text()
     commands = re.findall(r"^(dsvl|deepspeed --module dsvl.training) (.+)$", page, re.MULTILINE)
-    assert len(commands) == 5
+    assert len(commands) == 6
     known = ""
     for command in (["compose"], ["migrate", "checkpoint"], ["data", "show"], ["chat"], ["evaluate"]):
         with pytest.raises(SystemExit):

@@ -187,10 +187,6 @@ def test_every_field_of_training_arguments_is_listed_once():
     assert len(listed) == len(set(listed)) and set(table.REFUSED_VALUES) <= set(table.SUPPORTED)
 
 
-def test_the_page_of_the_fields_is_current():
-    assert Path(table.__file__).with_name("ARGUMENTS.md").read_text() == table.markdown()
-
-
 REFUSED_FLAGS = {
     "--bf16-full-eval": "--bf16-full-eval True: the last evaluation would round the trained weights",
     "--save-on-each-node": "--save-on-each-node True: a checkpoint is complete when one directory",

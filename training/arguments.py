@@ -239,6 +239,25 @@ def _start_deepspeed(on_cpu: bool) -> None:
         deepspeed.init_distributed(dist_backend="gloo")
 
 
+def build_parser() -> TrainParser:
+    """The parser of `dsvl train`; its flags are the fields of three dataclasses."""
+    types: list[Any] = [ModelArguments, DataArguments, DSVLTrainingArguments]
+    parser = TrainParser(
+        types,
+        prog="dsvl train",
+        description="Fine-tune a DSVL checkpoint. RUN.yaml contains flags without their dashes; every field of "
+        "TrainingArguments is a flag.",
+        usage="dsvl train [RUN.yaml] --model DIR --data FILE --output DIR [flags]",
+        allow_abbrev=False,
+    )
+    next(action for action in parser._actions if action.dest == "train").nargs = "*"  # adapters may be trained alone
+    # Flags of dsvl 0.1.
+    parser.add_argument(
+        "--max-pictures-per-pack", "--max_pictures_per_pack", dest="max_images_per_pack", type=int, action=RenamedFlag
+    )
+    return parser
+
+
 def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrainingArguments]:
     """Parse and check the arguments; nothing is loaded.
 
@@ -255,20 +274,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
     first = 1 if argv[:1] and argv[0].startswith("--local_rank") else 0
     if argv[first : first + 1] and argv[first].endswith((".yaml", ".yml")):
         argv[first : first + 1] = _flags(Path(argv[first]))
-    types: list[Any] = [ModelArguments, DataArguments, DSVLTrainingArguments]
-    parser = TrainParser(
-        types,
-        prog="dsvl train",
-        description="Fine-tune a DSVL checkpoint. RUN.yaml contains flags without their dashes; every field of "
-        "TrainingArguments is a flag.",
-        usage="dsvl train [RUN.yaml] --model DIR --data FILE --output DIR [flags]",
-        allow_abbrev=False,
-    )
-    next(action for action in parser._actions if action.dest == "train").nargs = "*"  # adapters may be trained alone
-    # Flags of dsvl 0.1.
-    parser.add_argument(
-        "--max-pictures-per-pack", "--max_pictures_per_pack", dest="max_images_per_pack", type=int, action=RenamedFlag
-    )
+    parser = build_parser()
     values = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     if values.get("eval_data") or values.get("eval_share"):
         # With held-out data, evaluate whenever a checkpoint is written, and keep the best checkpoint.
