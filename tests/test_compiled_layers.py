@@ -25,15 +25,15 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def labelled(starts: list[list[int]], number: int, tokens: int = TOKENS, dtype: torch.dtype = torch.float64):
-    """Two rows of so many tokens, the second one padded by two, with images that begin at these starts."""
+def labelled(rows: list[list[int]], number: int, tokens: int = TOKENS, dtype: torch.dtype = torch.float64):
+    """Two rows of `tokens` tokens, the second padded by two, with images that begin at these indices."""
     layouts = []
-    for row, starts in enumerate(starts):
+    for row, starts in enumerate(rows):
         layout, length = "", tokens - 2 * row
-        place = 0
-        while place < length:
-            layout += "I" if place in starts else "t"
-            place += PER_IMAGE if place in starts else 1
+        index = 0
+        while index < length:
+            layout += "I" if index in starts else "t"
+            index += PER_IMAGE if index in starts else 1
         layouts.append(layout)
     inputs = batch(*layouts, side="right", dtype=dtype, seed=number)
     ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
