@@ -109,7 +109,7 @@ def test_images_and_features_do_not_mix(filled, data, processor):
     (message, *_) = next(sample for sample in load_conversations(data) if "image" in str(sample))["messages"]
     image = message["content"][0]
     content = [image, {"type": "image", "image_features": filled.get(image["path"])}]
-    with pytest.raises(ValueError, match="1 of 2 images are given as their features"):
+    with pytest.raises(ValueError, match="1 of 2 images are given as features"):
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
 
 
