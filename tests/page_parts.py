@@ -1,4 +1,4 @@
-"""A page of a tiny checkpoint, open on a free loopback port in this process."""
+"""Runs the page of a tiny checkpoint on a free loopback port in this process."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ from typing import Any
 from model_server import draw_image, eventually, load_parts
 
 from dsvl.page.app import open_page
-from dsvl.page.limits import Limits
-from dsvl.page.visitors import Visitors
+from dsvl.page.limits import PageLimits
+from dsvl.page.sessions import ChatSessions
 
 TOKENS = 24
-LIMITS = Limits(images=3, conversation_images=4, image_bytes=200_000, image_pixels=1_000_000, characters=500)
+LIMITS = PageLimits(images=3, conversation_images=4, image_bytes=200_000, image_pixels=1_000_000, characters=500)
 
 __all__ = ["LIMITS", "TOKENS", "eventually", "load_parts", "opened", "image_files"]
 
 
 @contextlib.contextmanager
-def opened(parts: tuple[Any, Any], limits: Limits = LIMITS, **options: Any) -> Iterator[tuple[str, Visitors]]:
-    """Its address without a slash at the end, and its conversations."""
-    with open_page(*parts, "tiny", limits, port=None, **{"max_new_tokens": TOKENS} | options) as (address, visitors):
-        yield address.rstrip("/"), visitors
+def opened(parts: tuple[Any, Any], limits: PageLimits = LIMITS, **options: Any) -> Iterator[tuple[str, ChatSessions]]:
+    """Yields the address without a trailing slash, and the sessions."""
+    with open_page(*parts, "tiny", limits, port=None, **{"max_new_tokens": TOKENS} | options) as (address, sessions):
+        yield address.rstrip("/"), sessions
 
 
 def image_files(folder: Path, count: int, size: tuple[int, int] = (80, 60)) -> list[str]:
