@@ -2,30 +2,13 @@
 
 import argparse
 import contextlib
-import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..utils.hosts import LOOPBACK, is_loopback
 from ..utils.local_paths import check_exists
 from ..utils.model_arguments import add_conversation_arguments, generation_options
-
-
-class _MaxImages(argparse.Action):
-    """Accepts the flag's name of version 0.1, --max-pictures, with a warning."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        if option_string == "--max-pictures":
-            print(f"{parser.prog}: --max-pictures is deprecated; use --max-images.", file=sys.stderr)
-        setattr(namespace, self.dest, values)
+from ..utils.renamed_flags import RenamedFlag
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -44,12 +27,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--max-images",
-        "--max-pictures",
-        action=_MaxImages,
         type=int,
         default=8,
         help="images per question; a conversation may have twice as many (default 8)",
     )
+    parser.add_argument("--max-pictures", dest="max_images", type=int, action=RenamedFlag)
     parser.add_argument("--max-megapixels", type=float, default=25, help="size of an image (default 25)")
     parser.add_argument("--max-megabytes", type=float, default=16, help="size of an image file (default 16)")
     parser.add_argument("--max-waiting", type=int, default=32, help="questions in the queue (default 32)")

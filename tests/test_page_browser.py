@@ -12,7 +12,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install 'dsvl
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from model_server import make_served_checkpoint  # noqa: E402
-from page_parts import LIMITS, eventually, image_files, load_parts, opened  # noqa: E402
+from page_server import LIMITS, eventually, image_files, load_parts, opened  # noqa: E402
 
 from dsvl.chat import DSVLChat  # noqa: E402
 
