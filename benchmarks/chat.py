@@ -18,10 +18,11 @@ from transformers import CLIPImageProcessor
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLProcessor
 from dsvl.chat import DSVLChat
-from dsvl.demo.drawing import IMAGE_SIZE, words
-from dsvl.demo.parts import HEADINGS, train_tokenizer
+from dsvl.demo.conversations import vocabulary_texts
+from dsvl.demo.tiny_models import HEADINGS, train_tokenizer
+from dsvl.utils.shape_images import IMAGE_SIZE
 
-# The demo's model with a longer context, and CLIP ViT-L/14 + LLaMA-7B.
+# The demo's model as demo/tiny_models.py makes it, but for room for longer conversations; and CLIP ViT-L/14 + LLaMA-7B.
 DEMO = Shape(
     layers=3,
     hidden=128,
@@ -42,8 +43,8 @@ QUESTION = "What do you see in this image, and how does it differ from the one b
 def build_parts(
     shape: Shape, backend: str, device: str, dtype: torch.dtype
 ) -> tuple[DSVLForConditionalGeneration, DSVLProcessor]:
-    """A model of this shape with the demo's tokenizer."""
-    tokenizer = train_tokenizer([HEADINGS.format(text) for text in words()])
+    """A model of this shape, with the demo's tokenizer."""
+    tokenizer = train_tokenizer([HEADINGS.format(text) for text in vocabulary_texts()])
     side = {"height": shape.image_size, "width": shape.image_size}
     image_processor = CLIPImageProcessor(size={"shortest_edge": shape.image_size}, crop_size=side)
     processor = DSVLProcessor(image_processor, tokenizer, image_seq_length=shape.per_image)
@@ -81,11 +82,11 @@ def compare(chat: DSVLChat, repeats: int, with_image: bool) -> dict[str, object]
         chat.ask(f"{repeat}. {QUESTION}", [draw_image(1000 + repeat)] if with_image else [], max_new_tokens=1)
         seconds, token = run_again(chat.model, chat.processor, chat.messages[:-1])
         if repeat:
-            times["incremental"].append(1000 * chat.last_round.first_token_seconds)
+            times["incremental"].append(1000 * chat.last_turn.first_token_seconds)
             times["run again"].append(1000 * seconds)
-            same += chat.last_round.answer_ids == [token]
+            same += chat.last_turn.answer_ids == [token]
         del chat.messages[length:]
-    cost = chat.last_round
+    cost = chat.last_turn
     return compared(times) | {
         "tokens": cost.prompt_tokens,
         "reused": cost.reused_tokens,

@@ -24,8 +24,8 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 
 from dsvl import DSVLProcessor
 from dsvl.data import load_conversations
-from dsvl.demo.parts import train_tokenizer
 from dsvl.demo.photographs import photographs
+from dsvl.demo.tiny_models import train_tokenizer
 from dsvl.training import ConversationCollator
 from dsvl.training.feature_cache import SHARD, FeatureCache, image_key
 

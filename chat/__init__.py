@@ -1,4 +1,4 @@
-"""Talking to a checkpoint: conversations whose earlier rounds are not computed again, and `dsvl chat`."""
+"""Multi-turn chat with a checkpoint: `DSVLChat`, which reuses the KV cache of earlier turns, and `dsvl chat`."""
 
 from typing import TYPE_CHECKING
 

@@ -1,63 +1,64 @@
-"""Tokens to pieces of text, as they come, in time that is linear in their number."""
+"""Incremental detokenization in linear time, for `dsvl chat`, the web page and `dsvl serve`."""
 
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-_A_BYTE = re.compile("<0x[0-9A-F]{2}>")  # as sentencepiece names the tokens of single bytes
-MAX_WAITING = 32  # tokens that make no whole character: such a text never becomes one, and is given as it is
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's names of single-byte tokens
+MAX_PENDING = 32  # tokens without a complete character; more are invalid UTF-8, and decoded as they are
 
 
 class Detokenizer:
-    """The text that each token adds; what may still change, a character of which only some bytes are there, waits.
+    """Returns the text that each new token adds, and holds back incomplete UTF-8 characters.
 
-    Together the pieces are what the tokens decode to, special tokens skipped. Only the tokens of the last piece are decoded
-    again beside the new ones, as spaces depend on neighbours. (tokenizers' `DecodeStream` raises where a model writes bytes
-    that are no UTF-8.)
+    The pieces add up to the decoded text of all tokens without special tokens. Each step decodes only the new tokens and
+    those of the previous piece, because spaces depend on the preceding token.
+    (`DecodeStream` of tokenizers raises on invalid UTF-8, and `TextStreamer` of transformers prints words only when the next
+    one begins.)
 
     Args:
-        tokenizer: a tokenizer of transformers'.
+        tokenizer: a tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._skipped = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._window: list[int] = []  # the tokens of the last piece, and after them the new ones
-        self._read = 0  # tokens of the window whose text was given
+        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._window: list[int] = []  # the tokens of the previous piece, followed by the pending ones
+        self._read = 0  # tokens of the window that belong to the previous piece
 
     def feed(self, token_id: int) -> str:
-        """The text that is certain with this token; "" if there is none."""
-        token = None if token_id in self._skipped else self.tokenizer.convert_ids_to_tokens(token_id)
-        if token is None:  # a row of the embedding that has no token decodes to nothing, too
+        """Add a token; returns the text that is now complete, possibly ""."""
+        token = None if token_id in self._special else self.tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:  # a special token, or a padding row of the embedding
             return ""
         self._window.append(token_id)
-        # Single bytes are a character once the last of them is there, and none if one does not fit.
-        if _A_BYTE.fullmatch(token):
+        # The text of a sequence of single-byte tokens is known only when the sequence ends.
+        if _BYTE_TOKEN.fullmatch(token):
             return ""
-        return self._new(complete=len(self._window) - self._read > MAX_WAITING)
+        return self._next_piece(final=len(self._window) - self._read > MAX_PENDING)
 
-    def rest(self) -> str:
-        """What still waits, at the end."""
-        return self._new(complete=True)
+    def flush(self) -> str:
+        """The text that is still held back. Call it after the last token."""
+        return self._next_piece(final=True)
 
-    def _new(self, complete: bool) -> str:
-        known = self._decode(self._window[: self._read])
+    def _next_piece(self, final: bool) -> str:
+        previous = self._decode(self._window[: self._read])
         text = self._decode(self._window)
-        if len(text) <= len(known) or (text.endswith("\ufffd") and not complete):
+        if len(text) <= len(previous) or (text.endswith("\ufffd") and not final):
             return ""
         self._window = self._window[self._read :]
         self._read = len(self._window)
-        return text[len(known) :]
+        return text[len(previous) :]
 
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def pieces_of_text(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """Text as soon as it is certain, never half a character. Together the pieces are what the tokens decode to."""
+def stream_text(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """Decode a stream of tokens into pieces of text, each of whole characters. They add up to the decoded tokens."""
     detokenizer = Detokenizer(tokenizer)
     for token in tokens:
         if piece := detokenizer.feed(token):
             yield piece
-    if piece := detokenizer.rest():
+    if piece := detokenizer.flush():
         yield piece

@@ -1,4 +1,4 @@
-"""A conversation in a terminal: lines in, streamed answers out."""
+"""The terminal interface of `dsvl chat`: reads lines, prints streamed answers."""
 
 import os
 import re
@@ -16,9 +16,9 @@ from ..utils.image_loading import IMAGE_SUFFIXES, open_image
 from .conversation import DSVLChat
 
 PROMPT = "> "
-WORDS = {"exit": "/quit", "quit": "/quit", "clear": "/clear"}  # alone on a line, as people type them
+ALIASES = {"exit": "/quit", "quit": "/quit", "clear": "/clear"}  # commands without a slash, alone on a line
 
-# A file that was dropped on a terminal: a whole path, quoted or with its spaces escaped, or a file:// address.
+# What terminals insert when a file is dropped on them: an absolute path, quoted or with escaped spaces, or a file:// URL.
 _DROPPED = re.compile(
     r"""(?<!\S)(?: '(?P<single>(?:file://|~?/)[^']+)' | "(?P<double>(?:file://|~?/)[^"]+)" """
     r"""| (?P<bare>(?:file://|~?/)(?:\\.|[^\s\\'"])+) )(?!\S)""",
@@ -27,7 +27,11 @@ _DROPPED = re.compile(
 
 
 def dropped_images(line: str) -> tuple[str, list[str]]:
-    """A line without the images that were dropped into it, and their paths. Only what is a file counts."""
+    """Find the paths of existing image files that were dropped into a line.
+
+    Returns:
+        The line without those paths, and the paths.
+    """
     paths: list[str] = []
 
     def take(match: re.Match[str]) -> str:
@@ -45,36 +49,39 @@ def dropped_images(line: str) -> tuple[str, list[str]]:
 
 
 def _path_with_spaces(line: str) -> str | None:
-    """A file's path with spaces that a line begins with, unquoted, and that ends as an image's does."""
+    """The unquoted path of an image file, with spaces, at the beginning of a line; None if there is none."""
     ends = [match.end() for match in re.finditer("|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES), line, re.I)]
     paths = (line[:end] for end in ends)
     return next((path for path in paths if " " in path and Path(path).expanduser().is_file()), None)
 
 
 def _split(rest: str) -> list[str]:
-    """Words as a shell has them.
+    """Split arguments as a shell does.
 
     Raises:
-        ValueError: for a quotation mark without its partner.
+        ValueError: for an unbalanced quotation mark.
     """
     try:
         return shlex.split(rest)
     except ValueError:
-        raise ValueError(f"{rest} has a quotation mark without its partner; quote the whole: {shlex.quote(rest)}") from None
+        raise ValueError(f"{rest} has an unbalanced quotation mark; quote the whole: {shlex.quote(rest)}") from None
 
 
 def printable(text: str) -> str:
-    """Text without what would command the terminal: no control character but the end of a line and the tabulator."""
+    """Remove control characters except newline and tab, so that text cannot send commands to the terminal."""
     return "".join(c for c in text if c in "\n\t" or (c.isprintable() or ord(c) >= 0xA0))
 
 
 def line_reader(history: bool = True) -> Callable[[], str]:
-    """What reads one line, with editing and a history by prompt_toolkit; plainly, where lines come from no terminal.
+    """A function that reads one line: with editing and history (prompt_toolkit) in a terminal, else `input`.
 
-    It raises EOFError at the end, and KeyboardInterrupt for Ctrl-C.
+    The function raises EOFError at the end of the input, and KeyboardInterrupt for Ctrl-C.
+
+    Args:
+        history: whether the input history is kept in a file.
 
     Raises:
-        ImportError: if prompt_toolkit is needed and not installed.
+        ImportError: if standard input is a terminal and prompt_toolkit is not installed.
     """
     if not sys.stdin.isatty():
         return input
@@ -83,7 +90,7 @@ def line_reader(history: bool = True) -> Callable[[], str]:
         from prompt_toolkit.history import FileHistory, InMemoryHistory
         from prompt_toolkit.key_binding import KeyBindings
     except ImportError as error:
-        raise ImportError("a terminal's lines are edited by prompt_toolkit: pip install 'dsvl[chat]'.") from error
+        raise ImportError("dsvl chat needs prompt_toolkit in a terminal: pip install 'dsvl[chat]'.") from error
 
     keys = KeyBindings()
 
@@ -105,30 +112,30 @@ def _history_file() -> Path:
 
 
 class Terminal:
-    """Reads lines until there are no more, and prints what comes of them.
+    """A chat session in the terminal.
 
     Args:
         chat: the conversation.
-        read: gives one line (see `line_reader`).
-        stats: whether to say after each answer what it cost.
+        read: returns the next line (see `line_reader`).
+        stats (*optional*, defaults to `False`): whether to print token counts and times after each answer.
     """
 
     def __init__(self, chat: DSVLChat, read: Callable[[], str], stats: bool = False) -> None:
         self.chat, self.read, self.stats = chat, read, stats
-        self.waiting: list[Any] = []  # images for the next question
+        self.pending_images: list[Any] = []  # for the next question
         self.commands: dict[str, tuple[Callable[[str], None], str, str]] = {
-            "/image": (self._image, "PATH...", "add images to the next question; dropping files into a line does as well"),
-            "/clear": (self._clear, "", "begin anew; the system message stays; clear as well"),
-            "/system": (self.system, "TEXT", "set the system message; without TEXT, the model's own"),
-            "/save": (self._save, "DIR", "write the conversation and its images into a directory"),
-            "/load": (self.load, "DIR", "go on with a saved one"),
-            "/help": (self._help, "", "this list"),
-            "/quit": (self._quit, "", "leave, as Ctrl-D does; quit and exit as well"),
+            "/image": (self._image, "PATH...", "add images to the next question; you can also drop files into a line"),
+            "/clear": (self._clear, "", "start a new conversation with the same system message; also: clear"),
+            "/system": (self.set_system, "TEXT", "set the system message; without TEXT, use the checkpoint's"),
+            "/save": (self._save, "DIR", "save the conversation and its images into a directory"),
+            "/load": (self.load, "DIR", "continue a saved conversation"),
+            "/help": (self._help, "", "list the commands"),
+            "/quit": (self._quit, "", "leave, like Ctrl-D; also: quit, exit"),
         }
 
     def run(self) -> None:
-        """Talk until the end."""
-        print("Ask; /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+        """Read and handle lines until the end of the input."""
+        print("Ask a question; /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.")
         while True:
             try:
                 self.handle(self.read())
@@ -136,19 +143,19 @@ class Terminal:
                 print()
             except EOFError:
                 return
-            except (ValueError, OSError, torch.OutOfMemoryError) as error:  # the conversation is as it was
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:  # the conversation is unchanged
                 print(printable(str(error)), file=sys.stderr)
 
     def handle(self, line: str) -> None:
-        """Do what a line says: a command, or a question.
+        """Run a command, or ask a question.
 
         Raises:
-            EOFError: to leave.
-            ValueError, OSError: what the person should read.
+            EOFError: for `/quit`.
+            ValueError, OSError: with a message for the user.
         """
         name, _, rest = line.strip().partition(" ")
-        if line.strip().lower() in WORDS:
-            name, rest = WORDS[line.strip().lower()], ""
+        if line.strip().lower() in ALIASES:
+            name, rest = ALIASES[line.strip().lower()], ""
         if name in self.commands:
             self.commands[name][0](rest.strip())
             return
@@ -156,34 +163,34 @@ class Terminal:
         if name.startswith("/") and not paths:
             if spaced := _path_with_spaces(line.strip()):
                 raise ValueError(f"{spaced} is a path with spaces; quote it: {shlex.quote(spaced)}")
-            raise ValueError(f"{name} is no command; /help lists them.")
+            raise ValueError(f"{name} is not a command; /help lists them.")
         self.add_images(paths)
         if text:
             self._ask(text)
 
     def add_images(self, sources: Iterable[str]) -> None:
-        """Let images wait for the next question; all of them, or none."""
+        """Open images for the next question. If one cannot be opened, none is added."""
         opened = [open_image(source, self.chat.allow_urls) for source in sources]
-        self.waiting += opened
+        self.pending_images += opened
         if opened:
-            one = len(self.waiting) == 1
-            print(f"({len(self.waiting)} {'image waits' if one else 'images wait'} for the question)")
+            count = len(self.pending_images)
+            print(f"({count} {'image' if count == 1 else 'images'} added to the next question)")
 
     def _ask(self, text: str) -> None:
         try:
-            with closing(self.chat.stream(text, self.waiting)) as pieces:
+            with closing(self.chat.stream(text, self.pending_images)) as pieces:
                 for piece in pieces:
                     print(printable(piece), end="", flush=True)
-                    self.waiting = []  # they are part of the conversation now
-                self.waiting = []
+                    self.pending_images = []  # they belong to the conversation now
+                self.pending_images = []
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print()
         if self.stats:
-            cost = self.chat.last_round
+            stats = self.chat.last_turn
             print(
-                f"({cost.prompt_tokens} tokens, {cost.reused_tokens} of them reused; {cost.encoded_images} images "
-                f"encoded; first token after {cost.first_token_seconds:.2f} s, then {cost.tokens_per_second:.1f} tokens/s)"
+                f"({stats.prompt_tokens} tokens, {stats.reused_tokens} of them reused; {stats.encoded_images} images "
+                f"encoded; first token after {stats.first_token_seconds:.2f} s, then {stats.tokens_per_second:.1f} tokens/s)"
             )
 
     # -- commands ------------------------------------------------------------------------------------------------------
@@ -199,13 +206,13 @@ class Terminal:
         system = self.chat.messages[:1] if self._has_system() else []
         self.chat.reset()
         self.chat.messages += system
-        self.waiting = []
+        self.pending_images = []
 
     def _has_system(self) -> bool:
         return bool(self.chat.messages) and self.chat.messages[0]["role"] == "system"
 
-    def system(self, text: str) -> None:
-        """Set the system message of the conversation; none leaves the model's own."""
+    def set_system(self, text: str) -> None:
+        """Set the system message. An empty text restores the checkpoint's."""
         if self._has_system():
             del self.chat.messages[0]
         if text:
@@ -213,13 +220,13 @@ class Terminal:
 
     def _save(self, rest: str) -> None:
         self.chat.save(self._directory(rest, "/save"))
-        print(f"(saved in {rest})")
+        print(f"(saved to {rest})")
 
     def load(self, rest: str) -> None:
-        """Go on with a saved conversation."""
+        """Continue a saved conversation."""
         self.chat.load(self._directory(rest, "/load"))
-        rounds = sum(message["role"] == "user" for message in self.chat.messages)
-        print(f"({rounds} {'round' if rounds == 1 else 'rounds'} of {rest})")
+        turns = sum(message["role"] == "user" for message in self.chat.messages)
+        print(f"(loaded {turns} {'turn' if turns == 1 else 'turns'} from {rest})")
 
     def _directory(self, rest: str, command: str) -> Path:
         words = _split(rest)
@@ -230,7 +237,7 @@ class Terminal:
     def _help(self, rest: str) -> None:
         for name, (_, arguments, about) in self.commands.items():
             print(f"  {name + ' ' + arguments:16} {about}")
-        print("  Esc Enter begins a new line within a question.")
+        print("  Esc Enter starts a new line within a question.")
 
     def _quit(self, rest: str) -> None:
         raise EOFError

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chat.commands import add_generation_arguments, add_loading_arguments, generation_options
 from ..data.commands import MAX_BAD_SAMPLES_HELP
 from ..utils.local_paths import check_exists
+from ..utils.model_arguments import add_generation_arguments, add_loading_arguments, generation_options
 from .compare_command import add_report_arguments, write_reports
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""A page to talk to a checkpoint on: `dsvl demo`, and a Hugging Face Space."""
+"""The web page of `dsvl demo`, which is also a Hugging Face Space."""

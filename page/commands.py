@@ -1,41 +1,48 @@
-"""`dsvl demo`."""
+"""The command `dsvl demo`."""
 
 import argparse
 import contextlib
-import ipaddress
 import threading
 from pathlib import Path
 
-from ..chat.commands import add_conversation_arguments, generation_options
+from ..utils.hosts import LOOPBACK, is_loopback
 from ..utils.local_paths import check_exists
+from ..utils.model_arguments import add_conversation_arguments, generation_options
+from ..utils.renamed_flags import RenamedFlag
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `dsvl demo` to the command's parser."""
+    """Add `dsvl demo` to the parser of `dsvl`."""
     parser = commands.add_parser("demo", help="talk to a checkpoint on a page in the browser")
-    parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint, or its name on the Hub")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=int, default=7860, help="to listen on (default 7860)")
-    parser.add_argument("--share", action="store_true", help="ask Gradio for a public address, through its servers")
-    parser.add_argument("--name", help="the page's title (default: the last part of DIR)")
-    parser.add_argument("--system", help="the system message, instead of the model's own")
+    parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint directory, or a name on the Hub")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
     parser.add_argument(
-        "--examples", type=check_exists, metavar="FILE", help="conversations whose first questions are offered"
+        "--share", action="store_true", help="request a public address from Gradio, served through its servers"
+    )
+    parser.add_argument("--name", help="title of the page (default: the last part of DIR)")
+    parser.add_argument("--system", help="the system message (default: the checkpoint's)")
+    parser.add_argument(
+        "--examples", type=check_exists, metavar="FILE", help="conversations whose first questions are shown as examples"
     )
     parser.add_argument(
-        "--max-images", type=int, default=8, help="of a question; twice as many of a conversation (default 8)"
+        "--max-images",
+        type=int,
+        default=8,
+        help="images per question; a conversation may have twice as many (default 8)",
     )
-    parser.add_argument("--max-megapixels", type=float, default=25, help="of an image (default 25)")
-    parser.add_argument("--max-megabytes", type=float, default=16, help="of an image's file (default 16)")
-    parser.add_argument("--max-waiting", type=int, default=32, help="questions that wait for their turn (default 32)")
-    parser.add_argument("--max-caches", type=int, default=4, help="conversations that are not read again (default 4)")
+    parser.add_argument("--max-pictures", dest="max_images", type=int, action=RenamedFlag)
+    parser.add_argument("--max-megapixels", type=float, default=25, help="size of an image (default 25)")
+    parser.add_argument("--max-megabytes", type=float, default=16, help="size of an image file (default 16)")
+    parser.add_argument("--max-waiting", type=int, default=32, help="questions in the queue (default 32)")
+    parser.add_argument("--max-caches", type=int, default=4, help="conversations whose KV cache is kept (default 4)")
     add_conversation_arguments(parser)
     parser.set_defaults(run=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
     try:
-        from .app import LOOPBACK, open_page
+        from .app import open_page
     except ImportError as error:
         raise ImportError(f"{error}; dsvl demo needs more packages: pip install 'dsvl[page]'") from error
     from transformers import set_seed
@@ -43,12 +50,12 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     from ..utils.model_loading import load_checkpoint
     from .examples import read_examples
-    from .limits import Limits
+    from .limits import PageLimits
 
     for name in ("max_images", "max_megapixels", "max_megabytes", "max_waiting", "max_caches"):
         if getattr(arguments, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; pass more than 0")
-    limits = Limits(
+    limits = PageLimits(
         images=arguments.max_images,
         conversation_images=2 * arguments.max_images,
         image_bytes=int(arguments.max_megabytes * 2**20),
@@ -63,7 +70,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
     if arguments.seed is not None:
         set_seed(arguments.seed)
-    here = _is_loopback(arguments.host)
+    local = is_loopback(arguments.host)
     page = open_page(
         model,
         processor,
@@ -73,7 +80,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         arguments.system,
         host=arguments.host,
         port=arguments.port,
-        allowed_hosts=LOOPBACK if here else ("*",),
+        allowed_hosts=LOOPBACK if local else ("*",),
         share=arguments.share,
         overflow=arguments.overflow,
         context_length=arguments.context_length,
@@ -81,13 +88,6 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
     with contextlib.suppress(KeyboardInterrupt), page as (address, _):
         print(f"dsvl demo: {address}; Ctrl-C ends it", flush=True)
-        if arguments.share or not here:
-            print("dsvl demo: whoever reaches this address can use it; there is no password", flush=True)
+        if arguments.share or not local:
+            print("dsvl demo: everybody who can reach this address can use it; there is no password", flush=True)
         threading.Event().wait()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

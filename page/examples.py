@@ -1,4 +1,4 @@
-"""Questions that are asked with a click."""
+"""Example questions that a visitor can ask with a click."""
 
 import random
 from collections.abc import Sequence
@@ -8,18 +8,18 @@ from PIL import Image
 
 from ..data import load_conversations
 from ..data.messages import images_of
-from ..demo.drawing import IMAGE_SIZE, Scene, render
 from ..utils.image_loading import open_image
+from ..utils.shape_images import IMAGE_SIZE, Scene, render
 
 Example = tuple[str, Sequence[Image.Image]]
-SHOWN = 4  # examples, of a file
-ENLARGED = 8  # drawn images are small, and a model's processor makes them small again
+MAX_EXAMPLES = 4  # of a file
+SCALE = 8  # enlarges the drawn images, which are small
 
 
-def drawn_examples() -> list[Example]:
-    """Questions about coloured shapes, as the model of `make demo` knows them; any other can see them too."""
+def default_examples() -> list[Example]:
+    """Questions about images of coloured shapes, in the words of the model that `python -m dsvl.demo` trains."""
     rng = random.Random(0)
-    side = IMAGE_SIZE * ENLARGED
+    side = IMAGE_SIZE * SCALE
     red, blue = (
         render(scene, rng).resize((side, side), Image.Resampling.LANCZOS)
         for scene in (Scene("red", "circle", "two"), Scene("blue", "square", "three"))
@@ -28,22 +28,22 @@ def drawn_examples() -> list[Example]:
 
 
 def read_examples(source: str | Path) -> list[Example]:
-    """The first questions of the first conversations of a data set.
+    """The first question of each of the first conversations of a data set.
 
     Args:
-        source: whatever `dsvl train` takes as `--data`.
+        source: anything that `dsvl train --data` takes.
 
     Raises:
-        ValueError: if it holds no question, or an image that cannot be opened.
+        ValueError: if there is no conversation, or an image cannot be opened.
     """
     samples = load_conversations(source)
     examples: list[Example] = []
-    for index in range(min(SHOWN, len(samples))):
+    for index in range(min(MAX_EXAMPLES, len(samples))):
         question = next(message for message in samples[index]["messages"] if message["role"] == "user")
         content = question["content"]
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         text = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
         examples.append((text, [open_image(image) for image in images_of([question])]))
     if not examples:
-        raise ValueError(f"{source} holds no conversation; pass a file with some.")
+        raise ValueError(f"{source} holds no conversation; pass a file with at least one.")
     return examples

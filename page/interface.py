@@ -1,4 +1,4 @@
-"""What a visitor sees: a conversation, and a box for the next question and its images."""
+"""The Gradio interface: the conversation, and a box for the next question and its images."""
 
 import asyncio
 import html
@@ -10,8 +10,8 @@ import gradio as gr
 
 from ..utils.image_loading import IMAGE_SUFFIXES
 from .limits import Refusal
+from .sessions import ChatSessions, PageQuestion, PendingTurn
 from .uploads import open_upload
-from .visitors import Question, Turn, Visitors
 
 SECONDS_BETWEEN_UPDATES = 0.05
 STYLE = """
@@ -26,19 +26,19 @@ footer, .dsvl-conversation [aria-label="Share"] {display: none !important}
 """
 
 
-def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequence[Path]]] = ()) -> gr.Blocks:
-    """The page, not yet open.
+def build_page(sessions: ChatSessions, name: str, examples: Sequence[tuple[str, Sequence[Path]]] = ()) -> gr.Blocks:
+    """Build the page, without starting it.
 
-    Nothing of a conversation comes back from the browser: it sends the next question, or that the last one shall be asked
-    again or taken back. So nobody can put words into a conversation that is not theirs, and requests stay small.
+    Conversations are kept on the server. The browser sends only the next question, or a command such as retry or undo, so
+    requests stay small, and a visitor cannot alter a conversation otherwise.
 
     Args:
-        visitors: the conversations.
-        name: of the model, the page's title.
-        examples: questions, each with the files of its images, to be asked with a click.
+        sessions: the conversations.
+        name: the name of the model, which is the title of the page.
+        examples (*optional*): questions, each with its image files, that can be asked with a click.
     """
-    handlers = _Handlers(visitors, [Question(text, [str(file) for file in files]) for text, files in examples])
-    limits = visitors.limits
+    handlers = _Handlers(sessions, [PageQuestion(text, [str(file) for file in files]) for text, files in examples])
+    limits = sessions.limits
     with gr.Blocks(
         title=name,
         fill_height=True,
@@ -48,13 +48,13 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
         gr.Markdown(f"## {html.escape(name)}")
         gr.Markdown(
             f"Ask about up to {limits.images} images at once, each up to {limits.image_bytes / 2**20:.3g} MB and "
-            f"{limits.image_pixels / 1e6:g} megapixels. Through the conversation they are image 1, image 2, ... "
-            "A model's answers may be wrong.",
+            f"{limits.image_pixels / 1e6:g} megapixels. They are numbered through the conversation: image 1, image 2, ... "
+            "The model's answers may be wrong.",
             elem_classes="dsvl-about",
         )
         conversation = gr.Chatbot(
             scale=1,
-            height="max(320px, calc(100dvh - 260px))",  # the box stays in sight, with images in it too
+            height="max(320px, calc(100dvh - 260px))",  # keeps the box visible, also with images in it
             elem_classes="dsvl-conversation",
             show_label=False,
             label="Conversation",
@@ -64,9 +64,11 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
             render_markdown=False,
             latex_delimiters=[],
             examples=[{"text": text, "files": [str(file) for file in files]} for text, files in examples] or None,
-            placeholder="Add images with the clip, by dropping or by pasting them, and ask about them.",
+            placeholder="Add images with the paper clip, or drop or paste them, and ask about them.",
         )
-        conversation.keep_in_cache.update(str(file) for _, files in examples for file in files)  # not deleted by age
+        conversation.keep_in_cache.update(
+            str(file) for _, files in examples for file in files
+        )  # exempt from deletion by age
         box = gr.MultimodalTextbox(
             show_label=False,
             label="Question",
@@ -79,8 +81,8 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
             stop_btn=False,
         )
         both = [conversation, box]
-        # All go through the queue, which also carries what visitors are told. It is `Visitors` that lets questions wait, and
-        # refuses more than the limits: where Gradio's own queue is full, no answer could be stopped either.
+        # All events go through Gradio's queue, which also transports messages to visitors. `ChatSessions` queues questions
+        # and enforces the limit: if Gradio's own queue could fill up, answers could not be stopped any more.
         shared: dict[str, Any] = {"outputs": both, "show_progress": "hidden", "api_visibility": "private"}
         shared |= {"concurrency_limit": None}
         box.submit(handlers.ask, box, **shared)
@@ -95,23 +97,23 @@ def build_page(visitors: Visitors, name: str, examples: Sequence[tuple[str, Sequ
 
 
 class _Handlers:
-    """What happens on the page's events. Each returns the conversation as it is shown, and the box.
+    """The event handlers. Each returns updates of the `Chatbot` and of the box.
 
-    What is refused is told beside the page, which stays as it is; an error would cover it.
+    A refusal is shown as a warning and leaves the page unchanged; a `gr.Error` would cover the components.
     """
 
-    def __init__(self, visitors: Visitors, examples: list[Question]) -> None:
-        self.visitors, self.examples = visitors, examples
-        self.opening = asyncio.Semaphore(2)  # decoding images takes memory
+    def __init__(self, sessions: ChatSessions, examples: list[PageQuestion]) -> None:
+        self.sessions, self.examples = sessions, examples
+        self.opening = asyncio.Semaphore(2)  # limits the memory for decoding images
 
     async def ask(self, typed: dict[str, Any] | None, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
-        """Take the question on, and answer it; or tell why not, and it stays in the box."""
+        """Ask the question in the box. If it is refused, it stays there."""
         typed = typed or {}
         async for update in self._ask(_session(request), typed.get("text") or "", typed.get("files") or []):
             yield update
 
     async def ask_example(self, chosen: gr.SelectData, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
-        """Ask an example; only its number is taken from the request."""
+        """Ask an example. Only its index is taken from the request."""
         if type(chosen.index) is not int or not 0 <= chosen.index < len(self.examples):
             raise gr.Error("There is no such example.", print_exception=False)
         example = self.examples[chosen.index]
@@ -119,32 +121,32 @@ class _Handlers:
             yield update
 
     async def ask_again(self, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
-        """Ask the last question again."""
+        """Generate a new answer to the last question."""
         session = _session(request)
-        async for update in self._answer(session, lambda tell: self.visitors.ask_again(session, tell)):
+        async for update in self._answer(session, lambda notify: self.sessions.ask_again(session, notify)):
             yield update
 
     def undo(self, request: gr.Request) -> tuple[Any, Any]:
-        """Take the last question back into the box."""
+        """Remove the last turn, and put its question into the box."""
         session = _session(request)
         try:
-            question = self.visitors.take_back(session)
+            question = self.sessions.undo(session)
         except Refusal as refusal:
             return _refused(refusal)
-        return self.visitors.shown(session)[0], _free_box(question)
+        return self.sessions.displayed(session)[0], _free_box(question)
 
     def clear(self, request: gr.Request) -> tuple[Any, Any]:
-        """Forget everything."""
-        self.visitors.clear(_session(request))
+        """Delete the conversation."""
+        self.sessions.clear(_session(request))
         return [], _free_box()
 
     def stop(self, request: gr.Request) -> None:
-        """End the answer; what was said stays."""
-        self.visitors.stop(_session(request))
+        """Stop the answer, and keep the text so far."""
+        self.sessions.stop(_session(request))
 
     def leave(self, request: gr.Request) -> None:
-        """The page was closed."""
-        self.visitors.leave(_session(request))
+        """Handle that the visitor closed the page."""
+        self.sessions.leave(_session(request))
 
     async def _ask(self, session: str, text: str, files: Sequence[str]) -> AsyncIterator[tuple[Any, Any]]:
         try:
@@ -153,59 +155,60 @@ class _Handlers:
         except Refusal as refusal:
             yield _refused(refusal)
             return
-        async for update in self._answer(session, lambda tell: self.visitors.ask(session, question, tell)):
+        async for update in self._answer(session, lambda notify: self.sessions.ask(session, question, notify)):
             yield update
 
-    async def _answer(self, session: str, begin: Callable[[Callable[[], None]], Turn]) -> AsyncIterator[tuple[Any, Any]]:
-        """Answer, word by word. What is shown is always the conversation as it is: it may be cleared meanwhile."""
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
+    async def _answer(
+        self, session: str, begin: Callable[[Callable[[], None]], PendingTurn]
+    ) -> AsyncIterator[tuple[Any, Any]]:
+        """Stream an answer. Every update shows the current conversation, which may have been cleared meanwhile."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
-        def tell() -> None:
-            loop.call_soon_threadsafe(news.set)
+        def notify() -> None:
+            loop.call_soon_threadsafe(changed.set)
 
         try:
-            turn = begin(tell)
+            turn = begin(notify)
         except Refusal as refusal:
             yield _refused(refusal)
             return
         done, answered = asyncio.wrap_future(turn.done), False
-        done.add_done_callback(lambda _: news.set())
+        done.add_done_callback(lambda _: changed.set())
         try:
-            yield self.visitors.shown(session)[0], _waiting_box()
+            yield self.sessions.displayed(session)[0], _busy_box()
             while not done.done():
-                await news.wait()
-                news.clear()
+                await changed.wait()
+                changed.clear()
                 if not done.done():
-                    yield self.visitors.shown(session)[0], gr.skip()
+                    yield self.sessions.displayed(session)[0], gr.skip()
                     await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
             answered = not done.cancelled() and done.result()
         except Refusal as refusal:
             gr.Warning(str(refusal))
         finally:
-            if not done.done():  # nobody is there to read on
-                self.visitors.stop(session, turn)
-        if turn.dropped_rounds:
-            left_out = f"the oldest questions ({turn.dropped_rounds}) are left out now"
-            gr.Info(f"The model's context is full; of what it read, {left_out}.")
-        shown, busy = self.visitors.shown(session)
+            if not done.done():  # the visitor has left
+                self.sessions.stop(session, turn)
+        if turn.dropped_turns:
+            gr.Info(f"The context is full: the model does not see the oldest questions ({turn.dropped_turns}) any more.")
+        shown, busy = self.sessions.displayed(session)
         yield shown, gr.skip() if busy else _free_box(None if answered or turn.cleared else turn.question)
 
-    def _question(self, text: str, files: Sequence[str]) -> Question:
-        limits = self.visitors.limits
+    def _question(self, text: str, files: Sequence[str]) -> PageQuestion:
+        limits = self.sessions.limits
         if not text:
             raise Refusal("Write a question." if not files else "Write a question about the images.")
         if len(text) > limits.characters:
-            raise Refusal(f"A question has {limits.characters:,} characters at most here, and this has {len(text):,}.")
+            raise Refusal(f"A question may have {limits.characters:,} characters; this one has {len(text):,}.")
         if len(files) > limits.images:
-            raise Refusal(f"A question takes {limits.images} images here, and this has {len(files)}.")
-        for file in files:  # what cannot be opened is told at once; pixels are kept of nobody who waits
+            raise Refusal(f"A question may have {limits.images} images; this one has {len(files)}.")
+        for file in files:  # reports bad files at once; the pixels are not kept while the question waits
             open_upload(file, limits)
-        return Question(text, [*files])
+        return PageQuestion(text, [*files])
 
 
 def _session(request: gr.Request) -> str:
     if not request.session_hash:
-        raise gr.Error("Open the page in a browser.", print_exception=False)
+        raise gr.Error("This request has no session; open the page in a browser.", print_exception=False)
     return str(request.session_hash)
 
 
@@ -214,11 +217,11 @@ def _refused(refusal: Refusal) -> tuple[Any, Any]:
     return gr.skip(), gr.skip()
 
 
-def _waiting_box() -> Any:
+def _busy_box() -> Any:
     return gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
 
 
-def _free_box(question: Question | None = None) -> Any:
-    if question is None:  # whatever is typed stays
+def _free_box(question: PageQuestion | None = None) -> Any:
+    if question is None:  # keep what has been typed
         return gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
-    return gr.MultimodalTextbox(value=question.typed(), submit_btn=True, stop_btn=False)
+    return gr.MultimodalTextbox(value=question.as_box_value(), submit_btn=True, stop_btn=False)

@@ -1,25 +1,25 @@
-"""What a page takes on."""
+"""Limits of the web page."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What visitors may send, and what is kept of them.
+class PageLimits:
+    """What visitors may send, and how much of it is kept.
 
     Args:
-        images: of a question.
-        conversation_images: of a conversation.
-        image_bytes: of an image's file.
-        image_pixels: of an image.
-        characters: of a question.
-        waiting: answers that wait for their turn; more questions are refused.
-        conversations: kept at once, and forgotten from the least recently used on; of the most recent ones
-            (`caches`) the model's cache is kept too, which takes the most memory.
-        caches: see there.
-        idle_seconds: after which a conversation may be forgotten, and uploaded files are deleted.
-        upload_bytes: of all files that are kept.
-        memory_bytes: of the pixels of all conversations; of the least recently used ones, only the files are kept.
+        images: images per question.
+        conversation_images: images per conversation.
+        image_bytes: size of an image file.
+        image_pixels: pixels of an image.
+        characters: characters of a question.
+        waiting: questions in the queue; further ones are refused.
+        conversations: conversations kept; the least recently used ones are deleted.
+        caches: KV caches kept, for the most recently used conversations. They take the most memory.
+        idle_seconds: age at which conversations may be deleted, and uploaded files are.
+        upload_bytes: total size of all uploaded files.
+        memory_bytes: total size of the decoded images of all conversations; of the least recently used ones, only the files
+            are kept.
     """
 
     images: int = 8
@@ -36,4 +36,4 @@ class Limits:
 
 
 class Refusal(Exception):
-    """What a visitor asked for is not done; the message is for the visitor, and names no file of this machine."""
+    """A visitor's request is refused. The message is shown to the visitor and contains no path of this machine."""

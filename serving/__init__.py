@@ -1,5 +1,5 @@
-"""`dsvl serve`: a checkpoint behind the OpenAI chat-completions protocol.
+"""`dsvl serve`: a checkpoint behind the OpenAI chat-completions API.
 
-The protocol's answers are made by transformers' own server (`transformers.cli.serving`); here is what it lacks: batches,
-limits, requests that end with their client, and nothing that a request could reach but the model.
+Responses are formatted by the server of transformers (`transformers.cli.serving`). This package adds batching, limits and
+cancellation when a client disconnects, and ignores everything in a request that could access more than the model.
 """

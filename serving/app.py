@@ -1,4 +1,4 @@
-"""The HTTP side: three routes, and transformers' own handler of chat completions behind them."""
+"""The ASGI application of `dsvl serve`. Its chat completions subclass the handler of transformers' server."""
 
 import asyncio
 import contextlib
@@ -23,65 +23,70 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..chat.prompts import prompt_ids
+from ..utils.hosts import LOOPBACK
 from ..utils.transformers_names import ChatCompletionHandler, Modality
-from .connections import Bodies
+from .connections import BodyReader
 from .engine import FAILURE, Engine, Sampling
 from .images import fetch_images, image_parts, load_image
-from .requests import ChatRequest, Limits, RequestError, parse
+from .requests import ChatRequest, RequestError, RequestLimits, parse
 
 logger = logging.getLogger(__name__)
-DEFAULT_NEW_TOKENS = 1024  # as transformers' own server
-CHARACTERS_PER_TOKEN = 64  # more than any text has on the average
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+DEFAULT_NEW_TOKENS = 1024  # as in the server of transformers
+MAX_CHARACTERS_PER_TOKEN = 64  # more than the average of any text
 
 
 class ChatCompletions(ChatCompletionHandler):
-    """`/v1/chat/completions`, an ASGI application.
+    """The ASGI application of `/v1/chat/completions`.
 
-    The base class turns messages into the processor's and texts into the protocol's answers, streamed or whole. What it
-    takes from a request beyond that is left out here: names of models, addresses and paths of images, whole generation
-    configurations, arguments of the template, the seed of the process.
+    The base class converts messages to the processor's format and formats responses. Its other features are not used,
+    because they give clients control over the process: loading models by name, opening image paths and URLs, whole
+    generation configs, chat template arguments, and the global random seed.
 
     Args:
         model: a DSVL model.
         processor: its processor.
-        name: what clients call it.
-        limits: what is taken on.
-        engine: where answers come from.
+        name: the model's name for clients.
+        limits: the limits of the server.
+        engine: generates the answers.
+
+    Attributes:
+        held: the number of requests in progress.
     """
 
-    def __init__(self, model: Any, processor: Any, name: str, limits: Limits, engine: Engine) -> None:
-        super().__init__(model_manager=None, generation_state=None)  # type: ignore[arg-type]  # one model, and one engine
+    def __init__(self, model: Any, processor: Any, name: str, limits: RequestLimits, engine: Engine) -> None:
+        super().__init__(model_manager=None, generation_state=None)  # type: ignore[arg-type]  # replaced by model and engine
         self.model, self.processor, self.name, self.limits, self.engine = model, processor, name, limits, engine
-        self.bodies = Bodies()
+        self.bodies = BodyReader()
         self.held = 0
-        # Beside the event loop. Decoding images takes time and memory, so never many at once; and requests take turns
-        # image by image, so that nobody waits for all of another's, and texts for none.
+        # Thread pools keep slow work out of the event loop. Few threads decode images, which limits memory. Each image is a
+        # separate task, so concurrent requests alternate, and requests without images do not wait.
         self.reading = ThreadPoolExecutor(2, thread_name_prefix="dsvl-serve-read")
         self.preparing = ThreadPoolExecutor(2, thread_name_prefix="dsvl-serve-prepare")
-        self.fetching = ThreadPoolExecutor(16, thread_name_prefix="dsvl-serve-fetch")  # slow addresses hold nobody else up
+        self.fetching = ThreadPoolExecutor(16, thread_name_prefix="dsvl-serve-fetch")  # for slow URLs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        request_id = f"chatcmpl-{uuid.uuid4().hex}"  # ours: a client's could be another's
+        request_id = f"chatcmpl-{uuid.uuid4().hex}"  # never the client's id, which may not be unique
         try:
-            with self._place():
-                pass  # nothing is read that would be refused
+            with self._slot():
+                pass  # refuse before reading the body
             body = await self._read(request)
-            with self._place():  # only now: whoever is slow to send takes nobody's place
-                response = await _while_there(receive, self._respond(body, request_id))
+            with self._slot():  # after reading, so that slow senders do not occupy a slot
+                response = await _cancel_on_disconnect(receive, self._respond(body, request_id))
                 del body
                 await response(scope, receive, send)
         except ClientDisconnect:
-            pass  # nobody is there to be told
+            pass
         finally:
             self.engine.release(request_id)
 
     @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
+    def _slot(self) -> Iterator[None]:
         if self.held >= self.limits.requests:
             raise RequestError(
-                f"The server holds {self.held} requests, as many as it takes; try again later.", 429, "rate_limit_exceeded"
+                f"The server is at its limit of {self.held} concurrent requests; try again later.",
+                429,
+                "rate_limit_exceeded",
             )
         self.held += 1
         try:
@@ -90,38 +95,38 @@ class ChatCompletions(ChatCompletionHandler):
             self.held -= 1
 
     async def _read(self, request: Request) -> bytes:
-        """The body, within its limits.
+        """Read the body within the limits.
 
-        JSON must be called so: a page in somebody's browser can send it here by that name only if it is asked first.
+        Its content type must be application/json, because browsers send that across origins only after a CORS preflight.
         """
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("Send the request with content-type application/json.", 415)
         return await self.bodies.read(request, self.limits)
 
     def _read_messages(self, body: bytes) -> tuple[ChatRequest, list[dict[str, Any]]]:
-        """The request, and its messages as the processor takes them, but for the images."""
-        asked = parse(body)
-        asked.stops()
-        if asked.model != self.name:
+        """Parse a request; returns it, and its messages in the processor's format with images still encoded."""
+        request = parse(body)
+        request.stop_strings()
+        if request.model != self.name:
             raise RequestError(
-                f"There is no such model here; GET /v1/models names {self.name!r}.", 404, "model_not_found", "model"
+                f"This model does not exist; GET /v1/models lists {self.name!r}.", 404, "model_not_found", "model"
             )
-        messages = self.get_processor_inputs_from_messages(asked.plain_messages(), Modality.VLM)
+        messages = self.get_processor_inputs_from_messages(request.plain_messages(), Modality.VLM)
         context = self.model.config.get_text_config().max_position_embeddings
         characters = sum(len(part.get("text", "")) for message in messages for part in message["content"])
-        if characters > CHARACTERS_PER_TOKEN * context:  # not worth the minutes to count its tokens
+        if characters > MAX_CHARACTERS_PER_TOKEN * context:  # tokenizing it could take minutes
             raise RequestError(
-                f"The model's context is {context} tokens, far less than {characters} characters; shorten the messages.",
+                f"{characters} characters do not fit into the model's context of {context} tokens; shorten the messages.",
                 code="context_length_exceeded",
                 param="messages",
             )
-        return asked, messages
+        return request, messages
 
     def _prompt(self, messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The model inputs of messages, but for the images' pixels; (1, tokens) each."""
+        """The model inputs of messages without `pixel_values`; tensors of shape (1, tokens)."""
         try:
             ids = torch.tensor([prompt_ids(self.processor, messages)])
-        except TemplateError as error:  # the template's own words about the order of roles
+        except TemplateError as error:  # the chat template refuses the order of roles
             raise RequestError(f"messages: {error}.", param="messages") from None
         return {
             "input_ids": ids,
@@ -129,96 +134,94 @@ class ChatCompletions(ChatCompletionHandler):
             "mm_token_type_ids": (ids == self.processor.image_token_id).long(),
         }
 
-    def _pixels(self, part: dict[str, Any], number: int) -> torch.Tensor:
-        """An image as the tower takes it, (1, 3, height, width)."""
+    def preprocess_image(self, part: dict[str, Any], number: int) -> torch.Tensor:
+        """Decode and preprocess image `number` of a request; returns `pixel_values`, (1, 3, height, width)."""
         image = load_image(part, number, self.limits)
         try:
             return self.processor(text=self.processor.image_token, images=[image], return_tensors="pt")["pixel_values"]
         except ValueError as error:
-            logger.info("An image was refused: %s", error)
+            logger.info("Refused an image: %s", error)
             raise RequestError(
-                f"Image {number}, of {image.width} x {image.height} pixels, cannot be taken; pass another.",
+                f"Image {number}, of {image.width} x {image.height} pixels, cannot be processed; pass another.",
                 code="invalid_image",
                 param="messages",
             ) from None
 
-    def _sampling(self, asked: ChatRequest, prompt_tokens: int) -> Sampling:
-        """How to answer; what the request leaves open is the checkpoint's generation configuration.
+    def _sampling(self, request: ChatRequest, prompt_tokens: int) -> Sampling:
+        """The sampling parameters of a request. Defaults are those of the checkpoint's generation config.
 
         Raises:
-            RequestError: if prompt and answer do not fit into the model's context.
+            RequestError: if prompt and answer do not fit into the context, or the answer would exceed the server's limit.
         """
         context = self.model.config.get_text_config().max_position_embeddings
-        left = context - prompt_tokens
-        wanted = asked.max_completion_tokens or asked.max_tokens
-        if left < (wanted or 1):
+        available = context - prompt_tokens
+        requested = request.max_completion_tokens or request.max_tokens
+        if available < (requested or 1):
             raise RequestError(
                 f"The model's context is {context} tokens; messages and images take {prompt_tokens}"
-                + (f", and {wanted} are wanted for the answer" if wanted else "")
+                + (f", and {requested} are requested for the answer" if requested else "")
                 + ". Shorten one of them.",
                 code="context_length_exceeded",
                 param="messages",
             )
-        if wanted is not None and wanted > self.limits.new_tokens:
-            raise RequestError(
-                f"An answer takes {self.limits.new_tokens} tokens at most here.", param="max_completion_tokens"
-            )
+        if requested is not None and requested > self.limits.new_tokens:
+            raise RequestError(f"An answer may have at most {self.limits.new_tokens} tokens.", param="max_completion_tokens")
         config = self.model.generation_config
-        temperature = asked.temperature
+        temperature = request.temperature
         if temperature is None:
             temperature = (config.temperature or 1.0) if config.do_sample else 0.0
         return Sampling(
-            max_new_tokens=wanted or min(DEFAULT_NEW_TOKENS, self.limits.new_tokens, left),
+            max_new_tokens=requested or min(DEFAULT_NEW_TOKENS, self.limits.new_tokens, available),
             temperature=temperature,
-            top_p=asked.top_p if asked.top_p is not None else config.top_p or 1.0,
+            top_p=request.top_p if request.top_p is not None else config.top_p or 1.0,
             top_k=config.top_k or 0,
-            seed=asked.seed,
-            stop=asked.stops(),
+            seed=request.seed,
+            stop=request.stop_strings(),
         )
 
     async def _respond(self, body: bytes, request_id: str) -> Response:
-        """The answer; one that is streamed has begun."""
+        """Generate the response; a streaming one has started when this returns."""
         run = asyncio.get_running_loop().run_in_executor
-        asked, messages = await run(self.reading, self._read_messages, body)
-        del body  # as large as its images, and the answer may take long
+        request, messages = await run(self.reading, self._read_messages, body)
+        del body  # frees the memory of the images while the answer is generated
         await run(self.fetching, fetch_images, messages, self.limits)
         inputs = await run(self.reading, self._prompt, messages)
-        sampling = self._sampling(asked, inputs["input_ids"].shape[-1])
+        sampling = self._sampling(request, inputs["input_ids"].shape[-1])
         parts = enumerate(image_parts(messages, self.limits), 1)
-        pixels = [await run(self.preparing, self._pixels, part, number) for number, part in parts]
+        pixels = [await run(self.preparing, self.preprocess_image, part, number) for number, part in parts]
         if pixels:
             inputs["pixel_values"] = torch.cat(pixels)
         arguments = (request_id, self.model, self.processor, self.name, inputs, sampling)
-        if not asked.stream:
+        if not request.stream:
             return await self._non_streaming(*arguments, gen_manager=self.engine)
         response = self._streaming(*arguments, gen_manager=self.engine)
-        response.body_iterator = _closed(response.body_iterator)
+        response.body_iterator = _with_done(response.body_iterator)
         return response
 
 
-async def _closed(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The events of a stream, and the mark of its end, which transformers' handler leaves out."""
+async def _with_done(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Append the final `data: [DONE]`, which the handler of transformers does not send."""
     failed = False
-    async with contextlib.aclosing(events) as kept:  # type: ignore[type-var]
-        async for event in kept:
+    async with contextlib.aclosing(events) as open_events:  # type: ignore[type-var]
+        async for event in open_events:
             failed = failed or event.startswith('data: {"error"')
             yield event
     if not failed:
         yield "data: [DONE]\n\n"
 
 
-async def _while_there(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
-    """What the work gives; it is given up when the client goes.
+async def _cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
+    """Await work, and cancel it when the client disconnects.
 
     Raises:
-        ClientDisconnect: then.
+        ClientDisconnect: if the client disconnected.
     """
 
-    async def gone() -> None:
+    async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
@@ -234,37 +237,35 @@ def build_app(
     model: Any,
     processor: Any,
     name: str,
-    limits: Limits | None = None,
+    limits: RequestLimits | None = None,
     max_batch: int = 16,
     allowed_hosts: tuple[str, ...] = LOOPBACK,
 ) -> Starlette:
-    """The server's ASGI application.
+    """Create the server's ASGI application.
 
     Args:
-        model: a DSVL model; it is put into evaluation mode.
+        model: a DSVL model; set to evaluation mode.
         processor: its processor.
-        name: what clients call the model.
-        limits: what it takes on; see `Limits`.
-        max_batch: so many answers are generated together.
-        allowed_hosts: names under which it answers; a page in a browser that gives its own name this machine's address
-            would use another. ("*",) for any.
+        name: the model's name for clients.
+        limits (*optional*): see `RequestLimits`.
+        max_batch (*optional*, defaults to 16): requests per batch.
+        allowed_hosts (*optional*, defaults to the loopback names): the accepted `Host` headers; ("*",) accepts any. This
+            prevents DNS rebinding: a website cannot reach the server under its own name.
 
     Returns:
-        the application; `state.engine` and `state.chat` are its parts.
+        The application, with the `Engine` as `state.engine` and the `ChatCompletions` as `state.chat`.
     """
     engine = Engine(model.eval(), processor, max_batch)
-    chat = ChatCompletions(model, processor, name, limits or Limits(), engine)
-    described = Model(id=name, created=int(time.time()), object="model", owned_by="dsvl")
+    chat = ChatCompletions(model, processor, name, limits or RequestLimits(), engine)
+    card = Model(id=name, created=int(time.time()), object="model", owned_by="dsvl")
 
     async def list_models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [described.model_dump()]})
+        return JSONResponse({"object": "list", "data": [card.model_dump()]})
 
     async def get_model(request: Request) -> Response:
         if request.path_params["model"] != name:
-            raise RequestError(
-                f"There is no such model here; GET /v1/models names {name!r}.", 404, "model_not_found", "model"
-            )
-        return JSONResponse(described.model_dump())
+            raise RequestError(f"This model does not exist; GET /v1/models lists {name!r}.", 404, "model_not_found", "model")
+        return JSONResponse(card.model_dump())
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok", "held": chat.held, "generating": engine.running})
@@ -309,4 +310,4 @@ def _refused(request: Request, error: Exception) -> Response:
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    return _error(FAILURE, 500)  # the server's log has the trace
+    return _error(FAILURE, 500)  # the log has the traceback

@@ -1,30 +1,30 @@
-"""`dsvl serve`."""
+"""The command `dsvl serve`."""
 
 import argparse
-import ipaddress
 from pathlib import Path
 
+from ..utils.hosts import LOOPBACK, is_loopback
 from ..utils.local_paths import check_exists
+from ..utils.model_arguments import add_loading_arguments
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `dsvl serve` to the command's parser."""
-    parser = commands.add_parser("serve", help="a checkpoint behind the OpenAI chat-completions protocol")
+    """Add `dsvl serve` to the parser of `dsvl`."""
+    parser = commands.add_parser("serve", help="serve a checkpoint with the OpenAI chat-completions API")
     parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint directory, or a name on the Hub")
-    parser.add_argument("--name", help="what clients call the model (default: the last part of DIR)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="to listen on (default 8000)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, auto (several), ... (default: a GPU if there is one)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
-    parser.add_argument("--quantization", choices=("4bit", "8bit"), help="of the decoder, by bitsandbytes")
-    parser.add_argument("--attn-implementation", help="of the decoder: eager, sdpa or flex_attention")
-    parser.add_argument("--max-batch", type=int, default=16, help="answers generated together (default 16)")
-    parser.add_argument("--max-requests", type=int, default=128, help="held at once, more are refused (default 128)")
-    parser.add_argument("--max-new-tokens", type=int, default=4096, help="of an answer, at most (default 4096)")
-    parser.add_argument("--max-images", type=int, default=8, help="of a request (default 8)")
-    parser.add_argument("--max-megapixels", type=float, default=25, help="of an image (default 25)")
-    parser.add_argument("--max-megabytes", type=float, default=32, help="of a request (default 32)")
-    parser.add_argument("--allow-urls", action="store_true", help="fetch images from public http(s) addresses")
+    parser.add_argument("--name", help="the model's name for clients (default: the last part of DIR)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000)")
+    parser.add_argument("--max-batch", type=int, default=16, help="requests per batch (default 16)")
+    parser.add_argument(
+        "--max-requests", type=int, default=128, help="concurrent requests, waiting ones included (default 128)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=4096, help="maximum length of an answer (default 4096)")
+    parser.add_argument("--max-images", type=int, default=8, help="images per request (default 8)")
+    parser.add_argument("--max-megapixels", type=float, default=25, help="size of an image (default 25)")
+    parser.add_argument("--max-megabytes", type=float, default=32, help="size of a request (default 32)")
+    parser.add_argument("--allow-urls", action="store_true", help="download images from public http(s) URLs")
+    add_loading_arguments(parser)
     parser.set_defaults(run=_serve)
 
 
@@ -33,16 +33,16 @@ def _serve(arguments: argparse.Namespace) -> None:
         import uvicorn
 
         from ..utils.model_loading import load_checkpoint
-        from .app import LOOPBACK, build_app
+        from .app import build_app
         from .connections import UVICORN
-        from .requests import Limits
+        from .requests import RequestLimits
     except ImportError as error:
         raise ImportError(f"{error}; dsvl serve needs more packages: pip install 'dsvl[serve]'") from error
 
     for name in ("max_batch", "max_requests", "max_new_tokens"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; pass 1 or more")
-    limits = Limits(
+    limits = RequestLimits(
         requests=arguments.max_requests,
         body_bytes=int(arguments.max_megabytes * 2**20),
         images=arguments.max_images,
@@ -54,16 +54,9 @@ def _serve(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
     name = arguments.name or Path(arguments.model).resolve().name
-    hosts = LOOPBACK if _is_loopback(arguments.host) else ("*",)
-    app = build_app(model, processor, name, limits, arguments.max_batch, hosts)
+    local = is_loopback(arguments.host)
+    app = build_app(model, processor, name, limits, arguments.max_batch, LOOPBACK if local else ("*",))
     print(f"dsvl serve: {name} at http://{arguments.host}:{arguments.port}/v1; Ctrl-C ends it", flush=True)
-    if hosts == ("*",):
-        print("dsvl serve: whoever reaches this address can use it; there is no key", flush=True)
+    if not local:
+        print("dsvl serve: everybody who can reach this address can use it; there is no API key", flush=True)
     uvicorn.run(app, host=arguments.host, port=arguments.port, **UVICORN)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -1,4 +1,4 @@
-"""Clients that send or read too slowly are cut off, so that they hold nobody else up."""
+"""Timeouts for clients that send or read too slowly."""
 
 import asyncio
 import time
@@ -8,18 +8,18 @@ import h11
 from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .requests import Limits, RequestError
+from .requests import RequestError, RequestLimits
 
-BODY_GRACE_SECONDS = 5.0  # for a body, and one second more for each so many bytes that came:
+BODY_GRACE_SECONDS = 5.0  # a body may take this long, plus the time of the received bytes at this rate:
 BODY_BYTES_PER_SECOND = 50_000
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's HTTP, with bounds on the time that a client takes. (An ASGI application never learns of half a header.)
+    """uvicorn's HTTP/1.1 protocol with timeouts. (An ASGI application does not see incomplete headers.)
 
     Attributes:
-        headers_seconds: for the headers of a request, and for what is still sent of a body after its answer.
-        reading_seconds: in which a client that has fallen behind reads nothing of its answer.
+        headers_seconds: timeout for the headers of a request, and for the rest of a body after its response.
+        reading_seconds: timeout for a client that stops reading its response.
     """
 
     headers_seconds = 10.0
@@ -27,52 +27,52 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._sending: asyncio.TimerHandle | None = None
-        self._reading: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._watch()
+        self._update_send_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch()
+        self._update_send_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.conn.their_state is not h11.IDLE:  # else uvicorn's own timer runs, until the next request begins
-            self._watch()
+        if self.conn.their_state is not h11.IDLE:  # otherwise uvicorn's keep-alive timer runs
+            self._update_send_timer()
 
-    def _watch(self) -> None:
-        """Run the clock while a client owes something that only this class waits for."""
+    def _update_send_timer(self) -> None:
+        """Run the timer while the client has to send something that uvicorn sets no timeout for."""
         answered = self.cycle is not None and self.cycle.response_complete
-        owes = self.conn.their_state is h11.IDLE or (self.conn.their_state is h11.SEND_BODY and answered)
-        if not owes:
-            self._sending = _stop(self._sending)
-        elif self._sending is None:
-            self._sending = self.loop.call_later(self.headers_seconds, self.transport.close)
+        must_send = self.conn.their_state is h11.IDLE or (self.conn.their_state is h11.SEND_BODY and answered)
+        if not must_send:
+            self._send_timer = _cancel(self._send_timer)
+        elif self._send_timer is None:
+            self._send_timer = self.loop.call_later(self.headers_seconds, self.transport.close)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._reading = self._reading or self.loop.call_later(self.reading_seconds, self.transport.abort)
+        self._read_timer = self._read_timer or self.loop.call_later(self.reading_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._reading = _stop(self._reading)
+        self._read_timer = _cancel(self._read_timer)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._sending, self._reading = _stop(self._sending), _stop(self._reading)
+        self._send_timer, self._read_timer = _cancel(self._send_timer), _cancel(self._read_timer)
         super().connection_lost(exc)
 
 
-def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """Stop a clock that may be running; then there is none."""
+def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancel a timer, if there is one; returns its new value, None."""
     if timer is not None:
         timer.cancel()
     return None
 
 
-# All that `uvicorn.run` needs to know but the address.
+# Arguments of `uvicorn.run`, except for the address.
 UVICORN: dict[str, Any] = {
     "http": BoundedProtocol,
     "log_level": "warning",
@@ -82,26 +82,26 @@ UVICORN: dict[str, Any] = {
 }
 
 
-class Bodies:
-    """Reads requests' bodies, each and all together within their limits.
+class BodyReader:
+    """Reads request bodies and enforces the limits for each of them and for all together.
 
     Attributes:
-        received: bytes of the bodies that are not complete.
+        received: bytes received of incomplete bodies.
     """
 
     def __init__(self) -> None:
         self.received = 0
 
-    async def read(self, request: Request, limits: Limits) -> bytes:
-        """The body of a request.
+    async def read(self, request: Request, limits: RequestLimits) -> bytes:
+        """Read the body of a request.
 
         Args:
-            request: a request, nothing of it read.
-            limits: `body_bytes`, `body_seconds` and `receiving_bytes` of them.
+            request: a request whose body has not been read.
+            limits: `body_bytes`, `body_seconds` and `receiving_bytes` apply.
 
         Raises:
-            RequestError: if it is too large, comes too slowly, or others fill the memory.
-            ClientDisconnect: if the client goes.
+            RequestError: if the body is too large or too slow, or the server receives too much at once.
+            ClientDisconnect: if the client disconnects.
         """
         start = time.monotonic()
         body, stream = bytearray(), request.stream()
@@ -114,7 +114,8 @@ class Bodies:
                     return bytes(body)
                 except TimeoutError:
                     raise RequestError(
-                        f"Of the request, {len(body):,} bytes came in {allowed:.3g} s; send it faster, or smaller images.",
+                        f"Only {len(body):,} bytes of the request arrived in {allowed:.3g} s; "
+                        "send it faster, or send smaller images.",
                         408,
                     ) from None
                 body += chunk
@@ -123,7 +124,7 @@ class Bodies:
                     raise RequestError(f"The request is larger than {limits.body_bytes:,} bytes.", 413)
                 if self.received > limits.receiving_bytes:
                     raise RequestError(
-                        "The server receives as much as it takes; try again later.", 429, "rate_limit_exceeded"
+                        "The server receives too much data at the moment; try again later.", 429, "rate_limit_exceeded"
                     )
         finally:
             self.received -= len(body)

@@ -1,4 +1,4 @@
-"""Requests in, texts out: those that wait are answered together, in batches, on one thread."""
+"""The inference engine of `dsvl serve`: one thread that generates answers in batches."""
 
 import asyncio
 import logging
@@ -21,25 +21,25 @@ from transformers import (
 from ..chat.detokenizer import Detokenizer
 from ..generation_dsvl import NoImageToken
 from ..utils.transformers_names import BaseGenerateManager, _StreamError
-from .stops import StopTexts
+from .stop_strings import StopStrings
 
 logger = logging.getLogger(__name__)
-FAILURE = "The answer could not be generated."  # all that a client learns; the log has the rest
-COLDEST = 1e-4  # a lower temperature would overflow scores, and leaves but the likeliest token
+FAILURE = "The answer could not be generated."  # sent to clients; the log has the reason
+MIN_TEMPERATURE = 1e-4  # lower ones would overflow the scores, and are greedy anyway
 
 
 @dataclass
 class Sampling:
-    """How one request is answered.
+    """Sampling parameters of one request.
 
     Args:
-        max_new_tokens: at most so many; set to None by the engine for an answer that ended before, by itself (from this
-            transformers' handler tells "stop" from "length").
-        temperature: 0 is greedy, and so is one below `COLDEST`.
-        top_p: share of the probability to sample from.
-        top_k: sample from so many tokens; 0 is no limit.
-        seed: of the answer's own generator; None draws one.
-        stop: texts that end the answer, and are not part of it.
+        max_new_tokens: maximum length of the answer. The engine sets it to None when the answer ends earlier, from which the
+            handler of transformers derives the finish reason ("stop" or "length").
+        temperature: 0, like every value below `MIN_TEMPERATURE`, decodes greedily.
+        top_p: sample from the most likely tokens with this total probability.
+        top_k: sample from this many most likely tokens; 0 is unlimited.
+        seed: seed of the request's random generator; None is random.
+        stop: strings that end the answer and are not part of it.
     """
 
     max_new_tokens: int | None
@@ -51,7 +51,18 @@ class Sampling:
 
 
 class Generation:
-    """One request on its way: what transformers' handler reads from (`queue`, `total_tokens`, `cancel`)."""
+    """A request in progress. The handler of transformers reads `queue` and `total_tokens`, and calls `cancel`.
+
+    Args:
+        inputs: its model inputs, with a batch size of 1.
+        sampling: its sampling parameters.
+        tokenizer: the tokenizer.
+
+    Attributes:
+        token_ids: the generated tokens.
+        alone: whether it is generated in a batch of its own, after its batch failed.
+        queue: receives pieces of text; None, or a `_StreamError`, at the end.
+    """
 
     def __init__(self, inputs: dict[str, Any], sampling: Sampling, tokenizer: Any) -> None:
         self.inputs = inputs
@@ -60,15 +71,15 @@ class Generation:
         self.token_ids: list[int] = []
         self.cancelled = False
         self.done = False
-        self.alone = False  # after a batch that failed
-        self.queue: asyncio.Queue[Any] = asyncio.Queue()  # pieces of text; None at the end, or a _StreamError
+        self.alone = False
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._pieces = Detokenizer(tokenizer)
-        self._stop = StopTexts(sampling.stop)
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop_strings = StopStrings(sampling.stop)
         self._generator: torch.Generator | None = None
-        self._before: torch.Tensor | None = None  # the generator's state, before a token that was not taken yet
+        self._state: torch.Tensor | None = None  # of the generator, before a token that is not accepted yet
         self._warpers = LogitsProcessorList()
-        if sampling.temperature >= COLDEST:
+        if sampling.temperature >= MIN_TEMPERATURE:
             self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_k > 0:
                 self._warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -77,20 +88,29 @@ class Generation:
 
     @property
     def total_tokens(self) -> int:
+        """The number of generated tokens."""
         return len(self.token_ids)
 
     def inputs_so_far(self) -> dict[str, torch.Tensor]:
-        """The model inputs of the prompt and the answer's tokens."""
-        said = torch.tensor([self.token_ids], dtype=torch.long)
-        kinds = {"input_ids": said, "attention_mask": torch.ones_like(said), "mm_token_type_ids": torch.zeros_like(said)}
-        return self.inputs | {name: torch.cat([self.inputs[name], new], dim=1) for name, new in kinds.items()}
+        """The model inputs of the prompt and the tokens generated so far."""
+        ids = torch.tensor([self.token_ids], dtype=torch.long)
+        extra = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids)}
+        return self.inputs | {name: torch.cat([self.inputs[name], new], dim=1) for name, new in extra.items()}
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more: it ends before its next token."""
+        """End the answer before its next token, because the client is gone."""
         self.cancelled = True
 
-    def choose(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor | None:
-        """The next token, from scores (1, vocabulary), by this request's own generator; None: the likeliest."""
+    def sample(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor | None:
+        """Sample the next token with this request's generator.
+
+        Args:
+            input_ids: (1, tokens) so far.
+            scores: (1, vocabulary) logits.
+
+        Returns:
+            The token, a scalar tensor; None for greedy decoding.
+        """
         if not self._warpers:
             return None
         if self._generator is None:
@@ -100,27 +120,27 @@ class Generation:
             else:
                 self._generator.manual_seed(self.sampling.seed)
         probabilities = self._warpers(input_ids, scores).float().softmax(-1)
-        self._before = self._generator.get_state()
+        self._state = self._generator.get_state()
         return torch.multinomial(probabilities, 1, generator=self._generator)[0, 0]
 
-    def step_back(self) -> None:
-        """Forget a token that was chosen and not taken: whatever failed between, the answer goes on as if it had not."""
-        if self._generator is not None and self._before is not None:
-            self._generator.set_state(self._before)
-        self._before = None
+    def undo_sample(self) -> None:
+        """Restore the generator's state before a token that was sampled and not accepted, because the batch failed."""
+        if self._generator is not None and self._state is not None:
+            self._generator.set_state(self._state)
+        self._state = None
 
-    def take(self, token_id: int, end_of_text: set[int]) -> None:
-        """The next token was chosen: pass its text on, and end where the answer ends."""
-        self._before = None
+    def accept(self, token_id: int, end_of_text: set[int]) -> None:
+        """Append a token: send its text, and finish the answer if it ends here."""
+        self._state = None
         if self.cancelled:
             self.finish()
             return
         self.token_ids.append(token_id)
         last = token_id in end_of_text or len(self.token_ids) >= self.limit
-        piece = self._pieces.feed(token_id)
-        ready, stopped = self._stop.feed(piece + self._pieces.rest() if last else piece)
+        piece = self._detokenizer.feed(token_id)
+        ready, stopped = self._stop_strings.feed(piece + self._detokenizer.flush() if last else piece)
         if last and not stopped:
-            ready += self._stop.held
+            ready += self._stop_strings.held
         if ready:
             self._send(ready)
         if stopped or token_id in end_of_text:
@@ -129,21 +149,21 @@ class Generation:
             self.finish()
 
     def finish(self, failure: str | None = None) -> None:
-        """No more will come; once."""
+        """End the answer, with an error message if it failed. Further calls have no effect."""
         if not self.done:
             self.done = True
-            self.inputs = {}  # the images are the largest part of a request
+            self.inputs = {}  # frees the memory of the images
             self._send(None if failure is None else _StreamError(failure))
 
     def _send(self, item: Any) -> None:
         try:
             self._loop.call_soon_threadsafe(self.queue.put_nowait, item)
-        except RuntimeError:  # the server is being closed, and nobody listens
+        except RuntimeError:  # the event loop is closed
             self.cancelled = True
 
 
-class _EachItsOwn(LogitsProcessor):
-    """Every row of a batch chooses its token by its own rules: all others are ruled out before a greedy step."""
+class _PerRequestSampling(LogitsProcessor):
+    """Samples each row with its request's parameters, and masks all other tokens for the greedy step that follows."""
 
     def __init__(self, batch: list[Generation]) -> None:
         self.batch = batch
@@ -152,54 +172,60 @@ class _EachItsOwn(LogitsProcessor):
         chosen = scores.argmax(-1)
         for row, one in enumerate(self.batch):
             if not one.done:
-                token = one.choose(input_ids[row : row + 1], scores[row : row + 1])
+                token = one.sample(input_ids[row : row + 1], scores[row : row + 1])
                 if token is not None:
                     chosen[row] = token
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
-class _EndsAlone(StoppingCriteria):
-    """Passes every row's token on, and tells which rows are done; all are, for now, when it is others' turn."""
+class _PerRequestStopping(StoppingCriteria):
+    """Passes tokens to their requests, and stops the rows that are done, or all rows when the batch pauses."""
 
-    def __init__(self, batch: list[Generation], end_of_text: set[int], others_turn: Callable[[int], bool]) -> None:
+    def __init__(self, batch: list[Generation], end_of_text: set[int], should_pause: Callable[[int], bool]) -> None:
         self.batch = batch
         self.end_of_text = end_of_text
-        self.others_turn = others_turn
+        self.should_pause = should_pause
         self.steps = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         for one, token_id in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
             if not one.done:
-                one.take(token_id, self.end_of_text)
+                one.accept(token_id, self.end_of_text)
         self.steps += 1
-        pause = self.others_turn(self.steps)
+        pause = self.should_pause(self.steps)
         return torch.tensor([one.done or pause for one in self.batch], device=input_ids.device)
 
 
 class Engine(BaseGenerateManager):
-    """Answers requests in batches, in the order of their arrival.
+    """Answers requests in batches, in order of arrival.
 
-    A batch takes all that wait when it starts, `max_batch` at most; a row leaves it when its answer ends. If others came
-    meanwhile, the batch pauses after `turn` tokens, and its rows wait again, behind them: nobody waits for the end of
-    another's long answer. A row that goes on runs through its prompt and what it has said so far again. The rows of a batch
-    that fails go on one by one.
+    A batch takes the waiting requests, up to `max_batch`; each row ends on its own. While other requests are waiting, a
+    batch pauses after `max_steps` tokens, and its requests go to the end of the queue, so that short answers do not wait
+    for long ones. A resumed request prefills its prompt and the answer so far again. If a batch fails, its requests are
+    continued one by one.
 
     Args:
-        model: a DSVL model, in evaluation mode.
+        model: a DSVL model in evaluation mode.
         processor: its processor.
-        max_batch: rows of a batch.
-        turn: tokens of a batch while others wait; more is less work in all, fewer a shorter wait.
+        max_batch (*optional*, defaults to 16): requests per batch.
+        max_steps (*optional*, defaults to 64): tokens of a batch while others wait. More tokens need less work in total,
+            fewer shorten the waiting time.
+
+    Attributes:
+        batches: the number of batches started.
+        active: the requests that have not been released, by request id.
+        waiting: the requests that wait for a batch, in order.
     """
 
-    def __init__(self, model: Any, processor: Any, max_batch: int = 16, turn: int = 64) -> None:
+    def __init__(self, model: Any, processor: Any, max_batch: int = 16, max_steps: int = 64) -> None:
         self.model = model
         self.tokenizer = processor.tokenizer
         self.max_batch = max_batch
-        self.turn = turn
-        self.batches = 0  # so many were started
-        self._waiting: list[Generation] = []
-        self._known: dict[str, Generation] = {}
-        self._changed = threading.Condition()
+        self.max_steps = max_steps
+        self.batches = 0
+        self.waiting: list[Generation] = []
+        self.active: dict[str, Generation] = {}
+        self._condition = threading.Condition()
         self._stopped = False
         ends = model.generation_config.eos_token_id
         self._end_of_text = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -209,20 +235,20 @@ class Engine(BaseGenerateManager):
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
     ) -> tuple["asyncio.Queue[Any]", Any]:
-        """Start an answer; see `BaseGenerateManager`. `inputs` are of one row, `gen_config` is a `Sampling`."""
+        """Queue a request (see `BaseGenerateManager`). `inputs` have a batch size of 1; `gen_config` is a `Sampling`."""
         one = Generation(dict(inputs), gen_config, self.tokenizer)
-        with self._changed:
+        with self._condition:
             if self._stopped:
                 raise RuntimeError("The engine has stopped; start the server again.")
-            self._known[request_id] = one
-            self._waiting.append(one)
-            self._changed.notify()
+            self.active[request_id] = one
+            self.waiting.append(one)
+            self._condition.notify()
         return one.queue, one
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, list[int]]:
-        """The whole answer; see `BaseGenerateManager`."""
+        """Queue a request and wait for its whole answer (see `BaseGenerateManager`)."""
         length = inputs["input_ids"].shape[-1]
         queue, one = self.generate_streaming(model, processor, inputs, gen_config, request_id)
         pieces: list[str] = []
@@ -233,45 +259,45 @@ class Engine(BaseGenerateManager):
         return "".join(pieces), length, one.token_ids
 
     def release(self, request_id: str) -> None:
-        """The request is over, for whatever reason: what is left of its answer is not generated."""
-        with self._changed:
-            one = self._known.pop(request_id, None)
+        """Remove a request, and cancel it if it is not done."""
+        with self._condition:
+            one = self.active.pop(request_id, None)
             if one is not None:
                 one.cancel()
-                self._waiting = [other for other in self._waiting if other is not one]
+                self.waiting = [other for other in self.waiting if other is not one]
 
     @property
     def running(self) -> int:
-        """Requests that wait for a batch or are in one."""
-        with self._changed:
-            return sum(not one.done for one in self._known.values())
+        """The number of requests that are waiting or in a batch."""
+        with self._condition:
+            return sum(not one.done for one in self.active.values())
 
     def stop(self) -> None:
-        """End all answers, and the thread."""
-        with self._changed:
+        """Cancel all requests and end the thread."""
+        with self._condition:
             self._stopped = True
-            for one in self._known.values():
+            for one in self.active.values():
                 one.cancel()
-            self._changed.notify()
+            self._condition.notify()
         self._thread.join(timeout=30)
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._stopped)
+            with self._condition:
+                self._condition.wait_for(lambda: self.waiting or self._stopped)
                 if self._stopped:
-                    for one in self._waiting:
+                    for one in self.waiting:
                         one.finish(FAILURE)
                     return
                 batch = self._next()
             self._answer(batch)
-            del batch  # or the last visitor's words would stay until the next one comes
+            del batch  # frees its memory while the thread waits
 
     def _next(self) -> list[Generation]:
-        """Take the next batch from those that wait."""
-        first = self._waiting[0]
-        batch = [first] if first.alone else [one for one in self._waiting if not one.alone][: self.max_batch]
-        self._waiting = [one for one in self._waiting if one not in batch]
+        """Take the next batch from the waiting requests."""
+        first = self.waiting[0]
+        batch = [first] if first.alone else [one for one in self.waiting if not one.alone][: self.max_batch]
+        self.waiting = [one for one in self.waiting if one not in batch]
         return batch
 
     def _answer(self, batch: list[Generation]) -> None:
@@ -279,31 +305,33 @@ class Engine(BaseGenerateManager):
         failed = False
         try:
             self._generate(batch)
-        except Exception:  # whatever went wrong, the server goes on, and those who wait are told
+        except Exception:  # keep the server running; the clients get an error
             logger.exception("A batch of %d requests failed", len(batch))
             failed = True
-        # Not in the handler above, where the error would keep the failed batch's memory.
+        # Not in the handler above, where the traceback would keep the memory of the failed batch alive.
         if failed:
             for one in batch:
-                one.step_back()
-        with self._changed:
+                one.undo_sample()
+        with self._condition:
             for one in batch:
-                # Too large together, or one of them is at fault: each goes on alone, from where it is.
+                # Out of memory, or one request caused the failure: continue each of them alone.
                 one.alone = one.alone or failed
                 if one.cancelled or (failed and len(batch) == 1):
                     one.finish(None if one.cancelled else FAILURE)
                 elif not one.done:
-                    self._waiting.append(one)
+                    self.waiting.append(one)
 
     def _generate(self, batch: list[Generation]) -> None:
-        inputs = join([one.inputs_so_far() for one in batch], self.tokenizer.pad_token_id)
-        ends = _EndsAlone(batch, self._end_of_text, lambda steps: steps >= self.turn and bool(self._waiting))
+        inputs = collate([one.inputs_so_far() for one in batch], self.tokenizer.pad_token_id)
+        ends = _PerRequestStopping(batch, self._end_of_text, lambda steps: steps >= self.max_steps and bool(self.waiting))
         self.model.generate(
             **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
-            logits_processor=LogitsProcessorList([NoImageToken(self.model.config.image_token_id), _EachItsOwn(batch)]),
+            logits_processor=LogitsProcessorList(
+                [NoImageToken(self.model.config.image_token_id), _PerRequestSampling(batch)]
+            ),
             stopping_criteria=StoppingCriteriaList([ends]),
             max_new_tokens=max(one.limit - one.total_tokens for one in batch),
-            do_sample=False,  # each row has chosen already
+            do_sample=False,  # tokens are sampled by _PerRequestSampling
             num_beams=1,
             temperature=None,
             top_p=None,
@@ -311,13 +339,13 @@ class Engine(BaseGenerateManager):
         )
 
 
-def join(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Model inputs of one row each -> those of a batch, padded on the left.
+def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Join model inputs with a batch size of 1 into a batch, padded on the left.
 
     Args:
-        rows: `input_ids`, `attention_mask`, `mm_token_type_ids` (1, tokens) int64, and `pixel_values` (images, 3, height,
-            width) where there are images.
-        pad_token_id: what stands before the shorter rows.
+        rows: `input_ids`, `attention_mask` and `mm_token_type_ids` of shape (1, tokens), int64, and, for rows with images,
+            `pixel_values` of shape (images, 3, height, width).
+        pad_token_id: the padding of `input_ids`.
     """
     longest = max(row["input_ids"].shape[1] for row in rows)
     padding = {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}

@@ -1,4 +1,4 @@
-"""Images of strangers: from a data URL, or an address, to pixels."""
+"""Images of requests: from a data URL or an http(s) URL to pixels. They are untrusted."""
 
 import time
 from typing import Any
@@ -8,76 +8,79 @@ from PIL import Image
 from ..utils.image_loading import ImageReadError, decode_image_file
 from ..utils.url_fetching import FetchError, fetch_url
 from ..utils.urls import decode_data_url, is_data_url
-from .requests import Limits, RequestError
+from .requests import RequestError, RequestLimits
 
-FETCH_SECONDS = 10.0  # for all images of a request
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what browsers send; the fewer readers a stranger reaches, the better
+FETCH_SECONDS = 10.0  # for downloading all images of a request
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what browsers send; other decoders are not exposed
 
 
-def fetch_images(messages: list[dict[str, Any]], limits: Limits) -> None:
-    """Put the bytes of every image that is given as an address in its `url`'s place; together within the limits.
+def fetch_images(messages: list[dict[str, Any]], limits: RequestLimits) -> None:
+    """Download the images that are given as http(s) URLs, and replace their `url` by the bytes.
+
+    Args:
+        messages: messages in the format of the processor; changed in place.
+        limits: `images`, `allow_urls` and `body_bytes`, which all downloads together may not exceed.
 
     Raises:
-        RequestError: for an address that cannot or may not be fetched.
+        RequestError: for a URL that cannot or may not be downloaded.
     """
-    deadline, left = time.monotonic() + FETCH_SECONDS, limits.body_bytes
+    deadline, remaining = time.monotonic() + FETCH_SECONDS, limits.body_bytes
     for number, part in enumerate(image_parts(messages, limits), 1):
-        if not _is_address(part["url"]):
+        if not _is_http_url(part["url"]):
             continue
         if not limits.allow_urls:
-            raise _wrong(number, "is an address, and this server fetches none", "pass data:image/png;base64,...")
+            raise _invalid(
+                number, "is an http(s) URL, which this server does not download", "pass data:image/png;base64,..."
+            )
         try:
-            part["url"] = fetch_url(part["url"], max_bytes=left, seconds=deadline - time.monotonic())
+            part["url"] = fetch_url(part["url"], max_bytes=remaining, seconds=deadline - time.monotonic())
         except FetchError as error:
-            raise _wrong(number, f"was not fetched: {error}", "pass it as a data URL") from None
-        left -= len(part["url"])
+            raise _invalid(number, f"was not fetched: {error}", "pass it as a data URL") from None
+        remaining -= len(part["url"])
 
 
-def load_image(part: dict[str, Any], number: int, limits: Limits) -> Image.Image:
-    """A part's pixels; its `url`, a data URL or bytes, is taken out of it.
+def load_image(part: dict[str, Any], number: int, limits: RequestLimits) -> Image.Image:
+    """Decode an image part. Its `url`, a data URL or bytes, is removed from the part to free memory.
 
     Raises:
-        RequestError: for one that is no data URL, is too large, or cannot be decoded.
+        RequestError: if it is no data URL, is too large, or cannot be decoded.
     """
     url = part.pop("url")
-    return decode(url if isinstance(url, bytes) else read(url, number), number, limits)
+    return decode_image(url if isinstance(url, bytes) else _data_url_bytes(url, number), number, limits)
 
 
-def read(url: str, number: int) -> bytes:
-    """The bytes of a data URL."""
+def _data_url_bytes(url: str, number: int) -> bytes:
     if not is_data_url(url):
-        raise _wrong(number, "is neither a data URL nor an http(s) address", "pass data:image/png;base64,...")
+        raise _invalid(number, "is neither a data URL nor an http(s) URL", "pass data:image/png;base64,...")
     try:
         return decode_data_url(url)
     except ValueError:
-        raise _wrong(number, "is no valid base64 data URL", "pass data:image/png;base64,...") from None
+        raise _invalid(number, "is not a valid base64 data URL", "pass data:image/png;base64,...") from None
 
 
-def decode(data: bytes, number: int, limits: Limits) -> Image.Image:
-    """An image's pixels."""
+def decode_image(data: bytes, number: int, limits: RequestLimits) -> Image.Image:
+    """Decode an image file within the limits."""
     try:
         return decode_image_file(data, limits.image_pixels, FORMATS)
     except ImageReadError as error:
         raise RequestError(f"Image {number} {error}.", code="invalid_image", param="messages") from None
 
 
-def image_parts(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
-    """The parts of messages that are images.
+def image_parts(messages: list[dict[str, Any]], limits: RequestLimits) -> list[dict[str, Any]]:
+    """The image parts of all messages.
 
     Raises:
-        RequestError: for too many of them.
+        RequestError: if there are more than `limits.images`.
     """
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
     if len(parts) > limits.images:
-        raise RequestError(
-            f"{len(parts)} images in one request; this server takes {limits.images} at most.", param="messages"
-        )
+        raise RequestError(f"The request has {len(parts)} images; the limit is {limits.images}.", param="messages")
     return parts
 
 
-def _is_address(url: str) -> bool:
+def _is_http_url(url: str) -> bool:
     return url.split(":", 1)[0].lower() in ("http", "https")
 
 
-def _wrong(number: int, what: str, remedy: str) -> RequestError:
+def _invalid(number: int, what: str, remedy: str) -> RequestError:
     return RequestError(f"Image {number} {what}; {remedy}.", code="invalid_image", param="messages")

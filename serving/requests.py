@@ -1,4 +1,4 @@
-"""What may be asked, and what is answered to anything else."""
+"""The schema of requests, the limits of the server, and error responses."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -8,17 +8,17 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-SHOWN = 60  # characters of a value that a message repeats
+MAX_QUOTED = 60  # characters of a value that an error message quotes
 
 
 class RequestError(Exception):
-    """What a client is told: an OpenAI error body.
+    """An error response in OpenAI's format.
 
     Args:
-        message: what is wrong, what was expected, what to do; nothing of this machine.
-        status: of HTTP.
-        code: for programs ("context_length_exceeded", ...).
-        param: the field at fault.
+        message: what is wrong, what was expected, and what to do. Sent to the client, so it must not reveal local details.
+        status (*optional*, defaults to 400): the HTTP status.
+        code (*optional*): a machine-readable code, such as "context_length_exceeded".
+        param (*optional*): the invalid field.
     """
 
     def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None) -> None:
@@ -27,18 +27,18 @@ class RequestError(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the server takes on.
+class RequestLimits:
+    """Limits of the server.
 
     Args:
-        requests: held at once, those that wait included; more are refused with status 429.
-        body_bytes: of a request, its images included.
-        body_seconds: to send it, at most; less for one that comes slowly (`connections.Bodies`).
-        receiving_bytes: of all bodies that are being received.
-        images: of a request.
-        image_pixels: of an image.
-        new_tokens: of an answer.
-        allow_urls: fetch images from public http(s) addresses.
+        requests: concurrent requests, waiting ones included; more are refused with status 429.
+        body_bytes: size of a request, images included.
+        body_seconds: maximum time to send a request; less for a slow one (see `connections.BodyReader`).
+        receiving_bytes: total size of the bodies that are being received.
+        images: images per request.
+        image_pixels: pixels of an image.
+        new_tokens: tokens of an answer.
+        allow_urls: whether images are downloaded from public http(s) URLs.
     """
 
     requests: int = 128
@@ -52,33 +52,33 @@ class Limits:
 
 
 class _Strict(BaseModel):
-    """An object whose unknown fields are refused. A field that is null, or empty as `idle` has it, asks for nothing."""
+    """A JSON object. Unknown fields are refused, unless they are null or have their no-op value in `no_op`."""
 
     model_config = ConfigDict(extra="forbid")
-    idle: ClassVar[dict[str, Any]] = {}  # fields that are not followed -> the value that asks for nothing
+    no_op: ClassVar[dict[str, Any]] = {}  # unsupported fields -> the value that has no effect
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_idle(cls, fields: Any) -> Any:
+    def _drop_no_ops(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
         return {
             name: value
             for name, value in fields.items()
-            if value is not None and not (name in cls.idle and value == cls.idle[name])
+            if value is not None and not (name in cls.no_op and value == cls.no_op[name])
         }
 
 
-# The names of alternatives stand in the paths of pydantic's errors; in angle brackets, they are told from fields' names.
-def _text_or_list(otherwise: str) -> Discriminator:
+# pydantic inserts the tags of union members into the paths of errors. Angle brackets distinguish them from field names.
+def _text_or_list(error_message: str) -> Discriminator:
     def choose(value: Any) -> str | None:
         return "<list>" if isinstance(value, list) else "<text>" if isinstance(value, str) else None
 
-    return Discriminator(choose, custom_error_type="text_or_list", custom_error_message=otherwise)
+    return Discriminator(choose, custom_error_type="text_or_list", custom_error_message=error_message)
 
 
-def _named(field: str, *known: str) -> Discriminator:
-    """The alternative that a field names; "<?>", an object of nothing but this field, if it names none."""
+def _by_field(field: str, *known: str) -> Discriminator:
+    """Select a union member by a field; "<?>" for unknown values, a member with that field only, which then fails."""
 
     def choose(value: Any) -> str:
         name = value.get(field) if isinstance(value, dict) else getattr(value, field, None)
@@ -87,19 +87,19 @@ def _named(field: str, *known: str) -> Discriminator:
     return Discriminator(choose)
 
 
-class Text(_Strict):
+class TextPart(_Strict):
     type: Literal["text"]
     text: str
 
 
-class Address(_Strict):
+class ImageURL(_Strict):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None  # every image takes the same number of tokens
+    detail: Literal["auto", "low", "high"] | None = None  # ignored: every image has the same number of tokens
 
 
-class Image(_Strict):
+class ImagePart(_Strict):
     type: Literal["image_url"]
-    image_url: Address
+    image_url: ImageURL
 
 
 class _OtherPart(BaseModel):
@@ -111,8 +111,8 @@ class _OtherMessage(BaseModel):
 
 
 Part = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[Image, Tag("<image_url>")] | Annotated[_OtherPart, Tag("<?>")],
-    _named("type", "text", "image_url"),
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")] | Annotated[_OtherPart, Tag("<?>")],
+    _by_field("type", "text", "image_url"),
 ]
 Content = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<list>")],
@@ -120,22 +120,22 @@ Content = Annotated[
 ]
 
 
-class Instruction(_Strict):
+class SystemMessage(_Strict):
     role: Literal["system", "developer"]
     content: Content
     name: str | None = None
 
 
-class Question(_Strict):
+class UserMessage(_Strict):
     role: Literal["user"]
     content: Content
     name: str | None = None
 
 
-class Answer(_Strict):
-    """As the client got it: fields that are empty in our answers may come back."""
+class AssistantMessage(_Strict):
+    """An earlier answer. Clients may send back the empty fields of our responses."""
 
-    idle: ClassVar[dict[str, Any]] = {"tool_calls": [], "annotations": []}
+    no_op: ClassVar[dict[str, Any]] = {"tool_calls": [], "annotations": []}
 
     role: Literal["assistant"]
     content: Content
@@ -143,12 +143,12 @@ class Answer(_Strict):
 
 
 Message = Annotated[
-    Annotated[Instruction, Tag("<system>")]
-    | Annotated[Instruction, Tag("<developer>")]
-    | Annotated[Question, Tag("<user>")]
-    | Annotated[Answer, Tag("<assistant>")]
+    Annotated[SystemMessage, Tag("<system>")]
+    | Annotated[SystemMessage, Tag("<developer>")]
+    | Annotated[UserMessage, Tag("<user>")]
+    | Annotated[AssistantMessage, Tag("<assistant>")]
     | Annotated[_OtherMessage, Tag("<?>")],
-    _named("role", "system", "developer", "user", "assistant"),
+    _by_field("role", "system", "developer", "user", "assistant"),
 ]
 
 
@@ -162,12 +162,12 @@ class _StreamOptions(_Strict):
 
 
 class ChatRequest(_Strict):
-    """The fields of OpenAI's chat completions that are followed; any other is refused, so that none is ignored in silence.
+    """The supported fields of OpenAI's chat completions. Others are refused, so that none is silently ignored.
 
-    Those of the last group change no answer.
+    The fields of the last group are accepted and have no effect.
     """
 
-    idle: ClassVar[dict[str, Any]] = {
+    no_op: ClassVar[dict[str, Any]] = {
         "tools": [],
         "tool_choice": "none",
         "functions": [],
@@ -186,7 +186,7 @@ class ChatRequest(_Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     stop: Annotated[
         Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<list>")],
-        _text_or_list("Input should be a text or a list of texts"),
+        _text_or_list("Input should be a string or a list of strings"),
     ] = Field(default_factory=list)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
@@ -202,19 +202,19 @@ class ChatRequest(_Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    def stops(self) -> tuple[str, ...]:
-        """The stop texts.
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings.
 
         Raises:
-            RequestError: for more than four, an empty one or one of more than 256 characters.
+            RequestError: for more than 4, or if one is empty or has more than 256 characters.
         """
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if len(stops) > 4 or not all(0 < len(text) <= 256 for text in stops):
-            raise RequestError("stop takes up to 4 texts of 1 to 256 characters each.", param="stop")
+            raise RequestError("stop takes up to 4 strings of 1 to 256 characters each.", param="stop")
         return stops
 
     def plain_messages(self) -> list[dict[str, Any]]:
-        """As transformers' handler takes them; a developer's message is a system message."""
+        """The messages as dicts for the handler of transformers. The role "developer" becomes "system"."""
         messages = [message.model_dump(include={"role", "content"}) for message in self.messages]
         for message in messages:
             message["role"] = "system" if message["role"] == "developer" else message["role"]
@@ -222,43 +222,43 @@ class ChatRequest(_Strict):
 
 
 def parse(body: bytes) -> ChatRequest:
-    """A request's body, checked.
+    """Parse and validate the body of a request.
 
     Raises:
-        RequestError: naming the first field that is wrong; of its content, at most the beginning is repeated.
+        RequestError: for the first invalid field. Its value is quoted up to `MAX_QUOTED` characters.
     """
     try:
-        asked = ChatRequest.model_validate_json(body)
+        request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         names = [str(part) for part in first["loc"] if not str(part).startswith("<")]
-        raise RequestError(*_told(".".join(map(_short, names)), first)) from None
-    for number, message in enumerate(asked.messages):
-        if not isinstance(message, (Instruction, Answer)) or isinstance(message.content, str):
+        raise RequestError(*_describe(".".join(map(_shorten, names)), first)) from None
+    for number, message in enumerate(request.messages):
+        if not isinstance(message, (SystemMessage, AssistantMessage)) or isinstance(message.content, str):
             continue
         for index, part in enumerate(message.content):
             if part.type == "image_url":
-                place = f"messages.{number}.content.{index}"
+                field = f"messages.{number}.content.{index}"
                 raise RequestError(
-                    f"{place} is an image in a message of the role {message.role!r}; images stand in user messages.",
-                    param=place,
+                    f"{field} is an image in a message of the role {message.role!r}; only user messages may have images.",
+                    param=field,
                 )
-    return asked
+    return request
 
 
-def _told(place: str, error: "ErrorDetails") -> tuple[str, int, str | None, str | None]:
-    """What is said of a field that is wrong: message, status, code, param."""
+def _describe(field: str, error: "ErrorDetails") -> tuple[str, int, str | None, str | None]:
+    """The arguments of `RequestError` for an invalid field."""
     if error["type"] == "extra_forbidden":
-        return f"{place} is not supported; leave it out.", 400, "unsupported_parameter", place
+        return f"{field} is not supported; remove it.", 400, "unsupported_parameter", field
     if error["type"] == "missing":
-        return f"{place} is missing, or null.", 400, None, place
-    said = error["input"]
-    if error["type"] == "literal_error" and isinstance(said, str):
-        return f"{place}: {error['msg']}, not {_short(said)!r}.", 400, None, place
-    if isinstance(said, str) and place.endswith(".image_url"):
-        return f'{place} is a text; pass an object, {{"url": "data:image/png;base64,..."}}.', 400, None, place
-    return f"{place or 'The body'}: {error['msg']}.", 400, None, place or None
+        return f"{field} is missing, or null.", 400, None, field
+    value = error["input"]
+    if error["type"] == "literal_error" and isinstance(value, str):
+        return f"{field}: {error['msg']}, not {_shorten(value)!r}.", 400, None, field
+    if isinstance(value, str) and field.endswith(".image_url"):
+        return f'{field} is a string; pass an object, {{"url": "data:image/png;base64,..."}}.', 400, None, field
+    return f"{field or 'The body'}: {error['msg']}.", 400, None, field or None
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "..."

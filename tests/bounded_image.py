@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 
 from dsvl import DSVLProcessor
 from dsvl.serving.images import load_image
-from dsvl.serving.requests import Limits
+from dsvl.serving.requests import RequestLimits
 from dsvl.training import ConversationCollator
 from dsvl.training.feature_cache import MissingImages
 
@@ -31,7 +31,7 @@ def ways(path: str):
 
     def serve():
         url = f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
-        image = load_image({"url": url}, 1, Limits(image_pixels=89_000_000))
+        image = load_image({"url": url}, 1, RequestLimits(image_pixels=89_000_000))
         return processor(text="<image>", images=[image], return_tensors="pt")["pixel_values"]
 
     empty = SimpleNamespace(files={})  # a cache of features

@@ -1,4 +1,4 @@
-"""A server of a tiny checkpoint on a free loopback port, in this process, and what its clients send."""
+"""Runs a server of a tiny checkpoint on a free loopback port in this process, and creates requests for it."""
 
 import base64
 import contextlib
@@ -21,15 +21,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dsvl.serving.app import build_app
 from dsvl.serving.connections import UVICORN
-from dsvl.serving.requests import Limits
+from dsvl.serving.requests import RequestLimits
 
 NAME = "tiny"
-LONG = 1500  # tokens that nobody waits for
+LONG = 1500  # tokens; no test waits for all of them
 SENTENCES = [" ".join(WORDS[start : start + size]) for size in (2, 3, 4, 6) for start in range(8)]
 
 
 class Server:
-    """Where it listens, and its parts."""
+    """A running server."""
 
     def __init__(self, app: Any, port: int) -> None:
         self.port = port
@@ -39,14 +39,14 @@ class Server:
         return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=retries, timeout=60)
 
     def raw(self, request: bytes) -> socket.socket:
-        """A connection over which something was sent."""
+        """Open a connection and send a request."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
         connection.sendall(request)
         return connection
 
 
 @contextlib.contextmanager
-def served(model: Any, processor: Any, limits: Limits | None = None, max_batch: int = 16) -> Iterator[Server]:
+def served(model: Any, processor: Any, limits: RequestLimits | None = None, max_batch: int = 16) -> Iterator[Server]:
     app = build_app(model, processor, NAME, limits, max_batch)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -64,10 +64,10 @@ def served(model: Any, processor: Any, limits: Limits | None = None, max_batch: 
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait until it holds."""
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came to hold"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.01)
 
 
@@ -82,20 +82,20 @@ def data_url(image: Image.Image) -> str:
 
 
 def question(text: str, *urls: str) -> list[dict[str, Any]]:
-    """One round, as the protocol has it."""
+    """The messages of a conversation with one question."""
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def read_answer(connection: socket.socket) -> tuple[int, bytes]:
-    """The status and the whole body of one answer; it may come in several parts."""
+    """Read a response; returns its status and body."""
     answer = HTTPResponse(connection)
     answer.begin()
     return answer.status, answer.read()
 
 
 def post(body: bytes, content_type: str = "application/json", host: str = "127.0.0.1", length: int | None = None) -> bytes:
-    """A POST to the chat completions, as bytes."""
+    """The bytes of a POST request to the chat completions."""
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: {content_type}\r\n"
     return f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body
 
@@ -105,17 +105,17 @@ def make_served_checkpoint(folder: Path) -> Path:
 
 
 def load_parts(checkpoint: Path, device: str = "cpu") -> tuple[Any, Any]:
-    """In float64, so that a batch answers as its rows do alone; answers do not end by themselves."""
+    """In float64, so that batches give the same answers as single requests; answers do not end by themselves."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float64, device_map=device).eval()
     model.generation_config.eos_token_id = None
     processor = AutoProcessor.from_pretrained(checkpoint)
-    # Single bytes that are no UTF-8 read otherwise one by one than together.
+    # Invalid UTF-8 is decoded differently token by token.
     model.generation_config.suppress_tokens = [i for word, i in processor.tokenizer.get_vocab().items() if word[:3] == "<0x"]
     return model, processor
 
 
 def alone(parts: tuple[Any, Any], messages: list[dict[str, Any]], tokens: int = 12) -> str:
-    """The answer without a server."""
+    """The answer computed without a server."""
     model, processor = parts
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -1,7 +1,7 @@
-"""Many clients of a server, as a process of their own: each asks again and again, every third vanishes in the middle.
+"""A process with many clients of a server: each asks repeatedly, and every third one disconnects during the answer.
 
 Standard input: {"port", "model", "clients", "seconds", "long", "asked": [messages], "expected": [texts]}. Standard output:
-how many answers came, how many clients vanished, and what any of the others met that was not its answer.
+the number of answers and of disconnects, and every wrong answer or error.
 """
 
 import json
@@ -20,7 +20,7 @@ class Clients:
         self.task = task
         self.end = time.monotonic() + task["seconds"]
         self.lock = threading.Lock()
-        self.answered = self.vanished = 0
+        self.answered = self.disconnected = 0
         self.wrong: list[list[str]] = []
 
     def run(self) -> dict[str, Any]:
@@ -29,22 +29,22 @@ class Clients:
             thread.start()
         for thread in threads:
             thread.join()
-        return {"answered": self.answered, "vanished": self.vanished, "wrong": self.wrong}
+        return {"answered": self.answered, "disconnected": self.disconnected, "wrong": self.wrong}
 
     def _one(self, number: int) -> None:
         base_url = f"http://127.0.0.1:{self.task['port']}/v1"
         with OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=120) as client:
-            turn = number
+            count = number
             while time.monotonic() < self.end:
-                turn += 1
-                which = turn % len(self.task["asked"])
+                count += 1
+                which = count % len(self.task["asked"])
                 request = {"model": self.task["model"], "messages": self.task["asked"][which]}
                 if number % 3 == 0:
-                    self._vanish(client, request, stream=turn % 2 == 0)
+                    self._disconnect(client, request, stream=count % 2 == 0)
                     continue
                 try:
-                    answer = self._stay(client, request, stream=turn % 2 == 0)
-                except Exception as error:  # whatever a client meets is the result
+                    answer = self._stay(client, request, stream=count % 2 == 0)
+                except Exception as error:  # errors are reported as wrong answers
                     answer = repr(error)
                 with self.lock:
                     self.answered += 1
@@ -57,7 +57,7 @@ class Clients:
         chunks = client.chat.completions.create(**request, max_tokens=8, stream=True)
         return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
-    def _vanish(self, client: OpenAI, request: dict[str, Any], stream: bool) -> None:
+    def _disconnect(self, client: OpenAI, request: dict[str, Any], stream: bool) -> None:
         if stream:
             chunks = client.chat.completions.create(**request, max_tokens=self.task["long"], stream=True)
             next(iter(chunks))
@@ -68,7 +68,7 @@ class Clients:
                 connection.sendall(post(body))
                 time.sleep(0.2)
         with self.lock:
-            self.vanished += 1
+            self.disconnected += 1
 
 
 if __name__ == "__main__":

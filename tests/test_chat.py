@@ -1,4 +1,4 @@
-"""DSVLChat: every answer is that of the whole conversation run afresh, and costs what is new."""
+"""DSVLChat: answers equal those of the whole conversation from scratch, and each turn computes only what is new."""
 
 import json
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, StaticCache
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.chat import DSVLChat
-from dsvl.chat.detokenizer import pieces_of_text
+from dsvl.chat.detokenizer import stream_text
 from dsvl.data.conversations import load_conversations
 from dsvl.transformers_dsvl import CACHE
 
@@ -30,7 +30,7 @@ def make_model(processor: Any, family: str = "llama", attention: str = "mmca", *
     torch.manual_seed(0)
     whole = DSVLConfig(tiny_tower_config(), config, multimodal_attention=attention, image_token_id=processor.image_token_id)
     model = DSVLForConditionalGeneration(whole).to(torch.float64).eval()
-    model.generation_config.eos_token_id = None  # random models may say it at once
+    model.generation_config.eos_token_id = None  # random models may generate it at once
     return model
 
 
@@ -45,15 +45,15 @@ def prompt(processor: Any, messages: list[dict[str, Any]]) -> Any:
     )
 
 
-def afresh(model: Any, processor: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-    """The ids of the answer to a conversation of which nothing is cached."""
+def from_scratch(model: Any, processor: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+    """The token ids of the answer, computed without a cache."""
     inputs = prompt(processor, messages)
     ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 class Meter:
-    """What really went through the parts of a model."""
+    """Counts the images and tokens that go through a model."""
 
     def __init__(self, model: Any) -> None:
         self.images: list[int] = []
@@ -67,22 +67,22 @@ class Meter:
         )
 
     def read(self) -> tuple[int, int]:
-        """Images that were encoded and tokens that were prefilled since it was read last."""
+        """Encoded images and prefilled tokens since the last call."""
         counts = sum(self.images), self.tokens[0]
         self.images.clear()
         self.tokens.clear()
         return counts
 
 
-ROUNDS = [("What is it?", [0, 1]), ("And why?", []), ("Compare them.", [2]), ("So?", []), ("The last.", [3])]
+TURNS = [("What is it?", [0, 1]), ("And why?", []), ("Compare them.", [2]), ("So?", []), ("The last.", [3])]
 
 
 @pytest.mark.parametrize("attention", ["mmca", "causal"])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "static, a step ahead"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_each_round_answers_as_if_afresh_and_costs_what_is_new(processor, monkeypatch, family, cache, attention):
+def test_each_turn_answers_as_from_scratch_and_computes_only_what_is_new(processor, monkeypatch, family, cache, attention):
     model, end = make_model(processor, family, attention), {"forced_eos_token_id": processor.tokenizer.eos_token_id}
-    if cache == "static, a step ahead":  # as on an accelerator, but for the compilation
+    if cache == "static, a step ahead":  # as on an accelerator, without compilation
         cache = "static"
         monkeypatch.setattr(
             model, "_valid_auto_compile_criteria", lambda inputs, config: isinstance(inputs[CACHE], StaticCache)
@@ -90,47 +90,47 @@ def test_each_round_answers_as_if_afresh_and_costs_what_is_new(processor, monkey
         monkeypatch.setattr(model, "get_compiled_call", lambda config: model.__call__)
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache, **end)
     meter, held = Meter(model), torch.zeros(0, dtype=torch.long)
-    for text, numbers in ROUNDS:
+    for text, numbers in TURNS:
         answer = chat.ask(text, [draw_image(number) for number in numbers])
         encoded, prefilled = meter.read()
-        cost, ids = chat.last_round, prompt(processor, chat.messages[:-1])["input_ids"][0]
-        # All that was computed before is reused, as far as it reads as it was said.
+        cost, ids = chat.last_turn, prompt(processor, chat.messages[:-1])["input_ids"][0]
+        # Everything computed before is reused, as far as the answers are tokenized as they were generated.
         common = int((held == ids[: len(held)]).cumprod(0).sum())
         assert cost.reused_tokens == common and cost.prompt_tokens == len(ids)
         assert (encoded, prefilled) == (len(numbers), len(ids) - common)
         assert encoded == cost.encoded_images
-        assert cost.answer_ids == afresh(model, processor, chat.messages[:-1], **end)
+        assert cost.answer_ids == from_scratch(model, processor, chat.messages[:-1], **end)
         assert answer == chat.messages[-1]["content"]
         assert answer == processor.tokenizer.decode(cost.answer_ids, skip_special_tokens=True)
-        held = torch.cat([ids, torch.tensor(cost.answer_ids[:-1])])  # the last was said, but not read
+        held = torch.cat([ids, torch.tensor(cost.answer_ids[:-1])])  # the last one was not run through the model
         meter.read()
-    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * len(ROUNDS)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * len(TURNS)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
-def test_a_decoder_with_a_window_answers_as_if_afresh(processor, family, cache, caplog):
-    """What has left its window cannot come back: where an earlier message was changed, all is computed anew."""
+def test_a_decoder_with_a_window_answers_as_if_from_scratch(processor, family, cache, caplog):
+    """Such a cache cannot be cropped: after a change of an earlier message everything is computed again."""
     model = make_model(processor, family)
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
-    for text, numbers in ROUNDS:
+    for text, numbers in TURNS:
         chat.ask(text, [draw_image(number) for number in numbers])
-        assert chat.last_round.answer_ids == afresh(model, processor, chat.messages[:-1])
+        assert chat.last_turn.answer_ids == from_scratch(model, processor, chat.messages[:-1])
     for text in ("Another.", "Yet another."):
         chat.messages[2]["content"] = text
         check_next(chat, 4)
-        assert chat.last_round.reused_tokens == 0
-    assert sum("left its window" in record.message for record in caplog.records) == 1
+        assert chat.last_turn.reused_tokens == 0
+    assert sum("left its " in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_the_first_image_may_come_late(processor, cache):
-    """Until then the decoder attends as it always did; its keys are the same."""
+    """Before it, MMCA equals causal attention, and the cached keys stay valid."""
     chat = DSVLChat(make_model(processor), processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
     for text, numbers in [("Hello.", []), ("Who are you?", []), ("Look.", [0]), ("And?", [])]:
         chat.ask(text, [draw_image(number) for number in numbers])
-        assert chat.last_round.answer_ids == afresh(chat.model, processor, chat.messages[:-1])
-    assert chat.last_round.reused_tokens > 0
+        assert chat.last_turn.answer_ids == from_scratch(chat.model, processor, chat.messages[:-1])
+    assert chat.last_turn.reused_tokens > 0
 
 
 @pytest.mark.parametrize("reference", ["mmca_reference", "reversed", "dynamic positions"])
@@ -139,31 +139,31 @@ def test_where_reuse_is_not_exact_everything_is_computed_again(processor, refere
     model = make_model(processor, attention=reference if reference == "mmca_reference" else "mmca", **text)
     model.config.reversed_images = reference == "reversed"
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False)
-    for seen, (text, numbers) in enumerate(ROUNDS[:3]):
+    for seen, (text, numbers) in enumerate(TURNS[:3]):
         chat.ask(text, [draw_image(number) for number in numbers])
-        assert chat.last_round.reused_tokens == 0 and chat.last_round.encoded_images == (2, 2, 3)[seen]
-        assert chat.last_round.answer_ids == afresh(model, processor, chat.messages[:-1])
+        assert chat.last_turn.reused_tokens == 0 and chat.last_turn.encoded_images == (2, 2, 3)[seen]
+        assert chat.last_turn.answer_ids == from_scratch(model, processor, chat.messages[:-1])
 
 
 @pytest.fixture
 def chat(processor):
-    """A conversation of three rounds with three images."""
+    """A conversation of three turns with three images."""
     chat = DSVLChat(make_model(processor), processor, max_new_tokens=NEW, do_sample=False)
-    for text, numbers in ROUNDS[:3]:
+    for text, numbers in TURNS[:3]:
         chat.ask(text, [draw_image(number) for number in numbers])
     return chat
 
 
 def check_next(chat: DSVLChat, encoded: int, images: Any = ()) -> None:
-    """The next answer is that of the conversation as it stands, with so many images encoded."""
+    """The next answer is that of the current conversation, and encodes the expected number of images."""
     chat.ask("And now?", images)
-    assert chat.last_round.answer_ids == afresh(chat.model, chat.processor, chat.messages[:-1])
-    assert chat.last_round.encoded_images == encoded
+    assert chat.last_turn.answer_ids == from_scratch(chat.model, chat.processor, chat.messages[:-1])
+    assert chat.last_turn.encoded_images == encoded
 
 
 def reword(chat):
     chat.messages[2]["content"] = "And why not?"
-    return 1  # the images of the first round stay; that of the third moves
+    return 1  # the images of the first turn stay; that of the third moves
 
 
 def delete(chat):
@@ -212,14 +212,14 @@ def equal_pixels(chat):
     "edit", [reword, delete, forget_the_first, forget_the_last, instruct, exchange, swap, draw, equal_pixels]
 )
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_an_edited_conversation_falls_back_to_what_is_still_true(chat, edit, cache):
+def test_an_edited_conversation_reuses_the_unchanged_prefix(chat, edit, cache):
     chat.generation["cache_implementation"] = cache
-    check_next(chat, 0 if cache == "dynamic" else 3)  # another kind of cache begins anew
+    check_next(chat, 0 if cache == "dynamic" else 3)  # another kind of cache starts empty
     check_next(chat, edit(chat))
     check_next(chat, 1, draw_image(9))
 
 
-def test_who_draws_on_an_image_afterwards_draws_on_another(chat):
+def test_drawing_on_an_image_afterwards_does_not_change_the_conversation(chat):
     image = draw_image(5)
     chat.ask("This?", image)
     image.paste((0, 255, 0), (0, 0, 30, 30))
@@ -228,7 +228,7 @@ def test_who_draws_on_an_image_afterwards_draws_on_another(chat):
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 3])
-def test_a_stopped_answer_is_what_was_given(chat, pieces):
+def test_a_stopped_answer_is_what_was_yielded(chat, pieces):
     before = list(chat.messages)
     stream = chat.stream("Tell me a long story.", draw_image(6), max_new_tokens=200)
     given = [next(stream) for _ in range(pieces)]
@@ -237,18 +237,18 @@ def test_a_stopped_answer_is_what_was_given(chat, pieces):
     stream.close()
     assert chat.messages[: len(before)] == before
     assert [message["content"] for message in chat.messages[len(before) + 1 :]] == (["".join(given)] if pieces else [])
-    assert len(chat.last_round.answer_ids) < 200
+    assert len(chat.last_turn.answer_ids) < 200
     check_next(chat, 0)
 
 
-def test_an_interruption_before_the_first_piece_takes_the_question_back(chat, monkeypatch):
+def test_an_interruption_before_the_first_piece_removes_the_question(chat, monkeypatch):
     before = list(chat.messages)
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dsvl.chat.conversation.pieces_of_text", interrupt)
+        patch.setattr("dsvl.chat.conversation.stream_text", interrupt)
         with pytest.raises(KeyboardInterrupt):
             chat.ask("What?", draw_image(6))
     assert chat.messages == before
@@ -262,10 +262,10 @@ def test_a_failed_answer_leaves_the_conversation_as_it_was(chat, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             chat.ask("What?", draw_image(6))
     assert chat.messages == before
-    check_next(chat, 3)  # what its cache holds is not known
+    check_next(chat, 3)  # the state of its cache is unknown
 
 
-def test_a_full_context_is_an_error_or_drops_the_oldest_rounds(chat, processor, caplog):
+def test_a_full_context_is_an_error_or_drops_the_oldest_turns(chat, processor, caplog):
     chat.messages.insert(0, {"role": "system", "content": "Be short."})
     need = len(processor.apply_chat_template(chat.messages, tokenize=True, return_dict=True)["input_ids"][0]) + NEW
     chat.context_length = need
@@ -274,16 +274,16 @@ def test_a_full_context_is_an_error_or_drops_the_oldest_rounds(chat, processor, 
     assert len(chat.messages) == 7 and not caplog.records
     chat.overflow = "drop"
     chat.ask("Once more?", draw_image(8))
-    assert "the oldest round" in caplog.text
-    assert chat.last_round.prompt_tokens + NEW <= need
+    assert "the oldest turn" in caplog.text
+    assert chat.last_turn.prompt_tokens + NEW <= need
     assert [message["role"] for message in chat.messages] == ["system"] + ["user", "assistant"] * 3
     assert chat.messages[1]["content"] == "And why?"
-    assert chat.last_round.answer_ids == afresh(chat.model, chat.processor, chat.messages[:-1])
+    assert chat.last_turn.answer_ids == from_scratch(chat.model, chat.processor, chat.messages[:-1])
     with pytest.raises(ValueError, match=r"the last question alone"):
         chat.ask("word " * 200, [draw_image(8)] * 10)
 
 
-def test_a_saved_conversation_goes_on_elsewhere(chat, tmp_path):
+def test_a_saved_conversation_can_be_continued_elsewhere(chat, tmp_path):
     for _ in range(2):  # the second replaces the first
         chat.save(tmp_path / "saved")
     files = sorted(path.name for path in (tmp_path / "saved").iterdir())
@@ -291,9 +291,32 @@ def test_a_saved_conversation_goes_on_elsewhere(chat, tmp_path):
     other = DSVLChat(chat.model, chat.processor, **chat.generation)
     other.load(tmp_path / "saved")
     assert other.ask("And now?", draw_image(4)) == chat.ask("And now?", draw_image(4))
-    assert other.last_round.answer_ids == chat.last_round.answer_ids
-    sample = load_conversations(tmp_path / "saved" / "conversation.jsonl")[0]  # which is also data to train on
+    assert other.last_turn.answer_ids == chat.last_turn.answer_ids
+    sample = load_conversations(tmp_path / "saved" / "conversation.jsonl")[0]  # it is also a training sample
     assert [message["role"] for message in sample["messages"]] == ["user", "assistant"] * 3
+
+
+def test_a_conversation_of_version_0_1_loads_and_its_images_are_replaced(chat, tmp_path):
+    """Its images were called picture-*.png."""
+    folder = tmp_path / "saved"
+    chat.save(folder)
+    file = folder / "conversation.jsonl"
+    file.write_text(file.read_text().replace('"image-', '"picture-'))
+    for image in list(folder.glob("image-*.png")):
+        image.rename(image.with_name(image.name.replace("image-", "picture-")))
+    before = [message["content"] for message in chat.messages if isinstance(message["content"], str)]
+    chat.load(folder)
+    assert [message["content"] for message in chat.messages if isinstance(message["content"], str)] == before
+    chat.save(folder)
+    names = [path.name for path in folder.iterdir()]
+    assert len(names) == 4 and not any(name.startswith("picture-") for name in names)
+
+
+def test_names_of_version_0_1_are_deprecated(chat):
+    with pytest.warns(DeprecationWarning, match=r"use last_turn"):
+        assert chat.last_round is chat.last_turn
+    with pytest.warns(DeprecationWarning, match=r"use dropped_turns"):
+        assert chat.last_turn.dropped_rounds == 0
 
 
 def test_a_loaded_conversation_opens_nothing_outside_its_directory(chat, tmp_path):
@@ -315,19 +338,19 @@ def test_a_loaded_conversation_opens_nothing_outside_its_directory(chat, tmp_pat
         chat.save(tmp_path / "mine")
 
 
-def test_pieces_are_whole_characters_and_make_up_the_answer(processor):
+def test_pieces_are_whole_characters_and_add_up_to_the_answer(processor):
     tokenizer = processor.tokenizer
     text = "Eine süße Ente, 五只鸭子 🦆🦆.\n  Indented, twice"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = list(pieces_of_text(tokenizer, ids))
+    pieces = list(stream_text(tokenizer, ids))
     assert "".join(pieces) == tokenizer.decode(ids) and len(pieces) > 10
     assert not any("\ufffd" in piece for piece in pieces)
     cut = ids[: ids.index(tokenizer.convert_tokens_to_ids("<0xF0>")) + 2]  # within a character
-    assert "".join(pieces_of_text(tokenizer, cut)) == tokenizer.decode(cut)
+    assert "".join(stream_text(tokenizer, cut)) == tokenizer.decode(cut)
 
 
 def _byte_level():
-    """A tokenizer of bytes, as GPT-2's and Qwen's are, without merges."""
+    """A byte-level tokenizer, like those of GPT-2 and Qwen, without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = tokenizers.Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -335,18 +358,18 @@ def _byte_level():
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
-def test_pieces_of_any_tokens_make_up_what_they_decode_to(processor, kind):
+def test_pieces_of_random_tokens_add_up_to_the_decoded_text(processor, kind):
     tokenizer = processor.tokenizer if kind == "sentencepiece" else _byte_level()
     random = Random(0)
     for _ in range(200):
         ids = [random.randrange(len(tokenizer)) for _ in range(random.randrange(1, 40))]
-        pieces = list(pieces_of_text(tokenizer, ids))
+        pieces = list(stream_text(tokenizer, ids))
         assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("kind", ["words", "bytes", "one byte", "special"])
 def test_the_detokenizer_is_linear(processor, kind):
-    """Decoding all that was said again for each token would be eight million tokens here."""
+    """Decoding the whole answer for each token would decode eight million tokens here."""
     tokenizer = _byte_level() if "byte" in kind else processor.tokenizer
     text = {"words": "a red cup, ", "bytes": "五只鸭子 "}.get(kind, "")
     ids = tokenizer(text * 2000, add_special_tokens=False)["input_ids"][:4000]
@@ -363,12 +386,12 @@ def test_the_detokenizer_is_linear(processor, kind):
             decoded += len(token_ids)
             return tokenizer.decode(token_ids, **options)
 
-    pieces = list(pieces_of_text(Counting(), ids))
+    pieces = list(stream_text(Counting(), ids))
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
     assert decoded < 100 * len(ids)
 
 
-def test_options_that_cannot_be_are_refused(chat):
+def test_invalid_options_are_refused(chat):
     with pytest.raises(ValueError, match=r"overflow='wrap' is not known"):
         DSVLChat(chat.model, chat.processor, overflow="wrap")
     with pytest.raises(ValueError, match=r"num_beams=1"):
@@ -377,20 +400,20 @@ def test_options_that_cannot_be_are_refused(chat):
         chat.ask("What?", cache_implementation="quantized")
 
 
-def test_what_a_checkpoint_says_of_its_cache_is_heard(processor):
+def test_the_checkpoints_cache_implementation_is_used(processor):
     model = make_model(processor)
     model.generation_config.cache_implementation = "static"
-    model.config.text_config.use_cache = False  # as a training leaves it
+    model.config.text_config.use_cache = False  # as training leaves it
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False)
-    for text, numbers in ROUNDS[:2]:
+    for text, numbers in TURNS[:2]:
         chat.ask(text, [draw_image(number) for number in numbers])
-    assert chat._memory.static and chat.last_round.reused_tokens > 0
+    assert chat.prompt_cache.static and chat.last_turn.reused_tokens > 0
     model.generation_config.cache_implementation = None
-    assert chat.last_round.answer_ids == afresh(model, processor, chat.messages[:-1])
+    assert chat.last_turn.answer_ids == from_scratch(model, processor, chat.messages[:-1])
 
 
 def test_an_id_without_a_token_is_no_text(tokenizer):
-    """The table has more rows than the tokenizer has tokens, so that they are a multiple of 64."""
+    """The embedding is padded to a multiple of 64 rows, so it has more rows than the tokenizer has tokens."""
     known = tokenizer("a cup", add_special_tokens=False)["input_ids"]
     ids = [*known[:1], len(tokenizer) + 5, *known[1:]]
-    assert "".join(pieces_of_text(tokenizer, ids)) == tokenizer.decode(known)
+    assert "".join(stream_text(tokenizer, ids)) == tokenizer.decode(known)

@@ -1,4 +1,4 @@
-"""`dsvl chat`: lines in a terminal, and what comes of them."""
+"""`dsvl chat`: questions and commands in a terminal."""
 
 import json
 import os
@@ -26,8 +26,8 @@ from dsvl.utils.model_loading import load_checkpoint
 def checkpoint(tmp_path_factory) -> Path:
     made = make_checkpoint(tmp_path_factory.mktemp("chat"), max_position_embeddings=8192)
     settings = made / "generation_config.json"
-    endless = json.loads(settings.read_text()) | {"suppress_tokens": [2]}  # never the end of an answer
-    settings.write_text(json.dumps(endless))
+    without_end = json.loads(settings.read_text()) | {"suppress_tokens": [2]}  # the end-of-text token
+    settings.write_text(json.dumps(without_end))
     return made
 
 
@@ -40,7 +40,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def talk(checkpoint, capsys):
-    """Type lines; gives what was printed and the conversation."""
+    """Types lines; returns standard output, standard error and the chat."""
     model, processor = load_checkpoint(str(checkpoint), device="cpu")
     capsys.readouterr()
 
@@ -62,7 +62,7 @@ def talk(checkpoint, capsys):
     return run
 
 
-def test_dropped_images_are_told_from_text(folder, monkeypatch):
+def test_dropped_images_are_separated_from_text(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     one, two, three = (str(folder / name) for name in ("one.png", "two three.png", "it's.jpg"))
     for line, text, paths in [
@@ -103,18 +103,18 @@ def test_questions_images_and_commands(talk, folder):
     assert [len(message["content"]) for message in chat.messages[1:4:2]] == [3, 2]
     assert chat.messages[5]["content"] == "So?"
     for said in (
-        "(2 images wait",
-        "(1 image waits",
+        "(2 images added",
+        "(1 image added",
         "2 images encoded",
         "0 images encoded",
-        "3 rounds of",
+        "loaded 3 turns from",
         "/image PATH",
     ):
         assert said in out
     assert chat.messages[2]["content"].splitlines()[0] in out
 
 
-def test_mistakes_are_told_and_change_nothing(talk, folder):
+def test_mistakes_are_reported_and_change_nothing(talk, folder):
     (folder / "bad.png").write_text("no image")
     out, err, chat = talk(
         "/imagine this",
@@ -129,24 +129,24 @@ def test_mistakes_are_told_and_change_nothing(talk, folder):
         "Still there?",
     )
     for said in (
-        "/imagine is no command",
+        "/imagine is not a command",
         "missing.png does not exist",
         "cannot be read; pass one of PNG",
         "fetching is not allowed",
     ):
         assert said in err
     for said in (
-        "has a quotation mark without its partner",
+        "has an unbalanced quotation mark",
         "/load takes one directory",
         "holds no conversation.jsonl",
         "is no part of a saved",
     ):
         assert said in err
     assert [message["content"] for message in chat.messages][:1] == ["Still there?"]
-    assert "wait" not in out
+    assert "added" not in out
 
 
-def test_a_full_memory_ends_a_question_and_not_the_program(talk, monkeypatch):
+def test_running_out_of_memory_ends_the_question_and_not_the_program(talk, monkeypatch):
     def full(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -157,12 +157,12 @@ def test_a_full_memory_ends_a_question_and_not_the_program(talk, monkeypatch):
 
 
 @pytest.mark.parametrize("word", ["exit", "quit", " Quit ", "EXIT"])
-def test_words_that_leave(talk, word):
+def test_words_that_quit(talk, word):
     out, err, chat = talk("one", word, "two")
     assert [message["content"] for message in chat.messages[::2]] == ["one"] and not err
 
 
-def test_a_word_that_clears_and_words_within_a_question(talk):
+def test_clear_is_a_command_only_alone_on_a_line(talk):
     out, err, chat = talk("one", "clear", "clear the table", "how do I quit?")
     assert [message["content"] for message in chat.messages[::2]] == ["clear the table", "how do I quit?"] and not err
 
@@ -174,17 +174,17 @@ def test_a_path_with_spaces_is_shown_as_it_must_be_quoted(talk, folder):
     assert err.splitlines() == [
         f"{path} is a path with spaces; quote it: /image '{path}'",
         f"{path} is a path with spaces; quote it: '{path}'",
-        f"'{path} has a quotation mark without its partner; quote the whole: {shlex.quote(chr(39) + str(path))}",
+        f"'{path} has an unbalanced quotation mark; quote the whole: {shlex.quote(chr(39) + str(path))}",
         f"/save takes one directory; quote it if it has spaces: /save '{folder}/a b'",
     ]
-    assert not chat.messages and "(1 image waits" in out
+    assert not chat.messages and "(1 image added" in out
 
 
-def test_words_cannot_command_the_terminal():
+def test_control_characters_are_removed():
     assert printable("\x1b]0;owned\x07a\tb\nc\x9b31m\rä五\x7f") == "]0;owneda\tb\nc31mä五"
 
 
-def test_lines_are_edited_and_remembered(monkeypatch, tmp_path):
+def test_lines_can_be_edited_and_are_kept_in_a_history(monkeypatch, tmp_path):
     prompt_toolkit = pytest.importorskip("prompt_toolkit")
     from prompt_toolkit.application import create_app_session
     from prompt_toolkit.input import create_pipe_input
@@ -195,7 +195,7 @@ def test_lines_are_edited_and_remembered(monkeypatch, tmp_path):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
         read = line_reader()
-        keys.send_text("helo\x1b[Dl\n")  # a step to the left, and the letter that was missing
+        keys.send_text("helo\x1b[Dl\n")  # moves left and inserts the missing letter
         assert read() == "hello"
         keys.send_text("one\x1b\rtwo\n")  # Esc Enter
         assert read() == "one\ntwo"
@@ -205,7 +205,7 @@ def test_lines_are_edited_and_remembered(monkeypatch, tmp_path):
         keys.send_text("\x04")
         with pytest.raises(EOFError):
             read()
-        again = line_reader()  # as another time
+        again = line_reader()  # another session
         keys.send_text("\x1b[A\x1b[A\n")
         assert again() in ("hello", "one\ntwo")
     file = tmp_path / "dsvl" / "chat_history"
@@ -227,7 +227,7 @@ def test_flags_reach_the_model(checkpoint, folder, monkeypatch, capsys, flags, d
     seen = {}
 
     def run(self):
-        seen["chat"], seen["waiting"] = self.chat, self.waiting
+        seen["chat"], seen["images"] = self.chat, self.pending_images
 
     monkeypatch.setattr(Terminal, "run", run)
     image = str(folder / "one.png")
@@ -237,7 +237,7 @@ def test_flags_reach_the_model(checkpoint, folder, monkeypatch, capsys, flags, d
         assert code == 1 and "dtype='float64' is not known" in capsys.readouterr().err
         return
     chat = seen["chat"]
-    assert code == 0 and chat.model.dtype == dtype and not chat.model.training and len(seen["waiting"]) == 2
+    assert code == 0 and chat.model.dtype == dtype and not chat.model.training and len(seen["images"]) == 2
     assert chat.model.config.text_config._attn_implementation == "eager"
     assert chat.messages == [{"role": "system", "content": "Hm."}]
     expected = {"max_new_tokens": 7, "temperature": 0.5, "do_sample": True, "cache_implementation": "static"}
@@ -258,10 +258,10 @@ def test_a_quantized_decoder_answers(tmp_path, kind, package, made_of):
     assert {type(parameter).__name__ for part in others for parameter in part.parameters()} == {"Parameter"}
     chat = DSVLChat(model, processor, max_new_tokens=3, min_new_tokens=3)
     chat.ask("What?", Image.new("RGB", (30, 30)))
-    assert len(chat.last_round.answer_ids) == 3
+    assert len(chat.last_turn.answer_ids) == 3
 
 
-SHOWN = "\x1b[?25h"  # the cursor, when a prompt has been drawn
+SHOWN = "\x1b[?25h"  # shows the cursor, after the prompt has been drawn
 
 
 class Screen:
@@ -275,7 +275,7 @@ class Screen:
         self.text = ""
 
     def wait_for(self, what: str, seconds: float = 60) -> None:
-        """Read until this appears, and forget what came before it."""
+        """Read until a text appears, and discard everything up to it."""
         end = time.monotonic() + seconds
         while what not in self.text:
             ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
@@ -289,7 +289,7 @@ class Screen:
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(checkpoint, folder, tmp_path):
     pytest.importorskip("prompt_toolkit")
-    # the slave must be the program's controlling terminal, as Ctrl-C goes by way of it
+    # Ctrl-C reaches the program only through its controlling terminal
     start = (
         "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
         "from dsvl.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -300,7 +300,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(checkpoint, folder, tmp_path
         screen.wait_for("Ctrl-D leaves.")
         screen.wait_for(SHOWN)
         screen.type(f"'{folder / 'two three.png'}' What is it?\r")
-        screen.wait_for("(1 image waits for the question)")
+        screen.wait_for("(1 image added to the next question)")
         time.sleep(0.5)
         screen.type("\x03")
         screen.wait_for("(stopped)")

@@ -67,10 +67,10 @@ def test_packs_are_filled_on_lengths_like_llavas(max_tokens, max_images):
 
 
 def test_packs_are_filled_on_the_demos_conversations(tmp_path):
-    from dsvl.demo.learning import Lessons
+    from dsvl.demo.training import TrainingConversations
 
     collator = ConversationCollator(AutoProcessor.from_pretrained(make_checkpoint(tmp_path)))
-    lessons = Lessons(0, 400)
+    lessons = TrainingConversations(0, 400)
     lengths = [collator.processor.count_tokens(complete_messages(lessons[number])) for number in range(len(lessons))]
     packs = list(pack([(number, length, 0) for number, length in enumerate(lengths)], 4096))
     assert (

@@ -1,4 +1,4 @@
-"""`dsvl demo` as people see it, in a browser without a window."""
+"""`dsvl demo` in a headless browser."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install 'dsvl
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from model_server import make_served_checkpoint  # noqa: E402
-from page_parts import LIMITS, eventually, image_files, load_parts, opened  # noqa: E402
+from page_server import LIMITS, eventually, image_files, load_parts, opened  # noqa: E402
 
 from dsvl.chat import DSVLChat  # noqa: E402
 
@@ -34,7 +34,7 @@ def browser() -> Iterator[Any]:
 
 
 class Person:
-    """Somebody in front of the page."""
+    """A visitor of the page."""
 
     def __init__(self, browser: Any, address: str) -> None:
         self.page = browser.new_context(viewport={"width": 1100, "height": 800}).new_page()
@@ -59,13 +59,13 @@ class Person:
     def press(self, name: str) -> None:
         self.page.get_by_label(name, exact=True).last.click()
 
-    def wait(self, answers: int = 1) -> None:
-        """Until the last of so many answers is complete."""
+    def wait_for_answer(self, answers: int = 1) -> None:
+        """Wait until the given number of answers is shown and the last one is complete."""
         eventually(lambda: self.answers.count() == answers)
         self.page.get_by_label("Submit", exact=True).wait_for()
         self.page.get_by_label("Retry", exact=True).wait_for()
 
-    def waits(self) -> bool:
+    def is_waiting(self) -> bool:
         return bool(self.page.get_by_label("Stop", exact=True).is_visible())
 
     def last_answer(self) -> str:
@@ -77,34 +77,34 @@ def test_a_conversation_about_two_images(parts: tuple[Any, Any], browser: Any, t
     files = image_files(tmp_path, 2)
     alone = DSVLChat(*parts, max_new_tokens=200)
     expected = [alone.ask("What is image <2>?", files), alone.ask("And the first?")]
-    with opened(parts, max_new_tokens=200) as (address, visitors):
+    with opened(parts, max_new_tokens=200) as (address, sessions):
         person = Person(browser, address)
         person.add(*files)
         person.ask("What is image <2>?")
         lengths: set[int] = set()
         eventually(lambda: person.answers.count() > 0)
-        while person.waits():
+        while person.is_waiting():
             lengths.add(len(person.last_answer()))
-        person.wait()
+        person.wait_for_answer()
         assert len(lengths) > 3, "the answer did not come in pieces"
         assert person.last_answer().split() == expected[0].split()
         assert person.said.all_inner_texts() == ["What is image <2>?"]
         assert person.page.locator("[data-testid=user] img").count() == 2
         assert person.box.is_visible() and person.box.bounding_box()["y"] < 800
 
-        (conversation,) = visitors._kept.values()
-        first = conversation.chat.last_round
+        (conversation,) = sessions.conversations.values()
+        first = conversation.chat.last_turn
         person.ask("And the first?")
-        person.wait(2)
+        person.wait_for_answer(2)
         assert person.last_answer().split() == expected[1].split()
-        assert first.encoded_images == 2 and conversation.chat.last_round.encoded_images == 0
-        assert conversation.chat.last_round.reused_tokens >= first.prompt_tokens
+        assert first.encoded_images == 2 and conversation.chat.last_turn.encoded_images == 0
+        assert conversation.chat.last_turn.reused_tokens >= first.prompt_tokens
 
         person.press("Retry")
-        eventually(person.waits)
-        person.wait(2)
+        eventually(person.is_waiting)
+        person.wait_for_answer(2)
         assert person.last_answer().split() == expected[1].split()
-        assert len(conversation.rounds) == 2
+        assert len(conversation.turns) == 2
 
         person.press("Undo")
         eventually(lambda: person.answers.count() == 1)
@@ -113,77 +113,77 @@ def test_a_conversation_about_two_images(parts: tuple[Any, Any], browser: Any, t
         eventually(lambda: person.answers.count() == 0)
         eventually(lambda: person.page.locator(".thumbnails img").count() == 2)
         person.box.press("Enter")
-        person.wait()
+        person.wait_for_answer()
         assert person.last_answer().split() == expected[0].split()
         person.press("Clear")
         eventually(lambda: person.answers.count() == 0)
-        eventually(lambda: not visitors._kept)
+        eventually(lambda: not sessions.conversations)
         assert all(url.startswith((address, "data:", "blob:")) for url in person.fetched)
 
 
 @pytest.mark.slow
-def test_stop_keeps_what_was_said(parts: tuple[Any, Any], browser: Any) -> None:
-    with opened(parts, max_new_tokens=1500) as (address, visitors):
+def test_stop_keeps_the_text_so_far(parts: tuple[Any, Any], browser: Any) -> None:
+    with opened(parts, max_new_tokens=1500) as (address, sessions):
         person = Person(browser, address)
         person.ask("What?")
         eventually(lambda: person.answers.count() > 0 and len(person.last_answer()) > 20)
         person.press("Stop")
-        person.wait()
-        (conversation,) = visitors._kept.values()
-        said = conversation.rounds[0][1]
-        assert conversation.turn is None and person.last_answer().split() == said.split()
+        person.wait_for_answer()
+        (conversation,) = sessions.conversations.values()
+        said = conversation.turns[0][1]
+        assert conversation.pending is None and person.last_answer().split() == said.split()
         assert conversation.chat.messages[-1]["content"] == said and len(said) < 3000
         person.ask("And now?")
         eventually(lambda: person.answers.count() == 2)
         person.press("Stop")
-        person.wait(2)
+        person.wait_for_answer(2)
 
 
 @pytest.mark.slow
-def test_what_is_cleared_does_not_come_back(parts: tuple[Any, Any], browser: Any) -> None:
-    with opened(parts, max_new_tokens=1500) as (address, visitors):
+def test_a_cleared_conversation_does_not_reappear(parts: tuple[Any, Any], browser: Any) -> None:
+    with opened(parts, max_new_tokens=1500) as (address, sessions):
         person = Person(browser, address)
         person.ask("What?")
         eventually(lambda: person.answers.count() > 0 and len(person.last_answer()) > 20)
         person.press("Clear")
         eventually(lambda: person.answers.count() == 0)
         person.page.wait_for_timeout(1000)
-        assert person.answers.count() == 0 and not person.waits()
+        assert person.answers.count() == 0 and not person.is_waiting()
         person.ask("And now?")
         eventually(lambda: person.answers.count() == 1)
         person.press("Stop")
-        person.wait()
+        person.wait_for_answer()
         assert person.said.all_inner_texts() == ["And now?"]
 
 
 @pytest.mark.slow
 def test_a_waiting_question_can_be_stopped(parts: tuple[Any, Any], browser: Any) -> None:
-    with opened(parts, max_new_tokens=1900) as (address, visitors):
+    with opened(parts, max_new_tokens=1900) as (address, sessions):
         first, second = Person(browser, address), Person(browser, address)
         first.ask("Long?")
         eventually(lambda: first.answers.count() > 0)
         second.ask("Short?")
-        eventually(second.waits)
+        eventually(second.is_waiting)
         second.press("Stop")
         second.page.get_by_label("Submit", exact=True).wait_for()
         assert second.box.input_value() == "Short?" and second.said.count() == 0
-        assert first.waits()
+        assert first.is_waiting()
         first.press("Stop")
 
 
-def test_two_visitors_do_not_see_each_others_words(parts: tuple[Any, Any], browser: Any) -> None:
+def test_two_visitors_do_not_see_each_others_conversations(parts: tuple[Any, Any], browser: Any) -> None:
     questions = ["Mine alone?", "Yours alone?"]
-    with opened(parts, max_new_tokens=100) as (address, visitors):
+    with opened(parts, max_new_tokens=100) as (address, sessions):
         people = [Person(browser, address) for _ in questions]
         for person, question in zip(people, questions, strict=True):
             person.ask(question)
         for person, question in zip(people, questions, strict=True):
-            person.wait()
+            person.wait_for_answer()
             assert person.said.all_inner_texts() == [question]
             assert person.last_answer().split() == DSVLChat(*parts, max_new_tokens=100).ask(question).split()
         for person in people:
             person.page.context.close()
-        eventually(lambda: not any(conversation.cached for conversation in visitors._kept.values()))
+        eventually(lambda: not any(conversation.cached for conversation in sessions.conversations.values()))
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_an_example_is_asked_with_a_click(parts: tuple[Any, Any], browser: Any) 
     with opened(parts) as (address, _):
         person = Person(browser, address)
         person.page.get_by_text("What colour is image 2?").click()
-        person.wait()
+        person.wait_for_answer()
         assert person.said.all_inner_texts() == ["What colour is image 2?"]
         assert person.page.locator("[data-testid=user] img").count() == 2
 
@@ -201,17 +201,17 @@ def test_an_image_that_is_too_large_is_refused(parts: tuple[Any, Any], browser: 
     bomb = tmp_path / "bomb.png"
     Image.new("1", (20_000, 20_000)).save(bomb)
     assert bomb.stat().st_size < LIMITS.image_bytes
-    with opened(parts) as (address, visitors):
+    with opened(parts) as (address, sessions):
         person = Person(browser, address)
         person.ask("Who?")
-        person.wait()
+        person.wait_for_answer()
         person.add(str(bomb))
         person.ask("What is this?")
         person.toast.wait_for()
         assert "bomb.png is refused" in person.toast.inner_text()
         assert str(tmp_path.anchor) + "tmp" not in person.toast.inner_text()
-        assert person.box.input_value() == "What is this?"  # to ask without the image
+        assert person.box.input_value() == "What is this?"  # it can be asked without the image
         person.page.wait_for_timeout(500)
         assert person.said.all_inner_texts() == ["Who?"] and person.page.locator(".thumbnails img").count() == 1
-        (conversation,) = visitors._kept.values()
-        assert len(conversation.rounds) == 1
+        (conversation,) = sessions.conversations.values()
+        assert len(conversation.turns) == 1

@@ -1,4 +1,4 @@
-"""`dsvl serve`: what the official client gets from it."""
+"""`dsvl serve` with the official OpenAI client."""
 
 import functools
 import json
@@ -34,7 +34,7 @@ from model_server import (
 )
 from training_runs import environment
 
-from dsvl.serving.requests import Limits
+from dsvl.serving.requests import RequestLimits
 from dsvl.utils import url_fetching
 
 
@@ -49,7 +49,7 @@ def parts(checkpoint: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_answers_are_the_models_own(server: Server, parts: tuple[Any, Any], count: int) -> None:
+def test_answers_equal_those_of_generate(server: Server, parts: tuple[Any, Any], count: int) -> None:
     images = [draw_image(seed) for seed in range(count)]
     own = [{"type": "image", "image": image} for image in images]
     expected = alone(parts, [{"role": "user", "content": [*own, {"type": "text", "text": "What is this?"}]}])
@@ -61,7 +61,7 @@ def test_answers_are_the_models_own(server: Server, parts: tuple[Any, Any], coun
     assert expected != alone(parts, [{"role": "user", "content": "What else?"}])
 
 
-def test_a_conversation_of_rounds(server: Server, parts: tuple[Any, Any]) -> None:
+def test_a_conversation_of_several_turns(server: Server, parts: tuple[Any, Any]) -> None:
     first, second = draw_image(1), draw_image(2)
     ours = [
         {"role": "developer", "content": "Be brief."},
@@ -110,7 +110,7 @@ def test_models_and_usage(server: Server, parts: tuple[Any, Any]) -> None:
     assert ask(server, messages, None, max_completion_tokens=5).usage.completion_tokens == 5
 
 
-def test_a_stream_ends_with_its_mark(server: Server) -> None:
+def test_a_stream_ends_with_done(server: Server) -> None:
     body = {"model": NAME, "messages": question("one"), "max_tokens": 2, "stream": True}
     with server.raw(post(json.dumps(body).encode())) as connection:
         received = b""
@@ -120,7 +120,7 @@ def test_a_stream_ends_with_its_mark(server: Server) -> None:
     assert b"text/event-stream" in received
 
 
-def test_stop_texts_end_an_answer_and_are_no_part_of_it(server: Server) -> None:
+def test_stop_strings_end_an_answer_and_are_not_part_of_it(server: Server) -> None:
     whole = ask(server, question("one"), 40).choices[0].message.content
     stop = whole[len(whole) // 2 : len(whole) // 2 + 5]
     expected = whole[: whole.index(stop)]
@@ -128,10 +128,10 @@ def test_stop_texts_end_an_answer_and_are_no_part_of_it(server: Server) -> None:
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (expected, "stop")
     assert answer.usage.completion_tokens < 40
     assert streamed(server, question("one"), 40, stop=stop) == expected
-    assert streamed(server, question("one"), 40, stop=whole[-3:] + "?") == whole  # begun, and never complete
+    assert streamed(server, question("one"), 40, stop=whole[-3:] + "?") == whole  # only its beginning occurs
 
 
-def test_an_answer_that_ends_by_itself_says_so(parts: tuple[Any, Any]) -> None:
+def test_an_answer_with_an_end_of_text_token_has_the_finish_reason_stop(parts: tuple[Any, Any]) -> None:
     model, processor = parts
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": "one"}],
@@ -141,18 +141,18 @@ def test_an_answer_that_ends_by_itself_says_so(parts: tuple[Any, Any]) -> None:
         return_tensors="pt",
     )
     ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
-    end = next(place for place in range(1, 6) if ids[place] not in ids[:place])
+    end = next(index for index in range(1, 6) if ids[index] not in ids[:index])
     model.generation_config.eos_token_id = ids[end]
     try:
         with served(model, processor) as server:
-            for tokens in (end + 1, end + 5):  # also where it ends with the last token that it may have
+            for tokens in (end + 1, end + 5):  # also if it is the last token allowed
                 answer = ask(server, question("one"), tokens)
                 assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("stop", end + 1)
     finally:
         model.generation_config.eos_token_id = None
 
 
-def test_sampling_is_each_requests_own(server: Server) -> None:
+def test_each_request_samples_with_its_own_seed(server: Server) -> None:
     def sampled(seed: int) -> str:
         return ask(server, question("one"), 20, temperature=1.5, top_p=0.9, seed=seed).choices[0].message.content
 
@@ -163,12 +163,12 @@ def test_sampling_is_each_requests_own(server: Server) -> None:
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(sampled, [0, 1, 2, 3, 3, 2, 1, 0]))
     assert together == alone_ + alone_[::-1]
-    assert torch.equal(torch.get_rng_state(), state)  # nobody's seed is the process's
+    assert torch.equal(torch.get_rng_state(), state)  # the global seed is not used
     greedy = ask(server, question("one"), 20, temperature=0).choices[0].message.content
     assert ask(server, question("one"), 20, temperature=2, top_p=1e-6).choices[0].message.content == greedy
 
 
-def test_requests_that_come_together_are_answered_together(server: Server, parts: tuple[Any, Any]) -> None:
+def test_concurrent_requests_are_batched(server: Server, parts: tuple[Any, Any]) -> None:
     texts = SENTENCES[:24]
     urls = [[data_url(draw_image(number))] * (number % 3) for number in range(24)]
     own = [
@@ -187,8 +187,8 @@ def test_requests_that_come_together_are_answered_together(server: Server, parts
     assert server.engine.batches - before < 24
 
 
-def test_more_than_the_server_holds_is_refused_and_nothing_else(parts: tuple[Any, Any]) -> None:
-    with served(*parts, limits=Limits(requests=2), max_batch=1) as server:
+def test_requests_beyond_the_limit_are_refused(parts: tuple[Any, Any]) -> None:
+    with served(*parts, limits=RequestLimits(requests=2), max_batch=1) as server:
         streams = [ask(server, question("one"), LONG, stream=True) for _ in range(2)]
         eventually(lambda: server.chat.held == 2)
         with pytest.raises(openai.RateLimitError) as refused:
@@ -201,11 +201,11 @@ def test_more_than_the_server_holds_is_refused_and_nothing_else(parts: tuple[Any
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_vanishes_frees_its_place(server: Server, stream: bool) -> None:
+def test_a_client_that_disconnects_frees_its_slot(server: Server, stream: bool) -> None:
     body = json.dumps({"model": NAME, "messages": question("one"), "max_tokens": LONG, "stream": stream}).encode()
     with server.raw(post(body)) as connection:
-        eventually(lambda: any(one.total_tokens > 3 for one in list(server.engine._known.values())))
-        (one,) = server.engine._known.values()
+        eventually(lambda: any(one.total_tokens > 3 for one in list(server.engine.active.values())))
+        (one,) = server.engine.active.values()
         if stream:
             assert connection.recv(1)
     eventually(lambda: server.chat.held == 0 and server.engine.running == 0)
@@ -214,7 +214,7 @@ def test_a_client_that_vanishes_frees_its_place(server: Server, stream: bool) ->
     assert ask(server, question("two")).choices[0].message.content
 
 
-def test_nobody_waits_for_the_end_of_anothers_long_answer(parts: tuple[Any, Any]) -> None:
+def test_short_answers_do_not_wait_for_long_ones(parts: tuple[Any, Any]) -> None:
     with served(*parts, max_batch=1) as server:
         long = ask(server, question("one"), LONG, stream=True)
         assert ask(server, question("two"), 3).usage.completion_tokens == 3
@@ -222,7 +222,7 @@ def test_nobody_waits_for_the_end_of_anothers_long_answer(parts: tuple[Any, Any]
         long.close()
 
 
-def test_an_answer_that_was_paused_goes_on_as_if_it_was_not(parts: tuple[Any, Any], monkeypatch: Any) -> None:
+def test_pausing_does_not_change_an_answer(parts: tuple[Any, Any], monkeypatch: Any) -> None:
     def one(number: int) -> str:
         options: dict[str, Any] = {"temperature": 1.2, "seed": number} if number % 2 else {}
         messages = question(SENTENCES[number], *[data_url(draw_image(number))] * (number % 3))
@@ -231,16 +231,16 @@ def test_an_answer_that_was_paused_goes_on_as_if_it_was_not(parts: tuple[Any, An
     with served(*parts) as server:
         whole = [one(number) for number in range(8)]
         monkeypatch.setattr(server.engine, "max_batch", 3)
-        monkeypatch.setattr(server.engine, "turn", 4)
+        monkeypatch.setattr(server.engine, "max_steps", 4)
         before = server.engine.batches
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(one, range(8))) == whole
         assert server.engine.batches - before > 8
 
 
-def test_whoever_waits_for_a_batch_may_leave(parts: tuple[Any, Any]) -> None:
+def test_a_waiting_request_can_be_cancelled(parts: tuple[Any, Any]) -> None:
     with served(*parts, max_batch=1) as server:
-        server.engine.turn = LONG
+        server.engine.max_steps = LONG
         first = ask(server, question("one"), LONG, stream=True)
         waiting = ask(server, question("two"), LONG, stream=True)
         eventually(lambda: server.engine.running == 2)
@@ -251,7 +251,9 @@ def test_whoever_waits_for_a_batch_may_leave(parts: tuple[Any, Any]) -> None:
         assert server.engine.batches == 1
 
 
-def test_a_failing_request_fails_alone_and_tells_nothing(server: Server, parts: tuple[Any, Any], monkeypatch: Any) -> None:
+def test_a_failing_request_fails_alone_and_reveals_no_details(
+    server: Server, parts: tuple[Any, Any], monkeypatch: Any
+) -> None:
     model = parts[0]
     generate = model.generate
 
@@ -278,11 +280,14 @@ def test_a_failing_request_fails_alone_and_tells_nothing(server: Server, parts: 
     assert "secret" not in str(error.value)
 
 
-def test_an_image_by_its_address_if_the_server_may(parts: tuple[Any, Any], tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_image_is_downloaded_if_the_server_allows_it(parts: tuple[Any, Any], tmp_path: Path, monkeypatch: Any) -> None:
     draw_image(1).save(tmp_path / "one.png")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     monkeypatch.setattr(url_fetching, "is_public", lambda address: address == "127.0.0.1")
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site, served(*parts, limits=Limits(allow_urls=True)) as server:
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), handler) as site,
+        served(*parts, limits=RequestLimits(allow_urls=True)) as server,
+    ):
         threading.Thread(target=site.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{site.server_port}/one.png"
         answers = [ask(server, question("one", one)).choices[0].message.content for one in (url, data_url(draw_image(1)))]

@@ -1,4 +1,4 @@
-"""`dsvl serve` under load: many clients, some of whom vanish."""
+"""`dsvl serve` under load: many clients, some of which disconnect."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ from training_runs import environment
 
 
 def _load(server: Server, parts: tuple[Any, Any], clients: int, seconds: float) -> tuple[int, int]:
-    """Let many clients ask, some of whom vanish; answers, and departures. All answers must be the model's own."""
+    """Run many clients and check all answers; returns the number of answers and of clients that disconnected."""
     texts = SENTENCES[:12]
     images = [draw_image(number) if number % 3 == 0 else None for number in range(12)]
     own, asked = [], []
@@ -46,13 +46,13 @@ def _load(server: Server, parts: tuple[Any, Any], clients: int, seconds: float) 
     result = json.loads(done.stdout)
     assert not result["wrong"], (len(result["wrong"]), result["wrong"][:3])
     eventually(lambda: server.chat.held == 0 and server.engine.running == 0)
-    assert not server.engine._known and not server.engine._waiting
-    return result["answered"], result["vanished"]
+    assert not server.engine.active and not server.engine.waiting
+    return result["answered"], result["disconnected"]
 
 
-def test_many_clients_some_of_whom_vanish(server: Server, parts: tuple[Any, Any]) -> None:
-    answered, vanished = _load(server, parts, clients=20, seconds=2)
-    assert answered > 30 and vanished > 5
+def test_many_clients_some_of_which_disconnect(server: Server, parts: tuple[Any, Any]) -> None:
+    answered, disconnected = _load(server, parts, clients=20, seconds=2)
+    assert answered > 30 and disconnected > 5
 
 
 @pytest.mark.slow
@@ -61,10 +61,10 @@ def test_a_hundred_clients_for_a_minute(server: Server, parts: tuple[Any, Any]) 
         gc.collect()
         return psutil.Process().memory_info().rss
 
-    _load(server, parts, clients=100, seconds=15)  # whatever is allocated once
+    _load(server, parts, clients=100, seconds=15)  # allocates what is allocated once
     before = memory()
-    answered, vanished = _load(server, parts, clients=100, seconds=60)
+    answered, disconnected = _load(server, parts, clients=100, seconds=60)
     grown = (memory() - before) / 2**20
-    print(f"{answered} answers, {vanished} vanished, {grown:+.1f} MiB")
-    assert answered > 500 and vanished > 100
+    print(f"{answered} answers, {disconnected} disconnected, {grown:+.1f} MiB")
+    assert answered > 500 and disconnected > 100
     assert grown < 50

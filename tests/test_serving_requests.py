@@ -1,4 +1,4 @@
-"""`dsvl serve`: requests at random, each answered rightly or refused clearly."""
+"""`dsvl serve`: random requests are answered correctly or refused with a clear error."""
 
 import json
 from typing import Any
@@ -10,12 +10,12 @@ from model_server import NAME, data_url, draw_image, load_parts, make_served_che
 from starlette.testclient import TestClient
 
 from dsvl.serving.app import build_app
-from dsvl.serving.requests import Limits
+from dsvl.serving.requests import RequestLimits
 
 IMAGES = [draw_image(seed) for seed in range(3)]
 URLS = [data_url(image) for image in IMAGES]
 BROKEN = ["", "x", "http://127.0.0.1/a.png", "data:image/png;base64,!!!", "data:,x", URLS[0][:-200], "file:///etc/passwd"]
-TOKENS, MOST = 3, 5  # of an answer
+TOKENS, MAX_TOKENS = 3, 5  # of an answer
 
 QUICK: dict[str, Any] = {
     "deadline": None,
@@ -36,7 +36,7 @@ texts = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
 def with_noise(good: st.SearchStrategy[Any], bad: st.SearchStrategy[Any] = anything) -> st.SearchStrategy[Any]:
-    """Mostly what belongs there."""
+    """Mostly valid values."""
     return st.integers(0, 19).flatmap(lambda number: bad if number == 0 else good)
 
 
@@ -95,7 +95,7 @@ requests = st.fixed_dictionaries(
 
 @st.composite
 def few_options(draw: Any) -> dict[str, Any]:
-    """A request most of whose options are not given, so that many are right."""
+    """A request with few options, so that many are valid."""
     request = draw(requests)
     kept = set(draw(st.lists(st.sampled_from(sorted(options)), max_size=2)))
     return {name: value for name, value in request.items() if name not in options or name in kept}
@@ -104,7 +104,7 @@ def few_options(draw: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model, processor = load_parts(make_served_checkpoint(tmp_path_factory.mktemp("serving")))
-    app = build_app(model, processor, NAME, Limits(new_tokens=MOST), allowed_hosts=("testserver",))
+    app = build_app(model, processor, NAME, RequestLimits(new_tokens=MAX_TOKENS), allowed_hosts=("testserver",))
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client, model, processor
 
@@ -130,7 +130,7 @@ def _expected(model: Any, processor: Any, request: dict[str, Any], tokens: int) 
 
 
 def check(served: Any, request: dict[str, Any]) -> bool:
-    """Send a request; whether it was answered. A refusal must be clear, and an answer right."""
+    """Send a request and check the response; returns whether it was answered."""
     client, model, processor = served
     body = json.dumps(request).encode()
     answer = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
@@ -142,7 +142,7 @@ def check(served: Any, request: dict[str, Any]) -> bool:
         return False
     (choice,) = told["choices"]
     tokens = told["usage"]["completion_tokens"]
-    assert tokens == (request.get("max_completion_tokens") or request.get("max_tokens") or MOST) or request.get("stop")
+    assert tokens == (request.get("max_completion_tokens") or request.get("max_tokens") or MAX_TOKENS) or request.get("stop")
     assert choice["finish_reason"] in ("stop", "length")
     greedy = not request.get("temperature") or request["temperature"] < 1e-4
     if greedy and not request.get("stop"):
@@ -159,12 +159,12 @@ def check(served: Any, request: dict[str, Any]) -> bool:
     print_blob=True,
 )
 @given(request=few_options() | requests)
-def test_a_request_is_answered_rightly_or_refused_clearly(served: Any, request: Any) -> None:
+def test_a_request_is_answered_correctly_or_refused_clearly(served: Any, request: Any) -> None:
     check(served, request)
 
 
 def test_most_of_them_are_answered(served: Any) -> None:
-    """Or the test before would say nothing of answers."""
+    """Otherwise the previous test would not test answers."""
     answered = []
 
     @settings(max_examples=60, **QUICK)
@@ -185,7 +185,7 @@ def test_a_thousand_requests(served: Any, request: Any) -> None:
 
 @settings(max_examples=100, **QUICK)
 @given(body=st.binary(max_size=60) | anything.map(lambda value: json.dumps(value).encode()))
-def test_a_body_at_random_is_refused_clearly(served: Any, body: bytes) -> None:
+def test_a_random_body_is_refused_clearly(served: Any, body: bytes) -> None:
     client, _, _ = served
     answer = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["message"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dsvl.serving.images import fetch_images
-from dsvl.serving.requests import Limits, RequestError
+from dsvl.serving.requests import RequestError, RequestLimits
 from dsvl.utils import url_fetching
 from dsvl.utils.url_fetching import FetchError, fetch_url, is_public
 
@@ -135,14 +135,14 @@ def test_images_are_fetched_if_that_is_allowed_and_together_within_the_limits(si
     def messages(count: int) -> list[dict[str, Any]]:
         return [{"content": [{"type": "image", "url": f"http://site.example:{one.port}/"} for _ in range(count)]}]
 
-    with pytest.raises(RequestError, match="Image 1 is an address, and this server fetches none"):
-        fetch_images(messages(1), Limits())
+    with pytest.raises(RequestError, match="Image 1 is an http\(s\) URL, which this server does not download"):
+        fetch_images(messages(1), RequestLimits())
     assert not one.visits
     asked = messages(1)
-    fetch_images(asked, Limits(allow_urls=True, body_bytes=1000))
+    fetch_images(asked, RequestLimits(allow_urls=True, body_bytes=1000))
     assert asked[0]["content"][0]["url"] == b"x" * 600
     with pytest.raises(RequestError, match="Image 2 was not fetched: it is larger than 400 bytes"):
-        fetch_images(messages(2), Limits(allow_urls=True, body_bytes=1000))
+        fetch_images(messages(2), RequestLimits(allow_urls=True, body_bytes=1000))
 
 
 def test_redirects_are_checked_like_the_first_url(site: Callable[..., Site]) -> None:

@@ -1,4 +1,4 @@
-"""What of a page's HTTP interface is open, and how much may come in through it."""
+"""ASGI middleware that restricts Gradio's HTTP interface to what the page uses, and limits the size of requests."""
 
 import asyncio
 import json
@@ -9,66 +9,63 @@ from typing import Any
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .limits import Limits
+from .limits import PageLimits
 
-# What the page in the browser uses of Gradio's routes. The others serve programs, other pages, monitoring and editing.
+# The routes of Gradio that the page in the browser uses. The others are for API clients, embedding, monitoring and editing.
 API = "/gradio_api/"
 FILE = API + "file="
-READ = ("/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
-READ_BELOW = ("/assets/", "/static/", "/svelte/", "/pwa_icon", API + "heartbeat/", FILE)
-READ_API = tuple(API + name for name in ("startup-events", "queue/data", "upload_progress", "theme.css"))
+GET_PATHS = ("/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
+GET_PREFIXES = ("/assets/", "/static/", "/svelte/", "/pwa_icon", API + "heartbeat/", FILE)
+GET_API_PATHS = tuple(API + name for name in ("startup-events", "queue/data", "upload_progress", "theme.css"))
 UPLOAD = API + "upload"
 JOIN = API + "queue/join"
-BYTES_PER_CHARACTER = 12  # a character outside of the first plane, escaped in JSON
-BYTES_OF_A_FRAME = 64 * 1024  # of a request around the question's text: names of files, numbers
+MAX_BYTES_PER_CHARACTER = 12  # a character beyond the Basic Multilingual Plane, escaped in JSON
+OVERHEAD_BYTES = 64 * 1024  # of a request beside the question's text, such as file names
 
 
-class Gate:
-    """An ASGI middleware that refuses routes that the page does not use, bodies beyond the limits, and names of files
-    that were not uploaded.
+class RequestFilter:
+    """Refuses routes that the page does not use, oversized bodies, and file names that were not uploaded.
 
     Args:
-        app: what lies behind it.
-        limits: see `Limits`.
+        app: the wrapped application.
+        limits: the limits of the page.
         uploads: the folder of uploaded files.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, uploads: Path) -> None:
+    def __init__(self, app: ASGIApp, limits: PageLimits, uploads: Path) -> None:
         self.app, self.limits, self.uploads = app, limits, uploads.resolve()
-        self.receiving = 0  # bytes of uploads that are under way
+        self.receiving = 0  # bytes of uploads in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
-            return  # the page opens no web socket
+            return  # the page uses no WebSocket
         path, method = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/", scope["method"]
-        if method in ("GET", "HEAD") and self._may_read(path):
+        if method in ("GET", "HEAD") and self._may_get(path):
             await self.app(scope, receive, send)
         elif method == "POST" and path == UPLOAD:
             await self._upload(scope, receive, send)
         elif method == "POST" and path == JOIN:
-            await self._post(scope, receive, send)
+            await self._join_queue(scope, receive, send)
         else:
             await PlainTextResponse("Not found.", 404)(scope, receive, send)
 
-    def _may_read(self, path: str) -> bool:
+    def _may_get(self, path: str) -> bool:
         if path.startswith(FILE):
             return self._is_upload(path[len(FILE) :])
-        return path == "/" or path in READ + READ_API or path.startswith(READ_BELOW)
+        return path == "/" or path in GET_PATHS + GET_API_PATHS or path.startswith(GET_PREFIXES)
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        kept = await asyncio.to_thread(_size, self.uploads)
-        if kept + self.receiving >= self.limits.upload_bytes:
-            await PlainTextResponse("The server holds as many files as it takes; try again later.", 503)(
-                scope, receive, send
-            )
+        stored = await asyncio.to_thread(folder_bytes, self.uploads)
+        if stored + self.receiving >= self.limits.upload_bytes:
+            await PlainTextResponse("The server's storage for uploads is full; try again later.", 503)(scope, receive, send)
             return
-        limit, received = self.limits.images * self.limits.image_bytes + BYTES_OF_A_FRAME, 0
-        begun = False
+        limit, received = self.limits.images * self.limits.image_bytes + OVERHEAD_BYTES, 0
+        response_started = False
 
-        async def counted() -> Message:
+        async def counting_receive() -> Message:
             nonlocal received
             message = await receive()
             size = len(message.get("body", b""))
@@ -77,26 +74,29 @@ class Gate:
                 raise _TooLarge
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal begun
-            begun = True
+        async def tracking_send(message: Message) -> None:
+            nonlocal response_started
+            response_started = True
             await send(message)
 
         try:
-            await self.app(scope, counted, noted)
+            await self.app(scope, counting_receive, tracking_send)
         except _TooLarge:
-            if not begun:
-                await PlainTextResponse("These files are larger than the server takes.", 413)(scope, receive, send)
+            if not response_started:
+                await PlainTextResponse("These files exceed the server's limit.", 413)(scope, receive, send)
         finally:
             self.receiving -= received
 
-    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """JSON must be called so: a page elsewhere can send it here by that name only if it is asked first."""
+    async def _join_queue(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check a JSON request.
+
+        Its content type must be application/json, because browsers send that across origins only after a CORS preflight.
+        """
         headers = dict(scope["headers"])
         if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
-            await PlainTextResponse("Send JSON.", 415)(scope, receive, send)
+            await PlainTextResponse("Send JSON with content-type application/json.", 415)(scope, receive, send)
             return
-        limit = self.limits.characters * BYTES_PER_CHARACTER + BYTES_OF_A_FRAME
+        limit = self.limits.characters * MAX_BYTES_PER_CHARACTER + OVERHEAD_BYTES
         body, more = bytearray(), True
         while more:
             message = await receive()
@@ -110,23 +110,23 @@ class Gate:
         try:
             paths = list(_paths(json.loads(body)))
         except (ValueError, RecursionError):
-            await PlainTextResponse("The request is no JSON.", 400)(scope, receive, send)
+            await PlainTextResponse("The request is not valid JSON.", 400)(scope, receive, send)
             return
         if not all(isinstance(path, str) and self._is_upload(path) for path in paths):
             await PlainTextResponse("The request names a file that was not uploaded.", 403)(scope, receive, send)
             return
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
-            return whole.pop() if whole else await receive()
+            return messages.pop() if messages else await receive()
 
         await self.app(scope, replay, send)
 
     def _is_upload(self, path: str) -> bool:
-        """Whether it names a file in the uploads' folder; an address names none."""
+        """Whether a path is in the folder of uploads. URLs and relative paths are not."""
         try:
             return Path(path).is_absolute() and Path(path).resolve().is_relative_to(self.uploads)
-        except (OSError, ValueError):  # too long, or a NUL in it
+        except (OSError, ValueError):  # too long, or with a NUL character
             return False
 
 
@@ -135,7 +135,7 @@ class _TooLarge(Exception):
 
 
 def _paths(value: Any) -> Iterator[Any]:
-    """Whatever is called a path in a request."""
+    """All values of the key "path" in a request."""
     if isinstance(value, dict):
         if "path" in value:
             yield value["path"]
@@ -145,7 +145,8 @@ def _paths(value: Any) -> Iterator[Any]:
             yield from _paths(part)
 
 
-def _size(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """The total size of the files in a folder."""
     total = 0
     for file in folder.rglob("*"):
         try:

@@ -1,4 +1,4 @@
-"""The parts of the demo's model, made from nothing: a small CLIP tower, and a small LLaMA with a tokenizer."""
+"""A small CLIP vision tower and a small LLaMA with a tokenizer, with random weights."""
 
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .drawing import IMAGE_SIZE, words
+from ..utils.shape_images import IMAGE_SIZE
+from .conversations import vocabulary_texts
 
 HEADINGS = "### Image 1:\n(image 1)\n### Question:\n{}\n\n### Answer:\n"
 
-# A heading and an image's name are one word each, so that few tokens lie between an image and what is said about it.
+# Headings and "(image N)" are single words, so that few tokens separate an image from the text about it.
 WORD = r"### \w+(:\n)?|\(image \d+\)|\w+ (?=\(image)| ?\w+|[^\w\s]+\n*|\s+"
 
 
@@ -26,9 +27,11 @@ def save_tower(
     """Save a CLIP vision tower with random weights, and its image processor.
 
     Args:
-        directory: where.
-        image_size, patch_size: in pixels.
-        width, layers: of the tower; it has a head for every 32 channels.
+        directory: the output directory.
+        image_size (*optional*, defaults to 32): in pixels.
+        patch_size (*optional*, defaults to 16): in pixels.
+        width (*optional*, defaults to 64): hidden size; each attention head has 32 channels.
+        layers (*optional*, defaults to 2): number of layers.
     """
     config = CLIPVisionConfig(
         hidden_size=width,
@@ -40,7 +43,7 @@ def save_tower(
     )
     CLIPVisionModel(config).save_pretrained(directory)
     side = {"height": image_size, "width": image_size}
-    # White, the background, becomes 0: an empty patch says nothing but where it is.
+    # The white background becomes 0, so that empty patches differ in their position only.
     processor = CLIPImageProcessor(
         size={"shortest_edge": image_size}, crop_size=side, image_mean=[1.0] * 3, image_std=[0.5] * 3
     )
@@ -48,13 +51,14 @@ def save_tower(
 
 
 def save_language_model(directory: Path, width: int = 128, layers: int = 3) -> None:
-    """Save a LLaMA with random weights, and a tokenizer that has learnt the words of the demo's conversations.
+    """Save a LLaMA with random weights, and a tokenizer trained on the demo's conversations.
 
     Args:
-        directory: where.
-        width, layers: of the decoder; it has a head for every 32 channels.
+        directory: the output directory.
+        width (*optional*, defaults to 128): hidden size; each attention head has 32 channels.
+        layers (*optional*, defaults to 3): number of layers.
     """
-    tokenizer = train_tokenizer([HEADINGS.format(text) for text in words()])
+    tokenizer = train_tokenizer([HEADINGS.format(text) for text in vocabulary_texts()])
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -62,9 +66,9 @@ def save_language_model(directory: Path, width: int = 128, layers: int = 3) -> N
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
         max_position_embeddings=1024,
-        # Conversations are short, and the nearest image has to be told from the one before it: fast rotations.
+        # Conversations are short, and neighbouring images must be distinguished, so positions rotate fast.
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-        initializer_range=0.08,  # 0.02 is meant for wide models; at this width attention starts out almost uniform
+        initializer_range=0.08,  # with the usual 0.02, attention would be almost uniform at this width
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -74,7 +78,7 @@ def save_language_model(directory: Path, width: int = 128, layers: int = 3) -> N
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: it knows every word of `texts`, and can spell any other text."""
+    """Train a byte-level BPE tokenizer on texts. It can encode any other text as well."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -95,6 +99,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        padding_side="left",  # generation continues at the right
+        padding_side="left",  # for batched generation
         clean_up_tokenization_spaces=False,
     )

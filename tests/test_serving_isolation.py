@@ -1,4 +1,4 @@
-"""`dsvl serve`: no request, and no client, is another's trouble."""
+"""`dsvl serve`: failing requests and slow clients do not affect others."""
 
 import base64
 import json
@@ -30,7 +30,7 @@ from dsvl.serving import connections
 from dsvl.serving.app import ChatCompletions
 from dsvl.serving.connections import BoundedProtocol
 from dsvl.serving.engine import Generation
-from dsvl.serving.requests import Limits
+from dsvl.serving.requests import RequestLimits
 
 
 def _sampled(server: Server, seed: int, tokens: int = 20) -> str:
@@ -43,18 +43,18 @@ def test_an_extreme_temperature_is_greedy(server: Server, temperature: float) ->
     assert ask(server, question("one"), 20, temperature=temperature).choices[0].message.content == greedy
 
 
-def test_a_failing_choice_changes_no_seeded_answer(server: Server, monkeypatch: Any) -> None:
+def test_a_failing_sampling_step_changes_no_seeded_answer(server: Server, monkeypatch: Any) -> None:
     alone = {seed: _sampled(server, seed) for seed in (7, 8)}
-    choose = Generation.choose
+    sample = Generation.sample
 
     def failing(self: Any, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
         if self.sampling.temperature == 1.75 and self.total_tokens == 2:
-            raise RuntimeError("this row's own fault")
-        return choose(self, input_ids, scores)
+            raise RuntimeError("caused by this row")
+        return sample(self, input_ids, scores)
 
-    monkeypatch.setattr(Generation, "choose", failing)
-    monkeypatch.setattr(server.engine, "turn", 2 * LONG)
-    long = ask(server, question("two"), LONG, stream=True)  # until it ends, all others wait
+    monkeypatch.setattr(Generation, "sample", failing)
+    monkeypatch.setattr(server.engine, "max_steps", 2 * LONG)
+    long = ask(server, question("two"), LONG, stream=True)  # the others wait until it ends
 
     def stranger() -> int:
         body = {"model": NAME, "messages": question("two"), "max_tokens": 4, "temperature": 1.75}
@@ -72,7 +72,7 @@ def test_a_failing_choice_changes_no_seeded_answer(server: Server, monkeypatch: 
 
 
 def test_a_batch_that_fails_half_way_changes_no_answer(server: Server, parts: tuple[Any, Any], monkeypatch: Any) -> None:
-    """Whatever makes it fail, memory for example: its rows go on alone, from where they were."""
+    """Its requests are continued one by one."""
     model = parts[0]
     alone = {seed: _sampled(server, seed) for seed in range(4)}
     greedy = ask(server, question("one"), 20).choices[0].message.content
@@ -94,9 +94,9 @@ def test_a_batch_that_fails_half_way_changes_no_answer(server: Server, parts: tu
     assert failures
 
 
-def test_slow_bodies_hold_nobody_up_and_are_cut_off(parts: tuple[Any, Any], monkeypatch: Any) -> None:
+def test_slow_bodies_block_nobody_and_time_out(parts: tuple[Any, Any], monkeypatch: Any) -> None:
     monkeypatch.setattr(connections, "BODY_GRACE_SECONDS", 1.0)
-    with served(*parts, limits=Limits(requests=8)) as server:
+    with served(*parts, limits=RequestLimits(requests=8)) as server:
         slow = [server.raw(post(b"{", length=1000)) for _ in range(32)]
         try:
             begun = time.monotonic()
@@ -110,7 +110,7 @@ def test_slow_bodies_hold_nobody_up_and_are_cut_off(parts: tuple[Any, Any], monk
         assert server.chat.held == 0 and server.chat.bodies.received == 0
 
 
-def test_a_body_that_keeps_coming_may_take_its_time(server: Server, monkeypatch: Any) -> None:
+def test_a_body_that_keeps_arriving_does_not_time_out(server: Server, monkeypatch: Any) -> None:
     monkeypatch.setattr(connections, "BODY_GRACE_SECONDS", 0.5)
     body = json.dumps(
         {"model": NAME, "messages": question("one", data_url(draw_image(0, (150, 150)))), "max_tokens": 1}
@@ -123,8 +123,8 @@ def test_a_body_that_keeps_coming_may_take_its_time(server: Server, monkeypatch:
         assert connection.recv(65536).split()[1] == b"200"
 
 
-def test_bodies_are_bounded_together(parts: tuple[Any, Any]) -> None:
-    with served(*parts, limits=Limits(receiving_bytes=3000)) as server:
+def test_the_total_size_of_bodies_is_limited(parts: tuple[Any, Any]) -> None:
+    with served(*parts, limits=RequestLimits(receiving_bytes=3000)) as server:
         with server.raw(post(b" " * 2000, length=4000)):
             eventually(lambda: server.chat.bodies.received == 2000)
             with server.raw(post(b" " * 2000, length=4000)) as second:
@@ -134,12 +134,12 @@ def test_bodies_are_bounded_together(parts: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127"])
-def test_half_a_header_is_cut_off(parts: tuple[Any, Any], monkeypatch: Any, sent: bytes) -> None:
+def test_an_incomplete_header_times_out(parts: tuple[Any, Any], monkeypatch: Any, sent: bytes) -> None:
     monkeypatch.setattr(BoundedProtocol, "headers_seconds", 1.0)
     with served(*parts) as server, server.raw(sent) as connection:
         begun = time.monotonic()
         connection.settimeout(0.3)
-        while time.monotonic() - begun < 10:  # a byte now and then gains nothing
+        while time.monotonic() - begun < 10:  # sending a byte now and then does not help
             try:
                 if connection.recv(1) == b"":
                     break
@@ -150,7 +150,7 @@ def test_half_a_header_is_cut_off(parts: tuple[Any, Any], monkeypatch: Any, sent
         assert 0.5 < time.monotonic() - begun < 5
 
 
-def test_what_is_sent_after_a_refusal_is_cut_off(parts: tuple[Any, Any], monkeypatch: Any) -> None:
+def test_sending_after_a_refusal_times_out(parts: tuple[Any, Any], monkeypatch: Any) -> None:
     monkeypatch.setattr(BoundedProtocol, "headers_seconds", 1.0)
     with served(*parts) as server, server.raw(post(b"x", content_type="text/plain", length=10_000)) as connection:
         assert connection.recv(65536).split()[1] == b"415"
@@ -167,7 +167,7 @@ def test_what_is_sent_after_a_refusal_is_cut_off(parts: tuple[Any, Any], monkeyp
         assert time.monotonic() - begun < 5
 
 
-def test_a_connection_that_is_used_again_is_kept(server: Server, monkeypatch: Any) -> None:
+def test_a_kept_alive_connection_does_not_time_out(server: Server, monkeypatch: Any) -> None:
     monkeypatch.setattr(BoundedProtocol, "headers_seconds", 0.5)
     request = post(json.dumps({"model": NAME, "messages": question("one"), "max_tokens": 2}).encode())
     with server.raw(request) as connection:
@@ -178,13 +178,13 @@ def test_a_connection_that_is_used_again_is_kept(server: Server, monkeypatch: An
         assert read_answer(connection)[0] == 200
 
 
-def test_whoever_does_not_read_the_answer_frees_the_place(parts: tuple[Any, Any], monkeypatch: Any) -> None:
+def test_a_client_that_does_not_read_its_response_frees_its_slot(parts: tuple[Any, Any], monkeypatch: Any) -> None:
     monkeypatch.setattr(BoundedProtocol, "reading_seconds", 1.0)
     body = json.dumps({"model": NAME, "messages": question("one"), "max_tokens": LONG, "stream": True}).encode()
-    with served(*parts, limits=Limits(requests=1)) as server, socket.socket() as connection:
+    with served(*parts, limits=RequestLimits(requests=1)) as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
-        send = server.engine._known
+        send = server.engine.active
         monkeypatch.setattr(
             ChatCompletions, "_build_chunk_sse", lambda self, *args, **kwargs: "data: " + "x" * 100_000 + "\n\n"
         )
@@ -193,16 +193,16 @@ def test_whoever_does_not_read_the_answer_frees_the_place(parts: tuple[Any, Any]
         eventually(lambda: server.chat.held == 0 and server.engine.running == 0)
 
 
-def test_a_text_does_not_wait_for_anothers_images(server: Server, monkeypatch: Any) -> None:
+def test_text_requests_do_not_wait_for_the_images_of_others(server: Server, monkeypatch: Any) -> None:
     release, taken = threading.Event(), []
-    pixels = server.chat._pixels
+    pixels = server.chat.preprocess_image
 
     def slow(part: dict[str, Any], number: int) -> torch.Tensor:
         taken.append(number)
         release.wait(20)
         return pixels(part, number)
 
-    monkeypatch.setattr(server.chat, "_pixels", slow)
+    monkeypatch.setattr(server.chat, "preprocess_image", slow)
     with ThreadPoolExecutor(4) as pool:
         urls = [data_url(draw_image(seed)) for seed in range(8)]
         many = [pool.submit(ask, server, question("one", *urls)) for _ in range(3)]
@@ -211,7 +211,7 @@ def test_a_text_does_not_wait_for_anothers_images(server: Server, monkeypatch: A
         few = pool.submit(ask, server, question("one", urls[0]))
         release.set()
         eventually(few.done)
-        assert taken.index(8) > 10  # requests took turns, image by image
+        assert taken.index(8) > 10  # requests alternate, image by image
         assert [future.result().usage.completion_tokens for future in many] == [12] * 3
 
 
@@ -224,7 +224,7 @@ def test_a_thin_image(server: Server) -> None:
 
 
 def _all(connection: socket.socket) -> bytes:
-    """What comes until the connection is closed."""
+    """Everything received until the connection is closed."""
     received = b""
     while chunk := connection.recv(65536):
         received += chunk

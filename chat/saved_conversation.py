@@ -1,4 +1,4 @@
-"""A conversation as a directory: one line of JSON, and its images as PNG files."""
+"""Conversations on disk: a directory with one line of JSON, and the images as PNG files."""
 
 import json
 import os
@@ -10,21 +10,22 @@ from ..utils.atomic_files import partial_path, write_atomically
 from ..utils.image_loading import open_image
 
 FILE = "conversation.jsonl"
+IMAGE_PREFIXES = ("image-", "picture-")  # of PNG files; version 0.1 wrote "picture-"
 
 
 def save_messages(messages: list[dict[str, Any]], folder: Path) -> None:
-    """Write messages whose images are PIL images.
+    """Write messages whose images are PIL images. A conversation that is already there is replaced.
 
     Raises:
-        ValueError: if the folder holds anything but such a conversation, which is replaced.
+        ValueError: if the folder holds files that do not belong to a saved conversation.
     """
     if folder.exists():
-        strange = [entry for entry in folder.iterdir() if not _is_ours(entry)] if folder.is_dir() else [folder]
-        if strange:
-            raise ValueError(f"{strange[0]} is no part of a saved conversation; save into a new directory.")
+        foreign = [entry for entry in folder.iterdir() if not _belongs(entry)] if folder.is_dir() else [folder]
+        if foreign:
+            raise ValueError(f"{foreign[0]} is no part of a saved conversation; save into a new directory.")
     folder.mkdir(parents=True, exist_ok=True)
-    # Whatever is interrupted, the line of JSON names images that are there: they have names of their own until it stands.
-    number, generation, stored = 0, os.urandom(4).hex(), []
+    # Every save uses new image names, so an interrupted save leaves the JSON and the images of the previous one intact.
+    number, save_id, stored = 0, os.urandom(4).hex(), []
     for message in messages:
         content = message["content"]
         if isinstance(content, list):
@@ -32,43 +33,46 @@ def save_messages(messages: list[dict[str, Any]], folder: Path) -> None:
             for part in message["content"]:
                 if part["type"] == "image":
                     number += 1
-                    name = f"image-{number}-{generation}.png"
+                    name = f"image-{number}-{save_id}.png"
                     part["image"].save(folder / name)
                     content.append({"type": "image", "path": name})
                 else:
                     content.append({"type": "text", "text": part["text"]})
         stored.append({"role": message["role"], "content": content})
     write_atomically(folder / FILE, json.dumps({"messages": stored}, ensure_ascii=False) + "\n")
-    for image in folder.glob("image-*.png"):
-        if not image.stem.endswith(generation):
-            image.unlink()
+    for file in folder.iterdir():
+        if _is_image(file) and not file.stem.endswith(save_id):
+            file.unlink()
 
 
-def _is_ours(entry: Path) -> bool:
-    files = (FILE, partial_path(Path(FILE)).name)
-    return entry.name in files or (entry.name.startswith("image-") and entry.suffix == ".png")
+def _belongs(entry: Path) -> bool:
+    return entry.name in (FILE, partial_path(Path(FILE)).name) or _is_image(entry)
+
+
+def _is_image(entry: Path) -> bool:
+    return entry.name.startswith(IMAGE_PREFIXES) and entry.suffix == ".png"
 
 
 def load_messages(folder: Path) -> list[dict[str, Any]]:
-    """Read a conversation; only images of the directory itself are opened, whatever its JSON says.
+    """Read a saved conversation. Only images inside the directory are opened, whatever the JSON names.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the directory holds no valid conversation.
     """
     file = folder / FILE
     if not file.is_file():
         raise ValueError(f"{folder} holds no {FILE}; pass a directory that was written by save().")
     try:
         messages = json.loads(file.read_text(encoding="utf-8"))["messages"]
-        return [_message(message, number, folder) for number, message in enumerate(messages)]
+        return [_message(message, index, folder) for index, message in enumerate(messages)]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no saved conversation: {type(error).__name__}: {error}.") from error
 
 
-def _message(message: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
+def _message(message: dict[str, Any], index: int, folder: Path) -> dict[str, Any]:
     role, content = message["role"], message["content"]
-    if role not in ROLES or (role == "system" and number > 0):
-        raise ValueError(f"Message {number} has the role {role!r}; expected user or assistant, after at most one system.")
+    if role not in ROLES or (role == "system" and index > 0):
+        raise ValueError(f"Message {index} has the role {role!r}; expected user or assistant, after at most one system.")
     if isinstance(content, str):
         return {"role": role, "content": content}
     return {"role": role, "content": [_part(part, folder) for part in content]}

@@ -1,12 +1,12 @@
-"""A conversation with a saved checkpoint, in a process that knows nothing of this package.
+"""A conversation with a saved checkpoint in a process without the package dsvl.
 
 Copy this file anywhere and run it:
 
-    python talk.py CHECKPOINT CONVERSATION.json
+    python chat_without_package.py CHECKPOINT CONVERSATION.json
 
-The checkpoint brings its own code along (`trust_remote_code=True`), so the script refuses to run where a package `dsvl`
-could be imported instead. CONVERSATION.json holds `{"system": ..., "rounds": [...]}`, a round being
-`{"images": [file, ...], "question": ..., "truth": ...}`.
+It loads the code of the checkpoint (`trust_remote_code=True`), and therefore refuses to run where a package `dsvl` can be
+imported. CONVERSATION.json holds `{"system": ..., "turns": [...]}`; a turn is
+`{"images": [file, ...], "question": ..., "expected": ...}`.
 """
 
 import importlib.util
@@ -17,10 +17,10 @@ from typing import Any
 
 
 def refuse_installed_package() -> None:
-    """Stop unless the code must come from the checkpoint.
+    """Exit if a package `dsvl` can be imported.
 
     Raises:
-        SystemExit: if a package `dsvl` can be imported here.
+        SystemExit: if so.
     """
     found = importlib.util.find_spec("dsvl")
     if found is not None:
@@ -30,13 +30,13 @@ def refuse_installed_package() -> None:
         )
 
 
-def talk(checkpoint: Path, conversation: dict[str, Any], folder: Path) -> list[str]:
-    """Load a checkpoint and hold a conversation, each answer of the model being part of what it reads next.
+def chat(checkpoint: Path, conversation: dict[str, Any], folder: Path) -> list[str]:
+    """Load a checkpoint and ask the questions of a conversation. Each prompt contains the model's previous answers.
 
     Args:
-        checkpoint: its directory.
-        conversation: as in CONVERSATION.json.
-        folder: where the images are.
+        checkpoint: the checkpoint's directory.
+        conversation: the content of CONVERSATION.json.
+        folder: the directory of its images.
 
     Returns:
         The answers.
@@ -46,11 +46,11 @@ def talk(checkpoint: Path, conversation: dict[str, Any], folder: Path) -> list[s
 
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True).eval()
-    print(f"  {type(model).__name__} comes from {type(model).__module__.split('.')[0]}, as the checkpoint has it.")
+    print(f"  {type(model).__name__} comes from {type(model).__module__.split('.')[0]}, the code in the checkpoint.")
 
     messages: list[dict[str, Any]] = [{"role": "system", "content": conversation["system"]}]
     answers = []
-    for turn in conversation["rounds"]:
+    for turn in conversation["turns"]:
         images = [{"type": "image", "image": Image.open(folder / name)} for name in turn["images"]]
         messages.append({"role": "user", "content": [*images, {"type": "text", "text": turn["question"]}]})
         inputs = processor.apply_chat_template(
@@ -61,8 +61,8 @@ def talk(checkpoint: Path, conversation: dict[str, Any], folder: Path) -> list[s
         messages.append({"role": "assistant", "content": answer})
         answers.append(answer)
         for name in turn["images"]:
-            print(f"  image:  {name}")
-        print(f"  question: {turn['question']}\n  answer:   {answer}\n  truth:    {turn['truth']}")
+            print(f"  image:    {name}")
+        print(f"  question: {turn['question']}\n  answer:   {answer}\n  expected: {turn['expected']}")
     return answers
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     refuse_installed_package()
     print("  No package dsvl can be imported in this process.")
     checkpoint, conversation = map(Path, sys.argv[1:3])
-    talk(checkpoint, json.loads(conversation.read_text(encoding="utf-8")), conversation.parent)
+    chat(checkpoint, json.loads(conversation.read_text(encoding="utf-8")), conversation.parent)
 
 
 if __name__ == "__main__":
