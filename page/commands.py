@@ -5,10 +5,10 @@ import contextlib
 import threading
 from pathlib import Path
 
+from ..utils.deprecation import RenamedFlag
 from ..utils.hosts import LOOPBACK, is_loopback
 from ..utils.local_paths import check_exists
 from ..utils.model_arguments import add_conversation_arguments, generation_options
-from ..utils.renamed_flags import RenamedFlag
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..utils.deprecation import RenamedFlag
 from ..utils.hosts import LOOPBACK, is_loopback
 from ..utils.local_paths import check_exists
 from ..utils.model_arguments import add_loading_arguments
@@ -21,6 +22,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--max-new-tokens", type=int, default=4096, help="maximum length of an answer (default 4096)")
     parser.add_argument("--max-images", type=int, default=8, help="images per request (default 8)")
+    parser.add_argument("--max-pictures", dest="max_images", type=int, action=RenamedFlag)
     parser.add_argument("--max-megapixels", type=float, default=25, help="size of an image (default 25)")
     parser.add_argument("--max-megabytes", type=float, default=32, help="size of a request (default 32)")
     parser.add_argument("--allow-urls", action="store_true", help="download images from public http(s) URLs")

@@ -31,10 +31,11 @@ import dsvl  # noqa: E402
 from dsvl.chat import DSVLChat  # noqa: E402
 from dsvl.page import request_filter  # noqa: E402
 from dsvl.page.app import open_page  # noqa: E402
-from dsvl.page.commands import add_parser  # noqa: E402
+from dsvl.page.commands import add_parser as page_parser  # noqa: E402
 from dsvl.page.examples import read_examples  # noqa: E402
 from dsvl.page.limits import Refusal  # noqa: E402
 from dsvl.page.sessions import ChatSessions, PageQuestion, escape  # noqa: E402
+from dsvl.serving.commands import add_parser as serve_parser  # noqa: E402
 
 API = "/gradio_api"
 
@@ -440,13 +441,14 @@ def test_examples_are_the_first_questions_of_conversations(tmp_path: Path) -> No
     assert all(text.endswith("?") for text, _ in examples)
 
 
-def test_the_flag_of_version_0_1_is_accepted_with_a_warning(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("command", "add_parser"), [("demo", page_parser), ("serve", serve_parser)])
+def test_the_flag_of_version_0_1_is_accepted_with_a_warning(command, add_parser, checkpoint: Path, caplog) -> None:
     parser = argparse.ArgumentParser(prog="dsvl")
     add_parser(parser.add_subparsers())
-    assert parser.parse_args(["demo", str(checkpoint)]).max_images == 8
-    assert parser.parse_args(["demo", str(checkpoint), "--max-images", "3"]).max_images == 3
+    assert parser.parse_args([command, str(checkpoint)]).max_images == 8
+    assert parser.parse_args([command, str(checkpoint), "--max-images", "3"]).max_images == 3
     assert not caplog.records
-    assert parser.parse_args(["demo", str(checkpoint), "--max-pictures", "3"]).max_images == 3
+    assert parser.parse_args([command, str(checkpoint), "--max-pictures", "3"]).max_images == 3
     assert "--max-pictures is deprecated" in caplog.text and "use --max-images" in caplog.text
 
 
