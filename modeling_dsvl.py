@@ -44,7 +44,7 @@ from .transformers_dsvl import (
 from .vision_dsvl import make_vision_tower, run_tower, unused_tower_parameters
 
 # Elements of the logits that the loss computes at once: 128 MiB in float32.
-_LOGITS_AT_ONCE = 2**25
+LOGITS_AT_ONCE = 2**25
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Outputs
@@ -840,7 +840,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             return self._loss(self._logits(hidden), targets, num_items_in_batch)
 
-        at_once = max(_LOGITS_AT_ONCE // self.config.text_config.vocab_size, 1)
+        at_once = max(LOGITS_AT_ONCE // self.config.text_config.vocab_size, 1)
         # Under ZeRO-3 all processes gather the head for each part, so all need the same number of parts.
         if rows <= at_once or is_deepspeed_zero3_enabled():
             return part(hidden, targets)

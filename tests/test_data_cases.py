@@ -122,7 +122,7 @@ def test_an_answer_of_weight_0_is_read_but_not_trained_on(processor, capsys):
 def test_a_template_that_does_not_mark_each_answer_cannot_have_weights(processor):
     processor.chat_template = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
     messages = [{"role": "user", "content": "a?"}, *({"role": "assistant", "content": c, "weight": c == "b"} for c in "ab")]
-    with pytest.raises(ValueError, match="has the weight 0, but the chat template does not mark each answer"):
+    with pytest.raises(ValueError, match="has weight 0, but the chat template does not mark every answer"):
         ConversationCollator(processor)([messages])
 
 

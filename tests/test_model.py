@@ -53,7 +53,7 @@ def test_the_loss_in_parts_is_the_loss(tied, monkeypatch):
     whole = model(**inputs).loss
     parameters = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(whole, parameters, allow_unused=True)
-    monkeypatch.setattr(modeling_dsvl, "_LOGITS_AT_ONCE", 4 * VOCABULARY + 3)
+    monkeypatch.setattr(modeling_dsvl, "LOGITS_AT_ONCE", 4 * VOCABULARY + 3)
     asked = []
     model.lm_head.register_forward_hook(lambda module, args, output: asked.append(len(output)))
     loss = model(**inputs).loss

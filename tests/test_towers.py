@@ -279,14 +279,14 @@ def test_towers_that_do_not_fit_are_refused_by_name(parts):
     naflex = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**WIDTHS, intermediate_size=48))
     with pytest.raises(ValueError, match="'siglip2_vision_model', for images of any shape .NaFlex.*fixed resolution"):
         compose(naflex)
-    with pytest.raises(ValueError, match="makes images of 56 pixels, which CLIPVisionModel does not take.*size, 28"):
+    with pytest.raises(ValueError, match="returns images of 56 pixels, which CLIPVisionModel does not support.*size, 28"):
         compose(parts / "clip", size=56)
     with pytest.raises(ValueError, match="expected one square for both"):
         compose(parts / "clip", image_processor=transformers.CLIPImageProcessor(do_center_crop=False))
     swin = transformers.SwinModel(
         transformers.SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2])
     )
-    with pytest.raises(ValueError, match="SwinModel gives features of shape .* Use a tower that gives a feature for every"):
+    with pytest.raises(ValueError, match="SwinModel returns features of shape .* Use a tower that returns a feature for every"):
         compose(swin, size=64)
     with pytest.raises(ValueError, match="projector_type='perceiver' with Qwen-VL's tower.*choose projector_type='linear'"):
         compose(parts / "qwen", projector_type="perceiver")

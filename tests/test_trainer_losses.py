@@ -95,7 +95,7 @@ def test_label_smoothing_obeys_the_number_of_items(model, collator, rows, tmp_pa
 def test_a_step_with_label_smoothing_has_the_gradients_of_the_formula(
     folder, model, collator, rows, tmp_path, monkeypatch, adapters
 ):
-    monkeypatch.setattr(modeling_dsvl, "_LOGITS_AT_ONCE", 2 * model.config.text_config.vocab_size)  # parts, computed again
+    monkeypatch.setattr(modeling_dsvl, "LOGITS_AT_ONCE", 2 * model.config.text_config.vocab_size)  # parts, computed again
     if adapters:
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, lora_config(model, 2))
