@@ -135,7 +135,7 @@ def test_images_are_fetched_if_that_is_allowed_and_together_within_the_limits(si
     def messages(count: int) -> list[dict[str, Any]]:
         return [{"content": [{"type": "image", "url": f"http://site.example:{one.port}/"} for _ in range(count)]}]
 
-    with pytest.raises(RequestError, match="Image 1 is an http\(s\) URL, which this server does not download"):
+    with pytest.raises(RequestError, match=r"Image 1 is an http\(s\) URL, which this server does not download"):
         fetch_images(messages(1), RequestLimits())
     assert not one.visits
     asked = messages(1)
