@@ -49,8 +49,8 @@ def require_acceleration(feature: str) -> Any:
     module = acceleration()
     if module is None:
         raise ImportError(
-            f"{feature} is part of the package dsvl, which is not installed or has another version of the acceleration "
-            f"interface than this checkpoint's code ({INTERFACE_VERSION}); install or update it: "
+            f"{feature} is part of the package dsvl, which is not installed, cannot be imported, or has another version of "
+            f"the acceleration interface than this checkpoint's code ({INTERFACE_VERSION}); install or update it: "
             "pip install -U dsvl, or from a clone: pip install -e ."
         )
     return module
@@ -59,9 +59,15 @@ def require_acceleration(feature: str) -> Any:
 def _find() -> Any | None:
     try:
         module = import_module("dsvl.acceleration")
-    except ModuleNotFoundError as error:
-        if error.name not in ("dsvl", "dsvl.acceleration"):
-            raise
+    except ImportError as error:
+        # This code is complete without the package, so a package that does not fit the environment must not keep it from
+        # loading.
+        if not isinstance(error, ModuleNotFoundError) or error.name not in ("dsvl", "dsvl.acceleration"):
+            warnings.warn(
+                f"The installed package dsvl cannot be imported ({error}): the model runs without acceleration. Update the "
+                "package (pip install -U dsvl), or uninstall it.",
+                stacklevel=3,
+            )
         return None
     version = getattr(module, "INTERFACE_VERSION", None)
     if version != INTERFACE_VERSION:

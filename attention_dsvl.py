@@ -95,7 +95,7 @@ def _attention(backend: str) -> Callable:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if multimodal_masks is None:
             # No image in the sequence: the decoder's own attention, bit for bit.
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[2] != query.shape[2]:
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.dtype == torch.int8:
                 raise ValueError(  # it is the placeholder of `build_masks`
                     f"{type(module).__name__} was not handed multimodal_masks: the layers of this decoder do not pass "
                     "keyword arguments on to their attention; choose another decoder, or multimodal_attention='causal'."

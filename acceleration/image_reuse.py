@@ -8,6 +8,7 @@ decoder's own function; `ImageReuse.prefill` runs the text of a prompt over them
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -38,12 +39,25 @@ class ImageReuse:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        # Weak, as the model holds this object: a model that is deleted frees its memory at once.
+        self._model = weakref.ref(model)
         self.text_multiple = 1
         self.run_decoder: Callable = run_decoder
         self._rotate_keys: Callable = rotate_keys
         self._rotation: KeyRotation | None = None
         self._fingerprint: tuple[str, list[nn.Parameter], list[int]] | None = None
+
+    @property
+    def model(self) -> Any:
+        """The `DSVLModel`."""
+        return self._model()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy` and `pickle`, which cannot copy a weak reference: the copy belongs to the model's copy."""
+        return self.__dict__ | {"_model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _model=weakref.ref(state["_model"]))
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> ImageKVCache:

@@ -153,3 +153,15 @@ def test_without_the_package_what_is_missing_is_said(tmp_path):
     assert run.returncode == 0, run.stderr
     works, *messages = run.stdout.splitlines()
     assert works == "True" and len(messages) == 3 and all("pip install" in message for message in messages)
+
+
+def test_a_package_that_cannot_be_imported_does_not_keep_a_checkpoint_from_loading(tmp_path):
+    checkpoint = make_checkpoint(tmp_path)
+    (tmp_path / "alone.py").write_text(ALONE)
+    (tmp_path / "broken" / "dsvl").mkdir(parents=True)
+    (tmp_path / "broken" / "dsvl" / "__init__.py").write_text("from transformers import NoSuchName\n")
+    packages = [tmp_path / "broken", plain_packages(tmp_path / "packages", "torch", "transformers", "pillow")]
+    run = run_plainly(tmp_path / "alone.py", checkpoint, packages=packages, home=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("True\n")
+    assert run.stderr.count("The installed package dsvl cannot be imported (cannot import name 'NoSuchName'") == 1

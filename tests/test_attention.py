@@ -171,6 +171,15 @@ def test_a_decoder_that_keeps_the_masks_from_its_attention_is_refused(monkeypatc
         model(**batch("tItt"))
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_text_takes_a_four_dimensional_mask_that_is_broadcast_over_queries(backend):
+    inputs, mask = batch("tttttt", "ttt"), torch.zeros(2, 1, 1, 6, dtype=torch.float64)
+    mask[1, :, :, :3] = torch.finfo(mask.dtype).min
+    ours, plain = (tiny_model(attention=attention, backend=backend) for attention in ("mmca", "causal"))
+    logits = ours(input_ids=inputs["input_ids"], attention_mask=mask).logits
+    assert logits.equal(plain(input_ids=inputs["input_ids"], attention_mask=mask).logits)
+
+
 def test_eager_returns_the_weights_it_used():
     model = tiny_model(backend="eager")
     inputs = batch("ttIttIt", "Ittt")

@@ -1,5 +1,9 @@
 """Exact image reuse: a prompt over images that were encoded before is the ordinary prefill, wherever they stand."""
 
+import copy
+import gc
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -376,3 +380,27 @@ def test_a_model_that_is_spread_over_devices_and_disk(tmp_path):
     inputs = batch(*LAYOUTS[2], dtype=torch.float32)
     expected = greedy(plain, inputs)
     assert greedy(spread, inputs, spread.encode_images(inputs["pixel_values"])).equal(expected)
+
+
+def test_a_model_that_encoded_images_is_freed_when_it_is_deleted():
+    model, inputs = tiny_model(), batch("tItt")
+    model.encode_images(inputs["pixel_values"])
+    gone = weakref.ref(model.model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None  # without a garbage collection
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_encodes_images_with_its_own_weights(duplicate):
+    model, inputs = tiny_model(), batch(*LAYOUTS[1])
+    model.encode_images(inputs["pixel_values"])
+    other = duplicate(model)
+    assert other.model.image_reuse.model is other.model
+    with torch.no_grad():
+        other.model.language_model.layers[0].mlp.up_proj.weight.mul_(2)
+    assert greedy(other, inputs, other.encode_images(inputs["pixel_values"])).equal(greedy(other, inputs))
+    assert greedy(model, inputs, model.encode_images(inputs["pixel_values"])).equal(greedy(model, inputs))
