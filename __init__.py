@@ -24,17 +24,18 @@ if TYPE_CHECKING:
     from .acceleration import ImageKVCache
     from .composition import compose, save_checkpoint
 
-# Where this package is installed, the Auto classes use it rather than the copy in a checkpoint ...
+# Once this package is imported, the Auto classes use it rather than the copy in a checkpoint, as transformers prefers
+# registered classes, also with trust_remote_code=True.
 AutoConfig.register(DSVLConfig.model_type, DSVLConfig, exist_ok=True)
 AutoProcessor.register(DSVLConfig, DSVLProcessor, exist_ok=True)
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(DSVLConfig, DSVLForConditionalGeneration, exist_ok=True)
-# By these tables TRL tells whether a model sees images, and `Trainer` whether it must shift the labels that it smooths.
+# TRL uses these tables to detect vision-language models, and `Trainer` to decide whether label smoothing shifts labels.
 for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
     _names[DSVLConfig.model_type] = DSVLForConditionalGeneration.__name__
 AutoConfig.register(DSVLQwenVisionConfig.model_type, DSVLQwenVisionConfig, exist_ok=True)
 AutoModel.register(DSVLQwenVisionConfig, DSVLQwenVisionModel, exist_ok=True)
-# ... and every checkpoint that it saves takes a copy along.
+# Saved checkpoints contain a copy of the code.
 DSVLConfig.register_for_auto_class()
 DSVLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 DSVLProcessor.register_for_auto_class()
@@ -53,7 +54,7 @@ __all__ = [
     "migration",
     "save_checkpoint",
 ]
-# Imported when first used, as it takes time.
+# Imported on first use, as importing them takes time.
 _lazy = lazy_attributes(
     __name__,
     {

@@ -106,7 +106,7 @@ def read_image(
         A PIL image of mode RGB; the given one itself if it is upright RGB already.
 
     Raises:
-        ImageError: (a `ValueError`) naming the source, the reason and the remedy: for what is no image, is broken, of
+        ImageError: (a `ValueError`) naming the source, the reason and the remedy: for what is not an image, is broken, of
             another format, without pixels or of too many, or has ambiguous values.
     """
     requires_backends(read_image, ["vision"])
@@ -185,7 +185,7 @@ def _from_text(text: str, allow_urls: bool) -> Any:
     if text[:5].lower() == "data:":
         head, comma, data = text.partition(",")
         if not comma or not head.lower().endswith(";base64"):
-            raise _Refused("it is no base64 data URL", "pass data:image/png;base64,...")
+            raise _Refused("it is not a base64 data URL", "pass data:image/png;base64,...")
         decoded = _from_base64(data)
         if decoded is None:
             raise _Refused("its base64 is not valid", "encode its file's bytes")
@@ -200,12 +200,12 @@ def _from_text(text: str, allow_urls: bool) -> Any:
         return Path(text)
     decoded = _from_base64(text)
     if decoded is None or len(decoded) < _SMALLEST_FILE:
-        raise _Refused("it is no file, no address and no base64 of an image", "pass the path of an image file")
+        raise _Refused("it is not a file, an address or base64 of an image", "pass the path of an image file")
     return decoded
 
 
 def _from_base64(text: str) -> bytes | None:
-    """Decoded; None if it is no base64. Lines may be broken anywhere."""
+    """Decoded; None if it is not base64. Lines may be broken anywhere."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
@@ -227,7 +227,7 @@ def _fetch(url: str) -> bytes:
 
 def _open_path(path: str | os.PathLike) -> BinaryIO:
     if not os.path.isfile(path):  # nor is a pipe or a device opened, which may never end
-        raise _Refused("it does not exist, or is no file", "pass the path of an image file")
+        raise _Refused("it does not exist, or is not a file", "pass the path of an image file")
     try:
         return open(path, "rb")
     except OSError as error:

@@ -19,7 +19,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
     loading = add_conversation_arguments(parser)
     loading.add_argument(
-        "--cache-implementation", choices=("dynamic", "static"), help="of the KV cache; static is compiled on a GPU"
+        "--cache-implementation",
+        choices=("dynamic", "static"),
+        help="kind of KV cache; with static, decoding is compiled on a GPU",
     )
     parser.set_defaults(run=_chat)
 

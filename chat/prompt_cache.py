@@ -14,8 +14,8 @@ class CachedImage:
     """Identifies an image whose tokens are in the cache, by its pixels at the time it was encoded.
 
     Args:
-        image: mark it read-only (`image.readonly = 1`). Pillow then gives the image a new pixel buffer when somebody draws
-            on it, so that an unchanged buffer proves unchanged pixels without hashing them.
+        image: mark it read-only (`image.readonly = 1`). Pillow then gives the image a new pixel buffer when it is drawn
+            on, so that an unchanged buffer proves unchanged pixels without hashing them.
     """
 
     def __init__(self, image: Image.Image) -> None:

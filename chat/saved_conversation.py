@@ -22,7 +22,7 @@ def save_messages(messages: list[dict[str, Any]], folder: Path) -> None:
     if folder.exists():
         foreign = [entry for entry in folder.iterdir() if not _belongs(entry)] if folder.is_dir() else [folder]
         if foreign:
-            raise ValueError(f"{foreign[0]} is no part of a saved conversation; save into a new directory.")
+            raise ValueError(f"{foreign[0]} is not part of a saved conversation; save into a new directory.")
     folder.mkdir(parents=True, exist_ok=True)
     # Every save uses new image names, so an interrupted save leaves the JSON and the images of the previous one intact.
     number, save_id, stored = 0, os.urandom(4).hex(), []
@@ -66,7 +66,7 @@ def load_messages(folder: Path) -> list[dict[str, Any]]:
         messages = json.loads(file.read_text(encoding="utf-8"))["messages"]
         return [_message(message, index, folder) for index, message in enumerate(messages)]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no saved conversation: {type(error).__name__}: {error}.") from error
+        raise ValueError(f"{file} is not a saved conversation: {type(error).__name__}: {error}.") from error
 
 
 def _message(message: dict[str, Any], index: int, folder: Path) -> dict[str, Any]:

@@ -14,8 +14,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--language", type=check_exists, required=True, help="name or directory of a causal language model")
     parser.add_argument("--out", required=True, help="new directory for the checkpoint")
-    parser.add_argument("--projector-type", choices=PROJECTOR_TYPES, default="linear", help="(default linear)")
-    parser.add_argument("--multimodal-attention", choices=MULTIMODAL_ATTENTIONS, default="mmca", help="(default mmca)")
+    parser.add_argument(
+        "--projector-type", choices=PROJECTOR_TYPES, default="linear", help="type of the projector (default linear)"
+    )
+    parser.add_argument(
+        "--multimodal-attention",
+        choices=MULTIMODAL_ATTENTIONS,
+        default="mmca",
+        help="attention between text and images (default mmca)",
+    )
     parser.add_argument(
         "--vision-feature-layer", type=int, default=-1, help="layer of the tower whose features are projected (default -1)"
     )
@@ -27,7 +34,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--number-after", action="store_true", help="in prompts, repeat the number of an image after it")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the language model's)")
-    parser.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)")
+    parser.add_argument("--max-shard-size", default="5GB", help="maximum size of a safetensors file (default 5GB)")
     parser.set_defaults(run=_compose)
 
 

@@ -165,7 +165,7 @@ def _check_text(text: str, number: int) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"message {number} holds half of a surrogate pair ({text[error.start]!a}), which is no character; expected "
+                f"message {number} holds half of a surrogate pair ({text[error.start]!a}); expected "
                 "complete ones (an emoji may have been cut)."
             ) from error
 

@@ -135,7 +135,7 @@ class BadSamples:
                 f"on_bad_sample={on_bad_sample!r} is not known; choose from {', '.join(map(repr, ON_BAD_SAMPLE))}."
             )
         if not 0 <= max_bad_samples <= 1:
-            raise ValueError(f"max_bad_samples={max_bad_samples} is no share of the samples; pass a number from 0 to 1.")
+            raise ValueError(f"max_bad_samples={max_bad_samples} is not a share of the samples; pass a number from 0 to 1.")
         self.on_bad_sample, self.max_bad_samples, self.source, self.total = on_bad_sample, max_bad_samples, source, total
         # (seen, skipped) in shared memory; each worker of the data loader writes its own row.
         self._counts = torch.zeros(WORKERS, 2, dtype=torch.int64).share_memory_()

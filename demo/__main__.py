@@ -1,4 +1,4 @@
-"""End-to-end demo in five minutes: compose a small model, train it, score it on held-out conversations, and chat with the
+"""End-to-end demo: compose a small model, train it, score it on held-out conversations, and chat with the
 saved checkpoint in a process without this package.
 
 python -m dsvl.demo [--output demo_output] [--seed 0] [--deepspeed]

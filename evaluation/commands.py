@@ -26,7 +26,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="DATA",
         help="conversations as for dsvl train, or an evaluation file of DeepSpeed-VisualChat",
     )
-    parser.add_argument("--split", default="train", help="of a data set that has several (default train)")
+    parser.add_argument("--split", default="train", help="split of the data set, if it has several (default train)")
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -39,7 +39,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--given-answers", action="store_true", help="ask follow-ups after the data's answers instead of the model's own"
     )
     parser.add_argument(
-        "--on-bad-sample", choices=("error", "skip"), default="error", help="what an invalid conversation or image causes"
+        "--on-bad-sample",
+        choices=("error", "skip"),
+        default="error",
+        help="for invalid conversations or images (default error)",
     )
     parser.add_argument("--max-bad-samples", type=float, default=0.05, help=MAX_BAD_SAMPLES_HELP)
     parser.add_argument("--allow-urls", action="store_true", help="allow images with http(s) URLs, which are fetched")

@@ -24,7 +24,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--from", dest="source", required=True, help="directory of Qwen-VL or Qwen-VL-Chat, or one of its weight files"
     )
     action.add_argument("--out", required=True, help="new directory for the tower")
-    action.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)")
+    action.add_argument("--max-shard-size", default="5GB", help="maximum size of a safetensors file (default 5GB)")
     action.set_defaults(run=_qwen_tower)
 
     action = actions.add_parser("checkpoint", help="convert a checkpoint that DeepSpeed-VisualChat's training wrote")
@@ -60,7 +60,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="whether the weights include the LoRA weights already (default: compare with --vision and --language)",
     )
     action.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the file's)")
-    action.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default 5GB)")
+    action.add_argument("--max-shard-size", default="5GB", help="maximum size of a safetensors file (default 5GB)")
     action.set_defaults(run=_checkpoint)
 
 

@@ -65,7 +65,7 @@ def open_page(
         The address of the page, and its `ChatSessions`.
 
     Raises:
-        OSError: if the port is in use, or the host is no address of this machine.
+        OSError: if the port is in use, or the host is not an address of this machine.
     """
     limits = limits or PageLimits()
     options = {"overflow": "drop"} | chat

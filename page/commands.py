@@ -89,5 +89,5 @@ def _demo(arguments: argparse.Namespace) -> None:
     with contextlib.suppress(KeyboardInterrupt), page as (address, _):
         print(f"dsvl demo: {address}; Ctrl-C ends it", flush=True)
         if arguments.share or not local:
-            print("dsvl demo: everybody who can reach this address can use it; there is no password", flush=True)
+            print("dsvl demo: anyone who can reach this address can use it; there is no password", flush=True)
         threading.Event().wait()

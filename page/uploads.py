@@ -14,7 +14,7 @@ def open_upload(name: str, limits: PageLimits) -> Image.Image:
     """Open an uploaded image, scaled down to at most `MAX_SIDE` pixels per side.
 
     Raises:
-        Refusal: if the file is gone, is too large, or is no image. The message has the file name, without its directory.
+        Refusal: if the file is gone, is too large, or is not an image. The message has the file name, without its directory.
     """
     file = Path(name)
     try:

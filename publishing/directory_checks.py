@@ -205,7 +205,7 @@ def _secrets(text: str, name: str) -> Iterator[str]:
     for what, pattern in SECRETS.items():
         found = re.search(pattern, text)
         if found:
-            yield f"{name} holds {what} ({found[0][:7]}...); remove it, and revoke it if anybody else could have read it."
+            yield f"{name} holds {what} ({found[0][:7]}...); remove it, and revoke it if others could have read it."
 
 
 def _paths(content: Any, name: str, where: str = "") -> Iterator[str]:

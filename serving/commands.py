@@ -60,5 +60,5 @@ def _serve(arguments: argparse.Namespace) -> None:
     app = build_app(model, processor, name, limits, arguments.max_batch, LOOPBACK if local else ("*",))
     print(f"dsvl serve: {name} at http://{arguments.host}:{arguments.port}/v1; Ctrl-C ends it", flush=True)
     if not local:
-        print("dsvl serve: everybody who can reach this address can use it; there is no API key", flush=True)
+        print("dsvl serve: anyone who can reach this address can use it; there is no API key", flush=True)
     uvicorn.run(app, host=arguments.host, port=arguments.port, **UVICORN)

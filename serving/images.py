@@ -43,7 +43,7 @@ def load_image(part: dict[str, Any], number: int, limits: RequestLimits) -> Imag
     """Decode an image part. Its `url`, a data URL or bytes, is removed from the part to free memory.
 
     Raises:
-        RequestError: if it is no data URL, is too large, or cannot be decoded.
+        RequestError: if it is not a data URL, is too large, or cannot be decoded.
     """
     url = part.pop("url")
     return decode_image(url if isinstance(url, bytes) else _data_url_bytes(url, number), number, limits)

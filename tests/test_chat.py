@@ -334,7 +334,7 @@ def test_a_loaded_conversation_opens_nothing_outside_its_directory(chat, tmp_pat
         assert chat.messages == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("dear diary")
-    with pytest.raises(ValueError, match=r"notes.txt is no part of a saved conversation"):
+    with pytest.raises(ValueError, match=r"notes.txt is not part of a saved conversation"):
         chat.save(tmp_path / "mine")
 
 

@@ -139,7 +139,7 @@ def test_mistakes_are_reported_and_change_nothing(talk, folder):
         "has an unbalanced quotation mark",
         "/load takes one directory",
         "holds no conversation.jsonl",
-        "is no part of a saved",
+        "is not part of a saved",
     ):
         assert said in err
     assert [message["content"] for message in chat.messages][:1] == ["Still there?"]

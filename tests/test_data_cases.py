@@ -563,7 +563,7 @@ def test_the_share_holds_for_streams_batches_and_conversions(processor, tmp_path
     assert main(
         ["data", "convert", "sharegpt", "--root", str(path), "--out", str(tmp_path / "c"), "--on-bad-sample", "skip"]
     )
-    with pytest.raises(ValueError, match=r"max_bad_samples=1\.5 is no share"):
+    with pytest.raises(ValueError, match=r"max_bad_samples=1\.5 is not a share"):
         BadSamples(max_bad_samples=1.5)
 
 

@@ -62,7 +62,7 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "cut.png").write_bytes(png(IMAGE)[:48])
     with pytest.raises(ValueError, match=r"cut.png cannot be decoded"):
         open_image(tmp_path / "cut.png")
-    with pytest.raises(ValueError, match="does not exist, or is no file"):
+    with pytest.raises(ValueError, match="does not exist, or is not a file"):
         open_image("/dev/zero")
     with pytest.raises(ValueError, match=r"missing.png does not exist"):
         open_image(tmp_path / "missing.png")

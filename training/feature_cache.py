@@ -56,7 +56,7 @@ def feature_fingerprint(tower: torch.nn.Module, config: Any, image_processor: An
     for name, tensor in sorted(tower.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    # Class names are left out: the classes with and without torchvision are equivalent.
+    # Class names are not included: the classes with and without torchvision are equivalent.
     settings = {key: value for key, value in image_processor.to_dict().items() if not key.endswith(("_type", "_class"))}
     settings = {key: value for key, value in settings.items() if value is not None}
     processor = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -34,7 +34,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--images", type=int, default=1, help="images per sample (default: 1)")
     parser.add_argument("--pictures", dest="images", type=int, action=RenamedFlag)
     parser.add_argument(
-        "--train", nargs="*", default=["projector", "embeddings"], metavar="PART", help=f"parts to train: {', '.join(PARTS)}"
+        "--train",
+        nargs="*",
+        default=["projector", "embeddings"],
+        metavar="PART",
+        help=f"parts to train: {', '.join(PARTS)} (default: projector embeddings)",
     )
     parser.add_argument(
         "--lora-rank", type=int, default=0, help="rank of adapters on the decoder's linear layers (default: 0, none)"

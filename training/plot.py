@@ -62,6 +62,6 @@ def curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int,
                 line = panels.setdefault(title, {}).setdefault(title, [])
             else:
                 continue
-            if not line or line[-1][0] != entry["step"]:  # the final evaluation of the best checkpoint is left out
+            if not line or line[-1][0] != entry["step"]:  # without the final evaluation of the best checkpoint
                 line.append((entry["step"], value))
     return panels

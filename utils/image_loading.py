@@ -104,7 +104,7 @@ def thumbnail_data_url(image: Image.Image, width: int, quality: int = 80) -> str
 
 def _read(path: Path, name: str) -> bytes:
     if not os.path.isfile(path):  # reading a pipe or a device may never end
-        raise ValueError(f"The image {name} does not exist, or is no file.")
+        raise ValueError(f"The image {name} does not exist, or is not a file.")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(
             f"The image {name} has {path.stat().st_size:,} bytes; the largest that is opened has {MAX_BYTES:,}."

@@ -17,7 +17,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
         choices=QUANTIZATIONS,
         help="quantize the decoder's layers: 4bit and 8bit need bitsandbytes, int8 needs torchao",
     )
-    group.add_argument("--attn-implementation", help="of the decoder: sdpa, eager or flex_attention")
+    group.add_argument("--attn-implementation", help="attention of the decoder: sdpa, eager or flex_attention")
     return group
 
 
@@ -42,7 +42,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser, default: str, leng
 def add_conversation_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the arguments of `dsvl chat` and `dsvl demo` for loading, context and generation; returns the loading group."""
     group = add_loading_arguments(parser)
-    group.add_argument("--context-length", type=int, help="in tokens (default: the decoder's max_position_embeddings)")
+    group.add_argument(
+        "--context-length", type=int, help="length in tokens (default: the decoder's max_position_embeddings)"
+    )
     group.add_argument(
         "--overflow",
         choices=("drop", "error"),
