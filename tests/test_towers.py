@@ -286,7 +286,9 @@ def test_towers_that_do_not_fit_are_refused_by_name(parts):
     swin = transformers.SwinModel(
         transformers.SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2])
     )
-    with pytest.raises(ValueError, match="SwinModel returns features of shape .* Use a tower that returns"):
+    with pytest.raises(
+        ValueError, match="SwinModel returns features of shape .* Use a tower that returns a feature for every"
+    ):
         compose(swin, size=64)
     with pytest.raises(ValueError, match="projector_type='perceiver' with Qwen-VL's tower.*choose projector_type='linear'"):
         compose(parts / "qwen", projector_type="perceiver")

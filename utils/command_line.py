@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from .deprecation import RenamedFlag
+
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 
 
@@ -23,7 +25,8 @@ class CommandParser(argparse.ArgumentParser):
             for argument in args[: args.index("--")] if "--" in args else args:
                 flag = argument.partition("=")[0]
                 if flag.startswith("--") and not self._knows(flag):
-                    known = [option for option in self._option_string_actions if "_" not in option]
+                    actions = self._option_string_actions.items()
+                    known = [name for name, action in actions if "_" not in name and not isinstance(action, RenamedFlag)]
                     self.error(f"unrecognized argument: {flag}{did_you_mean(flag.replace('_', '-'), known)}")
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
