@@ -79,7 +79,7 @@ def read_image(
 ) -> "Image.Image":
     """Read an image in any form as upright 8-bit RGB.
 
-    A file's first frame is shown, EXIF's rotation is applied, and transparency lies on white. Grey levels are decided by the
+    A file's first frame is shown, EXIF's rotation is applied, and transparent pixels are blended with white. Grey levels are decided by the
     type and, where that leaves it open, by the range of the values:
 
     - bool: black and white;
@@ -131,7 +131,7 @@ def image_size(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> tuple[i
 
 
 def file_of(source: Any) -> Any:
-    """What `datasets` stores an image as, `{"bytes", "path"}`, as the bytes, or else the path; anything else as it is.
+    """The bytes or the path of an image that `datasets` stores as `{"bytes", "path"}`; other sources unchanged.
 
     Raises:
         ValueError: if it holds neither.
@@ -146,7 +146,7 @@ def file_of(source: Any) -> Any:
     return held
 
 
-# -- what it is given as ---------------------------------------------------------------------------------------------------
+# -- sources -------------------------------------------------------------------------------------------------------------
 
 
 def _read(
@@ -213,7 +213,7 @@ def _from_base64(text: str) -> bytes | None:
 
 
 def _fetch(url: str) -> bytes:
-    # The Hub's client would do, but its library has changed its name once already.
+    # Not by the Hub's HTTP client, whose library has changed its name.
     request = Request(url, headers={"User-Agent": "dsvl"})
     try:
         with urlopen(request, timeout=FETCH_SECONDS) as response:

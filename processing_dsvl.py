@@ -141,7 +141,7 @@ class DSVLProcessor(ProcessorMixin):
         image_features: Any = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> Any:
-        """Texts and their images to model inputs; see `ProcessorMixin.__call__`. The modality of each token goes along.
+        """Texts and their images to model inputs; see `ProcessorMixin.__call__`. The modality of each token is returned too.
 
         Args:
             images: what `read_image` takes: one, a flat list, or a list for each text.
@@ -281,7 +281,7 @@ class DSVLProcessor(ProcessorMixin):
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Publish; the arguments are those of `PushToHubMixin.push_to_hub`.
 
-        Where the package dsvl is installed, all of its code goes along.
+        Where the package dsvl is installed, its code is published too.
         """
         try:
             push_part = import_module("dsvl.publishing.push").push_part
@@ -299,7 +299,7 @@ class DSVLProcessor(ProcessorMixin):
 
 
 def _read_images(images: list, images_kwargs: dict | None = None, **kwargs: Any) -> list:
-    """Read images as the arguments of a call ask for it, those of the image processor among themselves or flat.
+    """Read images with the options of a call, which are flat or in `images_kwargs`.
 
     Raises:
         ValueError: as `read_image` does; and for floats with do_rescale=False, as the processed image has 8 bits.
