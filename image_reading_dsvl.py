@@ -79,8 +79,8 @@ def read_image(
 ) -> "Image.Image":
     """Read an image in any form as upright 8-bit RGB.
 
-    A file's first frame is shown, EXIF's rotation is applied, and transparent pixels are blended with white. Grey levels are decided by the
-    type and, where that leaves it open, by the range of the values:
+    The first frame of a file is read, EXIF's rotation is applied, and transparent pixels are blended with white. The data
+    type decides the grey levels, and if it is ambiguous, the range of the values:
 
     - bool: black and white;
     - 8 bits: as they are; 16 bits unsigned, and the 16-bit greys of PNG, PPM and TIFF: their whole range becomes 0..255;
