@@ -420,10 +420,7 @@ class BranchMasks(AttentionMask):
         if backend == "sdpa":
             visible, by_key = visibility.dense(), key_types[:, None, None]
             text, image = visible & (by_key == TEXT), visible & (by_key == IMAGE)
-            sees_image = image.any(-1, keepdim=True)
-            # Some kernels return NaN for a query without keys, in the gradients too. Its result is not used.
-            text, image = text | ~text.any(-1, keepdim=True), image | ~sees_image
-            sees_image = sees_image.transpose(1, 2)
+            (text, _), (image, sees_image) = with_keys(text), with_keys(image)
         else:
 
             def of_type(kind: int) -> Any:
@@ -457,9 +454,28 @@ class BranchMasks(AttentionMask):
         attend = ALL_ATTENTION_FUNCTIONS[backend]
         text, image = (attend(module, query, key, value, mask, **kwargs)[0] for mask in (self.text, self.image))
         output = text + (image if self.sees_image is None else torch.where(self.sees_image, image, 0))
-        own = value.index_select(2, self.own_key).transpose(1, 2)
-        own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=2)
-        return torch.where(self.is_text, output, own), None
+        return torch.where(self.is_text, output, own_values(query, value, self.own_key)), None
+
+
+def with_keys(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A boolean mask (batch, 1, queries, keys) in which a query without keys sees all, as some kernels return NaN for it, in
+    the gradients too; and which queries have keys, (batch, queries, 1, 1)."""
+    has_keys = mask.any(-1, keepdim=True)
+    return mask | ~has_keys, has_keys.transpose(1, 2)
+
+
+def own_values(query: torch.Tensor, value: torch.Tensor, own_key: torch.Tensor | None = None) -> torch.Tensor:
+    """The value of each query's own key, as an attention function returns it: (batch, queries, heads, head_dim).
+
+    Args:
+        query: (batch, heads, queries, head_dim).
+        value: (batch, key-value heads, keys, head_dim).
+        own_key: (queries,), index of each query's own key; not needed if keys and queries are the same tokens.
+    """
+    if own_key is not None and value.shape[2] != query.shape[2]:
+        value = value.index_select(2, own_key)
+    own, group = value.transpose(1, 2), query.shape[1] // value.shape[1]
+    return own if group == 1 else own.repeat_interleave(group, dim=2)
 
 
 def plain_attention(backend: str, module: nn.Module) -> Callable:

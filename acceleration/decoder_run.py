@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from ..masks_dsvl import AttentionMask, by_layer_type
+from ..masks_dsvl import AttentionMask, by_layer_type, own_values
 from ..transformers_dsvl import CACHE
 from ..utils.transformers_names import DynamicLayer
 
@@ -30,7 +30,7 @@ class OwnValueMask(AttentionMask):
     def attend(
         self, backend: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
-        return value.transpose(1, 2).repeat_interleave(query.shape[1] // value.shape[1], dim=2), None
+        return own_values(query, value), None
 
 
 def run_decoder(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..inputs_dsvl import gather_unique_rows
-from ..masks_dsvl import IMAGE, TEXT, AttentionMask, Visibility
+from ..masks_dsvl import IMAGE, TEXT, AttentionMask, Visibility, own_values, with_keys
 from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
 
 # Smaller parts of the image branch cost more than they save.
@@ -179,12 +179,14 @@ class GatheredMask(AttentionMask):
             if visibility.device.type == "cpu" and not compiled and not torch.compiler.is_compiling():
                 image_parts = split_image_branch(image_mask)
             image_mask, sees_image = with_keys(image_mask)
-        filled = torch.ones_like(queries.index, dtype=torch.bool) if queries.filled is None else queries.filled
+        filled = queries.filled
+        if filled is None and compiled:  # the next batch may have empty slots
+            filled = torch.ones_like(queries.index, dtype=torch.bool)
         mask = cls(
             text_queries=queries.rows(visibility.q_length),
             text_keys=text.rows(visibility.kv_length),
             image_keys=image.rows(visibility.kv_length),
-            text_filled=None if queries.filled is None and not compiled else filled[:, :, None, None],
+            text_filled=None if filled is None else filled[:, :, None, None],
             own_key=visibility.query_positions() - visibility.kv_offset,
             text_mask=text_mask,
             image_mask=image_mask,
@@ -224,20 +226,10 @@ class GatheredMask(AttentionMask):
             image_output = _attend_parts(module, text_query, image_key, image_value, self.image_parts, **kwargs)
         sees = self.sees_image
         output = output + image_output if sees is None else torch.addcmul(output, image_output, sees)
-        own = (value if value.shape[2] == query.shape[2] else value.index_select(2, self.own_key)).transpose(1, 2)
-        if query.shape[1] != value.shape[1]:
-            own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=2)
-        own, rows = own.flatten(0, 1), self.text_queries.flatten()
+        own, rows = own_values(query, value, self.own_key).flatten(0, 1), self.text_queries.flatten()
         if self.text_filled is not None:
             output = torch.where(self.text_filled, output, gather_unique_rows(own, rows).view_as(output))
         return own.index_copy(0, rows, output.flatten(0, 1)).unflatten(0, (-1, query.shape[2])), None
-
-
-def with_keys(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A boolean mask (batch, 1, queries, keys) in which a query without keys sees all, as some kernels return NaN for it;
-    and which queries have keys, (batch, queries, 1, 1)."""
-    has_keys = mask.any(-1, keepdim=True)
-    return mask | ~has_keys, has_keys.transpose(1, 2)
 
 
 def split_image_branch(mask: torch.Tensor) -> list[ImagePart]:
@@ -277,4 +269,4 @@ def _gather(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return gather_unique_rows(tokens, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
-__all__ = ["GatheredMask", "Slots", "gathered_branch_mask", "settled", "with_keys"]
+__all__ = ["GatheredMask", "Slots", "gathered_branch_mask", "settled"]

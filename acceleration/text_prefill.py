@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ..masks_dsvl import AttentionMask, Visibility, attention_scores, softmax, weighted_values
+from ..masks_dsvl import AttentionMask, Visibility, attention_scores, softmax, weighted_values, with_keys
 from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS
 from ..utils.transformers_names import DynamicLayer
-from .gathered_mask import Slots, gathered_branch_mask, with_keys
+from .gathered_mask import Slots, gathered_branch_mask
 
 # Up to this many queries, a compiled decoder uses plain products: the kernels of sdpa occupy too little of a GPU.
 FEW_QUERIES = 128

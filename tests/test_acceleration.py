@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import FAMILIES, batch, tiny_model
 from plain_environment import plain_packages, run_plainly
-from plain_loop import PlainLoop, run_by_loop
-from test_attention import LAYOUTS, backends, packed
+from test_attention import LAYOUTS, assert_equals_the_plain_loop, backends, packed
 from training_runs import make_checkpoint
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -32,13 +31,7 @@ def core_alone(monkeypatch):
 @pytest.mark.parametrize(("family", "backend"), CASES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_core_alone_equals_the_plain_loop(family, backend, side, core_alone, uncompiled):
-    inputs = batch(*LAYOUTS, side=side)
-    real = inputs["attention_mask"].bool()
-    with torch.no_grad():
-        ours = tiny_model(family, backend=backend)(**inputs).logits
-        loop = PlainLoop(inputs["mm_token_type_ids"], real)
-        expected = run_by_loop(tiny_model(family, "causal"), inputs, loop).logits
-    torch.testing.assert_close(ours[real], expected[real], atol=1e-9, rtol=1e-9)
+    assert_equals_the_plain_loop(family, backend, side)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
