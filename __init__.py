@@ -22,7 +22,7 @@ from .vision_dsvl import DSVLQwenVisionModel
 if TYPE_CHECKING:
     from . import migration
     from .acceleration import ImageKVCache
-    from .composition import compose, save_checkpoint
+    from .composition import compose, prepare_chat_template, save_checkpoint
 
 # Once this package is imported, the Auto classes use it rather than the copy in a checkpoint, as transformers prefers
 # registered classes, also with trust_remote_code=True.
@@ -52,6 +52,7 @@ __all__ = [
     "ImageKVCache",
     "compose",
     "migration",
+    "prepare_chat_template",
     "save_checkpoint",
 ]
 # Imported on first use, as importing them takes time.
@@ -61,6 +62,7 @@ _lazy = lazy_attributes(
         "ImageKVCache": "acceleration.image_cache",
         "compose": "composition",
         "migration": "",
+        "prepare_chat_template": "composition",
         "save_checkpoint": "composition",
     },
 )

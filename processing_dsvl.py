@@ -111,7 +111,8 @@ class DSVLProcessor(ProcessorMixin):
         image_processor: the vision tower's (`CLIPImageProcessor`); with torchvision or without.
         tokenizer: the language model's, backed by `tokenizers`. Extended in place (`extend_tokenizer`).
         image_seq_length: how many image tokens one image takes (`DSVLConfig.image_seq_length`).
-        number_after: repeat an image's number behind it in the prompt (see `CHAT_TEMPLATE`).
+        number_after: repeat an image's number behind it in the prompt (see `CHAT_TEMPLATE`); None is the template's own
+            default.
         chat_template: a Jinja template; DeepSpeed-VisualChat's format by default.
     """
 
@@ -122,7 +123,7 @@ class DSVLProcessor(ProcessorMixin):
         image_processor: Any = None,
         tokenizer: Any = None,
         image_seq_length: int = 257,
-        number_after: bool = False,
+        number_after: bool | None = None,
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -188,11 +189,15 @@ class DSVLProcessor(ProcessorMixin):
         if isinstance(conversation, dict) and "messages" in conversation:
             conversation = conversation["messages"]
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        if "number_after" in (templates.get(chat_template or "default") or chat_template or ""):
+        template = templates.get(chat_template or "default") or chat_template or ""
+        if "number_after" in template and self.number_after is not None:
             kwargs.setdefault("number_after", self.number_after)
-        features = _features_of(conversation)
-        if features and kwargs.get("tokenize"):
-            kwargs["processor_kwargs"] = (kwargs.get("processor_kwargs") or {}) | {"image_features": features}
+        if "mark_answers" in template:
+            kwargs.setdefault("mark_answers", bool(kwargs.get("return_assistant_tokens_mask")))
+        if kwargs.get("tokenize"):
+            features = _features_of(conversation)
+            options = {"add_special_tokens": False} | ({"image_features": features} if features else {})  # as tokenizers do
+            kwargs["processor_kwargs"] = options | (kwargs.get("processor_kwargs") or {})
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
     def count_tokens(self, conversation: Any, add_generation_prompt: bool = False) -> int:

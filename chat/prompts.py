@@ -12,6 +12,5 @@ def prompt_ids(processor: Any, messages: list[dict[str, Any]]) -> list[int]:
     """
     tokenizer, image = processor.tokenizer, processor.image_token_id
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return [copy for token in ids for copy in [token] * (processor.image_seq_length if token == image else 1)]

@@ -7,6 +7,7 @@ from typing import Any
 from ..hub_card import render_card
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..utils.atomic_files import atomic_directory
+from .chat_template import chat_template_name
 
 
 def save_checkpoint(
@@ -44,7 +45,13 @@ def save_checkpoint(
     with atomic_directory(directory) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         processor.save_pretrained(partial)
-        card = render_card(model.config, base_models or [], origin=origin, untrained=untrained)
+        card = render_card(
+            model.config,
+            base_models or [],
+            origin=origin,
+            untrained=untrained,
+            chat_template=chat_template_name(processor.chat_template),
+        )
         (partial / "README.md").write_text(card, encoding="utf-8")
         if write_more is not None:
             write_more(partial)

@@ -1,6 +1,8 @@
 """`dsvl compose`."""
 
 import argparse
+import json
+from typing import Any
 
 from ..configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
 from ..utils.local_paths import check_exists
@@ -32,14 +34,43 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="full",
         help="full keeps CLS and register tokens, default drops them (default full)",
     )
-    parser.add_argument("--number-after", action="store_true", help="in prompts, repeat the number of an image after it")
+    parser.add_argument(
+        "--chat-template",
+        metavar="language|visualchat|FILE",
+        help="the language model's own chat template, DeepSpeed-VisualChat's, or a Jinja file (default: language if the "
+        "language model has one, else visualchat)",
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="defaults of the template's variables, such as '{\"enable_thinking\": false}'",
+    )
+    parser.add_argument(
+        "--number-after",
+        action=argparse.BooleanOptionalAction,
+        help="in prompts, repeat the number of an image after it (default: unless attention is causal or the template "
+        "visualchat)",
+    )
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the language model's)")
     parser.add_argument("--max-shard-size", default="5GB", help="maximum size of a safetensors file (default 5GB)")
     parser.set_defaults(run=_compose)
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object, the value of a flag."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as '{{\"enable_thinking\": false}}'")
+    return value
+
+
 def _compose(arguments: argparse.Namespace) -> None:
     from ..utils.atomic_files import check_new_directory
+    from .chat_template import CHOICES, chat_template_name
     from .checkpoint import save_checkpoint
     from .compose import compose
 
@@ -51,6 +82,8 @@ def _compose(arguments: argparse.Namespace) -> None:
         multimodal_attention=arguments.multimodal_attention,
         vision_feature_layer=arguments.vision_feature_layer,
         vision_feature_select_strategy=arguments.vision_feature_select_strategy,
+        chat_template=arguments.chat_template,
+        chat_template_kwargs=arguments.chat_template_kwargs,
         number_after=arguments.number_after,
         dtype=arguments.dtype,
     )
@@ -63,4 +96,6 @@ def _compose(arguments: argparse.Namespace) -> None:
         max_shard_size=arguments.max_shard_size,
     )
     size = sum(parameter.numel() for parameter in model.parameters())
+    name = chat_template_name(processor.chat_template)
     print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens per image")
+    print(f"Chat template: {CHOICES.get(name, name)}")

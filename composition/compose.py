@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..attention_dsvl import route_attention
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
-from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor, extend_tokenizer
+from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor
+from .chat_template import VISUALCHAT, choose_chat_template, end_of_turn_ids, prepare_chat_templates
 from .towers import count_prefix_tokens, load_image_processor, load_tower, processed_size
 
 VOCABULARY_MULTIPLE = 64  # the embedding table is padded to a multiple of this, for tensor cores
@@ -26,7 +27,9 @@ def compose(
     vision_feature_select_strategy: str = "full",
     tokenizer: Any = None,
     image_processor: Any = None,
-    number_after: bool = False,
+    chat_template: str | Path | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    number_after: bool | None = None,
     dtype: torch.dtype | str = "auto",
 ) -> tuple[DSVLForConditionalGeneration, DSVLProcessor]:
     """Compose a vision tower and a language model into a DSVL model with a newly initialized projector.
@@ -43,24 +46,34 @@ def compose(
         tokenizer: *optional*, the language model's tokenizer; defaults to that of `language`.
         image_processor: *optional*, determines the image size; defaults to that of `vision`, or CLIP's with the tower's
             `image_size` if it has none.
-        number_after: see `DSVLProcessor`.
+        chat_template: `"language"` (the language model's own), `"visualchat"` (DeepSpeed-VisualChat's), or the path of a
+            Jinja file; defaults to `"language"` if the tokenizer has a template, else `"visualchat"`. See
+            `prepare_chat_template` for what is added to it.
+        chat_template_kwargs: *optional*, defaults of the template's variables, such as `{"enable_thinking": False}`.
+        number_after: whether an image's number is repeated behind it in prompts; defaults to whether image tokens cannot
+            see the number before them (`multimodal_attention` is not `"causal"`), and to False for `"visualchat"`, whose
+            prompts stay those of DeepSpeed-VisualChat.
         dtype: of the whole model; "auto" is the language model's own.
 
     Returns:
         The model, in evaluation mode and with all parameters trainable (see `set_trainable`), and its processor.
 
     Raises:
-        ValueError: if the parts are not compatible.
+        ValueError: if the parts are not compatible, or the chat template cannot be used.
     """
+    tokenizer = tokenizer or _tokenizer(language)
+    template_name, template = choose_chat_template(chat_template, tokenizer)
+    if number_after is None:
+        number_after = template_name != VISUALCHAT and multimodal_attention != "causal"
+    variables = {"number_after": number_after} | (chat_template_kwargs or {})
+    template = prepare_chat_templates(template, tokenizer, variables, template_name)
     tower = load_tower(vision)
     image_processor = image_processor or load_image_processor(vision)
-    tokenizer = tokenizer or _tokenizer(language)
     image_size = processed_size(image_processor)
     num_prefix_tokens = count_prefix_tokens(tower, image_size)
     decoder = _causal_lm(language, dtype)
     dtype = decoder.dtype
 
-    extend_tokenizer(tokenizer)
     _resize_embeddings(decoder, len(tokenizer), new_ids=_new_ids(tokenizer, decoder))
     for part in (tower.config, decoder.config):
         if Path(part.name_or_path).exists():  # a local path, which must not be in a checkpoint
@@ -96,16 +109,15 @@ def compose(
     model.generation_config = decoder.generation_config
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = _ends_of_generation(template, template_name, tokenizer, decoder.generation_config)
     # Rows beyond the vocabulary are padding.
     padding_rows = list(range(len(tokenizer), text_config.vocab_size))
     model.generation_config.suppress_tokens = padding_rows or None
 
     # Batched generation needs left padding. The attribute alone is not saved if the tokenizer was created without it.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    processor = DSVLProcessor(
-        image_processor, tokenizer, image_seq_length=config.image_seq_length, number_after=number_after
-    )
+    tokenizer.chat_template = template  # so that it renders as the processor does
+    processor = DSVLProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length, chat_template=template)
     return model.eval(), processor
 
 
@@ -132,6 +144,18 @@ def _tokenizer(language: str | Path | PreTrainedModel) -> Any:
     if not source:
         raise ValueError("language is a model that was not loaded from a name or directory; pass tokenizer=.")
     return AutoTokenizer.from_pretrained(source)
+
+
+def _ends_of_generation(
+    template: str | dict[str, str], name: str, tokenizer: Any, generation_config: GenerationConfig
+) -> int | list[int]:
+    """The ids that end an answer: the template's, the tokenizer's and, in its own format, the language model's."""
+    templates = template.values() if isinstance(template, dict) else [template]
+    ids = {tokenizer.eos_token_id, *(id for one in templates for id in end_of_turn_ids(one, tokenizer))} - {None}
+    if name != VISUALCHAT:
+        own = generation_config.eos_token_id
+        ids |= set(own if isinstance(own, list) else [] if own is None else [own])
+    return min(ids) if len(ids) == 1 else sorted(ids)
 
 
 def _new_ids(tokenizer: Any, decoder: PreTrainedModel) -> list[int]:

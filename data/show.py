@@ -70,14 +70,13 @@ def render(sample: dict[str, Any], processor: Any = None, allow_urls: bool = Fal
         ValueError: If an image cannot be read, or the template does not mark answers that have weights.
     """
     messages = complete_messages(sample)
-    template, tokens = CHAT_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>", "number_after": False}
+    template, variables = CHAT_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>"}
     if processor is not None:
-        tokenizer = processor.tokenizer
-        template = processor.chat_template
-        tokens = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
-        tokens["number_after"] = processor.number_after
+        template, variables = processor.chat_template, dict(processor.tokenizer.special_tokens_map)
+        if processor.number_after is not None:
+            variables["number_after"] = processor.number_after
     (text,), (trained,) = render_jinja_template(
-        [messages], chat_template=template, return_assistant_tokens_mask=True, **tokens
+        [messages], chat_template=template, return_assistant_tokens_mask=True, **variables
     )
     answers = [message for message in messages if message["role"] == "assistant"]
     if len(trained) == len(answers):

@@ -11,6 +11,13 @@ from jinja2 import Environment, StrictUndefined
 from ..configuration_dsvl import DSVLConfig
 from .base_models import CONDITIONS, inherited_license, read_base_models, restrictions
 
+# What a chat template is, by its name.
+CHAT_FORMATS = {
+    None: None,
+    "language": "the language model's own",
+    "visualchat": "DeepSpeed-VisualChat's",
+}
+
 TAGS = ["dsvl", "multi-image", "custom_code"]
 
 # A line of the example in the card; `at_repository` replaces it.
@@ -50,6 +57,7 @@ def render_card(
     training: TrainingFacts | None = None,
     origin: str | None = None,
     untrained: bool = False,
+    chat_template: str | None = None,
 ) -> str:
     """Render the README.md of a checkpoint.
 
@@ -60,6 +68,7 @@ def render_card(
         training: *optional*, facts about the training of a fine-tuned model.
         origin: *optional*, a sentence or two of Markdown that says where the weights of a migrated model come from.
         untrained: whether the projector is untrained.
+        chat_template: *optional*, what the chat template is (`composition.chat_template_name`).
     """
     bases = read_base_models(base_models)
     if not any(base.name for base in bases):  # configurations hold the names they were loaded from
@@ -97,6 +106,7 @@ def render_card(
         names=names,
         origin=origin,
         untrained=untrained,
+        chat_template=CHAT_FORMATS.get(chat_template, f"written for this model (`{chat_template}`)"),
         here=HERE,
         training=training,
         duration=_duration(training.seconds) if training and training.seconds is not None else None,

@@ -14,10 +14,11 @@ from huggingface_hub import snapshot_download
 from transformers import AddedToken, AutoConfig, AutoTokenizer, GenerationConfig
 
 from ..composition import save_checkpoint
+from ..composition.chat_template import VISUALCHAT, prepare_chat_template
 from ..composition.towers import count_prefix_tokens, load_image_processor, load_tower, processed_size, tower_config
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
-from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor
+from ..processing_dsvl import CHAT_TEMPLATE, IMAGE_TOKEN, DSVLProcessor
 from ..projectors_dsvl import sincos_position_table
 from ..utils.atomic_files import check_new_directory
 from .compare_shapes import compare_shapes
@@ -157,7 +158,10 @@ def migrate_checkpoint(
     model.load_state_dict({n: t.to(dtype) for n, t in translated.tensors.items()}, strict=True, assign=True)
     model.config.dtype = dtype
     model.generation_config = _generation_config(language, tokenizer)
-    processor = DSVLProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    tokenizer.chat_template = prepare_chat_template(CHAT_TEMPLATE, tokenizer, name=VISUALCHAT)
+    processor = DSVLProcessor(
+        image_processor, tokenizer, image_seq_length=config.image_seq_length, chat_template=tokenizer.chat_template
+    )
 
     def write_adapters(directory: Path) -> None:
         if keep_adapter and translated.lora:

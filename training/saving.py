@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..composition.chat_template import chat_template_name
 from ..hub_card import TrainingFacts, render_card
 from ..utils.transformers_names import TRAINER_STATE_NAME
 from .adapters import merge_adapters
@@ -57,7 +58,8 @@ def save_trained(trainer: DSVLTrainer, model_arguments: ModelArguments, facts: T
         make_shareable(partial)
         if plot_training(partial / TRAINER_STATE_NAME, partial / PLOT):
             facts = replace(facts, plot=PLOT)
-        card = render_card(config, [model_arguments.model], facts)
+        chat_template = chat_template_name(trainer.processing_class.chat_template)
+        card = render_card(config, [model_arguments.model], facts, chat_template=chat_template)
         (partial / "README.md").write_text(card, encoding="utf-8")
         move_into_place(partial, output)
         logger.info("The trained model is in %s.", output)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from ..composition.chat_template import chat_template_name
 from ..data.streaming import Stream, StreamLoader
 from ..hub_card import render_card
 from ..publishing.push import push_directory
@@ -190,7 +191,12 @@ class DSVLTrainer(Trainer):
     def _card(self) -> str:
         model = self.accelerator.unwrap_model(self.model)
         metrics = {key: value for entry in self.state.log_history for key, value in entry.items()}
-        return render_card(model.config, [model.name_or_path] if model.name_or_path else [], training_facts(self, metrics))
+        return render_card(
+            model.config,
+            [model.name_or_path] if model.name_or_path else [],
+            training_facts(self, metrics),
+            chat_template=chat_template_name(getattr(self.processing_class, "chat_template", None)),
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Does nothing: checkpoints with optimizer states are not published."""

@@ -1,0 +1,322 @@
+"""Chat templates: a language model's own format, with images, protected special tokens and marks of the answers.
+
+A template of a language model renders texts. `prepare_chat_template` puts it, unchanged, into `chat_template.jinja`, which
+does the rest inside Jinja, so that a processor, a bare tokenizer and a server that renders the template by itself agree.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+from jinja2 import nodes
+
+from ..processing_dsvl import CHAT_TEMPLATE, extend_tokenizer
+from ..utils.transformers_names import render_jinja_template
+
+LANGUAGE, VISUALCHAT = "language", "visualchat"  # the language model's own format, and DeepSpeed-VisualChat's
+CHOICES = {LANGUAGE: "language, the language model's own", VISUALCHAT: "visualchat, DeepSpeed-VisualChat's"}
+WRAPPER = Path(__file__).with_name("chat_template.jinja")
+WRITTEN = "{#- Written by dsvl.compose"  # how a prepared template begins
+
+QUESTION, ANSWER, RESULT, ARGUMENT, SYSTEM = "dsvlquestion", "dsvlanswer", "dsvlresult", "dsvlargument", "dsvlsystem"
+CUTTING_METHODS = ("split", "rsplit", "startswith", "endswith", "partition", "rpartition", "find", "rfind", "replace")
+
+
+def choose_chat_template(choice: str | Path | None, tokenizer: Any) -> tuple[str, str | dict[str, str]]:
+    """The chat template that a name or file stands for.
+
+    Args:
+        choice: `"language"` (the tokenizer's own), `"visualchat"`, or the path of a Jinja file; None is `"language"` if the
+            tokenizer has a template, else `"visualchat"`.
+        tokenizer: the language model's tokenizer.
+
+    Returns:
+        The choice, `"language"`, `"visualchat"` or the name of the file, and the template (or templates by name).
+
+    Raises:
+        ValueError: if the tokenizer has no template, or the choice is neither a name nor a file.
+    """
+    own = tokenizer.chat_template
+    if choice is None:
+        choice = LANGUAGE if own else VISUALCHAT
+    if choice == VISUALCHAT:
+        return VISUALCHAT, CHAT_TEMPLATE
+    if choice == LANGUAGE:
+        if not own:
+            raise ValueError(
+                "The language model's tokenizer has no chat template (a base model has none); pass chat_template="
+                "'visualchat' or the path of a Jinja file."
+            )
+        return LANGUAGE, own
+    path = Path(choice)
+    if not path.is_file():
+        raise ValueError(f"chat_template={str(choice)!r} is neither 'language' nor 'visualchat' nor a file.")
+    return path.name, path.read_text(encoding="utf-8")
+
+
+def prepare_chat_template(
+    template: str, tokenizer: Any, variables: Mapping[str, Any] | None = None, name: str = "chat template"
+) -> str:
+    """A chat template for DSVL from one that renders texts, such as a language model's.
+
+    What the template renders for texts stays the same. In addition, in the result:
+
+    - images stand in the text where the user put them, as `Image 1:\\n<image>`, and `\\n(image 1)` if the variable
+      `number_after` is true. A template that mentions `<image>` places them by itself;
+    - special tokens that stand in messages, tools or documents are text;
+    - the assistant's tokens, end of turn included, are marked by `{% generation %}`, whether the template has such marks
+      (they are kept, and extended by the end of turn) or not;
+    - tools, tool calls and messages of the roles tool and system that the template would drop raise.
+
+    Args:
+        template: a Jinja template.
+        tokenizer: the language model's tokenizer, which is extended (`extend_tokenizer`). Its special tokens are written into
+            the result, so prepare the template again after adding some.
+        variables: defaults of the template's variables, such as `{"number_after": True, "enable_thinking": False}`,
+            *optional*; a caller's own values take precedence.
+        name: what the template is called in errors and in the result, *optional*.
+
+    Returns:
+        The prepared template; a template that was prepared before is prepared anew.
+
+    Raises:
+        ValueError: if the template cannot be used; the message has its line.
+    """
+    extend_tokenizer(tokenizer)
+    body = original_chat_template(template).removesuffix("\n")  # as Jinja does
+    special = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+    takes_parts, marked = "<image>" in body, _call_marks(body)
+    tree = _parse(marked, name)
+    probe = _Probe(body, tokenizer, special, name)
+    ends = probe.ends_of_turn(takes_parts)
+    for variable, value in (variables or {}).items():
+        if variable != "number_after" and not re.search(rf"\b{re.escape(variable)}\b", body):
+            raise ValueError(f"{name} has no variable {variable!r} (value {value!r}); remove it.")
+    return _fill(
+        NAME=name,
+        DEFAULTS=_defaults({"number_after": False} | dict(variables or {})),
+        SPECIAL_TOKENS=_literal(special),
+        ENDS_OF_TURN=_literal(ends),
+        SEPARATORS=_literal(_separators(tree)),
+        HAS_MARKS=json.dumps(marked != body),
+        TAKES_PARTS=json.dumps(takes_parts),
+        DROPPED_ROLES=_literal(probe.dropped_roles()),
+        DROPPED_KEYS=_literal(probe.dropped_keys()),
+        TAKES_TOOLS=json.dumps("tools" in jinja2.meta.find_undeclared_variables(tree)),
+        BODY=marked,
+    )
+
+
+def prepare_chat_templates(
+    template: str | dict[str, str], tokenizer: Any, variables: Mapping[str, Any] | None = None, name: str = "chat template"
+) -> str | dict[str, str]:
+    """`prepare_chat_template` for one template, or for each of several by name, as some tokenizers have them."""
+    if isinstance(template, str):
+        return prepare_chat_template(template, tokenizer, variables, name)
+    return {key: prepare_chat_template(one, tokenizer, variables, f"{name}, {key}") for key, one in template.items()}
+
+
+def chat_template_name(template: str | dict[str, str] | None) -> str:
+    """What a checkpoint's chat template is: `"language"`, `"visualchat"`, the name of a file, or `"its own"`."""
+    one = next(iter(template.values())) if isinstance(template, dict) else template or ""
+    if one == CHAT_TEMPLATE:
+        return VISUALCHAT
+    match = re.match(re.escape(WRITTEN) + r" around a chat template \((.*?)(, default)?\), which", one)
+    return match[1] if match else "its own"
+
+
+def original_chat_template(template: str) -> str:
+    """The template that was given to `prepare_chat_template`; any other template is returned as it is."""
+    if not template.startswith(WRITTEN):
+        return template
+    before, after = WRAPPER.read_text(encoding="utf-8").split("@BODY@")
+    before, after = before[before.rindex("\n") :], after[: after.index("\n")]
+    return _generation_marks(template.split(before, 1)[1].split(after, 1)[0])
+
+
+def end_of_turn_ids(template: str, tokenizer: Any) -> list[int]:
+    """The ids of the special tokens that end an answer in a prepared chat template."""
+    (ends,) = re.findall(r"\{%- set ends_of_turn = (\[.*\]) -%\}", template)
+    return [tokenizer.convert_tokens_to_ids(token) for token in json.loads(ends)]
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+
+
+def _parse(template: str, name: str) -> nodes.Template:
+    try:
+        return _environment().parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"{name} is not a valid Jinja template: line {error.lineno}: {error.message}.") from error
+
+
+def _fill(**values: str) -> str:
+    return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], WRAPPER.read_text(encoding="utf-8"))
+
+
+def _defaults(variables: Mapping[str, Any]) -> str:
+    lines = [
+        f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} -%}}" for name, value in variables.items()
+    ]
+    return "\n".join(lines)
+
+
+def _literal(value: Any) -> str:
+    """A JSON value in Jinja, whose literals are those of JSON, except that escapes have 16 bits."""
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _call_marks(template: str) -> str:
+    """The template with calls of the macro `mark` in the place of `{% generation %}`; white space is handled alike."""
+    opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1call mark()\2", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endcall\2", opened)
+
+
+def _generation_marks(template: str) -> str:
+    """The inverse of `_call_marks`."""
+    marks: list[bool] = []
+
+    def restored(match: re.Match[str]) -> str:
+        if match[2] == "endcall":
+            return match[1] + ("endgeneration" if marks.pop() else "endcall")
+        marks.append(match[2] == "call mark()")
+        return match[1] + ("generation" if marks[-1] else match[2])
+
+    return re.sub(r"(\{%[-+]?\s*)(call mark\(\)|call\b|endcall)", restored, template)
+
+
+def _separators(tree: nodes.Template) -> list[str]:
+    """The constants by which a template may cut or test texts, such as `</think>`."""
+    found: set[Any] = set()
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in CUTTING_METHODS:
+            found |= {argument.value for argument in call.args if isinstance(argument, nodes.Const)}
+    for comparison in tree.find_all(nodes.Compare):
+        if isinstance(comparison.expr, nodes.Const) and any(operand.op in ("in", "notin") for operand in comparison.ops):
+            found.add(comparison.expr.value)
+    return sorted((text for text in found if isinstance(text, str) and text.strip()), key=lambda text: (-len(text), text))
+
+
+class _Probe:
+    """Short conversations, rendered by a template to find out what it takes."""
+
+    def __init__(self, template: str, tokenizer: Any, special: list[str], name: str) -> None:
+        self.template, self.tokenizer, self.special, self.name = template, tokenizer, special, name
+
+    def render(self, *messages: dict[str, Any]) -> str:
+        """What the template makes of the messages.
+
+        Raises:
+            ValueError: if it raises; the message has the line.
+        """
+        try:
+            (text,), _ = render_jinja_template(
+                [list(messages)], chat_template=self.template, **self.tokenizer.special_tokens_map
+            )
+        except Exception as error:  # a template can raise anything
+            raise ValueError(f"{self.name} fails{_line(error)}: {error}") from error
+        return str(text)
+
+    def ends_of_turn(self, takes_parts: bool) -> list[str]:
+        """The special tokens that end an answer, and one that ends a call of a tool.
+
+        Raises:
+            ValueError: if the template drops questions or answers, or ends answers without a special token.
+        """
+        text = self.render(_user(QUESTION), _assistant(ANSWER))
+        for word, what in ((QUESTION, "a user's message"), (ANSWER, "an answer")):
+            if word not in text:
+                raise ValueError(f"{self.name} drops the text of {what}; it rendered {text[:200]!r}.")
+        if takes_parts and "<image>" not in self.render(_user([{"type": "image"}, {"type": "text", "text": QUESTION}])):
+            raise ValueError(f"{self.name} mentions <image>, but renders no <image> for a part of type image.")
+        end = self._first_special(text.split(ANSWER)[-1])
+        if end is None:
+            raise ValueError(
+                f"{self.name} ends an answer with {text.split(ANSWER)[-1][:40]!r}, which is no special token, so the model "
+                "could not end its answers; add eos_token after the answer, or choose chat_template='visualchat'."
+            )
+        continued = self._attempt(_user(QUESTION), _assistant(ANSWER), _user(RESULT))  # it may differ within a conversation
+        header, between = continued.split(QUESTION)[0], continued.split(ANSWER)[-1].split(RESULT)[0]
+        earlier_end = self._first_special(between[: len(between) - _common_suffix(between, header)])
+        if earlier_end is None and self._first_special(between) in self._specials(
+            self.render(_user(QUESTION)).split(QUESTION)[-1]
+        ):
+            earlier_end = self._first_special(between)  # every message ends with it
+        call = self._attempt(_user(QUESTION), _call())
+        end_of_call = self._first_special(call.split(ARGUMENT)[-1]) if ARGUMENT in call else None
+        return sorted({end, earlier_end or end, end_of_call or end})
+
+    def dropped_roles(self) -> list[str]:
+        """The roles whose messages the template drops without an error."""
+        conversations = {
+            "system": (SYSTEM, [{"role": "system", "content": SYSTEM}, _user(QUESTION)]),
+            "tool": (RESULT, [_user(QUESTION), _call(), _result(), _assistant(ANSWER)]),
+        }
+        return [role for role, (word, messages) in conversations.items() if self._drops(word, messages)]
+
+    def dropped_keys(self) -> list[str]:
+        """`tool_calls`, if the template drops them without an error."""
+        return ["tool_calls"] if self._drops(ARGUMENT, [_user(QUESTION), _call(), _result(), _assistant(ANSWER)]) else []
+
+    def _drops(self, word: str, messages: list[dict[str, Any]]) -> bool:
+        text = self._attempt(*messages)
+        return bool(text) and word not in text
+
+    def _attempt(self, *messages: dict[str, Any]) -> str:
+        try:
+            return self.render(*messages)
+        except ValueError:  # the template says by itself that it does not take them
+            return ""
+
+    def _specials(self, text: str) -> list[str]:
+        return [token for token in self.special if token in text]
+
+    def _first_special(self, text: str) -> str | None:
+        found = [(text.index(token), -len(token), token) for token in self._specials(text)]
+        return min(found)[2] if found else None
+
+
+def _line(error: BaseException) -> str:
+    """Where in a template an error was raised."""
+    lines, step = [], error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code.co_filename in ("<template>", "<unknown>"):
+            lines.append(step.tb_lineno)
+        step = step.tb_next
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+    return "" if line is None else f" in line {line}"
+
+
+def _common_suffix(text: str, other: str) -> int:
+    """How many characters two texts share at their end."""
+    return len(os.path.commonprefix([text[::-1], other[::-1]]))
+
+
+def _user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def _call() -> dict[str, Any]:
+    function = {"name": "lookup", "arguments": {"word": ARGUMENT}}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "id": "call00001", "function": function}],
+    }
+
+
+def _result() -> dict[str, Any]:
+    return {"role": "tool", "name": "lookup", "tool_call_id": "call00001", "content": RESULT}
