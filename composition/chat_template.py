@@ -77,8 +77,8 @@ def prepare_chat_template(
 
     Args:
         template: a Jinja template.
-        tokenizer: the language model's tokenizer, which is extended (`extend_tokenizer`). Its special tokens are written into
-            the result, so prepare the template again after adding some.
+        tokenizer: the language model's tokenizer, which is extended (`extend_tokenizer`). Its special tokens are written
+            into the result, so prepare the template again after adding some.
         variables: defaults of the template's variables, such as `{"number_after": True, "enable_thinking": False}`,
             *optional*; a caller's own values take precedence.
         name: what the template is called in errors and in the result, *optional*.
@@ -164,10 +164,8 @@ def _fill(**values: str) -> str:
 
 
 def _defaults(variables: Mapping[str, Any]) -> str:
-    lines = [
-        f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} -%}}" for name, value in variables.items()
-    ]
-    return "\n".join(lines)
+    line = "{{%- set {0} = {0} if {0} is defined else {1} -%}}"
+    return "\n".join(line.format(name, _literal(value)) for name, value in variables.items())
 
 
 def _literal(value: Any) -> str:
@@ -247,9 +245,8 @@ class _Probe:
         continued = self._attempt(_user(QUESTION), _assistant(ANSWER), _user(RESULT))  # it may differ within a conversation
         header, between = continued.split(QUESTION)[0], continued.split(ANSWER)[-1].split(RESULT)[0]
         earlier_end = self._first_special(between[: len(between) - _common_suffix(between, header)])
-        if earlier_end is None and self._first_special(between) in self._specials(
-            self.render(_user(QUESTION)).split(QUESTION)[-1]
-        ):
+        end_of_question = self._attempt(_user(QUESTION)).split(QUESTION)[-1]
+        if earlier_end is None and self._first_special(between) in self._specials(end_of_question):
             earlier_end = self._first_special(between)  # every message ends with it
         call = self._attempt(_user(QUESTION), _call())
         end_of_call = self._first_special(call.split(ARGUMENT)[-1]) if ARGUMENT in call else None

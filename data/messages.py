@@ -1,10 +1,12 @@
 """The format of a conversation.
 
 A sample is `{"messages": [...]}`, or `{"messages": [...], "images": [...]}`. A message is `{"role", "content"}`. Roles are
-user and assistant, after at most one system message. The content is a text, or a list of parts in reading order:
-`{"type": "text", "text": ...}` and `{"type": "image", "path" | "url" | "base64" | "image": ...}`. A part `{"type": "image"}`
-without a source takes the next of `images`, whose elements are paths, URLs, bytes or PIL images. An assistant's message with
-a `weight` of 0 is part of the context but not trained on. `references` are accepted answers, for evaluation.
+user and assistant, after at most one system message; and tool, for the result of a call. The content is a text, or a list of
+parts in reading order: `{"type": "text", "text": ...}` and `{"type": "image", "path" | "url" | "base64" | "image": ...}`. A
+part `{"type": "image"}` without a source takes the next of `images`, whose elements are paths, URLs, bytes or PIL images. An
+assistant's message with a `weight` of 0 is part of the context but not trained on. `references` are accepted answers, for
+evaluation. Where the chat template takes them, a sample has `tools` (JSON schemas), and an assistant's message `tool_calls`
+and `reasoning_content`.
 """
 
 import os
@@ -16,16 +18,17 @@ from ..utils.text import shortened
 from ..utils.urls import is_url
 from .sample_errors import Location
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 SOURCES = ("image", "path", "url", "base64")  # the keys of an image part that transformers reads
-MESSAGE_KEYS = frozenset(("role", "content", "weight", "references", "id"))
+TEMPLATE_KEYS = ("tools", "tool_calls", "reasoning_content")  # of a sample or message, that a chat template may not take
+MESSAGE_KEYS = frozenset(("role", "content", "weight", "references", "id", "name", "tool_call_id", *TEMPLATE_KEYS[1:]))
 PART_KEYS = frozenset(("type", "text", *SOURCES))
-SAMPLE_KEYS = frozenset(("messages", "images", "id"))
+SAMPLE_KEYS = frozenset(("messages", "images", "id", "tools"))
 # Keys that change the meaning of a sample, and are refused. Other unknown keys (its origin, a score) are ignored.
 MEANINGFUL = frozenset(
     ("image", "image_url", "image_urls", "image_path", "image_paths", "picture", "pictures", "video", "videos", "audio")
-    + ("audios", "tools", "functions", "documents", "system", "system_prompt", "prompt", "completion", "chosen", "rejected")
-    + ("conversations", "texts", "question", "answer", "answers", "weight", "reasoning_content", "chat_template_kwargs")
+    + ("audios", "functions", "documents", "system", "system_prompt", "prompt", "completion", "chosen", "rejected")
+    + ("conversations", "texts", "question", "answer", "answers", "weight", "chat_template_kwargs")
     + ("choices", "options", "context", "hint")
 )
 
@@ -56,7 +59,8 @@ def check_conversation(sample: Any, for_training: bool = True, allow_urls: bool 
         allow_urls (`bool`, *optional*, defaults to `True`): Whether images may be http(s) URLs.
 
     Returns:
-        `tuple[int, bool]`: The number of images, and whether the first message is a system message.
+        `tuple[int, bool]`: The number of images, and whether the sample cannot continue another one: it begins with a
+        system message, or has tools.
 
     Raises:
         ValueError: If the sample does not have the format of this module.
@@ -73,10 +77,11 @@ def check_conversation(sample: Any, for_training: bool = True, allow_urls: bool 
         if role not in ROLES or (role == "system" and number > 0):
             raise ValueError(
                 f"message {number} has the role {shortened(repr(role))}; expected user or assistant, after at most one "
-                "system message."
+                "system message, or tool."
             )
         _refuse_keys(message, set(message) - MESSAGE_KEYS, f"message {number} ({role})", MESSAGE_KEYS)
         _check_weight(message, number)
+        _check_calls(messages, number)
         own, own_unnamed = _check_content(message, number, sources)
         images_of_parts, unnamed = images_of_parts + own, unnamed + own_unnamed
     if messages[0]["role"] == "assistant" or (messages[0]["role"] == "system" and messages[1:2] == []):
@@ -95,7 +100,10 @@ def check_conversation(sample: Any, for_training: bool = True, allow_urls: bool 
         )
     for source in [*sources, *images]:
         _check_source(source, for_training, allow_urls)
-    return images_of_parts, messages[0]["role"] == "system"
+    tools = sample.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"tools is {shortened(repr(tools), 60)}; expected a list of JSON schemas.")
+    return images_of_parts, messages[0]["role"] == "system" or bool(tools)
 
 
 def is_trained(message: dict[str, Any]) -> bool:
@@ -126,9 +134,43 @@ def _check_weight(message: dict[str, Any], number: int) -> None:
         )
 
 
+def _check_calls(messages: list[dict[str, Any]], number: int) -> None:
+    """Check a message's calls of tools, and that a tool's result follows a call."""
+    message = messages[number]
+    calls = message.get("tool_calls")
+    for key in ("tool_calls", "reasoning_content"):
+        if is_given(message.get(key)) and message["role"] != "assistant":
+            raise ValueError(
+                f"message {number} ({message['role']}) has {key}; expected them in an assistant's message only."
+            )
+    if is_given(calls) and not (isinstance(calls, list) and all(_is_call(call) for call in calls)):
+        raise ValueError(
+            f"message {number} has the tool_calls {shortened(repr(calls), 100)}; expected a list of objects such as "
+            '{"type": "function", "function": {"name": ..., "arguments": {...}}}.'
+        )
+    if is_given(message.get("reasoning_content")) and not isinstance(message["reasoning_content"], str):
+        raise ValueError(
+            f"message {number} has a reasoning_content of type {type(message['reasoning_content']).__name__}; "
+            "expected a text."
+        )
+    if message["role"] == "tool" and not (
+        number > 0 and (messages[number - 1]["role"] == "tool" or is_given(messages[number - 1].get("tool_calls")))
+    ):
+        raise ValueError(
+            f"message {number} (tool) follows no call; expected an assistant's message with tool_calls before it."
+        )
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
 def _check_content(message: dict, number: int, sources: list[Any]) -> tuple[int, int]:
     """Check a message's content; returns the number of image parts, and the number of those without a source."""
     content = message.get("content")
+    if content is None and is_given(message.get("tool_calls")):
+        return 0, 0
     if isinstance(content, str):
         _check_text(content, number)
         return 0, 0
@@ -188,7 +230,10 @@ def _check_source(source: Any, files: bool, allow_urls: bool) -> None:
 
 
 def complete_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
-    """Move the `images` of a sample into its messages: each image part without a source gets the next image.
+    """Move the `images` and `tools` of a sample into its messages.
+
+    Each image part without a source gets the next image. The first message gets the tools, under the key `tools`, which
+    prepared chat templates (`dsvl.prepare_chat_template`) read.
 
     Args:
         sample (`dict` or `list`): A sample that `check_conversation` accepts, or its list of messages.
@@ -201,10 +246,12 @@ def complete_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
     images = iter(sample.get("images") or [])
     messages = []
     for message in sample["messages"]:
-        if not isinstance(message["content"], str):
-            parts = [_with_source(part, images) for part in message["content"]]
-            message = message | {"content": parts}
-        messages.append(message)
+        content = message.get("content") or ""  # None in an answer that is a call
+        if not isinstance(content, str):
+            content = [_with_source(part, images) for part in content]
+        messages.append(message | {"content": content})
+    if is_given(sample.get("tools")):
+        messages[0]["tools"] = sample["tools"]
     return messages
 
 

@@ -27,7 +27,7 @@ class EvaluationTurn:
     """A question with its answer in the data.
 
     Attributes:
-        messages: the user's messages for the chat template; an image is `{"type": "image", "image": path, URL or bytes}`.
+        messages: what precedes the answer, for the chat template: the user's messages, and calls of tools; an image is `{"type": "image", "image": path, URL or bytes}`.
         answer: the assistant's message in the data; None if there is none.
         references: correct answers; may be empty.
     """
@@ -39,7 +39,7 @@ class EvaluationTurn:
     @property
     def question(self) -> str:
         """The text of the question."""
-        return "\n".join(_text(message["content"]) for message in self.messages)
+        return "\n".join(_text(message["content"]) for message in self.messages if message["role"] == "user")
 
     @property
     def images(self) -> list[str | bytes]:
@@ -203,7 +203,7 @@ def from_messages(name: str, messages: list[dict[str, Any]]) -> EvaluationConver
     turns: list[EvaluationTurn] = []
     asked: list[dict[str, Any]] = []
     for message in messages[len(system) :]:
-        if message["role"] == "user":
+        if message["role"] != "assistant" or message.get("tool_calls"):
             asked.append(_with_plain_images(message))
             continue
         if not asked:
@@ -229,14 +229,14 @@ def _references(message: dict[str, Any]) -> list[str]:
 def _with_plain_images(message: dict[str, Any]) -> dict[str, Any]:
     """A user's message with each image under the key `image`, and paths made absolute."""
     if isinstance(message["content"], str):
-        return {"role": "user", "content": message["content"]}
+        return message
     parts = []
     for part in message["content"]:
         if part["type"] == "image":
             key, source = next((key, value) for key, value in part.items() if key != "type")
             part = {"type": "image", "image": _decoded(source) if key == "base64" else _absolute(source)}
         parts.append(part)
-    return {"role": "user", "content": parts}
+    return message | {"content": parts}
 
 
 def _absolute(source: Any) -> str | bytes:

@@ -147,7 +147,9 @@ def test_the_command_writes_a_complete_checkpoint(composed):
     assert str(composed.parent.parent) not in (composed / "config.json").read_text()  # no path of this machine
     card = (composed / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n")
-    assert json.loads((composed / "processor_config.json").read_text())["number_after"] is True
+    question = [{"role": "user", "content": [{"type": "image"}]}]
+    assert "(image 1)" in transformers.AutoProcessor.from_pretrained(composed).apply_chat_template(question)
+    assert "(image 1)" in AutoTokenizer.from_pretrained(composed).apply_chat_template(question, tokenize=False)
 
 
 def test_nothing_half_written_is_left_behind(parts, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import GradientState, PartialState
 
+from ..composition.chat_template import original_chat_template
 from ..data import check_conversation, complete_messages
 from ..data.dataset_files import without_nones
-from ..data.messages import Sample, image_source, images_of, is_trained, location_of
+from ..data.messages import TEMPLATE_KEYS, Sample, image_source, images_of, is_given, is_trained, location_of
 from ..data.record_formats import MESSAGES
 from ..data.sample_errors import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location, one_sample, worker_row
 from ..image_reading_dsvl import fit_thin_image, read_image
@@ -120,7 +122,7 @@ class ConversationCollator:
         for sample in samples:
             location = location_of(sample)
             with self.bad.sample(location):
-                messages = _messages(sample)
+                messages = _messages(sample, self.processor.chat_template)
                 kept = self.shorten(messages)
                 conversations.append(_Conversation(self.decode(kept), location))
                 self._shortened[worker_row()] += len(kept) < len(messages)
@@ -231,11 +233,11 @@ class ConversationCollator:
 
     def shorten_sample(self, sample: Any) -> list[dict[str, Any]]:
         """The messages of a sample after shortening; raises `ValueError`, see `shorten`."""
-        return self.shorten(_messages(sample))
+        return self.shorten(_messages(sample, self.processor.chat_template))
 
     def first_turn_length(self, sample: Any) -> int:
         """The number of tokens of a sample's first turn."""
-        messages = _messages(sample)
+        messages = _messages(sample, self.processor.chat_template)
         return int(self.processor.count_tokens(messages[: _turn_ends(messages)[0]]))
 
     def sample_length(self, sample: Any) -> int:
@@ -296,12 +298,27 @@ class _Conversation:
     location: Location
 
 
-def _messages(sample: Any) -> list[dict[str, Any]]:
-    """The complete messages of a sample; samples that do not come from a data set are checked."""
+def _messages(sample: Any, template: Any) -> list[dict[str, Any]]:
+    """The complete messages of a sample; samples that do not come from a data set are checked.
+
+    Raises:
+        ValueError: if the sample is invalid, or has what the chat template would drop.
+    """
     if not isinstance(sample, Sample):
         sample = MESSAGES.sample(without_nones({"messages": sample} if isinstance(sample, list) else dict(sample)), None)
         check_conversation(sample, for_training=False)
-    return complete_messages(sample)
+    messages = complete_messages(sample)
+    for key in TEMPLATE_KEYS:
+        if any(is_given(message.get(key)) for message in messages) and key not in _template_text(template):
+            raise ValueError(f"the sample has {key}, which the chat template does not take; remove it.")
+    return messages
+
+
+def _template_text(template: str | dict[str, str]) -> str:
+    return _original(template["default"] if isinstance(template, dict) else template)
+
+
+_original = cache(original_chat_template)
 
 
 def _unmask(mask: list[int], trained: list[bool]) -> list[int]:
