@@ -23,6 +23,7 @@ from ..utils.transformers_names import render_jinja_template
 LANGUAGE, VISUALCHAT = "language", "visualchat"  # the language model's own format, and DeepSpeed-VisualChat's
 CHOICES = {LANGUAGE: "language, the language model's own", VISUALCHAT: "visualchat, DeepSpeed-VisualChat's"}
 WRAPPER = Path(__file__).with_name("chat_template.jinja")
+TEMPLATE_KEYS = ("tools", "tool_calls", "reasoning_content")  # of messages, that a chat template may not take
 WRITTEN = "{#- Written by dsvl.compose"  # how a prepared template begins
 
 QUESTION, ANSWER, RESULT, ARGUMENT, SYSTEM = "dsvlquestion", "dsvlanswer", "dsvlresult", "dsvlargument", "dsvlsystem"
@@ -132,6 +133,24 @@ def chat_template_name(template: str | dict[str, str] | None) -> str:
     return match[1] if match else "its own"
 
 
+def check_template_takes(messages: list[dict[str, Any]], template: str | dict[str, str]) -> None:
+    """Check that a chat template reads what the messages of a data set hold besides role and content.
+
+    Args:
+        messages: as `data.complete_messages` returns them.
+        template: the chat template of a processor.
+
+    Raises:
+        ValueError: for `tools`, `tool_calls` or `reasoning_content` that would be dropped.
+    """
+    held = [key for key in TEMPLATE_KEYS if any(message.get(key) for message in messages)]
+    if not held:
+        return
+    text = _original(template["default"] if isinstance(template, dict) else template)
+    if dropped := [key for key in held if key not in text]:
+        raise ValueError(f"the sample has {' and '.join(dropped)}, which the chat template does not take; remove them.")
+
+
 def original_chat_template(template: str) -> str:
     """The template that was given to `prepare_chat_template`; any other template is returned as it is."""
     if not template.startswith(WRITTEN):
@@ -139,6 +158,9 @@ def original_chat_template(template: str) -> str:
     before, after = WRAPPER.read_text(encoding="utf-8").split("@BODY@")
     before, after = before[before.rindex("\n") :], after[: after.index("\n")]
     return _generation_marks(template.split(before, 1)[1].split(after, 1)[0])
+
+
+_original = cache(original_chat_template)
 
 
 def end_of_turn_ids(template: str, tokenizer: Any) -> list[int]:

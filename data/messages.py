@@ -20,8 +20,8 @@ from .sample_errors import Location
 
 ROLES = ("system", "user", "assistant", "tool")
 SOURCES = ("image", "path", "url", "base64")  # the keys of an image part that transformers reads
-TEMPLATE_KEYS = ("tools", "tool_calls", "reasoning_content")  # of a sample or message, that a chat template may not take
-MESSAGE_KEYS = frozenset(("role", "content", "weight", "references", "id", "name", "tool_call_id", *TEMPLATE_KEYS[1:]))
+MESSAGE_KEYS = frozenset(("role", "content", "weight", "references", "id", "tool_calls", "reasoning_content"))
+RESULT_KEYS = frozenset(("role", "content", "id", "name", "tool_call_id"))  # of a tool's message
 PART_KEYS = frozenset(("type", "text", *SOURCES))
 SAMPLE_KEYS = frozenset(("messages", "images", "id", "tools"))
 # Keys that change the meaning of a sample, and are refused. Other unknown keys (its origin, a score) are ignored.
@@ -79,7 +79,8 @@ def check_conversation(sample: Any, for_training: bool = True, allow_urls: bool 
                 f"message {number} has the role {shortened(repr(role))}; expected user or assistant, after at most one "
                 "system message, or tool."
             )
-        _refuse_keys(message, set(message) - MESSAGE_KEYS, f"message {number} ({role})", MESSAGE_KEYS)
+        known = RESULT_KEYS if role == "tool" else MESSAGE_KEYS
+        _refuse_keys(message, set(message) - known, f"message {number} ({role})", known)
         _check_weight(message, number)
         _check_calls(messages, number)
         own, own_unnamed = _check_content(message, number, sources)

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..composition.chat_template import check_template_takes
+
 # Models are compared with the same generation options, so all options that a checkpoint's generation_config.json may set
 # (beams, penalties, sampling, ...) are overridden. Only the tokens that end an answer are the checkpoint's.
 GREEDY: dict[str, Any] = {
@@ -78,6 +80,8 @@ def generate_answers(
     Returns:
         One answer for each prompt. It does not depend on the other prompts of the batch.
     """
+    for messages in prompts:
+        check_template_takes(messages, processor.chat_template)
     inputs = processor.apply_chat_template(
         list(prompts),
         tokenize=True,

@@ -27,7 +27,8 @@ class EvaluationTurn:
     """A question with its answer in the data.
 
     Attributes:
-        messages: what precedes the answer, for the chat template: the user's messages, and calls of tools; an image is `{"type": "image", "image": path, URL or bytes}`.
+        messages: what precedes the answer, for the chat template: messages of the user, and calls of tools. An image is
+            `{"type": "image", "image": path, URL or bytes}`.
         answer: the assistant's message in the data; None if there is none.
         references: correct answers; may be empty.
     """

@@ -177,7 +177,11 @@ RULES = {
     "no messages": ({"messages": []}, r"expected an object with a list of messages, got \['messages'\]\."),
     "bad role": (
         {"messages": [QUESTION, {"role": "tool", "content": "x"}]},
-        "message 1 has the role 'tool'; expected user or assistant, after at most one system message.",
+        "message 1 \\(tool\\) follows no call; expected an assistant's message with tool_calls before it.",
+    ),
+    "unknown role": (
+        {"messages": [QUESTION, {"role": "robot", "content": "x"}]},
+        "message 1 has the role 'robot'; expected user or assistant, after at most one system message, or tool.",
     ),
     "late system message": (
         {"messages": [QUESTION, SYSTEM, ANSWER]},

@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,10 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import GradientState, PartialState
 
-from ..composition.chat_template import original_chat_template
+from ..composition.chat_template import check_template_takes
 from ..data import check_conversation, complete_messages
 from ..data.dataset_files import without_nones
-from ..data.messages import TEMPLATE_KEYS, Sample, image_source, images_of, is_given, is_trained, location_of
+from ..data.messages import Sample, image_source, images_of, is_trained, location_of
 from ..data.record_formats import MESSAGES
 from ..data.sample_errors import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location, one_sample, worker_row
 from ..image_reading_dsvl import fit_thin_image, read_image
@@ -308,17 +307,8 @@ def _messages(sample: Any, template: Any) -> list[dict[str, Any]]:
         sample = MESSAGES.sample(without_nones({"messages": sample} if isinstance(sample, list) else dict(sample)), None)
         check_conversation(sample, for_training=False)
     messages = complete_messages(sample)
-    for key in TEMPLATE_KEYS:
-        if any(is_given(message.get(key)) for message in messages) and key not in _template_text(template):
-            raise ValueError(f"the sample has {key}, which the chat template does not take; remove it.")
+    check_template_takes(messages, template)
     return messages
-
-
-def _template_text(template: str | dict[str, str]) -> str:
-    return _original(template["default"] if isinstance(template, dict) else template)
-
-
-_original = cache(original_chat_template)
 
 
 def _unmask(mask: list[int], trained: list[bool]) -> list[int]:
