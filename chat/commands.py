@@ -47,6 +47,7 @@ def _chat(arguments: argparse.Namespace) -> None:
         processor,
         overflow=arguments.overflow,
         context_length=arguments.context_length,
+        chat_template_kwargs=arguments.chat_template_kwargs,
         allow_urls=arguments.allow_urls,
         **generation_options(arguments),
     )

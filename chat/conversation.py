@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..acceleration.image_cache import reuse_is_exact
+from ..composition.chat_template import check_template_variables
 from ..data.messages import SOURCES
 from ..utils.image_loading import open_image
 from .detokenizer import stream_text
@@ -80,6 +81,7 @@ class DSVLChat:
         context_length (*optional*, defaults to the decoder's `max_position_embeddings`): in tokens. A static cache allocates
             memory for all of them.
         allow_urls (*optional*, defaults to `False`): whether images may be http(s) URLs (see `fetch_url`).
+        chat_template_kwargs (*optional*): variables of the chat template, such as `{"enable_thinking": False}`.
         generation: arguments of `generate()` for all turns, such as `max_new_tokens` (defaults to the checkpoint's setting,
             else the smaller of 512 and a quarter of the context), `do_sample`, `temperature`, or
             `cache_implementation="static"`.
@@ -90,7 +92,7 @@ class DSVLChat:
         prompt_cache: the `PromptCache` of the conversation; None before the first turn, and during a turn.
 
     Raises:
-        ValueError: for an unknown `overflow`.
+        ValueError: for an unknown `overflow`, or variables that the chat template does not have.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class DSVLChat:
         overflow: str = "error",
         context_length: int | None = None,
         allow_urls: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
         **generation: Any,
     ) -> None:
         if overflow not in OVERFLOWS:
@@ -107,6 +110,7 @@ class DSVLChat:
         self.model, self.processor = model, processor
         self.overflow, self.allow_urls, self.generation = overflow, allow_urls, generation
         self.context_length = context_length or model.config.text_config.max_position_embeddings
+        self.chat_template_kwargs = check_template_variables(processor.chat_template, chat_template_kwargs or {})
         self.messages: list[dict[str, Any]] = []
         self.last_turn = TurnStats()
         self.prompt_cache: PromptCache | None = None
@@ -220,7 +224,7 @@ class DSVLChat:
         self, messages: list[dict[str, Any]], max_new_tokens: int
     ) -> tuple[list[dict[str, Any]], list[int], int]:
         """The messages that fit into the context, their token ids, and the number of dropped turns."""
-        dropped, ids = 0, prompt_ids(self.processor, messages)
+        dropped, ids = 0, prompt_ids(self.processor, messages, **self.chat_template_kwargs)
         while len(ids) + max_new_tokens > self.context_length:
             shorter = _without_oldest_turn(messages)
             if self.overflow == "error" or shorter is None:
@@ -231,7 +235,7 @@ class DSVLChat:
                     f"answer are needed; pass a smaller max_new_tokens or fewer images{more}."
                 )
             messages, dropped = shorter, dropped + 1
-            ids = prompt_ids(self.processor, messages)
+            ids = prompt_ids(self.processor, messages, **self.chat_template_kwargs)
         if dropped:
             logger.warning(
                 "The context of %d tokens is full: dropped the oldest %s; the remaining conversation is computed again.",

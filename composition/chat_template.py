@@ -24,6 +24,18 @@ LANGUAGE, VISUALCHAT = "language", "visualchat"  # the language model's own form
 CHOICES = {LANGUAGE: "language, the language model's own", VISUALCHAT: "visualchat, DeepSpeed-VisualChat's"}
 WRAPPER = Path(__file__).with_name("chat_template.jinja")
 TEMPLATE_KEYS = ("tools", "tool_calls", "reasoning_content")  # of messages, that a chat template may not take
+# Variables that transformers sets, and functions.
+RESERVED = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "raise_exception",
+    "strftime_now",
+    "namespace",
+    "dict",
+}
+RESERVED |= {"range", "lipsum", "cycler", "joiner", *(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "image"))}
 WRITTEN = "{#- Written by dsvl.compose"  # how a prepared template begins
 
 QUESTION, ANSWER, RESULT, ARGUMENT, SYSTEM = "dsvlquestion", "dsvlanswer", "dsvlresult", "dsvlargument", "dsvlsystem"
@@ -95,11 +107,9 @@ def prepare_chat_template(
     special = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
     takes_parts, marked = "<image>" in body, _call_marks(body)
     tree = _parse(marked, name)
+    check_template_variables(body, variables or {})
     probe = _Probe(body, tokenizer, special, name)
     ends = probe.ends_of_turn(takes_parts)
-    for variable, value in (variables or {}).items():
-        if variable != "number_after" and not re.search(rf"\b{re.escape(variable)}\b", body):
-            raise ValueError(f"{name} has no variable {variable!r} (value {value!r}); remove it.")
     return _fill(
         NAME=name,
         DEFAULTS=_defaults({"number_after": False} | dict(variables or {})),
@@ -149,6 +159,28 @@ def check_template_takes(messages: list[dict[str, Any]], template: str | dict[st
     text = _original(template["default"] if isinstance(template, dict) else template)
     if dropped := [key for key in held if key not in text]:
         raise ValueError(f"the sample has {' and '.join(dropped)}, which the chat template does not take; remove them.")
+
+
+def check_template_variables(template: str | dict[str, str], variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that a chat template has variables that a user sets.
+
+    Args:
+        template: the chat template of a processor.
+        variables: such as `{"enable_thinking": False}`.
+
+    Returns:
+        The variables.
+
+    Raises:
+        ValueError: for a variable that the template does not read, or that it gets from transformers.
+    """
+    text = _original(template["default"] if isinstance(template, dict) else template)
+    known = {"number_after"} | jinja2.meta.find_undeclared_variables(_parse(_call_marks(text), "chat template"))
+    for name in variables:
+        if name not in known - RESERVED:
+            free = sorted(known - RESERVED)
+            raise ValueError(f"The chat template has no variable {name!r} that can be set; it has {', '.join(free)}.")
+    return dict(variables)
 
 
 def original_chat_template(template: str) -> str:

@@ -1,11 +1,10 @@
 """`dsvl compose`."""
 
 import argparse
-import json
-from typing import Any
 
 from ..configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
 from ..utils.local_paths import check_exists
+from ..utils.model_arguments import json_object
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -55,17 +54,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the language model's)")
     parser.add_argument("--max-shard-size", default="5GB", help="maximum size of a safetensors file (default 5GB)")
     parser.set_defaults(run=_compose)
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object, the value of a flag."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as '{{\"enable_thinking\": false}}'")
-    return value
 
 
 def _compose(arguments: argparse.Namespace) -> None:

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from ..image_reading_dsvl import read_image
-from ..processing_dsvl import CHAT_TEMPLATE
+from ..processing_dsvl import CHAT_TEMPLATE, MARK
 from ..utils.image_loading import fetch_image_source, thumbnail_data_url
 from ..utils.transformers_names import render_jinja_template
 from .conversations import Conversations, load_conversations
@@ -40,22 +43,24 @@ class Shown:
         text (`str`): The rendered conversation, with a placeholder for each image.
         trained (`list[tuple[int, int]]`): The (start, end) of each span of the text that is trained on, in characters.
         images (`list[PIL.Image.Image]`): The decoded images, in reading order.
+        seen (`list[PIL.Image.Image]`): For each image, what the vision tower gets of it; empty without a processor.
         tokens (`int`, *optional*): The number of tokens that the model reads, with a processor.
     """
 
     text: str
     trained: list[tuple[int, int]]
     images: list[Any]
+    seen: list[Any]
     tokens: int | None
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
         """The text in spans: (text, whether it is trained on)."""
         end = 0
         for start, stop in self.trained:
-            yield self.text[end:start], False
-            yield self.text[start:stop], True
+            yield self.text[end:start].replace(MARK, ""), False
+            yield self.text[start:stop].replace(MARK, ""), True
             end = stop
-        yield self.text[end:], False
+        yield self.text[end:].replace(MARK, ""), False
 
 
 def render(sample: dict[str, Any], processor: Any = None, allow_urls: bool = False) -> Shown:
@@ -84,7 +89,26 @@ def render(sample: dict[str, Any], processor: Any = None, allow_urls: bool = Fal
     elif not all(map(is_trained, answers)):
         raise ValueError("an answer has the weight 0, but the chat template does not mark each answer; remove it.")
     images = [read_image(fetch_image_source(source, allow_urls), allow_urls=False) for source in images_of(messages)]
-    return Shown(text, trained, images, None if processor is None else processor.count_tokens(messages))
+    if processor is None:
+        return Shown(text, trained, images, [], None)
+    seen = [seen_image(image, processor) for image in images]
+    return Shown(text, trained, images, seen, processor.count_tokens(messages))
+
+
+def seen_image(image: Any, processor: Any) -> Image.Image:
+    """What the vision tower gets of an image: its pixel values, without their normalization.
+
+    Args:
+        image (`PIL.Image.Image`): An image.
+        processor (`DSVLProcessor`): The processor of a checkpoint.
+    """
+    settings = processor.image_processor
+    (pixels,) = processor(images=[image], return_tensors="np")["pixel_values"]
+    if settings.do_normalize:
+        mean, std = (np.reshape(values, (-1, 1, 1)) for values in (settings.image_mean, settings.image_std))
+        pixels = pixels * std + mean
+    levels = pixels * 255 if settings.do_rescale else pixels
+    return Image.fromarray(np.clip(np.round(levels), 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def samples(
@@ -144,18 +168,25 @@ def show_page(source: str, path: str | Path, number: int = 3, processor: Any = N
     data, found = samples(source, number, processor, **options)
     sections = []
     for position, shown in enumerate(found, start=1):
-        figures = "".join(
-            f'<figure><img alt="" src="{thumbnail_data_url(image, WIDTH)}"><figcaption>Image {index}: '
-            f"{image.width} x {image.height}</figcaption></figure>"
-            for index, image in enumerate(shown.images, start=1)
-        )
+        figures = ""
+        for index, image in enumerate(shown.images, start=1):
+            figures += _figure(image, f"Image {index}: {image.width} x {image.height}")
+            if shown.seen:
+                seen = shown.seen[index - 1]
+                figures += _figure(seen, f"Image {index} as the model sees it: {seen.width} x {seen.height}")
         text = "".join(f"<mark>{html.escape(p)}</mark>" if trained else html.escape(p) for p, trained in shown.pieces())
         sections.append(f"<section><h2>{position}</h2><p>{_about(shown)}</p>{figures}<pre>{text}</pre></section>")
     page = PAGE.format(title=html.escape(Path(source).name), total=len(data), sections="\n".join(sections))
     Path(path).write_text(page, encoding="utf-8")
 
 
+def _figure(image: Any, caption: str) -> str:
+    return f'<figure><img alt="" src="{thumbnail_data_url(image, WIDTH)}"><figcaption>{caption}</figcaption></figure>'
+
+
 def _about(shown: Shown) -> str:
     sizes = ", ".join(f"{image.width} x {image.height}" for image in shown.images)
+    if shown.seen:
+        sizes += f"; the model sees {shown.seen[0].width} x {shown.seen[0].height} of each"
     about = f"{len(shown.images)} images ({sizes})" if shown.images else "no image"
     return about if shown.tokens is None else f"{about}, {shown.tokens:,} tokens"

@@ -84,6 +84,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         share=arguments.share,
         overflow=arguments.overflow,
         context_length=arguments.context_length,
+        chat_template_kwargs=arguments.chat_template_kwargs,
         **generation_options(arguments),
     )
     with contextlib.suppress(KeyboardInterrupt), page as (address, _):

@@ -23,6 +23,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..chat.prompts import prompt_ids
+from ..composition.chat_template import check_template_variables
 from ..utils.hosts import LOOPBACK
 from ..utils.transformers_names import ChatCompletionHandler, Modality
 from .connections import BodyReader
@@ -122,10 +123,14 @@ class ChatCompletions(ChatCompletionHandler):
             )
         return request, messages
 
-    def _prompt(self, messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _prompt(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The model inputs of messages without `pixel_values`; tensors of shape (1, tokens)."""
         try:
-            ids = torch.tensor([prompt_ids(self.processor, messages)])
+            variables = check_template_variables(self.processor.chat_template, variables)
+        except ValueError as error:
+            raise RequestError(str(error), param="chat_template_kwargs") from None
+        try:
+            ids = torch.tensor([prompt_ids(self.processor, messages, **variables)])
         except TemplateError as error:  # the chat template refuses the order of roles
             raise RequestError(f"messages: {error}.", param="messages") from None
         return {
@@ -185,7 +190,7 @@ class ChatCompletions(ChatCompletionHandler):
         request, messages = await run(self.reading, self._read_messages, body)
         del body  # frees the memory of the images while the answer is generated
         await run(self.fetching, fetch_images, messages, self.limits)
-        inputs = await run(self.reading, self._prompt, messages)
+        inputs = await run(self.reading, self._prompt, messages, request.chat_template_kwargs)
         sampling = self._sampling(request, inputs["input_ids"].shape[-1])
         parts = enumerate(image_parts(messages, self.limits), 1)
         pixels = [await run(self.preparing, self.preprocess_image, part, number) for number, part in parts]

@@ -189,6 +189,7 @@ class ChatRequest(_Strict):
         _text_or_list("Input should be a string or a list of strings"),
     ] = Field(default_factory=list)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    chat_template_kwargs: dict[str, bool | int | str] = Field(default_factory=dict)  # as in vLLM and SGLang
 
     n: Literal[1] | None = None
     response_format: _PlainText | None = None

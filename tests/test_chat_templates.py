@@ -12,8 +12,14 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessor, CLIPV
 
 import dsvl
 import dsvl.data as dsvl_data
+from dsvl.chat.prompts import prompt_ids
 from dsvl.cli import main
-from dsvl.composition.chat_template import end_of_turn_ids, original_chat_template, prepare_chat_template
+from dsvl.composition.chat_template import (
+    check_template_variables,
+    end_of_turn_ids,
+    original_chat_template,
+    prepare_chat_template,
+)
 from dsvl.evaluation.questions import Questions
 from dsvl.processing_dsvl import MARK, DSVLProcessor
 from dsvl.training.collator import ConversationCollator
@@ -305,8 +311,20 @@ def test_a_template_that_cannot_be_used_is_refused(template: str, message: str) 
         prepare_chat_template(template, FORMATS["chatml"].tokenizer(), name="my.jinja")
 
 
+def test_chat_and_server_set_variables_of_the_template() -> None:
+    tokenizer, template = prepared("qwen3")
+    processor = processor_of(tokenizer, template)
+    messages = [user("Why?")]
+    thinking, not_thinking = prompt_ids(processor, messages), prompt_ids(processor, messages, enable_thinking=False)
+    assert tokenizer.decode(not_thinking) == tokenizer.decode(thinking) + "<think>\n\n</think>\n\n"
+    assert check_template_variables(template, {"enable_thinking": False}) == {"enable_thinking": False}
+    for name in ("messages", "tools", "chat_template", "enable_thinkin"):
+        with pytest.raises(ValueError, match=f"no variable '{name}' that can be set; it has enable_thinking, number_after"):
+            check_template_variables(template, {name: "x"})
+
+
 def test_an_unknown_variable_is_refused() -> None:
-    with pytest.raises(ValueError, match="no variable 'enable_thinking'"):
+    with pytest.raises(ValueError, match="no variable 'enable_thinking' that can be set; it has number_after"):
         prepare_chat_template(FORMATS["chatml"].template, FORMATS["chatml"].tokenizer(), {"enable_thinking": False})
 
 

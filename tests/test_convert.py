@@ -20,6 +20,7 @@ from dsvl.data import complete_messages, load_conversations
 from dsvl.data import convert as convert_module
 from dsvl.data.convert import convert
 from dsvl.data.converters.public_formats import PLACEHOLDER, split_at_placeholders, to_sample
+from dsvl.data.show import seen_image
 from dsvl.image_reading_dsvl import read_image
 
 
@@ -262,3 +263,17 @@ def test_list_convert_and_show_as_commands(root, tmp_path, capsys, processor):
     assert main(["data", "show", file, "--html", str(page)]) == 0
     html = page.read_text(encoding="utf-8")
     assert html.count("data:image/jpeg;base64,") == 1 and "<mark>Sure.&lt;/s&gt;</mark>" in html and "&lt;b&gt;" in html
+    assert main(["data", "show", file, "--model", str(tmp_path / "model"), "--html", str(page)]) == 0
+    html = page.read_text(encoding="utf-8")
+    assert "48 x 36" in html and "as the model sees it: 28 x 28" in html and html.count("data:image/jpeg;base64,") == 2
+
+
+def test_the_seen_image_is_what_the_image_processor_keeps(processor, photographs):
+    for photograph in photographs:
+        seen = seen_image(photograph, processor)
+        scale = 28 / min(photograph.size)
+        size = [int(side * scale) if side != min(photograph.size) else 28 for side in photograph.size]
+        left, top = ((side - 28) // 2 for side in size)
+        expected = photograph.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 28, top + 28))
+        difference = np.abs(np.asarray(seen, dtype=int) - np.asarray(expected, dtype=int))
+        assert difference.max() <= 1

@@ -1,6 +1,8 @@
 """Command-line arguments for loading a checkpoint and for generating, shared by several commands."""
 
 import argparse
+import json
+from typing import Any
 
 from .quantization_choices import QUANTIZATIONS
 
@@ -51,8 +53,25 @@ def add_conversation_arguments(parser: argparse.ArgumentParser) -> argparse._Arg
         default="drop",
         help="when the context is full: drop the oldest turns, or report an error (default: drop)",
     )
+    group.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
+    )
     add_generation_arguments(parser, "the checkpoint's generation config", "the checkpoint's, else 512")
     return group
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object, the value of a flag."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as '{{\"enable_thinking\": false}}'")
+    return value
 
 
 def generation_options(arguments: argparse.Namespace) -> dict[str, object]:
