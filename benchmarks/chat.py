@@ -44,7 +44,7 @@ def build_parts(
     shape: Shape, backend: str, device: str, dtype: torch.dtype
 ) -> tuple[DSVLForConditionalGeneration, DSVLProcessor]:
     """A model of this shape, with the demo's tokenizer."""
-    tokenizer = train_tokenizer([HEADINGS.format(text) for text in vocabulary_texts()])
+    tokenizer = train_tokenizer([HEADINGS["visualchat"].format(text) for text in vocabulary_texts()])
     side = {"height": shape.image_size, "width": shape.image_size}
     image_processor = CLIPImageProcessor(size={"shortest_edge": shape.image_size}, crop_size=side)
     processor = DSVLProcessor(image_processor, tokenizer, image_seq_length=shape.per_image)

@@ -1,7 +1,7 @@
 """End-to-end demo: compose a small model, train it, score it on held-out conversations, and chat with the
 saved checkpoint in a process without this package.
 
-python -m dsvl.demo [--output demo_output] [--seed 0] [--deepspeed]
+python -m dsvl.demo [--output demo_output] [--seed 0] [--chat-format chatml] [--deepspeed]
 """
 
 import argparse
@@ -45,6 +45,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="a new directory (default demo_output)")
     parser.add_argument("--overwrite", action="store_true", help="first remove the output of an earlier run")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the weights and conversations (default 0)")
+    parser.add_argument(
+        "--chat-format",
+        choices=("visualchat", "chatml"),
+        default="visualchat",
+        help="chatml gives the language model a chat template of its own, which dsvl compose keeps (default visualchat)",
+    )
     parser.add_argument("--steps", type=int, default=1100, help="optimizer steps (default 1100)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument(
@@ -66,7 +72,7 @@ def main() -> int:
 
     _step("Creating a small CLIP tower and a small LLaMA with a tokenizer")
     tiny_models.save_tower(output / "parts" / "tower")
-    tiny_models.save_language_model(output / "parts" / "language_model")
+    tiny_models.save_language_model(output / "parts" / "language_model", chat_format=arguments.chat_format)
 
     command = ["compose", "--vision", f"{output}/parts/tower", "--language", f"{output}/parts/language_model"]
     command += ["--out", f"{output}/composed", "--number-after"]

@@ -15,7 +15,14 @@ from transformers import (
 from ..utils.shape_images import IMAGE_SIZE
 from .conversations import vocabulary_texts
 
-HEADINGS = "### Image 1:\n(image 1)\n### Question:\n{}\n\n### Answer:\n"
+HEADINGS = {  # what a chat format writes around a text
+    "visualchat": "### Image 1:\n(image 1)\n### Question:\n{}\n\n### Answer:\n",
+    "chatml": "system\nuser\nImage 1:\n(image 1)\n{}\nassistant\n",
+}
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 # Headings and "(image N)" are single words, so that few tokens separate an image from the text about it.
 WORD = r"### \w+(:\n)?|\(image \d+\)|\w+ (?=\(image)| ?\w+|[^\w\s]+\n*|\s+"
@@ -50,15 +57,19 @@ def save_tower(
     processor.save_pretrained(directory)
 
 
-def save_language_model(directory: Path, width: int = 128, layers: int = 3) -> None:
+def save_language_model(directory: Path, width: int = 128, layers: int = 3, chat_format: str = "visualchat") -> None:
     """Save a LLaMA with random weights, and a tokenizer trained on the demo's conversations.
 
     Args:
         directory: the output directory.
         width (*optional*, defaults to 128): hidden size; each attention head has 32 channels.
         layers (*optional*, defaults to 3): number of layers.
+        chat_format (*optional*, defaults to "visualchat"): "chatml" gives the tokenizer a chat template of its own.
     """
-    tokenizer = train_tokenizer([HEADINGS.format(text) for text in vocabulary_texts()])
+    tokenizer = train_tokenizer([HEADINGS[chat_format].format(text) for text in vocabulary_texts()])
+    if chat_format == "chatml":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+        tokenizer.chat_template = CHATML
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
