@@ -108,7 +108,9 @@ def test_a_lora_model_from_the_command(tmp_path, monkeypatch):
     assert {name.partition("/")[0] for name in contents.skipped} >= {"checkpoint-2", "emissions.csv"}
     card = ModelCard.load(tmp_path / "run" / "README.md")
     settings = table(card, "| | |")
-    assert settings["adapters"] == "LoRA, rank 2, alpha 4" and settings["hardware"].startswith("1 process on CPU")
+    assert settings["adapters"] == "LoRA: decoder rank 2, alpha 4 (14 of 14 linear layers)" and settings[
+        "hardware"
+    ].startswith("1 process on CPU")
     assert "time" in settings and settings["emissions (codecarbon's estimate)"].startswith("0.75 kg")
     assert table(card, "| data | conversations |") == {"data.jsonl": "5"}
     assert "eval_loss" in table(card, "| result | |") and card.data.base_model is None

@@ -71,7 +71,15 @@ def test_an_unknown_part_is_refused(refused):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--lora-vision", "--dora", "--qlora", "--lora-alpha 8", "--lora-targets q_proj v_proj"],
+    [
+        "--lora-vision",
+        "--dora",
+        "--qlora",
+        "--lora-alpha 8",
+        "--lora-targets q_proj v_proj",
+        "--lora-vision-rank 8",
+        "--lora-vision-targets fc1",
+    ],
 )
 def test_options_of_adapters_need_a_rank(refused, flags):
     assert refused(*flags.split()) == f"{flags.split()[0]} without adapters; also pass --lora-rank (for example 16)."
@@ -90,6 +98,17 @@ def test_options_of_adapters_are_named_together(refused):
         ),
         ("--train projector vision --lora-vision", "--train vision trains in full what --lora-rank freezes and adapts;"),
         ("--lora-language false", "--lora-rank with nothing to adapt; keep --lora-language on, or pass --lora-vision."),
+        ("--lora-vision-rank 8", "--lora-vision-rank without --lora-vision; pass both."),
+        ("--lora-vision-targets fc1", "--lora-vision-targets without --lora-vision; pass both."),
+        ("--lora-vision --lora-vision-rank 0", "--lora-vision-rank 0: pass a positive rank, or omit --lora-vision."),
+        (
+            "--no-lora-language --lora-vision --lora-vision-rank 8",
+            "--no-lora-language with both --lora-rank and --lora-vision-rank: only the vision tower is adapted; pass",
+        ),
+        (
+            "--no-lora-language --lora-vision --lora-targets fc1 --lora-vision-targets fc2",
+            "--no-lora-language with both --lora-targets and --lora-vision-targets: only the vision tower is adapted; pass",
+        ),
     ],
 )
 def test_a_part_is_either_adapted_or_trained_in_full(refused, flags, sentence):

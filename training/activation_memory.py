@@ -3,7 +3,7 @@
 import copy
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -172,6 +172,7 @@ class StepTracer:
             the parts in `train` are PEFT's `modules_to_save`, which also keep a frozen copy of the original weights.
         activation_checkpointing: recompute every layer in backward, *optional*, defaults to False.
         dtype: dtype of weights and activations, without autocast, *optional*, defaults to bfloat16.
+        lora: further arguments of `lora_config`, *optional*.
 
     Raises:
         ValueError: if a tied head is to be trained without the embeddings, or PEFT is needed and not installed.
@@ -184,6 +185,7 @@ class StepTracer:
         lora_rank: int = 0,
         activation_checkpointing: bool = False,
         dtype: torch.dtype = torch.bfloat16,
+        lora: Mapping[str, Any] | None = None,
     ) -> None:
         config = copy.deepcopy(config)
         config.multimodal_attention = "causal"
@@ -194,7 +196,7 @@ class StepTracer:
         model.tie_weights()  # skipped together with the initialization
         model.set_trainable(**{argument: part in train for part, argument in PARTS.items()})
         if lora_rank:
-            _add_adapters(model, lora_rank, train)
+            _add_adapters(model, lora_rank, train, lora or {})
         if activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.model, self.dtype = model, dtype
@@ -263,8 +265,8 @@ class StepTracer:
         return model._loss(model._logits(hidden.flatten(0, 1)[rows]), rows, num_items_in_batch=len(rows))
 
 
-def _add_adapters(model: DSVLForConditionalGeneration, rank: int, train: Sequence[str]) -> None:
-    """Add LoRA adapters to the decoder's linear layers; the parts in `train` are trained in full."""
+def _add_adapters(model: DSVLForConditionalGeneration, rank: int, train: Sequence[str], lora: Mapping[str, Any]) -> None:
+    """Add LoRA adapters; the parts in `train` are trained in full."""
     try:
         from peft import get_peft_model
     except ImportError as error:
@@ -272,4 +274,4 @@ def _add_adapters(model: DSVLForConditionalGeneration, rank: int, train: Sequenc
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's warnings concern the training itself
         # PEFT keeps adapters of half-precision models in float32 by default; DeepSpeed casts them to the model's dtype.
-        get_peft_model(model, lora_config(model, rank, train=train), autocast_adapter_dtype=False)  # in place
+        get_peft_model(model, lora_config(model, rank, train=train, **lora), autocast_adapter_dtype=False)  # in place

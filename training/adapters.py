@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..modeling_dsvl import DSVLForConditionalGeneration
+from .adapter_targets import target_pattern
 
 TOWERS = {"language": "model.language_model", "vision": "model.vision_tower"}
+LABELS = {"language": "decoder", "vision": "vision tower"}
 
 
 def lora_config(
@@ -21,6 +23,8 @@ def lora_config(
     targets: Sequence[str] | None = None,
     language: bool = True,
     vision: bool = False,
+    vision_rank: int | None = None,
+    vision_targets: Sequence[str] | None = None,
     dropout: float = 0.0,
     dora: bool = False,
 ) -> Any:
@@ -29,35 +33,52 @@ def lora_config(
     Args:
         model: the model to adapt.
         rank: rank of the adapters.
-        alpha: scale of the adapters: their outputs are multiplied by alpha / rank, *optional*, defaults to twice the rank.
-            DeepSpeed-VisualChat uses 1.
+        alpha: scale of the adapters: their outputs are multiplied by alpha / rank, *optional*, defaults to twice the rank
+            (of the tower's adapters: twice theirs). DeepSpeed-VisualChat uses 1.
         train: parts that are trained in full beside the adapters, by the names of `dsvl train --train`, *optional*, defaults
             to projector and embeddings.
-        targets: names of the linear layers to adapt, such as `q_proj`, *optional*, defaults to all linear layers.
+        targets: linear layers to adapt, by name (`q_proj`) or path (`layers.0-15`), see `adapter_targets.target_pattern`,
+            *optional*, defaults to all linear layers.
         language: adapt the decoder, *optional*, defaults to True.
         vision: adapt the vision tower, *optional*, defaults to False.
+        vision_rank: rank of the tower's adapters, *optional*, defaults to `rank`.
+        vision_targets: linear layers of the tower to adapt; `targets` then selects layers of the decoder alone. *Optional*,
+            defaults to `targets`.
         dropout: dropout probability in front of the adapters, *optional*, defaults to 0.
         dora: use DoRA, which trains magnitudes and directions of the weights separately, *optional*, defaults to False.
 
     Raises:
-        ValueError: if `targets` contains a name that no linear layer of these parts has.
+        ValueError: if a target matches no linear layer, or a part has no layer to adapt.
         ImportError: if PEFT is not installed.
     """
     from peft import LoraConfig
 
-    roots = [TOWERS["language"]] * language + [TOWERS["vision"]] * vision
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(tuple(f"{root}." for root in roots))
+    unused = set()
+    if vision:  # layers whose output the features do not use
+        names = [name for name in model.model.unused_tower_parameters() if name.endswith(".weight")]
+        unused = {f"{TOWERS['vision']}.{name.removesuffix('.weight')}" for name in names}
+    layers = {
+        part: [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith(f"{TOWERS[part]}.") and name not in unused
+        ]
+        for part, adapted in (("language", language), ("vision", vision))
+        if adapted
     }
-    unknown = sorted(set(targets or ()) - linear)
-    if unknown:
-        raise ValueError(
-            f"--lora-targets {' '.join(unknown)}: no linear layer of {' and '.join(roots)} has this name; choose from "
-            f"{', '.join(sorted(linear))}."
-        )
-    names = "|".join(map(re.escape, sorted(targets or linear)))
+    patterns = {}
+    if vision_targets is not None and vision:
+        patterns["vision"] = target_pattern(vision_targets, layers["vision"], "--lora-vision-targets")
+    others = [part for part in layers if part not in patterns]
+    if others:
+        together = [name for part in others for name in layers[part]]
+        patterns |= dict.fromkeys(others, target_pattern(targets or (), together, "--lora-targets"))
+    for part, pattern in patterns.items():
+        if not any(re.fullmatch(pattern, name) for name in layers[part]):
+            raise ValueError(
+                f"--lora-targets {' '.join(targets or ())}: no linear layer of the {LABELS[part]} matches; choose from "
+                f"{', '.join(sorted({name.rpartition('.')[2] for name in layers[part]}))}, or do not adapt this part."
+            )
     table = model.get_input_embeddings()
     embeddings = next(name for name, module in model.named_modules() if module is table)
     parts = {
@@ -67,21 +88,48 @@ def lora_config(
         "language": "model.language_model",
         "head": "lm_head",
     }
-    unused = ""
-    if vision:  # layers whose output the features do not use
-        weights = [name for name in model.model.unused_tower_parameters() if name.endswith(".weight")]
-        unused = "|".join(re.escape(f"{TOWERS['vision']}.{name.removesuffix('.weight')}") for name in weights)
+    tower = rf"{re.escape(TOWERS['vision'])}\..*"
+    own_rank = {tower: vision_rank} if vision and vision_rank is not None else {}
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
+        rank_pattern=own_rank,
+        alpha_pattern={name: 2 * rank for name, rank in own_rank.items()} if alpha is None else {},
         lora_dropout=dropout,
         use_dora=dora,
-        exclude_modules=rf"(?:{unused})" if unused else None,
-        target_modules=rf"(?:{'|'.join(map(re.escape, roots))})\..*\.(?:{names})",
+        exclude_modules="|".join(map(re.escape, sorted(unused))) or None,
+        target_modules="|".join(rf"(?={re.escape(TOWERS[part])}\.){pattern}" for part, pattern in patterns.items()),
         modules_to_save=[parts[part] for part in train] or None,
         ensure_weight_tying=bool(model.config.tie_word_embeddings),
         task_type="CAUSAL_LM",
     )
+
+
+def describe_adapters(model: nn.Module) -> str:
+    """The adapters of PEFT's model for the model card: rank, alpha and number of adapted layers of each part.
+
+    Args:
+        model: PEFT's wrapper of a `DSVLForConditionalGeneration`, with LoRA adapters.
+    """
+    adapted: dict[str, dict[str, int]] = {part: {} for part in TOWERS}
+    linear = dict.fromkeys(TOWERS, 0)
+    for name, module in model.named_modules():
+        part = next((part for part, root in TOWERS.items() if f".{root}." in f".{name}."), None)
+        names = set(name.split("."))
+        if part is None or names & {"base_layer", "original_module"} or any(one.startswith("lora_") for one in names):
+            continue
+        is_adapted = hasattr(module, "lora_A")
+        linear[part] += is_adapted or isinstance(module, nn.Linear)
+        if is_adapted:
+            key = f"rank {module.r['default']}, alpha {module.lora_alpha['default']}"
+            adapted[part][key] = adapted[part].get(key, 0) + 1
+    found = [
+        f"{LABELS[part]} {key} ({count} of {linear[part]} linear layers)"
+        for part, counts in adapted.items()
+        for key, count in counts.items()
+    ]
+    config = model.peft_config["default"]
+    return f"{'DoRA' if config.use_dora else 'LoRA'}: {'; '.join(found)}"
 
 
 def merge_adapters(model: str | Path, adapters: str | Path) -> DSVLForConditionalGeneration:

@@ -22,20 +22,8 @@ def check_options(values: dict[str, Any]) -> None:
     unknown = [part for part in values["train"] if part not in PARTS]
     if unknown:
         raise ValueError(f"--train {' '.join(unknown)}: no such part; choose from {', '.join(PARTS)}.")
-    rank, adapters = values["lora_rank"], values["lora_rank"] > 0
-    if rank < 0:
-        raise ValueError(f"--lora-rank {rank}: pass a positive rank, or 0 for no adapters.")
-    asked = [name for name in ("lora_vision", "dora", "qlora", "lora_targets", "lora_alpha") if values.get(name)]
-    if asked and not adapters:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
-        raise ValueError(f"{flags} without adapters; also pass --lora-rank (for example 16).")
-    for part, flag in (("language", "lora_language"), ("vision", "lora_vision")):
-        if adapters and part in values["train"] and values[flag]:
-            remedy = f"remove {part} from --train, or pass --{flag.replace('_', '-')} false"
-            raise ValueError(f"--train {part} trains in full what --lora-rank freezes and adapts; {remedy}.")
-    if adapters and not (values["lora_language"] or values["lora_vision"]):
-        raise ValueError("--lora-rank with nothing to adapt; keep --lora-language on, or pass --lora-vision.")
-    if not adapters and not values["train"]:
+    check_adapters(values)
+    if values["lora_rank"] == 0 and not values["train"]:
         raise ValueError("--train names nothing to train; name parts, or pass --lora-rank.")
     stage = zero_stage(values.get("deepspeed"))
     if values["qlora"] and stage == 3:
@@ -92,6 +80,46 @@ def _check_data_options(values: dict[str, Any]) -> None:
         raise ValueError("--packing needs the length of a pack; pass --max-length (for example 4096).")
     if values.get("max_images_per_pack") is not None and not values.get("packing"):
         raise ValueError("--max-images-per-pack without --packing; pass both.")
+
+
+def check_adapters(values: dict[str, Any]) -> None:
+    """Refuse arguments of adapters that do not go together, for `dsvl train` and `dsvl plan`.
+
+    Args:
+        values: name of the argument -> value; others are ignored.
+
+    Raises:
+        ValueError: naming the flags and the remedy.
+    """
+    rank, tower_rank, adapters = values["lora_rank"], values.get("lora_vision_rank"), values["lora_rank"] > 0
+    if rank < 0:
+        raise ValueError(f"--lora-rank {rank}: pass a positive rank, or 0 for no adapters.")
+    names = ("lora_vision", "dora", "qlora", "lora_targets", "lora_alpha", "lora_vision_rank", "lora_vision_targets")
+    asked = [name for name in names if values.get(name)]
+    if asked and not adapters:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise ValueError(f"{flags} without adapters; also pass --lora-rank (for example 16).")
+    for part, flag in (("language", "lora_language"), ("vision", "lora_vision")):
+        if adapters and part in values["train"] and values[flag]:
+            remedy = f"remove {part} from --train, or pass --{flag.replace('_', '-')} false"
+            raise ValueError(f"--train {part} trains in full what --lora-rank freezes and adapts; {remedy}.")
+    if adapters and not (values["lora_language"] or values["lora_vision"]):
+        raise ValueError("--lora-rank with nothing to adapt; keep --lora-language on, or pass --lora-vision.")
+    for name in ("lora_vision_rank", "lora_vision_targets"):
+        if values.get(name) is not None and not values["lora_vision"]:
+            raise ValueError(f"--{name.replace('_', '-')} without --lora-vision; pass both.")
+    if tower_rank is not None and tower_rank < 1:
+        raise ValueError(f"--lora-vision-rank {tower_rank}: pass a positive rank, or omit --lora-vision.")
+    if values["lora_language"]:
+        return
+    # The tower alone is adapted, so the same thing would be said twice.
+    for general, own in (("lora_rank", tower_rank), ("lora_targets", values.get("lora_vision_targets"))):
+        if own is not None and values.get(general):
+            flag = f"--{general.replace('_', '-')}"
+            raise ValueError(
+                f"--no-lora-language with both {flag} and {flag.replace('lora', 'lora-vision')}: only the vision tower is "
+                f"adapted; pass {flag} alone."
+            )
 
 
 def _check_streaming(values: dict[str, Any]) -> None:

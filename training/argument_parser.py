@@ -15,7 +15,8 @@ GROUPS = {
     "model": "model attn_implementation",
     "data": "data dataset_names dataset_samples dataset_concatenate_samples max_num_image_per_sample streaming "
     "on_bad_sample cache_image_features dataloader_num_workers",
-    "what is trained": "train lora_rank lora_alpha lora_dropout lora_targets lora_language lora_vision dora qlora",
+    "what is trained": "train lora_rank lora_alpha lora_dropout lora_targets lora_language lora_vision "
+    "lora_vision_rank lora_vision_targets dora qlora",
     "length and packing": "max_length packing max_images_per_pack",
     "optimisation": "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
     "embeddings_learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed",

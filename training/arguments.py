@@ -49,10 +49,21 @@ class ModelArguments:
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapters"})
     lora_targets: list[str] | None = field(
-        default=None, metadata={"help": "names of the linear layers to adapt, such as q_proj. Default: all linear layers"}
+        default=None,
+        metadata={
+            "help": "linear layers to adapt, by name (q_proj) or path (layers.0-15, layers.0-15.*.q_proj). Default: all "
+            "linear layers"
+        },
     )
     lora_language: bool = field(default=True, metadata={"help": "adapt the decoder"})
     lora_vision: bool = field(default=False, metadata={"help": "adapt the vision tower"})
+    lora_vision_rank: int | None = field(
+        default=None, metadata={"help": "rank of the vision tower's adapters. Default: --lora-rank"}
+    )
+    lora_vision_targets: list[str] | None = field(
+        default=None,
+        metadata={"help": "linear layers of the vision tower to adapt, as for --lora-targets. Default: --lora-targets"},
+    )
     dora: bool = field(default=False, metadata={"help": "use DoRA (weight-decomposed) adapters"})
     qlora: bool = field(default=False, metadata={"help": "load the frozen weights in 4 bits (needs bitsandbytes)"})
 

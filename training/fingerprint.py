@@ -30,6 +30,8 @@ ADAPTER_FIELDS = (
     "lora_targets",
     "lora_language",
     "lora_vision",
+    "lora_vision_rank",
+    "lora_vision_targets",
     "dora",
     "qlora",
 )

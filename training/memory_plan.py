@@ -5,7 +5,7 @@ Weights, gradients, optimizer states and communication buffers are computed in `
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from ..configuration_dsvl import DSVLConfig
 from .activation_memory import StepTracer
+from .adapters import LABELS
 from .deepspeed_config import ZERO
 from .model_states import DTYPES, GIB, ModelSizes, PhaseMemory, arriving_gradients, model_states
 from .trainable_parts import PARTS
@@ -62,6 +63,8 @@ class Planner:
         images: images per sample, *optional*, defaults to 1.
         train: parts that are trained in full, keys of `PARTS`, *optional*, defaults to projector and embeddings.
         lora_rank: rank of adapters on the decoder's linear layers, *optional*, defaults to 0: no adapters.
+        lora: further arguments of `adapters.lora_config` (`targets`, `language`, `vision`, `vision_rank`,
+            `vision_targets`), *optional*.
         activation_checkpointing: recompute activations in backward, *optional*, defaults to False.
         gradient_accumulation: whether a step has several micro-batches, *optional*, defaults to False.
         supervised_share: fraction of the text tokens that have a label, *optional*, defaults to 0.25, which is typical of
@@ -82,6 +85,7 @@ class Planner:
         images: int = 1,
         train: Sequence[str] = ("projector", "embeddings"),
         lora_rank: int = 0,
+        lora: Mapping[str, Any] | None = None,
         activation_checkpointing: bool = False,
         gradient_accumulation: bool = False,
         supervised_share: float = 0.25,
@@ -92,11 +96,11 @@ class Planner:
         self.text_tokens = sequence_length - images * config.image_seq_length
         self.supervised_share = supervised_share
         self._plans: dict[int, MemoryPlan] = {}
-        self._check(config, train, lora_rank)
+        self._check(config, train, lora_rank, lora or {})
         dtype = dtype or _dtype_name(config.dtype or config.text_config.dtype) or "bfloat16"
         _one_of("dtype", dtype, DTYPES)
         torch_dtype: torch.dtype = getattr(torch, dtype)
-        self.tracer = StepTracer(config, train, lora_rank, activation_checkpointing, torch_dtype)
+        self.tracer = StepTracer(config, train, lora_rank, activation_checkpointing, torch_dtype, lora)
         modules, parameters = self.tracer.model.modules(), list(self.tracer.model.parameters())
         self.sizes = ModelSizes(
             parameters=tuple(p.numel() for p in parameters),
@@ -144,7 +148,7 @@ class Planner:
             probe = int(min(max(guess, fits + 1), fails - 1))
         return fits
 
-    def _check(self, config: DSVLConfig, train: Sequence[str], lora_rank: int) -> None:
+    def _check(self, config: DSVLConfig, train: Sequence[str], lora_rank: int, lora: Mapping[str, Any]) -> None:
         for name, value, least in (
             ("world_size", self.world_size, 1),
             ("images", self.images, 0),
@@ -157,11 +161,15 @@ class Planner:
             _one_of("train", part, tuple(PARTS))
         if not train and not lora_rank:
             raise ValueError(f"train={list(train)!r} trains nothing; name parts ({', '.join(PARTS)}), or pass a lora_rank.")
-        if lora_rank and "language" in train:
-            raise ValueError(
-                f"lora_rank={lora_rank} freezes the decoder's layers and adapts them, but train contains 'language'; pass "
-                "one of them."
-            )
+        if lora and not lora_rank:
+            raise ValueError(f"lora={dict(lora)!r} without adapters; also pass a lora_rank (for example 16).")
+        adapted = {"language": lora.get("language", True), "vision": lora.get("vision", False)} if lora_rank else {}
+        for part in train:
+            if adapted.get(part):
+                raise ValueError(
+                    f"lora_rank={lora_rank} freezes the {LABELS[part]}'s layers and adapts them, but train contains "
+                    f"{part!r}; pass one of them."
+                )
         if self.text_tokens < 1:
             raise ValueError(
                 f"sequence_length={self.sequence_length} is too short: {self.images} images take "

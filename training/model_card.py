@@ -14,6 +14,7 @@ from ..data.packing import PackedConversations
 from ..data.streaming import Stream
 from ..hub_card import TrainingFacts
 from ..hub_card.base_models import is_repo_id
+from .adapters import describe_adapters
 
 EMISSIONS = "emissions.csv"  # written to the output directory by the Trainer's codecarbon callback
 
@@ -54,8 +55,7 @@ def training_facts(
         "processes": arguments.world_size,
     }
     if hasattr(trainer.model, "peft_config"):
-        config = trainer.model.peft_config["default"]
-        settings["adapters"] = f"{'DoRA' if config.use_dora else 'LoRA'}, rank {config.r}, alpha {config.lora_alpha}"
+        settings["adapters"] = describe_adapters(trainer.model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     results = {"last logged training loss": losses[-1]} if losses else {}
     results |= {name: value for name, value in metrics.items() if name in ("eval_loss", "eval_exact_match")}

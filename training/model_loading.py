@@ -55,6 +55,8 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
             targets=model_arguments.lora_targets,
             language=model_arguments.lora_language,
             vision=model_arguments.lora_vision,
+            vision_rank=model_arguments.lora_vision_rank,
+            vision_targets=model_arguments.lora_vision_targets,
             dropout=model_arguments.lora_dropout,
             dora=model_arguments.dora,
         )

@@ -15,6 +15,9 @@ from .trainable_parts import PARTS
 if TYPE_CHECKING:
     from .memory_plan import MemoryPlan
 
+# Arguments of `adapters.lora_config` that decide where adapters are, by the names of their flags without "lora".
+LORA = ("targets", "language", "vision", "vision_rank", "vision_targets")
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl plan`."""
@@ -40,8 +43,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="PART",
         help=f"parts to train: {', '.join(PARTS)} (default: projector embeddings)",
     )
+    parser.add_argument("--lora-rank", type=int, default=0, help="rank of adapters on the linear layers (default: 0, none)")
     parser.add_argument(
-        "--lora-rank", type=int, default=0, help="rank of adapters on the decoder's linear layers (default: 0, none)"
+        "--lora-targets",
+        nargs="+",
+        metavar="LAYER",
+        help="names or paths of the layers to adapt (default: all linear layers)",
+    )
+    parser.add_argument("--no-lora-language", dest="lora_language", action="store_false", help="do not adapt the decoder")
+    parser.add_argument("--lora-vision", action="store_true", help="adapt the vision tower")
+    parser.add_argument("--lora-vision-rank", type=int, help="rank of the tower's adapters (default: --lora-rank)")
+    parser.add_argument(
+        "--lora-vision-targets", nargs="+", metavar="LAYER", help="layers of the tower to adapt (default: --lora-targets)"
     )
     parser.add_argument(
         "--activation-checkpointing",
@@ -63,8 +76,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from .argument_checks import check_adapters
     from .memory_plan import Planner, usable
 
+    check_adapters(vars(arguments))
+    lora = {name: getattr(arguments, f"lora_{name}") for name in LORA} if arguments.lora_rank else None
     planner = Planner(
         _load_config(arguments.model),
         world_size=arguments.world_size,
@@ -73,6 +89,7 @@ def _run(arguments: argparse.Namespace) -> None:
         images=arguments.images,
         train=arguments.train,
         lora_rank=arguments.lora_rank,
+        lora=lora,
         activation_checkpointing=arguments.activation_checkpointing,
         gradient_accumulation=arguments.gradient_accumulation,
         supervised_share=arguments.supervised_share,
