@@ -607,6 +607,17 @@ def _known_image_queries(input_ids: torch.Tensor | None, features: torch.Tensor 
     return 0 if features is None else len(features)
 
 
+def scale_logits(logits: torch.Tensor, text_config: Any) -> torch.Tensor:
+    """What the causal model of a decoder with this configuration does to the output of its head, (..., vocabulary)."""
+    if getattr(text_config, "logits_scaling", None) is not None:  # Granite
+        logits = logits / text_config.logits_scaling
+    if getattr(text_config, "logit_scale", None) is not None:  # Cohere
+        logits = logits * text_config.logit_scale
+    if getattr(text_config, "final_logit_softcapping", None) is not None:  # Gemma 2
+        logits = torch.tanh(logits / text_config.final_logit_softcapping) * text_config.final_logit_softcapping
+    return logits
+
+
 class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
     """A DSVL model with its language modelling head: training, generation, sharing.
 
@@ -851,15 +862,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head, and what the causal model of the composed decoder does to its logits."""
-        text = self.config.text_config
-        logits = self.lm_head(hidden)
-        if getattr(text, "logits_scaling", None) is not None:  # Granite
-            logits = logits / text.logits_scaling
-        if getattr(text, "logit_scale", None) is not None:  # Cohere
-            logits = logits * text.logit_scale
-        if getattr(text, "final_logit_softcapping", None) is not None:  # Gemma 2
-            logits = torch.tanh(logits / text.final_logit_softcapping) * text.final_logit_softcapping
-        return logits
+        return scale_logits(self.lm_head(hidden), self.config.text_config)
 
     def _loss(
         self, logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None

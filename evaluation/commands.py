@@ -15,14 +15,21 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 256  # DeepSpeed-VisualChat's; at most a quarter of the context
 
+TEXT_ONLY = ("language", "window", "stride")
+ANSWERS_ONLY = ("split", "csv", "html", "batch_size", "given_answers", "on_bad_sample", "max_bad_samples", "allow_urls")
+ANSWERS_ONLY += ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "num_beams")
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl evaluate` to the command's parser."""
-    parser = commands.add_parser("evaluate", help="generate and score a checkpoint's answers to a data set")
+    parser = commands.add_parser(
+        "evaluate", help="generate and score a checkpoint's answers to a data set, or measure its text perplexity"
+    )
     parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint, or its name on the Hub")
     parser.add_argument(
         "data",
         type=check_exists,
+        nargs="?",
         metavar="DATA",
         help="conversations as for dsvl train, or an evaluation file of DeepSpeed-VisualChat",
     )
@@ -30,8 +37,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--out",
         metavar="FILE",
-        default="answers.jsonl",
-        help="JSON lines file for the answers; an existing one is resumed (default answers.jsonl)",
+        help="JSON lines file for the answers; an existing one is resumed (default answers.jsonl). With --text, JSON file "
+        "for the result (default text.json)",
     )
     add_report_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=8, help="questions in a batch (default 8)")
@@ -46,15 +53,45 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--max-bad-samples", type=float, default=0.05, help=MAX_BAD_SAMPLES_HELP)
     parser.add_argument("--allow-urls", action="store_true", help="allow images with http(s) URLs, which are fetched")
+    text = parser.add_argument_group("perplexity of a text, instead of answers")
+    text.add_argument(
+        "--text",
+        type=check_exists,
+        metavar="FILE",
+        help='plain text, or JSON lines {"text": "..."}; added to the model card',
+    )
+    text.add_argument(
+        "--language",
+        type=check_exists,
+        metavar="NAME",
+        help="the original language model (directory or Hub name) to compare with; the result goes into DIR's model card",
+    )
+    text.add_argument("--window", type=int, metavar="N", help="tokens of a window (default 2048, or the context length)")
+    text.add_argument(
+        "--stride", type=int, metavar="N", help="tokens between the starts of two windows (default half a window)"
+    )
     add_loading_arguments(parser)
     options = add_generation_arguments(
         parser, "greedy, whatever the checkpoint's own settings are", "256, or a quarter of the context"
     )
     options.add_argument("--num-beams", type=int, help="number of beams of beam search (default 1)")
-    parser.set_defaults(run=_evaluate)
+    parser.set_defaults(run=_evaluate, default_of=parser.get_default)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if (arguments.data is None) == (arguments.text is None):
+        raise ValueError("Pass either DATA, for answers to its questions, or --text FILE, for the perplexity of a text.")
+    without, flag = (TEXT_ONLY, "--text") if arguments.text is None else (ANSWERS_ONLY, "DATA")
+    given = [name for name in without if getattr(arguments, name) != arguments.default_of(name)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{flags} without {flag} has no effect; omit it.")
+    if arguments.text is not None:
+        from .text_command import evaluate_text
+
+        evaluate_text(arguments)
+        return
+    arguments.out = arguments.out or "answers.jsonl"
     try:
         import rapidfuzz  # noqa: F401  (for the scores; checked before a model is loaded)
     except ImportError as error:
