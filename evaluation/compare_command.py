@@ -13,17 +13,21 @@ if TYPE_CHECKING:
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `dsvl compare` to the command's parser."""
     parser = commands.add_parser("compare", help="compare the answers of several evaluations")
-    parser.add_argument("answers", nargs="+", metavar="ANSWERS", help="answer files that dsvl evaluate wrote")
+    parser.add_argument(
+        "answers",
+        nargs="+",
+        metavar="ANSWERS",
+        help="answer files that dsvl evaluate wrote, or CSV tables of DeepSpeed-VisualChat's eval/results",
+    )
     add_report_arguments(parser)
     parser.add_argument("--allow-urls", action="store_true", help="fetch images with http(s) URLs for the HTML report")
     parser.set_defaults(run=_compare)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .answer_records import read_records
     from .comparison import join, summarize, win_loss_tie
 
-    records = {path: read_records(path) for path in dict.fromkeys(arguments.answers)}
+    records = _read(list(dict.fromkeys(arguments.answers)))
     runs = dict(zip(labels(records), records.values(), strict=True))
     conversations = join(runs)
     summaries = summarize(conversations)
@@ -40,6 +44,37 @@ def _compare(arguments: argparse.Namespace) -> None:
     if lines:
         print("\n" + "\n".join(lines))
     write_reports(arguments, runs)
+
+
+def _read(paths: Sequence[str]) -> "dict[str, list[AnswerRecord]]":
+    """Read files of both kinds; a table's questions that contradict those of answer files are left out, and counted."""
+    from .answer_records import read_records
+    from .visualchat_answers import match_questions, read_visualchat_answers
+
+    tables = [path for path in paths if path.lower().endswith(".csv")]
+    records = {path: read_visualchat_answers(path) if path in tables else read_records(path) for path in paths}
+    others = {path: found for path, found in records.items() if path not in tables}
+    for path in tables if others else ():
+        matched = match_questions(records[path], others)
+        lines = [f"{path}: {matched.common:,} of {len(records[path]):,} questions are those of the other files"]
+        if matched.others:
+            lines.append(f"  {matched.others:,} at turns that the other files do not have")
+        if matched.dropped:
+            first = matched.dropped[0]
+            lines.append(
+                f"  {len(matched.dropped):,} left out: another question at the same turn (first: conversation {first.id!r}, "
+                f"turn {first.turn})"
+            )
+        print("\n".join(lines))
+        if not matched.common:
+            raise ValueError(
+                f"no question of {path} is in {', '.join(others)}; evaluate the file that the table answers "
+                "(DeepSpeed-VisualChat's eval/eval_data)."
+            )
+        records[path] = matched.records
+    if tables and others:
+        print()
+    return records
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

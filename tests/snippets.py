@@ -119,6 +119,7 @@ class Reader:
         make_conversations(folder)
         shutil.move(folder / "data.jsonl", folder / "conversations.jsonl")
         shutil.copy(folder / "conversations.jsonl", folder / "held-out.jsonl")
+        shutil.copy(ROOT / "README.md", folder / "held-out.txt")
         write_coco(folder / "raw", photographs)
         write_llava(folder / "raw")
         (folder / "conversations").mkdir()
