@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 256  # DeepSpeed-VisualChat's; at most a quarter of the context
 
+# Arguments that apply to --text alone, and to DATA alone.
 TEXT_ONLY = ("language", "window", "stride")
-ANSWERS_ONLY = ("split", "csv", "html", "batch_size", "given_answers", "on_bad_sample", "max_bad_samples", "allow_urls")
-ANSWERS_ONLY += ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "num_beams")
+ANSWERS_ONLY = (
+    *("split", "csv", "html", "batch_size", "given_answers", "on_bad_sample", "max_bad_samples", "allow_urls"),
+    *("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "num_beams"),
+)
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -105,7 +105,7 @@ def lora_config(
     )
 
 
-def describe_adapters(model: nn.Module) -> str:
+def describe_adapters(model: Any) -> str:
     """The adapters of PEFT's model for the model card: rank, alpha and number of adapted layers of each part.
 
     Args:
@@ -128,8 +128,8 @@ def describe_adapters(model: nn.Module) -> str:
         for part, counts in adapted.items()
         for key, count in counts.items()
     ]
-    config = model.peft_config["default"]
-    return f"{'DoRA' if config.use_dora else 'LoRA'}: {'; '.join(found)}"
+    kind = "DoRA" if model.peft_config["default"].use_dora else "LoRA"
+    return f"{kind}: {'; '.join(found)}" if found else kind
 
 
 def merge_adapters(model: str | Path, adapters: str | Path) -> DSVLForConditionalGeneration:
