@@ -244,6 +244,16 @@ def test_models_are_compared_in_one_dtype(folder, dtype, evaluate):
     assert result["dtype"] == dtype and result["models"]["composed"]["equal_to_the_bit"]
 
 
+@pytest.mark.parametrize(("attention", "equal"), [("causal", True), ("mmca_reference", False)])
+def test_the_composed_model_attends_as_the_checkpoint_does(folder, tmp_path, attention, equal, evaluate):
+    """The released code's attention is not the decoder's own on a text without images, and the result says so."""
+    model, processor = dsvl.compose(folder / "tower", folder / "llama", multimodal_attention=attention)
+    dsvl.save_checkpoint(model, processor, tmp_path / "model")
+    result, _ = evaluate(tmp_path / "model", folder / "text.txt", "--language", folder / "llama", "--window", 64)
+    composed, own = (result["models"][name] for name in ("composed", "model"))
+    assert composed == own and composed["equal_to_the_bit"] == equal == (composed["drift_nats_per_token"] == 0)
+
+
 def test_without_the_language_model_the_vocabulary_is_the_same_and_the_card_unchanged(folder, evaluate):
     card = (folder / "model" / "README.md").read_text()
     alone, printed = evaluate(folder / "model", folder / "text.txt")
