@@ -113,7 +113,7 @@ class DSVLProcessor(ProcessorMixin):
         image_seq_length: how many image tokens one image takes (`DSVLConfig.image_seq_length`).
         number_after: repeat an image's number behind it in the prompt (see `CHAT_TEMPLATE`); None is the template's own
             default.
-        chat_template: a Jinja template; DeepSpeed-VisualChat's format by default.
+        chat_template: a Jinja template, or several by name; DeepSpeed-VisualChat's format by default.
     """
 
     return_mm_token_type_ids = True
@@ -124,7 +124,7 @@ class DSVLProcessor(ProcessorMixin):
         tokenizer: Any = None,
         image_seq_length: int = 257,
         number_after: bool | None = None,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.image_seq_length = image_seq_length
