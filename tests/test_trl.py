@@ -40,6 +40,7 @@ def folder(tmp_path_factory):
     """A checkpoint, and files of every kind whose prompts have 0 to 3 images."""
     folder = tmp_path_factory.mktemp("trl")
     make_checkpoint(folder)
+    make_checkpoint(folder, "decided", initializer_range=0.3)  # its answers depend on the images, far from uniformly
     make_conversations(folder, "many-turns.jsonl")
     rows: dict[str, list[dict[str, Any]]] = {
         kind: [] for kind in ("messages", "preference", "unpaired", "text", "text-preference")
@@ -65,8 +66,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def load(folder):
-    return AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+def load(folder, checkpoint="model"):
+    return AutoModelForImageTextToText.from_pretrained(folder / checkpoint, dtype=torch.float32)
 
 
 def varied_reward(completions, **columns):
@@ -74,12 +75,12 @@ def varied_reward(completions, **columns):
     return [sum(map(ord, completion[0]["content"])) % 7 / 7 for completion in completions]
 
 
-def make_trainer(name, folder, *, data=None, lora=False, processor=None, **options):
+def make_trainer(name, folder, *, checkpoint="model", data=None, lora=False, processor=None, **options):
     """A trainer of TRL over the whole model, or over adapters on the decoder and the projector."""
     trainer, config = (
         (ORPOTrainer, ORPOConfig) if name == "ORPO" else (getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config"))
     )
-    model = load(folder)
+    model = load(folder, checkpoint)
     every = {"projector": True, "embeddings": True, "vision_tower": True, "language_model": True, "lm_head": True}
     model.set_trainable(**every)
     if data is None:
@@ -122,6 +123,31 @@ def test_gradient_checkpointing_computes_the_same(folder, name):
     first, other = (make_trainer(name, folder, gradient_checkpointing=on, max_steps=2) for on in (True, False))
     first.train(), other.train()
     assert losses(first) == pytest.approx(losses(other), abs=1e-5)
+
+
+def test_images_stay_with_their_answers_in_small_batches(folder):
+    """One answer per forward pass, some without images: the model and its copy as reference agree on each, unless the
+    model sees other images."""
+
+    def divergence(other_images):
+        sizes = {"per_device_train_batch_size": 1, "steps_per_generation": 16, "gradient_accumulation_steps": 16}
+        options = {"beta": 0.1, "learning_rate": 0.0, "num_generations": 2, "max_steps": 1}
+        trainer = make_trainer("GRPO", folder, checkpoint="decided", **sizes, **options)
+        compute, images = trainer._get_per_token_logps_and_entropies, set()
+
+        def observed(*args, pixel_values=None, **kwargs):
+            if pixel_values is not None and torch.is_grad_enabled():
+                images.add(len(pixel_values))
+                pixel_values = -pixel_values if other_images else pixel_values
+            return compute(*args, pixel_values=pixel_values, **kwargs)
+
+        trainer._get_per_token_logps_and_entropies = observed
+        trainer.train()
+        assert images == {0, 1, 2, 3}
+        return next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry)
+
+    assert abs(divergence(other_images=False)) < 1e-6
+    assert abs(divergence(other_images=True)) > 1e-3
 
 
 def test_orpo_trains_on_texts_and_refuses_images(folder):
