@@ -40,11 +40,12 @@ args = parser.parse_args()
 model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32)
 model.set_trainable(projector=True, embeddings=False, language_model=True)  # with adapters, lora_config decides
 options = {key: value for key, value in vars(args).items() if key in GRPOConfig.__dataclass_fields__}
-cpu = not torch.accelerator.is_available()
+options |= {"use_cpu": not torch.accelerator.is_available(), "save_strategy": "no"}
+options["log_multimodal"] = False  # otherwise processes wait for each other forever when one has no image in its batch
 trainer = GRPOTrainer(
     model=model,
     reward_funcs=correct,
-    args=GRPOConfig(args.output, per_device_train_batch_size=args.batch_size, use_cpu=cpu, save_strategy="no", **options),
+    args=GRPOConfig(args.output, per_device_train_batch_size=args.batch_size, **options),
     train_dataset=trl_dataset(args.data, kind="prompt"),
     processing_class=AutoProcessor.from_pretrained(args.model, trust_remote_code=True),
     peft_config=lora_config(model, args.lora_rank, train=("projector",)) if args.lora_rank else None,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import BATCH, environment, losses, make_checkpoint, make_conversations, run, weights
+from training_runs import BATCH, command, environment, losses, make_checkpoint, make_conversations, run, weights
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dsvl
@@ -25,16 +25,32 @@ DECODER = ("model.language_model.layers.", "model.language_model.norm.")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
     make_checkpoint(folder)
-    make_conversations(folder)
+    path = make_conversations(folder)
+    lines = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    worse = [{"role": "assistant", "content": "dog " + line[-1]["content"]} for line in lines]
+    pairs = zip(lines, worse, strict=True)
+    write(folder / "preferences.jsonl", [{"prompt": a[:-1], "chosen": a[-1:], "rejected": [b]} for a, b in pairs])
+    # With the usual 0.02 all tokens are about equally likely, and no answer is ever right. So many words are accepted.
+    make_checkpoint(folder, "decided", initializer_range=0.3)
+    tokenizer = AutoProcessor.from_pretrained(folder / "decided").tokenizer
+    words = [word for word in map(tokenizer.decode, range(len(tokenizer))) if word.strip().isalpha()]
+    accepted = [word for word in words if len(word.strip()) > 1][::2]
+    for line in lines:
+        line[-1]["references"] = accepted
+    write(folder / "accepted.jsonl", [{"messages": line} for line in lines])
     return folder
+
+
+def write(path, records):
+    path.write_text("\n".join(map(json.dumps, records)))
 
 
 def run_example(folder, script, data, output, *flags, model="model"):
     """Run a script in another directory than the data's; returns its output directory and the log."""
     files = ["--model", folder / model, "--data", folder / data, "--output", folder / output]
     offline = environment() | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, EXAMPLES / script, *files, *FLAGS, *flags]
-    done = subprocess.run(command, cwd=folder.parent, env=offline, capture_output=True, text=True, timeout=120)
+    start = [sys.executable, EXAMPLES / script, *files, *FLAGS, *flags]
+    done = subprocess.run(start, cwd=folder.parent, env=offline, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / output, json.loads((folder / output / "trainer_state.json").read_text())["log_history"]
 
@@ -105,12 +121,6 @@ def test_the_trl_script_makes_adapters_that_load_on_the_base(folder):
 
 
 def test_the_dpo_script_prefers_the_chosen_answers(folder):
-    lines = []
-    for line in (folder / "data.jsonl").read_text().splitlines():
-        *prompt, answer = json.loads(line)["messages"]
-        worse = {"role": "assistant", "content": "dog " + answer["content"]}
-        lines.append(json.dumps({"prompt": prompt, "chosen": [answer], "rejected": [worse]}))
-    (folder / "preferences.jsonl").write_text("\n".join(lines))
     output, history = run_example(folder, "dpo_with_trl.py", "preferences.jsonl", "by_dpo", "--beta", "0.5")
     margins = logged(history, "rewards/margins")
     assert margins[0] == 0 and sum(margins[-3:]) / 3 > 1
@@ -119,19 +129,23 @@ def test_the_dpo_script_prefers_the_chosen_answers(folder):
 
 
 def test_the_grpo_script_raises_the_reward(folder):
-    make_checkpoint(folder, "decided", initializer_range=0.3)  # with the usual 0.02 all tokens are about equally likely
-    tokenizer = AutoProcessor.from_pretrained(folder / "decided").tokenizer
-    words = [word for word in map(tokenizer.decode, range(len(tokenizer))) if word.strip().isalpha()]
-    accepted = [word for word in words if len(word.strip()) > 1][::2]  # of one token each
-    lines = []
-    for line in (folder / "data.jsonl").read_text().splitlines():
-        messages = json.loads(line)["messages"]
-        messages[-1]["references"] = accepted
-        lines.append(json.dumps({"messages": messages}))
-    (folder / "accepted.jsonl").write_text("\n".join(lines))
     flags = ["--batch-size", "32", "--max-completion-length", "1"]
     output, history = run_example(folder, "grpo_with_trl.py", "accepted.jsonl", "by_grpo", *flags, model="decided")
     rewards = logged(history, "reward")
     assert rewards[0] < 0.3 and sum(rewards[-3:]) / 3 > 0.7
     assert_loads_and_only_its_parts_changed(output, folder, (PROJECTOR, *DECODER), model="decided")
     assert "with TRL's `GRPOTrainer`." in (output / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["dpo_with_trl.py", "grpo_with_trl.py"])
+def test_two_processes_train_on_prompts_with_and_without_images(folder, script):
+    """A process may have no image in its batch, when another has."""
+    data, model, batch = ("preferences", "model", "2") if "dpo" in script else ("accepted", "decided", "8")
+    output = folder / f"by_two_{data}"
+    flags = ["--model", folder / model, "--data", folder / f"{data}.jsonl", "--output", output, "--batch-size", batch]
+    flags += ["--max-steps", "6", *(["--max-completion-length", "1"] if data == "accepted" else [])]
+    start = command(*map(str, flags), processes=2, module=str(EXAMPLES / script))
+    done = subprocess.run(start, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_loads_and_only_its_parts_changed(output, folder, (PROJECTOR, *DECODER), model=model)
