@@ -118,7 +118,9 @@ def test_prompts_with_0_to_3_images_train(folder, name, lora):
     assert all("lora" in key or "modules_to_save" in key for key in changed) or not lora
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO"])
+@pytest.mark.parametrize(
+    "name", ["SFT", pytest.param("DPO", marks=pytest.mark.slow), pytest.param("KTO", marks=pytest.mark.slow)]
+)
 def test_gradient_checkpointing_computes_the_same(folder, name):
     first, other = (make_trainer(name, folder, gradient_checkpointing=on, max_steps=2) for on in (True, False))
     first.train(), other.train()
@@ -268,7 +270,7 @@ def test_an_adapter_on_the_head_is_refused(folder):
     assert quoted(message)
 
 
-@pytest.mark.parametrize("name", ["DPO", "GRPO"])
+@pytest.mark.parametrize("name", ["DPO", pytest.param("GRPO", marks=pytest.mark.slow)])
 def test_adapters_are_merged_and_chat(folder, tmp_path, monkeypatch, capsys, name):
     trainer = make_trainer(name, folder, lora=True, learning_rate=1e-2)
     trainer.train()
