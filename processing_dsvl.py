@@ -352,7 +352,7 @@ class _Features(list):
 
 
 def _by_sample(images: Any, stacked: int = 4) -> list[list]:
-    """Images as one list for each sample; a single image or a flat list belongs to one sample.
+    """Images as one list for each sample; a single image or a flat list belongs to one sample, None among lists is no image.
 
     Args:
         stacked: how many dimensions an array of several images has.
@@ -363,7 +363,7 @@ def _by_sample(images: Any, stacked: int = 4) -> list[list]:
 
     if isinstance(images, (list, tuple)):
         if any(map(is_several, images)):
-            return [list(element) if is_several(element) else [element] for element in images]
+            return [list(element) if is_several(element) else [] if element is None else [element] for element in images]
         return [list(images)]
     return [list(images)] if getattr(images, "ndim", 0) == stacked else [[images]]
 

@@ -8,15 +8,15 @@ Each line of the data is a conversation; the model is trained on the assistant's
         {"role": "user", "content": [{"type": "image", "path": "one.jpg"}, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": "A cup of coffee."}]}
 
-Relative paths of images are relative to the working directory. Several processes: `torchrun --nproc-per-node=8 ...`.
+Relative paths of images refer to the folder of the file. Several processes: `torchrun --nproc-per-node=8 ...`.
 """
 
 import argparse
 
 import torch
-from datasets import load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
+from dsvl.data import load_conversations
 from dsvl.training import ConversationCollator
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,7 +52,7 @@ trainer = Trainer(
         save_strategy="no",  # "steps" for checkpoints to resume from
         remove_unused_columns=False,  # the collator reads the column `messages`
     ),
-    train_dataset=load_dataset("json", data_files=args.data, split="train"),
+    train_dataset=load_conversations(args.data),
     data_collator=ConversationCollator(processor, max_length=args.max_length),
     processing_class=processor,  # saved with the model
 )

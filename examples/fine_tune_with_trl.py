@@ -2,27 +2,24 @@
 
     python fine_tune_with_trl.py --model my-model --data conversations.jsonl --output my-tuned-model
 
-Batches are made by TRL's collator, so the data have TRL's format: a column `images` in reading order ([] without images),
-and a part {"type": "image"} at the position of each image:
-
-    {"images": ["one.jpg"], "messages": [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
-        {"role": "assistant", "content": "A cup of coffee."}]}
-
-Relative paths of images are relative to the working directory. With --lora-rank the output contains adapters;
-`dsvl.training.merge_adapters(model, output)` merges them into the model.
+The data are conversations, as for `dsvl train`. With --lora-rank the output contains adapters;
+`dsvl merge --model my-model --adapters my-tuned-model --out my-merged-model` merges them into the model.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
-from datasets import Image, List, load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
+from dsvl.data import trl_dataset
+from dsvl.hub_card import render_card
+from dsvl.training import lora_config
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", required=True, help="directory or Hub name of a DSVL checkpoint")
-parser.add_argument("--data", required=True, help="a JSON lines file of conversations")
+parser.add_argument("--data", required=True, help="a file of conversations")
 parser.add_argument("--output", required=True, help="directory for the trained model or the adapters")
 parser.add_argument("--max-steps", type=int, default=1000)
 parser.add_argument("--batch-size", type=int, default=8, help="conversations per step and process")
@@ -34,14 +31,7 @@ args = parser.parse_args()
 # TRL computes in bf16 by autocast. float32 weights, as small updates would be rounded away in 16 bits.
 model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32)
 processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-adapters = None
-if args.lora_rank > 0:
-    from dsvl.training import lora_config
-
-    # Projector and embeddings are trained in full beside the adapters, as a new projector needs large changes.
-    adapters = lora_config(model, args.lora_rank, train=("projector", "embeddings"))
-else:
-    model.set_trainable(projector=True, embeddings=True)  # the rest is frozen
+model.set_trainable(projector=True, embeddings=True)  # the rest is frozen; with adapters, lora_config decides
 
 trainer = SFTTrainer(
     model=model,
@@ -56,10 +46,13 @@ trainer = SFTTrainer(
         logging_steps=args.logging_steps,
         save_strategy="no",  # "steps" for checkpoints to resume from
     ),
-    train_dataset=load_dataset("json", data_files=args.data, split="train").cast_column("images", List(Image())),
+    train_dataset=trl_dataset(args.data),
     processing_class=processor,
-    peft_config=adapters,
+    peft_config=lora_config(model, args.lora_rank) if args.lora_rank else None,
 )
 trainer.train()
-trainer.save_model()
+trainer.save_model()  # weights, code and processor; or the adapters
 trainer.save_state()  # the logged losses, in trainer_state.json
+if not args.lora_rank and trainer.is_world_process_zero():
+    card = render_card(model.config, [args.model], origin="Fine-tuned with TRL's `SFTTrainer`.")
+    Path(args.output, "README.md").write_text(card, encoding="utf-8")

@@ -7,64 +7,77 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import BATCH, environment, losses, make_checkpoint, make_conversations, run, weights
+from training_runs import BATCH, command, environment, losses, make_checkpoint, make_conversations, run, weights
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dsvl
-from dsvl.training import ConversationCollator, merge_adapters
+from dsvl.training import merge_adapters
 
 pytest.importorskip("trl")
-from datasets import Image, List, load_dataset  # noqa: E402  (trl brings datasets)
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # noqa: E402
 
 EXAMPLES = Path(dsvl.__file__).parent / "examples"
 FLAGS = ["--max-steps", "12", "--batch-size", "4", "--learning-rate", "1e-2", "--logging-steps", "1"]
 PROJECTOR, EMBEDDINGS = "model.multi_modal_projector.", "model.language_model.embed_tokens."
+DECODER = ("model.language_model.layers.", "model.language_model.norm.")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
     make_checkpoint(folder)
-    data = make_conversations(folder)
-    (folder / "images_apart.jsonl").write_text("\n".join(map(images_apart, data.read_text().splitlines())))
+    path = make_conversations(folder)
+    lines = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    worse = [{"role": "assistant", "content": "dog " + line[-1]["content"]} for line in lines]
+    pairs = zip(lines, worse, strict=True)
+    write(folder / "preferences.jsonl", [{"prompt": a[:-1], "chosen": a[-1:], "rejected": [b]} for a, b in pairs])
+    # With the usual 0.02 all tokens are about equally likely, and no answer is ever right. So many words are accepted.
+    make_checkpoint(folder, "decided", initializer_range=0.3)
+    tokenizer = AutoProcessor.from_pretrained(folder / "decided").tokenizer
+    words = [word for word in map(tokenizer.decode, range(len(tokenizer))) if word.strip().isalpha()]
+    accepted = [word for word in words if len(word.strip()) > 1][::2]
+    for line in lines:
+        line[-1]["references"] = accepted
+    write(folder / "accepted.jsonl", [{"messages": line} for line in lines])
     return folder
 
 
-def images_apart(line):
-    """A conversation with its images in a separate list, as TRL expects them."""
-    messages = json.loads(line)["messages"]
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    return json.dumps({"images": [part.pop("path") for part in parts if part["type"] == "image"], "messages": messages})
+def write(path, records):
+    path.write_text("\n".join(map(json.dumps, records)))
 
 
-def run_example(folder, script, data, output, *flags):
-    """Run a script in the data's folder; returns its output directory and logged losses."""
-    files = ["--model", "model", "--data", data, "--output", output]
-    offline = environment() | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    command = [sys.executable, EXAMPLES / script, *files, *FLAGS, *flags]
-    done = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True, timeout=120)
+def run_example(folder, script, data, output, *flags, model="model"):
+    """Run a script in another directory than the data's; returns its output directory and the log."""
+    files = ["--model", folder / model, "--data", folder / data, "--output", folder / output]
+    offline = environment() | {"HF_HUB_OFFLINE": "1"}
+    start = [sys.executable, EXAMPLES / script, *files, *FLAGS, *flags]
+    done = subprocess.run(start, cwd=folder.parent, env=offline, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder / output, losses(folder / output)
+    return folder / output, json.loads((folder / output / "trainer_state.json").read_text())["log_history"]
 
 
-def assert_loss_falls(logged):
-    assert len(logged) == 12
-    assert sum(logged[-3:]) / 3 < sum(logged[:3]) / 3 - 0.3
+def logged(history, name):
+    """The values of a metric, one per step."""
+    return [entry[name] for entry in history if name in entry]
 
 
-def assert_loads_and_only_its_parts_changed(output, folder):
+def assert_loss_falls(losses):
+    assert len(losses) == 12
+    assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.3
+
+
+def assert_loads_and_only_its_parts_changed(output, folder, parts=(PROJECTOR, EMBEDDINGS), model="model"):
     _, info = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values())
     AutoProcessor.from_pretrained(output, trust_remote_code=True)
-    before, after = weights(folder / "model"), weights(output)
+    before, after = weights(folder / model), weights(output)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if name.startswith((PROJECTOR, EMBEDDINGS))}
+    assert changed == {name for name in before if name.startswith(parts)}
 
 
 @pytest.fixture(scope="module")
 def by_trainer(folder):
-    return run_example(folder, "fine_tune_with_trainer.py", "data.jsonl", "by_trainer")
+    output, history = run_example(folder, "fine_tune_with_trainer.py", "data.jsonl", "by_trainer")
+    return output, logged(history, "loss")
 
 
 def test_the_trainer_script_trains(folder, by_trainer):
@@ -81,17 +94,19 @@ def test_dsvl_train_has_the_losses_of_the_trainer_script(folder, by_trainer):
 
 
 def test_the_trl_script_trains(folder, by_trainer):
-    output, logged = run_example(folder, "fine_tune_with_trl.py", "images_apart.jsonl", "by_trl")
-    assert_loss_falls(logged)
+    output, history = run_example(folder, "fine_tune_with_trl.py", "data.jsonl", "by_trl")
+    own = logged(history, "loss")
+    assert_loss_falls(own)
     assert_loads_and_only_its_parts_changed(output, folder)
+    assert "Fine-tuned with TRL's `SFTTrainer`." in (output / "README.md").read_text()
     # The same conversations and labels, in bf16; with labels for the questions it would be 0.02 less.
-    assert logged[0] == pytest.approx(by_trainer[1][0], abs=5e-3)
+    assert own[0] == pytest.approx(by_trainer[1][0], abs=5e-3)
 
 
 def test_the_trl_script_makes_adapters_that_load_on_the_base(folder):
     peft = pytest.importorskip("peft")
-    output, logged = run_example(folder, "fine_tune_with_trl.py", "images_apart.jsonl", "adapters", "--lora-rank", "4")
-    assert_loss_falls(logged)
+    output, history = run_example(folder, "fine_tune_with_trl.py", "data.jsonl", "adapters", "--lora-rank", "4")
+    assert_loss_falls(logged(history, "loss"))
     assert not (output / "model.safetensors").exists()
     AutoProcessor.from_pretrained(output, trust_remote_code=True)
 
@@ -105,19 +120,32 @@ def test_the_trl_script_makes_adapters_that_load_on_the_base(folder):
     assert all(torch.equal(adapted[name], merged[name]) for name in before)
 
 
-def test_trls_collator_has_the_same_labels_as_ours(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    data = load_dataset("json", data_files="images_apart.jsonl", split="train", cache_dir=str(folder / "cache"))
-    data = data.cast_column("images", List(Image()))
-    processor = AutoProcessor.from_pretrained("model")
-    ours = ConversationCollator(processor)
-    theirs = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
-    for start in range(0, len(data), 6):
-        samples = [data[index] for index in range(start, start + 6)]
-        one, other = ours(samples), theirs([dict(sample) for sample in samples])
-        assert one.keys() == dict(other).keys()
-        assert torch.equal(one["pixel_values"], other["pixel_values"])
-        for key in ("input_ids", "labels", "mm_token_type_ids"):
-            for row in range(6):  # padded on the left, and on the right
-                kept, their_kept = one["attention_mask"][row] == 1, other["attention_mask"][row] == 1
-                assert torch.equal(one[key][row][kept], other[key][row][their_kept])
+def test_the_dpo_script_prefers_the_chosen_answers(folder):
+    output, history = run_example(folder, "dpo_with_trl.py", "preferences.jsonl", "by_dpo", "--beta", "0.5")
+    margins = logged(history, "rewards/margins")
+    assert margins[0] == 0 and sum(margins[-3:]) / 3 > 1
+    assert_loads_and_only_its_parts_changed(output, folder, (PROJECTOR, *DECODER))
+    assert "Trained on preferences with TRL's `DPOTrainer`." in (output / "README.md").read_text()
+
+
+def test_the_grpo_script_raises_the_reward(folder):
+    flags = ["--batch-size", "32", "--max-completion-length", "1"]
+    output, history = run_example(folder, "grpo_with_trl.py", "accepted.jsonl", "by_grpo", *flags, model="decided")
+    rewards = logged(history, "reward")
+    assert rewards[0] < 0.3 and sum(rewards[-3:]) / 3 > 0.7
+    assert_loads_and_only_its_parts_changed(output, folder, (PROJECTOR, *DECODER), model="decided")
+    assert "with TRL's `GRPOTrainer`." in (output / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["dpo_with_trl.py", "grpo_with_trl.py"])
+def test_two_processes_train_on_prompts_with_and_without_images(folder, script):
+    """A process may have no image in its batch, when another has."""
+    data, model, batch = ("preferences", "model", "2") if "dpo" in script else ("accepted", "decided", "8")
+    output = folder / f"by_two_{data}"
+    flags = ["--model", folder / model, "--data", folder / f"{data}.jsonl", "--output", output, "--batch-size", batch]
+    flags += ["--max-steps", "6", *(["--max-completion-length", "1"] if data == "accepted" else [])]
+    start = command(*map(str, flags), processes=2, module=str(EXAMPLES / script))
+    done = subprocess.run(start, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_loads_and_only_its_parts_changed(output, folder, (PROJECTOR, *DECODER), model=model)

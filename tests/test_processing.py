@@ -218,6 +218,14 @@ def test_a_typed_special_token_is_text(kind, image):
     assert processor(text=prompt, images=image, add_special_tokens=False)["input_ids"][0] == ids.tolist()
 
 
+def test_none_among_lists_of_images_is_a_text_without_images(processor, image):
+    """As TRL passes the images of a batch."""
+    inputs = processor(text=["a", "<image>b"], images=[None, [image]], padding=True)
+    assert [ids.count(processor.image_token_id) for ids in inputs["input_ids"]] == [0, PER_IMAGE]
+    with pytest.raises(ValueError, match=r"name \[1, 1\] images .* but \[0, 1\] were given"):
+        processor(text=["<image>", "<image>"], images=[None, [image]])
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
