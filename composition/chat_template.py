@@ -36,6 +36,8 @@ RESERVED = {
     "dict",
 }
 RESERVED |= {"range", "lipsum", "cycler", "joiner", *(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "image"))}
+# Protects the special tokens in the value of a variable.
+PROTECTED = "{{%- if {0} is defined -%}}{{{{- protect({0}, current) -}}}}{{%- set {0} = current.value -%}}{{%- endif -%}}"
 WRITTEN = "{#- Written by dsvl.compose"  # how a prepared template begins
 
 QUESTION, ANSWER, RESULT, ARGUMENT, SYSTEM = "dsvlquestion", "dsvlanswer", "dsvlresult", "dsvlargument", "dsvlsystem"
@@ -108,10 +110,12 @@ def prepare_chat_template(
     takes_parts, marked = "<image>" in body, _call_marks(body)
     tree = _parse(marked, name)
     check_template_variables(body, variables or {})
+    free = sorted(template_variables(body) - {"number_after"})
     probe = _Probe(body, tokenizer, special, name)
     ends = probe.ends_of_turn(takes_parts)
     return _fill(
         NAME=name,
+        PROTECTED="\n".join(PROTECTED.format(variable) for variable in free),
         DEFAULTS=_defaults({"number_after": False} | dict(variables or {})),
         SPECIAL_TOKENS=_literal(special),
         ENDS_OF_TURN=_literal(ends),
@@ -174,13 +178,19 @@ def check_template_variables(template: str | dict[str, str], variables: Mapping[
     Raises:
         ValueError: for a variable that the template does not read, or that it gets from transformers.
     """
-    text = _original(template["default"] if isinstance(template, dict) else template)
-    known = {"number_after"} | jinja2.meta.find_undeclared_variables(_parse(_call_marks(text), "chat template"))
+    known = template_variables(_original(template["default"] if isinstance(template, dict) else template))
     for name in variables:
-        if name not in known - RESERVED:
-            free = sorted(known - RESERVED)
-            raise ValueError(f"The chat template has no variable {name!r} that can be set; it has {', '.join(free)}.")
+        if name not in known:
+            known_names = ", ".join(sorted(known))
+            raise ValueError(f"The chat template has no variable {name!r} that can be set; it has {known_names}.")
     return dict(variables)
+
+
+def template_variables(template: str) -> set[str]:
+    """The variables of a template that a caller can set."""
+    return {"number_after"} | jinja2.meta.find_undeclared_variables(
+        _parse(_call_marks(template), "chat template")
+    ) - RESERVED
 
 
 def original_chat_template(template: str) -> str:
