@@ -16,19 +16,21 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 NEW_TOKENS = 10
 
 
-def images() -> list[Image.Image]:
-    """Different images, none of them a square."""
-    image = Image.radial_gradient("L").convert("RGB").resize((40, 30))
-    tinted = image.convert("RGB", matrix=(1, 0, 0, 0, 0, 0.5, 0, 40, -1, 0, 0, 255))
-    return [image.rotate(90), tinted, tinted.rotate(45).resize((30, 70))]
+def images(side: int | None = None) -> list[Image.Image]:
+    """Different images, none of them a square; or squares of a size, which image processors of that size leave alone."""
+    size = (40, 30) if side is None else (side, side)
+    circles, ramp = Image.radial_gradient("L").resize(size), Image.linear_gradient("L").resize(size)
+    turned = ramp.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    bands = ((circles, circles, circles), (circles, ramp, turned), (turned, turned, circles))
+    return [Image.merge("RGB", three) for three in bands]
 
 
-def conversations() -> list[list[dict[str, Any]]]:
-    """One conversation each with no, one, two and three images, of one or two turns."""
+def conversations(side: int | None = None) -> list[list[dict[str, Any]]]:
+    """One conversation each with no, one, two and three images (see `images`), of one or two turns."""
     made = []
     for count in range(4):
         content: list[dict[str, Any]] = [{"type": "text", "text": "red cup"}]
-        for image in images()[:count]:
+        for image in images(side)[:count]:
             content += [{"type": "image", "image": image}, {"type": "text", "text": "blue dog"}]
         messages = [{"role": "user", "content": content}]
         if count % 2:
@@ -50,13 +52,13 @@ def model_inputs(processor: Any, batch: list[list[dict[str, Any]]]) -> Any:
 
 
 @torch.no_grad()
-def answers(model: Any, processor: Any) -> dict[str, Any]:
+def answers(model: Any, processor: Any, side: int | None = None) -> dict[str, Any]:
     """What a model computes for the conversations: together in a padded batch, and one by one."""
-    inputs = model_inputs(processor, conversations())
-    alone = [model_inputs(processor, [one]) for one in conversations()]
+    inputs = model_inputs(processor, conversations(side))
+    alone = [model_inputs(processor, [one]) for one in conversations(side)]
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     return {
-        "prompts": [processor.apply_chat_template(one, add_generation_prompt=True) for one in conversations()],
+        "prompts": [processor.apply_chat_template(one, add_generation_prompt=True) for one in conversations(side)],
         "input_ids": inputs["input_ids"].tolist(),
         "logits": model(**inputs).logits[inputs["attention_mask"] == 1].tolist(),
         "generated": model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist(),
