@@ -190,8 +190,9 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         self.projector_type = projector_type
         self.multimodal_attention = multimodal_attention
         self.image_token_id = image_token_id
-        several = isinstance(vision_feature_layer, (list, tuple))
-        self.vision_feature_layer = list(vision_feature_layer) if several else vision_feature_layer
+        if isinstance(vision_feature_layer, (list, tuple)):
+            vision_feature_layer = list(vision_feature_layer)
+        self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.reversed_images = reversed_images
         self._check_tower_fields()
@@ -234,7 +235,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
     @property
     def vision_feature_layers(self) -> list[int]:
         """`vision_feature_layer` as a list, whose layers' features are joined along their width."""
-        layers = self.vision_feature_layer
+        layers: Any = self.vision_feature_layer
         return layers if isinstance(layers, list) else [layers]
 
     @property

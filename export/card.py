@@ -1,6 +1,7 @@
 """The model card of an exported model: that of its checkpoint, with another way to load it."""
 
 import re
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -37,7 +38,8 @@ def llava_card(card: str) -> str:
         card: the README.md of the checkpoint.
     """
     made = ModelCard(card, ignore_metadata_errors=True)
-    made.data.tags = ["llava", *(tag for tag in made.data.tags or [] if tag not in ("llava", "dsvl", "custom_code"))]
+    metadata: Any = made.data
+    metadata.tags = ["llava", *(tag for tag in metadata.tags or [] if tag not in ("llava", "dsvl", "custom_code"))]
     intro, *sections = re.split(r"^(?=## )", made.text, flags=re.MULTILINE)
     intro = re.sub(r"^# A DSVL model$", "# A LLaVA model", intro, flags=re.MULTILINE)
     exported = (

@@ -23,8 +23,8 @@ def to_llava(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Convert a model and its processor to LLaVA's classes, which compute the same.
 
-    The tower, the decoder, the head and the projector's layers become part of the LLaVA model without a copy. Prompts and
-    image features of both are compared on a test image.
+    The tower, the decoder, the head and the projector's layers become part of the LLaVA model without a copy, so both models
+    are in evaluation mode afterwards. Prompts and image features of both are compared on a test image.
 
     Args:
         model: a model with `multimodal_attention="causal"` and `projector_type="mlp"`.
@@ -150,7 +150,8 @@ def _compare(
                 "processor_config.json, tokenizer and chat template are those that the checkpoint was composed with."
             )
     pixels = ours["pixel_values"].to(model.device)
-    features = [torch.stack(list(one.get_image_features(pixels).pooler_output)) for one in (model, llava)]
+    models: tuple[Any, Any] = (model, llava)
+    features = [torch.stack(list(one.get_image_features(pixels).pooler_output)) for one in models]
     if not torch.equal(*features):
         raise ValueError(
             f"The features that LLaVA computes with this {model.config.vision_config.model_type!r} tower differ from this "
