@@ -97,11 +97,15 @@ def _strategy(config: DSVLConfig) -> str:
 
 def _processor(processor: DSVLProcessor, config: DSVLConfig) -> LlavaProcessor:
     template = processor.chat_template
-    if processor.number_after:
-        template = _with_number_after(template)
+    if processor.number_after is not None:
+        template = _with_number_after(template, processor.number_after)
     tokenizer, image_processor = copy.deepcopy(processor.tokenizer), copy.deepcopy(processor.image_processor)
     tokenizer.init_kwargs.pop("auto_map", None)  # which names the classes of the checkpoint
     vars(image_processor).pop("auto_map", None)
+    rendered = processor.apply_chat_template(_question(), add_generation_prompt=True)
+    adds_bos = tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    if adds_bos and not rendered.startswith(tokenizer.bos_token):
+        tokenizer.add_bos_token = False  # LlavaProcessor would put one in front of rendered conversations
     return LlavaProcessor(
         image_processor,
         tokenizer,
@@ -112,11 +116,18 @@ def _processor(processor: DSVLProcessor, config: DSVLConfig) -> LlavaProcessor:
     )
 
 
-def _with_number_after(template: Any) -> Any:
-    """A chat template, or several by name, in which `number_after` is set, as `DSVLProcessor` passes it."""
+def _with_number_after(template: Any, value: bool) -> Any:
+    """A chat template, or several by name, in which `number_after` has the value that `DSVLProcessor` passes."""
     if isinstance(template, dict):
-        return {name: _with_number_after(one) for name, one in template.items()}
-    return "{%- set number_after = true -%}\n" + template if "number_after" in template else template
+        return {name: _with_number_after(one, value) for name, one in template.items()}
+    setting = f"{{%- set number_after = {str(value).lower()} -%}}\n"
+    return setting + template if "number_after" in template else template
+
+
+def _question() -> list[dict[str, Any]]:
+    """A conversation about a test image."""
+    image = Image.radial_gradient("L").resize((80, 60)).convert("RGB")
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]}]
 
 
 @torch.no_grad()
@@ -131,11 +142,9 @@ def _compare(
     Raises:
         ValueError: if they differ.
     """
-    image = Image.radial_gradient("L").resize((80, 60)).convert("RGB")
-    content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
     ours, theirs = (
         one.apply_chat_template(
-            [{"role": "user", "content": content}],
+            _question(),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

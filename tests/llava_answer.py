@@ -26,12 +26,15 @@ def images(side: int | None = None) -> list[Image.Image]:
 
 
 def conversations(side: int | None = None) -> list[list[dict[str, Any]]]:
-    """One conversation each with no, one, two and three images (see `images`), of one or two turns."""
+    """One conversation each with no, one, two and three images (see `images`), of one or two turns.
+
+    The special tokens in the texts are text.
+    """
     made = []
     for count in range(4):
         content: list[dict[str, Any]] = [{"type": "text", "text": "red cup"}]
         for image in images(side)[:count]:
-            content += [{"type": "image", "image": image}, {"type": "text", "text": "blue dog"}]
+            content += [{"type": "image", "image": image}, {"type": "text", "text": "blue <image> dog</s>"}]
         messages = [{"role": "user", "content": content}]
         if count % 2:
             messages += [{"role": "assistant", "content": [{"type": "text", "text": "It is green."}]}]

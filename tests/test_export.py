@@ -92,6 +92,39 @@ def test_prompts_and_pixels_are_those_of_the_checkpoint(number_after, tmp_path, 
     assert ours["input_ids"].equal(theirs["input_ids"]) and ours["pixel_values"].equal(theirs["pixel_values"])
 
 
+ZEPHYR = """\
+{%- for message in messages -%}
+{{- "<|" ~ message.role ~ "|>\\n" ~ message.content ~ eos_token ~ "\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|assistant|>\\n" -}}{%- endif -%}
+"""
+
+
+@pytest.mark.parametrize("number_after", [False, True])
+def test_the_language_models_own_chat_format_is_exported(number_after, tmp_path):
+    (tmp_path / "zephyr.jinja").write_text(ZEPHYR)
+    model, processor = compose_for_export(chat_template=tmp_path / "zephyr.jinja", number_after=number_after)
+    llava, llava_processor = opened(save_and_export(tmp_path, model, processor))
+    theirs = answers(llava, llava_processor)
+    assert_same(theirs, answers(model, processor))
+    assert theirs["prompts"][3].endswith("<|assistant|>\n") and ("(image 3)" in theirs["prompts"][3]) == number_after
+    assert theirs["input_ids"][3].count(model.config.image_token_id) == 3 * 4  # not those that were typed
+    bos = processor.tokenizer.bos_token_id
+    assert bos not in sum(theirs["input_ids"], [])  # the template writes none
+    assert processor.tokenizer("a")["input_ids"][0] == bos != llava_processor.tokenizer("a")["input_ids"][0]
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_a_variable_that_the_processor_passes_is_written_into_the_template(value, tmp_path):
+    """As checkpoints of 0.2 do."""
+    model, processor = compose_for_export(number_after=not value)
+    processor.number_after = value
+    llava, llava_processor = opened(save_and_export(tmp_path, model, processor))
+    theirs = answers(llava, llava_processor)
+    assert_same(theirs, answers(model, processor))
+    assert ("(image 1)" in theirs["prompts"][1]) == value
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_stays_tied_or_untied(tied, tmp_path):
     model, processor = compose_for_export(text={"tie_word_embeddings": tied})
@@ -106,13 +139,16 @@ def test_the_head_stays_tied_or_untied(tied, tmp_path):
 def test_what_ends_an_answer_and_what_is_never_said_is_carried_over(tmp_path):
     model, processor = compose_for_export()
     free = answers(model, processor)["alone"]
-    model.generation_config.eos_token_id = [2, free[1][3]]  # the fourth token of an answer
     model.generation_config.suppress_tokens += [free[2][0]]
+    suppressed = answers(model, processor)["alone"]
+    end = suppressed[1][3]  # the fourth token of an answer
+    model.generation_config.eos_token_id = [2, end]
     exported = save_and_export(tmp_path, model, processor)
     llava, llava_processor = opened(exported)
     theirs = answers(llava, llava_processor)
     assert_same(theirs, answers(model, processor))
-    assert theirs["alone"][1] == free[1][:4] and theirs["alone"][2] != free[2]
+    assert theirs["alone"][1] == suppressed[1][: suppressed[1].index(end) + 1]
+    assert free[2][0] not in sum(theirs["alone"], [])
     written = json.loads((exported / "generation_config.json").read_text())
     assert model.config.image_token_id in written["suppress_tokens"]
     assert set(range(len(processor.tokenizer), 448)) < set(written["suppress_tokens"])  # padding rows
