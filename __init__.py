@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from . import migration
     from .acceleration import ImageKVCache
     from .composition import compose, prepare_chat_template, save_checkpoint
+    from .export import export_llava
 
 # Once this package is imported, the Auto classes use it rather than the copy in a checkpoint, as transformers prefers
 # registered classes, also with trust_remote_code=True.
@@ -51,6 +52,7 @@ __all__ = [
     "DSVLQwenVisionModel",
     "ImageKVCache",
     "compose",
+    "export_llava",
     "migration",
     "prepare_chat_template",
     "save_checkpoint",
@@ -61,6 +63,7 @@ _lazy = lazy_attributes(
     {
         "ImageKVCache": "acceleration.image_cache",
         "compose": "composition",
+        "export_llava": "export",
         "migration": "",
         "prepare_chat_template": "composition",
         "save_checkpoint": "composition",

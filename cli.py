@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": ("compare the answers of several evaluations", "evaluation.compare_command"),
     "evaluate": ("generate and score a checkpoint's answers to a data set", "evaluation.commands"),
     "migrate": ("convert weights of DeepSpeed-VisualChat and Qwen-VL; update a checkpoint's code", "migration.commands"),
+    "export": ("export a checkpoint to a model of transformers' own", "export.commands"),
     "demo": ("chat with a checkpoint on a web page", "page.commands"),
     "push": ("publish a checkpoint directory on the Hub", "publishing.commands"),
     "serve": ("serve a checkpoint with the OpenAI chat completions API", "serving.commands"),

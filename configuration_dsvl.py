@@ -1,10 +1,11 @@
 """Configuration of DSVL: a vision tower, a projector and a causal language model, joined by multi-modal attention."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
-PROJECTOR_TYPES = ("linear", "vit", "perceiver")
+PROJECTOR_TYPES = ("linear", "mlp", "vit", "perceiver")
 MULTIMODAL_ATTENTIONS = ("mmca", "mmca_reference", "causal")
 FEATURE_SELECT_STRATEGIES = ("full", "default")
 
@@ -144,12 +145,13 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
             image. Defaults to CLIP ViT-L/14.
         text_config: the language model's configuration, or its dict. Any decoder that routes attention through
             transformers' `AttentionInterface`. Defaults to LLaMA-7B with 64 more rows of vocabulary.
-        projector_type: `"linear"`, `"vit"` or `"perceiver"`.
+        projector_type: `"linear"`, `"mlp"` (LLaVA-1.5's), `"vit"` or `"perceiver"`.
         multimodal_attention: `"mmca"` (the paper's), `"mmca_reference"` (bug-compatible with the released code) or
             `"causal"` (ordinary attention).
         image_token_id: the id of `<image>`, of which every image takes `image_seq_length` copies.
         vision_feature_layer: which of the tower's hidden states is projected; -1 is what it gives at its end: with
-            its last norm, except CLIP, which norms its pooled output alone.
+            its last norm, except CLIP, which norms its pooled output alone. A list joins the features of several layers
+            along their width, in its order, as LLaVA does.
         vision_feature_select_strategy: `"full"` keeps the tower's CLS token and registers, `"default"` drops them. The
             perceiver reads the grid of patches alone and drops them itself, as the original does.
         image_size: side of the square images, in pixels, as the image processor makes them. Defaults to
@@ -176,7 +178,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         projector_type: str = "linear",
         multimodal_attention: str = "mmca",
         image_token_id: int = 32000,
-        vision_feature_layer: int = -1,
+        vision_feature_layer: int | Sequence[int] = -1,
         vision_feature_select_strategy: str = "full",
         image_size: int | None = None,
         num_prefix_tokens: int | None = None,
@@ -188,6 +190,8 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         self.projector_type = projector_type
         self.multimodal_attention = multimodal_attention
         self.image_token_id = image_token_id
+        if isinstance(vision_feature_layer, (list, tuple)):
+            vision_feature_layer = list(vision_feature_layer)
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.reversed_images = reversed_images
@@ -222,9 +226,17 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
 
     @property
     def vision_feature_size(self) -> int:
-        """The width of what the tower gives to the projector."""
+        """The width of what the tower gives to the projector: that of all its feature layers together."""
         vision = self.vision_config
-        return vision.output_dim if vision.model_type == DSVLQwenVisionConfig.model_type else vision.hidden_size
+        if vision.model_type == DSVLQwenVisionConfig.model_type:
+            return vision.output_dim
+        return vision.hidden_size * len(self.vision_feature_layers)
+
+    @property
+    def vision_feature_layers(self) -> list[int]:
+        """`vision_feature_layer` as a list, whose layers' features are joined along their width."""
+        layers: Any = self.vision_feature_layer
+        return layers if isinstance(layers, list) else [layers]
 
     @property
     def num_patches(self) -> int:
@@ -285,14 +297,26 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
                 "image has no patch; raise image_size."
             )
         layers = vision.num_hidden_layers
-        layer = self.vision_feature_layer
-        if not isinstance(layer, int) or isinstance(layer, bool) or not -layers - 1 <= layer <= layers:
+        chosen = self.vision_feature_layers
+        exist = all(isinstance(n, int) and not isinstance(n, bool) and -layers - 1 <= n <= layers for n in chosen)
+        if not exist or not chosen:
             raise ValueError(
                 f"vision_feature_layer={self.vision_feature_layer!r} does not exist: the tower has {layers} layers, so "
-                f"choose an integer from {-layers - 1} to {layers}."
+                f"choose an integer from {-layers - 1} to {layers}, or a list of them."
+            )
+        # The last layer has two entries: with the tower's last norm (-1), and without (its index).
+        if len({n if n == -1 else n % (layers + 1) for n in chosen}) < len(chosen):
+            raise ValueError(
+                f"vision_feature_layer={chosen} names a layer twice, whose features would be projected twice; name each "
+                "layer once."
+            )
+        if len(chosen) > 1 and self.projector_type == "vit":
+            raise ValueError(
+                f"projector_type='vit' is a layer of the tower's own width, but vision_feature_layer={chosen} joins "
+                f"{len(chosen)} layers; choose projector_type='mlp', 'linear' or 'perceiver', or one layer."
             )
         if vision.model_type == DSVLQwenVisionConfig.model_type:
-            if self.vision_feature_layer != -1:
+            if chosen != [-1]:
                 raise ValueError(
                     f"vision_feature_layer={self.vision_feature_layer} with Qwen-VL's tower: its features are those of its "
                     "resampler, which reads the last layer; leave it at -1."

@@ -1,5 +1,7 @@
 """Projectors: the tower's features (images, tokens, tower width) to (images, image_seq_length, decoder width)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig
@@ -85,6 +87,20 @@ class DSVLLinearProjector(nn.Module):
         return self.layer_norm(self.linear(features))
 
 
+class DSVLMlpProjector(nn.Module):
+    """Linear, GELU, Linear: LLaVA-1.5's (arXiv 2310.03744), with the names of its parameters in transformers."""
+
+    def __init__(self, config: DSVLConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_feature_size, width)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
 class DSVLVitProjector(DSVLLinearProjector):
     """One CLIP encoder layer, then Linear and LayerNorm: the original's `vit`."""
 
@@ -123,6 +139,18 @@ def _clip_layer_config(vision: CLIPVisionConfig) -> CLIPVisionConfig:
     )
 
 
-PROJECTORS = {"linear": DSVLLinearProjector, "vit": DSVLVitProjector, "perceiver": DSVLPerceiverProjector}
+PROJECTORS: dict[str, Callable[[DSVLConfig], nn.Module]] = {
+    "linear": DSVLLinearProjector,
+    "mlp": DSVLMlpProjector,
+    "vit": DSVLVitProjector,
+    "perceiver": DSVLPerceiverProjector,
+}
 
-__all__ = ["PROJECTORS", "DSVLLinearProjector", "DSVLPerceiverProjector", "DSVLResampler", "DSVLVitProjector"]
+__all__ = [
+    "PROJECTORS",
+    "DSVLLinearProjector",
+    "DSVLMlpProjector",
+    "DSVLPerceiverProjector",
+    "DSVLResampler",
+    "DSVLVitProjector",
+]

@@ -38,7 +38,7 @@ def run_tower(
 
     Args:
         vision_tower: the tower.
-        config: says which layer's features are used, and whether CLS and registers are kept.
+        config: says which layers' features are used, and whether CLS and registers are kept.
         pixel_values: (images, 3, height, width), any float dtype.
         output_hidden_states, output_attentions: whether the tower's own are returned too.
 
@@ -49,16 +49,17 @@ def run_tower(
     is_trained = torch.is_grad_enabled() and (
         pixel_values.requires_grad or any(p.requires_grad for p in vision_tower.parameters())
     )
-    last = config.vision_feature_layer == -1
+    layers = config.vision_feature_layers
     options = {"output_attentions": True} if output_attentions else {}
     with torch.set_grad_enabled(is_trained):
         tower = vision_tower(
             pixel_values.to(vision_tower.dtype),
-            output_hidden_states=output_hidden_states or not last,
+            output_hidden_states=output_hidden_states or layers != [-1],
             return_dict=True,
             **options,
         )
-        features = tower.last_hidden_state if last else tower.hidden_states[config.vision_feature_layer]
+        chosen = [tower.last_hidden_state if layer == -1 else tower.hidden_states[layer] for layer in layers]
+        features = torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0]
     if config.vision_feature_select_strategy == "default":
         features = features[:, config.num_prefix_tokens :]
     return BaseModelOutputWithPooling(

@@ -25,7 +25,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="attention between text and images (default mmca)",
     )
     parser.add_argument(
-        "--vision-feature-layer", type=int, default=-1, help="layer of the tower whose features are projected (default -1)"
+        "--vision-feature-layer",
+        type=int,
+        nargs="+",
+        default=[-1],
+        metavar="N",
+        help="layer of the tower whose features are projected, or several, which are joined (default -1)",
     )
     parser.add_argument(
         "--vision-feature-select-strategy",
@@ -63,12 +68,13 @@ def _compose(arguments: argparse.Namespace) -> None:
     from .compose import compose
 
     check_new_directory(arguments.out)
+    layers = arguments.vision_feature_layer
     model, processor = compose(
         arguments.vision,
         arguments.language,
         projector_type=arguments.projector_type,
         multimodal_attention=arguments.multimodal_attention,
-        vision_feature_layer=arguments.vision_feature_layer,
+        vision_feature_layer=layers[0] if len(layers) == 1 else layers,
         vision_feature_select_strategy=arguments.vision_feature_select_strategy,
         chat_template=arguments.chat_template,
         chat_template_kwargs=arguments.chat_template_kwargs,

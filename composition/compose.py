@@ -1,5 +1,6 @@
 """Composing a vision tower, a language model and a tokenizer into a DSVL model and its processor."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def compose(
     *,
     projector_type: str = "linear",
     multimodal_attention: str = "mmca",
-    vision_feature_layer: int = -1,
+    vision_feature_layer: int | Sequence[int] = -1,
     vision_feature_select_strategy: str = "full",
     tokenizer: Any = None,
     image_processor: Any = None,

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from ..configuration_dsvl import PROJECTOR_TYPES
 from ..utils.local_paths import check_exists
 
 
@@ -47,7 +46,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     action.add_argument(
         "--projector",
-        choices=("baseline", *PROJECTOR_TYPES),
+        choices=("baseline", "linear", "vit", "perceiver"),
         help="the original's --vis_proj; an error if the file has another (default: read from the file)",
     )
     action.add_argument(

@@ -160,7 +160,7 @@ class Reader:
             sys.stdin = io.StringIO("What is this?\n/quit\n")
             assert main(words) == 0
         else:
-            if words[0] in ("compose", "merge", "migrate", "train"):
+            if words[0] in ("compose", "export", "merge", "migrate", "train"):
                 self._remove_output(words)
             words = ["10" if word == "20000" else word for word in words]  # conversations that a data set must have
             assert main(words) == 0, words

@@ -178,6 +178,7 @@ MISSING = [
     ["merge", "--model", "./missing", "--adapters", "a", "--out", "o"],
     ["plan", "--model", "./missing"],
     ["compose", "--vision", "./missing", "--language", "l", "--out", "o"],
+    ["export", "./missing", "--to", "llava", "--out", "o"],
     ["compose", "--vision", "v", "--language", "./missing", "--out", "o"],
     ["data", "show", "missing.csv"],
     ["train", "--model", "./missing", "--data", "d", "--output", "o"],

@@ -24,6 +24,7 @@ from transformers import (
 import dsvl
 from dsvl.cli import main
 from dsvl.composition import checkpoint
+from dsvl.configuration_dsvl import PROJECTOR_TYPES
 from dsvl.publishing.fresh_process import run_without_dsvl
 
 REMOTE_CODE = sorted(path.name for path in Path(dsvl.__file__).parent.glob("*_dsvl.py"))
@@ -53,7 +54,7 @@ def parts(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("vision", ["clip", "tower"])
 @pytest.mark.parametrize("language", ["llama", "tied"])
-@pytest.mark.parametrize("projector_type", ["linear", "vit", "perceiver"])
+@pytest.mark.parametrize("projector_type", PROJECTOR_TYPES)
 def test_the_parts_keep_their_weights(parts, vision, language, projector_type):
     model, processor = dsvl.compose(parts / vision, parts / language, projector_type=projector_type, dtype="float32")
     tower = CLIPVisionModel.from_pretrained(parts / vision)
@@ -122,6 +123,7 @@ def compose_by_command(parts: Path, out: Path, *options: str) -> int:
 
 @pytest.fixture(scope="module")
 def composed(parts, tmp_path_factory) -> Path:
+    torch.manual_seed(0)  # its answers are whole characters
     out = tmp_path_factory.mktemp("composed") / "checkpoint"
     assert compose_by_command(parts, out, "--number-after", "--dtype", "float32", "--max-shard-size", "100KB") == 0
     return out
@@ -150,6 +152,15 @@ def test_the_command_writes_a_complete_checkpoint(composed):
     question = [{"role": "user", "content": [{"type": "image"}]}]
     assert "(image 1)" in transformers.AutoProcessor.from_pretrained(composed).apply_chat_template(question)
     assert "(image 1)" in AutoTokenizer.from_pretrained(composed).apply_chat_template(question, tokenize=False)
+
+
+@pytest.mark.parametrize(("flags", "layer"), [((), -1), (("-2",), -2), (("-2", "0", "-1"), [-2, 0, -1])], ids=str)
+def test_the_command_takes_one_layer_or_several(parts, tmp_path, flags, layer):
+    flags = ("--vision-feature-layer", *flags) if flags else ()
+    assert compose_by_command(parts, tmp_path / "out", "--projector-type", "mlp", *flags) == 0
+    model = dsvl.DSVLForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert model.config.vision_feature_layer == layer
+    assert model.model.multi_modal_projector.linear_1.in_features == 32 * max(len(flags) - 1, 1)
 
 
 def test_nothing_half_written_is_left_behind(parts, tmp_path, monkeypatch, capsys):

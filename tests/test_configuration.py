@@ -1,6 +1,7 @@
 """A configuration says what it is, and refuses what does not go together."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import (
     CLIPConfig,
     JambaConfig,
     LlamaConfig,
+    LlavaConfig,
     MambaConfig,
     Siglip2VisionConfig,
     T5Config,
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLQwenVisionConfig
+from dsvl.configuration_dsvl import PROJECTOR_TYPES
 
 
 def config(**kwargs):
@@ -34,7 +37,7 @@ def test_how_many_embeddings_an_image_becomes():
     assert DSVLConfig().image_seq_length == 257  # CLIP ViT-L/14 at 224 pixels, with CLS
 
 
-@pytest.mark.parametrize("projector_type", ["linear", "vit", "perceiver"])
+@pytest.mark.parametrize("projector_type", PROJECTOR_TYPES)
 @pytest.mark.parametrize("strategy", ["full", "default"])
 @pytest.mark.parametrize("layer", [-1, -2, 0])
 def test_the_model_makes_as_many(projector_type, strategy, layer):
@@ -45,8 +48,47 @@ def test_the_model_makes_as_many(projector_type, strategy, layer):
     assert [f.shape for f in features] == [(model.config.image_seq_length, 32)] * 2
 
 
-def test_survives_a_round_trip(tmp_path):
-    original = config(projector_type="perceiver", multimodal_attention="causal", vision_feature_layer=-2)
+@pytest.mark.parametrize("projector_type", [name for name in PROJECTOR_TYPES if name != "vit"])
+@pytest.mark.parametrize("strategy", ["full", "default"])
+def test_features_of_several_layers_are_joined_along_their_width(projector_type, strategy):
+    chosen = dict(projector_type=projector_type, vision_feature_select_strategy=strategy)
+    model = DSVLForConditionalGeneration(config(**chosen, vision_feature_layer=(-1, 0, -2)))
+    assert model.config.vision_feature_size == 3 * 16 and model.config.vision_feature_layer == [-1, 0, -2]
+    pixels = torch.randn(2, 3, 8, 8)
+    features = model.get_image_features(pixels)
+    assert [f.shape for f in features.pooler_output] == [(model.config.image_seq_length, 32)] * 2
+    parts = []
+    for layer in (-1, 0, -2):
+        alone = DSVLForConditionalGeneration(config(**chosen, vision_feature_layer=layer))
+        alone.model.vision_tower = model.model.vision_tower
+        parts.append(alone.get_image_features(pixels).last_hidden_state)
+    assert features.last_hidden_state.equal(torch.cat(parts, dim=-1))
+    assert len({part.sum().item() for part in parts}) == 3  # different layers
+
+
+def test_a_list_of_one_layer_is_that_layer():
+    torch.manual_seed(0)
+    one = DSVLForConditionalGeneration(config(vision_feature_layer=-2))
+    listed = DSVLForConditionalGeneration(config(vision_feature_layer=[-2]))
+    listed.load_state_dict(one.state_dict())
+    pixels = torch.randn(1, 3, 8, 8)
+    assert listed.get_image_features(pixels).pooler_output[0].equal(one.get_image_features(pixels).pooler_output[0])
+
+
+def test_the_mlp_projector_is_llavas():
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    ours = DSVLForConditionalGeneration(config(projector_type="mlp", vision_feature_layer=[-2, 0]))
+    values = dict(vision_config=tiny_vision_config(), text_config=FAMILIES["llama"](), vision_feature_layer=[-2, 0])
+    theirs = LlavaMultiModalProjector(LlavaConfig(**values))
+    theirs.load_state_dict(ours.model.multi_modal_projector.state_dict())
+    features = torch.randn(2, 5, 32)
+    assert theirs(features).equal(ours.model.multi_modal_projector(features))
+
+
+@pytest.mark.parametrize("layer", [-2, [-2, 0]])
+def test_survives_a_round_trip(tmp_path, layer):
+    original = config(projector_type="perceiver", multimodal_attention="causal", vision_feature_layer=layer)
     original.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() | {"_name_or_path": ""} == original.to_dict()
@@ -67,11 +109,17 @@ def llama(**kwargs):
 
 
 REFUSED = {
-    "projector": ({"projector_type": "mlp"}, "projector_type='mlp' is not known; choose one of 'linear', 'vit'"),
+    "projector": ({"projector_type": "conv"}, "projector_type='conv' is not known; choose one of 'linear', 'mlp'"),
     "attention": ({"multimodal_attention": "full"}, "multimodal_attention='full' is not known; choose one of 'mmca'"),
     "strategy": ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy='cls' is not known"),
     "layer": ({"vision_feature_layer": 7}, "vision_feature_layer=7 does not exist: the tower has 2 layers.*from -3 to 2"),
-    "layers": ({"vision_feature_layer": [1, 2]}, r"vision_feature_layer=\[1, 2\] does not exist"),
+    "layers": ({"vision_feature_layer": [1, 3]}, r"vision_feature_layer=\[1, 3\] does not exist.* or a list of them"),
+    "no layer": ({"vision_feature_layer": []}, r"vision_feature_layer=\[\] does not exist"),
+    "layer twice": ({"vision_feature_layer": [-2, 0, 1]}, r"vision_feature_layer=\[-2, 0, 1\] names a layer twice.*once"),
+    "wide vit": (
+        {"vision_feature_layer": [-2, -1], "projector_type": "vit"},
+        r"'vit' is a layer of the tower's own width, but vision_feature_layer=\[-2, -1\] joins 2 layers; choose",
+    ),
     "image token": ({"image_token_id": 96}, "image_token_id=96 lies outside text_config.vocab_size=96; extend"),
     "full CLIP": ({"vision_config": CLIPConfig()}, "model_type='clip' is not a vision tower; pass its vision_config"),
     "tower": ({"vision_config": FAMILIES["llama"]()}, "'llama' is not a vision tower.*: image_size=None, patch_size=None; "),
@@ -136,11 +184,13 @@ def test_softcapping_is_refused_where_it_would_be_ignored():
         ("num_prefix_tokens", float("nan")),
         ("vision_feature_layer", -1.0),
         ("vision_feature_layer", True),
+        ("vision_feature_layer", [-2, False]),
+        ("vision_feature_layer", [-2, 1.0]),
         ("reversed_images", "yes"),
     ],
 )
 def test_numbers_that_are_none_are_refused(field, value):
-    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}")):
         config(**{field: value})
 
 

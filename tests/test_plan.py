@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.cli import main
+from dsvl.configuration_dsvl import PROJECTOR_TYPES
 from dsvl.training.activation_memory import ALLOCATION, ActivationMemory, AllocationCounter, StepTracer, planning_attention
 from dsvl.training.memory_plan import MemoryPlan, Planner, largest_micro_batch, plan, usable
 from dsvl.training.model_states import GIB, ModelSizes, PhaseMemory, arriving_gradients, model_states
@@ -113,7 +114,7 @@ def test_the_traced_forward_keeps_what_autograd_saves_in_a_real_one(train):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("projector_type", ["linear", "vit", "perceiver"])
+@pytest.mark.parametrize("projector_type", PROJECTOR_TYPES)
 def test_a_real_step_on_a_cpu_peaks_where_the_meta_device_says(projector_type, checkpointing):
     tracer = StepTracer(
         small_config(projector_type=projector_type), DEFAULT, activation_checkpointing=checkpointing, dtype=torch.float32

@@ -135,7 +135,7 @@ def test_class_tokens_and_registers_are_dropped_on_request(parts, name):
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(
-    ("name", "layer"), [(name, layer) for name in TOWERS for layer in (-1, -2) if name != "qwen"] + [("qwen", -1)]
+    ("name", "layer"), [(name, layer) for name in TOWERS for layer in (-1, -2, [1, -3]) if name != "qwen"] + [("qwen", -1)]
 )
 def test_a_step_reaches_all_that_learns(parts, name, trained, layer):
     model, processor = dsvl.compose(parts / name, parts / "llama", vision_feature_layer=layer)
@@ -294,3 +294,5 @@ def test_towers_that_do_not_fit_are_refused_by_name(parts):
         compose(parts / "qwen", projector_type="perceiver")
     with pytest.raises(ValueError, match="vision_feature_layer=-2 with Qwen-VL's tower.*leave it at -1"):
         compose(parts / "qwen", vision_feature_layer=-2)
+    with pytest.raises(ValueError, match=r"vision_feature_layer=\[-1, -2\] with Qwen-VL's tower.*leave it at -1"):
+        compose(parts / "qwen", vision_feature_layer=[-1, -2])

@@ -7,10 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import llava_answer
 import plain_answer
 import pytest
 import torch
 import transformers
+from exported_models import compose_for_export, save_and_export
 from plain_environment import plain_packages, run_plainly
 from training_runs import make_checkpoint
 
@@ -101,3 +103,18 @@ def test_a_newer_release_is_warned_of(monkeypatch):
     monkeypatch.setattr(transformers_dsvl, "NEWEST_TESTED", (5, 1))
     with pytest.warns(UserWarning, match=rf"transformers {transformers.__version__} is newer than 5.1, the newest release"):
         transformers_dsvl.warn_of_a_newer_release()
+
+
+@needs_releases
+@pytest.mark.parametrize("release", OTHER_RELEASES)
+def test_an_exported_model_answers_there(release, tmp_path):
+    """As transformers' own LLaVA, with transformers, torch and Pillow alone."""
+    model, processor = compose_for_export("siglip", "qwen3", vision_feature_layer=[-2, 0])
+    exported = save_and_export(tmp_path, model, processor)
+    there = run_in(release, "llava_answer.py", exported, home=tmp_path / "home")
+    assert there["transformers"] == release and there["importable"] == []
+    theirs, ours = there["models"][str(exported)], llava_answer.answers(model, processor)
+    assert theirs["wrong weights"] == {}
+    torch.testing.assert_close(torch.tensor(theirs["logits"]), torch.tensor(ours["logits"]), atol=1e-4, rtol=0)
+    same = ("prompts", "input_ids", "generated", "alone")
+    assert {name: theirs[name] for name in same} == {name: ours[name] for name in same}
