@@ -15,7 +15,7 @@ from .utils.third_party_output import silence_third_party_output
 # Command -> help and the module that defines its arguments. Only the module of the called command is imported.
 COMMANDS = {
     "compose": ("compose a vision tower and a language model into a checkpoint", "composition.commands"),
-    "train": ("fine-tune a checkpoint; also python -m dsvl.training under a launcher", "training.run"),
+    "train": ("fine-tune a checkpoint; also python -m dsvl.training under a launcher", "training.commands"),
     "merge": ("merge trained adapters into a checkpoint", "training.merge"),
     "plan": ("estimate the memory of a training per GPU", "training.plan"),
     "chat": ("chat with a checkpoint in the terminal", "chat.commands"),
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
     try:
         if named == "train":  # its flags are the fields of three dataclasses, and a YAML file may come first
             import_package()
-            import_module(".training.run", __package__).main(argv[1:])
+            import_module(".training.commands", __package__).main(argv[1:])
         else:
             arguments = _parser(named).parse_args(argv)
             import_package()

@@ -38,6 +38,7 @@ class TrainingFacts:
         resumed: whether the training was resumed.
         emissions: codecarbon's estimate, in kg of CO2 equivalents; *optional*.
         plot: name of the image file with loss and metrics, in the same directory; *optional*.
+        stage: name of the stage of a recipe; *optional*.
     """
 
     data: dict[str, int | None]
@@ -49,12 +50,13 @@ class TrainingFacts:
     resumed: bool = False
     emissions: float | None = None
     plot: str | None = None
+    stage: str | None = None
 
 
 def render_card(
     config: DSVLConfig,
     base_models: Sequence[str],
-    training: TrainingFacts | None = None,
+    training: TrainingFacts | Sequence[TrainingFacts] | None = None,
     origin: str | None = None,
     untrained: bool = False,
     chat_template: str | None = None,
@@ -65,11 +67,12 @@ def render_card(
         config: the model's configuration.
         base_models: names or directories of the base models. Local paths are not shown; licences and base models on their
             cards are (see `read_base_models`). Without any name, those in the configurations of tower and language model.
-        training: *optional*, facts about the training of a fine-tuned model.
+        training: *optional*, facts about the training of a fine-tuned model, or of each of its stages.
         origin: *optional*, a sentence or two of Markdown that says where the weights of a migrated model come from.
         untrained: whether the projector is untrained.
         chat_template: *optional*, what the chat template is (`composition.chat_template_name`).
     """
+    trainings = [training] if isinstance(training, TrainingFacts) else list(training or ())
     bases = read_base_models(base_models)
     if not any(base.name for base in bases):  # configurations hold the names they were loaded from
         parts = [part.name_or_path for part in (config.vision_config, config.text_config) if part.name_or_path]
@@ -83,22 +86,24 @@ def render_card(
     if names:
         # The Hub calls a combination of models without training a "merge".
         metadata["base_model_relation"] = "merge" if untrained else "finetune"
-    if training is not None and training.emissions is not None:
+    emissions = [one.emissions for one in trainings if one.emissions is not None]
+    if emissions and len(emissions) == len(trainings):
         metadata["co2_eq_emissions"] = {
-            "emissions": training.emissions * 1000,  # in grams
+            "emissions": sum(emissions) * 1000,  # in grams
             "source": "codecarbon",
             "training_type": "fine-tuning",
-        } | ({"hardware_used": training.hardware} if training.hardware else {})
+        } | ({"hardware_used": trainings[-1].hardware} if trainings[-1].hardware else {})
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=list(TAGS),
         base_model=names or None,
-        datasets=(training.datasets if training else None) or None,
+        datasets=list(dict.fromkeys(name for one in trainings for name in one.datasets)) or None,
         **metadata,
     )
     template = files(__package__).joinpath("model_card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
+    environment.filters["duration"] = _duration
     environment.filters["cell"] = lambda value: str(value).replace("|", "\\|")
     return environment.from_string(template).render(
         metadata=data.to_yaml(),
@@ -108,8 +113,7 @@ def render_card(
         untrained=untrained,
         chat_template=CHAT_FORMATS.get(chat_template, f"written for this model (`{chat_template}`)"),
         here=HERE,
-        training=training,
-        duration=_duration(training.seconds) if training and training.seconds is not None else None,
+        trainings=trainings,
         restricted=restricted,
         conditions=CONDITIONS,
         terms=licence.get("license"),

@@ -20,6 +20,7 @@ SKIPPED = (
     "incomplete-*/*",
     "superseded-*/*",
     "run.json",
+    "stages/*",
     "runs/*",
     "wandb/*",
     "emissions.csv",

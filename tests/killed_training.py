@@ -1,6 +1,7 @@
-"""`dsvl train` that is killed at a chosen moment: python killed_training.py MOMENT STEP flags...
+"""`dsvl train` that is killed at a chosen moment: python killed_training.py MOMENT NUMBER flags...
 
-SIGKILL ends it within a step, or while a checkpoint is written, whose files are then truncated.
+SIGKILL ends it within a step, or while a checkpoint is written, whose files are then truncated. NUMBER is a step, or
+how often the moment comes.
 """
 
 import io
@@ -24,6 +25,15 @@ def die():
 
 def is_time(trainer):
     return trainer.state.global_step == step
+
+
+times = 0
+
+
+def is_last_time():
+    global times
+    times += 1
+    return times == step
 
 
 if moment == "in a step":
@@ -74,11 +84,54 @@ elif moment == "in the trained model":
     move = saving.move_into_place
 
     def not_moved(partial, output):
-        if step:
+        if is_last_time():
             die()
         move(partial, output)
 
     saving.move_into_place = not_moved
+elif moment == "after the trained model":
+    from dsvl.training import run
+
+    finish = run.finish
+
+    def not_recorded(output, record):
+        if is_last_time():
+            die()
+        finish(output, record)
+
+    run.finish = not_recorded
+elif moment == "in a later step":  # of the second stage
+    compute_loss = Trainer.compute_loss
+
+    def in_the_second_stage(self, *args, **kwargs):
+        if is_time(self) and "stages/2-" in self.args.output_dir:
+            die()
+        return compute_loss(self, *args, **kwargs)
+
+    Trainer.compute_loss = in_the_second_stage
+elif moment in ("in the composed model", "after the composed model"):
+    from dsvl.composition import checkpoint
+    from dsvl.training import stages
+
+    if moment.startswith("in"):
+        checkpoint.render_card = lambda *args, **kwargs: die()
+    else:
+        stages.add_model = lambda record, model, field="model": die() if field == "model" else None
+elif moment == "between two stages":
+    from dsvl.training import stages
+
+    release = stages.release_memory
+
+    def not_released():
+        if is_last_time():
+            die()
+        release()
+
+    stages.release_memory = not_released
+elif moment == "while stages are deleted":
+    from dsvl.training import stages
+
+    stages.shutil.rmtree = lambda path, ignore_errors=False: die() if path.name == "0-composed" else None
 else:
     sys.exit(f"no such moment: {moment}")
 

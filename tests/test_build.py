@@ -28,6 +28,7 @@ def test_every_package_and_data_file_is_distributed() -> None:
     for package, patterns in setuptools["package-data"].items():
         folder = ROOT.joinpath(*package.split(".")[1:])
         assert all(list(folder.glob(pattern)) for pattern in patterns)
+    assert "recipes/*.yaml" in setuptools["package-data"]["dsvl"]
 
 
 def test_workflows_call_what_contributors_call() -> None:
@@ -75,6 +76,8 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
     assert str(tmp_path) in run(python, "-c", "import dsvl; print(dsvl.__file__)")
 
     command = tmp_path / "empty" / "bin" / "dsvl"
+    listed = run(command, "train", "--list-recipes")
+    assert [line.split()[0] for line in listed.splitlines()] == sorted(path.stem for path in (ROOT / "recipes").iterdir())
     make_checkpoint(tmp_path)
     data = make_conversations(tmp_path)
     run(command, "compose", "--vision", tmp_path / "tower", "--language", tmp_path / "llama", "--out", tmp_path / "composed")

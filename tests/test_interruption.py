@@ -53,7 +53,7 @@ MOMENTS = {  # moment and step of the kill -> step of the checkpoint that the ru
     ("in the weights", 4): 2,
     ("in the optimizer", 6): 4,
     ("before the mark", 8): 6,
-    ("in the trained model", 8): 8,
+    ("in the trained model", 1): 8,
 }
 
 

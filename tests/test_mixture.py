@@ -14,6 +14,8 @@ from dsvl.cli import main
 from dsvl.data import complete_messages, load_conversations
 from dsvl.data.messages import location_of
 from dsvl.data.mixture import Mixture, Part, concatenated, load_mixture, split
+from dsvl.training.arguments import parse
+from dsvl.training.training_data import open_data
 
 
 def write_set(folder, name, number, images=1, system=False):
@@ -220,7 +222,7 @@ def test_samples_of_a_mixture_know_where_they_are_from(tmp_path):
     ("flags", "reason"),
     [
         ("--dataset-samples 3", "--dataset-samples without --dataset-names"),
-        ("--dataset-names a b --dataset-samples 3", "has 1 values for 2 names"),
+        ("--dataset-names a b --dataset-samples 3 4 5", "has 3 values for 2 names; pass one for each, or one for all."),
         ("--dataset-names a --dataset-samples some", "--dataset-samples some: expected a number"),
         ("--max-num-image-per-sample 3", "needs --dataset-names"),
         ("--eval-share 2", "--eval-share 2.0: expected a number between 0 and 1"),
@@ -268,3 +270,24 @@ def test_a_blend_by_deepspeed_visualchats_flags_is_trained_and_evaluated(tmp_pat
     history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
     assert any("eval_loss" in entry for entry in history)
     assert "a: 8 conversations in 8." in caplog.text
+
+
+@pytest.mark.parametrize(("flags", "total"), [("--dataset-samples 2", 4), ("--dataset-samples 2 1", 3), ("", 7)])
+def test_one_number_of_samples_is_that_of_every_name(tmp_path, flags, total):
+    """As in DeepSpeed-VisualChat."""
+    write_set(tmp_path, "a", 3, images=0)
+    write_set(tmp_path, "b", 4, images=0)
+    names = ["--data", str(tmp_path), "--dataset-names", "a", "b", *flags.split()]
+    three = parse(["--model", str(tmp_path), "--output", str(tmp_path / "o"), "--use-cpu", *names])
+    assert len(open_data(three[1], seed=0)[0]) == total
+
+
+def test_one_number_to_concatenate_is_that_of_every_name(tmp_path):
+    write_set(tmp_path, "a", 4, images=0)
+    write_set(tmp_path, "b", 6, images=0)
+    sizes = []
+    for numbers in (["1"], ["2"], ["2", "2"]):
+        names = ["--data", str(tmp_path), "--dataset-names", "a", "b", "--dataset-concatenate-samples", *numbers]
+        three = parse(["--model", str(tmp_path), "--output", str(tmp_path / "o"), "--use-cpu", *names])
+        sizes.append(len(open_data(three[1], seed=0)[0]))
+    assert sizes[0] == 10 and sizes[1] == sizes[2] < 10

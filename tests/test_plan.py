@@ -2,21 +2,28 @@
 
 import json
 import math
+import re
 import weakref
 
 import pytest
 import torch
+import yaml
 from conftest import FAMILIES, tiny_vision_config
-from transformers import CLIPVisionConfig, LlamaConfig
+from training_runs import make_checkpoint
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import dsvl
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.cli import main
 from dsvl.configuration_dsvl import PROJECTOR_TYPES
 from dsvl.training.activation_memory import ALLOCATION, ActivationMemory, AllocationCounter, StepTracer, planning_attention
 from dsvl.training.memory_plan import MemoryPlan, Planner, largest_micro_batch, plan, usable
 from dsvl.training.model_states import GIB, ModelSizes, PhaseMemory, arriving_gradients, model_states
-from dsvl.training.plan import table
+from dsvl.training.plan import size, table
+from dsvl.training.ready_recipes import ready_recipes
+from dsvl.training.recipe import compose_arguments
+from dsvl.training.recipe_plan import composed_config, plan_stages
 from dsvl.training.trainable_parts import PARTS
 
 DEFAULT = ("projector", "embeddings")
@@ -423,3 +430,150 @@ def test_the_plan_rounds_like_the_allocator():
     with AllocationCounter() as counter:
         kept = torch.empty(129, dtype=torch.float32, device="meta")
     assert counter.peak == math.ceil(129 * 4 / ALLOCATION) * ALLOCATION and kept.is_meta
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_trainable_weights_are_float32_in_mixed_precision(world_size):
+    """Weights, gradients and both moments take 2 bytes more, DDP's buckets too, and autocast keeps a copy in 16 bits."""
+    options = dict(sequence_length=64, dtype="bfloat16", world_size=world_size)
+    plain, mixed = (plan(small_config(), mixed_precision=mixed, **options) for mixed in (False, True))
+    more = 4 * 2 + 2 + 2 * (world_size > 1)
+    for before, after in ((plain.forward_backward, mixed.forward_backward), (plain.optimizer_step, mixed.optimizer_step)):
+        assert after.total - before.total == more * plain.trained
+    zero = [plan(small_config(), deepspeed="zero2", mixed_precision=mixed, **options) for mixed in (False, True)]
+    assert zero[0] == zero[1]  # DeepSpeed keeps its own copies
+
+
+RECIPE = """
+bf16: true
+stages:
+  - {name: align, train: [projector], per_device_train_batch_size: 4, max_length: 64}
+  - name: full
+    train: [projector, language]
+    deepspeed: zero2
+    gradient_accumulation_steps: 2
+    activation_checkpointing: true
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def test_every_stage_of_a_recipe_is_planned(checkpoint, recipe, capsys):
+    flags = ["--model", checkpoint, "--gpu-memory", "2.2", "--world-size", "2", "--sequence-length", "128"]
+    assert main(["plan", recipe, *flags]) == 0
+    out = capsys.readouterr().out
+    planners = [
+        Planner(
+            small_config(), world_size=2, train=["projector"], sequence_length=64, dtype="bfloat16", mixed_precision=True
+        ),
+        Planner(
+            small_config(),
+            world_size=2,
+            train=["projector", "language"],
+            sequence_length=128,
+            deepspeed="zero2",
+            activation_checkpointing=True,
+            gradient_accumulation=True,
+            dtype="bfloat16",
+        ),
+    ]
+    heads, *rows = [re.split(r"  +", line) for line in out.splitlines()[-3:]]
+    assert heads == ["stage", "micro-batch", "per GPU", "fits", "largest micro-batch"]
+    for row, name, micro_batch, planner in zip(rows, ("align", "full"), (4, 8), planners, strict=True):
+        largest = planner.largest_micro_batch(2.2 * GIB)
+        assert row == [name, str(micro_batch), size(planner.plan(micro_batch).total), "yes", str(largest)]
+        assert largest > micro_batch and planner.plan(largest + 1).total > usable(2.2 * GIB)
+    assert "stage align: 64 tokens and 1 images a sample" in out and "stage full: 128 tokens" in out
+
+
+def test_one_value_of_a_stage_can_be_planned_differently(checkpoint, recipe, capsys):
+    for value, fits in (("4", "yes"), ("4000", "no")):
+        stage = ["--stage", f"align.per_device_train_batch_size={value}"]
+        assert main(["plan", recipe, "--model", checkpoint, "--gpu-memory", "2.2", *stage]) == 0
+        row = re.split(r"  +", capsys.readouterr().out.splitlines()[-2])
+        assert row[1] == value and row[3] == fits
+
+
+def test_a_recipe_that_composes_is_planned_from_the_configurations(tmp_path, recipe, capsys):
+    folder = tmp_path / "parts"
+    model = dsvl.DSVLConfig.from_pretrained(make_checkpoint(folder))
+    for name in ("tower", "llama"):
+        (folder / name / "model.safetensors").unlink()
+    composed = composed_config(compose_arguments({"vision": folder / "tower", "language": folder / "llama"}, "out"))
+    assert composed.image_seq_length == model.image_seq_length
+    assert composed.text_config.vocab_size == model.text_config.vocab_size
+    text = RECIPE + f"compose: {{vision: {folder / 'tower'}, language: {folder / 'llama'}}}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert main(["plan", str(tmp_path / "recipe.yaml"), "--gpu-memory", "3"]) == 0
+    assert "largest micro-batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--lora-rank", "4"],
+            "--lora-rank with a recipe, which sets it for each stage; change the recipe, or pass --stage.",
+        ),
+        (["--dtype", "float16"], "--dtype with a recipe, which sets it for each stage;"),
+        (["--stage", "align.max_length=4", "--images", "1"], "stage 'align': sequence_length=4 is too short: 1 images take"),
+        (["--stage", "alin.max_length=4"], "no stage has the name alin; the stages are align, full; did you mean align?"),
+    ],
+)
+def test_what_a_recipe_sets_is_not_a_flag_of_the_plan(checkpoint, recipe, capsys, flags, message):
+    assert main(["plan", recipe, "--model", checkpoint, *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_needs_a_model(recipe, capsys):
+    assert main(["plan"]) == 1 and "No model; pass --model DIR, or a recipe." in capsys.readouterr().err
+    assert main(["plan", recipe]) == 1
+    assert "has neither `model` nor `compose`; pass --model DIR." in capsys.readouterr().err
+    assert main(["plan", "--stage", "a.b=c"]) == 1 and "--stage a.b=c without a recipe" in capsys.readouterr().err
+
+
+def real_config(name):
+    """The configurations of the models that the package's recipes name, or of their size."""
+    towers = {
+        "openai/clip-vit-large-patch14": dict(image_size=224),
+        "openai/clip-vit-large-patch14-336": dict(image_size=336),
+    }
+    clip = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+    sizes = {
+        "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+        ),
+        "lmsys/vicuna-7b-v1.5": LlamaConfig(vocab_size=32064),
+        "meta-llama/Llama-2-7b-hf": LlamaConfig(vocab_size=32064),
+    }
+    if name["vision"] in towers:
+        vision = CLIPVisionConfig(**clip, **towers[name["vision"]])
+    else:
+        assert name["vision"] == "google/siglip-so400m-patch14-384"
+        heads = dict(num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14)
+        vision = SiglipVisionConfig(hidden_size=1152, intermediate_size=4304, **heads)
+    return DSVLConfig(vision, sizes[name["language"]], image_token_id=32000, num_prefix_tokens=int(name["vision"] in towers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ready_recipes())
+def test_every_ready_recipe_fits_into_the_gpus_that_it_names(name, tmp_path):
+    content = yaml.safe_load(ready_recipes()[name].read_text())
+    real_config(content["compose"]).save_pretrained(tmp_path)
+    gpus, memory = (1, 24) if name == "lora-24gb" else (8, 80)
+    images = 2 if name == "visualchat" else 1
+    for stage in plan_stages(name, ["--model", str(tmp_path)], world_size=gpus, images=images):
+        assert stage.micro_batch <= stage.planner.largest_micro_batch(memory * GIB), stage.name

@@ -73,6 +73,7 @@ CHANGES = {
     "model": dict(model="other-model"),
     "train": dict(flags=["--train", "projector"]),
     "learning_rate": dict(flags=["--learning-rate", "1e-2"]),
+    "learning_rates": dict(flags=["--learning-rates", "projector=1e-2"]),
     "lora_rank": dict(flags=["--lora-rank", "4"]),
     "max_steps": dict(flags=["--max-steps", "8"]),
     "lr_scheduler_type": dict(flags=["--lr-scheduler-type", "linear"]),
@@ -382,6 +383,18 @@ def test_records_with_a_former_field_name_are_read(out, train):
     status, said = train("--packing", "--max-length", 400, "--max-images-per-pack", 3)
     assert status == 1 and "max_images_per_pack (null before, 3 now)" in said
     assert f"Resuming from {out / 'checkpoint-2'}." in train()[1]
+
+
+def test_records_with_the_former_rate_of_the_embeddings_are_read(out, train):
+    """Runs of dsvl 0.2 recorded `embeddings_learning_rate`."""
+    take_back(out)
+    content = json.loads((out / RECORD).read_text())
+    del content["settings"]["learning_rates"]
+    content["settings"]["embeddings_learning_rate"] = 1e-3
+    (out / RECORD).write_text(json.dumps(content))
+    status, said = train()
+    assert status == 1 and 'learning_rates ({"embeddings": 0.001} before, null now)' in said
+    assert f"Resuming from {out / 'checkpoint-2'}." in train("--learning-rates", "embeddings=1e-3")[1]
 
 
 def test_fields_that_only_one_version_knows_are_no_difference():

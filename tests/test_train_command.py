@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -352,7 +353,7 @@ train: [projector, vision]
 max-length: 77
 learning_rate: 1e-4   # a text in YAML 1.1
 weight_decay: 0.1
-embeddings_learning_rate: 2.5e-3
+learning_rates: {projector: 2.5e-3}
 lr_scheduler_kwargs: {num_cycles: 0.25}
 lora_targets:
 report_to: [none]
@@ -363,22 +364,22 @@ seed: 7
 
 def test_a_yaml_file_says_what_flags_say(tmp_path):
     flags = ["--train", "projector", "vision", "--max-length", 77, "--learning-rate", 1e-4, "--weight-decay", 0.1]
-    flags += ["--embeddings-learning-rate", "2.5e-3", "--lr-scheduler-kwargs", '{"num_cycles": 0.25}']
+    flags += ["--learning-rates", "projector=2.5e-3", "--lr-scheduler-kwargs", '{"num_cycles": 0.25}']
     flags += ["--report-to", "none", "--activation-checkpointing", "false", "--seed", 7]
     model_arguments, data_arguments, training = three = from_yaml(tmp_path, YAML)
     assert plain(three) == plain(parsed(*flags))
     assert model_arguments.train == ["projector", "vision"] and model_arguments.lora_targets is None
     assert data_arguments.max_length == 77
-    assert (training.learning_rate, training.embeddings_learning_rate, training.weight_decay) == (1e-4, 2.5e-3, 0.1)
+    assert (training.learning_rate, training.learning_rates, training.weight_decay) == (1e-4, {"projector": 2.5e-3}, 0.1)
     assert training.lr_scheduler_kwargs == {"num_cycles": 0.25} and training.report_to == []
     assert training.output_dir == "o" and training.seed == 7 and training.activation_checkpointing is False
 
 
 def test_flags_override_the_file(tmp_path):
     model_arguments, data_arguments, training = from_yaml(
-        tmp_path, YAML, "--train", "head", "--learning-rate", "3e-5", "--max_length", 9, "--output", "elsewhere"
+        tmp_path, YAML, "--train", "projector", "head", "--learning-rate", "3e-5", "--max_length", 9, "--output", "elsewhere"
     )
-    assert model_arguments.train == ["head"] and data_arguments.max_length == 9
+    assert model_arguments.train == ["projector", "head"] and data_arguments.max_length == 9
     assert training.learning_rate == 3e-5 and training.output_dir == "elsewhere" and training.seed == 7
 
 
@@ -398,7 +399,8 @@ def test_flags_override_the_file(tmp_path):
     ],
 )
 def test_words_of_yaml_mean_what_flags_mean(tmp_path, line, field, value):
-    assert getattr(from_yaml(tmp_path, YAML.replace("report_to: [none]", "") + line + "\n")[2], field) == value
+    other = "".join(own for own in YAML.splitlines(keepends=True) if not own.startswith(f"{field}:"))
+    assert getattr(from_yaml(tmp_path, other + line + "\n")[2], field) == value
 
 
 def test_numbers_of_yaml_are_numbers_wherever_they_are(tmp_path):
@@ -420,9 +422,46 @@ def test_a_former_flag_is_read_with_a_warning(tmp_path, caplog, flag):
     assert from_yaml(tmp_path, yaml)[1].max_images_per_pack == 3
 
 
+@pytest.mark.parametrize("flag", ["--embeddings-learning-rate", "--embeddings_learning_rate"])
+def test_the_former_rate_of_the_embeddings_is_read_with_a_warning(tmp_path, caplog, flag):
+    assert parsed(flag, "3e-3")[2].learning_rates == {"embeddings": 3e-3}
+    assert f"{flag} is deprecated and will be removed in dsvl 0.4; use --learning-rates embeddings=0.003." in caplog.text
+    assert parsed(flag, "3e-3", "--learning-rates", "projector=1e-2")[2].learning_rates == {
+        "projector": 1e-2,
+        "embeddings": 3e-3,
+    }
+    with pytest.raises(ValueError, match="--embeddings-learning-rate is --learning-rates embeddings=RATE, which is passed"):
+        parsed(flag, "3e-3", "--learning-rates", "embeddings=1e-2")
+
+
+@pytest.mark.parametrize("text", ["projector=1e-3,embeddings=2", '{"projector": 1e-3, "embeddings": 2}'])
+def test_learning_rates_of_parts_are_pairs_or_json(text):
+    assert parsed("--learning-rates", text)[2].learning_rates == {"projector": 1e-3, "embeddings": 2.0}
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("projektor=1e-3", "--learning-rates projektor: no such part; choose from .*; did you mean projector"),
+        ("projector", "--learning-rates projector: expected PART=RATE, such as"),
+        ("projector=1,projector=2", "--learning-rates names projector twice"),
+        ('{"projector": 1, "projector": 2}', "--learning-rates names projector twice"),
+        ("projector=fast", "--learning-rates projector=fast: expected a positive number"),
+        ("projector=-1", "--learning-rates projector=-1: expected a positive number"),
+        ('{"projector": true}', "--learning-rates projector=True: expected a positive number"),
+        ('{"projector": 1', "is not JSON"),
+        ("vision=1e-5", r"has a rate for vision, which is not trained \(projector, embeddings are\); drop it, or train"),
+        ("adapters=1e-5", "has a rate for adapters, which is not trained"),
+    ],
+)
+def test_senseless_learning_rates_are_refused(refused, text, sentence):
+    assert re.search(sentence, refused("--learning-rates", text))
+
+
 def test_an_empty_list_is_one(tmp_path):
-    assert from_yaml(tmp_path, YAML, "--train", "--lora-rank", 4)[0].train == []
-    yaml = YAML.replace("[projector, vision]", "[]") + "lora_rank: 4\n"
+    yaml = YAML.replace("learning_rates: {projector: 2.5e-3}", "")
+    assert from_yaml(tmp_path, yaml, "--train", "--lora-rank", 4)[0].train == []
+    yaml = yaml.replace("[projector, vision]", "[]") + "lora_rank: 4\n"
     assert from_yaml(tmp_path, yaml)[0].train == []
 
 
@@ -449,8 +488,10 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, kind):
 def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"gone\.yml is not a file; pass a YAML file\."):
         parse([str(tmp_path / "gone.yml"), *NEEDED])
-    with pytest.raises(ValueError, match=r"run\.yaml is not YAML: "):
+    with pytest.raises(ValueError, match=r"run\.yaml is not YAML \(line 1, column 9\): "):
         from_yaml(tmp_path, "model: [")
+    with pytest.raises(ValueError, match=r"run\.yaml is not YAML \(line 3, column 1\): the key 'model' occurs twice\."):
+        from_yaml(tmp_path, "model: m\ndata: d\nmodel: n\n")
     assert main(["train", str(tmp_path / "gone.yml")]) == 1
     assert capsys.readouterr().err == f"dsvl train: {tmp_path / 'gone.yml'} is not a file; pass a YAML file.\n"
 

@@ -98,7 +98,7 @@ def test_frozen_parameters_are_in_no_group():
 def test_embeddings_have_their_own_learning_rate(train):
     model = small_model()
     model.set_trainable(**dict.fromkeys(EVERYTHING, False) | train)
-    groups = parameter_groups(model, 0.1, embeddings_learning_rate=3e-3)
+    groups = parameter_groups(model, 0.1, {"embeddings": 3e-3})
     with_rate = [group for group in groups if "lr" in group]
     assert [group["lr"] for group in with_rate] == [3e-3]
     (table,) = with_rate[0]["params"]
@@ -108,10 +108,42 @@ def test_embeddings_have_their_own_learning_rate(train):
     assert sorted({group["lr"] for group in optimizer.param_groups}) == [1e-5, 3e-3]
 
 
+def test_every_part_can_have_a_learning_rate():
+    peft = pytest.importorskip("peft")
+    rates = {"projector": 1e-3, "embeddings": 2e-3, "vision": 3e-3, "language": 4e-3, "head": 5e-3}
+    model = small_model()
+    model.set_trainable(**dict.fromkeys(EVERYTHING, True))
+    found = {id(p): group["lr"] for group in parameter_groups(model, 0.1, rates) for p in group["params"]}
+    inner = model.model
+    tower, decoder = inner.vision_tower, inner.language_model
+    for module, rate in (
+        (inner.multi_modal_projector, 1e-3),
+        (decoder.embed_tokens, 2e-3),
+        (tower, 3e-3),
+        (decoder.layers, 4e-3),
+    ):
+        assert {found[id(parameter)] for parameter in module.parameters() if id(parameter) in found} == {rate}
+    assert found[id(decoder.norm.weight)] == 4e-3 and found[id(model.lm_head.weight)] == 5e-3
+    adapted = peft.get_peft_model(small_model(), lora_config(small_model(), 4, train=["projector"], vision=True))
+    groups = parameter_groups(adapted, 0.1, {"adapters": 6e-3, "projector": 1e-3})
+    by_id = {id(parameter): group.get("lr") for group in groups for parameter in group["params"]}
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            assert by_id[id(parameter)] == (6e-3 if "lora_" in name else 1e-3), name
+
+
+def test_the_former_argument_of_the_embeddings_is_read_with_a_warning():
+    model = small_model()
+    for former in ({"embeddings_learning_rate": 3e-3}, {"learning_rates": 3e-3}):
+        with pytest.warns(DeprecationWarning, match="use learning_rates="):
+            groups = parameter_groups(model, 0.1, **former)
+        assert [group["lr"] for group in groups if "lr" in group] == [3e-3]
+
+
 def test_a_rate_of_frozen_embeddings_changes_nothing():
     model = small_model()
     model.set_trainable(projector=True, embeddings=False, vision_tower=False, language_model=False, lm_head=False)
-    assert not any("lr" in group for group in parameter_groups(model, 0.1, embeddings_learning_rate=3e-3))
+    assert not any("lr" in group for group in parameter_groups(model, 0.1, {"embeddings": 3e-3}))
 
 
 @pytest.mark.parametrize("projector_type", PROJECTOR_TYPES)
@@ -120,7 +152,7 @@ def test_groups_of_a_model_with_adapters(projector_type):
     model = small_model(projector_type)
     config = lora_config(model, 4, vision=True)
     model = peft.get_peft_model(model, config)
-    found = decays(model, embeddings_learning_rate=3e-3)
+    found = decays(model, learning_rates={"embeddings": 3e-3})
     adapters = {name for name in found if "lora_" in name}
     assert len(adapters) == 2 * (7 + 2 * 6) and all(found[name] for name in adapters)
     full = {name.partition("modules_to_save.default.")[2]: decay for name, decay in found.items() if name not in adapters}
@@ -128,7 +160,7 @@ def test_groups_of_a_model_with_adapters(projector_type):
     linear = {f"{name}.weight" for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
     assert {name for name, decay in full.items() if decay} == linear
     assert set(full) == {name for name, _ in plain.named_parameters()} | {"weight"}  # the token embeddings'
-    (group,) = [group for group in parameter_groups(model, 0.1, 3e-3) if "lr" in group]
+    (group,) = [group for group in parameter_groups(model, 0.1, {"embeddings": 3e-3}) if "lr" in group]
     assert [tuple(parameter.shape) for parameter in group["params"]] == [(96, 32)] and group["weight_decay"] == 0
 
 
@@ -176,7 +208,7 @@ def make_trainer(model, processor, conversations, output, **arguments):
 def test_the_trainers_optimizer_has_these_groups(processor, conversations, tmp_path):
     model = small_model()
     model.set_trainable(projector=True, embeddings=True, vision_tower=False, language_model=True, lm_head=False)
-    rates = dict(learning_rate=1e-4, embeddings_learning_rate=5e-3, weight_decay=0.1)
+    rates = dict(learning_rate=1e-4, learning_rates={"embeddings": 5e-3}, weight_decay=0.1)
     trainer = make_trainer(model, processor, conversations, tmp_path, **rates)
     found = {}
     for group in trainer.create_optimizer().param_groups:

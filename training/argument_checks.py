@@ -7,6 +7,7 @@ import torch
 
 from ..utils.transformers_names import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from .deepspeed_config import zero_stage
+from .learning_rates import check_rated_parts
 from .trainable_parts import PARTS
 
 
@@ -25,6 +26,7 @@ def check_options(values: dict[str, Any]) -> None:
     check_adapters(values)
     if values["lora_rank"] == 0 and not values["train"]:
         raise ValueError("--train names nothing to train; name parts, or pass --lora-rank.")
+    check_rated_parts(values.get("learning_rates") or {}, values["train"], adapters=values["lora_rank"] > 0)
     stage = zero_stage(values.get("deepspeed"))
     if values["qlora"] and stage == 3:
         raise ValueError("--qlora with ZeRO-3: 4-bit weights cannot be partitioned; choose --deepspeed zero2.")
@@ -64,8 +66,8 @@ def _check_data_options(values: dict[str, Any]) -> None:
         given, flag = values.get(option), f"--{option.replace('_', '-')}"
         if given and not names:
             raise ValueError(f"{flag} without --dataset-names; pass both, or a YAML file of a mixture as --data.")
-        if given and len(given) != len(names):
-            raise ValueError(f"{flag} has {len(given)} values for {len(names)} names; pass one for each.")
+        if given and len(given) not in (1, len(names)):
+            raise ValueError(f"{flag} has {len(given)} values for {len(names)} names; pass one for each, or one for all.")
     for number in values.get("dataset_samples") or []:
         if number != "all" and not (number.isdigit() and int(number) > 0):
             raise ValueError(f"--dataset-samples {number}: expected a number of conversations, or all.")

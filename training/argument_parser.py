@@ -19,7 +19,7 @@ GROUPS = {
     "lora_vision_rank lora_vision_targets dora qlora",
     "length and packing": "max_length packing max_images_per_pack",
     "optimisation": "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
-    "embeddings_learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed",
+    "learning_rates lr_scheduler_type warmup_steps weight_decay max_grad_norm seed",
     "precision and memory": "bf16 activation_checkpointing gradient_checkpointing use_liger_kernel compile_decoder_layers "
     "torch_compile",
     "evaluation": "eval_data eval_share eval_strategy eval_steps per_device_eval_batch_size eval_exact_match "
@@ -27,6 +27,7 @@ GROUPS = {
     "saving and publishing": "output_dir overwrite_output resume_from_checkpoint save_strategy save_steps save_total_limit "
     "logging_steps report_to push_to_hub hub_model_id hub_private_repo",
     "distributed": "deepspeed",
+    "recipes": "stage_values keep_stages list_recipes",
 }
 # The group of fields of the package that are not in GROUPS, by class.
 CLASSES = {"ModelArguments": "model", "DataArguments": "data", "DSVLTrainingArguments": "saving and publishing"}
@@ -37,7 +38,7 @@ ABOUT = {
     "push_to_hub": "publish the trained model on the Hub when it is complete",
 }
 REQUIRED = ("model", "data", "output_dir")
-SHORT = {"output_dir": "--output"}  # flags that differ from the field's name
+SHORT = {"output_dir": "--output", "stage_values": "--stage"}  # flags that differ from the field's name
 FEW = 8  # maximum number of choices that are listed
 COLUMN, WIDTH = 30, 110
 

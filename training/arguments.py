@@ -1,10 +1,11 @@
-"""The arguments of `dsvl train`: flags, and a YAML file whose values are overridden by flags."""
+"""The arguments of `dsvl train`: its flags, their checks, and a YAML file whose values are overridden by flags."""
 
+import argparse
 import json
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from ..utils.yaml_files import read_yaml
 from .argument_checks import check_options
 from .argument_parser import TrainParser
 from .deepspeed_config import ZERO, zero_configuration
+from .learning_rates import RATED_PARTS, parse_learning_rates
 from .trainable_parts import PARTS
 from .training_arguments_table import check_training_arguments
 
 logger = logging.getLogger(__name__)
 
 TOKENS_SEEN = ("all", "non_padding", "no")
+STAGE_VALUES = "stage_values"  # dest of --stage
+EMBEDDINGS_RATE = "embeddings_learning_rate"  # dest of a flag of dsvl 0.2
 
 
 @dataclass
@@ -85,12 +89,15 @@ class DataArguments:
     )
     dataset_samples: list[str] | None = field(
         default=None,
-        metadata={"help": "number of conversations of each data set, or all; one value for every name. Default: all"},
+        metadata={
+            "help": "number of conversations of each data set, or all; one value for each name, or one for all. Default: all"
+        },
     )
     dataset_concatenate_samples: list[int] | None = field(
         default=None,
         metadata={
-            "help": "concatenate up to this number of samples to one conversation; one value for every name. Default: 1"
+            "help": "concatenate up to this number of samples to one conversation; one value for each name, or one for all. "
+            "Default: 1"
         },
     )
     max_num_image_per_sample: int | None = field(
@@ -184,8 +191,12 @@ class DSVLTrainingArguments(TrainingArguments):
             "help": "configuration of accelerate: a mapping, or a JSON file. Default: batches are copied asynchronously"
         },
     )
-    embeddings_learning_rate: float | None = field(
-        default=None, metadata={"help": "learning rate of the token embeddings. Default: --learning-rate"}
+    learning_rates: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "learning rates of parts, such as projector=1e-3,vision=2e-6, or a mapping in YAML; the parts are "
+            f"{', '.join(RATED_PARTS)}. Default: --learning-rate"
+        },
     )
     eval_exact_match: bool = field(
         default=False,
@@ -208,6 +219,7 @@ class DSVLTrainingArguments(TrainingArguments):
         if self.resume_from_checkpoint is not None:
             resume = str(self.resume_from_checkpoint)
             self.resume_from_checkpoint = {"true": "last", "false": "no"}.get(resume.lower(), resume)
+        self.learning_rates = parse_learning_rates(self.learning_rates) or None
         if isinstance(self.deepspeed, str) and not self.deepspeed.startswith("{"):
             self.deepspeed = str(zero_configuration(self.deepspeed))
         if not torch.accelerator.is_available():
@@ -250,27 +262,59 @@ def _start_deepspeed(on_cpu: bool) -> None:
         deepspeed.init_distributed(dist_backend="gloo")
 
 
-def build_parser() -> TrainParser:
-    """The parser of `dsvl train`; its flags are the fields of three dataclasses."""
+def build_parser(kind: type[TrainParser] = TrainParser) -> TrainParser:
+    """The parser of `dsvl train`; its flags are the fields of three dataclasses, and those of recipes.
+
+    Args:
+        kind: class of the parser, *optional*.
+    """
     types: list[Any] = [ModelArguments, DataArguments, DSVLTrainingArguments]
-    parser = TrainParser(
+    parser = kind(
         types,
         prog="dsvl train",
         description="Fine-tune a DSVL checkpoint. RUN.yaml contains flags without their dashes; every field of "
-        "TrainingArguments is a flag.",
-        usage="dsvl train [RUN.yaml] --model DIR --data FILE --output DIR [flags]",
+        "TrainingArguments is a flag. A file with `stages:`, or a RECIPE of the package, trains in several stages.",
+        usage="dsvl train [RUN.yaml | RECIPE] --model DIR --data FILE --output DIR [flags]",
         allow_abbrev=False,
     )
     next(action for action in parser._actions if action.dest == "train").nargs = "*"  # adapters may be trained alone
-    # Flags of dsvl 0.1.
+    parser.add_argument(
+        "--stage",
+        dest=STAGE_VALUES,
+        action="append",
+        metavar="NAME.KEY=VALUE",
+        help="a value of one stage of a recipe, such as align.data=FILE; can be repeated, and overrides all other values",
+    )
+    parser.add_argument(
+        "--keep-stages",
+        action="store_true",
+        help="keep the models and checkpoints of earlier stages; by default they are deleted when they are not needed",
+    )
+    parser.add_argument("--list-recipes", action="store_true", help="list the recipes of the package and exit")
+    # Flags of earlier releases.
     parser.add_argument(
         "--max-pictures-per-pack", "--max_pictures_per_pack", dest="max_images_per_pack", type=int, action=RenamedFlag
+    )
+    parser.add_argument(
+        "--embeddings-learning-rate", "--embeddings_learning_rate", dest=EMBEDDINGS_RATE, type=float, action=FormerRate
     )
     return parser
 
 
+class FormerRate(RenamedFlag):
+    """The action of `--embeddings-learning-rate`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        logger.warning(
+            "%s is deprecated and will be removed in dsvl 0.4; use --learning-rates embeddings=%g.", option_string, values
+        )
+        setattr(namespace, self.dest, values)
+
+
 def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrainingArguments]:
-    """Parse and check the arguments; nothing is loaded.
+    """Parse and check the arguments of a training without stages; nothing is loaded.
 
     Args:
         argv: flags; the first argument may be a YAML file of them.
@@ -284,12 +328,41 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
     # DeepSpeed's launcher prepends --local_rank=N.
     first = 1 if argv[:1] and argv[0].startswith("--local_rank") else 0
     if argv[first : first + 1] and argv[first].endswith((".yaml", ".yml")):
-        argv[first : first + 1] = _flags(Path(argv[first]))
+        argv[first : first + 1] = yaml_flags(read_mapping(Path(argv[first])))
     parser = build_parser()
-    values = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    values = vars(parser.parse_args(argv))
+    given = {flag.lstrip("-").split("=")[0].replace("-", "_") for flag in argv if flag.startswith("--")}
+    if values[STAGE_VALUES] or values["keep_stages"]:
+        flag = f"--stage {values[STAGE_VALUES][0]}" if values[STAGE_VALUES] else "--keep-stages"
+        raise ValueError(f"{flag} without a recipe; pass a YAML file with `stages:` (or a name of --list-recipes) first.")
+    return build_arguments(check_values(values, given))
+
+
+def check_values(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Check the values of a training, and add the defaults that depend on other values.
+
+    Args:
+        values: dest of a flag -> value; None is not given.
+        given: names of the fields that have no default value.
+
+    Returns:
+        The values for `build_arguments`.
+
+    Raises:
+        ValueError: if the values do not go together.
+        FileNotFoundError: if the data looks like a path and does not exist.
+    """
+    values = {key: value for key, value in values.items() if value is not None}
+    rates = parse_learning_rates(values.get("learning_rates"))
+    former = values.pop(EMBEDDINGS_RATE, None)
+    if former is not None:
+        if "embeddings" in rates:
+            raise ValueError("--embeddings-learning-rate is --learning-rates embeddings=RATE, which is passed too; drop it.")
+        rates["embeddings"] = former
+    if rates:
+        values["learning_rates"] = rates
     if values.get("eval_data") or values.get("eval_share"):
         # With held-out data, evaluate whenever a checkpoint is written, and keep the best checkpoint.
-        given = {flag.lstrip("-").split("=")[0].replace("-", "_") for flag in argv if flag.startswith("--")}
         values |= {} if "eval_strategy" in given else {"eval_strategy": values["save_strategy"]}
         values |= {} if "eval_steps" in given else {"eval_steps": values["save_steps"]}
         if "load_best_model_at_end" not in given and values["save_strategy"] != "no":
@@ -303,16 +376,35 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DSVLTrain
     for name in ("model", "data", "eval_data"):
         if values.get(name):
             check_exists(values[name])
-    return parser.parse_dict(values)
+    return values
 
 
-def _flags(path: Path) -> list[str]:
-    """The values of a YAML file as flags."""
+def build_arguments(values: Mapping[str, Any]) -> tuple[ModelArguments, DataArguments, DSVLTrainingArguments]:
+    """The three argument objects of checked values. The last initializes the devices and process groups."""
+    types = (ModelArguments, DataArguments, DSVLTrainingArguments)
+    model, data, training = (
+        kind(**{one.name: values[one.name] for one in fields(kind) if one.init and one.name in values}) for kind in types
+    )
+    return model, data, training  # type: ignore[return-value]
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file of flags.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a mapping in YAML.
+    """
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} contains a value of type {type(values).__name__}; expected lines such as `model: my-model`."
         )
+    return values
+
+
+def yaml_flags(values: Mapping[str, Any]) -> list[str]:
+    """The values of a YAML file as flags; null is not given."""
     flags = []
     for key, value in values.items():
         if value is None:

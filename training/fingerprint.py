@@ -19,7 +19,10 @@ from ..utils.yaml_files import read_yaml
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
 
 RECORD = "run.json"  # in the output directory
+STAGE_FACTS = "stage.json"  # in the directory of an earlier stage: what the model card of the finished model says about it
 RENAMED_FIELDS = {"max_pictures_per_pack": "max_images_per_pack"}  # name in records of dsvl 0.1 -> name
+
+NOT_RECORDED = object()
 
 # Fields of the argument classes that change the result. Other fields change its location, speed or rounding.
 MODEL_FIELDS = ("train",)
@@ -51,7 +54,7 @@ TRAINING_FIELDS = (
     "num_train_epochs",
     "max_steps",
     "learning_rate",
-    "embeddings_learning_rate",
+    "learning_rates",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
     "warmup_steps",
@@ -76,7 +79,7 @@ TRAINING_FIELDS = (
 )
 
 # Files of a checkpoint directory that change neither the model nor its processor.
-UNRELATED = {"README.md", "trainer_state.json", "generation_config.json", RECORD}
+UNRELATED = {"README.md", "trainer_state.json", "generation_config.json", RECORD, STAGE_FACTS}
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 LARGE = 1 << 30  # bytes; of larger files, BLOCKS evenly spaced blocks are read
@@ -115,6 +118,8 @@ def read_record(output: Path) -> RunRecord | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         settings = {RENAMED_FIELDS.get(name, name): value for name, value in content["settings"].items()}
+        if (rate := settings.pop("embeddings_learning_rate", NOT_RECORDED)) is not NOT_RECORDED:  # dsvl 0.2
+            settings["learning_rates"] = None if rate is None else {"embeddings": rate}
         return RunRecord(settings, dict(content["files"]), bool(content["finished"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not the record of a run ({error!r}); delete it, or pass --overwrite-output.") from error
@@ -144,18 +149,22 @@ def take_fingerprint(
     data_arguments: DataArguments,
     arguments: DSVLTrainingArguments,
     known: Mapping[str, dict[str, Any]] | None = None,
+    with_model: bool = True,
 ) -> RunRecord:
     """Compute the fingerprint of a run.
 
     Args:
         model_arguments, data_arguments, arguments: arguments of the run.
         known: `RunRecord.files` of an earlier start, *optional*; files of the same size and modification time are not read.
+        with_model: whether the model is part of it, *optional*, defaults to True; the model of a later stage of a recipe may
+            not exist yet (see `add_model`).
 
     Returns:
         A record with `finished=False`.
     """
     digests = _Digests(known or {})
-    settings: dict[str, Any] = {"model": _model(model_arguments.model, digests), "data": _data(data_arguments, digests)}
+    settings: dict[str, Any] = {"model": _model(model_arguments.model, digests)} if with_model else {}
+    settings["data"] = _data(data_arguments, digests)
     if data_arguments.eval_data is not None:
         settings["eval_data"] = _source(data_arguments.eval_data, digests)
     settings |= {name: getattr(model_arguments, name) for name in MODEL_FIELDS}
@@ -172,6 +181,19 @@ def take_fingerprint(
     # Normalized as JSON returns them: enumerations as values, tuples as lists.
     settings = json.loads(json.dumps(settings, default=lambda value: getattr(value, "value", str(value))))
     return RunRecord(settings, digests.files)
+
+
+def add_model(record: RunRecord, name: str, field: str = "model") -> None:
+    """Add a model to a fingerprint.
+
+    Args:
+        record: the fingerprint, which is changed.
+        name: directory or Hub name of the model.
+        field: the name of the field, *optional*, defaults to "model".
+    """
+    digests = _Digests(record.files)
+    record.settings[field] = _model(name, digests)
+    record.files |= digests.files
 
 
 def _model(name: str, digests: "_Digests") -> dict[str, str]:

@@ -6,7 +6,7 @@ Weights, gradients, optimizer states and communication buffers are computed in `
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,8 @@ class Planner:
         supervised_share: fraction of the text tokens that have a label, *optional*, defaults to 0.25, which is typical of
             question-answer data. Logits are computed for these tokens only and dominate the memory of large vocabularies.
         dtype: dtype of weights and activations, without autocast, *optional*, defaults to the configuration's or bfloat16.
+        mixed_precision: whether trainable weights, their gradients and AdamW's states are float32, as `dsvl train --bf16`
+            keeps them without DeepSpeed, *optional*, defaults to False.
 
     Raises:
         ValueError: if a value is unknown or the values do not go together.
@@ -90,11 +92,13 @@ class Planner:
         gradient_accumulation: bool = False,
         supervised_share: float = 0.25,
         dtype: str | None = None,
+        mixed_precision: bool = False,
     ) -> None:
         self.world_size, self.deepspeed, self.accumulation = world_size, deepspeed, gradient_accumulation
         self.sequence_length, self.images = sequence_length, images
         self.text_tokens = sequence_length - images * config.image_seq_length
         self.supervised_share = supervised_share
+        self.activation_checkpointing, self.mixed_precision = activation_checkpointing, mixed_precision
         self._plans: dict[int, MemoryPlan] = {}
         self._check(config, train, lora_rank, lora or {})
         dtype = dtype or _dtype_name(config.dtype or config.text_config.dtype) or "bfloat16"
@@ -122,7 +126,24 @@ class Planner:
         into = arriving_gradients(self.sizes, self.deepspeed, self.world_size, self.accumulation)
         trace = self.tracer.trace(micro_batch, self.sequence_length, self.images, supervised, gradient_buffer=into)
         states = model_states(self.sizes, trace, self.deepspeed, self.world_size, self.accumulation)
-        return MemoryPlan(sum(self.sizes.parameters), sum(self.sizes.trained), *states)
+        forward_backward, optimizer_step, cpu = states
+        if self.mixed_precision:
+            forward_backward, optimizer_step = self._in_float32(forward_backward), self._in_float32(optimizer_step)
+        return MemoryPlan(sum(self.sizes.parameters), sum(self.sizes.trained), forward_backward, optimizer_step, cpu)
+
+    def _in_float32(self, phase: PhaseMemory) -> PhaseMemory:
+        """A phase with trainable weights in float32, which autocast also copies to 16 bits; DeepSpeed does without."""
+        if self.deepspeed is not None:
+            return phase
+        element, trained = self.sizes.element, sum(self.sizes.trained)
+        more = (4 - element) * trained
+        return replace(
+            phase,
+            weights=phase.weights + more + element * trained,
+            gradients=phase.gradients + more,
+            optimizer=phase.optimizer + 2 * more,
+            buffers=phase.buffers + (more if self.world_size > 1 else 0),
+        )
 
     def largest_micro_batch(self, gpu_memory: float) -> int:
         """The largest micro-batch that fits into a GPU; 0 if none does.

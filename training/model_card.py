@@ -39,10 +39,11 @@ def training_facts(
     arguments = trainer.args
     packs = isinstance(trainer.train_dataset, PackedConversations)
     settings: dict[str, Any] = {"trained parts": ", ".join(train)} if train is not None else {}
-    embeddings_rate = getattr(arguments, "embeddings_learning_rate", None)
     settings |= {
         "learning rate": arguments.learning_rate,
-        "learning rate of the embeddings": embeddings_rate or arguments.learning_rate,
+        **{
+            f"learning rate of the {part}": rate for part, rate in (getattr(arguments, "learning_rates", None) or {}).items()
+        },
         "schedule": f"{arguments.lr_scheduler_type.value}, {arguments.warmup_steps:g} warm-up",
         "weight decay": arguments.weight_decay,
         f"{'packs' if packs else 'conversations'} a step": arguments.per_device_train_batch_size

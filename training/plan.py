@@ -13,7 +13,19 @@ from .model_states import DTYPES, GIB, MIB
 from .trainable_parts import PARTS
 
 if TYPE_CHECKING:
-    from .memory_plan import MemoryPlan
+    from .memory_plan import MemoryPlan, Planner
+
+
+# Defaults of the flags that a recipe sets for each stage.
+DEFAULTS = {
+    "micro_batch": 1,
+    "train": ["projector", "embeddings"],
+    "lora_rank": 0,
+    "lora_language": True,
+    "lora_vision": False,
+    "activation_checkpointing": False,
+    "gradient_accumulation": False,
+}
 
 # Arguments of `adapters.lora_config` that decide where adapters are, by the names of their flags without "lora".
 LORA = ("targets", "language", "vision", "vision_rank", "vision_targets")
@@ -23,14 +35,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add `dsvl plan`."""
     parser = commands.add_parser("plan", help="the GPU memory of training, computed from the configuration")
     parser.add_argument(
+        "recipe", nargs="?", help="a recipe (a YAML file, or a name of dsvl train --list-recipes): plan each of its stages"
+    )
+    parser.add_argument(
         "--model",
         type=check_exists,
-        required=True,
-        help="directory or Hub name of a DSVL checkpoint; its weights are not needed",
+        help="directory or Hub name of a DSVL checkpoint; its weights are not needed. Required without a recipe",
+    )
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME.KEY=VALUE", help="a value of one stage of the recipe"
     )
     parser.add_argument("--world-size", type=int, default=1, help="number of GPUs (default: 1)")
     parser.add_argument("--deepspeed", choices=ZERO, help="ZeRO stage (default: data parallelism without DeepSpeed)")
-    parser.add_argument("--micro-batch", type=int, default=1, help="samples per GPU in each forward pass (default: 1)")
+    parser.add_argument("--micro-batch", type=int, help="samples per GPU in each forward pass (default: 1)")
     parser.add_argument(
         "--sequence-length", type=int, default=2048, help="tokens per sample, image tokens included (default: 2048)"
     )
@@ -39,19 +56,20 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--train",
         nargs="*",
-        default=["projector", "embeddings"],
         metavar="PART",
         help=f"parts to train: {', '.join(PARTS)} (default: projector embeddings)",
     )
-    parser.add_argument("--lora-rank", type=int, default=0, help="rank of adapters on the linear layers (default: 0, none)")
+    parser.add_argument("--lora-rank", type=int, help="rank of adapters on the linear layers (default: 0, none)")
     parser.add_argument(
         "--lora-targets",
         nargs="+",
         metavar="LAYER",
         help="names or paths of the layers to adapt (default: all linear layers)",
     )
-    parser.add_argument("--no-lora-language", dest="lora_language", action="store_false", help="do not adapt the decoder")
-    parser.add_argument("--lora-vision", action="store_true", help="adapt the vision tower")
+    parser.add_argument(
+        "--no-lora-language", dest="lora_language", action="store_false", default=None, help="do not adapt the decoder"
+    )
+    parser.add_argument("--lora-vision", action="store_true", default=None, help="adapt the vision tower")
     parser.add_argument("--lora-vision-rank", type=int, help="rank of the tower's adapters (default: --lora-rank)")
     parser.add_argument(
         "--lora-vision-targets", nargs="+", metavar="LAYER", help="layers of the tower to adapt (default: --lora-targets)"
@@ -60,10 +78,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--activation-checkpointing",
         "--gradient-checkpointing",
         action="store_true",
+        default=None,
         help="recompute activations in the backward pass",
     )
     parser.add_argument(
-        "--gradient-accumulation", action="store_true", help="accumulate gradients over several micro-batches"
+        "--gradient-accumulation",
+        action="store_true",
+        default=None,
+        help="accumulate gradients over several micro-batches",
     )
     parser.add_argument(
         "--supervised-share", type=float, default=0.25, help="fraction of the text tokens that have a label (default: 0.25)"
@@ -77,8 +99,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _run(arguments: argparse.Namespace) -> None:
     from .argument_checks import check_adapters
-    from .memory_plan import Planner, usable
+    from .memory_plan import Planner
 
+    if arguments.recipe is not None:
+        _run_recipe(arguments)
+        return
+    if arguments.stage:
+        raise ValueError(f"--stage {arguments.stage[0]} without a recipe; pass the name or file of one first.")
+    if arguments.model is None:
+        raise ValueError("No model; pass --model DIR, or a recipe.")
+    for name, value in DEFAULTS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     check_adapters(vars(arguments))
     lora = {name: getattr(arguments, f"lora_{name}") for name in LORA} if arguments.lora_rank else None
     planner = Planner(
@@ -95,19 +127,61 @@ def _run(arguments: argparse.Namespace) -> None:
         supervised_share=arguments.supervised_share,
         dtype=arguments.dtype,
     )
-    made = planner.plan(arguments.micro_batch)
+    _print_plan(planner, arguments.micro_batch, arguments.gpu_memory, "a shorter --sequence-length")
+
+
+def _run_recipe(arguments: argparse.Namespace) -> None:
+    """Print the plan of each stage, and a table of all."""
+    from .memory_plan import usable
+    from .recipe_plan import plan_stages
+
+    for name in (*DEFAULTS, "lora_targets", "lora_vision_rank", "lora_vision_targets", "deepspeed", "dtype"):
+        if getattr(arguments, name) is not None:
+            flag = {"lora_language": "no-lora-language"}.get(name, name.replace("_", "-"))
+            raise ValueError(f"--{flag} with a recipe, which sets it for each stage; change the recipe, or pass --stage.")
+    flags = [word for value in arguments.stage for word in ("--stage", value)]
+    flags += ["--model", arguments.model] if arguments.model is not None else []
+    stages = plan_stages(
+        arguments.recipe,
+        flags,
+        world_size=arguments.world_size,
+        sequence_length=arguments.sequence_length,
+        images=arguments.images,
+        supervised_share=arguments.supervised_share,
+    )
+    memory = arguments.gpu_memory * GIB
+    rows = []
+    for stage in stages:
+        print(f"stage {stage.name}: {', '.join(stage.notes)}")
+        _print_plan(stage.planner, stage.micro_batch, arguments.gpu_memory, "a shorter max_length")
+        print()
+        total = stage.planner.plan(stage.micro_batch).total
+        fits = "yes" if total <= usable(memory) else "no"
+        rows.append((stage.name, str(stage.micro_batch), size(total), fits, str(stage.planner.largest_micro_batch(memory))))
+    heads = ("stage", "micro-batch", "per GPU", "fits", "largest micro-batch")
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_plan(planner: "Planner", micro_batch: int, gpu_memory: float, shorter: str) -> None:
+    """Print the table of a plan, whether it fits, and the largest micro-batch."""
+    from .memory_plan import usable
+
+    made = planner.plan(micro_batch)
     print(table(made))
-    memory, gpu = arguments.gpu_memory * GIB, f"a GPU of {arguments.gpu_memory:g} GiB"
+    memory, gpu = gpu_memory * GIB, f"a GPU of {gpu_memory:g} GiB"
     verdict = "fits" if made.total <= usable(memory) else "does not fit"
-    asked = f"a micro-batch of {arguments.micro_batch}"
+    usable_size = size(max(usable(memory), 0))
     print(
-        f"{asked} {verdict} {gpu}, of which {size(max(usable(memory), 0))} are usable (CUDA context and fragmentation aside)"
+        f"a micro-batch of {micro_batch} {verdict} {gpu}, of which {usable_size} are usable (CUDA context and fragmentation "
+        "aside)"
     )
     largest = planner.largest_micro_batch(memory)
     if largest:
         print(f"largest micro-batch for {gpu}: {largest}")
     else:
-        print(f"not even a micro-batch of 1 fits {gpu}; {_remedies(arguments)}")
+        print(f"not even a micro-batch of 1 fits {gpu}; {_remedies(planner, shorter)}")
 
 
 def _load_config(name: str) -> DSVLConfig:
@@ -151,13 +225,13 @@ def _parameters(number: int) -> str:
     return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.2f} million"
 
 
-def _remedies(arguments: argparse.Namespace) -> str:
+def _remedies(planner: "Planner", shorter: str) -> str:
     remedies = []
-    if not arguments.activation_checkpointing:
+    if not planner.activation_checkpointing:
         remedies.append("--activation-checkpointing")
-    if arguments.deepspeed not in ("zero3", "zero3-offload"):
+    if planner.deepspeed not in ("zero3", "zero3-offload"):
         remedies.append("--deepspeed zero3 on more GPUs (--world-size)")
-    if arguments.deepspeed != "zero3-offload":
+    if planner.deepspeed != "zero3-offload":
         remedies.append("--deepspeed zero3-offload")
-    remedies.append("a shorter --sequence-length")
+    remedies.append(shorter)
     return "try " + ", ".join(remedies[:-1]) + (" or " if remedies[:-1] else "") + remedies[-1] + "."

@@ -8,7 +8,20 @@ TIMES = ("_runtime", "_per_second", "_preparation_time")  # suffixes of an evalu
 
 
 class TrainingProgress(ProgressCallback):
-    """The progress bar of `Trainer`, with readable log lines."""
+    """The progress bar of `Trainer`, with readable log lines.
+
+    Args:
+        title: text at the beginning of the bar and of each line, *optional*.
+    """
+
+    def __init__(self, title: str = "") -> None:
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and self.title:
+            self.training_bar.set_description(self.title)
 
     def on_log(
         self,
@@ -19,7 +32,7 @@ class TrainingProgress(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and self.training_bar is not None and logs:
-            self.training_bar.write(log_line(logs, state))
+            self.training_bar.write(log_line(logs, state, self.title))
 
     def close(self) -> None:
         """Close the bar, so that the next output starts on a new line."""
@@ -28,7 +41,15 @@ class TrainingProgress(ProgressCallback):
 
 
 class TrainingLines(PrinterCallback):
-    """The same lines without a bar (`--disable-tqdm`)."""
+    """The same lines without a bar (`--disable-tqdm`).
+
+    Args:
+        title: text at the beginning of each line, *optional*.
+    """
+
+    def __init__(self, title: str = "") -> None:
+        super().__init__()
+        self.title = title
 
     def on_log(
         self,
@@ -39,15 +60,16 @@ class TrainingLines(PrinterCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs:
-            print(log_line(logs, state), flush=True)
+            print(log_line(logs, state, self.title), flush=True)
 
     def close(self) -> None:
         """Does nothing: there is no bar."""
 
 
-def log_line(logs: dict[str, float], state: TrainerState) -> str:
+def log_line(logs: dict[str, float], state: TrainerState, title: str = "") -> str:
     """A line such as `step 40/1,000 | loss 1.234 | learning rate 9.8e-05 | 1,234 tokens/s | 0:12:34 left`."""
-    parts = [f"step {state.global_step:,}/{state.max_steps:,}"]
+    parts = [title] if title else []
+    parts += [f"step {state.global_step:,}/{state.max_steps:,}"]
     if "loss" in logs:
         parts += [f"loss {logs['loss']:.4g}", f"learning rate {logs['learning_rate']:.3g}"]
         if "tokens_per_second" in logs:

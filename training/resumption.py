@@ -14,6 +14,7 @@ from .plot import PLOT
 logger = logging.getLogger(__name__)
 
 NO, LAST = "no", "last"  # values of --resume-from, besides the path of a checkpoint
+STAGES = "stages"  # directory of the earlier stages of a recipe, in the output directory
 REMEDY = "Pass another --output, --overwrite-output to delete it and start over, or --resume-from CHECKPOINT to continue"
 
 
@@ -81,7 +82,7 @@ def decide_start(output: Path, requested: RunRecord, resume: str | None = None, 
 def begin(output: Path, requested: RunRecord, start: Start, overwrite: bool = False) -> None:
     """Write the record of a run that begins, after files of other runs were deleted or renamed."""
     if overwrite:
-        _delete(output)
+        delete_runs(output)
     elif start.checkpoint is not None:
         own = _step(Path(start.checkpoint))
         for path in checkpoints(output):
@@ -136,10 +137,17 @@ def _check_optimizer(checkpoint: str) -> None:
     )
 
 
-def _delete(output: Path) -> None:
+def stage_directories(output: Path) -> dict[int, Path]:
+    """The directories of earlier stages in an output directory, number -> directory; 0 is the composed model."""
+    found = [(re.fullmatch(r"(\d+)-[\w-]+", path.name), path) for path in (output / STAGES).glob("*") if path.is_dir()]
+    return {int(match[1]): path for match, path in sorted(found, key=lambda one: one[1]) if match}
+
+
+def delete_runs(output: Path) -> None:
     """Delete the files of runs, and nothing else."""
     (output / "config.json").unlink(missing_ok=True)  # first: without it the directory is not a model
     folders = [*checkpoints(output), *output.glob("incomplete-*"), *output.glob("superseded-*"), output / "adapters"]
+    folders += stage_directories(output).values()
     found = [path for path in folders if path.is_dir()]
     for path in found:
         shutil.rmtree(path)

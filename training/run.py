@@ -1,7 +1,6 @@
-"""`dsvl train`: runs a training from its arguments to a complete checkpoint."""
+"""Runs a training from its arguments to a complete checkpoint."""
 
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,48 +19,41 @@ from transformers.utils.logging import disable_progress_bar
 from ..configuration_dsvl import DSVLConfig
 from ..data.streaming import Stream
 from ..publishing.push import push_directory
-from ..utils.console_log import log_to_console
 from ..utils.transformers_names import TRAINER_STATE_NAME
-from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments, parse
+from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
 from .checkpoints import CompleteCheckpoints, has_optimizer_states, why_incomplete
 from .collator import ConversationCollator
 from .data_summary import describe_data
-from .distributed import destroy_process_groups, on_first_process
+from .distributed import on_first_process
 from .feature_cache import FeatureCache, feature_fingerprint, fill_cache
 from .fingerprint import RunRecord, read_record, take_fingerprint
 from .model_card import training_facts
 from .model_loading import load_checkpoint_tower, load_model, precision
 from .progress_callbacks import TrainingLines, TrainingProgress
 from .resumption import REMEDY, Start, begin, checkpoints, decide_start, finish
-from .saving import save_trained
+from .saving import StageOfRun, save_trained
 from .trainer import DSVLTrainer, count_parameters
 from .training_data import open_data, pack_data
 
 logger = logging.getLogger(__name__)
 
 
-def main(argv: list[str]) -> None:
-    """Run `dsvl train`."""
-    # DeepSpeed calls deprecated functions of torch several times per step; their warnings would flood the progress bar.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    model_arguments, data_arguments, arguments = parse(argv)
-    log_to_console(logging.INFO if arguments.process_index == 0 else logging.ERROR)
-    try:
-        train(model_arguments, data_arguments, arguments)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(interruption_message(Path(str(arguments.output_dir)))) from None
-    finally:
-        destroy_process_groups()
+def interruption_message(output: Path, stage: str = "") -> str:
+    """The message after Ctrl-C: which checkpoint an interrupted run can resume from, and how.
 
-
-def interruption_message(output: Path) -> str:
-    """The message after Ctrl-C: which checkpoint an interrupted run can resume from, and how."""
+    Args:
+        output: output directory of the run, or of the stage.
+        stage: the stage of a recipe, *optional*.
+    """
+    interrupted = f"Interrupted in {stage}" if stage else "Interrupted"
     complete = [path for path in checkpoints(output) if why_incomplete(path) is None]
+    if not complete and stage:
+        return f"{interrupted}, before its first checkpoint; the same command starts this stage again."
     if not complete:
-        return "Interrupted before the first checkpoint; nothing is kept, and the same command starts again."
+        return f"{interrupted} before the first checkpoint; nothing is kept, and the same command starts again."
     if not has_optimizer_states(complete[-1]):
-        return f"Interrupted. {complete[-1]} is kept, but has only weights; pass --overwrite-output to start over."
-    return f"Interrupted. {complete[-1]} is kept; run the same command again to resume from it."
+        return f"{interrupted}. {complete[-1]} is kept, but has only weights; pass --overwrite-output to start over."
+    return f"{interrupted}. {complete[-1]} is kept; run the same command again to resume from it."
 
 
 def train(
@@ -83,20 +75,68 @@ def train(
             weights are loaded.
     """
     set_seed(arguments.seed)
-    DSVLConfig.from_pretrained(model_arguments.model)  # raises ValueError for other models
     output = Path(str(arguments.output_dir))
-    if Path(model_arguments.model).is_dir() and output.resolve() == Path(model_arguments.model).resolve():
-        raise ValueError(f"--output {output} is the directory of --model, which would be replaced; pass another.")
-    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    conversations, eval_data = open_data(data_arguments, seed, arguments.process_index, arguments.world_size)
+    check_model(model_arguments.model, output)
+    data = open_run_data(data_arguments, arguments)
     record, start = on_first_process(lambda: _decide(output, model_arguments, data_arguments, arguments))
-    publish, arguments.push_to_hub = arguments.push_to_hub, False  # once, when the output directory is complete
     if start.finished:
-        logger.info("%s is finished: the trained model exists, and nothing is changed. %s.", output, REMEDY)
-        if publish and arguments.process_index == 0:
-            _publish(arguments)
-        return last_metrics(output)
+        return finished_run(output, arguments)
+    return train_model(model_arguments, data_arguments, arguments, data, record, start)
 
+
+def check_model(model: str, output: Path) -> None:
+    """Check that the model is a DSVL checkpoint, and that the output would not replace it.
+
+    Raises:
+        ValueError: if not.
+    """
+    DSVLConfig.from_pretrained(model)  # raises ValueError for other models
+    if Path(model).is_dir() and output.resolve() == Path(model).resolve():
+        raise ValueError(f"--output {output} is the directory of --model, which would be replaced; pass another.")
+
+
+def open_run_data(data_arguments: DataArguments, arguments: DSVLTrainingArguments) -> tuple[Any, Any]:
+    """The training and evaluation data of a run, see `open_data`."""
+    return open_data(data_arguments, run_seed(arguments), arguments.process_index, arguments.world_size)
+
+
+def run_seed(arguments: DSVLTrainingArguments) -> int:
+    """The seed of the data."""
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
+
+
+def finished_run(output: Path, arguments: DSVLTrainingArguments) -> dict[str, float]:
+    """Log that a run is finished, and publish it if that is requested; returns its metrics."""
+    logger.info("%s is finished: the trained model exists, and nothing is changed. %s.", output, REMEDY)
+    if arguments.push_to_hub and arguments.process_index == 0:
+        _publish(arguments)
+    return last_metrics(output)
+
+
+def train_model(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    arguments: DSVLTrainingArguments,
+    data: tuple[Any, Any],
+    record: RunRecord,
+    start: Start,
+    stage: StageOfRun | None = None,
+) -> dict[str, float]:
+    """Train a model and save it, after `train` has checked the arguments and decided how the run starts.
+
+    Args:
+        model_arguments, data_arguments, arguments: arguments of the run, or of a stage of it.
+        data: training and evaluation data, see `open_data`.
+        record: fingerprint of the run.
+        start: how it starts.
+        stage: the place of the training in a recipe, *optional*.
+
+    Returns:
+        The metrics of the training and of the last evaluation, name -> value.
+    """
+    output, seed = Path(str(arguments.output_dir)), run_seed(arguments)
+    conversations, eval_data = data
+    publish, arguments.push_to_hub = arguments.push_to_hub, False  # once, when the output directory is complete
     processor = AutoProcessor.from_pretrained(model_arguments.model)
     features = None
     if data_arguments.cache_image_features is not None:
@@ -150,7 +190,8 @@ def train(
             train_data.start_after(state.global_step * arguments.gradient_accumulation_steps, batch_size)
             arguments.ignore_data_skip = True  # the Trainer would decode the skipped batches
     disable_progress_bar()  # transformers' bars for loading and saving files
-    progress = TrainingLines() if arguments.disable_tqdm else TrainingProgress()
+    title = stage.title if stage is not None else ""
+    progress = TrainingLines(title) if arguments.disable_tqdm else TrainingProgress(title)
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trainer.add_callback(progress)
     try:
@@ -163,10 +204,12 @@ def train(
         metrics |= trainer.evaluate()
     resumed = start.checkpoint is not None
     facts = training_facts(trainer, metrics, conversations, model_arguments.train, resumed=resumed)
-    save_trained(trainer, model_arguments, facts)
+    save_trained(trainer, model_arguments, facts, stage)
     on_first_process(lambda: finish(output, record))
     if publish and trainer.is_world_process_zero():
         _publish(arguments)
+    if stage is not None:  # the next stage needs the memory
+        trainer.accelerator.free_memory()
     return metrics
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..hub_card import TrainingFacts, render_card
 from ..utils.transformers_names import TRAINER_STATE_NAME
 from .adapters import merge_adapters
 from .arguments import ModelArguments
+from .fingerprint import STAGE_FACTS
 from .model_loading import precision, without_zero3
 from .plot import PLOT, plot_training
 from .trainer import DSVLTrainer
@@ -22,7 +23,38 @@ ADAPTERS = "adapters"  # directory of a run's adapters, in its output directory
 BASE_MODEL = "base_model_name_or_path"  # PEFT's key of the model that adapters belong to
 
 
-def save_trained(trainer: DSVLTrainer, model_arguments: ModelArguments, facts: TrainingFacts) -> None:
+@dataclass(frozen=True)
+class StageOfRun:
+    """The place of a training in a recipe.
+
+    Attributes:
+        name: name of the stage.
+        number: its number, from 1.
+        count: number of stages.
+        earlier: facts of the stages before it.
+        plots: their plots, which are copied for the model card.
+    """
+
+    name: str
+    number: int
+    count: int
+    earlier: tuple[TrainingFacts, ...] = ()
+    plots: tuple[Path, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The stage in log lines."""
+        return f"stage {self.number}/{self.count}, {self.name}"
+
+    @property
+    def plot(self) -> str:
+        """The file name of its plot, which differs from those of the other stages."""
+        return PLOT if self.number == self.count else f"training-{self.number}-{self.name}.svg"
+
+
+def save_trained(
+    trainer: DSVLTrainer, model_arguments: ModelArguments, facts: TrainingFacts, stage: StageOfRun | None = None
+) -> None:
     """Save the trained model to the output directory: weights, configuration, code, processor, model card.
 
     Everything is written to a temporary directory first, so that an interrupted call leaves the checkpoints to resume from.
@@ -31,6 +63,8 @@ def save_trained(trainer: DSVLTrainer, model_arguments: ModelArguments, facts: T
         trainer: the trainer after training.
         model_arguments: arguments of the run; adapters are merged into the model and kept in `adapters/`.
         facts: contents of the model card.
+        stage: the stage of a recipe, *optional*; the card also contains the facts of earlier stages, and those of a stage
+            that is not the last are saved for the cards of later ones.
     """
     arguments = trainer.args
     output = Path(arguments.output_dir)
@@ -56,10 +90,18 @@ def save_trained(trainer: DSVLTrainer, model_arguments: ModelArguments, facts: T
             check_keys(trainer.model, partial)
         trainer.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         make_shareable(partial)
-        if plot_training(partial / TRAINER_STATE_NAME, partial / PLOT):
-            facts = replace(facts, plot=PLOT)
+        plot = PLOT if stage is None else stage.plot
+        if plot_training(partial / TRAINER_STATE_NAME, partial / plot):
+            facts = replace(facts, plot=plot)
+        every = [facts]
+        if stage is not None:
+            every = [*stage.earlier, replace(facts, stage=stage.name)]
+            for earlier in stage.plots:
+                shutil.copy(earlier, partial)
+            if stage.number < stage.count:
+                (partial / STAGE_FACTS).write_text(json.dumps(asdict(every[-1]), indent=1) + "\n", encoding="utf-8")
         chat_template = chat_template_name(trainer.processing_class.chat_template)
-        card = render_card(config, [model_arguments.model], facts, chat_template=chat_template)
+        card = render_card(config, [model_arguments.model], every, chat_template=chat_template)
         (partial / "README.md").write_text(card, encoding="utf-8")
         move_into_place(partial, output)
         logger.info("The trained model is in %s.", output)

@@ -3,7 +3,8 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..transformers_dsvl import installed_release
 from ..utils.transformers_names import EvalLoopOutput, get_parameter_names
 from .evaluation import exact_match
 from .label_smoothing import smoothed_loss
+from .learning_rates import parse_learning_rates, parts_of_parameters
 from .model_card import training_facts
 
 # As in Trainer.get_decay_parameter_names; "embed" also matches parameters outside of nn.Embedding (CLIP's CLS token).
@@ -206,7 +208,7 @@ class DSVLTrainer(Trainer):
         """The class and arguments of the optimizer; `params` contains the groups, unless the optimizer makes its own."""
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if model is not None and not {"params", "model", "optimizer_dict"} & set(kwargs):
-            kwargs["params"] = parameter_groups(model, args.weight_decay, getattr(args, "embeddings_learning_rate", None))
+            kwargs["params"] = parameter_groups(model, args.weight_decay, getattr(args, "learning_rates", None))
         return optimizer, kwargs
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -307,28 +309,43 @@ class DSVLTrainer(Trainer):
         return output
 
 
-def parameter_groups(model: Any, weight_decay: float, embeddings_learning_rate: float | None = None) -> list[dict[str, Any]]:
-    """Group trainable parameters: no weight decay for norms, biases and embeddings; a learning rate for token embeddings.
+def parameter_groups(
+    model: Any,
+    weight_decay: float,
+    learning_rates: Mapping[str, float] | float | None = None,
+    embeddings_learning_rate: float | None = None,
+) -> list[dict[str, Any]]:
+    """Group trainable parameters: no weight decay for norms, biases and embeddings; learning rates of parts.
 
     Args:
         model: a model with `get_input_embeddings`, with or without PEFT adapters.
         weight_decay: weight decay of all other parameters.
-        embeddings_learning_rate: learning rate of the token embeddings, *optional*, defaults to that of the optimizer.
+        learning_rates: part -> learning rate, *optional*, defaults to that of the optimizer; the parts are `projector`,
+            `embeddings`, `vision`, `language`, `head` and `adapters`. Parts that are not trained are ignored.
+        embeddings_learning_rate: deprecated, *optional*; use `learning_rates={"embeddings": rate}`.
 
     Returns:
         Non-empty parameter groups for a torch optimizer; every trainable parameter is in exactly one of them.
     """
+    if embeddings_learning_rate is not None or isinstance(learning_rates, float):
+        message = "A learning rate of the embeddings alone is deprecated; use learning_rates={'embeddings': rate}."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        rate = learning_rates if isinstance(learning_rates, float) else embeddings_learning_rate
+        learning_rates = {"embeddings": rate} if rate is not None else {}
+    rates = parse_learning_rates(learning_rates)
     decaying = set(get_parameter_names(model, [nn.LayerNorm, nn.Embedding], NO_DECAY))
-    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    parts = parts_of_parameters(model)
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((id(parameter) in embeddings, name in decaying), []).append(parameter)
+            # Embeddings are a group even without a rate of their own, as in checkpoints of earlier releases.
+            part = parts[name] if parts[name] in rates or parts[name] == "embeddings" else ""
+            groups.setdefault((part, name in decaying), []).append(parameter)
     result = []
-    for (is_embedding, decays), parameters in groups.items():
+    for (part, decays), parameters in groups.items():
         group: dict[str, Any] = {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-        if is_embedding and embeddings_learning_rate is not None:
-            group["lr"] = embeddings_learning_rate
+        if part in rates:
+            group["lr"] = rates[part]
         result.append(group)
     return result
 

@@ -3,7 +3,7 @@
 import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..data import load_conversations
 from ..data.mixture import Part, load_mixture, open_parts, split
@@ -13,6 +13,8 @@ from .arguments import DataArguments
 from .collator import ConversationCollator
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def open_data(arguments: DataArguments, seed: int, rank: int = 0, processes: int = 1) -> tuple[Any, Any]:
@@ -47,8 +49,8 @@ def open_data(arguments: DataArguments, seed: int, rank: int = 0, processes: int
 
 def _parts(arguments: DataArguments) -> list[Part]:
     names = arguments.dataset_names or []
-    samples = arguments.dataset_samples or ["all"] * len(names)
-    concatenate = arguments.dataset_concatenate_samples or [1] * len(names)
+    samples = _for_each(arguments.dataset_samples or ["all"], names)
+    concatenate = _for_each(arguments.dataset_concatenate_samples or [1], names)
     return [
         Part(
             path=str(Path(arguments.data) / f"{name}.jsonl"),
@@ -58,6 +60,11 @@ def _parts(arguments: DataArguments) -> list[Part]:
         )
         for name, number, together in zip(names, samples, concatenate, strict=True)
     ]
+
+
+def _for_each(values: list[T], names: list[str]) -> list[T]:
+    """One value for each name; a single value is that of all."""
+    return values * len(names) if len(values) == 1 else values
 
 
 def pack_data(data: Any, collator: ConversationCollator, arguments: DataArguments, seed: int) -> Any:

@@ -1,0 +1,138 @@
+"""The memory of each stage of a recipe, for `dsvl plan RECIPE`."""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel
+
+from ..composition.compose import VOCABULARY_MULTIPLE
+from ..composition.towers import count_prefix_tokens, load_image_processor, processed_size, tower_config
+from ..configuration_dsvl import DSVLConfig
+from ..transformers_dsvl import no_init_weights
+from .deepspeed_config import ZERO, zero_stage
+from .memory_plan import Planner
+from .plan import LORA
+from .ready_recipes import find_recipe
+from .recipe import Recipe, compose_arguments, naming_stage, read_recipe
+
+NEW_TOKENS = 2  # at most: `<image>` and a token for padding
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The planner of a stage.
+
+    Attributes:
+        name: name of the stage.
+        micro_batch: `per_device_train_batch_size` of the stage.
+        planner: plans the memory for any micro-batch.
+        notes: what the plan assumes or leaves out.
+    """
+
+    name: str
+    micro_batch: int
+    planner: Planner
+    notes: tuple[str, ...] = ()
+
+
+def plan_stages(
+    name: str,
+    flags: list[str],
+    *,
+    world_size: int = 1,
+    sequence_length: int = 2048,
+    images: int = 1,
+    supervised_share: float = 0.25,
+) -> Iterator[StagePlan]:
+    """The planner of each stage of a recipe. Data and weights are not needed.
+
+    Args:
+        name: name or file of a recipe.
+        flags: flags of `dsvl train` that override the recipe, such as `--model` and `--stage`.
+        world_size: number of GPUs, *optional*, defaults to 1.
+        sequence_length: tokens per sample of a stage without `max_length`, *optional*, defaults to 2048.
+        images: images per sample, *optional*, defaults to 1; a stage with `max_images_per_pack` has as many.
+        supervised_share: see `Planner`.
+
+    Raises:
+        ValueError: if the recipe is invalid, or a stage cannot be planned.
+    """
+    path = find_recipe(name)
+    recipe = read_recipe(path, flags)
+    if recipe is None:
+        raise ValueError(f"{path} has no stages; pass its values as flags of dsvl plan.")
+    config = _config(recipe)
+    for stage in recipe.stages:
+        with naming_stage(stage):
+            values, _ = recipe.values(stage)
+            length = values["max_length"] or sequence_length
+            number = values["max_images_per_pack"] or images
+            notes = [f"{length:,} tokens and {number} images a sample"]
+            if values["qlora"]:
+                notes.append("weights are counted in 16 bits, not in 4")
+            planner = Planner(
+                config,
+                world_size=world_size,
+                deepspeed=_zero(values["deepspeed"]),
+                sequence_length=length,
+                images=number,
+                train=values["train"],
+                lora_rank=values["lora_rank"],
+                lora={name: values[f"lora_{name}"] for name in LORA} if values["lora_rank"] else None,
+                activation_checkpointing=bool(values["activation_checkpointing"] or values["gradient_checkpointing"]),
+                gradient_accumulation=values["gradient_accumulation_steps"] > 1,
+                supervised_share=supervised_share,
+                dtype="bfloat16" if values["bf16"] else "float16" if values["fp16"] else "float32",
+                mixed_precision=bool(values["bf16"] or values["fp16"]),
+            )
+        yield StagePlan(stage, values["per_device_train_batch_size"], planner, tuple(notes))
+
+
+def _config(recipe: Recipe) -> DSVLConfig:
+    """The configuration of the model that a recipe starts from."""
+    if recipe.composes:
+        return composed_config(compose_arguments(recipe.compose or {}, "unused"))
+    model = recipe.given.get("model") or recipe.shared.get("model")
+    if model is None:
+        raise ValueError(f"{recipe.path} has neither `model` nor `compose`; pass --model DIR.")
+    return DSVLConfig.from_pretrained(model)
+
+
+def composed_config(arguments: argparse.Namespace) -> DSVLConfig:
+    """The configuration that `dsvl compose` would write, from the configurations of its parts.
+
+    The vocabulary may differ by the few tokens that composing adds.
+
+    Args:
+        arguments: arguments of `dsvl compose`.
+    """
+    tower, text = (AutoConfig.from_pretrained(name) for name in (arguments.vision, arguments.language))
+    tower = tower_config(tower, arguments.vision)
+    image_size = processed_size(load_image_processor(arguments.vision))
+    with torch.device("meta"), no_init_weights():
+        prefix = count_prefix_tokens(AutoModel.from_config(copy.deepcopy(tower)), image_size)
+    text.vocab_size += NEW_TOKENS
+    text.vocab_size += -text.vocab_size % VOCABULARY_MULTIPLE
+    return DSVLConfig(
+        vision_config=tower,
+        text_config=text,
+        projector_type=arguments.projector_type,
+        multimodal_attention=arguments.multimodal_attention,
+        image_token_id=text.vocab_size - 1,
+        vision_feature_layer=arguments.vision_feature_layer,
+        vision_feature_select_strategy=arguments.vision_feature_select_strategy,
+        image_size=image_size,
+        num_prefix_tokens=prefix,
+    )
+
+
+def _zero(deepspeed: dict[str, Any] | str | None) -> str | None:
+    """The planner's name of a `--deepspeed` argument."""
+    if deepspeed is None or (isinstance(deepspeed, str) and deepspeed in ZERO):
+        return deepspeed
+    stage = zero_stage(deepspeed)
+    return f"zero{stage}" if stage else None
