@@ -263,7 +263,7 @@ def _separators(tree: nodes.Template) -> list[str]:
         if isinstance(call.node, nodes.Getattr) and call.node.attr in CUTTING_METHODS:
             found |= {argument.value for argument in call.args if isinstance(argument, nodes.Const)}
     for comparison in tree.find_all(nodes.Compare):
-        if isinstance(comparison.expr, nodes.Const) and any(operand.op in ("in", "notin") for operand in comparison.ops):
+        if isinstance(comparison.expr, nodes.Const) and any(operand.op.endswith("in") for operand in comparison.ops):
             found.add(comparison.expr.value)
     return sorted((text for text in found if isinstance(text, str) and text.strip()), key=lambda text: (-len(text), text))
 

@@ -423,7 +423,7 @@ def test_other_templates_are_chosen_by_name_or_file(parts_of_model: Any, tmp_pat
     assert "Chat template: mine.jinja" in capsys.readouterr().out
     assert "`mine.jinja`" in (tmp_path / "model" / "README.md").read_text()
     with pytest.raises(ValueError, match="neither 'language' nor 'visualchat' nor a file"):
-        dsvl.compose(tower, base, chat_template="lanugage")
+        dsvl.compose(tower, base, chat_template="languages")
 
 
 def test_conversations_with_tools_are_trained(tmp_path: Any) -> None:
