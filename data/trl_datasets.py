@@ -26,6 +26,7 @@ COLUMNS = {
     "preference": ("prompt", "chosen", "rejected"),  # DPO, ORPO
     "unpaired": ("prompt", "completion", "label"),  # unpaired preference: KTO
 }
+OWN_KEYS = ("id", "weight", "references")  # of messages, for this package
 ROWS_AT_ONCE = 1000  # rows that exist as Python objects at the same time
 
 
@@ -87,13 +88,13 @@ def _conversation_row(sample: dict[str, Any], kind: str) -> dict[str, Any]:
     if kind == "prompt":
         answer = messages.pop() if messages[-1]["role"] == "assistant" else None
         references = [] if answer is None else answer.get("references") or [_text(answer["content"])]
-        return {"prompt": _roles_and_contents(messages), "references": references, "images": images}
+        return {"prompt": _for_template(messages), "references": references, "images": images}
     if any(message.get("weight") == 0 for message in messages):
         raise ValueError(
             "an answer has the weight 0, and TRL trains on every answer; remove the weight, or use dsvl train, which skips "
             "such answers."
         )
-    return {"messages": _roles_and_contents(messages), "images": images}
+    return {"messages": _for_template(messages), "images": images}
 
 
 def _answer_rows(source: str | Path, kind: str, split: str) -> Iterator[dict[str, Any]]:
@@ -130,13 +131,13 @@ def _answer_row(record: Any, root: Path | None, kind: str) -> dict[str, Any]:
         check_conversation(sample | {"messages": [*sample["messages"], *record[name]]}, allow_urls=False)
         if sample["messages"][-1]["role"] == "assistant":
             raise ValueError("prompt ends with a message of the assistant; expected one of the user.")
-        row[name] = _roles_and_contents(record[name])
+        row[name] = _for_template(record[name])
     messages, images = _images_apart(complete_messages(sample))
     if "label" in columns:
         if not isinstance(record["label"], bool):
             raise ValueError(f"label is {shortened(repr(record['label']))}; expected true or false.")
         row["label"] = record["label"]
-    return {"prompt": _roles_and_contents(messages)} | row | {"images": images}
+    return {"prompt": _for_template(messages)} | row | {"images": images}
 
 
 def _images_apart(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -157,8 +158,9 @@ def _image(source: Any) -> Any:
     return read_image(source) if isinstance(source, str) and not os.path.isfile(source) else source
 
 
-def _roles_and_contents(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: message[key] for key in ("role", "content")} for message in messages]
+def _for_template(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the keys that a chat template reads."""
+    return [{key: value for key, value in message.items() if key not in OWN_KEYS} for message in messages]
 
 
 def _text(content: Any) -> str:

@@ -193,3 +193,13 @@ def test_broken_conversations_are_named_as_dsvl_train_names_them(write):
     with pytest.raises(ValueError) as theirs:
         trl_dataset(path)
     assert str(ours.value) == str(theirs.value)
+
+
+def test_tools_and_reasoning_reach_the_chat_template(write):
+    function = {"name": "lookup", "arguments": {"word": "cup"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    result = {"role": "tool", "content": "round", "name": "lookup"}
+    answer = {"role": "assistant", "content": "It is round.", "reasoning_content": "Hm.", "weight": 1}
+    question, tools = {"role": "user", "content": "Look it up."}, [{"type": "function", "function": {"name": "lookup"}}]
+    (row,) = trl_dataset(write({"messages": [question, call, result, answer], "tools": tools}))
+    assert row["messages"] == [question | {"tools": tools}, call, result, {k: answer[k] for k in answer if k != "weight"}]
