@@ -209,7 +209,7 @@ class DSVLProcessor(ProcessorMixin):
     def _protect(self, part: Any) -> Any:
         """Mark the special tokens in the texts of a conversation, see `MARK`."""
         if isinstance(part, (list, tuple)):
-            return [self._protect(element) for element in part]
+            return [self._protect(element) for element in _join_texts(part)]
         if not isinstance(part, dict):
             return part
         marked = dict(part)
@@ -217,7 +217,8 @@ class DSVLProcessor(ProcessorMixin):
             if isinstance(part.get(key), str):
                 text = part[key].replace(MARK, "")
                 for token in self._special_tokens():
-                    text = text.replace(token, token[0] + MARK + token[1:])
+                    marked_token = token[0] + MARK + token[1:]
+                    text = text.replace(token, marked_token).replace(token, marked_token)  # it may overlap with itself
                 marked[key] = text
             elif key in part:
                 marked[key] = self._protect(part[key])
@@ -301,6 +302,18 @@ class DSVLProcessor(ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
+
+
+def _join_texts(parts: Any) -> list:
+    """Parts of a message with texts that follow each other as one: a special token may stand in two of them."""
+    joined: list[Any] = []
+    for part in parts:
+        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if is_text and joined and isinstance(joined[-1], dict) and joined[-1].get("type") == "text":
+            joined[-1] = joined[-1] | {"text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+    return joined
 
 
 def _read_images(images: list, images_kwargs: dict | None = None, **kwargs: Any) -> list:

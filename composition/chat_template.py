@@ -5,6 +5,7 @@ does the rest inside Jinja, so that a processor, a bare tokenizer and a server t
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from jinja2 import nodes
 
 from ..processing_dsvl import CHAT_TEMPLATE, extend_tokenizer
 from ..utils.transformers_names import render_jinja_template
+
+logger = logging.getLogger(__name__)
 
 LANGUAGE, VISUALCHAT = "language", "visualchat"  # the language model's own format, and DeepSpeed-VisualChat's
 CHOICES = {LANGUAGE: "language, the language model's own", VISUALCHAT: "visualchat, DeepSpeed-VisualChat's"}
@@ -38,13 +41,16 @@ RESERVED = {
 RESERVED |= {"range", "lipsum", "cycler", "joiner", *(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "image"))}
 # Protects the special tokens in the value of a variable.
 PROTECTED = "{{%- if {0} is defined -%}}{{{{- protect({0}, current) -}}}}{{%- set {0} = current.value -%}}{{%- endif -%}}"
+ROLES = ("system", "user", "assistant", "tool")
+DEFAULT = re.compile(r"^\{%- set (?!mark_answers)(\w+) = \1 if \1 is defined else (.*) -%\}$", re.MULTILINE)
 WRITTEN = "{#- Written by dsvl.compose"  # how a prepared template begins
 
 QUESTION, ANSWER, RESULT, ARGUMENT, SYSTEM = "dsvlquestion", "dsvlanswer", "dsvlresult", "dsvlargument", "dsvlsystem"
+TOOL = {"type": "function", "function": {"name": "lookup", "description": "Look up.", "parameters": {}}}
 CUTTING_METHODS = ("split", "rsplit", "startswith", "endswith", "partition", "rpartition", "find", "rfind", "replace")
 
 
-def choose_chat_template(choice: str | Path | None, tokenizer: Any) -> tuple[str, str | dict[str, str]]:
+def choose_chat_template(choice: str | Path | None, tokenizer: Any) -> tuple[str, str]:
     """The chat template that a name or file stands for.
 
     Args:
@@ -53,10 +59,10 @@ def choose_chat_template(choice: str | Path | None, tokenizer: Any) -> tuple[str
         tokenizer: the language model's tokenizer.
 
     Returns:
-        The choice, `"language"`, `"visualchat"` or the name of the file, and the template (or templates by name).
+        The choice, `"language"`, `"visualchat"` or the name of the file, and the template.
 
     Raises:
-        ValueError: if the tokenizer has no template, or the choice is neither a name nor a file.
+        ValueError: if the tokenizer has no template, or the choice is neither a name nor a file of text.
     """
     own = tokenizer.chat_template
     if choice is None:
@@ -69,15 +75,33 @@ def choose_chat_template(choice: str | Path | None, tokenizer: Any) -> tuple[str
                 "The language model's tokenizer has no chat template (a base model has none); pass chat_template="
                 "'visualchat' or the path of a Jinja file."
             )
-        return LANGUAGE, own
+        return LANGUAGE, own if isinstance(own, str) else _joined(own)
     path = Path(choice)
     if not path.is_file():
         raise ValueError(f"chat_template={str(choice)!r} is neither 'language' nor 'visualchat' nor a file.")
-    return path.name, path.read_text(encoding="utf-8")
+    try:
+        return path.name, path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8 ({error}).") from error
+
+
+def _joined(templates: Mapping[str, str]) -> str:
+    """One template from several by name, of which transformers takes `tool_use` if there are tools, else `default`."""
+    if "default" not in templates:
+        raise ValueError(
+            f"The tokenizer has the chat templates {', '.join(sorted(templates))}, and none of the name 'default'; pass "
+            "chat_template='visualchat' or the path of a Jinja file."
+        )
+    if unused := sorted(set(templates) - {"default", "tool_use"}):
+        logger.warning("The language model's chat templates %s are not kept; only default and tool_use are.", unused)
+    if "tool_use" not in templates:
+        return templates["default"]
+    bodies = [templates[name].removesuffix("\n") for name in ("tool_use", "default")]
+    return '{% if tools %}{{ "" }}' + bodies[0] + '{{ "" }}{% else %}{{ "" }}' + bodies[1] + '{{ "" }}{% endif %}'
 
 
 def prepare_chat_template(
-    template: str, tokenizer: Any, variables: Mapping[str, Any] | None = None, name: str = "chat template"
+    template: str, tokenizer: Any, variables: Mapping[str, Any] | None = None, name: str | None = None
 ) -> str:
     """A chat template for DSVL from one that renders texts, such as a language model's.
 
@@ -95,7 +119,7 @@ def prepare_chat_template(
         tokenizer: the language model's tokenizer, which is extended (`extend_tokenizer`). Its special tokens are written
             into the result, so prepare the template again after adding some.
         variables: defaults of the template's variables, such as `{"number_after": True, "enable_thinking": False}`,
-            *optional*; a caller's own values take precedence.
+            *optional*; a caller's own values take precedence. Defaults to those of a template that was prepared before.
         name: what the template is called in errors and in the result, *optional*.
 
     Returns:
@@ -106,48 +130,45 @@ def prepare_chat_template(
     """
     extend_tokenizer(tokenizer)
     body = original_chat_template(template).removesuffix("\n")  # as Jinja does
-    special = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+    if variables is None:
+        variables = {key: json.loads("null" if value == "none" else value) for key, value in DEFAULT.findall(template)}
+    if name is None:
+        name = chat_template_name(template) if template.startswith(WRITTEN) else "chat template"
     takes_parts, marked = "<image>" in body, _call_marks(body)
     tree = _parse(marked, name)
-    check_template_variables(body, variables or {})
-    free = sorted(template_variables(body) - {"number_after"})
-    probe = _Probe(body, tokenizer, special, name)
-    ends = probe.ends_of_turn(takes_parts)
+    check_template_variables(body, variables)
+    probe = _Probe(body, tokenizer, name)
+    starts: dict[str, list[str]] = {}
+    for token in probe.special:
+        starts.setdefault(token[:2], []).append(token)
+        if len(token) == 1:
+            logger.warning("The special token %r has one character, so a message that holds it holds the token.", token)
     return _fill(
         NAME=name,
-        PROTECTED="\n".join(PROTECTED.format(variable) for variable in free),
-        DEFAULTS=_defaults({"number_after": False} | dict(variables or {})),
-        SPECIAL_TOKENS=_literal(special),
-        ENDS_OF_TURN=_literal(ends),
+        PROTECTED="\n".join(PROTECTED.format(variable) for variable in sorted(_undeclared(tree) - RESERVED)),
+        DEFAULTS=_defaults({"number_after": False} | dict(variables)),
+        SPECIAL_TOKENS=_literal(starts),
+        ENDS_OF_TURN=_literal(probe.ends_of_turn(takes_parts)),
         SEPARATORS=_literal(_separators(tree)),
         HAS_MARKS=json.dumps(marked != body),
         TAKES_PARTS=json.dumps(takes_parts),
-        DROPPED_ROLES=_literal(probe.dropped_roles()),
-        DROPPED_KEYS=_literal(probe.dropped_keys()),
-        TAKES_TOOLS=json.dumps("tools" in jinja2.meta.find_undeclared_variables(tree)),
+        DROPPED=_literal(probe.dropped()),
+        DROPPED_WITH_TOOLS=_literal(probe.dropped([TOOL])),
+        KNOWN_ROLES=_literal(sorted({*ROLES, *_constants(tree)}) if probe.drops_unknown_roles() else []),
+        TAKES_TOOLS=json.dumps("tools" in _undeclared(tree)),
         BODY=marked,
     )
 
 
-def prepare_chat_templates(
-    template: str | dict[str, str], tokenizer: Any, variables: Mapping[str, Any] | None = None, name: str = "chat template"
-) -> str | dict[str, str]:
-    """`prepare_chat_template` for one template, or for each of several by name, as some tokenizers have them."""
-    if isinstance(template, str):
-        return prepare_chat_template(template, tokenizer, variables, name)
-    return {key: prepare_chat_template(one, tokenizer, variables, f"{name}, {key}") for key, one in template.items()}
-
-
-def chat_template_name(template: str | dict[str, str] | None) -> str:
+def chat_template_name(template: str | None) -> str:
     """What a checkpoint's chat template is: `"language"`, `"visualchat"`, the name of a file, or `"its own"`."""
-    one = next(iter(template.values())) if isinstance(template, dict) else template or ""
-    if one == CHAT_TEMPLATE:
+    if template == CHAT_TEMPLATE:
         return VISUALCHAT
-    match = re.match(re.escape(WRITTEN) + r" around a chat template \((.*?)(, default)?\), which", one)
+    match = re.match(re.escape(WRITTEN) + r" around a chat template \((.*?)\), which", template or "")
     return match[1] if match else "its own"
 
 
-def check_template_takes(messages: list[dict[str, Any]], template: str | dict[str, str]) -> None:
+def check_template_takes(messages: list[dict[str, Any]], template: str) -> None:
     """Check that a chat template reads what the messages of a data set hold besides role and content.
 
     Args:
@@ -160,12 +181,13 @@ def check_template_takes(messages: list[dict[str, Any]], template: str | dict[st
     held = [key for key in TEMPLATE_KEYS if any(message.get(key) for message in messages)]
     if not held:
         return
-    text = _original(template["default"] if isinstance(template, dict) else template)
-    if dropped := [key for key in held if key not in text]:
+    text = _original(template)
+    taken = {"reasoning_content": ("reasoning_content", "thinking")}  # gpt-oss's name of it
+    if dropped := [key for key in held if not any(name in text for name in taken.get(key, (key,)))]:
         raise ValueError(f"the sample has {' and '.join(dropped)}, which the chat template does not take; remove them.")
 
 
-def check_template_variables(template: str | dict[str, str], variables: Mapping[str, Any]) -> dict[str, Any]:
+def check_template_variables(template: str, variables: Mapping[str, Any]) -> dict[str, Any]:
     """Check that a chat template has variables that a user sets.
 
     Args:
@@ -178,7 +200,7 @@ def check_template_variables(template: str | dict[str, str], variables: Mapping[
     Raises:
         ValueError: for a variable that the template does not read, or that it gets from transformers.
     """
-    known = template_variables(_original(template["default"] if isinstance(template, dict) else template))
+    known = template_variables(_original(template))
     for name in variables:
         if name not in known:
             known_names = ", ".join(sorted(known))
@@ -187,10 +209,11 @@ def check_template_variables(template: str | dict[str, str], variables: Mapping[
 
 
 def template_variables(template: str) -> set[str]:
-    """The variables of a template that a caller can set."""
-    return {"number_after"} | jinja2.meta.find_undeclared_variables(
-        _parse(_call_marks(template), "chat template")
-    ) - RESERVED
+    """The variables of a template that a caller can set: those that it reads and does not set, or asks whether they are."""
+    tree = _parse(_call_marks(template), "chat template")
+    own = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
+    asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+    return {"number_after"} | (_undeclared(tree) - RESERVED - (own - asked))
 
 
 def original_chat_template(template: str) -> str:
@@ -206,9 +229,9 @@ _original = cache(original_chat_template)
 
 
 def end_of_turn_ids(template: str, tokenizer: Any) -> list[int]:
-    """The ids of the special tokens that end an answer in a prepared chat template."""
-    (ends,) = re.findall(r"\{%- set ends_of_turn = (\[.*\]) -%\}", template)
-    return [tokenizer.convert_tokens_to_ids(token) for token in json.loads(ends)]
+    """The ids of the special tokens that end an answer, or a call of a tool, in a chat template."""
+    probe = _Probe(original_chat_template(template), tokenizer, "chat template")
+    return sorted({tokenizer.convert_tokens_to_ids(probe.last_special(end)) for end in probe.last_ends()})
 
 
 @cache
@@ -218,9 +241,20 @@ def _environment() -> jinja2.Environment:
 
 def _parse(template: str, name: str) -> nodes.Template:
     try:
-        return _environment().parse(template)
+        tree = _environment().parse(template)
+        _undeclared(tree)  # which finds unknown filters
+        return tree
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"{name} is not a valid Jinja template: line {error.lineno}: {error.message}.") from error
+        message = str(error.message).rstrip(".")
+        raise ValueError(f"{name} is not a valid Jinja template: line {error.lineno}: {message}.") from error
+
+
+def _undeclared(tree: nodes.Template) -> set[str]:
+    return jinja2.meta.find_undeclared_variables(tree)
+
+
+def _constants(tree: nodes.Template) -> set[str]:
+    return {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 
 
 def _fill(**values: str) -> str:
@@ -271,10 +305,11 @@ def _separators(tree: nodes.Template) -> list[str]:
 class _Probe:
     """Short conversations, rendered by a template to find out what it takes."""
 
-    def __init__(self, template: str, tokenizer: Any, special: list[str], name: str) -> None:
-        self.template, self.tokenizer, self.special, self.name = template, tokenizer, special, name
+    def __init__(self, template: str, tokenizer: Any, name: str) -> None:
+        self.template, self.tokenizer, self.name = template, tokenizer, name
+        self.special = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
 
-    def render(self, *messages: dict[str, Any]) -> str:
+    def render(self, *messages: dict[str, Any], tools: list[dict[str, Any]] | None = None) -> str:
         """What the template makes of the messages.
 
         Raises:
@@ -282,68 +317,89 @@ class _Probe:
         """
         try:
             (text,), _ = render_jinja_template(
-                [list(messages)], chat_template=self.template, **self.tokenizer.special_tokens_map
+                [list(messages)], tools=tools, chat_template=self.template, **self.tokenizer.special_tokens_map
             )
         except Exception as error:  # a template can raise anything
             raise ValueError(f"{self.name} fails{_line(error)}: {error}") from error
         return str(text)
 
     def ends_of_turn(self, takes_parts: bool) -> list[str]:
-        """The special tokens that end an answer, and one that ends a call of a tool.
+        """What ends an answer: special tokens that follow each other, or one. It may differ within a conversation.
 
         Raises:
             ValueError: if the template drops questions or answers, or ends answers without a special token.
         """
+        if takes_parts and "<image>" not in self.render(_user([{"type": "image"}, {"type": "text", "text": QUESTION}])):
+            raise ValueError(f"{self.name} mentions <image>, but renders no <image> for a part of type image.")
+        ends = self.last_ends()
+        continued = self._attempt(_user(QUESTION), _assistant(ANSWER), _user(RESULT))
+        header, between = continued.split(QUESTION)[0], continued.split(ANSWER)[-1].split(RESULT)[0]
+        earlier = self._end(between[: len(between) - _common_suffix(between, header)])
+        if not earlier:  # the whole of it may be a header; but every message may end with the same
+            end_of_question = self._end(self._attempt(_user(QUESTION)).split(QUESTION)[-1])
+            earlier = os.path.commonprefix([self._end(between), end_of_question])
+        return sorted({*ends, *([earlier] if self._specials(earlier) else [])})
+
+    def last_ends(self) -> list[str]:
+        """What ends a last answer, and a last call of a tool; raises `ValueError`, see `ends_of_turn`."""
         text = self.render(_user(QUESTION), _assistant(ANSWER))
         for word, what in ((QUESTION, "a user's message"), (ANSWER, "an answer")):
             if word not in text:
                 raise ValueError(f"{self.name} drops the text of {what}; it rendered {text[:200]!r}.")
-        if takes_parts and "<image>" not in self.render(_user([{"type": "image"}, {"type": "text", "text": QUESTION}])):
-            raise ValueError(f"{self.name} mentions <image>, but renders no <image> for a part of type image.")
-        end = self._first_special(text.split(ANSWER)[-1])
-        if end is None:
+        end = self._end(text.split(ANSWER)[-1])
+        if not end:
             raise ValueError(
                 f"{self.name} ends an answer with {text.split(ANSWER)[-1][:40]!r}, which is no special token, so the model "
                 "could not end its answers; add eos_token after the answer, or choose chat_template='visualchat'."
             )
-        continued = self._attempt(_user(QUESTION), _assistant(ANSWER), _user(RESULT))  # it may differ within a conversation
-        header, between = continued.split(QUESTION)[0], continued.split(ANSWER)[-1].split(RESULT)[0]
-        earlier_end = self._first_special(between[: len(between) - _common_suffix(between, header)])
-        end_of_question = self._attempt(_user(QUESTION)).split(QUESTION)[-1]
-        if earlier_end is None and self._first_special(between) in self._specials(end_of_question):
-            earlier_end = self._first_special(between)  # every message ends with it
         call = self._attempt(_user(QUESTION), _call())
-        end_of_call = self._first_special(call.split(ARGUMENT)[-1]) if ARGUMENT in call else None
-        return sorted({end, earlier_end or end, end_of_call or end})
+        return sorted({end, self._end(call.split(ARGUMENT)[-1]) or end} if ARGUMENT in call else {end})
 
-    def dropped_roles(self) -> list[str]:
-        """The roles whose messages the template drops without an error."""
-        conversations = {
-            "system": (SYSTEM, [{"role": "system", "content": SYSTEM}, _user(QUESTION)]),
-            "tool": (RESULT, [_user(QUESTION), _call(), _result(), _assistant(ANSWER)]),
+    def last_special(self, text: str) -> str:
+        """The special token at the end of a text."""
+        return max((token for token in self.special if text.endswith(token)), key=len)
+
+    def dropped(self, tools: list[dict[str, Any]] | None = None) -> list[str]:
+        """The roles of messages, and keys of them, that the template drops without an error."""
+        called = [_user(QUESTION), _call()]
+        answered = [*called, _result(), _assistant(ANSWER)]
+        attempts = {
+            "system": (SYSTEM, [[{"role": "system", "content": SYSTEM}, _user(QUESTION)]]),
+            "tool": (RESULT, [answered]),
+            "tool_calls": (ARGUMENT, [called, [*called, _user(QUESTION)], answered]),
         }
-        return [role for role, (word, messages) in conversations.items() if self._drops(word, messages)]
+        return [
+            name
+            for name, (word, conversations) in attempts.items()
+            if any(self._drops(word, messages, tools) for messages in conversations)
+        ]
 
-    def dropped_keys(self) -> list[str]:
-        """`tool_calls`, if the template drops them without an error."""
-        return ["tool_calls"] if self._drops(ARGUMENT, [_user(QUESTION), _call(), _result(), _assistant(ANSWER)]) else []
+    def drops_unknown_roles(self) -> bool:
+        """Whether the template drops messages of a role that it does not know without an error."""
+        return self._drops(SYSTEM, [_user(QUESTION), {"role": "dsvlrole", "content": SYSTEM}, _user(QUESTION)])
 
-    def _drops(self, word: str, messages: list[dict[str, Any]]) -> bool:
-        text = self._attempt(*messages)
+    def _drops(self, word: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> bool:
+        text = self._attempt(*messages, tools=tools)
         return bool(text) and word not in text
 
-    def _attempt(self, *messages: dict[str, Any]) -> str:
+    def _attempt(self, *messages: dict[str, Any], tools: list[dict[str, Any]] | None = None) -> str:
         try:
-            return self.render(*messages)
+            return self.render(*messages, tools=tools)
         except ValueError:  # the template says by itself that it does not take them
             return ""
 
     def _specials(self, text: str) -> list[str]:
         return [token for token in self.special if token in text]
 
-    def _first_special(self, text: str) -> str | None:
+    def _end(self, text: str) -> str:
+        """The first special token of a text with those that follow it directly; empty without one."""
         found = [(text.index(token), -len(token), token) for token in self._specials(text)]
-        return min(found)[2] if found else None
+        if not found:
+            return ""
+        start, _, end = min(found)
+        while following := [token for token in self.special if text.startswith(token, start + len(end))]:
+            end += max(following, key=len)
+        return end
 
 
 def _line(error: BaseException) -> str:

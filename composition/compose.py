@@ -12,7 +12,7 @@ from ..attention_dsvl import route_attention
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor
-from .chat_template import VISUALCHAT, choose_chat_template, end_of_turn_ids, prepare_chat_templates
+from .chat_template import VISUALCHAT, choose_chat_template, end_of_turn_ids, prepare_chat_template
 from .towers import count_prefix_tokens, load_image_processor, load_tower, processed_size
 
 VOCABULARY_MULTIPLE = 64  # the embedding table is padded to a multiple of this, for tensor cores
@@ -67,7 +67,7 @@ def compose(
     if number_after is None:
         number_after = template_name != VISUALCHAT and multimodal_attention != "causal"
     variables = {"number_after": number_after} | (chat_template_kwargs or {})
-    template = prepare_chat_templates(template, tokenizer, variables, template_name)
+    template = prepare_chat_template(template, tokenizer, variables, template_name)
     tower = load_tower(vision)
     image_processor = image_processor or load_image_processor(vision)
     image_size = processed_size(image_processor)
@@ -147,12 +147,9 @@ def _tokenizer(language: str | Path | PreTrainedModel) -> Any:
     return AutoTokenizer.from_pretrained(source)
 
 
-def _ends_of_generation(
-    template: str | dict[str, str], name: str, tokenizer: Any, generation_config: GenerationConfig
-) -> int | list[int]:
+def _ends_of_generation(template: str, name: str, tokenizer: Any, generation_config: GenerationConfig) -> int | list[int]:
     """The ids that end an answer: the template's, the tokenizer's and, in its own format, the language model's."""
-    templates = template.values() if isinstance(template, dict) else [template]
-    ids = {tokenizer.eos_token_id, *(id for one in templates for id in end_of_turn_ids(one, tokenizer))} - {None}
+    ids = {tokenizer.eos_token_id, *end_of_turn_ids(template, tokenizer)} - {None}
     if name != VISUALCHAT:
         own = generation_config.eos_token_id
         ids |= set(own if isinstance(own, list) else [] if own is None else [own])

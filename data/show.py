@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..composition.chat_template import check_template_takes
 from ..image_reading_dsvl import read_image
 from ..processing_dsvl import CHAT_TEMPLATE, MARK
 from ..utils.image_loading import fetch_image_source, thumbnail_data_url
@@ -75,6 +76,7 @@ def render(sample: dict[str, Any], processor: Any = None, allow_urls: bool = Fal
         ValueError: If an image cannot be read, or the template does not mark answers that have weights.
     """
     messages = complete_messages(sample)
+    check_template_takes(messages, CHAT_TEMPLATE if processor is None else processor.chat_template)
     template, variables = CHAT_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>"}
     if processor is not None:
         template, variables = processor.chat_template, dict(processor.tokenizer.special_tokens_map)

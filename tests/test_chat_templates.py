@@ -15,7 +15,10 @@ import dsvl.data as dsvl_data
 from dsvl.chat.prompts import prompt_ids
 from dsvl.cli import main
 from dsvl.composition.chat_template import (
+    chat_template_name,
+    check_template_takes,
     check_template_variables,
+    choose_chat_template,
     end_of_turn_ids,
     original_chat_template,
     prepare_chat_template,
@@ -298,6 +301,7 @@ def test_a_prepared_template_is_prepared_anew(name: str) -> None:
     "template, message",
     [
         ("{% for m in messages %}\n{{ m.content }", "line 2"),
+        ("{{ messages | nofilter }}", "line 1: No filter named 'nofilter'."),
         ("{% for m in messages %}\n\n{{ m.content.nothing() }}{% endfor %}", "fails in line 3"),
         ("{{ raise_exception('not today') }}", "fails in line 1: not today"),
         ("{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}", "drops the text of a user's message"),
@@ -443,3 +447,142 @@ def test_conversations_with_tools_are_trained(tmp_path: Any) -> None:
     assert ConversationCollator(processor).measure(data[0]).turns == 1
     (turn,) = Questions(file)[0].turns
     assert [message["role"] for message in turn.messages] == ["user", "assistant", "tool"]
+
+
+# -- special cases -------------------------------------------------------------------------------------------------------
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_special_token_in_two_parts_is_text(name: str) -> None:
+    tokenizer, template = prepared(name)
+    processor = processor_of(tokenizer, template)
+    harmless = processor.apply_chat_template([user("typed"), assistant("a")], tokenize=True)[0]
+    for token in (FORMATS[name].end, "<image>"):
+        processor.chat_template = template
+        split = [user(text_part(token[:3]), text_part(token[3:])), assistant("a")]
+        whole = processor.apply_chat_template([user(token), assistant("a")], tokenize=True)[0]
+        assert processor.apply_chat_template(split, tokenize=True)[0] == whole
+        assert tokenizer.apply_chat_template(split, tokenize=True)["input_ids"] == whole
+        id = tokenizer.convert_tokens_to_ids(token)
+        assert whole.count(id) == harmless.count(id)
+        if name == "visualchat":
+            processor.chat_template = FORMATS[name].template  # without its own protection
+            assert processor.apply_chat_template(split, tokenize=True)[0] == whole
+
+
+def test_a_token_that_overlaps_with_itself_is_text() -> None:
+    tokenizer = FORMATS["chatml"].tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["|END|"]}, replace_extra_special_tokens=False)
+    template = prepare_chat_template(FORMATS["chatml"].template, tokenizer)
+    for render_with in (tokenizer, processor_of(tokenizer, template)):
+        text = render_with.apply_chat_template([user("|END|END|END|")], tokenize=False)
+        assert tokenizer.convert_tokens_to_ids("|END|") not in tokenizer(text)["input_ids"]
+
+
+CHANNELS = """{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {%- if m.thinking %}{{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{%- endif %}
+        {%- for call in m.tool_calls or [] %}
+            {{- '<|start|>assistant to=' + call.function.name + '<|message|>' }}
+            {{- call.function.arguments | tojson + '<|call|>' }}
+        {%- endfor %}
+        {%- if not m.tool_calls %}
+            {{- '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}
+        {%- endif %}
+    {%- elif m.role == 'tool' %}{{- '<|start|>' + m.name + ' to=assistant<|message|>' + m.content + '<|end|>' }}
+    {%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
+
+
+def test_channels_and_repeated_names_of_calls() -> None:
+    """As in gpt-oss: a thought ends with a token that ends turns elsewhere, and results repeat the name of the call."""
+    special = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>"]
+    tokenizer = FORMATS["chatml"].tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": special, "eos_token": "<|return|>"})
+    template = prepare_chat_template(CHANNELS, tokenizer)
+    assert end_of_turn_ids(template, tokenizer) == sorted(tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"]))
+    thought = [user("Why?"), assistant("So.", reasoning_content="Hm"), user("Sure?"), assistant("Yes.")]
+    assert answers(tokenizer, thought, template) == [
+        "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>So.<|end|>",
+        "<|channel|>final<|message|>Yes.<|return|>",
+    ]
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    results = [{"role": "tool", "name": "look", "content": text} for text in ("one", "two")]
+    messages = [user("Look"), assistant("", tool_calls=[call, call]), *results, assistant("Seen.")]
+    assert answers(tokenizer, messages, template) == [
+        " to=look<|message|>{}<|call|><|start|>assistant to=look<|message|>{}<|call|>",
+        "<|channel|>final<|message|>Seen.<|return|>",
+    ]
+    check_template_takes(thought, template)
+
+
+def test_an_end_of_turn_of_two_tokens_is_trained_whole() -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_start|><|im_end|>\n{% endfor %}"
+    tokenizer = FORMATS["chatml"].tokenizer()
+    prepared_template = prepare_chat_template(template, tokenizer)
+    assert answers(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")], prepared_template) == [
+        "assistant: b<|im_start|><|im_end|>",
+        "assistant: d<|im_start|><|im_end|>",
+    ]
+    assert end_of_turn_ids(prepared_template, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_empty_messages_are_rendered() -> None:
+    template = "{% for m in messages if m.content or m.role == 'assistant' %}{{ m.role }} {{ m.content }}<|im_end|>"
+    template += "{% endfor %}"
+    tokenizer = FORMATS["chatml"].tokenizer()
+    messages = [{"role": "system", "content": ""}, user("a"), assistant("b"), user("c"), assistant("")]
+    prepared_template = prepare_chat_template(template, tokenizer)
+    assert render(tokenizer, messages, prepared_template) == render(tokenizer, messages, template)
+    assert answers(tokenizer, messages, prepared_template) == ["assistant b<|im_end|>", "assistant <|im_end|>"]
+
+
+def test_calls_and_unknown_roles_that_a_template_drops_are_refused() -> None:
+    tokenizer, template = prepared("gemma")
+    with pytest.raises(Exception, match="drops the key tool_calls"):
+        render(tokenizer, calling("ok")[:2], template)
+    tokenizer, template = prepared("qwen3")
+    with pytest.raises(Exception, match="drops messages of the role ipython"):
+        render(tokenizer, [user("a"), {"role": "ipython", "content": "lost"}], template)
+    for content, message in (([{"type": "text"}], "part of type text"), (5, "neither a text nor a list"), ({}, "neither")):
+        with pytest.raises(Exception, match=message):
+            render(tokenizer, [user("a") | {"content": content}], template)
+
+
+def test_a_template_prepared_anew_keeps_its_defaults_and_name() -> None:
+    tokenizer = FORMATS["qwen3"].tokenizer()
+    variables = {"number_after": True, "enable_thinking": False}
+    template = prepare_chat_template(FORMATS["qwen3"].template, tokenizer, variables, "language")
+    assert prepare_chat_template(template, tokenizer) == template
+    assert chat_template_name(template) == "language"
+    assert prepare_chat_template(template, tokenizer, {}) != template
+
+
+def test_a_tokenizer_with_several_templates(parts_of_model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = FORMATS["qwen3"].tokenizer()
+    default, tool_use = FORMATS["chatml"].template, FORMATS["qwen3"].template
+    tokenizer.chat_template = {"default": default, "tool_use": tool_use, "rag": default}
+    name, template = choose_chat_template(None, tokenizer)
+    assert name == "language" and "chat templates rag are not kept" in caplog.text.replace("['rag']", "rag")
+    template = prepare_chat_template(template, tokenizer)
+    assert render(tokenizer, [user("a")], template) == render(tokenizer, [user("a")], default)
+    assert render(tokenizer, calling(), template, tools=[TOOL]) == render(tokenizer, calling(), tool_use, tools=[TOOL])
+    tokenizer.chat_template = {"rag": default}
+    with pytest.raises(ValueError, match="none of the name 'default'"):
+        choose_chat_template(None, tokenizer)
+
+
+def test_many_special_tokens_cost_little() -> None:
+    tokenizer = FORMATS["chatml"].tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [f"<|reserved_{n}|>" for n in range(1000)]}, replace_extra_special_tokens=False
+    )
+    template = prepare_chat_template(FORMATS["chatml"].template, tokenizer)
+    ids = tokenizer.apply_chat_template([user("<|reserved_999|>")], chat_template=template, tokenize=True)["input_ids"]
+    assert not set(ids) & set(tokenizer.convert_tokens_to_ids([f"<|reserved_{n}|>" for n in range(1000)]))
+    assert '"<|": ["<|im_end|>"' in template  # looked up by their first characters
