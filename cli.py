@@ -74,6 +74,11 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
     except (ValueError, OSError) as error:  # errors that a user can fix; others are bugs, with a traceback
         print(f"dsvl {named}: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        print(f"dsvl {named}: a weights file is damaged ({error}); copy or download the checkpoint again.", file=sys.stderr)
+        return 1
     else:
         return 0
     gc.collect()  # closes progress bars, so that the message starts on a new line

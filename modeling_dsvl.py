@@ -641,14 +641,19 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """Load a checkpoint; see `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: if the checkpoint holds a `DSVLModel` alone. Its head would be random.
+            ValueError: if the checkpoint lacks weights, which would be random: it is damaged, or of a `DSVLModel` alone.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if "lm_head.weight" in info["missing_keys"] and not model.config.tie_word_embeddings:
             raise ValueError(
-                f"{args[0] if args else kwargs.get('pretrained_model_name_or_path')!r} holds no lm_head.weight: it is the "
-                "body of a model (saved from DSVLModel). Load it by DSVLModel.from_pretrained, or save the whole "
-                "DSVLForConditionalGeneration."
+                f"{name!r} holds no lm_head.weight: it is the body of a model (saved from DSVLModel). Load it by "
+                "DSVLModel.from_pretrained, or save the whole DSVLForConditionalGeneration."
+            )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{name!r} lacks {len(missing)} weights, such as {missing[0]}; they would be random. Copy or download the "
+                "checkpoint again."
             )
         # Under ZeRO-3 transformers keeps the key renamings of every sub-model, unused ones too, and reverts them when it
         # saves: the saved keys would not be this model's.

@@ -341,3 +341,14 @@ def test_images_that_do_not_match_their_placeholders_are_refused():
         model(**(inputs | {"attention_mask": torch.ones(2, 1, 10, 10, dtype=torch.bool)}))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(attention_mask=inputs["attention_mask"])
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    state = model.state_dict()
+    del state["model.multi_modal_projector.linear.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(
+        ValueError, match=r"lacks 1 weights, such as model\.multi_modal_projector\.linear\.weight; they would"
+    ):
+        DSVLForConditionalGeneration.from_pretrained(tmp_path)

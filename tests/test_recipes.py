@@ -83,6 +83,12 @@ def test_null_in_a_stage_is_the_default(recipe):
     assert [made.values(name)[0]["max_steps"] for name in made.stages] == [3, -1]
 
 
+def test_null_on_the_command_line_is_the_default(recipe):
+    text = RECIPE.replace("use_cpu", "max_steps: 3\nuse_cpu")
+    made = recipe(text, "--stage", "instruct.max_steps=null", "--stage", "align.max-length=~")
+    assert [made.values(name)[0]["max_steps"] for name in made.stages] == [3, -1]
+
+
 def test_a_file_without_stages_is_no_recipe(recipe):
     assert recipe("model: m\ndata: d\n") is None
 
@@ -252,6 +258,23 @@ WITHOUT_MODEL = {
     + "compose: {vision: v, language: l, projector_type: liner}\n": "compose: argument --projector-type: invalid choice:",
     TWO + "compose: {vision: ./gone, language: llama}\n": "./gone does not exist (looked for in ",
 }
+
+
+def test_several_files_of_a_stage_are_a_mixture(refused):
+    said = refused(HEAD + "stages: [{name: a, data: [one.jsonl, two.jsonl]}]\n")
+    assert "data takes one value, not a list of 2; for several files, write a mixture" in said
+
+
+@pytest.mark.parametrize(
+    "values, sentence",
+    [
+        ("b.lora_rank=4 b.lora_targets=[layers.9]", "stage 'b': --lora-targets layers.9: no linear layer matches layers.9"),
+        ("b.attn_implementation=foo", "stage 'b': "),
+    ],
+)
+def test_what_a_later_stage_asks_of_the_model_is_checked_before_the_first_is_trained(refused, values, sentence):
+    text = HEAD + "stages: [{name: a, train: [projector]}, {name: b, train: [projector]}]\n"
+    assert refused(text, *(flag for value in values.split() for flag in ("--stage", value))).startswith(sentence)
 
 
 @pytest.mark.parametrize("text", WITHOUT_MODEL)

@@ -109,7 +109,7 @@ def test_several_differences_are_named_together(train, out):
 def test_a_finished_run_says_so_and_changes_nothing(train, out):
     before = times(out)
     status, said = train()
-    assert status == 0 and f"{out} is finished: the trained model exists, and nothing is changed." in said
+    assert status == 0 and f"{out} is finished: the trained model exists, and is not changed." in said
     assert times(out) == before
 
 

@@ -1,6 +1,7 @@
 """Loads the model to train, or its vision tower alone."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.utils import logging
 
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
-from ..transformers_dsvl import is_deepspeed_zero3_enabled
+from ..transformers_dsvl import is_deepspeed_zero3_enabled, no_init_weights
 from ..utils.quantization import quantization_config
 from ..utils.transformers_names import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from .adapters import lora_config
@@ -22,6 +23,36 @@ from .trainable_parts import PARTS
 def precision(arguments: DSVLTrainingArguments) -> torch.dtype:
     """The dtype of frozen weights during training, and of all weights of the saved model."""
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+
+
+def check_model_arguments(config: DSVLConfig, model_arguments: ModelArguments) -> None:
+    """Check from a model's configuration that its attention and its adapters can be as requested; no weights are loaded.
+
+    Raises:
+        ValueError: if not.
+    """
+    with torch.device("meta"), no_init_weights():
+        model = DSVLForConditionalGeneration(copy.deepcopy(config))
+    if model_arguments.attn_implementation is not None:
+        model.set_attn_implementation({"text_config": model_arguments.attn_implementation})
+    if model_arguments.lora_rank > 0:
+        _adapters(model, model_arguments)
+
+
+def _adapters(model: DSVLForConditionalGeneration, model_arguments: ModelArguments) -> Any:
+    return lora_config(
+        model,
+        model_arguments.lora_rank,
+        model_arguments.lora_alpha,
+        train=model_arguments.train,
+        targets=model_arguments.lora_targets,
+        language=model_arguments.lora_language,
+        vision=model_arguments.lora_vision,
+        vision_rank=model_arguments.lora_vision_rank,
+        vision_targets=model_arguments.lora_vision_targets,
+        dropout=model_arguments.lora_dropout,
+        dora=model_arguments.dora,
+    )
 
 
 def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments) -> Any:
@@ -47,19 +78,7 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
     if model_arguments.lora_rank > 0:
         from peft import get_peft_model
 
-        config = lora_config(
-            model,
-            model_arguments.lora_rank,
-            model_arguments.lora_alpha,
-            train=model_arguments.train,
-            targets=model_arguments.lora_targets,
-            language=model_arguments.lora_language,
-            vision=model_arguments.lora_vision,
-            vision_rank=model_arguments.lora_vision_rank,
-            vision_targets=model_arguments.lora_vision_targets,
-            dropout=model_arguments.lora_dropout,
-            dora=model_arguments.dora,
-        )
+        config = _adapters(model, model_arguments)
         set_seed(arguments.seed)  # adapters start the same, however many random numbers loading drew
         model = get_peft_model(model, config, autocast_adapter_dtype=arguments.deepspeed is None)
     else:

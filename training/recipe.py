@@ -90,8 +90,10 @@ class Recipe:
             ValueError: if a value has the wrong type.
         """
         parser = _parser(RecipeParser)
-        written = self.shared | self.stages[name]
-        argv = [*yaml_flags(written), *self.flags, *yaml_flags(self.overrides.get(name, {}))]
+        overrides = self.overrides.get(name, {})
+        unset = {dest for dest, value in overrides.items() if value is None}
+        written = {dest: value for dest, value in (self.shared | self.stages[name]).items() if dest not in unset}
+        argv = [*yaml_flags(written), *self.flags, *yaml_flags(overrides)]
         return vars(parser.parse_args(argv)), set(_given(parser, argv))
 
     def checked_values(self, name: str, model: str | None = None) -> dict[str, Any]:
@@ -215,6 +217,10 @@ def _known(values: Mapping[str, Any], parser: TrainParser, where: str) -> dict[s
     found: dict[str, Any] = {}
     for key, value in values.items():
         dest = _dest(key, parser, where)
+        action = next(action for action in parser._actions if action.dest == dest)
+        if isinstance(value, list) and action.nargs not in ("+", "*"):
+            mixture = "; for several files, write a mixture (a YAML file with `datasets`)" if dest == "data" else ""
+            raise ValueError(f"{where}: {key} takes one value, not a list of {len(value)}{mixture}.")
         if dest in found:
             raise ValueError(f"{where}: {key} is set twice, under two names; keep one of them.")
         found[dest] = value
@@ -276,5 +282,7 @@ def _overrides(written: Sequence[str], stages: Mapping[str, Any], parser: TrainP
         dest = _dest(key, parser, f"--stage {text}")
         if dest in WHOLE_RUN:
             raise ValueError(f"--stage {text}: {WHOLE_RUN[dest]}; pass it for the whole run, or drop it.")
-        found.setdefault(name, {})[dest] = parse_yaml(value, f"--stage {text}") if value[:1] in ("[", "{") else value
+        found.setdefault(name, {})[dest] = (
+            parse_yaml(value, f"--stage {text}") if value[:1] in ("[", "{") or value in ("null", "~") else value
+        )
     return found

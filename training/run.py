@@ -105,9 +105,9 @@ def run_seed(arguments: DSVLTrainingArguments) -> int:
     return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
-def finished_run(output: Path, arguments: DSVLTrainingArguments) -> dict[str, float]:
+def finished_run(output: Path, arguments: DSVLTrainingArguments, remedy: str = REMEDY) -> dict[str, float]:
     """Log that a run is finished, and publish it if that is requested; returns its metrics."""
-    logger.info("%s is finished: the trained model exists, and nothing is changed. %s.", output, REMEDY)
+    logger.info("%s is finished: the trained model exists, and is not changed. %s.", output, remedy)
     if arguments.push_to_hub and arguments.process_index == 0:
         _publish(arguments)
     return last_metrics(output)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from ..configuration_dsvl import DSVLConfig
 from ..hub_card import TrainingFacts
 from ..utils.console_log import log_to_console
 from ..utils.transformers_names import TRAINER_STATE_NAME
@@ -35,12 +36,11 @@ from .fingerprint import (
     read_record,
     take_fingerprint,
 )
-from .model_loading import without_zero3
+from .model_loading import check_model_arguments, without_zero3
 from .recipe import Recipe, compose_arguments, naming_stage
 from .resumption import (
     LAST,
     NO,
-    REMEDY,
     STAGES,
     Start,
     checkpoints,
@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 Arguments = tuple[ModelArguments, DataArguments, DSVLTrainingArguments]
 
+REMEDY = "Pass another --output, or --overwrite-output to delete all stages and start over"
 COMPOSED = "0-composed"  # directory of the composed model, in `stages/`
 # What is kept of an earlier stage when the run is complete.
 KEPT = (RECORD, STAGE_FACTS, TRAINER_STATE_NAME, "emissions.csv")
@@ -110,7 +111,9 @@ class StagedRun:
         records, starts = on_first_process(lambda: self._decide(arguments))
         if starts[-1].finished:
             on_first_process(self._clean_up)
-            return finished_run(self.output, arguments[-1][2])
+            return finished_run(self.output, arguments[-1][2], REMEDY)
+        if not self.recipe.composes:
+            self._check_models(DSVLConfig.from_pretrained(self.models[0]))
         if arguments[0][2].overwrite_output:
             on_first_process(lambda: delete_runs(self.output))
         metrics: dict[str, float] = {}
@@ -166,6 +169,12 @@ class StagedRun:
                             f"stage '{self.names[index]}': --cache-image-features {cache} has the features of the vision "
                             f"tower before stage '{name}' trains it; give the stage another directory."
                         )
+
+    def _check_models(self, config: DSVLConfig) -> None:
+        """Check what stages request of the model before the first of them is trained."""
+        for name, values in zip(self.names, self.values, strict=True):
+            with naming_stage(name), _same_environment():
+                check_model_arguments(config, build_arguments(values)[0])
 
     def _decide(self, arguments: list[Arguments]) -> tuple[list[RunRecord], list[Start]]:
         """The fingerprint of each stage without its model, and how it starts."""
@@ -237,6 +246,7 @@ class StagedRun:
         directory, model = self.directories[index], self.models[index]
         if index == 0 and self.recipe.composes:
             on_first_process(lambda: self._compose(record, arguments.seed))
+            self._check_models(DSVLConfig.from_pretrained(str(self.composed)))
         if index > 0 or self.recipe.composes:
             record, start = on_first_process(lambda: _with_model(record, model, directory))
         count = len(self.names)
