@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.commands import MAX_BAD_SAMPLES_HELP
-from ..utils.local_paths import check_exists
+from ..utils.local_paths import check_exists, check_outputs
 from ..utils.model_arguments import add_generation_arguments, add_loading_arguments, generation_options
-from .compare_command import add_report_arguments, write_reports
+from .compare_command import add_report_arguments, report_outputs, write_reports
 
 if TYPE_CHECKING:
     from .answer_file import AnswerFile
@@ -95,6 +95,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         evaluate_text(arguments)
         return
     arguments.out = arguments.out or "answers.jsonl"
+    from .answer_file import AnswerFile, checkpoint_fingerprint, summary_path
+
+    outputs = {"--out": arguments.out, "the summary of --out": summary_path(arguments.out)}
+    check_outputs(outputs | report_outputs(arguments), [arguments.data, arguments.model])
     try:
         import rapidfuzz  # noqa: F401  (for the scores; checked before a model is loaded)
     except ImportError as error:
@@ -104,7 +108,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     import torch
 
     from ..utils.model_loading import load_checkpoint
-    from .answer_file import AnswerFile, checkpoint_fingerprint
     from .evaluator import Evaluator
     from .questions import Questions
 

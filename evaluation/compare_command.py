@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..utils.local_paths import check_outputs
+
 if TYPE_CHECKING:
     from .answer_records import AnswerRecord
     from .comparison import Summary, WinLossTie
@@ -27,6 +29,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _compare(arguments: argparse.Namespace) -> None:
     from .comparison import join, summarize, win_loss_tie
 
+    check_outputs(report_outputs(arguments), arguments.answers)
     records = _read(list(dict.fromkeys(arguments.answers)))
     runs = dict(zip(labels(records), records.values(), strict=True))
     conversations = join(runs)
@@ -81,6 +84,11 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `write_reports` reads."""
     parser.add_argument("--csv", metavar="FILE", help="also write the answers as a CSV table")
     parser.add_argument("--html", metavar="FILE", help="also write an HTML report with the images")
+
+
+def report_outputs(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """The files that `write_reports` writes, for `check_outputs`."""
+    return {"--csv": arguments.csv, "--html": arguments.html}
 
 
 def write_reports(arguments: argparse.Namespace, runs: "Mapping[str, list[AnswerRecord]]", **page: str) -> None:

@@ -13,6 +13,7 @@ from ..composition.compose import compose
 from ..hub_card import with_section
 from ..hub_card.base_models import is_repo_id
 from ..utils.atomic_files import write_atomically
+from ..utils.local_paths import check_outputs
 from ..utils.model_loading import load_checkpoint
 from .text_perplexity import (
     MAX_WINDOW,
@@ -33,6 +34,8 @@ def evaluate_text(arguments: argparse.Namespace) -> None:
     if arguments.language and (arguments.quantization or arguments.device == "auto"):
         flag = f"--quantization {arguments.quantization}" if arguments.quantization else "--device auto"
         raise ValueError(f"{flag} with --language: models are compared with the same weights on one device; omit {flag}.")
+    out = Path(arguments.out or "text.json")
+    check_outputs({"--out": out}, [arguments.text, arguments.model, arguments.language])
     texts = read_documents(arguments.text)
     model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
@@ -84,7 +87,6 @@ def evaluate_text(arguments: argparse.Namespace) -> None:
         "names": {"model": arguments.model} | ({"language": arguments.language} if arguments.language else {}),
         "models": {key: _facts(scores, key) for key in ("language", "composed", "model") if key in scores},
     }
-    out = Path(arguments.out or "text.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     print("\n".join(report_lines(result)))

@@ -443,3 +443,30 @@ def test_another_batch_size_may_go_on(evaluate, calls):
 def test_wrong_options_are_named(evaluate, flags, message):
     with pytest.raises(ValueError, match=message):
         evaluate(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--csv q.jsonl", "--csv q.jsonl is a file that this command reads, and would be overwritten; pass another path."),
+        ("--html ./q.jsonl", "--html ./q.jsonl is a file that this command reads"),
+        ("--out q.jsonl", "--out q.jsonl is a file that this command reads"),
+        ("--out x --html x", "--out and --html are the same file, x; pass different paths."),
+        ("--out x.jsonl --csv x.summary.json", "the summary of --out and --csv are the same file"),
+    ],
+)
+def test_an_output_is_neither_an_input_nor_another_output(folder, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dsvl.utils.model_loading.load_checkpoint", lambda *args: pytest.fail("a model was loaded"))
+    data = (folder / "data.jsonl").read_text()
+    Path("q.jsonl").write_text(data)
+    assert main(["evaluate", str(folder / "model"), "q.jsonl", *flags.split()]) == 1
+    assert message in capsys.readouterr().err
+    assert Path("q.jsonl").read_text() == data and [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+def test_the_default_output_is_not_the_data(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("answers.jsonl").write_text("kept")
+    assert main(["evaluate", str(folder / "model"), "answers.jsonl"]) == 1
+    assert "--out answers.jsonl is a file that this command reads" in capsys.readouterr().err

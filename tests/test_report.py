@@ -344,3 +344,19 @@ def test_an_answer_file_of_version_0_1_is_read(tmp_path):
     path = tmp_path / "old.jsonl"
     path.write_text(record("a", 1).line().replace('"turn": 1', '"round": 1') + "\n")
     assert read_records(path) == [record("a", 1)]
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--html"])
+def test_answers_are_not_overwritten_by_their_comparison(tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.chdir(tmp_path)
+    Path("ours.jsonl").write_text("kept")
+    Path("link.jsonl").symlink_to("ours.jsonl")
+    for same in ("ours.jsonl", "../" + tmp_path.name + "/ours.jsonl", "link.jsonl"):
+        assert main(["compare", "ours.jsonl", flag, same]) == 1
+        assert f"{flag} {same} is a file that this command reads, and would be overwritten; pass" in capsys.readouterr().err
+    assert Path("ours.jsonl").read_text() == "kept"
+
+
+def test_two_reports_are_two_files(tmp_path, capsys):
+    assert main(["compare", "ours.jsonl", "--csv", f"{tmp_path}/x", "--html", f"{tmp_path}/./x"]) == 1
+    assert "--csv and --html are the same file" in capsys.readouterr().err

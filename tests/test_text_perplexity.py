@@ -351,3 +351,13 @@ def test_data_and_text_are_one_or_the_other(folder, capsys):
     assert main(["evaluate", model, data, "--text", text]) == 1 and "Pass either DATA" in capsys.readouterr().err
     assert main(["evaluate", model, data, "--stride", "4"]) == 1
     assert "--stride without --text has no effect; omit it." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "flags"), [("text.txt", ["--out", "text.txt"]), ("text.json", [])])
+def test_the_text_is_not_overwritten(folder, tmp_path, monkeypatch, capsys, text, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dsvl.evaluation.text_command.load_checkpoint", lambda *args: pytest.fail("a model was loaded"))
+    (tmp_path / text).write_text("kept")
+    assert main(["evaluate", str(folder / "model"), "--text", text, *flags]) == 1
+    assert f"--out {text} is a file that this command reads, and would be overwritten" in capsys.readouterr().err
+    assert (tmp_path / text).read_text() == "kept"
