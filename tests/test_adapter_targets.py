@@ -223,3 +223,58 @@ def test_the_plan_command_takes_the_flags_of_training(folder, capsys):
     assert f"{(adapters + projector) / 1e6:,.2f} million of them trained" in said
     assert main(list(map(str, [*argv, "--lora-vision-rank", 2, "--lora-rank", 4]))) == 1
     assert "--lora-vision-rank without --lora-vision; pass both." in capsys.readouterr().err
+
+
+# -- adapters of another model -----------------------------------------------------------------------------------------
+
+
+def with_projector(projector_type):
+    config = tiny_model().config
+    config.projector_type = projector_type
+    return DSVLForConditionalGeneration(config).float()
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (
+            dict(num_hidden_layers=4),
+            "model.language_model.layers.2.mlp.down_proj.lora_A.weight is (4, 48) in the adapters, and",
+        ),
+        (dict(num_hidden_layers=1), "model.language_model.layers.1.mlp.down_proj.lora_A.weight is missing in the adapters"),
+        (dict(projector_type="mlp"), "model.multi_modal_projector."),
+        (dict(intermediate_size=96), "model.language_model.layers.0.mlp.down_proj.lora_A.weight is (4, 96) in the adapters"),
+    ],
+    ids=str,
+)
+def test_adapters_of_another_model_are_not_merged(tmp_path, other, difference):
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path / "model")
+    model = tiny_model(dtype=torch.float32, **other) if "projector_type" not in other else with_projector(**other)
+    peft.get_peft_model(model, lora_config(model, 4, train=["projector"])).save_pretrained(tmp_path / "adapters")
+    with pytest.raises(ValueError, match="these adapters were trained on another model than .*; pass the one") as error:
+        merge_adapters(tmp_path / "model", tmp_path / "adapters")
+    assert difference in str(error.value)
+
+
+def test_adapters_of_layers_with_other_names_are_not_merged(tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    peft.get_peft_model(model, lora_config(model, 4)).save_pretrained(tmp_path / "adapters")
+    path = tmp_path / "adapters/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["query_key_value"]}))
+    with pytest.raises(ValueError, match="these adapters were trained on another model than .*No modules were targeted"):
+        merge_adapters(tmp_path / "model", tmp_path / "adapters")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(vision_rank=2), "vision_rank=2 without vision=True has no effect; pass both, or omit it."),
+        (dict(vision_targets=["fc1"]), "vision_targets=['fc1'] without vision=True has no effect; pass both, or omit it."),
+        (dict(targets="q_proj"), "targets='q_proj' is a text; pass a list of names, such as ['q_proj']."),
+        (dict(train="projector"), "train='projector' is a text; pass a list of names, such as ['projector']."),
+    ],
+)
+def test_arguments_that_would_be_ignored_or_misread_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lora_config(tiny_model(), 8, **options)

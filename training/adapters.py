@@ -48,11 +48,18 @@ def lora_config(
         dora: use DoRA, which trains magnitudes and directions of the weights separately, *optional*, defaults to False.
 
     Raises:
-        ValueError: if a target matches no linear layer, or a part has no layer to adapt.
+        ValueError: if a target matches no linear layer, a part has no layer to adapt, a list is a text, or an argument for
+            the tower is given without `vision`.
         ImportError: if PEFT is not installed.
     """
     from peft import LoraConfig
 
+    for argument, names in (("train", train), ("targets", targets), ("vision_targets", vision_targets)):
+        if isinstance(names, str):
+            raise ValueError(f"{argument}={names!r} is a text; pass a list of names, such as [{names!r}].")
+    for argument, value in (("vision_rank", vision_rank), ("vision_targets", vision_targets)):
+        if value is not None and not vision:
+            raise ValueError(f"{argument}={value!r} without vision=True has no effect; pass both, or omit it.")
     unused = set()
     if vision:  # layers whose output the features do not use
         names = [name for name in model.model.unused_tower_parameters() if name.endswith(".weight")]
@@ -140,12 +147,32 @@ def merge_adapters(model: str | Path, adapters: str | Path) -> DSVLForConditiona
         adapters: directory that PEFT saved.
 
     Raises:
-        ValueError: if `adapters` contains no adapters.
+        ValueError: if `adapters` contains no adapters, or those of another model.
         ImportError: if PEFT is not installed.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     if not (Path(adapters) / "adapter_config.json").is_file():
         raise ValueError(f"{adapters} contains no adapter_config.json; pass a directory of adapters that PEFT saved.")
     base = DSVLForConditionalGeneration.from_pretrained(model)
-    return PeftModel.from_pretrained(base, str(adapters)).merge_and_unload()
+    config, saved = PeftConfig.from_pretrained(str(adapters)), load_peft_weights(str(adapters), device="cpu")
+    config.base_model_name_or_path = str(model)  # PEFT warns about another path, but weights are compared below
+    try:
+        adapted = get_peft_model(base, config)
+    except ValueError as error:  # no layer has a name that was adapted
+        raise ValueError(f"{_of_another_model(model, adapters)} ({error})") from error
+    # PEFT loads what fits: it drops names that the model does not have, and leaves others at their initial values.
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    for name in sorted(saved.keys() | expected.keys()):
+        ours, theirs = (tuple(one[name].shape) if name in one else None for one in (expected, saved))
+        if ours != theirs:
+            raise ValueError(
+                f"{_of_another_model(model, adapters)} (first difference: {name.removeprefix('base_model.model.')} is "
+                f"{theirs or 'missing'} in the adapters, and {ours or 'missing'} in the model)."
+            )
+    set_peft_model_state_dict(adapted, saved)
+    return adapted.merge_and_unload()
+
+
+def _of_another_model(model: str | Path, adapters: str | Path) -> str:
+    return f"{adapters}: these adapters were trained on another model than {model}; pass the one they were trained on"
