@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from ..utils.deprecation import renamed_argument
-from ..utils.text import shortened
+from ..utils.text import check_complete_characters, shortened
 from ..utils.urls import is_url
 from .sample_errors import Location
 
@@ -173,7 +173,7 @@ def _check_content(message: dict, number: int, sources: list[Any]) -> tuple[int,
     if content is None and is_given(message.get("tool_calls")):
         return 0, 0
     if isinstance(content, str):
-        _check_text(content, number)
+        check_complete_characters(content, f"message {number}")
         return 0, 0
     if not isinstance(content, list):
         raise ValueError(f"message {number} has a content of type {type(content).__name__}; expected a text or parts.")
@@ -189,7 +189,7 @@ def _check_content(message: dict, number: int, sources: list[Any]) -> tuple[int,
         known = PART_KEYS - (set(SOURCES) if is_text else {"text"})
         _refuse_keys(part, set(part) - known, f"a part of type {kind} of message {number}", known)
         if is_text:
-            _check_text(part["text"], number)
+            check_complete_characters(part["text"], f"message {number}")
             continue
         images += 1
         named = [key for key in SOURCES if part.get(key) is not None]
@@ -200,17 +200,6 @@ def _check_content(message: dict, number: int, sources: list[Any]) -> tuple[int,
         elif named[0] != "base64":
             sources.append(part[named[0]])
     return images, unnamed
-
-
-def _check_text(text: str, number: int) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"message {number} holds half of a surrogate pair ({text[error.start]!a}); expected "
-                "complete ones (an emoji may have been cut)."
-            ) from error
 
 
 def _check_source(source: Any, files: bool, allow_urls: bool) -> None:

@@ -61,7 +61,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--text",
         type=check_exists,
         metavar="FILE",
-        help='plain text, or JSON lines {"text": "..."}; added to the model card',
+        help='plain text, or JSON lines (or a JSON array) of {"text": "..."}; added to the model card',
     )
     text.add_argument(
         "--language",
@@ -155,8 +155,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print("\n".join(_summary_lines(summary, file, evaluator)))
     if not file.answers:
         raise ValueError(f"no question of {arguments.data} could be asked.")
-    runs = {Path(header["model"]).name: list(file.answers.values())}
-    write_reports(arguments, runs, title=f"{Path(header['model']).name}: answers to {Path(arguments.data).name}")
+    name = Path(header["model"]).resolve().name
+    runs = {name: list(file.answers.values())}
+    write_reports(arguments, runs, title=f"{name}: answers to {Path(arguments.data).name}")
 
 
 def _options(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:

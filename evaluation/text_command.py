@@ -52,7 +52,7 @@ def evaluate_text(arguments: argparse.Namespace) -> None:
     documents = [encode_document(tokenizer, text) for text in texts]
     if arguments.language:
         _check_documents(documents, [encode_document(source, text) for text in texts], arguments)
-    name = Path(arguments.model).name
+    name = Path(arguments.model).resolve().name
 
     def score(one: Any, label: str) -> TextScore:
         return score_text(one, documents, vocabulary, size, stride, label)
@@ -158,7 +158,7 @@ def _perplexity(facts: dict[str, Any]) -> str:
 def _label(key: str, result: dict[str, Any]) -> str:
     if key == "composed":
         return "composed"
-    return Path(result["names"][key]).name + (" (original)" if key == "language" else "")
+    return Path(result["names"][key]).resolve().name + (" (original)" if key == "language" else "")
 
 
 def _window(arguments: argparse.Namespace, context: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..modeling_dsvl import LOGITS_AT_ONCE, scale_logits
 from ..processing_dsvl import IMAGE_TOKEN, PAD_TOKEN
+from ..utils.text import check_complete_characters
 
 MAX_WINDOW = 2048  # tokens; the default for a longer context
 ALIGNMENT = 64  # bytes; of memory that PyTorch allocates on a CPU
@@ -49,7 +50,8 @@ def read_documents(path: str | Path) -> list[str]:
     """Read the documents of a text file.
 
     Args:
-        path: a `.jsonl` or `.ndjson` file with a document in each line, `{"text": "..."}`; any other file is one document.
+        path: a `.jsonl` or `.ndjson` file with a document in each line, `{"text": "..."}`, or a `.json` file with an array
+            of them; any other file is one document.
 
     Raises:
         FileNotFoundError: if it is not a file.
@@ -61,22 +63,33 @@ def read_documents(path: str | Path) -> list[str]:
         content = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}); pass a plain text file, or JSON lines.") from error
-    documents = [content]
-    if Path(path).suffix in (".jsonl", ".ndjson"):
+    documents, suffix = [content], Path(path).suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
         lines = enumerate(content.split("\n"), start=1)
-        documents = [_document(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+        records = ((line, f"{path}, line {number}") for number, line in lines if line.strip())
+        documents = [_text_of(_parse(line, location), location) for line, location in records]
+    elif suffix == ".json":
+        array = _parse(content, str(path))
+        if not isinstance(array, list):
+            raise ValueError(f'{path} is not a JSON array; expected [{{"text": "..."}}, ...], or name a plain text .txt.')
+        documents = [_text_of(value, f"{path}, record {number}") for number, value in enumerate(array, start=1)]
     if not any(documents):
         raise ValueError(f"{path} holds no text; pass a file with at least one document.")
     return documents
 
 
-def _document(line: str, location: str) -> str:
+def _parse(content: str, location: str) -> Any:
     try:
-        value: Any = json.loads(line)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{location} is not JSON ({error}); expected lines {{"text": "..."}}.') from error
+        expected = 'lines {"text": "..."} in .jsonl, or an array of them in .json'
+        raise ValueError(f"{location} is not JSON ({error}); expected {expected}.") from error
+
+
+def _text_of(value: Any, location: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise ValueError(f'{location} has no string "text"; expected lines {{"text": "..."}}.')
+        raise ValueError(f'{location} has no string "text"; expected {{"text": "..."}}.')
+    check_complete_characters(value["text"], location)
     return value["text"]
 
 

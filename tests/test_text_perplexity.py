@@ -287,6 +287,17 @@ def test_a_section_replaces_its_former_text_alone():
         ("a.jsonl", b'{"text": "a"}\n\n{"txt": "b"}\n', 'a.jsonl, line 3 has no string "text"'),
         ("a.jsonl", b'["a"]\n', 'a.jsonl, line 1 has no string "text"'),
         ("a.jsonl", b'{"text": 3}\n', 'a.jsonl, line 1 has no string "text"'),
+        ("A.JSONL", b'{"text": 3}\n', 'A.JSONL, line 1 has no string "text"'),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\\ud800"}',
+            r"a.jsonl, line 2 holds half of a surrogate pair ('\ud800'); exp",
+        ),
+        ("a.json", b'[{"text": "a"}, {"text": "\\ud800"}]', "a.json, record 2 holds half of a surrogate pair"),
+        ("a.json", b'[{"text": "a"}, {}]', 'a.json, record 2 has no string "text"'),
+        ("a.json", b'{"text": "a"}', "a.json is not a JSON array; expected"),
+        ("a.json", b"Plain.", "a.json is not JSON"),
+        ("a.json", b"[]", "a.json holds no text"),
     ],
 )
 def test_a_file_without_text_is_refused(tmp_path, name, content, message):
@@ -300,6 +311,8 @@ def test_a_plain_file_is_one_document_and_json_lines_are_one_each(tmp_path):
     assert read_documents(tmp_path / "a.txt") == ["one\n\ntwo ü\n"]
     (tmp_path / "a.jsonl").write_text('{"text": "one\\ntwo\u2028", "id": 3}\n\n{"text": "three"}\n', encoding="utf-8")
     assert read_documents(tmp_path / "a.jsonl") == ["one\ntwo\u2028", "three"]
+    (tmp_path / "a.json").write_text('[{"text": "one"},\n{"text": "two"}]', encoding="utf-8")
+    assert read_documents(tmp_path / "a.json") == ["one", "two"]
     with pytest.raises(FileNotFoundError, match="is not a file"):
         read_documents(tmp_path)
 
@@ -309,6 +322,12 @@ def test_documents_without_a_prediction_are_counted(folder, tmp_path, evaluate):
     result, printed = evaluate(folder / "model", tmp_path / "t.jsonl")
     assert result["documents_without_prediction"] == 2
     assert "2 of 3 documents skipped: less than two tokens, nothing to predict" in printed
+
+
+def test_a_relative_directory_has_the_name_of_the_directory(folder, monkeypatch, evaluate):
+    monkeypatch.chdir(folder / "model")
+    _, printed = evaluate(".", folder / "text.txt")
+    assert re.search(r"^model +\d", printed, re.M)
 
 
 # -- what does not go together -----------------------------------------------------------------------------------------

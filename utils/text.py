@@ -5,6 +5,23 @@ from typing import Any
 MAX_VALUE_CHARACTERS = 200
 
 
+def check_complete_characters(text: str, where: str) -> None:
+    """Check that a text has no half of a surrogate pair, which cannot be encoded.
+
+    Raises:
+        ValueError: If it has; the message begins with `where`.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds half of a surrogate pair ({text[error.start]!a}); expected complete ones (an emoji may have "
+            "been cut)."
+        ) from error
+
+
 def shortened(value: Any, limit: int = MAX_VALUE_CHARACTERS) -> str:
     """A value for a message: one printable line, in which dots replace the middle of a long value.
 
