@@ -183,6 +183,11 @@ def log_format(record_format: RecordFormat, source: str, unread: Sequence[str] =
     """Log the detected format, unless it is the native one, and the keys of the samples that are not read."""
     if not record_format.is_native:
         logger.info("%s: detected %s.", source, record_format.about)
+    log_unread(source, unread)
+
+
+def log_unread(source: str, unread: Sequence[str]) -> None:
+    """Log the keys of samples that are not read."""
     if unread:
         more = f" and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
         logger.info("%s: not read: %s%s.", source, ", ".join(islice(unread, NAMED)), more)

@@ -42,14 +42,16 @@ class BadSample(ValueError):
     Args:
         reason (`str`): What is wrong, in one line.
         location (`str`, *optional*): The sample's file and line.
+        remedy (`str`, *optional*, defaults to `""`): What the caller offers instead of correcting the sample.
     """
 
-    def __init__(self, reason: str, location: str | None = None) -> None:
-        super().__init__(reason, location)
-        self.reason, self.location = reason, location
+    def __init__(self, reason: str, location: str | None = None, remedy: str = "") -> None:
+        super().__init__(reason, location, remedy)
+        self.reason, self.location, self.remedy = reason, location, remedy
 
     def __str__(self) -> str:
-        return self.reason if self.location is None else f"{self.location}: {self.reason}"
+        text = f"{self.reason} {self.remedy}" if self.remedy else self.reason
+        return text if self.location is None else f"{self.location}: {text}"
 
 
 class TooManyBadSamples(ValueError):
@@ -75,7 +77,7 @@ def one_sample(location: Location = None) -> Iterator[None]:
         if stops_the_run(error):
             raise
         if isinstance(error, BadSample):
-            raise BadSample(error.reason, error.location or resolved(location)) from error
+            raise BadSample(error.reason, error.location or resolved(location), error.remedy) from error
         raise BadSample(_reason(error), resolved(location)) from error
 
 
@@ -182,7 +184,7 @@ class BadSamples:
             error = BadSample(error.reason, resolved(location))
         if self.on_bad_sample == "error":
             remedy = "Or skip such conversations (--on-bad-sample skip)."
-            raise BadSample(f"{error.reason} {remedy}", error.location) from error.__cause__
+            raise BadSample(error.reason, error.location, remedy) from error.__cause__
         if named:
             logger.warning("Skipped: %s", error)
         if self._are_too_many():

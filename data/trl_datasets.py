@@ -13,11 +13,11 @@ from typing import Any
 from ..image_reading_dsvl import read_image
 from ..utils.image_loading import fetch_image_source
 from ..utils.text import shortened
-from .conversations import load_conversations
+from .conversations import load_conversations, log_unread
 from .dataset_files import import_datasets, open_records
 from .image_paths import resolve_images
-from .messages import check_conversation, complete_messages, images_of, is_given, location_of
-from .sample_errors import one_sample
+from .messages import MEANINGFUL, SAMPLE_KEYS, check_conversation, complete_messages, images_of, is_given, location_of
+from .sample_errors import BadSample, one_sample
 
 # The columns of each kind, by the names of TRL's data set types. All have `images` too.
 COLUMNS = {
@@ -27,6 +27,7 @@ COLUMNS = {
     "unpaired": ("prompt", "completion", "label"),  # unpaired preference: KTO
 }
 OWN_KEYS = ("id", "weight", "references")  # of messages, for this package
+BESIDE = ("images", "id")  # further keys of preferences that are known; id is not a column
 ROWS_AT_ONCE = 1000  # rows that exist as Python objects at the same time
 
 
@@ -70,7 +71,10 @@ def trl_dataset(source: str | Path, kind: str = "messages", split: str = "train"
 
 
 def _conversation_rows(source: str | Path, kind: str, split: str) -> Iterator[dict[str, Any]]:
-    conversations = load_conversations(source, split=split, for_training=kind == "messages", allow_urls=False)
+    try:
+        conversations = load_conversations(source, split=split, for_training=kind == "messages", allow_urls=False)
+    except BadSample as error:  # without the remedy: nothing is skipped here
+        raise BadSample(error.reason, error.location) from error.__cause__
     for index in range(len(conversations)):
         sample = conversations[index]
         with one_sample(location_of(sample)):
@@ -101,11 +105,15 @@ def _answer_rows(source: str | Path, kind: str, split: str) -> Iterator[dict[str
     records = open_records(source, split)
     if not len(records):
         raise ValueError(f"{records.source} holds no records; expected {', '.join(COLUMNS[kind])} in each.")
+    unread: set[str] = set()
     for index in range(len(records)):
         raw = records.read(index)
         with one_sample(partial(records.location, index)):
-            row = _answer_row(records.parse(raw), records.root, kind)
+            record = records.parse(raw)
+            row = _answer_row(record, records.root, kind)
+            unread |= {str(key) for key in record} - {*COLUMNS[kind], *BESIDE}
         yield row
+    log_unread(records.source, sorted(unread))
 
 
 def _answer_row(record: Any, root: Path | None, kind: str) -> dict[str, Any]:
@@ -115,14 +123,22 @@ def _answer_row(record: Any, root: Path | None, kind: str) -> dict[str, Any]:
         ValueError: If the record does not have this form.
     """
     columns = COLUMNS[kind]
-    given = {key for key, value in record.items() if is_given(value)} if isinstance(record, dict) else set()
-    if not given >= set(columns) or given - {*columns, "images", "id"}:
-        what = shortened(sorted(map(str, given))) if isinstance(record, dict) else type(record).__name__
+    present = {key for key, value in record.items() if value is not None} if isinstance(record, dict) else set()
+    if not present >= set(columns):
+        what = shortened(sorted(map(str, present))) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"expected an object with {', '.join(columns)} (and images), got {what}.")
+    lost = sorted(key for key in (MEANINGFUL | SAMPLE_KEYS) - {*columns, *BESIDE} if is_given(record.get(key)))
+    if lost:
+        raise ValueError(
+            f"the record has the key {', '.join(lost)}, which would be lost; known are {', '.join((*columns, *BESIDE))}. "
+            "Remove it, or convert it."
+        )
     answers = [name for name in columns[1:] if name != "label"]
     for name in ("prompt", *answers):
         if not isinstance(record[name], list):
             raise ValueError(f"{name} is of type {type(record[name]).__name__}; expected a list of messages.")
+    if not record["prompt"]:
+        raise ValueError("prompt is empty; expected messages, the last of the user.")
     sample = resolve_images({"messages": record["prompt"], "images": record.get("images") or []}, root)
     row: dict[str, Any] = {}
     for name in answers:

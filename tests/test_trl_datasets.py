@@ -138,7 +138,12 @@ BROKEN = {
     ),
     "no rejected": ("preference", {"prompt": QUESTION, "chosen": CUP}, "expected an object with prompt, chosen, rejected"),
     "a conversation": ("preference", {"messages": QUESTION + CUP}, "got ['messages']"),
-    "another key": ("preference", PREFERENCE | {"tools": ["search"]}, "tools"),
+    "another key": (
+        "preference",
+        PREFERENCE | {"tools": ["search"], "system": "Be brief."},
+        "has the key system, tools, which would be lost; known are prompt, chosen, rejected, images, id.",
+    ),
+    "no prompt": ("preference", PREFERENCE | {"prompt": []}, "prompt is empty; expected messages, the last of the user."),
     "a text": ("preference", PREFERENCE | {"chosen": "A cup."}, "chosen is of type str; expected a list of messages"),
     "two answers": ("preference", PREFERENCE | {"chosen": CUP + QUESTION + CUP}, "chosen has 3 messages"),
     "a missing file": (
@@ -192,7 +197,14 @@ def test_broken_conversations_are_named_as_dsvl_train_names_them(write):
         load_conversations(path)
     with pytest.raises(ValueError) as theirs:
         trl_dataset(path)
-    assert str(ours.value) == str(theirs.value)
+    assert str(ours.value) == f"{theirs.value} Or skip such conversations (--on-bad-sample skip)."
+
+
+def test_other_keys_of_preferences_are_named_in_the_log(write, caplog):
+    caplog.set_level("INFO", logger="dsvl")
+    path = write(PREFERENCE | {"score": 3, "tools": []}, PREFERENCE | {"source": "me", "id": 1})
+    assert len(trl_dataset(path, "preference")) == 2
+    assert f"{path}: not read: score, source, tools." in caplog.messages
 
 
 def test_tools_and_reasoning_reach_the_chat_template(write):
