@@ -355,11 +355,16 @@ def test_a_directory_that_does_not_open_alone_is_refused(hub, checkpoint, capsys
     assert "does not load in a process without the package dsvl" in said and "broken code" in said and hub.log == []
 
 
-def test_weights_of_other_names_are_refused(checkpoint, capsys):
+@pytest.mark.parametrize("moved", [True, False])
+def test_weights_of_other_names_are_refused(checkpoint, capsys, moved):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(checkpoint / "model.safetensors")
-    weights["lost"] = weights.pop("model.multi_modal_projector.linear.weight")
+    name = "model.multi_modal_projector.linear.weight"
+    weights["lost"] = weights[name].clone()
+    if moved:
+        del weights[name]
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
     assert main(["push", str(checkpoint), "me/tiny", "--dry-run"]) == 1
-    assert "The weights are not those of the configuration" in capsys.readouterr().err
+    reason = f"lacks 1 weights, such as {name}" if moved else "The weights are not those of the configuration"
+    assert reason in capsys.readouterr().err
