@@ -208,12 +208,13 @@ def check_template_variables(template: str, variables: Mapping[str, Any]) -> dic
     return dict(variables)
 
 
-def template_variables(template: str) -> set[str]:
+@cache  # a server asks for each request
+def template_variables(template: str) -> frozenset[str]:
     """The variables of a template that a caller can set: those that it reads and does not set, or asks whether they are."""
     tree = _parse(_call_marks(template), "chat template")
     own = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
     asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
-    return {"number_after"} | (_undeclared(tree) - RESERVED - (own - asked))
+    return frozenset({"number_after"} | (_undeclared(tree) - RESERVED - (own - asked)))
 
 
 def original_chat_template(template: str) -> str:
