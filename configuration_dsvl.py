@@ -1,5 +1,6 @@
 """Configuration of DSVL: a vision tower, a projector and a causal language model, joined by multi-modal attention."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,15 +9,20 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedCo
 PROJECTOR_TYPES = ("linear", "mlp", "vit", "perceiver")
 MULTIMODAL_ATTENTIONS = ("mmca", "mmca_reference", "causal")
 FEATURE_SELECT_STRATEGIES = ("full", "default")
-
-# The perceiver's queries form a 16 x 16 grid, for any grid of the tower (DeepSpeed-VisualChat, as Qwen-VL).
-PERCEIVER_GRID_SIZE = 16
+IMAGE_LAYOUTS = ("crop", "pad", "tiles", "native")
 
 # The number of tokens (CLS) that a vision tower puts before its grid of patches, without registers. Other types need
 # `num_prefix_tokens`.
-CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1, "dinov2_with_registers": 1, "dinov3_vit": 1}
-# Towers whose number of patches depends on the image (NaFlex).
-NAFLEX_TOWERS = ("siglip2_vision_model",)
+CLASS_TOKENS = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "siglip2_vision_model": 0,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "dinov3_vit": 1,
+}
+# Towers that take images of any size, whose number of patches follows the image (NaFlex).
+NATIVE_TOWERS = ("siglip2_vision_model",)
 
 # Decoder layers whose visibility transformers describes by a mask function. Others (recurrent, chunked) cannot separate
 # modalities.
@@ -140,24 +146,34 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
     """Configuration of a DSVL model.
 
     Args:
-        vision_config: the vision tower's configuration, or its dict with `model_type`: CLIP, SigLIP, DINOv2, DINOv3,
-            `DSVLQwenVisionConfig`, or any that `AutoModel` knows and that gives a sequence of features for a square
-            image. Defaults to CLIP ViT-L/14.
+        vision_config: the vision tower's configuration, or its dict with `model_type`: CLIP, SigLIP, SigLIP 2, DINOv2,
+            DINOv3, `DSVLQwenVisionConfig`, or any that `AutoModel` knows and that gives a sequence of features for a
+            square image. Defaults to CLIP ViT-L/14.
         text_config: the language model's configuration, or its dict. Any decoder that routes attention through
             transformers' `AttentionInterface`. Defaults to LLaMA-7B with 64 more rows of vocabulary.
         projector_type: `"linear"`, `"mlp"` (LLaVA-1.5's), `"vit"` or `"perceiver"`.
         multimodal_attention: `"mmca"` (the paper's), `"mmca_reference"` (bug-compatible with the released code) or
             `"causal"` (ordinary attention).
-        image_token_id: the id of `<image>`, of which every image takes `image_seq_length` copies.
+        image_token_id: the id of `<image>`, of which every tile of an image takes `image_seq_length` copies.
         vision_feature_layer: which of the tower's hidden states is projected; -1 is what it gives at its end: with
             its last norm, except CLIP, which norms its pooled output alone. A list joins the features of several layers
             along their width, in its order, as LLaVA does.
         vision_feature_select_strategy: `"full"` keeps the tower's CLS token and registers, `"default"` drops them. The
             perceiver reads the grid of patches alone and drops them itself, as the original does.
-        image_size: side of the square images, in pixels, as the image processor makes them. Defaults to
-            `vision_config.image_size`; another size needs a tower that interpolates its positions by itself.
+        image_size: side of the tower's square inputs, in pixels, as the image processor makes them. Defaults to
+            `vision_config.image_size`; another size needs a tower that interpolates its positions by itself. None with
+            `image_layout="native"`.
         num_prefix_tokens: how many tokens (CLS, registers) the tower puts before its grid of patches. Known for the
             towers named above; for others `dsvl.compose` counts them.
+        image_layout: how an image becomes inputs of the tower, its tiles: `"crop"` (one, as the tower's image processor
+            makes it: CLIP's cuts the borders off), `"pad"` (one, the whole image on a square of the mean colour),
+            `"tiles"` (the whole image, and the parts of a grid that keeps more of its pixels) or `"native"` (one of the
+            image's own shape, for towers that take any: SigLIP 2 NaFlex).
+        max_tiles: parts of the grid, at most, with `image_layout="tiles"`.
+        max_image_tokens: tokens of an image, at most, with `image_layout="native"`.
+        downsample: side of the squares of features that become one token, with `projector_type="mlp"`: 2 leaves a quarter
+            of the tokens. Tokens before the grid (CLS, registers) are dropped then.
+        num_queries: tokens of a tile with `projector_type="perceiver"`, a square number.
         reversed_images: whether a sample's images are placed in reverse order, the first image last, as in models that
             DeepSpeed-VisualChat's code trained. Images are passed in reading order nevertheless.
 
@@ -182,6 +198,11 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         vision_feature_select_strategy: str = "full",
         image_size: int | None = None,
         num_prefix_tokens: int | None = None,
+        image_layout: str = "crop",
+        max_tiles: int = 12,
+        max_image_tokens: int = 256,
+        downsample: int = 1,
+        num_queries: int = 256,
         reversed_images: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -194,11 +215,19 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
             vision_feature_layer = list(vision_feature_layer)
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.image_layout = image_layout
+        self.max_tiles = max_tiles
+        self.max_image_tokens = max_image_tokens
+        self.downsample = downsample
+        self.num_queries = num_queries
         self.reversed_images = reversed_images
         self._check_tower_fields()
-        self.image_size = self.vision_config.image_size if image_size is None else image_size
+        self.image_size = getattr(self.vision_config, "image_size", None) if image_size is None else image_size
         self.num_prefix_tokens = _prefix_tokens(self.vision_config) if num_prefix_tokens is None else num_prefix_tokens
-        _whole("image_size", self.image_size, least=1)
+        if self.vision_config.model_type not in NATIVE_TOWERS:
+            _whole("image_size", self.image_size, least=1)
+        for field in ("max_tiles", "max_image_tokens", "downsample", "num_queries"):
+            _whole(field, getattr(self, field), least=1)
         _whole("num_prefix_tokens", self.num_prefix_tokens, least=0)
         _whole("image_token_id", self.image_token_id, least=0)
         if not isinstance(self.reversed_images, bool):
@@ -240,24 +269,51 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Features of an image without prefix tokens: the number of patches, or of the resampler's queries."""
+        """Features of a tile without prefix tokens: the number of patches (of a native image, at most), or of the
+        resampler's queries."""
         vision = self.vision_config
         if vision.model_type == DSVLQwenVisionConfig.model_type:
             return vision.num_queries
+        if self.image_layout == "native":
+            return self.max_image_tokens * (1 if self.projector_type == "perceiver" else self.downsample**2)
         return (self.image_size // vision.patch_size) ** 2
 
     @property
     def image_seq_length(self) -> int:
-        """How many embeddings one image becomes in the decoder."""
+        """How many embeddings one tile becomes in the decoder; with `image_layout="native"`, an image at most."""
         if self.projector_type == "perceiver":
-            return PERCEIVER_GRID_SIZE**2
+            return self.num_queries
+        if self.image_layout == "native":
+            return self.max_image_tokens
+        if self.downsample > 1:
+            return math.ceil(math.isqrt(self.num_patches) / self.downsample) ** 2
         return self.num_patches + (self.num_prefix_tokens if self.vision_feature_select_strategy == "full" else 0)
+
+    def native_image_tokens(self, rows: int, columns: int) -> int:
+        """How many embeddings a native image of so many rows and columns of patches becomes in the decoder."""
+        if self.projector_type == "perceiver":
+            return self.num_queries
+        return math.ceil(rows / self.downsample) * math.ceil(columns / self.downsample)
+
+    @property
+    def processor_arguments(self) -> dict[str, Any]:
+        """The arguments of `DSVLProcessor` that belong to this model."""
+        is_native = self.image_layout == "native"
+        return {
+            "image_seq_length": self.image_seq_length,
+            "image_layout": self.image_layout,
+            "tile_size": self.vision_config.patch_size * self.downsample if is_native else self.image_size,
+            "max_tiles": self.max_tiles,
+            "max_image_tokens": self.max_image_tokens,
+            "fixed_length": not is_native or self.projector_type == "perceiver",
+        }
 
     def _check(self) -> None:
         _one_of("projector_type", self.projector_type, PROJECTOR_TYPES)
         _one_of("multimodal_attention", self.multimodal_attention, MULTIMODAL_ATTENTIONS)
         _one_of("vision_feature_select_strategy", self.vision_feature_select_strategy, FEATURE_SELECT_STRATEGIES)
         self._check_vision()
+        self._check_image_layout()
         self._check_text()
         width = self.text_config.hidden_size
         if self.projector_type == "perceiver" and width % 4:
@@ -269,17 +325,12 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
     def _check_tower_fields(self) -> None:
         """Whether this is a vision tower's configuration at all."""
         vision = self.vision_config
-        if vision.model_type in NAFLEX_TOWERS:
-            raise ValueError(
-                f"vision_config.model_type={vision.model_type!r} takes images of any shape (NaFlex), which become "
-                "differently many features; that is not supported. Use a SigLIP 2 of fixed resolution, whose type is "
-                "'siglip_vision_model'."
-            )
         if hasattr(vision, "vision_config"):
             raise ValueError(
                 f"vision_config.model_type={vision.model_type!r} is not a vision tower; pass its vision_config."
             )
-        numbers = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
+        numbers = ["image_size"] if vision.model_type not in NATIVE_TOWERS else []
+        numbers += ["patch_size", "hidden_size", "num_hidden_layers"]
         if wrong := [
             name for name in numbers if not isinstance(getattr(vision, name, None), int) or getattr(vision, name) < 1
         ]:
@@ -291,7 +342,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
 
     def _check_vision(self) -> None:
         vision = self.vision_config
-        if self.image_size < vision.patch_size:
+        if self.image_size is not None and self.image_size < vision.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} is smaller than vision_config.patch_size={vision.patch_size}, so a "
                 "image has no patch; raise image_size."
@@ -326,6 +377,32 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
                     f"projector_type={self.projector_type!r} with Qwen-VL's tower, which has a resampler at its end; choose "
                     "projector_type='linear'."
                 )
+
+    def _check_image_layout(self) -> None:
+        _one_of("image_layout", self.image_layout, IMAGE_LAYOUTS)
+        vision = self.vision_config
+        if (vision.model_type in NATIVE_TOWERS) != (self.image_layout == "native"):
+            raise ValueError(
+                f"image_layout={self.image_layout!r} does not go with vision_config.model_type={vision.model_type!r}: "
+                f"'native' is for towers that take images of any size ({', '.join(NATIVE_TOWERS)}), and the only one that "
+                "these take."
+            )
+        if self.image_layout == "native" and self.projector_type == "vit":
+            raise ValueError(
+                "projector_type='vit' does not know the shapes of native images; choose 'mlp', 'linear' or 'perceiver'."
+            )
+        if self.image_layout != "crop" and self.reversed_images:
+            raise ValueError(
+                f"reversed_images=True is for models of DeepSpeed-VisualChat, whose image_layout is 'crop', not "
+                f"{self.image_layout!r}."
+            )
+        if self.downsample > 1 and self.projector_type != "mlp":
+            raise ValueError(
+                f"downsample={self.downsample} is of projector_type='mlp', not {self.projector_type!r}; choose 'mlp', or "
+                "downsample=1."
+            )
+        if math.isqrt(self.num_queries) ** 2 != self.num_queries:
+            raise ValueError(f"num_queries={self.num_queries} is not a square number, so it makes no square grid.")
 
     def _check_text(self) -> None:
         text = self.text_config

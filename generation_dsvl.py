@@ -28,6 +28,10 @@ NO_IMAGE_CACHE = (
 )
 
 
+# What the tower takes.
+IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+
+
 class NoImageToken(LogitsProcessor):
     """Keeps the image token from being generated, whatever the generation configuration says."""
 
@@ -105,28 +109,37 @@ class DSVLGenerationMixin(GenerationMixin):
 
     def _take_new_images(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         """Check `pixel_values`, and keep those of images that are not in the KV cache yet."""
-        pixel_values, cache, mask = kwargs.pop("pixel_values", None), kwargs.get(CACHE), kwargs.get("attention_mask")
-        if pixel_values is not None and input_ids is not None:
+        given = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        images = {name: value for name, value in given.items() if value is not None}
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        tiles = kwargs.pop("num_tiles", None)
+        if "pixel_values" not in images:
+            if "spatial_shapes" in images and kwargs.get("image_features") is not None:
+                kwargs["spatial_shapes"] = images["spatial_shapes"]
+            return
+        number = len(images["pixel_values"])
+        if tiles is not None and int(tiles.sum()) != number:
+            raise ValueError(
+                f"num_tiles name {int(tiles.sum())} tiles in all, but pixel_values hold {number}; pass both as "
+                "the processor returned them."
+            )
+        if input_ids is not None:
             is_image = input_ids == self.config.image_token_id
-            check_image_counts(is_image.sum(-1).tolist(), self.config.image_seq_length, whole_images=True)
+            lengths = [self.config.image_seq_length] * number
+            if "spatial_shapes" in images:
+                lengths = [self.config.native_image_tokens(*shape) for shape in images["spatial_shapes"].tolist()]
+            else:
+                check_image_counts(is_image.sum(-1).tolist(), self.config.image_seq_length, whole_images=True)
             new = is_image
             # A mask that is longer than the ids means that the ids are the new tokens alone, as in transformers.
             if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
                 new = is_image[:, int(cache.get_seq_length()) :]
-                pixel_values = self._new_images(is_image, new, pixel_values)
-            if self.config.reversed_images and pixel_values is not None:
+                kept = _new_images(is_image.sum(-1).tolist(), new.sum(-1).tolist(), lengths)
+                images = {name: value[kept] for name, value in images.items()} if kept else {}
+            if self.config.reversed_images and images:
                 # transformers encodes them before the first step, and passes them on in the order of the image tokens.
-                pixel_values = self.model.reverse_images(pixel_values, new, cache=cache)
-        if pixel_values is not None:
-            kwargs["pixel_values"] = pixel_values
-
-    def _new_images(self, is_image: torch.Tensor, new: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor | None:
-        """Of the images of a whole conversation, those of the new tokens."""
-        total, latest = ((part.sum(-1) // self.config.image_seq_length).tolist() for part in (is_image, new))
-        if len(pixel_values) == sum(total):
-            samples = pixel_values.split(total)
-            pixel_values = torch.cat([s[len(s) - count :] for s, count in zip(samples, latest, strict=True)])
-        return pixel_values if len(pixel_values) else None
+                images["pixel_values"] = self.model.reverse_images(images["pixel_values"], new, cache=cache)
+        kwargs.update(images)
 
     def _project_image_features(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         """Turn `image_features` into `mm_encoder_outputs`."""
@@ -136,7 +149,7 @@ class DSVLGenerationMixin(GenerationMixin):
         del kwargs["image_features"]
         if self.config.reversed_images and input_ids is not None and len(features):
             features = self.model.reverse_images(features, input_ids == self.config.image_token_id, cache=kwargs.get(CACHE))
-        kwargs["mm_encoder_outputs"] = {"image": self.model.project_features(features)}
+        kwargs["mm_encoder_outputs"] = {"image": self.model.project_features(features, kwargs.pop("spatial_shapes", None))}
 
     def _join_other_processes(self, kwargs: dict[str, Any]) -> None:
         """Under ZeRO-3, run the tower without images as well.
@@ -154,10 +167,10 @@ class DSVLGenerationMixin(GenerationMixin):
             kwargs["mm_encoder_outputs"] = {key: copy.copy(made) for key, made in kwargs["mm_encoder_outputs"].items()}
         assistant, encoded = kwargs.get("assistant_model"), kwargs.get("mm_encoder_outputs") or {}
         if "pixel_values" in kwargs and assistant is not None and hasattr(assistant, "get_image_features"):
-            pixel_values = kwargs.pop("pixel_values")
+            images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
             encoders: dict[str, Any] = {"image": self, "assistant": assistant}
             kwargs["mm_encoder_outputs"] = {
-                key: model.get_image_features(pixel_values, return_dict=True) for key, model in encoders.items()
+                key: model.get_image_features(**images, return_dict=True) for key, model in encoders.items()
             }
         elif "assistant" in encoded:  # this model is the assistant
             kwargs["mm_encoder_outputs"] = {"image": encoded["assistant"]}
@@ -286,6 +299,26 @@ class DSVLGenerationMixin(GenerationMixin):
         if self.config.multimodal_attention == "causal":
             return create_masks_for_generate
         return lambda *args, attention_mask=None, **kwargs: attention_mask
+
+
+def _new_images(total: list[int], new: list[int], lengths: list[int]) -> list[int]:
+    """Of the images of a whole conversation, the indices of those of the new tokens; of new images alone, all.
+
+    Args:
+        total, new: the number of image tokens of each sample: of all its tokens, and of the new ones.
+        lengths: the number of tokens of each image.
+    """
+    if sum(lengths) != sum(total):
+        return list(range(len(lengths)))
+    kept, sample, begin, end = [], 0, 0, total[0]
+    for index, length in enumerate(lengths):
+        while begin >= end and sample + 1 < len(total):
+            sample += 1
+            end += total[sample]
+        if begin >= end - new[sample]:
+            kept.append(index)
+        begin += length
+    return kept
 
 
 def _whole_types(types: torch.Tensor, input_ids: torch.Tensor, known: torch.Tensor | None, total: int) -> torch.Tensor:

@@ -116,18 +116,48 @@ def read_image(
         raise refused.of(_name(source)) from refused.__cause__
 
 
-def image_size(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) of an image file by its header, in pixels; nothing is decoded.
+def image_size(source: Any, max_pixels: int = MAX_PIXELS, allow_urls: bool = True) -> tuple[int, int]:
+    """(width, height) of an image as `read_image` makes it, in pixels. Of a file only the header is read, not the pixels.
+
+    Args:
+        source, max_pixels, allow_urls: as for `read_image`.
 
     Raises:
         ImageError: if by its header alone `read_image` would refuse it.
     """
     requires_backends(image_size, ["vision"])
     try:
-        with _open_path(path) as file:
-            return _opened(file, FORMATS, max_pixels).size
+        return _upright_size(source, max_pixels, allow_urls)
     except _Refused as refused:
-        raise refused.of(os.fspath(path)) from refused.__cause__
+        raise refused.of(_name(source)) from refused.__cause__
+
+
+def _upright_size(source: Any, max_pixels: int, allow_urls: bool) -> tuple[int, int]:
+    source = _source(source, allow_urls)
+    if hasattr(source, "__array__") and not isinstance(source, Image.Image) or isinstance(source, torch.Tensor):
+        return _read(source, FORMATS, max_pixels, None, allow_urls).size
+    if isinstance(source, Image.Image):
+        return _turned_size(source)
+    if isinstance(source, os.PathLike):
+        with _open_path(source) as file:
+            return _turned_size(_opened(file, FORMATS, max_pixels))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _turned_size(_opened(io.BytesIO(source), FORMATS, max_pixels))
+    if hasattr(source, "read") and hasattr(source, "seek") and not isinstance(source, io.TextIOBase):
+        start = source.tell()
+        size = _turned_size(_opened(source, FORMATS, max_pixels))
+        source.seek(start)
+        return size
+    return _read(source, FORMATS, max_pixels, None, allow_urls).size
+
+
+def _turned_size(image: "Image.Image") -> tuple[int, int]:
+    width, height = image.size
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+    except Exception:  # a broken header can make Pillow's readers raise anything; reading the pixels will say so
+        turned = False
+    return (height, width) if turned else (width, height)
 
 
 def file_of(source: Any) -> Any:
@@ -152,11 +182,7 @@ def file_of(source: Any) -> Any:
 def _read(
     source: Any, formats: Sequence[str], max_pixels: int, input_data_format: str | None, allow_urls: bool
 ) -> "Image.Image":
-    if isinstance(source, dict):
-        try:
-            source = file_of(source)
-        except ValueError as error:
-            raise _Refused(str(error).rstrip("."), 'pass {"bytes": ..., "path": ...}') from error
+    source = _source(source, allow_urls)
     if isinstance(source, Image.Image):
         # Loading a file that the caller has only opened is reading it.
         if (getattr(source, "tile", None) or isinstance(source, ImageFile.StubImageFile)) and source.format not in formats:
@@ -164,8 +190,6 @@ def _read(
         return _to_rgb(source, max_pixels)
     if isinstance(source, (torch.Tensor, np.ndarray)) or hasattr(source, "__array__"):
         return _to_rgb(_from_array(source, max_pixels, input_data_format), max_pixels)
-    if isinstance(source, str):
-        source = _from_text(source, allow_urls)
     if isinstance(source, os.PathLike):
         with _open_path(source) as file:
             return _to_rgb(_opened(file, formats, max_pixels), max_pixels)
@@ -177,6 +201,16 @@ def _read(
         "it is a text file" if isinstance(source, io.TextIOBase) else f"it is of type {type(source).__name__}",
         "pass a PIL image, an array of shape (height, width, 3), an image file's path or bytes, or a file in binary mode",
     )
+
+
+def _source(source: Any, allow_urls: bool) -> Any:
+    """What a stored image or a text stands for; anything else unchanged."""
+    if isinstance(source, dict):
+        try:
+            source = file_of(source)
+        except ValueError as error:
+            raise _Refused(str(error).rstrip("."), 'pass {"bytes": ..., "path": ...}') from error
+    return _from_text(source, allow_urls) if isinstance(source, str) else source
 
 
 def _from_text(text: str, allow_urls: bool) -> Any:
@@ -500,7 +534,7 @@ def fit_thin_image(image: "Image.Image", image_processor: Any, **kwargs: Any) ->
         part, shape, box = image.crop((0, begin, short, end)), (edge, window), (0.0, ends[0], float(short), ends[1])
     else:
         part, shape, box = image.crop((begin, 0, end, short)), (window, edge), (ends[0], 0.0, ends[1], float(short))
-    return part.resize(shape, _filter(settings["resample"]), box=box)
+    return part.resize(shape, pillow_filter(settings["resample"]), box=box)
 
 
 def _sides(size: Any, default_to_square: bool) -> dict[str, int]:
@@ -514,7 +548,7 @@ def _sides(size: Any, default_to_square: bool) -> dict[str, int]:
     return {name: side for name, side in dict(size).items() if side is not None}
 
 
-def _filter(resample: Any) -> "Image.Resampling":
+def pillow_filter(resample: Any) -> "Image.Resampling":
     """Pillow's filter by its number, or by the name that torchvision has for it."""
     if resample is None:
         return Image.Resampling.BILINEAR

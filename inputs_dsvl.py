@@ -4,6 +4,7 @@ Shapes and dtypes are checked at once. Values (how many image tokens a sample ha
 checked after the decoder's kernels are queued, so that nothing waits for the device.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -100,26 +101,31 @@ def check_labels(name: str, labels: torch.Tensor, inputs: torch.Tensor) -> None:
 
 
 def check_image_counts(
-    counts: list[int], tokens_per_image: int, features: int | None = None, whole_images: bool = False
+    counts: list[int], tokens_per_image: int, lengths: list[int] | None = None, whole_images: bool = False
 ) -> None:
     """Compare the samples' image tokens with the images.
 
     Args:
         counts: the number of image tokens of each sample.
         tokens_per_image: `DSVLConfig.image_seq_length`.
-        features: how many image embeddings there are for them; None if that is not known yet.
-        whole_images: whether every sample must hold whole images.
+        lengths: how many embeddings each of their tiles has; None if the tiles are not known yet.
+        whole_images: whether every sample must hold whole tiles.
 
     Raises:
         ValueError: if they do not match.
     """
-    if features is not None and sum(counts) != features:
+    if lengths is not None and sum(counts) != sum(lengths):
+        kinds = ", ".join(map(str, sorted(set(lengths)))) or tokens_per_image
         raise ValueError(
-            f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {features} image embeddings "
-            f"({features / tokens_per_image:g} images of {tokens_per_image}); pass as many images as the texts name, in "
-            "reading order, and do not truncate image tokens."
+            f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {sum(lengths)} image embeddings "
+            f"({len(lengths)} images of {kinds}); pass as many images as the texts name, in reading order, and do not "
+            "truncate image tokens."
         )
-    if whole_images and any(count % tokens_per_image for count in counts):
+    if lengths is None:
+        cut = any(count % tokens_per_image for count in counts)
+    else:
+        cut = not set(itertools.accumulate(counts)) <= {0, *itertools.accumulate(lengths)}
+    if whole_images and cut:
         raise ValueError(
             f"The samples hold {counts} image tokens, but an image takes {tokens_per_image}: some image is cut or mixed "
             "up; do not truncate image tokens, and use the processor saved with this model."

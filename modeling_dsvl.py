@@ -41,7 +41,7 @@ from .transformers_dsvl import (
     keywords_of,
     takes_cache,
 )
-from .vision_dsvl import make_vision_tower, run_tower, unused_tower_parameters
+from .vision_dsvl import blank_image, make_vision_tower, run_tower, unused_tower_parameters
 
 # Elements of the logits that the loss computes at once: 128 MiB in float32.
 LOGITS_AT_ONCE = 2**25
@@ -193,14 +193,18 @@ class DSVLModel(DSVLPreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_features: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        num_tiles: torch.Tensor | None = None,
         step_codes: torch.Tensor | dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> DSVLModelOutputWithPast:
         """Run the model.
 
         Args:
-            input_ids: (batch, tokens); every image has `image_seq_length` copies of `image_token_id`.
-            pixel_values: (images of the whole batch, 3, height, width), in reading order.
+            input_ids: (batch, tokens); every tile of an image has `image_seq_length` copies of `image_token_id`.
+            pixel_values: (tiles of the whole batch, 3, height, width), in reading order; with `image_layout="native"`
+                (images, patches, 3 * patch_size ** 2).
             attention_mask: (batch, tokens, cached ones included), 0 where padded. Four-dimensional masks are passed on to
                 the decoder if the sequence has no image.
             cache: a KV cache; `past_key_values` is the same argument.
@@ -211,9 +215,12 @@ class DSVLModel(DSVLPreTrainedModel):
                 already, unless `multimodal_attention` is "causal".
             mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`, in the order of the image
                 tokens.
-            image_features: `get_image_features(...).last_hidden_state`, computed earlier by a frozen tower, (images, tower
+            image_features: `get_image_features(...).last_hidden_state`, computed earlier by a frozen tower, (tiles, tower
                 tokens, tower width), instead of `pixel_values`. Processes that train together all pass it, one without
                 images an empty one.
+            pixel_attention_mask, spatial_shapes: of native images, see `get_image_features`; the latter also with
+                `image_features`.
+            num_tiles: (images,), how many of the tiles each image has. It is compared with the number of tiles.
             step_codes: of a decode step with a static cache, see `masks_dsvl.step_codes`.
             kwargs: the decoder's (`use_cache`, `output_hidden_states`, `output_attentions`, ...).
 
@@ -242,13 +249,17 @@ class DSVLModel(DSVLPreTrainedModel):
         if given is not None and has_given:
             if self.config.reversed_images and is_image is not None:
                 given = self.reverse_images(given, is_image, position_ids, cache)
-            images = self.encode(given) if pixel_values is not None else self.project_features(given)
+            if pixel_values is None:
+                images = self.project_features(given, spatial_shapes)
+            else:
+                images = self.encode(given, pixel_attention_mask, spatial_shapes)
 
         # Scatter
         embedded = None
         if images is not None and images.pooler_output:
             embedded = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-        check_values = self._check_values(input_ids, is_image, types, embedded, whole_images=given is not None)
+        lengths = [len(image) for image in images.pooler_output] if images is not None and images.pooler_output else []
+        check_values = self._check_values(input_ids, is_image, types, lengths, num_tiles, whole_images=given is not None)
         if is_image is not None and embedded is not None:
             inputs_embeds = _scatter(inputs_embeds, is_image, embedded)
         if images is None and self._others_may_have_images(cache):
@@ -334,33 +345,57 @@ class DSVLModel(DSVLPreTrainedModel):
     # -- images --------------------------------------------------------------------------------------------------------
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        num_tiles: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
         """Encode and project images. A tower without trainable parameters runs without a graph.
 
         Args:
-            pixel_values: (images, 3, height, width), any float dtype.
+            pixel_values: (tiles, 3, height, width), any float dtype; with `image_layout="native"`
+                (images, patches, 3 * patch_size ** 2).
+            pixel_attention_mask: of native images, (images, patches), 0 where padded; by default from `spatial_shapes`.
+            spatial_shapes: of native images, (images, 2), rows and columns of patches.
+            num_tiles: (images,), how many of the tiles each image has; not needed.
             kwargs: `output_hidden_states` and `output_attentions`, for the tower's; `return_dict`.
 
         Returns:
-            `pooler_output`: a list with one (image_seq_length, decoder width) tensor for each image, ready to be passed
-            back as `mm_encoder_outputs={"image": ...}`; `last_hidden_state`: the tower's features before projection; on
-            request the tower's `hidden_states` and `attentions`. With `return_dict=False` a tuple of these.
+            `pooler_output`: a list with one (tokens, decoder width) tensor for each tile, ready to be passed back as
+            `mm_encoder_outputs={"image": ...}`; `last_hidden_state`: the tower's features before projection; on request the
+            tower's `hidden_states` and `attentions`. With `return_dict=False` a tuple of these.
 
         Raises:
             TypeError: for another keyword.
+            ValueError: for inputs of another image layout.
         """
-        return self.encode(pixel_values, **kwargs)
+        return self.encode(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
 
-    def encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
         """As `get_image_features`, for any `config.return_dict`."""
-        tower = run_tower(self.vision_tower, self.config, pixel_values, **kwargs)
-        tower.pooler_output = self.project_features(tower.last_hidden_state).pooler_output
+        tower = run_tower(self.vision_tower, self.config, pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+        tower.pooler_output = self.project_features(tower.last_hidden_state, spatial_shapes).pooler_output
         return tower
 
-    def project_features(self, image_features: torch.Tensor) -> BaseModelOutputWithPooling:
-        """The second half of `get_image_features`, from the tower's features (images, tower tokens, tower width)."""
-        projected = self.multi_modal_projector(image_features)
-        return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=list(projected))
+    def project_features(
+        self, image_features: torch.Tensor, spatial_shapes: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        """The second half of `get_image_features`, from the tower's features (tiles, tower tokens, tower width)."""
+        grids = None if spatial_shapes is None else [tuple(shape) for shape in spatial_shapes.tolist()]
+        projected = list(self.multi_modal_projector(image_features, grids))
+        if grids is not None:  # without the padding to the longest
+            counts = [self.config.native_image_tokens(*grid) for grid in grids]
+            projected = [tokens[:count] for tokens, count in zip(projected, counts, strict=True)]
+        return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=projected)
 
     def unused_tower_parameters(self) -> list[str]:
         """Names of the tower's parameters that do not influence its features."""
@@ -373,12 +408,13 @@ class DSVLModel(DSVLPreTrainedModel):
             image_features: an empty tensor of them, if those of the others were computed earlier: then by the projector
                 alone.
         """
-        if image_features is not None:
-            features = image_features.new_zeros(1, *image_features.shape[1:])
-            return self.project_features(features).pooler_output[0].sum() * 0
-        size = self.config.image_size
-        blank = torch.zeros((1, 3, size, size), dtype=self.vision_tower.dtype, device=self.vision_tower.device)
-        return self.encode(blank).pooler_output[0].sum() * 0
+        tower = self.vision_tower
+        inputs = {name: value.to(tower.device) for name, value in blank_image(self.config).items()}
+        if image_features is None:
+            inputs["pixel_values"] = inputs["pixel_values"].to(tower.dtype)
+            return self.encode(**inputs).pooler_output[0].sum() * 0
+        features = image_features.new_zeros(1, *image_features.shape[1:])
+        return self.project_features(features, inputs.get("spatial_shapes")).pooler_output[0].sum() * 0
 
     def _others_may_have_images(self, cache: Cache | None) -> bool:
         """Whether a text-only batch must run the tower and the projector as well.
@@ -445,7 +481,8 @@ class DSVLModel(DSVLPreTrainedModel):
         input_ids: torch.Tensor | None,
         is_image: torch.Tensor | None,
         types: torch.Tensor | None,
-        features: torch.Tensor | None,
+        lengths: list[int],
+        num_tiles: torch.Tensor | None,
         whole_images: bool,
     ) -> Callable[[], None] | None:
         """Compare images, image tokens and types by their values.
@@ -453,34 +490,40 @@ class DSVLModel(DSVLPreTrainedModel):
         Args:
             is_image: (batch, new tokens), True for image tokens.
             types: the caller's `mm_token_type_ids`, of the new tokens or of all.
-            features: the images' embeddings, (image tokens, hidden).
+            lengths: the number of embeddings of each tile.
+            num_tiles: the caller's.
 
         Returns:
             None if the values were on the host and are checked; on an accelerator, the check to run after the decoder's
             kernels are queued.
         """
-        if is_image is None or (input_ids is None and features is None):
+        if is_image is None or (input_ids is None and not lengths):
             return None  # the embeddings contain their images already
         tokens, is_reference = is_image.shape[1], self.config.multimodal_attention == "mmca_reference"
         # A decode step has nothing to check that is worth waiting for a device.
-        worth_it = features is not None or tokens > 1 or (types is not None and not is_image.is_cuda)
+        worth_it = lengths or tokens > 1 or (types is not None and not is_image.is_cuda)
         # Under "mmca_reference" the image token can be generated, as in the released code, and is text then.
         if torch.compiler.is_compiling() or not worth_it or (is_reference and tokens == 1):
             return None
-        number = 0 if features is None else len(features)
         figures = [is_image.sum(-1)]
         if types is not None and input_ids is not None and not is_reference:
             new = types[:, -tokens:].to(is_image.device)
             figures += [new.sum(-1), ((new == 1) != is_image).sum(-1), types.amin(-1), types.amax(-1)]
         copy = AsyncHostCopy(torch.stack([figure.to(is_image.device) for figure in figures]))
+        tiles = None if num_tiles is None or not whole_images else AsyncHostCopy(num_tiles.sum())
 
         def check() -> None:
             image_counts, *of_types = copy.tolist()
             if of_types:
                 check_type_values(self.config.image_token_id, image_counts, *of_types)
-            check_image_counts(image_counts, self.config.image_seq_length, number, whole_images)
+            if tiles is not None and tiles.tolist() != len(lengths):
+                raise ValueError(
+                    f"num_tiles name {tiles.tolist()} tiles in all, but {len(lengths)} were given; pass those that the "
+                    "processor returned with these images."
+                )
+            check_image_counts(image_counts, self.config.image_seq_length, lengths, whole_images)
 
-        if copy.is_complete or number > is_image.numel():
+        if copy.is_complete or sum(lengths) > is_image.numel():
             check()
             return None
         return check
@@ -765,6 +808,9 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_features: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        num_tiles: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
@@ -809,6 +855,9 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             image_features=image_features,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            num_tiles=num_tiles,
             **(kwargs | {"return_dict": True}),
         )
         hidden = outputs.last_hidden_state

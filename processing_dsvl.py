@@ -4,10 +4,12 @@ import warnings
 from importlib import import_module
 from typing import Any
 
+import torch
 from tokenizers.normalizers import Replace, Sequence
 from transformers import AddedToken, ProcessorMixin
 
-from .image_reading_dsvl import fit_thin_image, read_image
+from .image_layouts_dsvl import DECIDED, FRAME, ImageLayout, mean_colour
+from .image_reading_dsvl import fit_thin_image, image_size, pillow_filter, read_image
 from .transformers_dsvl import MultiModalData, ProcessingKwargs, Unpack
 
 IMAGE_TOKEN = "<image>"
@@ -110,10 +112,15 @@ class DSVLProcessor(ProcessorMixin):
     Args:
         image_processor: the vision tower's (`CLIPImageProcessor`); with torchvision or without.
         tokenizer: the language model's, backed by `tokenizers`. Extended in place (`extend_tokenizer`).
-        image_seq_length: how many image tokens one image takes (`DSVLConfig.image_seq_length`).
+        image_seq_length: how many image tokens one tile takes (`DSVLConfig.image_seq_length`); of a native image, the most.
         number_after: repeat an image's number behind it in the prompt (see `CHAT_TEMPLATE`); None is the template's own
             default.
         chat_template: a Jinja template, or several by name; DeepSpeed-VisualChat's format by default.
+        image_layout, max_tiles, max_image_tokens: see `DSVLConfig`; `DSVLConfig.processor_arguments` has all that the
+            processor of a model needs.
+        tile_size: side of a tile, in pixels; with `image_layout="native"` of the square that becomes one token.
+        fixed_length: whether every tile takes `image_seq_length` tokens; False for native images whose number of tokens
+            follows their size.
     """
 
     return_mm_token_type_ids = True
@@ -125,10 +132,19 @@ class DSVLProcessor(ProcessorMixin):
         image_seq_length: int = 257,
         number_after: bool | None = None,
         chat_template: str | dict[str, str] | None = None,
+        image_layout: str = "crop",
+        tile_size: int | None = None,
+        max_tiles: int = 12,
+        max_image_tokens: int = 256,
+        fixed_length: bool = True,
         **kwargs: Any,
     ) -> None:
         self.image_seq_length = image_seq_length
         self.number_after = number_after
+        self.image_layout, self.tile_size, self.max_tiles = image_layout, tile_size, max_tiles
+        self.max_image_tokens, self.fixed_length = max_image_tokens, fixed_length
+        if image_layout != "crop" and not tile_size:
+            raise ValueError(f"image_layout={image_layout!r} needs tile_size; pass DSVLConfig.processor_arguments.")
         self.image_token = IMAGE_TOKEN
         extend_tokenizer(tokenizer)
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -140,6 +156,7 @@ class DSVLProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         *,
         image_features: Any = None,
+        image_sizes: Any = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> Any:
         """Texts and their images to model inputs; see `ProcessorMixin.__call__`. The modality of each token is returned too.
@@ -149,8 +166,11 @@ class DSVLProcessor(ProcessorMixin):
             text: one or several. Those that begin with the tokenizer's BOS token, as rendered conversations do, get no
                 second one.
             image_features: instead of `images`, what the model's tower gave for each
-                (`get_image_features(...).last_hidden_state`), of shape (tower tokens, tower width) each, in lists as images
-                are or stacked. The output then holds them as `image_features` instead of `pixel_values`.
+                (`get_image_features(...).last_hidden_state`), of shape (tower tokens, tower width), or (tiles, tower tokens,
+                tower width) with `image_layout="tiles"`, in lists as images are or stacked. The output then holds them as
+                `image_features` instead of `pixel_values`.
+            image_sizes: (height, width) of the images of `image_features`, in a flat list; needed where their number of
+                tiles or tokens follows it (`image_layout` "tiles" and "native").
             kwargs: of the tokenizer and of the image processor, flat or as `text_kwargs` and `images_kwargs`. transformers
                 warns of others, which its pipelines pass.
 
@@ -164,7 +184,8 @@ class DSVLProcessor(ProcessorMixin):
         if image_features is not None:
             if images is not None:
                 raise ValueError("Pass images or image_features, not both: they are the same images.")
-            images = _Features(_by_sample(image_features, stacked=3))
+            dimensions = 3 if self.image_layout == "tiles" else 2
+            images = _Features(_by_sample(image_features, stacked=dimensions + 1), image_sizes, dimensions)
         kwargs.setdefault("return_mm_token_type_ids", self.return_mm_token_type_ids)
         texts, bos = [text] if isinstance(text, str) else text or [], self.tokenizer.bos_token
         if texts and bos and all(isinstance(one, str) and one.startswith(bos) for one in texts):
@@ -173,7 +194,15 @@ class DSVLProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*self.tokenizer.model_input_names, "mm_token_type_ids", *self.image_processor.model_input_names]
+        names = [*self.tokenizer.model_input_names, "mm_token_type_ids", *self.image_processor.model_input_names]
+        return names + ["num_tiles"] * (self.image_layout == "tiles")
+
+    @property
+    def layout(self) -> ImageLayout | None:
+        """What images become; None if the image processor alone decides it."""
+        if self.image_layout == "crop":
+            return None
+        return ImageLayout(self.image_layout, self.tile_size, self.max_tiles, self.max_image_tokens)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """Render a conversation, or a batch of them, and turn it into model inputs if `tokenize=True`.
@@ -181,7 +210,7 @@ class DSVLProcessor(ProcessorMixin):
         Args:
             conversation: messages `{"role", "content"}`; content is a text, or a list of parts
                 `{"type": "text", "text"}` and `{"type": "image", "image" | "path" | "url" | "base64"}` in reading order; or
-                `{"type": "image", "image_features"}`, see `__call__`.
+                `{"type": "image", "image_features", "image_size"}`, see `__call__`.
             kwargs: see `ProcessorMixin.apply_chat_template`.
 
         A special token in the text of a message is plain text: it never becomes an image or the end of an answer.
@@ -195,16 +224,31 @@ class DSVLProcessor(ProcessorMixin):
         if "mark_answers" in template:
             kwargs.setdefault("mark_answers", bool(kwargs.get("return_assistant_tokens_mask")))
         if kwargs.get("tokenize"):
-            features = _features_of(conversation)
-            options = {"add_special_tokens": False} | ({"image_features": features} if features else {})  # as tokenizers do
+            features, sizes = _features_of(conversation)
+            options: dict[str, Any] = {"add_special_tokens": False}  # as tokenizers do
+            if features:
+                options |= {"image_features": features, "image_sizes": sizes}
             kwargs["processor_kwargs"] = options | (kwargs.get("processor_kwargs") or {})
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
     def count_tokens(self, conversation: Any, add_generation_prompt: bool = False) -> int:
-        """The number of tokens of a conversation, including those of its images. Images are not opened."""
+        """The number of tokens of a conversation, including those of its images. Images are not decoded; where their tokens
+        follow their size, the header of their file is read."""
         text = self.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return len(ids) + ids.count(self.image_token_id) * (self.image_seq_length - 1)
+        lengths = [self.image_seq_length] * text.count(self.image_token)
+        if self.layout is not None and lengths:
+            grids = [self.layout.grid(*_size_of(part), is_frame="time" in part) for part in image_parts(conversation)]
+            pieces = text.split(self.image_token)
+            placeholders = [self.layout.text(self.image_token, *grid) for grid in grids]
+            text = pieces[0] + "".join(one + piece for one, piece in zip(placeholders, pieces[1:], strict=True))
+            lengths = [length for grid in grids for length in self._tile_lengths(*grid)]
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) + sum(lengths) - len(lengths)
+
+    def _tile_lengths(self, rows: int, columns: int) -> list[int]:
+        """The number of tokens of each tile of an image."""
+        if self.image_layout == "native":
+            return [self.image_seq_length if self.fixed_length else rows * columns]
+        return [self.image_seq_length] * (1 if rows * columns == 1 else 1 + rows * columns)
 
     def _protect(self, part: Any) -> Any:
         """Mark the special tokens in the texts of a conversation, see `MARK`."""
@@ -262,15 +306,74 @@ class DSVLProcessor(ProcessorMixin):
             super().validate_inputs(images=images, text=text, **kwargs)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple:
-        """As the base class does; images that are given as features need placeholders only."""
-        if not isinstance(images, _Features):
+        """Model inputs of the images, and what takes the place of each in the text."""
+        if isinstance(images, _Features):
+            return self._place_features(images)
+        kwargs.pop("input_data_format", None)  # of what they were before they were read
+        layout = self.layout
+        if layout is None:
             fitted = [fit_thin_image(image, self.image_processor, **kwargs) for image in images]
-            kwargs.pop("input_data_format", None)  # of what they were before they were read
             return super()._process_images(fitted, **kwargs)
-        return {"image_features": list(images)}, [self.replace_image_token({}, index) for index in range(len(images))]
+        if decided := [name for name in DECIDED if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"{', '.join(decided)} cannot be chosen in a call: image_layout={self.image_layout!r} decides the size of "
+                "images; omit it."
+            )
+        colour = mean_colour(self.image_processor)
+        resample = pillow_filter(kwargs.get("resample") or getattr(self.image_processor, "resample", None))
+        tiles = [layout.tiles(image, colour, resample) for image in images]
+        grids = [layout.grid(image.height, image.width, bool(image.info.get(FRAME))) for image in images]
+        options: dict[str, Any] = {name: False for name in ("do_resize", "do_center_crop", "do_pad")}
+        options = {name: value for name, value in options.items() if getattr(self.image_processor, name, None)}
+        if self.image_layout == "native":
+            options["max_num_patches"] = self.max_image_tokens * self._patches_per_token**2
+        processed = self.image_processor(sum(tiles, []), **(kwargs | options))
+        if self.image_layout == "tiles":
+            processed["num_tiles"] = list(map(len, tiles))
+        return processed, [self._image_text(grid) for grid in grids]
+
+    def _place_features(self, images: "_Features") -> tuple:
+        """As `_process_images`, for images that are given as features."""
+        inputs: dict[str, Any] = {"image_features": list(images)}
+        if self.layout is None or self.image_layout == "pad":
+            return inputs, [self._image_text((1, 1))] * len(images)
+        if images.sizes is None:
+            raise ValueError(
+                f"image_features without image_sizes: with image_layout={self.image_layout!r} the tokens of an image follow "
+                "its size; pass image_sizes=[(height, width), ...]."
+            )
+        grids = []
+        for features, (height, width) in zip(images, images.sizes, strict=True):
+            whole = self.image_layout == "tiles" and len(features) == 1  # a small image, or a frame of a video
+            grids.append((1, 1) if whole else self.layout.grid(height, width))
+        if self.image_layout == "tiles":
+            inputs = {"image_features": [tile for one in images for tile in one], "num_tiles": [len(one) for one in images]}
+            expected = [len(self._tile_lengths(*grid)) for grid in grids]
+            if inputs["num_tiles"] != expected:
+                raise ValueError(
+                    f"image_features hold {inputs['num_tiles']} tiles, but images of these sizes have {expected}; pass "
+                    "those that this processor's model computed, and their image_sizes."
+                )
+        else:
+            side = self._patches_per_token
+            shapes = [(rows * side, columns * side) for rows, columns in grids]
+            patches = [one[: rows * columns] for one, (rows, columns) in zip(images, shapes, strict=True)]
+            padded = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(one) for one in patches], batch_first=True)
+            inputs = {"image_features": list(padded), "spatial_shapes": shapes}
+        return inputs, [self._image_text(grid) for grid in grids]
+
+    @property
+    def _patches_per_token(self) -> int:
+        """Side of the square of patches that becomes a token of a native image."""
+        return self.tile_size // self.image_processor.patch_size
+
+    def _image_text(self, grid: tuple[int, int]) -> str:
+        """What takes the place of an image in the text."""
+        tile = self.image_token * self._tile_lengths(*grid)[0]
+        return tile if self.layout is None else self.layout.text(tile, *grid)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        return self.image_token * self.image_seq_length
+        return self._image_text((1, 1))  # of "crop" alone: `_process_images` does it for the others
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         """Truncation must not cut an image."""
@@ -280,8 +383,8 @@ class DSVLProcessor(ProcessorMixin):
         kept = [row.count(self.image_token_id) for row in rows]
         if kept != expected:
             raise ValueError(
-                f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} an image), which cuts "
-                "an image; raise max_length, drop whole turns, or pass truncation=False."
+                f"Truncation left {kept} of {expected} image tokens ({self.image_seq_length} a tile), which cuts an "
+                "image; raise max_length, drop whole turns, or pass truncation=False."
             )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -296,11 +399,16 @@ class DSVLProcessor(ProcessorMixin):
         return push_part(self, repo_id, **kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
-        """Placeholder tokens for images of these sizes (height, width): the same for all, as each is resized."""
+        """Tokens of images of these sizes (height, width), the texts between tiles included; and their tiles."""
         if image_sizes is None:
             return MultiModalData()
+        grids = [(1, 1) if self.layout is None else self.layout.grid(*size) for size in image_sizes]
+        texts = {
+            grid: len(self.tokenizer(self._image_text(grid), add_special_tokens=False)["input_ids"]) for grid in set(grids)
+        }
         return MultiModalData(
-            num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+            num_image_tokens=[texts[grid] for grid in grids],
+            num_image_patches=[len(self._tile_lengths(*grid)) for grid in grids],
         )
 
 
@@ -328,40 +436,60 @@ def _read_images(images: list, images_kwargs: dict | None = None, **kwargs: Any)
     return [read_image(image, input_data_format=options.get("input_data_format")) for image in images]
 
 
-def _features_of(conversation: Any) -> list[list]:
-    """What the parts of a conversation, or of each of a batch, hold as `image_features`; empty if none does.
+def image_parts(conversation: Any) -> list[dict[str, Any]]:
+    """The images of a conversation, in reading order: its parts of type "image"."""
+    contents = [message["content"] for message in conversation if isinstance(message.get("content"), (list, tuple))]
+    return [part for content in contents for part in content if part.get("type") == "image"]
+
+
+def _size_of(part: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) of an image of a conversation."""
+    if part.get("image_size") is not None:
+        height, width = part["image_size"]
+    else:
+        source = next((part[key] for key in ("image", "path", "url", "base64") if part.get(key) is not None), None)
+        width, height = image_size(source)
+    return height, width
+
+
+def _features_of(conversation: Any) -> tuple[list[list], list[Any] | None]:
+    """What the images of a conversation, or of each of a batch, hold as `image_features`, empty if none does; and their
+    sizes, if all are known.
 
     Raises:
         ValueError: if only some of the images have them.
     """
     if not isinstance(conversation, (list, tuple)) or not conversation:
-        return []
-    batch = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
-    contents = [
-        [message["content"] for message in messages if isinstance(message.get("content"), list)] for messages in batch
-    ]
-    parts = [[part for content in one for part in content if part.get("type") == "image"] for one in contents]
+        return [], None
+    parts = list(map(image_parts, conversation if isinstance(conversation[0], (list, tuple)) else [conversation]))
     features = [[part["image_features"] for part in one if part.get("image_features") is not None] for one in parts]
     known, all_of_them = len(sum(features, [])), len(sum(parts, []))
     if known and known < all_of_them:
         raise ValueError(
             f"{known} of {all_of_them} images are given as features; pass all images of a batch as features, or none."
         )
-    return features if known else []
+    sizes = [part.get("image_size") for part in sum(parts, [])]
+    return features if known else [], None if None in sizes else sizes
 
 
 class _Features(list):
-    """The tower's features of images, (tower tokens, tower width) each, passed in the place of images."""
+    """The tower's features of images, (tower tokens, tower width) or (tiles, tower tokens, tower width) each, passed in the
+    place of images."""
 
-    def __init__(self, samples: list[list]) -> None:
+    def __init__(self, samples: list[list], sizes: Any, dimensions: int) -> None:
         super().__init__(sum(samples, []))
-        self.samples = samples
+        self.samples, self.sizes = samples, sizes
         shapes = {tuple(getattr(one, "shape", ())) for one in self}
-        if any(len(shape) != 2 for shape in shapes) or len(shapes) > 1:
+        # The first dimension of tiles and native images is their number of tiles or patches.
+        of_one = {shape[1:] if dimensions == 3 or sizes is not None else shape for shape in shapes}
+        if any(len(shape) != dimensions for shape in shapes) or len(of_one) > 1:
+            expected = "(tower tokens, tower width)" if dimensions == 2 else "(tiles, tower tokens, tower width)"
             raise ValueError(
-                f"image_features have the shapes {sorted(shapes)}; expected (tower tokens, tower width) for each image, the "
-                "same for all, in a list or stacked."
+                f"image_features have the shapes {sorted(shapes)}; expected {expected} for each image, the same for all, in "
+                "a list or stacked."
             )
+        if sizes is not None and len(sizes) != len(self):
+            raise ValueError(f"{len(sizes)} image_sizes for {len(self)} image_features; pass one (height, width) for each.")
 
 
 def _by_sample(images: Any, stacked: int = 4) -> list[list]:

@@ -1,13 +1,20 @@
-"""Projectors: the tower's features (images, tokens, tower width) to (images, image_seq_length, decoder width)."""
+"""Projectors: the tower's features (tiles, tower tokens, tower width) to (tiles, tokens, decoder width).
 
-from collections.abc import Callable
+`grids` are the rows and columns of patches of native images (SigLIP 2 NaFlex), whose features are padded to one length, as
+are their tokens; None if all tiles have the same square grid.
+"""
+
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig
 
-from .configuration_dsvl import PERCEIVER_GRID_SIZE, DSVLConfig
+from .configuration_dsvl import DSVLConfig
 from .transformers_dsvl import CLIPEncoderLayer, init
+
+Grids = Sequence[tuple[int, int]]
 
 HEAD_DIM = 128  # of the cross-attention, for any width (Qwen-VL, and DeepSpeed-VisualChat's perceiver)
 
@@ -40,29 +47,51 @@ class DSVLResampler(nn.Module):
         """The learned queries and their positions; the layers are initialized like any other."""
         queries, width = self.query.shape
         init.trunc_normal_(self.query, std=0.02)
-        init.copy_(self.position_embedding, sincos_position_table(int(queries**0.5), width))
+        init.copy_(self.position_embedding, sincos_position_table(math.isqrt(queries), width))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, grids: Grids | None = None) -> torch.Tensor:
         """(images, patches, kv_width) to (images, num_queries, width)."""
         values = self.kv_norm(self.kv_proj(features))
-        keys = values + resize_grid(self.position_embedding, features.shape[1])
+        positions, mask = resize_grid(self.position_embedding, *[math.isqrt(features.shape[1])] * 2), None
+        if grids is not None:
+            tables = [resize_grid(self.position_embedding, rows, columns) for rows, columns in grids]
+            patches = features.shape[1]
+            positions = torch.stack([nn.functional.pad(table, (0, 0, 0, patches - len(table))) for table in tables])
+            counts = torch.tensor([len(table) for table in tables], device=features.device)
+            mask = (torch.arange(patches, device=features.device) < counts[:, None])[:, None, None]
+        keys = values + positions
         queries = (self.query_norm(self.query) + self.position_embedding).expand(len(values), -1, -1)
         query, key, value = (
             projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, states in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
         )
-        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
-def resize_grid(table: torch.Tensor, positions: int) -> torch.Tensor:
-    """A square grid's position table (cells, width) as one of `positions` cells, interpolated bicubically."""
-    if len(table) == positions:
+def resize_grid(table: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """A square grid's position table (cells, width) as one of rows x columns cells, interpolated bicubically."""
+    side = math.isqrt(len(table))
+    if (rows, columns) == (side, side):
         return table
-    side, target = int(len(table) ** 0.5), int(positions**0.5)
     grid = table.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
-    grid = nn.functional.interpolate(grid, size=(target, target), mode="bicubic", align_corners=False)
+    grid = nn.functional.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
     return grid[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
+
+
+def pixel_shuffle(features: torch.Tensor, rows: int, columns: int, side: int) -> torch.Tensor:
+    """Squares of `side` x `side` features as one (InternVL, arXiv 2404.16821; Idefics 3, arXiv 2408.12637).
+
+    Args:
+        features: (tiles, rows * columns, width), row by row. Rows and columns that do not fill a square are padded by zeros.
+
+    Returns:
+        (tiles, squares, side ** 2 * width); the features of a square row by row.
+    """
+    grid = features.unflatten(1, (rows, columns))
+    grid = nn.functional.pad(grid, (0, 0, 0, -columns % side, 0, -rows % side))
+    squares = grid.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+    return squares.flatten(3).flatten(1, 2)
 
 
 def sincos_position_table(grid_size: int, width: int) -> torch.Tensor:
@@ -83,22 +112,36 @@ class DSVLLinearProjector(nn.Module):
         self.linear = nn.Linear(config.vision_feature_size, width)
         self.layer_norm = nn.LayerNorm(width, eps=1e-12)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, grids: Grids | None = None) -> torch.Tensor:
         return self.layer_norm(self.linear(features))
 
 
 class DSVLMlpProjector(nn.Module):
-    """Linear, GELU, Linear: LLaVA-1.5's (arXiv 2310.03744), with the names of its parameters in transformers."""
+    """Linear, GELU, Linear: LLaVA-1.5's (arXiv 2310.03744), with the names of its parameters in transformers. With
+    `downsample` it reads squares of patches (see `pixel_shuffle`), and tokens before the grid are dropped."""
 
     def __init__(self, config: DSVLConfig) -> None:
         super().__init__()
         width = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.vision_feature_size, width)
+        self.downsample, self.num_patches = config.downsample, config.num_patches
+        self.linear_1 = nn.Linear(config.vision_feature_size * config.downsample**2, width)
         self.act = nn.GELU()
         self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, grids: Grids | None = None) -> torch.Tensor:
+        if self.downsample > 1:
+            features = self._squares(features, grids)
         return self.linear_2(self.act(self.linear_1(features)))
+
+    def _squares(self, features: torch.Tensor, grids: Grids | None) -> torch.Tensor:
+        if grids is None:
+            side = math.isqrt(self.num_patches)
+            return pixel_shuffle(features[:, -self.num_patches :], side, side, self.downsample)
+        squares = [
+            pixel_shuffle(one[None, : rows * columns], rows, columns, self.downsample)[0]
+            for one, (rows, columns) in zip(features, grids, strict=True)
+        ]
+        return nn.utils.rnn.pad_sequence(squares, batch_first=True)
 
 
 class DSVLVitProjector(DSVLLinearProjector):
@@ -108,7 +151,7 @@ class DSVLVitProjector(DSVLLinearProjector):
         super().__init__(config)
         self.encoder_layer = CLIPEncoderLayer(_clip_layer_config(config.vision_config))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, grids: Grids | None = None) -> torch.Tensor:
         return super().forward(self.encoder_layer(features, attention_mask=None))
 
 
@@ -118,13 +161,15 @@ class DSVLPerceiverProjector(DSVLResampler):
 
     def __init__(self, config: DSVLConfig) -> None:
         width = config.text_config.hidden_size
-        super().__init__(config.vision_feature_size, width, PERCEIVER_GRID_SIZE**2, eps=1e-12, kv_bias=True)
+        super().__init__(config.vision_feature_size, width, config.num_queries, eps=1e-12, kv_bias=True)
         self.num_patches = config.num_patches
         self.layer_norm = nn.LayerNorm(width, eps=1e-12)
         self.linear = nn.Linear(width, width)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.layer_norm(super().forward(features[:, -self.num_patches :])))
+    def forward(self, features: torch.Tensor, grids: Grids | None = None) -> torch.Tensor:
+        if grids is None:
+            features = features[:, -self.num_patches :]
+        return self.linear(self.layer_norm(super().forward(features, grids)))
 
 
 def _clip_layer_config(vision: CLIPVisionConfig) -> CLIPVisionConfig:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .configuration_dsvl import DSVLConfig, DSVLQwenVisionConfig
+from .configuration_dsvl import NATIVE_TOWERS, DSVLConfig, DSVLQwenVisionConfig
 from .projectors_dsvl import DSVLResampler, resize_grid
 from .transformers_dsvl import (
     ALL_ATTENTION_FUNCTIONS,
@@ -31,6 +31,8 @@ def run_tower(
     vision_tower: PreTrainedModel,
     config: DSVLConfig,
     pixel_values: torch.Tensor,
+    pixel_attention_mask: torch.Tensor | None = None,
+    spatial_shapes: torch.Tensor | None = None,
     output_hidden_states: bool = False,
     output_attentions: bool = False,
 ) -> BaseModelOutputWithPooling:
@@ -39,18 +41,33 @@ def run_tower(
     Args:
         vision_tower: the tower.
         config: says which layers' features are used, and whether CLS and registers are kept.
-        pixel_values: (images, 3, height, width), any float dtype.
+        pixel_values: (tiles, 3, height, width), any float dtype; of native images (images, patches, 3 * patch_size ** 2).
+        pixel_attention_mask: of native images, (images, patches), 0 where padded; by default from `spatial_shapes`.
+        spatial_shapes: of native images, (images, 2), rows and columns of patches.
         output_hidden_states, output_attentions: whether the tower's own are returned too.
 
     Returns:
-        `last_hidden_state`: the features before projection, (images, tower tokens, tower width); on request
+        `last_hidden_state`: the features before projection, (tiles, tower tokens, tower width); on request
         `hidden_states` and `attentions`.
+
+    Raises:
+        ValueError: for inputs of another image layout.
     """
     is_trained = torch.is_grad_enabled() and (
         pixel_values.requires_grad or any(p.requires_grad for p in vision_tower.parameters())
     )
     layers = config.vision_feature_layers
-    options = {"output_attentions": True} if output_attentions else {}
+    options: dict[str, Any] = {"output_attentions": True} if output_attentions else {}
+    if (spatial_shapes is not None) != (config.image_layout == "native"):
+        raise ValueError(
+            f"spatial_shapes are {'missing' if spatial_shapes is None else 'given'} with image_layout="
+            f"{config.image_layout!r}; native images have them, others do not. Use the processor saved with this model."
+        )
+    if spatial_shapes is not None:
+        if pixel_attention_mask is None:
+            patches = torch.arange(pixel_values.shape[1], device=spatial_shapes.device)
+            pixel_attention_mask = (patches < spatial_shapes.prod(-1, keepdim=True)).int()
+        options |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
     with torch.set_grad_enabled(is_trained):
         tower = vision_tower(
             pixel_values.to(vision_tower.dtype),
@@ -77,13 +94,28 @@ def unused_tower_parameters(vision_tower: PreTrainedModel, config: DSVLConfig) -
     """
     vision_config = copy.deepcopy(config.vision_config)
     vision_config._attn_implementation = "eager"
-    size = config.image_size
-    with torch.device("meta"), no_init_weights(), torch.enable_grad():
+    inputs, device = blank_image(config), "meta"
+    if "spatial_shapes" in inputs:  # whose values the tower reads: a real copy, but of one channel a head
+        vision_config.hidden_size = vision_config.intermediate_size = vision_config.num_attention_heads
+        device = "cpu"
+    with torch.device(device), no_init_weights(), torch.enable_grad():
         tower = type(vision_tower)(vision_config).to(vision_tower.dtype).eval()
-        features = run_tower(tower, config, torch.zeros(1, 3, size, size)).last_hidden_state
+        features = run_tower(tower, config, **{name: one.to(device) for name, one in inputs.items()}).last_hidden_state
         names, parameters = zip(*tower.named_parameters(), strict=True)
         gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
     return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+
+
+def blank_image(config: DSVLConfig) -> dict[str, torch.Tensor]:
+    """The inputs of the tower for one image of zeros, the smallest that it takes."""
+    if config.vision_config.model_type not in NATIVE_TOWERS:
+        return {"pixel_values": torch.zeros(1, 3, config.image_size, config.image_size)}
+    patch_size = config.vision_config.patch_size
+    return {
+        "pixel_values": torch.zeros(1, 1, config.vision_config.num_channels * patch_size**2),
+        "pixel_attention_mask": torch.ones(1, 1, dtype=torch.int32),
+        "spatial_shapes": torch.ones(1, 2, dtype=torch.long),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,7 +198,7 @@ class DSVLQwenVisionEmbeddings(nn.Module):
                 "the image processor that was saved with it."
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        return patches + resize_grid(self.position_embedding.weight, patches.shape[1])
+        return patches + resize_grid(self.position_embedding.weight, *[height // self.patch_size] * 2)
 
 
 class DSVLQwenVisionPreTrainedModel(PreTrainedModel):
@@ -235,6 +267,7 @@ class DSVLQwenVisionModel(DSVLQwenVisionPreTrainedModel):
 __all__ = [
     "DSVLQwenVisionModel",
     "DSVLQwenVisionPreTrainedModel",
+    "blank_image",
     "make_vision_tower",
     "run_tower",
     "unused_tower_parameters",

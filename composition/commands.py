@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..configuration_dsvl import FEATURE_SELECT_STRATEGIES, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES
+from ..configuration_dsvl import FEATURE_SELECT_STRATEGIES, IMAGE_LAYOUTS, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES, DSVLConfig
 from ..utils.local_paths import check_exists
 from ..utils.model_arguments import json_object
 
@@ -37,6 +37,28 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         choices=FEATURE_SELECT_STRATEGIES,
         default="full",
         help="full keeps CLS and register tokens, default drops them (default full)",
+    )
+    parser.add_argument(
+        "--image-layout",
+        choices=IMAGE_LAYOUTS,
+        help="crop as the tower's image processor does, pad to a square, tiles for small print, native for towers that take "
+        "any size (default: native with a SigLIP 2 NaFlex tower, else crop)",
+    )
+    parser.add_argument("--max-tiles", type=int, default=12, metavar="N", help="parts of an image, with tiles (default 12)")
+    parser.add_argument("--max-image-tokens", type=int, default=256, metavar="N", help="with native (default 256)")
+    parser.add_argument(
+        "--downsample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with the projector mlp, N x N features become one token (default 1)",
+    )
+    parser.add_argument(
+        "--num-queries",
+        type=int,
+        default=256,
+        metavar="N",
+        help="tokens of an image or tile with the projector perceiver (default 256)",
     )
     parser.add_argument(
         "--chat-template",
@@ -76,6 +98,11 @@ def _compose(arguments: argparse.Namespace) -> None:
         multimodal_attention=arguments.multimodal_attention,
         vision_feature_layer=layers[0] if len(layers) == 1 else layers,
         vision_feature_select_strategy=arguments.vision_feature_select_strategy,
+        image_layout=arguments.image_layout,
+        max_tiles=arguments.max_tiles,
+        max_image_tokens=arguments.max_image_tokens,
+        downsample=arguments.downsample,
+        num_queries=arguments.num_queries,
         chat_template=arguments.chat_template,
         chat_template_kwargs=arguments.chat_template_kwargs,
         number_after=arguments.number_after,
@@ -91,5 +118,13 @@ def _compose(arguments: argparse.Namespace) -> None:
     )
     size = sum(parameter.numel() for parameter in model.parameters())
     name = chat_template_name(processor.chat_template)
-    print(f"{out}: {size / 1e6:,.2f} million parameters, {model.config.image_seq_length} tokens per image")
+    print(f"{out}: {size / 1e6:,.2f} million parameters, {image_tokens(model.config)}")
     print(f"Chat template: {CHOICES.get(name, name)}")
+
+
+def image_tokens(config: DSVLConfig) -> str:
+    """How many tokens an image takes, in words."""
+    if config.image_layout == "tiles":
+        return f"{config.image_seq_length} tokens per tile, up to {1 + config.max_tiles} tiles per image"
+    most = "up to " if config.image_layout == "native" and config.projector_type != "perceiver" else ""
+    return f"{most}{config.image_seq_length} tokens per image"

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..attention_dsvl import route_attention
-from ..configuration_dsvl import DSVLConfig
+from ..configuration_dsvl import NATIVE_TOWERS, DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor
 from .chat_template import VISUALCHAT, choose_chat_template, end_of_turn_ids, prepare_chat_template
-from .towers import count_prefix_tokens, load_image_processor, load_tower, processed_size
+from .towers import check_native_processor, count_prefix_tokens, load_image_processor, load_tower, processed_size
 
 VOCABULARY_MULTIPLE = 64  # the embedding table is padded to a multiple of this, for tensor cores
 
@@ -26,6 +26,11 @@ def compose(
     multimodal_attention: str = "mmca",
     vision_feature_layer: int | Sequence[int] = -1,
     vision_feature_select_strategy: str = "full",
+    image_layout: str | None = None,
+    max_tiles: int = 12,
+    max_image_tokens: int = 256,
+    downsample: int = 1,
+    num_queries: int = 256,
     tokenizer: Any = None,
     image_processor: Any = None,
     chat_template: str | Path | None = None,
@@ -40,10 +45,12 @@ def compose(
     become part of the new model without a copy.
 
     Args:
-        vision: name or directory of a vision tower, or of a model that has one, or a loaded model: CLIP, SigLIP, DINOv2,
-            DINOv3, Qwen-VL's (by `dsvl migrate qwen-tower`), or another that returns a sequence of features.
+        vision: name or directory of a vision tower, or of a model that has one, or a loaded model: CLIP, SigLIP, SigLIP 2,
+            DINOv2, DINOv3, Qwen-VL's (by `dsvl migrate qwen-tower`), or another that returns a sequence of features.
         language: name or directory of a causal language model, or a loaded one.
         projector_type, multimodal_attention, vision_feature_layer, vision_feature_select_strategy: see `DSVLConfig`.
+        image_layout: see `DSVLConfig`; defaults to `"native"` for towers that take images of any size, else to `"crop"`.
+        max_tiles, max_image_tokens, downsample, num_queries: see `DSVLConfig`.
         tokenizer: *optional*, the language model's tokenizer; defaults to that of `language`.
         image_processor: *optional*, determines the image size; defaults to that of `vision`, or CLIP's with the tower's
             `image_size` if it has none.
@@ -70,8 +77,13 @@ def compose(
     template = prepare_chat_template(template, tokenizer, variables, template_name)
     tower = load_tower(vision)
     image_processor = image_processor or load_image_processor(vision)
-    image_size = processed_size(image_processor)
-    num_prefix_tokens = count_prefix_tokens(tower, image_size)
+    is_native = tower.config.model_type in NATIVE_TOWERS
+    image_size, num_prefix_tokens = None, 0
+    if not is_native:
+        image_size = processed_size(image_processor)
+        num_prefix_tokens = count_prefix_tokens(tower, image_size)
+    if image_layout is None:
+        image_layout = "native" if is_native else "crop"
     decoder = _causal_lm(language, dtype)
     dtype = decoder.dtype
 
@@ -92,8 +104,16 @@ def compose(
         vision_feature_select_strategy=vision_feature_select_strategy,
         image_size=image_size,
         num_prefix_tokens=num_prefix_tokens,
+        image_layout=image_layout,
+        max_tiles=max_tiles,
+        max_image_tokens=max_image_tokens,
+        downsample=downsample,
+        num_queries=num_queries,
         dtype=dtype,
     )
+    if is_native:
+        check_native_processor(image_processor, tower.config.patch_size)
+        image_processor.max_num_patches = config.num_patches
     with torch.device("meta"):  # the parts are loaded already; only the projector is initialized
         model = DSVLForConditionalGeneration(config)
     model.model.vision_tower = tower.to(dtype)
@@ -118,7 +138,7 @@ def compose(
     # Batched generation needs left padding. The attribute alone is not saved if the tokenizer was created without it.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.chat_template = template  # so that it renders as the processor does
-    processor = DSVLProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length, chat_template=template)
+    processor = DSVLProcessor(image_processor, tokenizer, chat_template=template, **config.processor_arguments)
     return model.eval(), processor
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from ..configuration_dsvl import NAFLEX_TOWERS, DSVLQwenVisionConfig
+from ..configuration_dsvl import NATIVE_TOWERS, DSVLQwenVisionConfig
 from ..transformers_dsvl import no_init_weights
 
 if TYPE_CHECKING:
@@ -51,11 +51,8 @@ def tower_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
         ValueError: if there is no supported tower.
     """
     config = getattr(config, "vision_config", config)
-    if config.model_type in NAFLEX_TOWERS:
-        raise ValueError(
-            f"vision={name!r} has a tower of type {config.model_type!r}, for images of any shape (NaFlex), which is not "
-            "supported; pass a SigLIP 2 of fixed resolution (its type is 'siglip')."
-        )
+    if config.model_type in NATIVE_TOWERS:
+        return config
     if not isinstance(getattr(config, "image_size", None), int) or not isinstance(getattr(config, "patch_size", None), int):
         raise ValueError(
             f"vision={name!r} is a model of type {config.model_type!r}, which has no tower that turns a square image "
@@ -65,15 +62,23 @@ def tower_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 
 
 def load_image_processor(vision: str | Path | PreTrainedModel) -> Any:
-    """Load the image processor of a name, directory or loaded model; CLIP's with the tower's size if it has none."""
+    """Load the image processor of a name, directory or loaded model; if it has none CLIP's, or
+    SigLIP 2's for its towers, with the tower's sizes."""
     source = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
     try:
         if source:
             return AutoImageProcessor.from_pretrained(source)
     except OSError:
-        logger.info("%s has no image processor; CLIP's is used with the tower's image size.", source)
+        logger.info(
+            "%s has no image processor; that of CLIP (of SigLIP 2 for its towers) is used with the tower's sizes.", source
+        )
     config = vision.config if isinstance(vision, PreTrainedModel) else AutoConfig.from_pretrained(vision)
-    return clip_image_processor(getattr(config, "vision_config", config).image_size)
+    config = getattr(config, "vision_config", config)
+    if config.model_type in NATIVE_TOWERS:
+        from transformers import Siglip2ImageProcessor
+
+        return Siglip2ImageProcessor(patch_size=config.patch_size)
+    return clip_image_processor(config.image_size)
 
 
 def clip_image_processor(size: int) -> "CLIPImageProcessor":
@@ -100,6 +105,20 @@ def processed_size(image_processor: Any) -> int:
             "expected one square for both. Pass image_processor= with a fixed size (do_resize, or do_center_crop)."
         )
     return shape[2]
+
+
+def check_native_processor(image_processor: Any, patch_size: int) -> None:
+    """Whether an image processor cuts images of any size into patches of this size (`Siglip2ImageProcessor`).
+
+    Raises:
+        ValueError: if not.
+    """
+    found = getattr(image_processor, "patch_size", None)
+    if found != patch_size or not hasattr(image_processor, "max_num_patches"):
+        raise ValueError(
+            f"{type(image_processor).__name__} makes no patches of {patch_size} pixels (patch_size={found}), as the tower "
+            "takes them; pass image_processor=, the one saved with the tower (Siglip2ImageProcessor)."
+        )
 
 
 def count_prefix_tokens(tower: PreTrainedModel, image_size: int) -> int:

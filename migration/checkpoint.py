@@ -160,7 +160,7 @@ def migrate_checkpoint(
     model.generation_config = _generation_config(language, tokenizer)
     tokenizer.chat_template = prepare_chat_template(CHAT_TEMPLATE, tokenizer, name=VISUALCHAT)
     processor = DSVLProcessor(
-        image_processor, tokenizer, image_seq_length=config.image_seq_length, chat_template=tokenizer.chat_template
+        image_processor, tokenizer, chat_template=tokenizer.chat_template, **config.processor_arguments
     )
 
     def write_adapters(directory: Path) -> None:

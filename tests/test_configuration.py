@@ -123,7 +123,10 @@ REFUSED = {
     "image token": ({"image_token_id": 96}, "image_token_id=96 lies outside text_config.vocab_size=96; extend"),
     "full CLIP": ({"vision_config": CLIPConfig()}, "model_type='clip' is not a vision tower; pass its vision_config"),
     "tower": ({"vision_config": FAMILIES["llama"]()}, "'llama' is not a vision tower.*: image_size=None, patch_size=None; "),
-    "NaFlex": ({"vision_config": Siglip2VisionConfig()}, "'siglip2_vision_model' takes images of any shape .NaFlex"),
+    "NaFlex": (
+        {"vision_config": Siglip2VisionConfig()},
+        "image_layout='crop' does not go with .*siglip2_vision",
+    ),
     "prefix": ({"vision_config": ViTConfig()}, "How many tokens vision_config.model_type='vit' puts .* pass num_prefix"),
     "no patch": ({"vision_config": {"model_type": "clip_vision_model", "image_size": 8}}, "image_size=8 is smaller"),
     "no type": ({"text_config": {"hidden_size": 32}}, "text_config is a dict without 'model_type'.*add it"),

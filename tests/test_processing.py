@@ -282,7 +282,7 @@ def test_a_slow_tokenizer_is_refused(processor):
 
 def test_the_call_shows_its_signature(processor):
     parameters = inspect.signature(processor.__call__).parameters
-    assert list(parameters) == ["images", "text", "image_features", "kwargs"]
+    assert list(parameters) == ["images", "text", "image_features", "image_sizes", "kwargs"]
 
 
 @pytest.mark.parametrize("flat", [True, False])
