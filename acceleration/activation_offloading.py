@@ -176,10 +176,6 @@ class OffloadedPass(AbstractContextManager):
         return self.streams[device]
 
 
-
-
-
-
 class ActivationOffloading:
     """Moves what a decoder saves for the backward pass to the host, outside of its checkpointed layers: their inputs.
 

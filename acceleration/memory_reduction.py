@@ -7,9 +7,7 @@ from .text_queries import skip_image_queries as skip_queries
 from .tiled_mlp import tile_mlp
 
 
-def reduce_memory(
-    model: Any, mlp_tile: int | None = None, offload: bool = False, skip_image_queries: bool = False
-) -> None:
+def reduce_memory(model: Any, mlp_tile: int | None = None, offload: bool = False, skip_image_queries: bool = False) -> None:
     """Let a decoder train in less memory and time; losses and gradients stay the same. For use with activation checkpointing.
 
     Args:

@@ -5,6 +5,8 @@ the projection of these queries is 1/12 of a LLaMA's linear layers. Here the pro
 get a query of zero. Results and gradients are the same: the gradient of an unused query is zero.
 """
 
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,21 +18,32 @@ from ..inputs_dsvl import gather_unique_rows
 
 
 class TextQueries:
-    """The hooks of an attention module and of its `q_proj`.
+    """The `forward` of an attention module, and the hooks of its `q_proj`.
 
     Only masks with `text_rows` (see `FusedMask` and `GatheredMask`) say which tokens are text; with another one, and for a
     text without images, the projection runs as it is.
+
+    Args:
+        attention: the attention module.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+        replaced = attention.__dict__.get("forward")
+        self.forward: Callable = replaced or MethodType(type(attention).forward, attention)
         self.rows: torch.Tensor | None = None
         self.shape: torch.Size | None = None
 
-    def begin(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before the attention: find the text tokens in the mask of its layer type."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Find the text tokens in the mask of this layer's type. Not a hook of the attention, which would not be part of its
+        compiled graph."""
         masks = kwargs.get("multimodal_masks")
-        mask = None if masks is None else masks[getattr(attention.config, "_layer_type", None)]
+        mask = None if masks is None else masks[getattr(self.attention.config, "_layer_type", None)]
         self.rows = getattr(mask, "text_rows", None)
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            self.rows = self.shape = None
 
     def gather(self, projection: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
         """Before the projection: its input without other tokens."""
@@ -46,10 +59,6 @@ class TextQueries:
         queries = output.new_zeros(self.shape.numel(), output.shape[-1]).index_copy(0, self.rows, output)
         return queries.view(*self.shape, -1)
 
-    def end(self, attention: nn.Module, args: tuple, output: Any) -> None:
-        """After the attention: keep no tensor."""
-        self.rows = self.shape = None
-
 
 def skip_image_queries(decoder: PreTrainedModel) -> None:
     """Let every attention module of a decoder project the queries of text tokens alone, where its mask allows it.
@@ -63,13 +72,11 @@ def skip_image_queries(decoder: PreTrainedModel) -> None:
             raise ValueError(
                 f"{type(attention).__name__} has no q_proj, so the queries of image tokens cannot be skipped; omit it."
             )
-        if any(isinstance(getattr(hook, "__self__", None), TextQueries) for hook in projection._forward_hooks.values()):
+        if isinstance(attention.forward, TextQueries):
             continue
-        hooks = TextQueries()
-        attention.register_forward_pre_hook(hooks.begin, with_kwargs=True)
-        attention.register_forward_hook(hooks.end)
-        projection.register_forward_pre_hook(hooks.gather)
-        projection.register_forward_hook(hooks.scatter)
+        queries = attention.forward = TextQueries(attention)
+        projection.register_forward_pre_hook(queries.gather)
+        projection.register_forward_hook(queries.scatter)
 
 
 __all__ = ["TextQueries", "skip_image_queries"]

@@ -1,6 +1,7 @@
 """Checks of the arguments of `dsvl train` before anything is loaded."""
 
 import importlib.util
+import json
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ def _check_memory_reduction(values: dict[str, Any]) -> None:
             "pass both."
         )
     for name in checkpoints:
-        if (values.get(f"{name}_kwargs") or {}).get("offload"):
+        options = values.get(f"{name}_kwargs") or {}
+        if (json.loads(options) if isinstance(options, str) else options).get("offload"):
             raise ValueError(
                 f"--offload-activations with offload in --{name.replace('_', '-')}-kwargs moves activations twice; drop one."
             )

@@ -59,7 +59,9 @@ class ModelArguments:
     )
     skip_image_queries: bool = field(
         default=False,
-        metadata={"help": "do not project the queries of image tokens, which mmca does not use; saves time with many images"},
+        metadata={
+            "help": "do not project the queries of image tokens, which mmca does not use; saves time with many images"
+        },
     )
     lora_rank: int = field(default=0, metadata={"help": "rank of LoRA adapters; 0 for none"})
     lora_alpha: int | None = field(
