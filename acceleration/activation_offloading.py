@@ -8,7 +8,7 @@ after it is computed. The host's memory is pinned, and reused by the next step.
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -30,12 +30,15 @@ class HostMemory:
         self.free: list[torch.Tensor] = []
         self.blocks = 0
 
-    def take(self, count: int, pinned: bool) -> list[torch.Tensor]:
-        """`count` blocks of `BLOCK_BYTES` bytes."""
-        blocks = []
+    def take(self, count: int, device: str) -> list[torch.Tensor]:
+        """`count` blocks of `BLOCK_BYTES` bytes for a type of device; for "meta" they are only counted."""
+        blocks: list[torch.Tensor] = []
+        if device == "meta":
+            self.blocks += count
+            return blocks
         for _ in range(count):
             if not self.free:
-                self.free.append(torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=pinned))
+                self.free.append(torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=device != "cpu"))
                 self.blocks += 1
             blocks.append(self.free.pop())
         return blocks
@@ -57,7 +60,7 @@ class SavedOnHost:
     def __init__(self, tensor: torch.Tensor, memory: HostMemory, index: int) -> None:
         self.shape, self.dtype, self.device, self.index = tensor.shape, tensor.dtype, tensor.device, index
         self.memory = memory
-        self.blocks = memory.take(-(-tensor.nbytes // BLOCK_BYTES), pinned=tensor.device.type != "cpu")
+        self.blocks = memory.take(-(-tensor.nbytes // BLOCK_BYTES), tensor.device.type)
         self.fetched: torch.Tensor | None = None
         self.ready: Any = None  # the event after which `fetched` is complete
 
@@ -67,17 +70,19 @@ class SavedOnHost:
 
     def store(self, tensor: torch.Tensor) -> None:
         """Copy the tensor to the host."""
-        for block, part in zip(self.blocks, _bytes(tensor).split(BLOCK_BYTES), strict=True):
+        for block, part in self._pairs(tensor):
             block[: len(part)].copy_(part, non_blocking=True)
 
     def fill(self, tensor: torch.Tensor) -> None:
         """Copy it back."""
-        for block, part in zip(self.blocks, _bytes(tensor).split(BLOCK_BYTES), strict=True):
+        for block, part in self._pairs(tensor):
             part.copy_(block[: len(part)], non_blocking=True)
 
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().view(-1).view(torch.uint8)
+    def _pairs(self, tensor: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Each block, and its part of the tensor's bytes."""
+        if tensor.device.type == "meta":
+            return ()
+        return zip(self.blocks, tensor.detach().view(-1).view(torch.uint8).split(BLOCK_BYTES), strict=True)
 
 
 class OffloadedPass(AbstractContextManager):
@@ -117,18 +122,20 @@ class OffloadedPass(AbstractContextManager):
         ):
             return tensor
         for copied, _, known in self.in_flight:  # several operations may save one tensor
-            if copied.data_ptr() == tensor.data_ptr() and (copied.shape, copied.dtype) == (tensor.shape, tensor.dtype):
+            if is_same(copied, tensor):
                 return known
         saved = SavedOnHost(tensor, self.memory, len(self.saved))
         stream = self._stream(tensor.device)
+        event = None
         if stream is None:
             saved.store(tensor)
         else:
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(stream):
                 saved.store(tensor)
-            self.in_flight.append((tensor.detach(), stream.record_event(), saved))
-            self._release(IN_FLIGHT)
+            event = stream.record_event()
+        self.in_flight.append((tensor.detach(), event, saved))
+        self._release(IN_FLIGHT)
         self.saved.append(weakref.ref(saved))
         return saved
 
@@ -165,7 +172,8 @@ class OffloadedPass(AbstractContextManager):
         """Free all but the last `number` tensors that were copied, once they are."""
         while len(self.in_flight) > number:
             tensor, event, _ = self.in_flight.popleft()
-            torch.cuda.current_stream(tensor.device).wait_event(event)
+            if event is not None:
+                torch.cuda.current_stream(tensor.device).wait_event(event)
 
     def _stream(self, device: torch.device) -> Any:
         """The stream that copies; None where there are no streams."""
@@ -174,6 +182,13 @@ class OffloadedPass(AbstractContextManager):
         if device not in self.streams:
             self.streams[device] = torch.cuda.Stream(device)
         return self.streams[device]
+
+
+def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same bytes."""
+    same_storage = one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    layouts = [(part.storage_offset(), part.shape, part.dtype) for part in (one, other)]
+    return same_storage and layouts[0] == layouts[1]
 
 
 class ActivationOffloading:

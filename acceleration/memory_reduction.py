@@ -8,7 +8,7 @@ from .tiled_mlp import tile_mlp
 
 
 def reduce_memory(model: Any, mlp_tile: int | None = None, offload: bool = False, skip_image_queries: bool = False) -> None:
-    """Let a decoder train in less memory and time; losses and gradients stay the same. For use with activation checkpointing.
+    """Let a decoder train in less memory and time, with the same losses and gradients. For use with activation checkpointing.
 
     Args:
         model: a `DSVLModel`.
@@ -24,7 +24,8 @@ def reduce_memory(model: Any, mlp_tile: int | None = None, offload: bool = False
     attention = model.config.multimodal_attention
     if skip_image_queries and attention != "mmca":
         raise ValueError(
-            f"multimodal_attention={attention!r} uses the queries of image tokens; omit skip_image_queries, or choose 'mmca'."
+            f"multimodal_attention={attention!r} uses the queries of image tokens; omit skip_image_queries, "
+            "or choose 'mmca'."
         )
     decoder = model.language_model
     if skip_image_queries:
