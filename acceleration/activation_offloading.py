@@ -65,6 +65,8 @@ class SavedOnHost:
         self.ready: Any = None  # the event after which `fetched` is complete
 
     def __del__(self) -> None:
+        if self.ready is not None:  # fetched in vain: its memory is free when the copy is complete
+            torch.cuda.current_stream(self.device).wait_event(self.ready)
         # The one stream that copies orders the last read of these blocks before the next write.
         self.memory.free.extend(self.blocks)
 
@@ -166,7 +168,6 @@ class OffloadedPass(AbstractContextManager):
         with torch.cuda.stream(stream):
             saved.fill(saved.fetched)
         saved.ready = stream.record_event()
-        saved.fetched.record_stream(stream)  # if it is freed without being used
 
     def _release(self, number: int) -> None:
         """Free all but the last `number` tensors that were copied, once they are."""

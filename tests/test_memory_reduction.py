@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import FAMILIES, IMAGE_ID, tiny_model
 from plain_kernels import use_plain_kernels
-from torch._dynamo.utils import counters
 from test_compiled_layers import IMAGE_STARTS, assert_same, kept, labelled, packed, step
-
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsvl import DSVLForConditionalGeneration
