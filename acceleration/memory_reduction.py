@@ -8,7 +8,7 @@ from .tiled_mlp import tile_mlp
 
 
 def reduce_memory(model: Any, mlp_tile: int | None = None, offload: bool = False, skip_image_queries: bool = False) -> None:
-    """Let a decoder train in less memory and time, with the same losses and gradients. It is meant for activation checkpointing.
+    """Let a decoder train in less memory and time, with the same losses and gradients; meant for activation checkpointing.
 
     Args:
         model: a `DSVLModel`.

@@ -54,7 +54,7 @@ class _Source:
     """
 
     def __init__(self, kept: torch.Tensor) -> None:
-        self._node, self._storage, self._offset = kept.grad_fn, kept.untyped_storage()._cdata, kept.storage_offset()
+        self._node, self._storage, self._offset = kept.grad_fn, kept.untyped_storage()._cdata, int(kept.storage_offset())
         self._tensor: torch.Tensor | None = None
         self._parts = self._unread = 0
 
@@ -64,7 +64,7 @@ class _Source:
             return tensor
         self._parts += 1
         self._unread += 1
-        return _Part(tensor.size(), tensor.stride(), tensor.storage_offset() - self._offset)
+        return _Part(tensor.size(), tensor.stride(), int(tensor.storage_offset()) - self._offset)
 
     def unpack(self, packed: torch.Tensor | _Part) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
