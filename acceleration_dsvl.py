@@ -12,6 +12,8 @@ Version 1. `dsvl.acceleration` provides:
                             the loop of greedy search and sampling; `run` is the one of transformers
     CompiledDecoderLayers(decoder, options)
                             compiled decoder layers; `switch(training)` turns them on in training mode
+    reduce_memory(model, **options)
+                            training in less memory; releases of the package before 0.3 do not have it
     ImageReuse(model)       `encode`, `prefill`, `compile`: keys and values of images, computed once and used in any prompt
 """
 

@@ -606,6 +606,21 @@ class DSVLModel(DSVLPreTrainedModel):
         self._compiled_layers = module.CompiledDecoderLayers(self.language_model, options)
         self._compiled_layers.switch(self.training)
 
+    def reduce_memory(self, **options: Any) -> None:
+        """Train with many images in less memory: tiled MLPs, activations in the host's memory, no queries of image tokens.
+
+        Args:
+            options: `mlp_tile`, `offload` and `skip_image_queries` of `dsvl.acceleration.reduce_memory`.
+
+        Raises:
+            ImportError: without the package dsvl, or with a release that lacks it.
+            ValueError: if the decoder or its attention do not allow it.
+        """
+        module = require_acceleration("reduce_memory")
+        if not hasattr(module, "reduce_memory"):
+            raise ImportError("The installed package dsvl is too old for reduce_memory; update it: pip install -U dsvl")
+        module.reduce_memory(self, **options)
+
     @property
     def image_reuse(self) -> Any:
         """This model's `dsvl.acceleration.ImageReuse`."""
@@ -736,6 +751,10 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
     def compile_decoder_layers(self, **options: Any) -> None:
         """Compile the decoder's layers for training; see `DSVLModel.compile_decoder_layers`."""
         self.model.compile_decoder_layers(**options)
+
+    def reduce_memory(self, **options: Any) -> None:
+        """Train with many images in less memory; see `DSVLModel.reduce_memory`."""
+        self.model.reduce_memory(**options)
 
     @takes_cache
     def prefill(

@@ -9,7 +9,16 @@ from .decoding_loop import sample
 from .image_cache import ImageKVCache
 from .image_reuse import ImageReuse
 from .masks import build_mask
+from .memory_reduction import reduce_memory
 
 INTERFACE_VERSION = 1  # of acceleration_dsvl.py
 
-__all__ = ["INTERFACE_VERSION", "CompiledDecoderLayers", "ImageKVCache", "ImageReuse", "build_mask", "sample"]
+__all__ = [
+    "INTERFACE_VERSION",
+    "CompiledDecoderLayers",
+    "ImageKVCache",
+    "ImageReuse",
+    "build_mask",
+    "reduce_memory",
+    "sample",
+]

@@ -6,6 +6,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .decoder_run import layers_of
+from .text_queries import TextQueries
+from .tiled_mlp import checkpointed_tile, tiles_of
+
 
 class CompiledDecoderLayers:
     """Compiles the layers of a decoder while it is in training mode.
@@ -13,7 +17,8 @@ class CompiledDecoderLayers:
     Layers of one kind share a graph, and so do batches of one shape, with any number of images (none, too) at any position
     and any labels; a second graph serves all other lengths. The vision tower, the projector and the loss are not compiled.
     In evaluation mode nothing is: every length and every layer's cache would be a graph of its own. Parameters keep their
-    names, and nothing of it is saved.
+    names, and nothing of it is saved. A layer whose memory is reduced (tiled_mlp.py, text_queries.py) is compiled in parts:
+    attention, norms, and the MLP or a tile of it.
 
     Sets `torch._dynamo.config.optimize_ddp` to False for the process: torch would cut graphs at the buckets of
     `DistributedDataParallel`, which does not work with gradient checkpointing. Gradients are sent between layers anyway.
@@ -27,21 +32,33 @@ class CompiledDecoderLayers:
     """
 
     def __init__(self, decoder: PreTrainedModel, options: dict[str, Any]) -> None:
-        if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-            raise ValueError(
-                f"{type(decoder).__name__} has no list of layers to compile one by one; compile the whole model by "
-                "torch.compile."
-            )
+        layers_of(decoder)
         torch._dynamo.config.optimize_ddp = False
         self.decoder, self.options = decoder, options
 
     def switch(self, training: bool) -> None:
         """Use the compiled layers in training mode, the others in evaluation mode."""
-        for layer in self.decoder.layers:  # type: ignore[union-attr]
-            if not training:
+        for layer in layers_of(self.decoder):
+            tiles = tiles_of(layer)
+            if tiles is not None:
+                tiles.tile = torch.compile(checkpointed_tile, **self.options) if training else checkpointed_tile
+            parts = compiled_parts(layer)
+            if parts != [layer]:
                 layer._compiled_call_impl = None
-            elif layer._compiled_call_impl is None:
-                layer.compile(**self.options)
+            for module in parts:
+                if not training:
+                    module._compiled_call_impl = None
+                elif module._compiled_call_impl is None:
+                    module.compile(**self.options)
+
+
+def compiled_parts(layer: nn.Module) -> list[nn.Module]:
+    """The modules of a layer that are graphs of their own: the layer itself, if a graph can hold it with its checkpoint."""
+    tiles = tiles_of(layer)
+    skips_queries = any(isinstance(module.__dict__.get("forward"), TextQueries) for module in layer.children())
+    if tiles is None and not skips_queries:
+        return [layer]
+    return [module for module in layer.children() if tiles is None or module is not tiles.mlp]
 
 
 __all__ = ["CompiledDecoderLayers"]

@@ -78,9 +78,24 @@ def run_decoder(
     return hidden, *stacked, [states.device for states in keys]
 
 
+def layers_of(decoder: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a decoder.
+
+    Raises:
+        ValueError: if the decoder does not keep them in a list `layers`.
+    """
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"{type(decoder).__name__} has no list of layers to change one by one; to compile it, compile the whole model "
+            "by torch.compile."
+        )
+    return layers
+
+
 def layer_types(decoder: PreTrainedModel) -> list[str | None]:
     """The type of each layer; None where a decoder does not distinguish layer types."""
     return getattr(decoder.config, "layer_types", None) or [None] * decoder.config.num_hidden_layers
 
 
-__all__ = ["OwnValueMask", "layer_types", "run_decoder"]
+__all__ = ["OwnValueMask", "layer_types", "layers_of", "run_decoder"]

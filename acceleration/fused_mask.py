@@ -19,9 +19,11 @@ class FusedMask(AttentionMask):
 
     Attributes:
         lists: tokens by modality, and what each sees.
+        text_rows: (text queries,), rows of the flattened (batch x queries); None if their number is unknown.
     """
 
     lists: TokenLists
+    text_rows: torch.Tensor | None = None
 
     @classmethod
     def build(
@@ -50,9 +52,13 @@ class FusedMask(AttentionMask):
             *intervals,
             rows=is_text.numel() - image_queries,
         )
+        text_rows = None
+        if image_queries > 0 or compiled:  # a compiled graph takes batches without images, too
+            text_rows = (~is_text).flatten().to(torch.uint8).argsort(stable=True)[: is_text.numel() - image_queries]
         if compiled:
             torch._dynamo.maybe_mark_dynamic(lists.capacity, 0)
-        return cls(lists)
+            torch._dynamo.maybe_mark_dynamic(text_rows, 0)
+        return cls(lists, text_rows)
 
     def attend(
         self, backend: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
@@ -62,7 +68,8 @@ class FusedMask(AttentionMask):
     def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "FusedMask":
         """Move every tensor. accelerate calls this for a model on several devices."""
         moved = [tensor.to(device, non_blocking=non_blocking) for tensor in self.lists.tensors]
-        return FusedMask(TokenLists.of(moved, self.lists.windowed))
+        rows = None if self.text_rows is None else self.text_rows.to(device, non_blocking=non_blocking)
+        return FusedMask(TokenLists.of(moved, self.lists.windowed), rows)
 
 
 __all__ = ["FusedMask"]

@@ -197,6 +197,11 @@ class GatheredMask(AttentionMask):
             mask.mark_dynamic()
         return mask
 
+    @property
+    def text_rows(self) -> torch.Tensor:
+        """(text queries,), rows of the flattened (batch x queries), and those of the tokens in empty slots."""
+        return self.text_queries.flatten()
+
     def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "GatheredMask":
         moved = super().to(device, non_blocking=non_blocking)
         moved.image_parts = None

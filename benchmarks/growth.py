@@ -39,10 +39,10 @@ SWEEPS = ("length", "images", "batch")
 DEFAULTS = {
     ("cuda", "attention"): {
         "length": [1024 * 2**n for n in range(8)],
-        "images": [0, 8, 32, 64, 128, 256],
+        "images": [0, 8, 32, 64, 128, 256, 512, 1024],
         "batch": [1, 2, 4, 8, 16],
     },
-    ("cuda", "prefill"): {"length": [1024, 4096, 16384], "images": [0, 8, 32, 64], "batch": [1, 2, 4]},
+    ("cuda", "prefill"): {"length": [1024, 4096, 16384], "images": [0, 8, 32, 64, 128], "batch": [1, 2, 4]},
     ("cpu", "attention"): {"length": [512, 1024, 2048, 4096, 8192], "images": [0, 4, 16, 64, 256], "batch": [1, 2, 4, 8]},
     ("cpu", "prefill"): {"length": [512, 1024, 2048], "images": [0, 2, 6], "batch": [1, 2]},
 }

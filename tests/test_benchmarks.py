@@ -324,3 +324,35 @@ def test_nothing_to_draw_is_an_error(load, tmp_path, capsys):
     assert load("plots").main([str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert all(f"{name} is missing" in said for name in ("attention.json", "growth.json", "chat.json", "training_step.json"))
+
+
+def test_many_images(load, tmp_path, monkeypatch, capsys):
+    """Rows compute their model's loss, whatever their levers, and a row that runs out of memory keeps what it measured."""
+    many = load("many_images")
+    measure = many.measure
+
+    def in_this_process(name, numbers, timeout):
+        out = tmp_path / "row.json"
+        many.main(["--tiny", "--row", name, "--row-images", *map(str, numbers), "--out", str(out)])
+        return json.loads(out.read_text())
+
+    def limited(row, model, shape, *rest):
+        if row.levers == {"tiles"} and shape.images > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return measure(row, model, shape, *rest)
+
+    monkeypatch.setattr(many, "in_own_process", in_this_process)
+    monkeypatch.setattr(many, "measure", limited)
+    rows = ["llava", "dsvl", "dsvl+tiles", "dsvl+tiles+queries+offload"]
+    with pytest.raises(SystemExit) as ended:
+        many.main(["--tiny", "--rows", *rows, "--out", str(tmp_path / "many_images.json")])
+    assert ended.value.code == 0
+    record = json.loads((tmp_path / "many_images.json").read_text())["results"]
+    assert list(record) == rows and all(list(row) == ["3", "6"] for row in record.values())
+    assert record["dsvl+tiles"]["6"]["error"].startswith("out of memory")
+    losses = [record[row]["3"]["loss"] for row in rows]
+    assert losses[0] != losses[1] == pytest.approx(losses[2], abs=1e-2) == pytest.approx(losses[3], abs=1e-2)
+    assert "dsvl+tiles+queries+offload" in capsys.readouterr().out
+    for wrong in ("llava+tiles", "dsvl+fast", "dsvl+tiles+tiles"):
+        with pytest.raises(ValueError, match="is not a row"):
+            many.Row.parse(wrong)

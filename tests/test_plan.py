@@ -577,3 +577,37 @@ def test_every_ready_recipe_fits_into_the_gpus_that_it_names(name, tmp_path):
     images = 2 if name == "visualchat" else 1
     for stage in plan_stages(name, ["--model", str(tmp_path)], world_size=gpus, images=images):
         assert stage.micro_batch <= stage.planner.largest_micro_batch(memory * GIB), stage.name
+
+
+def eight_layers():
+    """LLaMA-7B's, with a small tower."""
+    return DSVLConfig(tiny_vision_config(), LlamaConfig(vocab_size=32064, num_hidden_layers=8))
+
+
+def test_tiles_and_offloading_save_what_they_hold():
+    """The MLP's intermediate states of all but a tile; the inputs of all layers but the two that are being copied."""
+    config, sizes = eight_layers(), {"sequence_length": 20_000, "images": 64, "activation_checkpointing": True}
+    plain, tiled, offloaded = (
+        plan(config, dtype="bfloat16", **sizes, **options)
+        for options in ({}, {"mlp_tile": 2048}, {"mlp_tile": 2048, "offload_activations": True})
+    )
+    hidden, mlp = (2 * 20_000 * width for width in (config.text_config.hidden_size, config.text_config.intermediate_size))
+    assert plain.forward_backward.activations - tiled.forward_backward.activations > 2 * mlp
+    saved = tiled.forward_backward.activations - offloaded.forward_backward.activations
+    assert 4 * hidden < saved < 8 * hidden  # two are in flight, one is fetched in advance
+    assert 8 * hidden <= offloaded.cpu < 12 * hidden and tiled.cpu == 0
+
+
+def test_the_flags_that_make_a_sample_fit_are_named(tmp_path, capsys):
+    config = eight_layers()
+    config.save_pretrained(tmp_path)
+    arguments = ["plan", "--model", str(tmp_path), "--sequence-length", "60000", "--images", "200", "--gpu-memory", "18"]
+    assert main([*arguments, "--dtype", "bfloat16"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "try --activation-checkpointing --tiled-mlp 8192 --offload-activations (then it fits, with " in last
+    flags = ["--activation-checkpointing", "--tiled-mlp", "8192", "--offload-activations"]
+    assert main([*arguments, "--dtype", "bfloat16", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "a micro-batch of 1 fits a GPU of 18 GiB" in out and "main memory, for each GPU: " in out
+    with pytest.raises(ValueError, match="offload_activations=True without activation_checkpointing"):
+        plan(config, offload_activations=True)

@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ..acceleration.activation_offloading import offload_activations
+from ..acceleration.tiled_mlp import tile_mlp
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS, no_init_weights
@@ -154,10 +156,12 @@ class ActivationMemory:
     Attributes:
         peak: bytes on top of weights and inputs.
         gradients: bytes of `peak` that are gradients of parameters.
+        host: bytes of activations in main memory.
     """
 
     peak: int
     gradients: int
+    host: int = 0
 
 
 class StepTracer:
@@ -173,6 +177,7 @@ class StepTracer:
         activation_checkpointing: recompute every layer in backward, *optional*, defaults to False.
         dtype: dtype of weights and activations, without autocast, *optional*, defaults to bfloat16.
         lora: further arguments of `lora_config`, *optional*.
+        mlp_tile, offload: arguments of `reduce_memory`, *optional*.
 
     Raises:
         ValueError: if a tied head is to be trained without the embeddings, or PEFT is needed and not installed.
@@ -186,6 +191,8 @@ class StepTracer:
         activation_checkpointing: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         lora: Mapping[str, Any] | None = None,
+        mlp_tile: int | None = None,
+        offload: bool = False,
     ) -> None:
         config = copy.deepcopy(config)
         config.multimodal_attention = "causal"
@@ -199,6 +206,10 @@ class StepTracer:
             _add_adapters(model, lora_rank, train, lora or {})
         if activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        decoder = model.model.language_model
+        if mlp_tile is not None:
+            tile_mlp(decoder, mlp_tile)
+        self.offloading = offload_activations(decoder, ["meta"]) if offload else None
         self.model, self.dtype = model, dtype
 
     def trace(
@@ -232,6 +243,8 @@ class StepTracer:
                 counter.hold(gradient_buffer - counter.gradients)
                 parameter.grad = None
 
+        if self.offloading is not None:
+            self.offloading.memory.blocks = 0
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         hooks = [parameter.register_post_accumulate_grad_hook(completed) for parameter in trainable]
         try:
@@ -241,7 +254,8 @@ class StepTracer:
             for hook in hooks:
                 hook.remove()
             model.zero_grad(set_to_none=True)
-        return ActivationMemory(counter.peak, counter.gradients_at_peak)
+        host = 0 if self.offloading is None else self.offloading.nbytes
+        return ActivationMemory(counter.peak, counter.gradients_at_peak, host)
 
     def forward(
         self, input_ids: torch.Tensor, placeholders: torch.Tensor, rows: torch.Tensor, pixel_values: torch.Tensor

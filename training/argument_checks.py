@@ -1,6 +1,7 @@
 """Checks of the arguments of `dsvl train` before anything is loaded."""
 
 import importlib.util
+import json
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def check_options(values: dict[str, Any]) -> None:
         raise ValueError("--torch-compile with --deepspeed: their hooks are not compatible; choose one of them.")
     if values.get("compile_decoder_layers"):
         _check_compilation(values, stage)
+    _check_memory_reduction(values)
     held_out = values.get("eval_data") or values.get("eval_share")
     if values.get("early_stopping_patience") and not held_out:
         raise ValueError("--early-stopping-patience needs evaluations; pass --eval-data or --eval-share.")
@@ -58,6 +60,30 @@ def _check_compilation(values: dict[str, Any], stage: int | None) -> None:
             "--compile-decoder-layers with ZeRO-3: it gathers weights inside the layers, which breaks the graph; choose "
             "--deepspeed zero2."
         )
+
+
+def _check_memory_reduction(values: dict[str, Any]) -> None:
+    tile, checkpoints = values.get("tiled_mlp"), ("activation_checkpointing", "gradient_checkpointing")
+    if tile is not None and tile < 1:
+        raise ValueError(f"--tiled-mlp {tile}: pass a positive number of tokens, such as 8192.")
+    if tile is not None and values.get("torch_compile"):
+        raise ValueError(
+            "--tiled-mlp with --torch-compile: a graph of the whole model cannot hold the tiles; pass "
+            "--compile-decoder-layers instead."
+        )
+    if not values.get("offload_activations"):
+        return
+    if not any(values.get(name) for name in checkpoints):
+        raise ValueError(
+            "--offload-activations without --activation-checkpointing would move every intermediate state to main memory; "
+            "pass both."
+        )
+    for name in checkpoints:
+        options = values.get(f"{name}_kwargs") or {}
+        if (json.loads(options) if isinstance(options, str) else options).get("offload"):
+            raise ValueError(
+                f"--offload-activations with offload in --{name.replace('_', '-')}-kwargs moves activations twice; drop one."
+            )
 
 
 def _check_data_options(values: dict[str, Any]) -> None:

@@ -46,6 +46,23 @@ class ModelArguments:
     compile_decoder_layers: bool = field(
         default=False, metadata={"help": "compile each decoder layer; --torch-compile compiles the whole model instead"}
     )
+    tiled_mlp: int | None = field(
+        default=None,
+        metadata={
+            "help": "run the decoder's MLPs over tiles of this number of tokens (for example 8192), which saves memory with "
+            "many images. Default: over all tokens at once"
+        },
+    )
+    offload_activations: bool = field(
+        default=False,
+        metadata={"help": "with --activation-checkpointing, keep the inputs of the decoder's layers in main memory"},
+    )
+    skip_image_queries: bool = field(
+        default=False,
+        metadata={
+            "help": "do not project the queries of image tokens, which mmca does not use; saves time with many images"
+        },
+    )
     lora_rank: int = field(default=0, metadata={"help": "rank of LoRA adapters; 0 for none"})
     lora_alpha: int | None = field(
         default=None,

@@ -22,6 +22,8 @@ from .trainable_parts import PARTS
 CONTEXT = 2 * GIB  # CUDA context and kernels, cuBLAS workspaces, NCCL channels
 FRAGMENTATION = 0.05  # fraction of the GPU's memory lost to fragmentation in the caching allocator
 
+_NOT_OPTIONS = ("self", "config")  # arguments of `Planner` that are no options
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -66,6 +68,8 @@ class Planner:
         lora: further arguments of `adapters.lora_config` (`targets`, `language`, `vision`, `vision_rank`,
             `vision_targets`), *optional*.
         activation_checkpointing: recompute activations in backward, *optional*, defaults to False.
+        mlp_tile: tokens of a tile of the MLPs (`--tiled-mlp`), *optional*, defaults to None: all at once.
+        offload_activations: keep the inputs of checkpointed layers in main memory, *optional*, defaults to False.
         gradient_accumulation: whether a step has several micro-batches, *optional*, defaults to False.
         supervised_share: fraction of the text tokens that have a label, *optional*, defaults to 0.25, which is typical of
             question-answer data. Logits are computed for these tokens only and dominate the memory of large vocabularies.
@@ -89,22 +93,28 @@ class Planner:
         lora_rank: int = 0,
         lora: Mapping[str, Any] | None = None,
         activation_checkpointing: bool = False,
+        mlp_tile: int | None = None,
+        offload_activations: bool = False,
         gradient_accumulation: bool = False,
         supervised_share: float = 0.25,
         dtype: str | None = None,
         mixed_precision: bool = False,
     ) -> None:
+        self._config, self._arguments = config, {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
         self.world_size, self.deepspeed, self.accumulation = world_size, deepspeed, gradient_accumulation
         self.sequence_length, self.images = sequence_length, images
         self.text_tokens = sequence_length - images * config.image_seq_length
         self.supervised_share = supervised_share
         self.activation_checkpointing, self.mixed_precision = activation_checkpointing, mixed_precision
+        self.mlp_tile, self.offload_activations = mlp_tile, offload_activations
         self._plans: dict[int, MemoryPlan] = {}
         self._check(config, train, lora_rank, lora or {})
         dtype = dtype or _dtype_name(config.dtype or config.text_config.dtype) or "bfloat16"
         _one_of("dtype", dtype, DTYPES)
         torch_dtype: torch.dtype = getattr(torch, dtype)
-        self.tracer = StepTracer(config, train, lora_rank, activation_checkpointing, torch_dtype, lora)
+        self.tracer = StepTracer(
+            config, train, lora_rank, activation_checkpointing, torch_dtype, lora, mlp_tile, offload_activations
+        )
         modules, parameters = self.tracer.model.modules(), list(self.tracer.model.parameters())
         self.sizes = ModelSizes(
             parameters=tuple(p.numel() for p in parameters),
@@ -113,6 +123,10 @@ class Planner:
             hidden=config.text_config.hidden_size,
             element=torch_dtype.itemsize,
         )
+
+    def changed(self, **options: Any) -> "Planner":
+        """The planner of the same training with other options."""
+        return Planner(self._config, **(self._arguments | options))
 
     def plan(self, micro_batch: int) -> MemoryPlan:
         """The memory for `micro_batch` samples per GPU in each forward and backward."""
@@ -129,7 +143,9 @@ class Planner:
         forward_backward, optimizer_step, cpu = states
         if self.mixed_precision:
             forward_backward, optimizer_step = self._in_float32(forward_backward), self._in_float32(optimizer_step)
-        return MemoryPlan(sum(self.sizes.parameters), sum(self.sizes.trained), forward_backward, optimizer_step, cpu)
+        return MemoryPlan(
+            sum(self.sizes.parameters), sum(self.sizes.trained), forward_backward, optimizer_step, cpu + trace.host
+        )
 
     def _in_float32(self, phase: PhaseMemory) -> PhaseMemory:
         """A phase with trainable weights in float32, which autocast also copies to 16 bits; DeepSpeed does without."""
@@ -197,6 +213,10 @@ class Planner:
                 f"{self.images * config.image_seq_length} tokens ({config.image_seq_length} each), and a token of text "
                 f"must follow; pass at least {self.images * config.image_seq_length + 1}, or fewer images."
             )
+        if self.mlp_tile is not None:
+            _at_least("mlp_tile", self.mlp_tile, 1)
+        if self.offload_activations and not self.activation_checkpointing:
+            raise ValueError("offload_activations=True without activation_checkpointing; pass both.")
         if not 0 < self.supervised_share <= 1:
             raise ValueError(
                 f"supervised_share={self.supervised_share} is out of range; pass a number above 0 and at most 1."

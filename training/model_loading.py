@@ -83,8 +83,14 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
         model = get_peft_model(model, config, autocast_adapter_dtype=arguments.deepspeed is None)
     else:
         model.set_trainable(**{argument: part in model_arguments.train for part, argument in PARTS.items()})
+    base = model.get_base_model() if model_arguments.lora_rank > 0 else model
+    base.reduce_memory(
+        mlp_tile=model_arguments.tiled_mlp,
+        offload=model_arguments.offload_activations,
+        skip_image_queries=model_arguments.skip_image_queries,
+    )
     if model_arguments.compile_decoder_layers:
-        (model.get_base_model() if model_arguments.lora_rank > 0 else model).compile_decoder_layers()
+        base.compile_decoder_layers()
     if arguments.deepspeed is None and dtype != torch.float32:
         for parameter in model.parameters():
             if parameter.requires_grad:

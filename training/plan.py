@@ -1,10 +1,11 @@
 """`dsvl plan`: prints the GPU memory of training, computed from a model's configuration."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HFValidationError
 
+from ..acceleration.tiled_mlp import DEFAULT_TILE
 from ..configuration_dsvl import DSVLConfig
 from ..utils.deprecation import RenamedFlag
 from ..utils.local_paths import check_exists
@@ -24,6 +25,8 @@ DEFAULTS = {
     "lora_language": True,
     "lora_vision": False,
     "activation_checkpointing": False,
+    "tiled_mlp": None,
+    "offload_activations": False,
     "gradient_accumulation": False,
 }
 
@@ -82,6 +85,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="recompute activations in the backward pass",
     )
     parser.add_argument(
+        "--tiled-mlp", type=int, metavar="TOKENS", help="run the decoder's MLPs over tiles of this number of tokens"
+    )
+    parser.add_argument(
+        "--offload-activations",
+        action="store_true",
+        default=None,
+        help="with --activation-checkpointing, keep the inputs of the decoder's layers in main memory",
+    )
+    parser.add_argument(
         "--gradient-accumulation",
         action="store_true",
         default=None,
@@ -123,6 +135,8 @@ def _run(arguments: argparse.Namespace) -> None:
         lora_rank=arguments.lora_rank,
         lora=lora,
         activation_checkpointing=arguments.activation_checkpointing,
+        mlp_tile=arguments.tiled_mlp,
+        offload_activations=arguments.offload_activations,
         gradient_accumulation=arguments.gradient_accumulation,
         supervised_share=arguments.supervised_share,
         dtype=arguments.dtype,
@@ -181,7 +195,7 @@ def _print_plan(planner: "Planner", micro_batch: int, gpu_memory: float, shorter
     if largest:
         print(f"largest micro-batch for {gpu}: {largest}")
     else:
-        print(f"not even a micro-batch of 1 fits {gpu}; {_remedies(planner, shorter)}")
+        print(f"not even a micro-batch of 1 fits {gpu}; {_remedies(planner, memory, shorter)}")
 
 
 def _load_config(name: str) -> DSVLConfig:
@@ -225,10 +239,33 @@ def _parameters(number: int) -> str:
     return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.2f} million"
 
 
-def _remedies(planner: "Planner", shorter: str) -> str:
+# What saves activations, in the order in which it is tried: flag, and option of `Planner`.
+SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--activation-checkpointing", {"activation_checkpointing": True}),
+    (f"--tiled-mlp {DEFAULT_TILE}", {"mlp_tile": DEFAULT_TILE}),
+    ("--offload-activations", {"offload_activations": True}),
+)
+
+
+def _remedies(planner: "Planner", memory: float, shorter: str) -> str:
+    """What to change: first the fewest flags of `SAVINGS` that make a micro-batch of 1 fit."""
+    from .memory_plan import usable
+
+    flags: list[str] = []
+    options: dict[str, Any] = {}
     remedies = []
-    if not planner.activation_checkpointing:
-        remedies.append("--activation-checkpointing")
+    for flag, option in SAVINGS:
+        if all(getattr(planner, name) for name in option):
+            continue
+        flags.append(flag)
+        options |= option
+        needed = planner.changed(**options).plan(1)
+        if needed.total <= usable(memory):
+            host = f" and {size(needed.cpu)} of main memory" if needed.cpu else ""
+            remedies.append(f"{' '.join(flags)} (then it fits, with {size(needed.total)}{host})")
+            break
+    else:
+        remedies += flags[:1] if not planner.activation_checkpointing else []
     if planner.deepspeed not in ("zero3", "zero3-offload"):
         remedies.append("--deepspeed zero3 on more GPUs (--world-size)")
     if planner.deepspeed != "zero3-offload":

@@ -84,6 +84,8 @@ def plan_stages(
                 lora_rank=values["lora_rank"],
                 lora={name: values[f"lora_{name}"] for name in LORA} if values["lora_rank"] else None,
                 activation_checkpointing=bool(values["activation_checkpointing"] or values["gradient_checkpointing"]),
+                mlp_tile=values["tiled_mlp"],
+                offload_activations=values["offload_activations"],
                 gradient_accumulation=values["gradient_accumulation_steps"] > 1,
                 supervised_share=supervised_share,
                 dtype="bfloat16" if values["bf16"] else "float16" if values["fp16"] else "float32",
