@@ -5,17 +5,15 @@
 
 A row is `image_positions`/`multimodal_attention`; rows are trained side by side, on the same data. A question names an image
 by its number ("What colour is (image 317)?"), which stands behind the image too. Numbers of images in training are drawn at
-random, log-uniformly up to a limit that grows to the largest count in the first half. Images and questions are those of
+random, up to a limit that grows to the largest count in the first half. Images and questions are those of
 `dsvl.demo`; the accuracies are measured on new prompts with images that were not drawn in training.
 """
 
 import argparse
-import math
 import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from measure import describe_device, device_type, write
 from trained_tasks import Parts, add_training_options, as_flags, compose_parts, fit, markdown, precision, side_by_side
@@ -31,8 +29,9 @@ QUESTIONS = {
     "count": "How many shapes are in (image {})?",
 }
 SYSTEM = "You look at images and answer questions."
+FEW = 8  # images of a conversation at most, at the start of the training
 ANSWER = 3  # tokens of an answer: the name of the image, the value, the end of the turn
-TURNS = 16  # questions of a training conversation
+TURNS = 128  # questions of a training conversation, at most
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Images:
         rng = random.Random(seed)
         values = [[rng.randrange(len(names)) for names in ATTRIBUTES.values()] for _ in range(size)]
         drawn = [render(Scene(*(names[i] for names, i in zip(ATTRIBUTES.values(), v, strict=True))), rng) for v in values]
-        self.pixels = torch.from_numpy(np.stack(processor.image_processor(drawn)["pixel_values"])).to(device_type())
+        self.pixels = processor.image_processor(drawn, return_tensors="pt")["pixel_values"].to(device_type())
         self.values = torch.tensor(values)
 
     def __len__(self) -> int:
@@ -98,7 +97,7 @@ class Conversations:
     def head(self, count: int) -> list[int]:
         """The tokens of a conversation of so many images up to its first question, as the chat template renders them."""
         if count not in self.heads:
-            text = self.processor.apply_chat_template(_messages(count, [("colour", 1, 0)]), tokenize=False)
+            text = self.processor.apply_chat_template(messages(count, [("colour", 1, 0)]), tokenize=False)
             text = text.partition("### Question:")[0]
             self.heads[count] = self.encode(
                 text.replace(self.image_token, self.image_token * self.processor.image_seq_length)
@@ -117,30 +116,28 @@ class Conversations:
     def draw(self, high: int, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randint(high, shape, generator=self.generator)
 
-    def batch(self, images: Images, count: int, tokens: int, turns: int) -> dict[str, torch.Tensor]:
-        """A batch for the training: `turns` questions in each row, of which the answers have labels.
+    def batch(self, images: Images, count: int, tokens: int) -> dict[str, torch.Tensor]:
+        """A batch for the training. Each image is asked about once, up to `TURNS` of them; the answers have labels.
 
         Args:
             images: the pool.
             count: number of images in each row.
             tokens: of the batch, about.
-            turns: number of questions.
         """
+        turns = min(count, TURNS)
         rows = max(1, tokens // (len(self.head(count)) + turns * 12))
         shown = self.draw(len(images), (rows, count))
-        kinds = [list(ATTRIBUTES)[kind] for kind in self.draw(len(ATTRIBUTES), (turns,)).tolist()]
-        asked = self.draw(count, (rows, turns))
+        kinds = self.draw(len(ATTRIBUTES), (turns,)).tolist()
+        asked = torch.rand(rows, count, generator=self.generator).argsort(1)[:, :turns]
+        values = images.values[shown].tolist()
         ids, labels = [], []
-        for row in range(rows):
-            tokens_of_row = list(self.head(count))
-            labels_of_row = [-100] * len(tokens_of_row)
-            for kind, image in zip(kinds, asked[row].tolist(), strict=True):
-                value = int(images.values[shown[row, image], list(ATTRIBUTES).index(kind)])
-                turn = self.turn(kind, image + 1, value)
-                tokens_of_row += turn
-                labels_of_row += [-100] * (len(turn) - ANSWER) + turn[-ANSWER:]
-            ids.append(tokens_of_row)
-            labels.append(labels_of_row)
+        for row, numbers in enumerate(asked.tolist()):
+            ids.append(list(self.head(count)))
+            labels.append([-100] * len(ids[row]))
+            for kind, image in zip(kinds, numbers, strict=True):
+                turn = self.turn(list(ATTRIBUTES)[kind], image + 1, values[row][image][kind])
+                ids[row] += turn
+                labels[row] += [-100] * (len(turn) - ANSWER) + turn[-ANSWER:]
         return {
             "input_ids": torch.tensor(ids).to(device_type(), non_blocking=True),
             "labels": torch.tensor(labels).to(device_type(), non_blocking=True),
@@ -153,15 +150,15 @@ def answer(attribute: str, number: int, value: int) -> str:
     return f"(image {number}) {ATTRIBUTES[attribute][value]}"
 
 
-def _messages(count: int, turns: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
+def messages(count: int, turns: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
     """A conversation whose first turn shows all images."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
+    said: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
     for index, (attribute, number, value) in enumerate(turns):
         parts: list[dict[str, Any]] = [{"type": "image"}] * (count if index == 0 else 0)
         text = QUESTIONS[attribute].format(number)
-        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": text}]})
-        messages.append({"role": "assistant", "content": answer(attribute, number, value)})
-    return messages
+        said.append({"role": "user", "content": [*parts, {"type": "text", "text": text}]})
+        said.append({"role": "assistant", "content": answer(attribute, number, value)})
+    return said
 
 
 def vocabulary_texts(images: int) -> list[str]:
@@ -180,9 +177,14 @@ def vocabulary_texts(images: int) -> list[str]:
 
 
 def drawn_count(done: float, most: int, generator: torch.Generator) -> int:
-    """The number of images of a batch: log-uniform up to a limit, which grows from 4 to `most` in the first half."""
-    limit = 4 * (most / 4) ** min(max((done - 0.1) / 0.4, 0), 1) if most > 4 else most
-    return min(most, int(math.exp(float(torch.rand((), generator=generator)) * math.log(limit + 1))))
+    """The number of images of a batch: uniform or, in every other batch, log-uniform up to a limit.
+
+    The limit grows from `FEW` to `most`, which it reaches in the middle of the training.
+    """
+    few = min(FEW, most)
+    limit = few * (most / few) ** min(max(done - 0.1, 0) / 0.4, 1)
+    kind, where = torch.rand(2, generator=generator).tolist()
+    return min(most, int((limit + 1) ** where if kind < 0.5 else 1 + where * limit))
 
 
 @torch.inference_mode()
@@ -227,10 +229,10 @@ def measure(row: str, size: Size, options: argparse.Namespace) -> dict[str, Any]
 
     def make_batch(done: float) -> dict[str, torch.Tensor]:
         count = drawn_count(done, most, conversations.generator)
-        return conversations.batch(images, count, size.tokens, TURNS)
+        return conversations.batch(images, count, size.tokens)
 
     def check() -> str:
-        few = replace(size, questions=90)
+        few = replace(size, questions=min(90, size.questions))
         asked = Conversations(processor, seed=1)
         accuracies = {count: accuracy(model, asked, held_out, count, few)["all"] for count in size.counts}
         return ", ".join(f"{count}: {value:.0%}" for count, value in accuracies.items())
@@ -268,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=128, help="of the language model")
     parser.add_argument("--layers", type=int, default=3, help="of the language model")
     parser.add_argument("--rope-theta", type=float, default=500.0)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     add_training_options(parser, steps=3000)
     options = parser.parse_args(argv)
     options.counts = sorted(options.counts)

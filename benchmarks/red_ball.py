@@ -23,7 +23,18 @@ import numpy as np
 import torch
 from measure import describe_device, device_type, write
 from PIL import Image, ImageDraw
-from trained_tasks import Parts, add_training_options, as_flags, compose_parts, fit, markdown, precision, side_by_side
+from trained_tasks import (
+    Parts,
+    add_training_options,
+    as_bytes,
+    as_flags,
+    as_pixels,
+    compose_parts,
+    fit,
+    markdown,
+    precision,
+    side_by_side,
+)
 from transformers import set_seed
 
 from dsvl.utils.shape_images import BACKGROUND, COLOURS
@@ -129,14 +140,9 @@ def read_clip(processor: Any, seed: str, seconds: int) -> tuple[np.ndarray, np.n
         content = [{"type": "video", "path": str(path)}, {"type": "text", "text": QUESTION}]
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
         read = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="np"
+            messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
         )
-    return read["input_ids"][0], as_bytes(read["pixel_values"]), second
-
-
-def as_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of the processor, whose mean is 1 and standard deviation 0.5, as they were before."""
-    return np.rint(255 * (0.5 * pixels + 1)).clip(0, 255).astype(np.uint8)
+    return read["input_ids"][0].numpy(), as_bytes(read["pixel_values"]).numpy(), second
 
 
 def read_clips(processor: Any, name: str, count: int, seconds: int, workers: int) -> Clips:
@@ -199,7 +205,7 @@ class Batches:
         ids = torch.cat([self.clips.prompt.expand(len(rows), -1), answers], dim=1)
         labels = ids.clone()
         labels[:, : len(self.clips.prompt)] = -100
-        pixels = self.pixels[rows.to(self.pixels.device)].flatten(0, 1).float().div_(127.5).sub_(2)
+        pixels = as_pixels(self.pixels[rows.to(self.pixels.device)].flatten(0, 1))
         return {
             "input_ids": ids.to(device_type()),
             "labels": labels.to(device_type()),

@@ -25,7 +25,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from trained_tasks import (
     Parts,
     add_training_options,
+    as_bytes,
     as_flags,
+    as_pixels,
     compose_parts,
     fit,
     markdown,
@@ -70,7 +72,7 @@ SMALL = Task(3, 320, 220, 6, Parts(112, 8, 64, 2, 64, 2, rope_theta=10000.0, max
 
 
 def draw(width: int, height: int, digits: str, x: int, y: int, rng: random.Random) -> Image.Image:
-    """A white page with grey rules and a margin, and a number whose box starts at (x, y)."""
+    """A white page with grey rules and a margin, of mode L, and a number whose box starts at (x, y)."""
     page = Image.new("L", (width, height), WHITE)
     pen = ImageDraw.Draw(page)
     for line in range(rng.randrange(RULES), height, RULES):
@@ -79,7 +81,7 @@ def draw(width: int, height: int, digits: str, x: int, y: int, rng: random.Rando
     pen.line((margin, 0, margin, height), fill=GREY)
     font = ImageFont.truetype(FONT, FONT_SIZE)
     pen.text((x - font.getbbox(digits)[0], y - font.getbbox(digits)[1]), digits, fill=BLACK, font=font)
-    return page.convert("RGB")
+    return page
 
 
 def extent(digits: str) -> tuple[int, int]:
@@ -122,24 +124,27 @@ class Stream(IterableDataset):
     def __init__(self, task: Task, processor: Any, seed: str, reach: torch.Tensor) -> None:
         self.task, self.processor, self.seed, self.reach = task, processor, seed, reach
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         worker = torch.utils.data.get_worker_info()
         rng = random.Random(f"{self.seed}/{worker.id if worker else 0}")
         while True:
             if self.processor is None:
                 image, digits = draw_tile(self.task, float(self.reach), rng)
-                tiles = np.asarray(image)[None, :, :, 0]
+                tiles = np.asarray(image)[None]
             else:
                 image, digits, _ = draw_page(self.task, rng)
                 tiles = grey_bytes(self.processor, image)
-            yield torch.from_numpy(tiles.copy()), torch.tensor([int(digit) for digit in digits])
+            yield tiles, np.array([int(digit) for digit in digits])
 
 
 def grey_bytes(processor: Any, page: Image.Image) -> np.ndarray:
-    """The tiles of a page as the processor makes them, (tiles, height, width). Pages are grey, so a byte for each pixel
-    holds everything, and is a twelfth of what the processor returns."""
-    pixels = processor(images=[page], text=processor.image_token, return_tensors="np")["pixel_values"]
-    return np.rint(255 * (0.5 * pixels[:, 0] + 1)).clip(0, 255).astype(np.uint8)
+    """The tiles of a page before they are normalized, (tiles, height, width). Pages are grey, so a byte for each pixel holds
+    everything, and is a twelfth of what the processor returns."""
+    if processor.layout is not None:
+        tiles = processor.layout.tiles(page, (WHITE,) * 3, Image.Resampling.BICUBIC)
+        return np.stack([np.asarray(tile.convert("L")) for tile in tiles])
+    pixels = processor.image_processor([page.convert("RGB")], return_tensors="pt")["pixel_values"]
+    return as_bytes(pixels)[:, 0].numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,7 +195,7 @@ class Reader:
         labels = ids.clone()
         labels[:, : len(prompt)] = -100
         device = device_type()
-        pixels = tiles.flatten(0, 1).to(device, non_blocking=True).float().div_(127.5).sub_(2)
+        pixels = as_pixels(tiles.flatten(0, 1).to(device, non_blocking=True))
         made = {
             "input_ids": ids.to(device),
             "labels": labels.to(device),
@@ -212,13 +217,20 @@ class Reader:
         return logits.argmax(-1) == labels[:, -answers:]
 
 
-def stream(task: Task, processor: Any, seed: str, batch: int, workers: int, reach: torch.Tensor | None = None) -> Any:
-    """An iterator over batches of tiles and digits, which `workers` processes draw."""
+def stream(
+    task: Task, processor: Any, seed: str, batch: int, workers: int, reach: torch.Tensor | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of tiles and digits, which `workers` processes draw."""
     data = Stream(task, processor, seed, torch.ones(1) if reach is None else reach)
-    loader = DataLoader(
-        data, batch, num_workers=workers, prefetch_factor=4 if workers else None, pin_memory=device_type() == "cuda"
-    )
-    return iter(loader)
+    loader = DataLoader(data, batch, num_workers=workers, prefetch_factor=4 if workers else None, collate_fn=_stack_samples)
+    for tiles, digits in loader:
+        yield torch.from_numpy(tiles), torch.from_numpy(digits)
+
+
+def _stack_samples(samples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """With NumPy, as tensors would need more shared memory than a container may have."""
+    tiles, digits = zip(*samples, strict=True)
+    return np.stack(tiles), np.stack(digits)
 
 
 def train_on_tiles(task: Task, options: argparse.Namespace) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -226,9 +238,12 @@ def train_on_tiles(task: Task, options: argparse.Namespace) -> tuple[dict[str, t
     reader = Reader(task, "crop", options.seed)
     reach = torch.zeros(1).share_memory_()
     batches = stream(task, None, f"{options.seed}/tiles", options.tile_batch, options.workers, reach)
-    prompt = reader.prompt(Image.new("RGB", (task.parts.image_size,) * 2))
-    held_out = [draw_tile(task, 1.0, random.Random(f"{options.seed}/held-out tile/{index}")) for index in range(256)]
-    tiles = torch.from_numpy(np.stack([np.asarray(image)[None, :, :, 0] for image, _ in held_out]))
+    prompt = reader.prompt(Image.new("L", (task.parts.image_size,) * 2))
+    held_out = [
+        draw_tile(task, 1.0, random.Random(f"{options.seed}/held-out tile/{index}"))
+        for index in range(min(256, options.pages))
+    ]
+    tiles = torch.from_numpy(np.stack([np.asarray(image)[None] for image, _ in held_out]))
     digits = torch.tensor([[int(digit) for digit in number] for _, number in held_out])
 
     def make_batch(done: float) -> dict[str, torch.Tensor]:
@@ -256,7 +271,7 @@ def train_on_pages(task: Task, layout: str, weights: dict[str, torch.Tensor], op
         return reader.batch(prompt, *next(batches))
 
     def check() -> str:
-        return f"exact {measure(reader, 128, options)['exact']:.0%}"
+        return f"exact {measure(reader, min(128, options.pages), options)['exact']:.0%}"
 
     training = fit(
         reader.model, make_batch, options.steps, options.minutes, options.page_learning_rate, f"{layout:12}", check
@@ -286,9 +301,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--small", action="store_true", help="fewer digits on a smaller page, for a CPU")
-    parser.add_argument("--tile-steps", type=int, default=3000, help="of the training on single tiles")
+    parser.add_argument("--tile-steps", type=int, default=6000, help="of the training on single tiles")
     parser.add_argument("--tile-minutes", type=float, help="of the training on single tiles at most")
-    parser.add_argument("--tile-batch", type=int, default=256)
+    parser.add_argument("--tile-batch", type=int, default=128)
     parser.add_argument("--batch", type=int, default=24, help="pages of a batch")
     parser.add_argument("--pages", type=int, default=1000, help="new pages that are measured")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)

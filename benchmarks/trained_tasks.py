@@ -118,6 +118,16 @@ def random_tower(parts: Parts) -> CLIPVisionModel:
     return tower
 
 
+def as_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """What the image processor of `compose_parts` normalized, before that: uint8, for less memory."""
+    return (255 * (0.5 * pixels + 1)).round().clamp(0, 255).to(torch.uint8)
+
+
+def as_pixels(values: torch.Tensor) -> torch.Tensor:
+    """The inverse of `as_bytes`."""
+    return values.float().div_(127.5).sub_(2)
+
+
 def precision() -> AbstractContextManager:
     """bfloat16 where that is fast, with weights in float32."""
     return torch.autocast("cuda", torch.bfloat16) if device_type() == "cuda" else nullcontext()
@@ -155,8 +165,9 @@ def fit(
     model.train()
     started = reported = time.monotonic()
     losses: list[torch.Tensor] = []
-    step, done, due, loss = 0, 0.0, 0.0, math.nan
+    step, done, loss = 0, 0.0, math.nan
     while done < 1:
+        before = done
         rate = min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * max(rate, 0.01)
@@ -170,16 +181,16 @@ def fit(
         losses.append(outputs.loss.detach())
         step += 1
         done = max(step / steps, (time.monotonic() - started) / 60 / minutes if minutes else 0)
-        if done >= due + 1 / REPORTS or done >= 1:
+        if int(done * REPORTS) > int(before * REPORTS):
             loss = float(torch.stack(losses).mean())
             rate = len(losses) / (time.monotonic() - reported)
             text = f"{label} {min(done, 1):4.0%} step {step}, loss {loss:.3f}, {rate:.1f} steps/s"
-            if check is not None and int(done * CHECKS) > int(due * CHECKS):
+            if check is not None and int(done * CHECKS) > int(before * CHECKS):
                 model.eval()
                 text += ", " + check()
                 model.train()
             print(text, flush=True)
-            due, losses, reported = done, [], time.monotonic()
+            losses, reported = [], time.monotonic()
     model.eval()
     return {"steps": step, "seconds": time.monotonic() - started, "loss": loss}
 
