@@ -220,7 +220,8 @@ def measure(row: str, size: Size, options: argparse.Namespace) -> dict[str, Any]
     image_positions, attention = row.split("/")
     set_seed(options.seed)
     most = max(size.counts)
-    parts = Parts(width=options.width, layers=options.layers, max_positions=16384, rope_theta=options.rope_theta)
+    heads = {"head_dim": 64, "rope_theta": 1e6, "max_positions": 16384}  # a number is looked up at any distance
+    parts = Parts(width=options.width, layers=options.layers, **heads)
     choices = {} if image_positions == "token" else {"image_positions": image_positions}
     model, processor = compose_parts(parts, vocabulary_texts(most), 8192, multimodal_attention=attention, **choices)
     images = Images(processor, size.pool, f"{options.seed}/train")
@@ -267,9 +268,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="of a batch, about")
     parser.add_argument("--pool", type=int, default=20000, help="images that are drawn for the training")
     parser.add_argument("--questions", type=int, default=900, help="of each count")
-    parser.add_argument("--width", type=int, default=128, help="of the language model")
+    parser.add_argument("--width", type=int, default=256, help="of the language model")
     parser.add_argument("--layers", type=int, default=3, help="of the language model")
-    parser.add_argument("--rope-theta", type=float, default=500.0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     add_training_options(parser, steps=3000)
     options = parser.parse_args(argv)

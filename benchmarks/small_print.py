@@ -63,8 +63,8 @@ class Task:
     parts: Parts
 
 
-PAGE = Task(6, 1000, 700, 12, Parts(256, 16, 192, 6, 192, 4, rope_theta=10000.0, max_positions=8192))
-SMALL = Task(3, 320, 220, 6, Parts(112, 8, 64, 2, 64, 2, rope_theta=10000.0, max_positions=4096))
+PAGE = Task(6, 1000, 700, 12, Parts(256, 16, 192, 6, 256, 4, head_dim=64, rope_theta=1e6, max_positions=8192))
+SMALL = Task(3, 320, 220, 6, Parts(112, 16, 96, 3, 128, 2, rope_theta=1e6, max_positions=4096))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

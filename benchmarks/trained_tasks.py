@@ -23,7 +23,7 @@ from dsvl import compose
 from dsvl.demo.tiny_models import train_tokenizer
 from dsvl.projectors_dsvl import sincos_position_table
 
-HEAD_DIM = 32  # as in the demo
+TOWER_HEAD_DIM = 32  # as in the demo
 WARM_UP = 0.03  # fraction of a training
 REPORTS = 20  # lines that a training prints
 CHECKS = 4  # of them have figures beside the loss
@@ -40,8 +40,9 @@ class Parts:
     Attributes:
         image_size, patch_size: in pixels.
         tower_width, tower_layers: of the tower.
-        width, layers: of the language model.
-        rope_theta: a small base rotates fast, which tells neighbouring images apart.
+        width, layers, head_dim: of the language model.
+        rope_theta: a small base rotates fast, which tells neighbours apart. Tokens that are found by what they are, at any
+            distance, need channels that hardly rotate over it, so a large base and wider heads.
         max_positions: of the language model.
     """
 
@@ -51,6 +52,7 @@ class Parts:
     tower_layers: int = 2
     width: int = 128
     layers: int = 3
+    head_dim: int = 32
     rope_theta: float = 500.0
     max_positions: int = 1024
 
@@ -75,11 +77,11 @@ def compose_parts(parts: Parts, texts: Sequence[str], vocab_size: int = 512, **o
         hidden_size=parts.width,
         intermediate_size=2 * parts.width,
         num_hidden_layers=parts.layers,
-        num_attention_heads=parts.width // HEAD_DIM,
+        num_attention_heads=parts.width // parts.head_dim,
         max_position_embeddings=parts.max_positions,
         rope_parameters={"rope_type": "default", "rope_theta": parts.rope_theta},
         tie_word_embeddings=True,  # a token is copied before its row of a head could be trained
-        initializer_range=0.08,  # with the usual 0.02, attention would be almost uniform at this width
+        initializer_range=0.9 * parts.width**-0.5,  # with the usual 0.02, attention would be almost uniform
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -105,7 +107,7 @@ def random_tower(parts: Parts) -> CLIPVisionModel:
             hidden_size=parts.tower_width,
             intermediate_size=2 * parts.tower_width,
             num_hidden_layers=parts.tower_layers,
-            num_attention_heads=parts.tower_width // HEAD_DIM,
+            num_attention_heads=parts.tower_width // TOWER_HEAD_DIM,
             image_size=parts.image_size,
             patch_size=parts.patch_size,
         )
