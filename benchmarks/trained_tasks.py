@@ -80,6 +80,7 @@ def compose_parts(parts: Parts, texts: Sequence[str], vocab_size: int = 512, **o
         num_attention_heads=parts.width // parts.head_dim,
         max_position_embeddings=parts.max_positions,
         rope_parameters={"rope_type": "default", "rope_theta": parts.rope_theta},
+        attention_bias=True,  # a distance can be attended to, whatever the tokens are
         tie_word_embeddings=True,  # a token is copied before its row of a head could be trained
         initializer_range=0.9 * parts.width**-0.5,  # with the usual 0.02, attention would be almost uniform
         bos_token_id=tokenizer.bos_token_id,
