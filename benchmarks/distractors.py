@@ -220,7 +220,7 @@ def measure(row: str, size: Size, options: argparse.Namespace) -> dict[str, Any]
     image_positions, attention = row.split("/")
     set_seed(options.seed)
     most = max(size.counts)
-    heads = {"head_dim": 64, "rope_theta": 1e6, "max_positions": 16384}  # a number is looked up at any distance
+    heads = {"head_dim": 64, "rope_theta": 1e5, "max_positions": 16384}  # a number is looked up at any distance
     parts = Parts(width=options.width, layers=options.layers, **heads)
     choices = {} if image_positions == "token" else {"image_positions": image_positions}
     model, processor = compose_parts(parts, vocabulary_texts(most), 8192, multimodal_attention=attention, **choices)
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=256, help="of the language model")
     parser.add_argument("--layers", type=int, default=3, help="of the language model")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    add_training_options(parser, steps=3000)
+    add_training_options(parser, steps=4000)
     options = parser.parse_args(argv)
     options.counts = sorted(options.counts)
     size = Size(tuple(options.counts), options.tokens, options.pool, max(options.pool // 5, 16), options.questions)
