@@ -88,8 +88,13 @@ def save_language_model(directory: Path, width: int = 128, layers: int = 3, chat
     tokenizer.save_pretrained(directory)
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on texts. It can encode any other text as well."""
+def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on texts. It can encode any other text as well.
+
+    Args:
+        texts: the training data.
+        vocab_size (*optional*, defaults to 512): at most, the 256 bytes included.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -99,7 +104,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=vocab_size,
         special_tokens=["<s>", "</s>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
