@@ -19,10 +19,12 @@ class FusedMask(AttentionMask):
 
     Attributes:
         lists: tokens by modality, and what each sees.
+        dtype: of queries, keys and values in the kernels; under autocast, rotary positions leave float32.
         text_rows: (text queries,), rows of the flattened (batch x queries); None if their number is unknown.
     """
 
     lists: TokenLists
+    dtype: torch.dtype
     text_rows: torch.Tensor | None = None
 
     @classmethod
@@ -37,6 +39,8 @@ class FusedMask(AttentionMask):
         compiled: bool,
     ) -> "FusedMask | None":
         """For one layer type; None where the kernels do not apply. For the arguments see `masks.build_mask`."""
+        if torch.is_autocast_enabled(visibility.device.type):
+            dtype = torch.get_autocast_dtype(visibility.device.type)
         if text_config._attn_implementation != "sdpa" or not can_fuse(text_config, dtype, visibility.device, training):
             return None
         intervals = query_intervals(visibility)
@@ -58,18 +62,19 @@ class FusedMask(AttentionMask):
         if compiled:
             torch._dynamo.maybe_mark_dynamic(lists.capacity, 0)
             torch._dynamo.maybe_mark_dynamic(text_rows, 0)
-        return cls(lists, text_rows)
+        return cls(lists, dtype, text_rows)
 
     def attend(
         self, backend: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
+        query, key, value = (states.to(self.dtype) for states in (query, key, value))
         return fused_attention(query, key, value, self.lists, kwargs["scaling"], kwargs.get("softcap")), None
 
     def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "FusedMask":
         """Move every tensor. accelerate calls this for a model on several devices."""
         moved = [tensor.to(device, non_blocking=non_blocking) for tensor in self.lists.tensors]
         rows = None if self.text_rows is None else self.text_rows.to(device, non_blocking=non_blocking)
-        return FusedMask(TokenLists.of(moved, self.lists.windowed), rows)
+        return FusedMask(TokenLists.of(moved, self.lists.windowed), self.dtype, rows)
 
 
 __all__ = ["FusedMask"]

@@ -6,6 +6,7 @@ from conftest import FAMILIES, IMAGE_ID, batch, tiny_model
 from test_attention import packed
 from transformers import StaticCache
 
+from dsvl.acceleration.fused_mask import FusedMask
 from dsvl.acceleration.kernels import can_fuse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -107,6 +108,27 @@ def test_compiled_static_decoding_gives_the_tokens_of_the_dynamic_cache(family):
     got = model.generate(**inputs, max_new_tokens=12, do_sample=False, cache_implementation="static")
     assert "_compiled_call" in model.__dict__, "nothing was compiled"
     assert got.equal(expected)
+
+
+@pytest.mark.skipif(not can_fuse(FAMILIES["llama"](), torch.bfloat16, torch.device("cuda")), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_in_float32_use_the_fused_kernels_under_autocast(monkeypatch, compiled):
+    """As the Trainer trains with bf16=True. Rotary positions make queries and keys float32 again."""
+    inputs = on_gpu(batch(*LAYOUTS, side="right", dtype=torch.float32))
+    real = inputs["attention_mask"].bool()
+    labels = torch.where(real & (inputs["input_ids"] != IMAGE_ID), inputs["input_ids"], -100)
+    model = tiny_model(dtype=torch.float32, hidden_size=128, head_dim=32, initializer_range=0.05).cuda().train()
+    expected = gradients(model, inputs, labels)
+    used, attend = [], FusedMask.attend
+    if compiled:
+        model.compile_decoder_layers()
+    else:
+        monkeypatch.setattr(FusedMask, "attend", lambda self, *a, **k: used.append(self.dtype) or attend(self, *a, **k))
+    with torch.autocast("cuda", torch.bfloat16):
+        got = gradients(model, inputs, labels)
+    assert compiled or set(used) == {torch.bfloat16}
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
