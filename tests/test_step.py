@@ -167,13 +167,13 @@ def test_gathering_asks_once_how_many_there_are(backend, rows, questions, monkey
     monkeypatch.setattr(gathered_mask, "split_image_branch", lambda mask: None)  # for a CPU alone
     config = tiny_model(backend=backend).config.text_config
     inputs = batch(*LAYOUTS, side="right")
-    ids, positions = inputs["input_ids"], None
+    ids, documents = inputs["input_ids"], None
     if rows == "packed":
-        positions = torch.arange(ids.shape[1]).remainder(7).expand_as(ids)
+        documents = (torch.arange(ids.shape[1]) // 7).expand_as(ids)
         del inputs["attention_mask"]
     embeds = torch.zeros(*ids.shape, 0)
     with Questions() as host:
-        visible = visibilities(config, embeds, inputs.get("attention_mask"), None, positions)
+        visible = visibilities(config, embeds, inputs.get("attention_mask"), None, documents)
         host.asked.clear()
         build_mask(visible[None], (ids == IMAGE_ID).long(), config, torch.float32)
     assert host.asked == questions
