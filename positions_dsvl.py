@@ -106,4 +106,10 @@ def documents_of_positions(position_ids: torch.Tensor) -> torch.Tensor:
     return (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).long().cumsum(-1)
 
 
-__all__ = ["document_starts", "documents_of_positions", "image_positions", "image_starts", "token_positions"]
+__all__ = [
+    "document_starts",
+    "documents_of_positions",
+    "image_positions",
+    "image_starts",
+    "token_positions",
+]
