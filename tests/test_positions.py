@@ -18,6 +18,7 @@ from dsvl import DSVLConfig, ImageKVCache
 from dsvl.cache_dsvl import cached_positions, cached_types
 from dsvl.chat.prompts import count_positions
 from dsvl.positions_dsvl import documents_of_positions, image_positions, token_positions
+from dsvl.transformers_dsvl import CACHE
 from dsvl.utils.cache_cropping import crop
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -432,14 +433,18 @@ def test_assisted_decoding_gives_the_same_tokens(family, attention):
 def test_an_assistant_counts_positions_in_its_own_way():
     model, inputs, asked = tiny_model(), batch(LAYOUT), []
     assistant = shared()
-    hook = assistant.model.register_forward_pre_hook(
-        lambda module, args, kwargs: asked.append(kwargs["position_ids"].tolist()), with_kwargs=True
-    )
+
+    def note(module, args, kwargs):
+        cache = kwargs[CACHE]
+        asked.append((cache.get_seq_length(), kwargs["position_ids"][0].tolist()))
+
+    assistant.model.register_forward_pre_hook(note, with_kwargs=True)
     greedy(model, inputs, assistant_model=assistant)
-    hook.remove()
-    assert asked[0] == expected_positions(inputs).tolist()
-    first = asked[0][0][-1] + 1
-    assert asked[1][0] == list(range(first, first + len(asked[1][0])))
+    prompt = expected_positions(inputs)[0].tolist()
+    expected = [*prompt, *range(prompt[-1] + 1, prompt[-1] + 30)]
+    assert len(asked) > 3 and asked[0] == (0, prompt)
+    for past, positions in asked:
+        assert positions == expected[past : past + len(positions)]
 
 
 @attentions
