@@ -75,10 +75,12 @@ def whole_positions(
     rows, total = types.shape
     position_ids = position_ids[:, :total]
     past = total - position_ids.shape[1]
-    cached, new = known_positions(cache, rows, past), position_ids.expand(rows, -1)
+    cached, positions = known_positions(cache, rows, past), position_ids.expand(rows, -1)
     if attention_mask is not None:
-        new = new.masked_fill(~attention_mask[:, past:total].to(new.device, torch.bool), -1)
-    return None if cached is None else torch.cat([cached.to(new), new], dim=1)
+        positions = positions.masked_fill(~attention_mask[:, past:total].to(positions.device, torch.bool), -1)
+    if past == 0 or cached is None:
+        return positions if past == 0 else None
+    return torch.cat([cached.to(positions), positions], dim=1)
 
 
 def _first_layer(cache: Cache | None) -> Any:

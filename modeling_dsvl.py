@@ -335,9 +335,10 @@ class DSVLModel(DSVLPreTrainedModel):
         for check in (check_values, check_positions):
             if check is not None:
                 check()
-        if token_types is not None and not torch.compiler.is_compiling():  # also in a cache that the decoder made
+        made_cache = getattr(outputs, CACHE)  # perhaps by the decoder
+        if made_cache is not None and token_types is not None and not torch.compiler.is_compiling():
             positions = whole_positions(position_ids, token_types, padding, cache) if shares_positions else None
-            remember_types(getattr(outputs, CACHE), token_types, may_hold_images, positions)
+            remember_types(made_cache, token_types, may_hold_images, positions)
         return DSVLModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
