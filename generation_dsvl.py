@@ -84,6 +84,7 @@ class DSVLGenerationMixin(GenerationMixin):
         self._project_image_features(input_ids, kwargs)
         self._join_other_processes(kwargs)
         self._prepare_assistant(input_ids, kwargs)
+        self._encode_images_of_any_length(kwargs)
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.multimodal_attention != "mmca_reference":
             processors.append(NoImageToken(self.config.image_token_id))
@@ -177,6 +178,14 @@ class DSVLGenerationMixin(GenerationMixin):
             kwargs.pop("position_ids", None)  # they are its main model's
         if assistant is not None and not hasattr(assistant, "get_image_features") and input_ids is not None:
             del kwargs["mm_token_type_ids"]  # a language model refuses it, and this model derives it from the ids
+
+    def _encode_images_of_any_length(self, kwargs: dict[str, Any]) -> None:
+        """Encode images now where positions depend on how many tokens each has; transformers would do it a little later."""
+        is_native = getattr(self.config, "image_layout", None) == "native"
+        if is_native and self.config.image_positions == "image" and kwargs.get("pixel_values") is not None:
+            names = [name for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes") if name in kwargs]
+            images = self.get_image_features(**{name: kwargs.pop(name) for name in names}, return_dict=True)
+            kwargs["mm_encoder_outputs"] = {"image": images}
 
     # -- what transformers calls -----------------------------------------------------------------------------------------
 

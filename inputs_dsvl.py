@@ -5,10 +5,11 @@ checked after the decoder's kernels are queued, so that nothing waits for the de
 """
 
 import itertools
+import inspect
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from .positions_dsvl import document_starts
 
@@ -128,6 +129,19 @@ def check_position_order(backward: list[int]) -> None:
         raise ValueError(
             f"position_ids go backwards {backward} times in the rows, but with image_positions='image' positions do not "
             "tell packed documents apart; pass document_ids, (batch, tokens), one id for the tokens of each document."
+        )
+
+
+def check_takes_positions(decoder: PreTrainedModel) -> None:
+    """Refuse a decoder that takes no positions, for `image_positions="image"`.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if "position_ids" not in inspect.signature(type(decoder).forward).parameters:
+        raise ValueError(
+            f"{type(decoder).__name__} does not take position_ids, so image_positions='image' has no effect in it; choose "
+            "image_positions='token', or a decoder with rotary positions."
         )
 
 
@@ -296,6 +310,7 @@ __all__ = [
     "check_labels",
     "check_position_order",
     "check_sequence",
+    "check_takes_positions",
     "check_token_types",
     "check_type_values",
     "gather_unique_rows",

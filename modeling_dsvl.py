@@ -24,6 +24,7 @@ from .inputs_dsvl import (
     check_labels,
     check_position_order,
     check_sequence,
+    check_takes_positions,
     check_token_types,
     check_type_values,
     gather_unique_rows,
@@ -162,6 +163,8 @@ class DSVLModel(DSVLPreTrainedModel):
         self._known_keywords = keywords_of(self.language_model) | {"return_dict"}
         if config.multimodal_attention != "causal":
             route_attention(self.language_model, config)
+        if config.image_positions == "image":
+            check_takes_positions(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

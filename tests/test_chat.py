@@ -22,7 +22,9 @@ from dsvl.transformers_dsvl import CACHE
 PER_IMAGE, NEW = 5, 8
 
 
-def make_model(processor: Any, family: str = "llama", attention: str = "mmca", positions: str = "token", **text: Any) -> DSVLForConditionalGeneration:
+def make_model(
+    processor: Any, family: str = "llama", attention: str = "mmca", positions: str = "token", **text: Any
+) -> DSVLForConditionalGeneration:
     config = FAMILIES[family]()
     text = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 4096} | text
     for name, value in text.items():
@@ -89,7 +91,10 @@ TURNS = [("What is it?", [0, 1]), ("And why?", []), ("Compare them.", [2]), ("So
 def test_each_turn_answers_as_from_scratch_and_computes_only_what_is_new(
     processor, monkeypatch, family, positions, cache, attention
 ):
-    model, end = make_model(processor, family, attention, positions), {"forced_eos_token_id": processor.tokenizer.eos_token_id}
+    model, end = (
+        make_model(processor, family, attention, positions),
+        {"forced_eos_token_id": processor.tokenizer.eos_token_id},
+    )
     if cache == "static, a step ahead":  # as on an accelerator, without compilation
         cache = "static"
         monkeypatch.setattr(

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, IMAGE_ID, PER_IMAGE, batch, random_images, rows, tiny_model
+from conftest import FAMILIES, IMAGE_ID, PER_IMAGE, batch, random_images, rows, tiny_model, tiny_vision_config
 from plain_loop import PlainLoop, run_by_loop
 from test_attention import CASES, LAYOUTS, close, packed
 from test_generation import exact_quantization, feature_output, greedy, make_cache  # noqa: F401, a fixture
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, CompileConfig, DynamicCache, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dsvl import DSVLConfig, ImageKVCache
+from dsvl import DSVLConfig, DSVLForConditionalGeneration, ImageKVCache, generation_dsvl
 from dsvl.cache_dsvl import cached_positions, cached_types
 from dsvl.chat.prompts import count_positions
 from dsvl.positions_dsvl import documents_of_positions, image_positions, token_positions
-from dsvl.transformers_dsvl import CACHE
 from dsvl.utils.cache_cropping import crop
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -234,7 +233,8 @@ def test_embeddings_that_contain_their_images(attention):
 
 
 @attentions
-def test_images_of_several_lengths(attention):
+@pytest.mark.parametrize("given", ["features", "pixels"])
+def test_images_of_several_lengths(attention, given, monkeypatch):
     """As a tower for any resolution makes them, next to each other too."""
     model = shared(attention=attention)
     model.config.image_layout = "native"
@@ -248,7 +248,13 @@ def test_images_of_several_lengths(attention):
         expected = model(input_ids=ids, mm_encoder_outputs=images, position_ids=positions).logits
         other = model(input_ids=ids, mm_encoder_outputs=images, position_ids=positions.clamp(max=3)).logits
     assert got.equal(expected) and not got.equal(other)
-    tokens = greedy(model, {"input_ids": ids}, mm_encoder_outputs=images)
+
+    if given == "pixels":
+        encode = lambda *args, **kwargs: copy.copy(images["image"])  # noqa: E731
+        monkeypatch.setattr(model, "get_image_features", encode)
+        monkeypatch.setattr(generation_dsvl, "check_image_counts", lambda *args, **kwargs: None)  # of other layouts
+    given = {"pixel_values": random_images(4)} if given == "pixels" else {"mm_encoder_outputs": images}
+    tokens = greedy(model, {"input_ids": ids}, **given)
     for step in range(1, 4):
         whole = torch.cat([ids, tokens[:, :step]], 1)
         at = torch.cat([positions, positions[:, -1:] + 1 + torch.arange(step)], 1)
@@ -435,7 +441,7 @@ def test_an_assistant_counts_positions_in_its_own_way():
     assistant = shared()
 
     def note(module, args, kwargs):
-        cache = kwargs[CACHE]
+        cache = kwargs["cache"]
         asked.append((cache.get_seq_length(), kwargs["position_ids"][0].tolist()))
 
     assistant.model.register_forward_pre_hook(note, with_kwargs=True)
@@ -566,6 +572,15 @@ def test_document_ids_that_cannot_be_are_refused(wrong, message, positions):
 def test_configurations_that_cannot_be_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         DSVLConfig(**fields)
+
+
+def test_a_decoder_without_positions_is_refused():
+    text = BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=2)
+    config = DSVLConfig(tiny_vision_config(), text, multimodal_attention="causal", image_token_id=IMAGE_ID)
+    DSVLForConditionalGeneration(config)
+    config.image_positions = "image"
+    with pytest.raises(ValueError, match="BloomModel does not take position_ids.*choose image_positions='token'"):
+        DSVLForConditionalGeneration(config)
 
 
 def test_a_configuration_without_the_field_counts_tokens():
