@@ -288,18 +288,20 @@ class DSVLModel(DSVLPreTrainedModel):
         new_tokens, shares_positions = inputs_embeds.shape[1], self.config.image_positions == "image"
         attention = self.config.multimodal_attention
         is_ready = isinstance(attention_mask, dict) or getattr(attention_mask, "ndim", 2) == 4 or step_codes is not None
-        padding = None if is_ready else attention_mask
+        padding = attention_mask if isinstance(attention_mask, torch.Tensor) and not is_ready else None
         token_types = may_hold_images = check_positions = None
-        if (attention != "causal" and not is_ready) or (shares_positions and position_ids is None):
+        makes_positions = shares_positions and position_ids is None
+        # Under "causal" only positions need the modality, or a cache, from which they go on.
+        keeps_types = shares_positions and not is_ready and self._knows_types(is_image, types, cache)
+        if (attention != "causal" and not is_ready) or makes_positions or keeps_types:
             token_types = self._whole_token_types(new_tokens, is_image, types, cache)
-        elif shares_positions and not is_ready and self._knows_types(is_image, types, cache):
-            token_types = self._whole_token_types(new_tokens, is_image, types, cache)  # for the cache to remember
-        if shares_positions and position_ids is None:
+        if position_ids is not None:
+            if shares_positions and document_ids is None and attention_mask is None and cache is None:
+                check_positions = self._check_position_order(position_ids)
+        elif shares_positions and token_types is not None:
             made = self.make_position_ids(token_types, new_tokens, images, padding, document_ids, cache)
             position_ids = made.to(inputs_embeds.device)
-        elif shares_positions and document_ids is None and attention_mask is None and cache is None:
-            check_positions = self._check_position_order(position_ids)
-        elif document_ids is not None and position_ids is None:
+        elif document_ids is not None:
             position_ids = token_positions(document_ids)
 
         # Attend
@@ -861,12 +863,14 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
 
         Returns:
             `logits` of every row's last token, (batch, 1, vocabulary), and `cache`, as after a call of the whole prompt with
-            `pixel_values` and the same `position_ids` (by default those of `generate`, which count tokens that are not
-            padded).
+            `pixel_values` and the same `position_ids` (by default those of `generate`).
 
         Raises:
             ImportError: without the package dsvl.
         """
+        if self.config.image_positions == "image" and kwargs.get("position_ids") is None:
+            types, mask = (input_ids == self.config.image_token_id).long(), kwargs.get("attention_mask")
+            kwargs["position_ids"] = self.model.make_position_ids(types, input_ids.shape[1], attention_mask=mask)
         hidden, cache = self.model.image_reuse.prefill(input_ids, image_cache, cache, **kwargs)
         with torch.no_grad():
             return DSVLCausalLMOutputWithPast(logits=self._logits(hidden), **{CACHE: cache})

@@ -18,7 +18,6 @@ from transformers import Cache, DynamicCache
 
 from ..cache_dsvl import remember_types, whole_positions
 from ..masks_dsvl import AttentionMask, visibilities
-from ..positions_dsvl import image_positions
 from .decoder_run import OwnValueMask, layer_types, run_decoder
 from .gathered_mask import Slots
 from .image_cache import ImageKVCache, changing_ropes
@@ -109,8 +108,8 @@ class ImageReuse:
             image_cache: the images of all rows.
             cache: an empty KV cache of any kind; a dynamic one by default.
             attention_mask: (batch, tokens), 0 where padded, on the left.
-            position_ids: (batch, tokens); by default as in `generate`: they count tokens that are not padded, or as the
-                `image_positions` of the configuration says.
+            position_ids: (batch, tokens); by default they count tokens that are not padded, as in `generate` under
+                `image_positions="token"`. (The model's own `prefill` passes those of "image".)
             copies: the number of consecutive rows with the same prompt and images, as in beam search.
 
         Returns:
@@ -140,9 +139,7 @@ class ImageReuse:
             is_text = is_text & attention_mask.bool()
         token_types = is_image.long()
         shares_positions = getattr(self.model.config, "image_positions", "token") == "image"  # older code has no field
-        if position_ids is None and shares_positions:
-            position_ids = image_positions(token_types, self.model.config.image_seq_length, padding=attention_mask)
-        elif position_ids is None:
+        if position_ids is None:
             seen = attention_mask if attention_mask is not None else torch.ones_like(input_ids)
             position_ids = (seen.long().cumsum(-1) - 1).clamp(min=0)
         position_ids = position_ids.to(device).expand(batch, tokens)
