@@ -181,11 +181,10 @@ class DSVLGenerationMixin(GenerationMixin):
 
     def _encode_images_of_any_length(self, kwargs: dict[str, Any]) -> None:
         """Encode images now where positions depend on how many tokens each has; transformers would do it a little later."""
-        is_native = getattr(self.config, "image_layout", None) == "native"
-        if is_native and self.config.image_positions == "image" and kwargs.get("pixel_values") is not None:
-            names = [name for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes") if name in kwargs]
-            images = self.get_image_features(**{name: kwargs.pop(name) for name in names}, return_dict=True)
-            kwargs["mm_encoder_outputs"] = {"image": images}
+        depends = self.config.image_layout == "native" and self.config.image_positions == "image"
+        if depends and "pixel_values" in kwargs:
+            images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
 
     # -- what transformers calls -----------------------------------------------------------------------------------------
 

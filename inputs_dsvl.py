@@ -4,8 +4,8 @@ Shapes and dtypes are checked at once. Values (how many image tokens a sample ha
 checked after the decoder's kernels are queued, so that nothing waits for the device.
 """
 
-import itertools
 import inspect
+import itertools
 from typing import Any
 
 import torch

@@ -597,8 +597,8 @@ class DSVLModel(DSVLPreTrainedModel):
                 f"position_ids, or fill the cache by this model. {PEFT_HINT}"
             )
         lengths = None
-        # The images of other layouts are alike, and chunks of them may come as one.
-        if images is not None and images.pooler_output and getattr(self.config, "image_layout", None) == "native":
+        # In other layouts all are alike, and chunks of them may come as one.
+        if images is not None and images.pooler_output and self.config.image_layout == "native":
             lengths = [len(image) for image in images.pooler_output]
         tokens_per_image = self.config.image_seq_length
         return image_positions(token_types, tokens_per_image, lengths, attention_mask, document_ids, cached)

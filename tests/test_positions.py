@@ -11,10 +11,16 @@ from conftest import FAMILIES, IMAGE_ID, PER_IMAGE, batch, random_images, rows, 
 from plain_loop import PlainLoop, run_by_loop
 from test_attention import CASES, LAYOUTS, close, packed
 from test_generation import exact_quantization, feature_output, greedy, make_cache  # noqa: F401, a fixture
-from transformers import AutoModelForCausalLM, BloomConfig, CompileConfig, DynamicCache, LlamaForCausalLM
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CompileConfig,
+    DynamicCache,
+    LlamaForCausalLM,
+    Siglip2VisionConfig,
+)
 
-from dsvl import DSVLConfig, DSVLForConditionalGeneration, ImageKVCache, generation_dsvl
+from dsvl import DSVLConfig, DSVLForConditionalGeneration, ImageKVCache
 from dsvl.cache_dsvl import cached_positions, cached_types
 from dsvl.chat.prompts import count_positions
 from dsvl.positions_dsvl import documents_of_positions, image_positions, token_positions
@@ -232,36 +238,48 @@ def test_embeddings_that_contain_their_images(attention):
         model.generate(inputs_embeds=embeds, max_new_tokens=5)
 
 
+def native_model(attention: str) -> DSVLForConditionalGeneration:
+    """A tower for images of any shape, of which each patch is a token."""
+    vision = Siglip2VisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=2, num_patches=16
+    )
+    more = {"image_layout": "native", "max_image_tokens": 16, "image_positions": "image", "multimodal_attention": attention}
+    torch.manual_seed(0)
+    config = DSVLConfig(vision, FAMILIES["llama"](), "linear", image_token_id=IMAGE_ID, **more)
+    model = DSVLForConditionalGeneration(config).to(torch.float64).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
 @attentions
 @pytest.mark.parametrize("given", ["features", "pixels"])
-def test_images_of_several_lengths(attention, given, monkeypatch):
-    """As a tower for any resolution makes them, next to each other too."""
-    model = shared(attention=attention)
-    model.config.image_layout = "native"
-    lengths = [3, 2, 5, 1]
-    ids = torch.tensor([[4, *[IMAGE_ID] * 5, 5, 6], [IMAGE_ID] * 6 + [7, 8]])
-    features = torch.randn(11, 32, dtype=torch.float64).split(lengths)
-    images = {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
-    positions = torch.tensor([[0, 1, 1, 1, 2, 2, 3, 4], [0, 0, 0, 0, 0, 1, 2, 3]])
+def test_images_of_several_lengths(attention, given):
+    """Next to each other too, in rows padded on the left."""
+    model = native_model(attention)
+    shapes = torch.tensor([[1, 3], [2, 1], [1, 5], [1, 1]])
+    ids = torch.tensor([[0, 4, *[IMAGE_ID] * 5, 5, 6], [3, *[IMAGE_ID] * 6, 7, 8]])
+    positions = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 3, 4], [0, 1, 1, 1, 1, 1, 2, 3, 4]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    images = {"pixel_values": torch.randn(4, 5, 12, dtype=torch.float64), "spatial_shapes": shapes}
     with torch.no_grad():
-        got = model(input_ids=ids, mm_encoder_outputs=images).logits
-        expected = model(input_ids=ids, mm_encoder_outputs=images, position_ids=positions).logits
-        other = model(input_ids=ids, mm_encoder_outputs=images, position_ids=positions.clamp(max=3)).logits
-    assert got.equal(expected) and not got.equal(other)
-
-    if given == "pixels":
-        encode = lambda *args, **kwargs: copy.copy(images["image"])  # noqa: E731
-        monkeypatch.setattr(model, "get_image_features", encode)
-        monkeypatch.setattr(generation_dsvl, "check_image_counts", lambda *args, **kwargs: None)  # of other layouts
-    given = {"pixel_values": random_images(4)} if given == "pixels" else {"mm_encoder_outputs": images}
-    tokens = greedy(model, {"input_ids": ids}, **given)
+        features = model.get_image_features(**images)
+        assert [len(image) for image in features.pooler_output] == [3, 2, 5, 1]
+        images = images if given == "pixels" else {"mm_encoder_outputs": {"image": features}}
+        got = model(**inputs, **images).logits
+        expected = model(**inputs, **images, position_ids=positions).logits
+        other = model(**inputs, **images, position_ids=positions.clamp(max=3)).logits
+    real = inputs["attention_mask"].bool()
+    assert got[real].equal(expected[real]) and not got[real].equal(other[real])
+    tokens = greedy(model, inputs, **images)
     for step in range(1, 4):
         whole = torch.cat([ids, tokens[:, :step]], 1)
         at = torch.cat([positions, positions[:, -1:] + 1 + torch.arange(step)], 1)
         with torch.no_grad():
-            logits = model(input_ids=whole, mm_encoder_outputs=images, position_ids=at, use_cache=False).logits[:, -1]
+            logits = model(input_ids=whole, attention_mask=(whole > 0).long(), **images, position_ids=at).logits[:, -1]
         logits[:, IMAGE_ID] = -torch.inf
         assert logits.argmax(-1).equal(tokens[:, step])
+    assert greedy(model, inputs, **images, prefill_chunk_size=4).equal(tokens)
+    assert greedy(model, inputs, **images, num_beams=1, cache_implementation="static", disable_compile=True).equal(tokens)
 
 
 @attentions
