@@ -299,17 +299,17 @@ def test_a_full_context_is_an_error_or_drops_the_oldest_turns(chat, processor, c
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_where_images_share_positions_the_context_is_measured_in_them(processor, cache):
     """Except that a static cache has memory for so many tokens."""
-    model = make_model(processor, positions="image", max_position_embeddings=64)
+    model = make_model(processor, positions="image", max_position_embeddings=300)
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
     images = [draw_image(number) for number in range(20)]
     if cache == "static":
-        with pytest.raises(ValueError, match=r"The context holds 64 tokens, but \d+ tokens of the last question alone"):
+        with pytest.raises(ValueError, match=r"The context holds 300 tokens, but \d+ tokens of the last question alone"):
             chat.ask("What?", images)
         return
     chat.ask("What?", images)
-    assert chat.last_turn.prompt_tokens > 64
+    assert chat.last_turn.prompt_tokens > 300
     assert chat.last_turn.answer_ids == from_scratch(model, processor, chat.messages[:-1])
-    with pytest.raises(ValueError, match=r"The context holds 64 positions, but \d+ positions of conversation"):
+    with pytest.raises(ValueError, match=r"The context holds 300 positions, but \d+ positions of conversation"):
         chat.ask("word " * 20, images)
 
 
