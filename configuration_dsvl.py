@@ -8,6 +8,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedCo
 
 PROJECTOR_TYPES = ("linear", "mlp", "vit", "perceiver")
 MULTIMODAL_ATTENTIONS = ("mmca", "mmca_reference", "causal")
+IMAGE_POSITIONS = ("token", "image")
 FEATURE_SELECT_STRATEGIES = ("full", "default")
 IMAGE_LAYOUTS = ("crop", "pad", "tiles", "native")
 
@@ -176,6 +177,9 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         num_queries: tokens of a tile with `projector_type="perceiver"`, a square number.
         reversed_images: whether a sample's images are placed in reverse order, the first image last, as in models that
             DeepSpeed-VisualChat's code trained. Images are passed in reading order nevertheless.
+        image_positions: `"token"` gives every token a rotary position of its own; under `"image"` all tokens of an image
+            share one (each tile, where an image is several), and the next token has the next one, so that 500 images take
+            500 positions. Which token sees which does not depend on it.
 
     Raises:
         ValueError: for a value that is not known, or values that do not go together.
@@ -204,6 +208,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         downsample: int = 1,
         num_queries: int = 256,
         reversed_images: bool = False,
+        image_positions: str = "token",
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config("vision_config", vision_config, _clip_vit_l_14())
@@ -221,6 +226,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         self.downsample = downsample
         self.num_queries = num_queries
         self.reversed_images = reversed_images
+        self.image_positions = image_positions
         self._check_tower_fields()
         self.image_size = getattr(self.vision_config, "image_size", None) if image_size is None else image_size
         self.num_prefix_tokens = _prefix_tokens(self.vision_config) if num_prefix_tokens is None else num_prefix_tokens
@@ -312,6 +318,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         _one_of("projector_type", self.projector_type, PROJECTOR_TYPES)
         _one_of("multimodal_attention", self.multimodal_attention, MULTIMODAL_ATTENTIONS)
         _one_of("vision_feature_select_strategy", self.vision_feature_select_strategy, FEATURE_SELECT_STRATEGIES)
+        self._check_image_positions()
         self._check_vision()
         self._check_image_layout()
         self._check_text()
@@ -320,6 +327,16 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
             raise ValueError(
                 f"projector_type='perceiver' gives each axis sine and cosine positions, so text_config.hidden_size must "
                 f"be a multiple of 4, but it is {width}; choose projector_type='linear' or another language model."
+            )
+
+    def _check_image_positions(self) -> None:
+        _one_of("image_positions", self.image_positions, IMAGE_POSITIONS)
+        reference = self.multimodal_attention == "mmca_reference"
+        if self.image_positions == "image" and (reference or self.reversed_images):
+            field = "multimodal_attention='mmca_reference'" if reference else "reversed_images=True"
+            raise ValueError(
+                f"image_positions='image' with {field}, which computes what DeepSpeed-VisualChat's code computed; choose "
+                "image_positions='token'."
             )
 
     def _check_tower_fields(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from .acceleration_dsvl import acceleration
-from .cache_dsvl import cached_types, remember_types
+from .cache_dsvl import cached_types, known_positions, remember_types, whole_positions
 from .inputs_dsvl import PEFT_HINT, check_image_counts
 from .masks_dsvl import sequence_may_hold_images, step_codes
 from .transformers_dsvl import (
@@ -84,6 +84,7 @@ class DSVLGenerationMixin(GenerationMixin):
         self._project_image_features(input_ids, kwargs)
         self._join_other_processes(kwargs)
         self._prepare_assistant(input_ids, kwargs)
+        self._encode_images_of_any_length(kwargs)
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.multimodal_attention != "mmca_reference":
             processors.append(NoImageToken(self.config.image_token_id))
@@ -174,10 +175,42 @@ class DSVLGenerationMixin(GenerationMixin):
             }
         elif "assistant" in encoded:  # this model is the assistant
             kwargs["mm_encoder_outputs"] = {"image": encoded["assistant"]}
+            kwargs.pop("position_ids", None)  # they are its main model's
         if assistant is not None and not hasattr(assistant, "get_image_features") and input_ids is not None:
             del kwargs["mm_token_type_ids"]  # a language model refuses it, and this model derives it from the ids
 
+    def _encode_images_of_any_length(self, kwargs: dict[str, Any]) -> None:
+        """Encode images now where positions depend on how many tokens each has; transformers would do it a little later."""
+        depends = self.config.image_layout == "native" and self.config.image_positions == "image"
+        if depends and "pixel_values" in kwargs:
+            images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
+
     # -- what transformers calls -----------------------------------------------------------------------------------------
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """The positions of a prompt, cached tokens included. `generate` goes on from the last, by one for each token."""
+        if self.config.image_positions == "token":
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        cache, mask, types = (model_kwargs.get(name) for name in (CACHE, "attention_mask", "mm_token_type_ids"))
+        images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        total = max(past + inputs_tensor.shape[1] if mask is None else mask.shape[1], past)
+        if types is None:
+            has_images = images is not None or model_kwargs.get("pixel_values") is not None
+            ids, embeds = (inputs_tensor, None) if inputs_tensor.ndim == 2 else (None, inputs_tensor)
+            is_image = self.model.image_tokens(ids, embeds, None, has_images)
+            if is_image is None:
+                raise ValueError(
+                    "inputs_embeds do not tell text from images, whose tokens share positions under "
+                    "image_positions='image'; pass mm_token_type_ids (batch, tokens), 1 for image tokens and 0 for text."
+                )
+            types = is_image.long()
+        types = _whole_types(types, inputs_tensor, cached_types(cache), total)
+        types = nn.functional.pad(types, (total - types.shape[1], 0))  # of unknown modality: so are their positions
+        new = self.model.make_position_ids(types, total - past, images, mask, cache=cache)
+        cached = known_positions(cache, len(types), past)
+        return new if cached is None else torch.cat([cached.clamp(min=0).to(new), new], dim=1)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         """Greedy search and sampling, by the acceleration's loop if there is one."""
@@ -256,7 +289,8 @@ class DSVLGenerationMixin(GenerationMixin):
             or (new.shape[1] == input_ids.shape[1] and (cache is None or int(cache.get_seq_length()) == 0))
         ):
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
-        if self.config.multimodal_attention == "causal" or mm_token_type_ids is None:
+        shares_positions, is_causal = self.config.image_positions == "image", self.config.multimodal_attention == "causal"
+        if (is_causal and not shares_positions) or mm_token_type_ids is None:
             return inputs
         static = cache is not None and cache.is_compileable
         known = cached_types(cache)
@@ -265,31 +299,39 @@ class DSVLGenerationMixin(GenerationMixin):
         else:
             past = int(cache.get_seq_length()) if cache is not None else 0
         types = _whole_types(mm_token_type_ids, input_ids, known, past + new.shape[1])
-        if cache is not None and static and new.shape[1] == 1:
-            self._add_static_step(inputs, types, attention_mask, cache)
-        else:
+        is_step = static and new.shape[1] == 1
+        may_hold_images = None
+        if cache is not None and (is_step or (static and shares_positions)):  # a compiled call cannot remember anything
+            positions = None
+            if shares_positions:
+                positions = whole_positions(kwargs.get("position_ids"), types, attention_mask, cache)
+            may_hold_images = sequence_may_hold_images(types, cache, new_images=False if is_step else None)
+            remember_types(cache, types, may_hold_images, positions)
+        if cache is not None and is_step and not is_causal:
+            self._add_static_step(inputs, types, may_hold_images, attention_mask, cache)
+        elif not static or not is_causal:  # nothing that a compiled step takes may grow
             inputs["mm_token_type_ids"] = types
         return inputs
 
     def _add_static_step(
-        self, inputs: dict[str, Any], token_types: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache
+        self,
+        inputs: dict[str, Any],
+        token_types: torch.Tensor,
+        may_hold_images: bool | None,
+        attention_mask: torch.Tensor | None,
+        cache: Cache,
     ) -> None:
         """Give a decode step its mask, in a fixed shape: nothing that a compiled step takes may grow."""
         config, attention = self.model.language_model.config, self.config.multimodal_attention
-        position_ids = inputs.get("position_ids")
-        may_hold_images = sequence_may_hold_images(token_types, cache, new_images=False)
-        remember_types(cache, token_types, may_hold_images)
         if attention == "mmca_reference" or may_hold_images:
             inputs["attention_mask"] = None
-            inputs["step_codes"] = step_codes(
-                config, attention, token_types, self.dtype, attention_mask, cache, position_ids
-            )
+            inputs["step_codes"] = step_codes(config, attention, token_types, self.dtype, attention_mask, cache)
             return
         inputs["attention_mask"] = create_masks_for_generate(
             config=config,
             inputs_embeds=torch.empty((len(token_types), 1, 0), dtype=self.dtype, device=token_types.device),
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=inputs.get("position_ids"),
             **{CACHE: cache},
         )
 

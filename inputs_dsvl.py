@@ -4,11 +4,14 @@ Shapes and dtypes are checked at once. Values (how many image tokens a sample ha
 checked after the decoder's kernels are queued, so that nothing waits for the device.
 """
 
+import inspect
 import itertools
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
+
+from .positions_dsvl import document_starts
 
 # A frequent reason for a sequence that does not fit its types.
 PEFT_HINT = (
@@ -80,6 +83,66 @@ def check_token_types(types: torch.Tensor | None, inputs_embeds: torch.Tensor, c
             f"expected {expected}. {PEFT_HINT}"
         )
     return types
+
+
+def check_document_ids(
+    document_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, attention_mask: Any, has_cache: bool
+) -> torch.Tensor | None:
+    """`document_ids` on the device of the inputs.
+
+    Args:
+        document_ids: (batch, tokens), integers.
+        inputs_embeds: (batch, tokens, hidden).
+        attention_mask: of the same call.
+        has_cache: whether there is a KV cache, or the decoder makes one.
+
+    Raises:
+        ValueError: for another dtype or shape, or with an attention mask or a KV cache, which know nothing of documents.
+    """
+    if document_ids is None:
+        return None
+    if document_ids.is_floating_point() or document_ids.shape != inputs_embeds.shape[:2]:
+        raise ValueError(
+            f"document_ids are {document_ids.dtype} of shape {tuple(document_ids.shape)}, but the inputs hold "
+            f"{len(inputs_embeds)} rows of {inputs_embeds.shape[1]} tokens; pass one integer for each token, the same for "
+            "the tokens of one packed document."
+        )
+    if attention_mask is not None or has_cache:
+        name = "a KV cache" if attention_mask is None else "an attention_mask"
+        raise ValueError(
+            f"document_ids came with {name}; pack rows without either (padding is a document of its own), or omit "
+            "document_ids."
+        )
+    return document_ids.to(inputs_embeds.device)
+
+
+def check_position_order(backward: list[int]) -> None:
+    """Refuse positions that go backwards in a row without `document_ids`, under `image_positions="image"`.
+
+    Args:
+        backward: how often the positions of each row do.
+
+    Raises:
+        ValueError: if they do.
+    """
+    if any(backward):
+        raise ValueError(
+            f"position_ids go backwards {backward} times in the rows, but with image_positions='image' positions do not "
+            "tell packed documents apart; pass document_ids, (batch, tokens), one id for the tokens of each document."
+        )
+
+
+def check_takes_positions(decoder: PreTrainedModel) -> None:
+    """Refuse a decoder that takes no positions, for `image_positions="image"`.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if "position_ids" not in inspect.signature(type(decoder).forward).parameters:
+        raise ValueError(
+            f"{type(decoder).__name__} does not take position_ids, so image_positions='image' has no effect in it; choose "
+            "image_positions='token', or a decoder with rotary positions."
+        )
 
 
 def check_labels(name: str, labels: torch.Tensor, inputs: torch.Tensor) -> None:
@@ -190,7 +253,7 @@ class AsyncHostCopy:
 
 
 def reversed_image_order(
-    image_tokens: torch.Tensor, images: int, tokens_per_image: int, position_ids: torch.Tensor | None
+    image_tokens: torch.Tensor, images: int, tokens_per_image: int, document_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """The permutation (images,) that reverses the images of each sample, or of each packed document.
 
@@ -201,12 +264,12 @@ def reversed_image_order(
         image_tokens: (batch, tokens), True for image tokens.
         images: how many images the batch has.
         tokens_per_image: `DSVLConfig.image_seq_length`.
-        position_ids: (batch or 1, tokens), 0 where a packed document begins.
+        document_ids: (batch or 1, tokens), of packed rows.
     """
     rows, tokens = image_tokens.shape
     sample = torch.arange(rows, device=image_tokens.device)[:, None].expand(rows, tokens) * (tokens + 1)
-    if position_ids is not None:
-        sample = sample + (position_ids == 0).to(image_tokens.device).cumsum(-1)
+    if document_ids is not None:
+        sample = sample + document_starts(document_ids).to(image_tokens.device).cumsum(-1)
     index = image_tokens.flatten().cumsum(0) - 1
     first = image_tokens.flatten() & (index % tokens_per_image == 0) & (index // tokens_per_image < images)
     target = torch.where(first, index // tokens_per_image, images)  # the last slot takes all other tokens
@@ -242,9 +305,12 @@ def gather_unique_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 __all__ = [
     "PEFT_HINT",
     "AsyncHostCopy",
+    "check_document_ids",
     "check_image_counts",
     "check_labels",
+    "check_position_order",
     "check_sequence",
+    "check_takes_positions",
     "check_token_types",
     "check_type_values",
     "gather_unique_rows",

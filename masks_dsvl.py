@@ -15,6 +15,8 @@ from transformers import AttentionMaskInterface, Cache, PreTrainedConfig
 
 from .acceleration_dsvl import acceleration
 from .cache_dsvl import cached_images
+from .configuration_dsvl import ATTENTION_LAYER_TYPES
+from .positions_dsvl import document_starts, token_positions
 from .transformers_dsvl import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -149,16 +151,14 @@ class Visibility:
             device=self.device,
         )
 
-    def divided(self, position_ids: torch.Tensor) -> "Visibility":
-        """The visibility within packed documents. Positions (batch or 1, queries) restart where a document begins, which is
-        what transformers looks for too; but this does not wait for the device."""
-        position_ids = position_ids.to(self.device).expand(self.batch_size, -1)
-        begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    def divided(self, document_ids: torch.Tensor) -> "Visibility":
+        """The visibility within packed documents: (batch or 1, queries), one id for the tokens of a document, which differs
+        from its neighbours'."""
+        begins = document_starts(document_ids.to(self.device).expand(self.batch_size, -1))
         documents, mask_function = begins.cumsum(-1), self.mask_function
 
         def within(batch: Any, head: Any, q: Any, k: Any) -> torch.Tensor:
-            seen = mask_function(batch, head, position_ids[batch, q], position_ids[batch, k])
-            return seen & (documents[batch, q] == documents[batch, k])
+            return mask_function(batch, head, q, k) & (documents[batch, q] == documents[batch, k])
 
         start = torch.where(begins, self.query_positions(), 0).cummax(-1).values
         return replace(self, mask_function=within, is_causal=False, document_start=start, undivided=self)
@@ -202,7 +202,7 @@ def visibilities(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Any,
-    position_ids: torch.Tensor | None,
+    document_ids: torch.Tensor | None = None,
 ) -> dict[str | None, Visibility]:
     """Ask transformers' mask builders what is visible.
 
@@ -211,21 +211,20 @@ def visibilities(
         inputs_embeds: (batch, new tokens, any); its shape, dtype and device count.
         attention_mask: (batch, tokens, cached ones included), 0 where padded.
         cache: the KV cache, if any.
-        position_ids: (batch or 1, new tokens). Without mask and cache, positions that restart are packed documents.
+        document_ids: (batch or 1, tokens), of packed rows, without a cache.
 
     Returns:
         A visibility for each layer type; under the key None where the decoder does not distinguish layer types.
     """
-    packed = position_ids if attention_mask is None and cache is None else None
     built = create_masks_for_generate(
         config=_CapturingConfig(text_config),
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         **{CACHE: cache},
-        position_ids=None if packed is not None else position_ids,  # else it would wait for the device
+        position_ids=None,  # in which it would look for documents, and wait for the device
     )
     visible = built if isinstance(built, dict) else {None: built}
-    return visible if packed is None else {kind: one.divided(packed) for kind, one in visible.items()}
+    return visible if document_ids is None else {kind: one.divided(document_ids) for kind, one in visible.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -523,7 +522,6 @@ def step_codes(
     dtype: torch.dtype,
     attention_mask: torch.Tensor | None,
     cache: Cache,
-    position_ids: torch.Tensor | None,
 ) -> Any:
     """The codes of a decode step with a static cache, made outside of its compiled graph.
 
@@ -531,7 +529,7 @@ def step_codes(
         A tensor (batch, 1, 1, keys), or one for each layer type.
     """
     embeds = torch.empty((len(token_types), 1, 0), dtype=dtype, device=token_types.device)
-    visible = visibilities(text_config, embeds, attention_mask, cache, position_ids)
+    visible = visibilities(text_config, embeds, attention_mask, cache)
     codes = mmca_reference_codes if multimodal_attention == "mmca_reference" else mmca_codes
     return by_layer_type({kind: codes(one, token_types) for kind, one in visible.items()})
 
@@ -551,7 +549,7 @@ def build_masks(
     inputs_embeds: torch.Tensor,
     attention_mask: Any,
     cache: Cache | None,
-    position_ids: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
     image_queries: int | None,
     training: bool,
     compiled: bool,
@@ -563,7 +561,8 @@ def build_masks(
         multimodal_attention: "mmca" or "mmca_reference".
         token_types: of the whole sequence, (batch, tokens, cached ones included), 1 = image.
         inputs_embeds: of the new tokens, (batch, new tokens, hidden).
-        attention_mask, cache, position_ids: as `forward` got them.
+        attention_mask, cache: as `forward` got them.
+        document_ids: (batch or 1, tokens), of packed rows.
         image_queries: how many of the new tokens are image tokens, if that is known.
         training: whether attention dropout applies.
         compiled: whether the decoder layers are compiled for training.
@@ -573,7 +572,7 @@ def build_masks(
         layer type.
     """
     dtype, queries = inputs_embeds.dtype, inputs_embeds.shape[1]
-    visible = visibilities(text_config, inputs_embeds, attention_mask, cache, position_ids)
+    visible = visibilities(text_config, inputs_embeds, attention_mask, cache, document_ids)
     backend = text_config._attn_implementation or "eager"
     placeholders = by_layer_type({kind: key_codes(one, token_types) for kind, one in visible.items()})
     follows_cache = all(isinstance(one.q_offset, torch.Tensor) or one.q_offset > 0 for one in visible.values())
@@ -593,6 +592,35 @@ def build_masks(
         return BranchMasks.build(one, token_types, backend)
 
     return placeholders, {kind: build(one) for kind, one in visible.items()}
+
+
+def decoder_masks(text_config: PreTrainedConfig, inputs_embeds: torch.Tensor, document_ids: torch.Tensor | None) -> Any:
+    """An `attention_mask` for the decoder's own attention, without padding and cache, where its positions do not count
+    tokens: it would take positions that do not grow by one for packed documents.
+
+    Args:
+        text_config: the decoder's.
+        inputs_embeds: (batch, tokens, hidden).
+        document_ids: (batch, tokens), of packed rows.
+
+    Raises:
+        ValueError: if documents cannot be separated in this decoder.
+    """
+    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    if document_ids is not None and (unknown := sorted(layer_types - {*ATTENTION_LAYER_TYPES, "chunked_attention"})):
+        raise ValueError(
+            f"document_ids cannot be separated by the layers of type {', '.join(unknown)} of text_config.model_type="
+            f"{text_config.model_type!r}; pass rows of one conversation each."
+        )
+    masks = create_masks_for_generate(
+        config=text_config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=None,
+        position_ids=None if document_ids is None else token_positions(document_ids),
+        **{CACHE: None},
+    )
+    # None is causal attention, but from a mask of its own the decoder does not look for documents.
+    return torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device) if masks is None else masks
 
 
 def sequence_may_hold_images(token_types: torch.Tensor, cache: Cache | None, new_images: bool | None) -> bool:

@@ -13,21 +13,25 @@ from transformers import AutoModel, Cache, CompileConfig, PreTrainedModel
 
 from .acceleration_dsvl import acceleration, require_acceleration
 from .attention_dsvl import route_attention
-from .cache_dsvl import cached_types, remember_types
+from .cache_dsvl import cached_types, known_positions, remember_types, whole_positions
 from .configuration_dsvl import DSVLConfig
 from .generation_dsvl import DSVLGenerationMixin
 from .inputs_dsvl import (
     PEFT_HINT,
     AsyncHostCopy,
+    check_document_ids,
     check_image_counts,
     check_labels,
+    check_position_order,
     check_sequence,
+    check_takes_positions,
     check_token_types,
     check_type_values,
     gather_unique_rows,
     reversed_image_order,
 )
-from .masks_dsvl import build_masks, masks_from_codes, sequence_may_hold_images
+from .masks_dsvl import build_masks, decoder_masks, masks_from_codes, sequence_may_hold_images
+from .positions_dsvl import documents_of_positions, image_positions, token_positions
 from .projectors_dsvl import PROJECTORS, DSVLResampler
 from .transformers_dsvl import (
     CACHE,
@@ -159,6 +163,8 @@ class DSVLModel(DSVLPreTrainedModel):
         self._known_keywords = keywords_of(self.language_model) | {"return_dict"}
         if config.multimodal_attention != "causal":
             route_attention(self.language_model, config)
+        if config.image_positions == "image":
+            check_takes_positions(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -196,6 +202,7 @@ class DSVLModel(DSVLPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         num_tiles: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
         step_codes: torch.Tensor | dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> DSVLModelOutputWithPast:
@@ -207,6 +214,8 @@ class DSVLModel(DSVLPreTrainedModel):
                 (images, patches, 3 * patch_size ** 2).
             attention_mask: (batch, tokens, cached ones included), 0 where padded. Four-dimensional masks are passed on to
                 the decoder if the sequence has no image.
+            position_ids: (batch or 1, tokens). By default they count tokens, or as `image_positions` of the configuration
+                says; they go on from a cache.
             cache: a KV cache; `past_key_values` is the same argument.
             inputs_embeds: (batch, tokens, hidden), instead of `input_ids`. Images that come with them replace embeddings
                 that equal the image token's, or those that `mm_token_type_ids` marks.
@@ -221,6 +230,10 @@ class DSVLModel(DSVLPreTrainedModel):
             pixel_attention_mask, spatial_shapes: of native images, see `get_image_features`; the latter also with
                 `image_features`.
             num_tiles: (images,), how many of the tiles each image has. It is compared with the number of tiles.
+            document_ids: (batch, tokens), of rows in which documents are packed: one integer for the tokens of a document,
+                which differs from its neighbours'. Documents do not see each other, and positions start anew in each.
+                Without them, attention mask and cache, under `image_positions="token"`, a document begins wherever
+                `position_ids` do not grow by one, as in transformers.
             step_codes: of a decode step with a static cache, see `masks_dsvl.step_codes`.
             kwargs: the decoder's (`use_cache`, `output_hidden_states`, `output_attentions`, ...).
 
@@ -229,7 +242,7 @@ class DSVLModel(DSVLPreTrainedModel):
             ValueError: if images and image tokens do not match, inputs contradict each other, or the modality of a token is
                 unknown.
         """
-        self._check_keywords(kwargs, has_positions=position_ids is not None)
+        self._check_keywords(kwargs, has_documents=position_ids is not None or document_ids is not None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if sum(given is not None for given in (pixel_values, mm_encoder_outputs, image_features)) > 1:
@@ -240,15 +253,20 @@ class DSVLModel(DSVLPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         check_sequence(inputs_embeds, attention_mask, cache)
         types = check_token_types(mm_token_type_ids, inputs_embeds, cache)
+        has_cache = cache is not None or bool(kwargs.get("use_cache"))
+        document_ids = check_document_ids(document_ids, inputs_embeds, attention_mask, has_cache)
+        documents = document_ids if document_ids is not None else self._documents_told(position_ids, attention_mask, cache)
+        if documents is not None:  # in a cache that the decoder makes, each would see the others
+            kwargs.setdefault("use_cache", False)
 
         # Encode and project
         images = (mm_encoder_outputs or {}).get("image")
         given = image_features if pixel_values is None else pixel_values
         has_given = given is not None and len(given) > 0
-        is_image = self._image_tokens(input_ids, inputs_embeds, types, has_images=images is not None or has_given)
+        is_image = self.image_tokens(input_ids, inputs_embeds, types, has_images=images is not None or has_given)
         if given is not None and has_given:
             if self.config.reversed_images and is_image is not None:
-                given = self.reverse_images(given, is_image, position_ids, cache)
+                given = self.reverse_images(given, is_image, documents, cache)
             if pixel_values is None:
                 images = self.project_features(given, spatial_shapes)
             else:
@@ -266,22 +284,36 @@ class DSVLModel(DSVLPreTrainedModel):
             blank = self.encode_blank_image(image_features)
             inputs_embeds = inputs_embeds + blank.to(inputs_embeds.device, inputs_embeds.dtype)
 
-        # Attend
-        if position_ids is not None and attention_mask is None and cache is None:
-            # Positions that restart are packed documents, unless the decoder makes a cache: then each would see the others.
-            kwargs.setdefault("use_cache", False)
-        token_types = may_hold_images = None
+        # Place
+        new_tokens, shares_positions = inputs_embeds.shape[1], self.config.image_positions == "image"
         attention = self.config.multimodal_attention
+        is_ready = isinstance(attention_mask, dict) or getattr(attention_mask, "ndim", 2) == 4 or step_codes is not None
+        padding = attention_mask if isinstance(attention_mask, torch.Tensor) and not is_ready else None
+        token_types = may_hold_images = check_positions = None
+        makes_positions = shares_positions and position_ids is None
+        # Under "causal" only positions need the modality, or a cache, from which they go on.
+        keeps_types = shares_positions and not is_ready and self._knows_types(is_image, types, cache)
+        if (attention != "causal" and not is_ready) or makes_positions or keeps_types:
+            token_types = self._whole_token_types(new_tokens, is_image, types, cache)
+        if position_ids is not None:
+            if shares_positions and document_ids is None and attention_mask is None and cache is None:
+                check_positions = self._check_position_order(position_ids)
+        elif shares_positions and token_types is not None:
+            made = self.make_position_ids(token_types, new_tokens, images, padding, document_ids, cache)
+            position_ids = made.to(inputs_embeds.device)
+        elif document_ids is not None:
+            position_ids = token_positions(document_ids)
+
+        # Attend
         if attention != "causal" and step_codes is not None:
             attention_mask = step_codes
             kwargs["multimodal_masks"] = masks_from_codes(step_codes, attention, inputs_embeds.dtype)
-        elif attention != "causal" and (isinstance(attention_mask, dict) or getattr(attention_mask, "ndim", 2) == 4):
+        elif attention != "causal" and is_ready:
             self._check_ready_mask(attention_mask, is_image if types is None else types)
-        elif attention != "causal":
-            token_types = self._whole_token_types(inputs_embeds.shape[1], is_image, types, cache)
+        elif token_types is not None:
             image_queries = _known_image_queries(input_ids, embedded)
             may_hold_images = self._may_hold_images(token_types, cache, image_queries)
-            if attention == "mmca_reference" or may_hold_images:
+            if attention == "mmca_reference" or (attention == "mmca" and may_hold_images):
                 attention_mask, kwargs["multimodal_masks"] = build_masks(
                     self.language_model.config,
                     attention,
@@ -289,11 +321,13 @@ class DSVLModel(DSVLPreTrainedModel):
                     inputs_embeds,
                     attention_mask,
                     cache,
-                    position_ids,
+                    documents,
                     image_queries,
                     training=self.training,
                     compiled=self.compiles_layers,
                 )
+        if attention_mask is None and cache is None and (shares_positions or document_ids is not None):
+            attention_mask = decoder_masks(self.language_model.config, inputs_embeds, document_ids)
 
         # Decode
         outputs = self.language_model(
@@ -303,10 +337,13 @@ class DSVLModel(DSVLPreTrainedModel):
             **{CACHE: cache},
             **(kwargs | {"return_dict": True}),
         )
-        if check_values is not None:
-            check_values()
-        if token_types is not None and not torch.compiler.is_compiling():  # also in a cache that the decoder made
-            remember_types(getattr(outputs, CACHE), token_types, may_hold_images)
+        for check in (check_values, check_positions):
+            if check is not None:
+                check()
+        made_cache = getattr(outputs, CACHE)  # perhaps by the decoder
+        if made_cache is not None and token_types is not None and not torch.compiler.is_compiling():
+            positions = whole_positions(position_ids, token_types, padding, cache) if shares_positions else None
+            remember_types(made_cache, token_types, may_hold_images, positions)
         return DSVLModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
@@ -315,7 +352,7 @@ class DSVLModel(DSVLPreTrainedModel):
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _check_keywords(self, kwargs: dict[str, Any], has_positions: bool) -> None:
+    def _check_keywords(self, kwargs: dict[str, Any], has_documents: bool) -> None:
         """Refuse keyword arguments of `forward` that neither the decoder nor transformers knows."""
         for name in kwargs:
             if name not in self._known_keywords:
@@ -324,10 +361,10 @@ class DSVLModel(DSVLPreTrainedModel):
                     f"its decoder {type(self.language_model).__name__}, nor transformers' common arguments know it; check "
                     "its spelling, or omit it."
                 )
-        if kwargs.get("cu_seq_lens_q") is not None and not has_positions:
+        if kwargs.get("cu_seq_lens_q") is not None and not has_documents:
             raise ValueError(
-                "cu_seq_lens_q without position_ids: packed documents are recognized by positions that restart; pass "
-                "position_ids."
+                "cu_seq_lens_q without position_ids: packed documents are recognized by document_ids, or by positions that "
+                "restart; pass document_ids."
             )
         if kwargs.get("is_causal") is False and self.config.multimodal_attention != "causal":
             raise ValueError(
@@ -435,7 +472,7 @@ class DSVLModel(DSVLPreTrainedModel):
         self,
         images: torch.Tensor,
         image_tokens: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """Images in reading order, reordered as `reversed_images` places them: reversed in each sample or packed document.
@@ -443,7 +480,7 @@ class DSVLModel(DSVLPreTrainedModel):
         Args:
             images: those of the whole batch, (images, ...): their pixels or their features.
             image_tokens: (batch, new tokens), True for image tokens.
-            position_ids: (batch or 1, new tokens), which restart where packed documents begin.
+            document_ids: (batch or 1, new tokens), of packed rows.
             cache: the KV cache before the new tokens.
 
         Raises:
@@ -456,10 +493,10 @@ class DSVLModel(DSVLPreTrainedModel):
                 "config.reversed_images puts the last image first, but the cache may hold images already; pass the whole "
                 "conversation without a cache."
             )
-        order = reversed_image_order(image_tokens, len(images), self.config.image_seq_length, position_ids)
+        order = reversed_image_order(image_tokens, len(images), self.config.image_seq_length, document_ids)
         return images[order.to(images.device)]
 
-    def _image_tokens(
+    def image_tokens(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
@@ -528,6 +565,62 @@ class DSVLModel(DSVLPreTrainedModel):
             return None
         return check
 
+    # -- positions -----------------------------------------------------------------------------------------------------
+
+    def make_position_ids(
+        self,
+        token_types: torch.Tensor,
+        new_tokens: int,
+        images: BaseModelOutputWithPooling | None = None,
+        attention_mask: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """The positions of new tokens under `image_positions="image"`: (batch, new tokens).
+
+        Args:
+            token_types: of the whole sequence, (batch, tokens), 1 = image.
+            new_tokens: how many of these are not in the cache.
+            images: the output of `get_image_features` for the images of the new tokens, if there are any.
+            attention_mask: (batch, tokens), 0 where padded.
+            document_ids: (batch, tokens), of packed rows.
+            cache: the KV cache before the new tokens.
+
+        Raises:
+            ValueError: if the cache does not know where its tokens are.
+        """
+        past = token_types.shape[1] - new_tokens
+        cached = known_positions(cache, len(token_types), past)
+        if cached is None:
+            raise ValueError(
+                f"The cache holds {past} tokens of unknown positions, from which image_positions='image' cannot go on; pass "
+                f"position_ids, or fill the cache by this model. {PEFT_HINT}"
+            )
+        lengths = None
+        # In other layouts all are alike, and chunks of them may come as one.
+        if images is not None and images.pooler_output and self.config.image_layout == "native":
+            lengths = [len(image) for image in images.pooler_output]
+        tokens_per_image = self.config.image_seq_length
+        return image_positions(token_types, tokens_per_image, lengths, attention_mask, document_ids, cached)
+
+    def _documents_told(
+        self, position_ids: torch.Tensor | None, attention_mask: Any, cache: Cache | None
+    ) -> torch.Tensor | None:
+        """The packed documents that positions tell, as in transformers: without mask and cache, where they count tokens."""
+        if position_ids is None or attention_mask is not None or cache is not None:
+            return None
+        return documents_of_positions(position_ids) if self.config.image_positions == "token" else None
+
+    def _check_position_order(self, position_ids: torch.Tensor) -> Callable[[], None] | None:
+        """As `_check_values`, for positions that go backwards."""
+        if torch.compiler.is_compiling():
+            return None
+        copy = AsyncHostCopy((position_ids.diff(dim=-1) < 0).sum(-1))
+        if not copy.is_complete:
+            return lambda: check_position_order(copy.tolist())
+        check_position_order(copy.tolist())
+        return None
+
     # -- modality ------------------------------------------------------------------------------------------------------
 
     def _whole_token_types(
@@ -564,6 +657,12 @@ class DSVLModel(DSVLPreTrainedModel):
             )
         # The cache's tokens were computed with the modality that it remembers.
         return torch.cat([known[:, :past].to(types.device), types[:, types.shape[1] - new_tokens :]], dim=1)
+
+    def _knows_types(self, is_image: torch.Tensor | None, types: torch.Tensor | None, cache: Cache | None) -> bool:
+        """Whether the modality of the whole sequence is known, where only the cache needs it."""
+        if torch.compiler.is_compiling() or (is_image is None and types is None):
+            return False
+        return cache is None or cached_types(cache) is not None or int(cache.get_seq_length()) == 0
 
     def _may_hold_images(self, token_types: torch.Tensor, cache: Cache | None, image_queries: int | None) -> bool:
         """Whether any token of the sequence may be an image token. Without images attention is the decoder's own.
@@ -764,12 +863,14 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
 
         Returns:
             `logits` of every row's last token, (batch, 1, vocabulary), and `cache`, as after a call of the whole prompt with
-            `pixel_values` and the same `position_ids` (by default those of `generate`, which count tokens that are not
-            padded).
+            `pixel_values` and the same `position_ids` (by default those of `generate`).
 
         Raises:
             ImportError: without the package dsvl.
         """
+        if self.config.image_positions == "image" and kwargs.get("position_ids") is None:
+            types, mask = (input_ids == self.config.image_token_id).long(), kwargs.get("attention_mask")
+            kwargs["position_ids"] = self.model.make_position_ids(types, input_ids.shape[1], attention_mask=mask)
         hidden, cache = self.model.image_reuse.prefill(input_ids, image_cache, cache, **kwargs)
         with torch.no_grad():
             return DSVLCausalLMOutputWithPast(logits=self._logits(hidden), **{CACHE: cache})
@@ -830,6 +931,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         num_tiles: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
@@ -877,6 +979,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
             num_tiles=num_tiles,
+            document_ids=document_ids,
             **(kwargs | {"return_dict": True}),
         )
         hidden = outputs.last_hidden_state

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from ..cache_dsvl import remember_types
+from ..cache_dsvl import remember_types, whole_positions
 from ..masks_dsvl import AttentionMask, visibilities
 from .decoder_run import OwnValueMask, layer_types, run_decoder
 from .gathered_mask import Slots
@@ -25,7 +25,16 @@ from .key_rotation import KeyRotation, probe_rotation, rotate_keys
 from .text_prefill import TextPrefillMask, fill_layer, image_order, reserve
 
 # Keys of a configuration that do not influence what the model computes for an image.
-_IGNORED_KEYS = ("architectures", "auto_map", "dtype", "image_token_id", "transformers_version", "use_cache", "vocab_size")
+_IGNORED_KEYS = (
+    "architectures",
+    "auto_map",
+    "dtype",
+    "image_positions",
+    "image_token_id",
+    "transformers_version",
+    "use_cache",
+    "vocab_size",
+)
 
 
 class ImageReuse:
@@ -99,7 +108,8 @@ class ImageReuse:
             image_cache: the images of all rows.
             cache: an empty KV cache of any kind; a dynamic one by default.
             attention_mask: (batch, tokens), 0 where padded, on the left.
-            position_ids: (batch, tokens); by default they count tokens that are not padded, as in `generate`.
+            position_ids: (batch, tokens); by default they count tokens that are not padded, as in `generate` under
+                `image_positions="token"`. (The model's own `prefill` passes those of "image".)
             copies: the number of consecutive rows with the same prompt and images, as in beam search.
 
         Returns:
@@ -127,6 +137,8 @@ class ImageReuse:
         if attention_mask is not None:
             attention_mask = attention_mask.to(device)
             is_text = is_text & attention_mask.bool()
+        token_types = is_image.long()
+        shares_positions = getattr(self.model.config, "image_positions", "token") == "image"  # older code has no field
         if position_ids is None:
             seen = attention_mask if attention_mask is not None else torch.ones_like(input_ids)
             position_ids = (seen.long().cumsum(-1) - 1).clamp(min=0)
@@ -158,7 +170,7 @@ class ImageReuse:
         states = keys.unflatten(1, (batch, -1)), values.unflatten(1, (batch, -1))
         masks: dict[str | None, AttentionMask] = {
             kind: TextPrefillMask.build(one, text, image, *states, config._attn_implementation, softcapped)
-            for kind, one in visibilities(config, prompt, attention_mask, None, None).items()
+            for kind, one in visibilities(config, prompt, attention_mask, None).items()
         }
         hidden, text_keys, text_values, devices = self.run_decoder(
             decoder, embeds, position_ids.gather(1, text.index), masks
@@ -169,7 +181,8 @@ class ImageReuse:
         new_keys, new_values = (part[:, :-1].unflatten(1, (batch, tokens)).transpose(2, 3) for part in whole)
         for number, layer_device in enumerate(devices):
             fill_layer(cache, number, new_keys[number].to(layer_device), new_values[number].to(layer_device))
-        remember_types(cache, is_image.long(), may_hold_images=True)
+        positions = whole_positions(position_ids, token_types, attention_mask, None) if shares_positions else None
+        remember_types(cache, token_types, may_hold_images=True, positions=positions)
         return hidden[:, -1:].clone(), cache  # the next run of a CUDA graph overwrites its outputs
 
     def compile(self, **options: Any) -> None:

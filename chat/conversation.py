@@ -19,7 +19,7 @@ from ..data.messages import SOURCES
 from ..utils.image_loading import open_image
 from .detokenizer import stream_text
 from .prompt_cache import CachedImage, PromptCache, new_cache
-from .prompts import prompt_ids
+from .prompts import count_positions, prompt_ids
 from .saved_conversation import load_messages, save_messages
 from .streaming import TokenStream
 
@@ -78,8 +78,9 @@ class DSVLChat:
         processor: its `DSVLProcessor`.
         overflow (*optional*, defaults to `"error"`): what to do when the prompt and `max_new_tokens` exceed
             `context_length`: `"error"` raises, `"drop"` drops the oldest turns and logs a warning.
-        context_length (*optional*, defaults to the decoder's `max_position_embeddings`): in tokens. A static cache allocates
-            memory for all of them.
+        context_length (*optional*, defaults to the decoder's `max_position_embeddings`): in tokens; where the tokens of an
+            image share a position (`image_positions="image"`), in positions. A static cache allocates memory for as many
+            tokens, so with it the length is in tokens always.
         allow_urls (*optional*, defaults to `False`): whether images may be http(s) URLs (see `fetch_url`).
         chat_template_kwargs (*optional*): variables of the chat template, such as `{"enable_thinking": False}`.
         generation: arguments of `generate()` for all turns, such as `max_new_tokens` (defaults to the checkpoint's setting,
@@ -162,7 +163,7 @@ class DSVLChat:
         parts = [{"type": "image", "image": self._private_copy(image)} for image in images]
         question = {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
         self._open_images()
-        messages, ids, dropped = self._fit_context([*self.messages, question], options["max_new_tokens"])
+        messages, ids, dropped = self._fit_context([*self.messages, question], options["max_new_tokens"], static)
         all_images = _images(messages)
         cache = self._take_cache(ids, all_images, static)
         inputs = self._model_inputs(ids, all_images[len(cache.images) :], cache)
@@ -221,16 +222,19 @@ class DSVLChat:
     # -- tokens --------------------------------------------------------------------------------------------------------
 
     def _fit_context(
-        self, messages: list[dict[str, Any]], max_new_tokens: int
+        self, messages: list[dict[str, Any]], max_new_tokens: int, static: bool
     ) -> tuple[list[dict[str, Any]], list[int], int]:
         """The messages that fit into the context, their token ids, and the number of dropped turns."""
         dropped, ids = 0, prompt_ids(self.processor, messages, **self.chat_template_kwargs)
-        while len(ids) + max_new_tokens > self.context_length:
+        unit = "tokens" if static or self.model.config.image_positions == "token" else "positions"
+        while (taken := len(ids) if unit == "tokens" else count_positions(self.model.config, ids)) + max_new_tokens > (
+            self.context_length
+        ):
             shorter = _without_oldest_turn(messages)
             if self.overflow == "error" or shorter is None:
                 more = ", delete messages, call reset(), or choose overflow='drop'" if shorter is not None else ""
                 raise ValueError(
-                    f"The context holds {self.context_length} tokens, but {len(ids)} tokens of "
+                    f"The context holds {self.context_length} {unit}, but {taken} {unit} of "
                     f"{'conversation' if shorter is not None else 'the last question alone'} and {max_new_tokens} for the "
                     f"answer are needed; pass a smaller max_new_tokens or fewer images{more}."
                 )
@@ -238,8 +242,9 @@ class DSVLChat:
             ids = prompt_ids(self.processor, messages, **self.chat_template_kwargs)
         if dropped:
             logger.warning(
-                "The context of %d tokens is full: dropped the oldest %s; the remaining conversation is computed again.",
+                "The context of %d %s is full: dropped the oldest %s; the remaining conversation is computed again.",
                 self.context_length,
+                unit,
                 "turn" if dropped == 1 else f"{dropped} turns",
             )
         return messages, ids, dropped

@@ -2,7 +2,14 @@
 
 import argparse
 
-from ..configuration_dsvl import FEATURE_SELECT_STRATEGIES, IMAGE_LAYOUTS, MULTIMODAL_ATTENTIONS, PROJECTOR_TYPES, DSVLConfig
+from ..configuration_dsvl import (
+    FEATURE_SELECT_STRATEGIES,
+    IMAGE_LAYOUTS,
+    IMAGE_POSITIONS,
+    MULTIMODAL_ATTENTIONS,
+    PROJECTOR_TYPES,
+    DSVLConfig,
+)
 from ..utils.local_paths import check_exists
 from ..utils.model_arguments import json_object
 
@@ -23,6 +30,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         choices=MULTIMODAL_ATTENTIONS,
         default="mmca",
         help="attention between text and images (default mmca)",
+    )
+    parser.add_argument(
+        "--image-positions",
+        choices=IMAGE_POSITIONS,
+        default="token",
+        help="rotary positions: one for each image token, or one for all tokens of an image, so that hundreds of images fit "
+        "(default token)",
     )
     parser.add_argument(
         "--vision-feature-layer",
@@ -96,6 +110,7 @@ def _compose(arguments: argparse.Namespace) -> None:
         arguments.language,
         projector_type=arguments.projector_type,
         multimodal_attention=arguments.multimodal_attention,
+        image_positions=arguments.image_positions,
         vision_feature_layer=layers[0] if len(layers) == 1 else layers,
         vision_feature_select_strategy=arguments.vision_feature_select_strategy,
         image_layout=arguments.image_layout,

@@ -24,6 +24,7 @@ def compose(
     *,
     projector_type: str = "linear",
     multimodal_attention: str = "mmca",
+    image_positions: str = "token",
     vision_feature_layer: int | Sequence[int] = -1,
     vision_feature_select_strategy: str = "full",
     image_layout: str | None = None,
@@ -48,7 +49,8 @@ def compose(
         vision: name or directory of a vision tower, or of a model that has one, or a loaded model: CLIP, SigLIP, SigLIP 2,
             DINOv2, DINOv3, Qwen-VL's (by `dsvl migrate qwen-tower`), or another that returns a sequence of features.
         language: name or directory of a causal language model, or a loaded one.
-        projector_type, multimodal_attention, vision_feature_layer, vision_feature_select_strategy: see `DSVLConfig`.
+        projector_type, multimodal_attention, image_positions, vision_feature_layer, vision_feature_select_strategy: see
+            `DSVLConfig`.
         image_layout: see `DSVLConfig`; defaults to `"native"` for towers that take images of any size, else to `"crop"`.
         max_tiles, max_image_tokens, downsample, num_queries: see `DSVLConfig`.
         tokenizer: *optional*, the language model's tokenizer; defaults to that of `language`.
@@ -99,6 +101,7 @@ def compose(
         text_config=text_config,
         projector_type=projector_type,
         multimodal_attention=multimodal_attention,
+        image_positions=image_positions,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,

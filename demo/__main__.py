@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .. import save_checkpoint
 from ..cli import main as dsvl
+from ..configuration_dsvl import IMAGE_POSITIONS
 from ..publishing.fresh_process import run_without_dsvl
 from . import scoring, tiny_models
 from .conversations import KINDS, SYSTEM, generate_conversation
@@ -51,6 +52,12 @@ def main() -> int:
         default="visualchat",
         help="chatml gives the language model a chat template of its own, which dsvl compose keeps (default visualchat)",
     )
+    parser.add_argument(
+        "--image-positions",
+        choices=IMAGE_POSITIONS,
+        default="token",
+        help="of dsvl compose: image lets all tokens of an image share one position (default token)",
+    )
     parser.add_argument("--steps", type=int, default=1100, help="optimizer steps (default 1100)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument(
@@ -75,7 +82,7 @@ def main() -> int:
     tiny_models.save_language_model(output / "parts" / "language_model", chat_format=arguments.chat_format)
 
     command = ["compose", "--vision", f"{output}/parts/tower", "--language", f"{output}/parts/language_model"]
-    command += ["--out", f"{output}/composed", "--number-after"]
+    command += ["--out", f"{output}/composed", "--number-after", "--image-positions", arguments.image_positions]
     _step(f"dsvl {' '.join(command)}")
     if dsvl(command):
         return 1

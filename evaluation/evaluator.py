@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..chat.prompts import count_positions, prompt_ids
 from ..data.sample_errors import NAMED, BadSample, one_sample
 from ..utils.image_loading import open_image
 from .answer_file import AnswerFile
@@ -68,7 +69,7 @@ class Evaluator:
         self.model, self.processor, self.questions = model, processor, questions
         self.batch_size, self.max_new_tokens, self.options = batch_size, max_new_tokens, options
         self.given_answers, self.allow_urls, self.seed = given_answers, allow_urls, seed
-        self.max_prompt_tokens = model.config.text_config.max_position_embeddings - max_new_tokens
+        self.max_prompt_positions = model.config.text_config.max_position_embeddings - max_new_tokens
         self.skipped: dict[str, str] = {}
         self.too_long = self.tokens = self._warnings = 0
         self.seconds = 0.0
@@ -133,8 +134,8 @@ class Evaluator:
                 conversation, images, names = found
                 turn = turns[depth]
                 prompt = self._prompt(conversation, images, turn, file)
-                length = self.processor.count_tokens(prompt, add_generation_prompt=True)
-                if length > self.max_prompt_tokens:
+                length = count_positions(self.model.config, prompt_ids(self.processor, prompt))
+                if length > self.max_prompt_positions:
                     self._skip_turns(conversation.id, turn, len(turns) - depth, length)
                     opened[index] = None
                     continue
@@ -214,11 +215,11 @@ class Evaluator:
         self._warnings += 1
         if self._warnings <= NAMED:
             logger.warning(
-                "Conversation %s is skipped from turn %d on: its prompt has %d tokens, and the context has space for %d.",
+                "Conversation %s is skipped from turn %d on: its prompt takes %d positions, and the context has %d for it.",
                 name,
                 turn,
                 length,
-                self.max_prompt_tokens,
+                self.max_prompt_positions,
             )
 
 

@@ -72,6 +72,7 @@ def evaluate_text(arguments: argparse.Namespace) -> None:
             tokenizer=source,
             image_processor=processor.image_processor,
             multimodal_attention=config.multimodal_attention,
+            image_positions=config.image_positions,
         )
         scores["composed"] = score(composed, "composed")
     result = {

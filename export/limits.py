@@ -16,6 +16,7 @@ FIELDS = {
     "image_size",
     "num_prefix_tokens",
     "reversed_images",
+    "image_positions",
 }
 
 
@@ -67,6 +68,11 @@ def _obstacles(config: DSVLConfig) -> list[str]:
         found.append(
             "reversed_images=True: LLaVA places images in reading order; train a model without it, or serve this model with "
             "dsvl serve."
+        )
+    if config.image_positions != "token":
+        found.append(
+            f"image_positions={config.image_positions!r}: LLaVA gives every token a position of its own; compose and train "
+            "with --image-positions token, or serve this model with dsvl serve."
         )
     found += [
         f"text_config.{field}={getattr(config.text_config, field)}: LLaVA's head leaves out what this {field} does to the "

@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from ..chat.prompts import prompt_ids
+from ..chat.prompts import count_positions, prompt_ids
 from ..composition.chat_template import check_template_variables
 from ..utils.hosts import LOOPBACK
 from ..utils.transformers_names import ChatCompletionHandler, Modality
@@ -152,18 +152,18 @@ class ChatCompletions(ChatCompletionHandler):
                 param="messages",
             ) from None
 
-    def _sampling(self, request: ChatRequest, prompt_tokens: int) -> Sampling:
+    def _sampling(self, request: ChatRequest, prompt_positions: int) -> Sampling:
         """The sampling parameters of a request. Defaults are those of the checkpoint's generation config.
 
         Raises:
             RequestError: if prompt and answer do not fit into the context, or the answer would exceed the server's limit.
         """
         context = self.model.config.get_text_config().max_position_embeddings
-        available = context - prompt_tokens
+        available = context - prompt_positions
         requested = request.max_completion_tokens or request.max_tokens
         if available < (requested or 1):
             raise RequestError(
-                f"The model's context is {context} tokens; messages and images take {prompt_tokens}"
+                f"The model's context is {context} tokens; messages and images take {prompt_positions}"
                 + (f", and {requested} are requested for the answer" if requested else "")
                 + ". Shorten one of them.",
                 code="context_length_exceeded",
@@ -191,7 +191,7 @@ class ChatCompletions(ChatCompletionHandler):
         del body  # frees the memory of the images while the answer is generated
         await run(self.fetching, fetch_images, messages, self.limits)
         inputs = await run(self.reading, self._prompt, messages, request.chat_template_kwargs)
-        sampling = self._sampling(request, inputs["input_ids"].shape[-1])
+        sampling = self._sampling(request, count_positions(self.model.config, inputs["input_ids"][0].tolist()))
         parts = enumerate(image_parts(messages, self.limits), 1)
         pixels = [await run(self.preparing, self.preprocess_image, part, number) for number, part in parts]
         if pixels:

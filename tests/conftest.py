@@ -71,13 +71,20 @@ def tiny_model(
     backend: str | None = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    image_positions: str = "token",
     **text_overrides: Any,
 ) -> DSVLForConditionalGeneration:
     """A random model in evaluation mode; the same seed gives the same weights under every attention."""
     text = FAMILIES[family]()
     for name, value in text_overrides.items():
         setattr(text, name, value)
-    config = DSVLConfig(tiny_vision_config(), text, multimodal_attention=attention, image_token_id=IMAGE_ID)
+    config = DSVLConfig(
+        tiny_vision_config(),
+        text,
+        multimodal_attention=attention,
+        image_token_id=IMAGE_ID,
+        image_positions=image_positions,
+    )
     torch.manual_seed(seed)
     model = DSVLForConditionalGeneration(config).to(dtype).eval()
     # The tower keeps sdpa: transformers' eager attention takes its softmax in float32 and would blur the comparison.

@@ -18,6 +18,7 @@ from transformers.masking_utils import (
 from dsvl.acceleration import gathered_mask, query_intervals
 from dsvl.acceleration.gathered_mask import settled
 from dsvl.masks_dsvl import Visibility, visibilities
+from dsvl.positions_dsvl import documents_of_positions
 
 LAYOUTS = ("tttItttIIttt", "Itt", "ttttttttttttt", "tI", "IItItttttttI", "ttttttttttttttttIt")
 
@@ -235,10 +236,10 @@ def test_what_a_query_sees_is_told_as_an_interval(family, pairs, monkeypatch):
     monkeypatch.setattr(query_intervals, "PAIRS_AT_ONCE", pairs)
     config = tiny_model(family, **({} if family == "llama" else {"sliding_window": 5})).config.text_config
     embeds, found = torch.zeros(2, 12, 4), 0
-    documents = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0, 1]] * 2)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0]] * 2)
     static = StaticCache(config=config, max_cache_len=20)
-    for position_ids, cache in ((None, None), (documents, None), (None, static)):
-        for visible in visibilities(config, embeds, None, cache, position_ids).values():
+    for document_ids, cache in ((None, None), (documents, None), (None, static)):
+        for visible in visibilities(config, embeds, None, cache, document_ids).values():
             since, up_to = dense_edges(visible)
             for edges in (query_intervals.query_intervals(visible), query_intervals.intervals_by_calling(visible)):
                 if edges == (None, None):  # from the first key to its own
@@ -272,10 +273,10 @@ def test_positions_that_go_on_are_one_conversation():
     """Which the host may be told, or not: what is seen is the same."""
     config, embeds = tiny_model().config.text_config, torch.zeros(2, 6, 4)
     for position_ids in (torch.arange(6)[None], torch.arange(3, 9).expand(2, 6)):
-        (visible,) = visibilities(config, embeds, None, None, position_ids).values()
+        (visible,) = visibilities(config, embeds, None, None, documents_of_positions(position_ids)).values()
         assert not visible.is_causal and settled(visible).is_causal
         assert visible.dense().equal(settled(visible).dense())
-    (divided,) = visibilities(config, embeds, None, None, torch.tensor([[0, 1, 2, 0, 1, 2]])).values()
+    (divided,) = visibilities(config, embeds, None, None, torch.tensor([[0, 0, 0, 1, 1, 1]])).values()
     assert settled(divided) is divided
 
 

@@ -22,13 +22,21 @@ from dsvl.transformers_dsvl import CACHE
 PER_IMAGE, NEW = 5, 8
 
 
-def make_model(processor: Any, family: str = "llama", attention: str = "mmca", **text: Any) -> DSVLForConditionalGeneration:
+def make_model(
+    processor: Any, family: str = "llama", attention: str = "mmca", positions: str = "token", **text: Any
+) -> DSVLForConditionalGeneration:
     config = FAMILIES[family]()
     text = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 4096} | text
     for name, value in text.items():
         setattr(config, name, value)
     torch.manual_seed(0)
-    whole = DSVLConfig(tiny_tower_config(), config, multimodal_attention=attention, image_token_id=processor.image_token_id)
+    whole = DSVLConfig(
+        tiny_tower_config(),
+        config,
+        multimodal_attention=attention,
+        image_positions=positions,
+        image_token_id=processor.image_token_id,
+    )
     model = DSVLForConditionalGeneration(whole).to(torch.float64).eval()
     model.generation_config.eos_token_id = None  # random models may generate it at once
     return model
@@ -79,9 +87,14 @@ TURNS = [("What is it?", [0, 1]), ("And why?", []), ("Compare them.", [2]), ("So
 
 @pytest.mark.parametrize("attention", ["mmca", "causal"])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "static, a step ahead"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_each_turn_answers_as_from_scratch_and_computes_only_what_is_new(processor, monkeypatch, family, cache, attention):
-    model, end = make_model(processor, family, attention), {"forced_eos_token_id": processor.tokenizer.eos_token_id}
+@pytest.mark.parametrize(("family", "positions"), [("llama", "image"), ("llama", "token"), ("qwen3", "token")])
+def test_each_turn_answers_as_from_scratch_and_computes_only_what_is_new(
+    processor, monkeypatch, family, positions, cache, attention
+):
+    model, end = (
+        make_model(processor, family, attention, positions),
+        {"forced_eos_token_id": processor.tokenizer.eos_token_id},
+    )
     if cache == "static, a step ahead":  # as on an accelerator, without compilation
         cache = "static"
         monkeypatch.setattr(
@@ -281,6 +294,23 @@ def test_a_full_context_is_an_error_or_drops_the_oldest_turns(chat, processor, c
     assert chat.last_turn.answer_ids == from_scratch(chat.model, chat.processor, chat.messages[:-1])
     with pytest.raises(ValueError, match=r"the last question alone"):
         chat.ask("word " * 200, [draw_image(8)] * 10)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_where_images_share_positions_the_context_is_measured_in_them(processor, cache):
+    """Except that a static cache has memory for so many tokens."""
+    model = make_model(processor, positions="image", max_position_embeddings=300)
+    chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache)
+    images = [draw_image(number) for number in range(20)]
+    if cache == "static":
+        with pytest.raises(ValueError, match=r"The context holds 300 tokens, but \d+ tokens of the last question alone"):
+            chat.ask("What?", images)
+        return
+    chat.ask("What?", images)
+    assert chat.last_turn.prompt_tokens > 300
+    assert chat.last_turn.answer_ids == from_scratch(model, processor, chat.messages[:-1])
+    with pytest.raises(ValueError, match=r"The context holds 300 positions, but \d+ positions of conversation"):
+        chat.ask("word " * 20, images)
 
 
 def test_a_saved_conversation_can_be_continued_elsewhere(chat, tmp_path):

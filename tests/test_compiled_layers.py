@@ -41,9 +41,10 @@ def labelled(rows: list[list[int]], number: int, tokens: int = TOKENS, dtype: to
     return inputs | {"labels": torch.where(trained, ids, -100)}
 
 
-def packed(inputs):
+def packed(inputs, positions: str = "token"):
     rest = {key: value for key, value in inputs.items() if key != "attention_mask"}
-    return rest | {"position_ids": torch.arange(TOKENS).remainder(11).expand_as(inputs["input_ids"])}
+    index = torch.arange(TOKENS).expand_as(inputs["input_ids"])
+    return rest | ({"position_ids": index % 11} if positions == "token" else {"document_ids": index // 11})
 
 
 def pair(family: str, *learning: str, **overrides):
@@ -75,26 +76,27 @@ def graphs() -> int:
 
 
 @pytest.mark.parametrize(
-    ("family", "rows", "way"),
+    ("family", "rows", "way", "positions"),
     [
-        ("llama", "padded", "gathered"),
-        ("llama", "packed", "fused"),
-        ("llama", "padded", "eager"),
-        ("gemma3_text", "packed", "gathered"),
-        ("gemma3_text", "padded", "fused"),
+        ("llama", "padded", "gathered", "image"),
+        ("llama", "packed", "fused", "token"),
+        ("llama", "packed", "fused", "image"),
+        ("llama", "padded", "eager", "token"),
+        ("gemma3_text", "packed", "gathered", "token"),
+        ("gemma3_text", "padded", "fused", "image"),
     ],
 )
-def test_loss_and_gradients_are_the_same_and_the_graph_holds(family, rows, way, monkeypatch):
+def test_loss_and_gradients_are_the_same_and_the_graph_holds(family, rows, way, positions, monkeypatch):
     """Ten layers, more than torch compiles a function anew; images (in a batch none), starts and labels change."""
     if way == "fused":
         use_plain_kernels(monkeypatch)
-    layers, kinds = {"num_hidden_layers": 10, "initializer_range": 0.1}, 1
+    layers, kinds = {"num_hidden_layers": 10, "initializer_range": 0.1, "image_positions": positions}, 1
     if family == "gemma3_text":
         layers["layer_types"], kinds = ["sliding_attention", "full_attention"] * 5, 2
     model, compiled = pair(family, "language_model", backend="eager" if way == "eager" else "sdpa", **layers)
     for number, starts in enumerate(reversed(IMAGE_STARTS) if way == "fused" else IMAGE_STARTS):
         inputs = labelled(starts, number)
-        assert_same(compiled, model, packed(inputs) if rows == "packed" else inputs)
+        assert_same(compiled, model, packed(inputs, positions) if rows == "packed" else inputs)
         assert graphs() == kinds
 
 

@@ -350,6 +350,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"vision_feature_layer": -1},
         "-1 of this 'siglip_vision_model' tower is after its last norm.*--vision-feature-layer -2, as LLaVA-1.5, or 3, the",
     ),
+    "shared positions": (
+        "clip",
+        {"image_positions": "image"},
+        "image_positions='image': LLaVA gives every token a position of its own; compose .*--image-positions token",
+    ),
     "last of several layers": (
         "dinov2",
         {"vision_feature_layer": [-2, -1]},

@@ -167,10 +167,12 @@ def test_a_static_cache_step_waits_for_nothing():
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_training_step_waits_for_nothing(family, is_packed, compiled):
+@pytest.mark.parametrize("positions", ["token", "image"])
+def test_a_training_step_waits_for_nothing(family, is_packed, compiled, positions):
     """On the GPU itself, where the fused kernels apply; tests/test_step.py tells it without one."""
     torch._dynamo.reset()
-    model = tiny_model(family, dtype=torch.bfloat16, hidden_size=128, head_dim=32).set_trainable().cuda().train()
+    wide = {"hidden_size": 128, "head_dim": 32, "image_positions": positions}
+    model = tiny_model(family, dtype=torch.bfloat16, **wide).set_trainable().cuda().train()
     if not can_fuse(model.config.text_config, torch.bfloat16, model.device):
         pytest.skip("the fused kernels do not apply")
     if compiled:
@@ -178,7 +180,7 @@ def test_a_training_step_waits_for_nothing(family, is_packed, compiled):
     inputs = batch(*LAYOUTS[:3], side="right", dtype=torch.bfloat16)
     if is_packed:
         del inputs["attention_mask"]
-        inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).remainder(9).expand_as(inputs["input_ids"])
+        inputs["document_ids"] = (torch.arange(inputs["input_ids"].shape[1]) // 9).expand_as(inputs["input_ids"])
     labels = torch.where(inputs["input_ids"] == IMAGE_ID, -100, inputs["input_ids"])
     inputs = on_gpu(inputs | {"labels": labels})
     for step in range(3):  # kernels are compiled in the first

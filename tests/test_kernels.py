@@ -59,14 +59,17 @@ def padded():
 def packed():
     inputs = batch("ttItttIIttt", "IttttttItttt")
     rest = {key: value for key, value in inputs.items() if key != "attention_mask"}
-    return rest | {"position_ids": torch.arange(inputs["input_ids"].shape[1]).remainder(9).expand_as(inputs["input_ids"])}
+    return rest | {"document_ids": (torch.arange(inputs["input_ids"].shape[1]) // 9).expand_as(inputs["input_ids"])}
 
 
+@pytest.mark.parametrize("positions", ["token", "image"])
 @pytest.mark.parametrize("inputs", [padded, packed])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])  # sdpa does not cap scores
-def test_a_model_with_the_fused_mask_gives_the_loss_and_gradients_of_the_gathered_mask(family, inputs, monkeypatch):
+def test_a_model_with_the_fused_mask_gives_the_loss_and_gradients_of_the_gathered_mask(
+    family, inputs, positions, monkeypatch
+):
     """Token lists and ranges for windows and packed documents, with the kernels in plain PyTorch."""
-    model, inputs = tiny_model(family).train(), inputs()
+    model, inputs = tiny_model(family, image_positions=positions).train(), inputs()
     ids = inputs["input_ids"]
     labels = torch.where((ids == IMAGE_ID) | (inputs.get("attention_mask", torch.ones_like(ids)) == 0), -100, ids)
     results = []

@@ -91,10 +91,10 @@ def folder(tmp_path_factory):
 
 
 @functools.lru_cache
-def loaded(folder, attention, backend):
+def loaded(folder, attention, backend, positions="token"):
     # transformers' eager attention gives NaN where padding meets float64: finfo.min is -inf in its float32 softmax.
     dtype = torch.float32 if backend == "eager" else torch.float64
-    config = AutoConfig.from_pretrained(folder / "model", multimodal_attention=attention)
+    config = AutoConfig.from_pretrained(folder / "model", multimodal_attention=attention, image_positions=positions)
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", config=config, dtype=dtype)
     model.set_attn_implementation({"text_config": backend})
     assert model.config.multimodal_attention == attention
@@ -107,11 +107,12 @@ def gradients(model):
     return found
 
 
+@pytest.mark.parametrize("positions", ["token", "image"])
 @pytest.mark.parametrize("attention", ["mmca", "causal"])
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("packs", [[7], [3, 4], [1, 5, 1], [2, 2, 3]])
-def test_loss_and_gradients_are_those_of_the_conversations_apart(folder, attention, backend, packs):
-    model = loaded(folder, attention, backend).train()
+def test_loss_and_gradients_are_those_of_the_conversations_apart(folder, positions, attention, backend, packs):
+    model = loaded(folder, attention, backend, positions).train()
     samples = [load_conversations(folder / "data.jsonl")[number] for number in range(7)]
     collator = ConversationCollator(AutoProcessor.from_pretrained(folder / "model"))
     ends = list(itertools.accumulate(packs))
@@ -154,7 +155,7 @@ def test_conversations_are_isolated_also_without_use_cache_false(family, backend
 def test_labels_and_tokens_of_a_pack_are_those_of_its_conversations(folder):
     samples = [load_conversations(folder / "data.jsonl")[number] for number in range(5)]
     collator = ConversationCollator(AutoProcessor.from_pretrained(folder / "model"))
-    batch = collator([samples[:2], samples[2:]])
+    batch, documents = collator([samples[:2], samples[2:]]), set()
     for row, own in enumerate((samples[:2], samples[2:])):
         start = 0
         for sample in own:
@@ -163,9 +164,11 @@ def test_labels_and_tokens_of_a_pack_are_those_of_its_conversations(folder):
             length = int(real.sum())
             for key in ("input_ids", "labels", "mm_token_type_ids"):
                 assert torch.equal(batch[key][row, start : start + length], alone[key][0, real]), key
-            assert batch["position_ids"][row, start : start + length].tolist() == list(range(length))
+            document = batch["document_ids"][row, start : start + length].unique().tolist()
+            assert len(document) == 1 and document[0] not in documents  # also not the padding's
+            documents.add(document[0])
             start += length
-        assert (batch["labels"][row, start:] == -100).all()
+        assert (batch["labels"][row, start:] == -100).all() and (batch["document_ids"][row, start:] == 0).all()
     alone = [collator([sample]).get("pixel_values") for sample in samples]
     assert torch.equal(batch["pixel_values"], torch.cat([pixels for pixels in alone if pixels is not None]))
 

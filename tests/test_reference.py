@@ -150,7 +150,7 @@ def test_one_attention_layer(switch):
     real = modality != 0
 
     def run(hidden, types, real, cache, positions):
-        kwargs = dict(inputs_embeds=hidden, attention_mask=real, cache=cache, position_ids=None)
+        kwargs = dict(inputs_embeds=hidden, attention_mask=real, cache=cache)
         visible = visibilities(text_config, **kwargs)[None]
         masks, mask = {None: CodedMask(mmca_reference_codes(visible, types))}, None
         if switch == "mmca_off":

@@ -117,17 +117,21 @@ def test_what_waits_is_noticed(wait):
 
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 @pytest.mark.parametrize("rows", ["padded", "packed"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "qwen2"])
-def test_a_step_waits_for_nothing(family, rows, checkpointing, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [("llama", "token"), ("llama", "image"), ("mistral", "token"), ("gemma3_text", "image"), ("qwen2", "token")],
+)
+def test_a_step_waits_for_nothing(family, positions, rows, checkpointing, device, monkeypatch):
     """Images in every sample, padding, a label here and there; and what the host does ask for comes when it is done."""
-    model = tiny_model(family, dtype=torch.bfloat16).set_trainable().train().to(device)
+    model = tiny_model(family, dtype=torch.bfloat16, image_positions=positions).set_trainable().train().to(device)
     if checkpointing:
         model.activation_checkpointing_enable(checkpointing)
     inputs = batch(*LAYOUTS, side="right", dtype=torch.bfloat16)
     ids = inputs["input_ids"]
     labels = torch.where((ids != IMAGE_ID) & (ids % 3 > 0) & inputs["attention_mask"].bool(), ids, -100)
     if rows == "packed":
-        inputs["position_ids"] = torch.arange(ids.shape[1]).remainder(7).expand_as(ids)
+        index = torch.arange(ids.shape[1]).expand_as(ids)
+        inputs |= {"position_ids": index % 7} if positions == "token" else {"document_ids": index // 7}
         del inputs["attention_mask"]
     supervised = int((labels[:, 1:] != -100).sum())
     counts = (ids == IMAGE_ID).sum(-1).tolist()
@@ -167,13 +171,13 @@ def test_gathering_asks_once_how_many_there_are(backend, rows, questions, monkey
     monkeypatch.setattr(gathered_mask, "split_image_branch", lambda mask: None)  # for a CPU alone
     config = tiny_model(backend=backend).config.text_config
     inputs = batch(*LAYOUTS, side="right")
-    ids, positions = inputs["input_ids"], None
+    ids, documents = inputs["input_ids"], None
     if rows == "packed":
-        positions = torch.arange(ids.shape[1]).remainder(7).expand_as(ids)
+        documents = (torch.arange(ids.shape[1]) // 7).expand_as(ids)
         del inputs["attention_mask"]
     embeds = torch.zeros(*ids.shape, 0)
     with Questions() as host:
-        visible = visibilities(config, embeds, inputs.get("attention_mask"), None, positions)
+        visible = visibilities(config, embeds, inputs.get("attention_mask"), None, documents)
         host.asked.clear()
         build_mask(visible[None], (ids == IMAGE_ID).long(), config, torch.float32)
     assert host.asked == questions

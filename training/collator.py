@@ -84,9 +84,8 @@ class ConversationCollator:
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (-100 for no label): (batch, tokens), int64,
             where tokens is a multiple of 8. `pixel_values`: (images, 3, height, width), if there are images; with
-            `features`, `image_features`: (images, tower tokens, tower width) in every batch. Packs have `position_ids`
-            instead of `attention_mask`; they start at 0 for each conversation and for the padding, so that decoders of
-            transformers separate packed conversations.
+            `features`, `image_features`: (images, tower tokens, tower width) in every batch. Packs have `document_ids`
+            instead of `attention_mask`: a number for each conversation, and 0 for the padding.
 
         Raises:
             ValueError: for an invalid sample, unless `on_bad_sample` is "skip".
@@ -171,17 +170,16 @@ class ConversationCollator:
             sizes: number of conversations of each row.
         """
         del batch["attention_mask"]
-        batch["position_ids"] = [list(range(len(ids))) for ids in batch["input_ids"]]
+        batch["document_ids"] = [[number] * len(ids) for number, ids in enumerate(batch["input_ids"], start=1)]
         fill = {"input_ids": self.processor.tokenizer.pad_token_id}
         ends = list(itertools.accumulate(sizes))
-        for key in ("input_ids", "position_ids", "mm_token_type_ids", "assistant_masks"):
+        for key in ("input_ids", "document_ids", "mm_token_type_ids", "assistant_masks"):
             own = zip(ends, sizes, strict=True)
             rows: list[list[int]] = [list(itertools.chain(*batch[key][end - size : end])) for end, size in own]
             longest = max(map(len, rows))
             longest += -longest % MULTIPLE
             for row in rows:
-                missing = longest - len(row)
-                row.extend(range(missing) if key == "position_ids" else [fill.get(key, 0)] * missing)
+                row.extend([fill.get(key, 0)] * (longest - len(row)))
             batch[key] = rows
 
     def shorten(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

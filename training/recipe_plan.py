@@ -124,6 +124,7 @@ def composed_config(arguments: argparse.Namespace) -> DSVLConfig:
         text_config=text,
         projector_type=arguments.projector_type,
         multimodal_attention=arguments.multimodal_attention,
+        image_positions=arguments.image_positions,
         image_token_id=text.vocab_size - 1,
         vision_feature_layer=arguments.vision_feature_layer,
         vision_feature_select_strategy=arguments.vision_feature_select_strategy,

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import Cache
 
-from ..cache_dsvl import cached_images, cached_types, remember_types
+from ..cache_dsvl import cached_images, cached_positions, cached_types, remember_types
 from .transformers_names import StaticLayer
 
 
@@ -31,7 +31,9 @@ def crop(cache: Cache, length: int) -> None:
             else:
                 layer.crop(-surplus)
     if (types := cached_types(cache)) is not None:  # a step may have written them before it ran
-        remember_types(cache, types[:, :length], cached_images(cache))
+        positions = cached_positions(cache)
+        kept = None if positions is None else positions[:, :length]
+        remember_types(cache, types[:, :length], cached_images(cache), kept)
 
 
 def _is_full_static(layer: Any) -> bool:
