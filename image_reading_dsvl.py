@@ -569,4 +569,4 @@ def tower_size(image_processor: Any) -> tuple[int, "Image.Resampling"]:
     """The shorter side, in pixels, to which an image processor brings images (448 if unknown), and its filter."""
     size = _sides(getattr(image_processor, "size", None), True)
     edge = size.get("shortest_edge") or max(size.get("height", 0), size.get("width", 0)) or size.get("longest_edge")
-    return edge or 448, _filter(getattr(image_processor, "resample", None))
+    return edge or 448, pillow_filter(getattr(image_processor, "resample", None))

@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from .image_reading_dsvl import ImageError, Refused, source_name
+from .image_reading_dsvl import ImageError, Refused, read_image, source_name
 from .video_decoding_dsvl import MAX_FRAMES, VIDEO_FPS, Clock, VideoLimits, VideoSampling, open_reader, too_long
 
 try:
     from PIL import Image
 except ImportError:  # not needed for text alone
     Image = None  # type: ignore[assignment]
+
 SOURCES = ("video", "path", "url", "base64")  # the keys of a video part
+IMAGE_SOURCES = ("image", "path", "url", "base64")
 SETTINGS = ("fps", "max_frames", "frame_rate")  # further keys of a video part
 
 
@@ -178,6 +180,23 @@ class VideoFrame:
         return f"frame at {self.video.times[self.index]:.2f} s of the video {self.video.name}"
 
 
+class StoredFrame:
+    """A frame that was stored as an image, as a source of an image.
+
+    Attributes:
+        source: what `read_image` takes.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def read_frame(self) -> "Image.Image":
+        """The decoded frame; raises `ImageError`."""
+        image = read_image(self.source).copy()
+        image.info = {"dsvl_frame": True}
+        return image
+
+
 def expand_videos(
     messages: Sequence[dict[str, Any]],
     sampling: VideoSampling | None = None,
@@ -235,6 +254,36 @@ def open_part(
     return Video(fetch(source), own, given.get("frame_rate"), limits, allow_urls=False)
 
 
+def mark_frames(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a `StoredFrame` for each image that has a time and is no frame of a video that was opened here."""
+    marked = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if has_times([message]):
+            message = message | {"content": [_marked(part) for part in content]}  # type: ignore[union-attr]
+        marked.append(message)
+    return marked
+
+
+def _marked(part: Any) -> Any:
+    if not isinstance(part, dict) or part.get("type") != "image" or not part.get("time"):
+        return part
+    named = [key for key in IMAGE_SOURCES if part.get(key) is not None]
+    if len(named) != 1 or hasattr(part[named[0]], "read_frame"):
+        return part
+    rest = {key: value for key, value in part.items() if key not in IMAGE_SOURCES}
+    return rest | {"image": StoredFrame(part[named[0]])}
+
+
+def has_times(conversation: Any) -> bool:
+    """Whether a conversation, or one of a batch, has images with a time: frames of a video."""
+    if isinstance(conversation, (list, tuple)):
+        return any(map(has_times, conversation))
+    if not isinstance(conversation, dict):
+        return False
+    return bool(conversation.get("time")) or has_times(conversation.get("content"))
+
+
 def is_video(part: Any) -> bool:
     """Whether a part of a message is a video."""
     return isinstance(part, dict) and part.get("type") == "video"
@@ -253,4 +302,16 @@ def sampled_frames(starts: Sequence[float] | np.ndarray, fps: float, max_frames:
     return [int(index) for index in np.unique(shown)]
 
 
-__all__ = ["Video", "VideoError", "VideoFrame", "VideoLimits", "VideoSampling", "expand_videos", "read_video", "video_size"]
+__all__ = [
+    "MAX_FRAMES",
+    "VIDEO_FPS",
+    "StoredFrame",
+    "Video",
+    "VideoError",
+    "VideoFrame",
+    "VideoLimits",
+    "VideoSampling",
+    "expand_videos",
+    "read_video",
+    "video_size",
+]

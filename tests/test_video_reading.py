@@ -21,9 +21,7 @@ av = pytest.importorskip("av")
 def refusal(source, **options) -> str:
     with pytest.raises(VideoError) as caught:
         read_video(source, **options)
-    assert caught.value.words and caught.value.words in str(caught.value).replace(
-        "cannot be read: ", "cannot be decoded: "
-    )
+    assert caught.value.words and caught.value.words in str(caught.value).replace("cannot be read: ", "cannot be decoded: ")
     return str(caught.value)
 
 
