@@ -9,11 +9,12 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from PIL import Image
+from videos import animation, encoded, frame, index_of
+
 from dsvl.image_reading_dsvl import read_image
 from dsvl.video_decoding_dsvl import VideoLimits, VideoSampling
 from dsvl.video_reading_dsvl import Video, VideoError, expand_videos, read_video, sampled_frames, video_size
-from PIL import Image
-from videos import animation, encoded, frame, index_of
 
 av = pytest.importorskip("av")
 
