@@ -129,6 +129,8 @@ def image_size(source: Any, max_pixels: int = MAX_PIXELS, allow_urls: bool = Tru
         ImageError: if by its header alone `read_image` would refuse it.
     """
     requires_backends(image_size, ["vision"])
+    if hasattr(source, "read_frame"):  # only its pixels tell how it is turned
+        return source.read_frame().size
     try:
         return _upright_size(source, max_pixels, allow_urls)
     except Refused as refused:

@@ -9,7 +9,7 @@ from tokenizers.normalizers import Replace, Sequence
 from transformers import AddedToken, ProcessorMixin
 
 from .image_layouts_dsvl import DECIDED, FRAME, ImageLayout, mean_colour
-from .image_reading_dsvl import fit_thin_image, image_size, pillow_filter, read_image
+from .image_reading_dsvl import fit_thin_image, image_size, pillow_filter, read_image, tower_size
 from .transformers_dsvl import MultiModalData, ProcessingKwargs, Unpack
 from .video_reading_dsvl import MAX_FRAMES, VIDEO_FPS, VideoSampling, expand_videos, has_times, mark_frames
 
@@ -232,8 +232,8 @@ class DSVLProcessor(ProcessorMixin):
         Args:
             conversation: messages `{"role", "content"}`; content is a text, or a list of parts
                 `{"type": "text", "text"}`, `{"type": "image", "image" | "path" | "url" | "base64"}` and `{"type": "video",
-                "video" | "path" | "url" | "base64"}` in reading order; or `{"type": "image", "image_features", "image_size"}`,
-                see `__call__`. A video becomes images with their times, see `expand_videos`.
+                "video" | "path" | "url" | "base64"}` in reading order; or `{"type": "image", "image_features",
+                "image_size"}`, see `__call__`. A video becomes images with their times, see `expand_videos`.
             kwargs: see `ProcessorMixin.apply_chat_template`.
 
         A special token in the text of a message is plain text: it never becomes an image or the end of an answer.
@@ -262,8 +262,11 @@ class DSVLProcessor(ProcessorMixin):
 
     @property
     def video_sampling(self) -> VideoSampling:
-        """Which frames of a video are read, and how large: as the image processor would resize them."""
-        return VideoSampling.for_tower(self.image_processor, self.video_fps, self.max_frames)
+        """Which frames of a video are read, and how large: as the image processor resizes images."""
+        edge, resample = tower_size(self.image_processor)
+        if self.image_layout == "native":
+            edge = int(self.max_image_tokens**0.5 * self.tile_size)
+        return VideoSampling(self.video_fps, self.max_frames, edge, int(resample))
 
     def expand_videos(self, conversation: Any, **options: Any) -> Any:
         """Replace the videos of a conversation, or of a batch of them, by their frames, which are decoded later.
@@ -280,15 +283,22 @@ class DSVLProcessor(ProcessorMixin):
     def count_tokens(self, conversation: Any, add_generation_prompt: bool = False) -> int:
         """The number of tokens of a conversation, including those of its images. Images are not decoded; where their tokens
         follow their size, the header of their file is read."""
+        conversation = self.expand_videos(conversation)
         text = self.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
         lengths = [self.image_seq_length] * text.count(self.image_token)
         if self.layout is not None and lengths:
-            grids = [self.layout.grid(*_size_of(part), is_frame="time" in part) for part in image_parts(conversation)]
+            grids = [self._grid_of(part) for part in image_parts(conversation)]
             pieces = text.split(self.image_token)
             placeholders = [self.layout.text(self.image_token, *grid) for grid in grids]
             text = pieces[0] + "".join(one + piece for one, piece in zip(placeholders, pieces[1:], strict=True))
             lengths = [length for grid in grids for length in self._tile_lengths(*grid)]
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) + sum(lengths) - len(lengths)
+
+    def _grid_of(self, part: dict[str, Any]) -> tuple[int, int]:
+        """Rows and columns of an image of a conversation. A frame of a video is decoded only if its size matters."""
+        is_frame = bool(part.get("time"))
+        size = (1, 1) if is_frame and self.image_layout != "native" else _size_of(part)
+        return self.layout.grid(*size, is_frame=is_frame)
 
     def _tile_lengths(self, rows: int, columns: int) -> list[int]:
         """The number of tokens of each tile of an image."""

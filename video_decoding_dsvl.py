@@ -1,5 +1,6 @@
 """Which frames a video has, and decoding some of them: of files by PyAV, of animations by Pillow, of given frames."""
 
+import hashlib
 import io
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .image_reading_dsvl import ImageError, Refused, open_file, read_image, resolve_text, tower_size
+from .image_reading_dsvl import ImageError, Refused, open_file, read_image, resolve_text
 
 try:
     from PIL import Image
@@ -69,12 +70,6 @@ class VideoSampling:
             raise ValueError(f"fps={self.fps!r} is not a rate of frames; pass a number above 0, such as {VIDEO_FPS}.")
         if isinstance(self.max_frames, bool) or not isinstance(self.max_frames, int) or self.max_frames < 1:
             raise ValueError(f"max_frames={self.max_frames!r} is not a number of frames; pass a whole number of at least 1.")
-
-    @classmethod
-    def for_tower(cls, image_processor: Any, fps: float | None = None, max_frames: int | None = None) -> "VideoSampling":
-        """Frames of the size to which this image processor would resize them."""
-        edge, resample = tower_size(image_processor)
-        return cls(VIDEO_FPS if fps is None else fps, MAX_FRAMES if max_frames is None else max_frames, edge, int(resample))
 
 
 @dataclass(frozen=True)
@@ -134,8 +129,8 @@ def open_reader(source: Any, frame_rate: float | None, limits: VideoLimits, allo
 
 
 # -- readers ---------------------------------------------------------------------------------------------------------------
-# Each has `scan`, which gives when each frame is shown and when the last one ends, in seconds; and `read`, which gives the
-# frames of ascending indices.
+# Each has `scan`, which gives when each frame is shown and when the last one ends, in seconds; `read`, which gives the
+# frames of ascending indices; and `digest`, a hash of the file.
 
 
 class Clock:
@@ -164,6 +159,9 @@ class FrameList:
     def scan(self, clock: Clock) -> tuple[np.ndarray, float]:
         return np.arange(len(self.given)) / self.rate, len(self.given) / self.rate
 
+    def digest(self) -> bytes | None:
+        return None
+
     def read(self, chosen: list[int], sampling: VideoSampling, clock: Clock) -> Iterator["Image.Image"]:
         for index in chosen:
             clock.check(index / self.rate)
@@ -174,7 +172,18 @@ class FrameList:
             yield _shrunk(image, 1.0, sampling, clock.limits).copy()  # what is noted on it does not reach the caller's
 
 
-class Animation:
+class _File:
+    """A file, or its bytes."""
+
+    source: Any
+
+    def digest(self) -> bytes:
+        """A hash of the file."""
+        with _opened(self.source) as file:
+            return hashlib.file_digest(file, "blake2b").digest()  # type: ignore[arg-type]
+
+
+class Animation(_File):
     """A GIF, an animated WebP or PNG."""
 
     def __init__(self, source: Any, kind: str, limits: VideoLimits) -> None:
@@ -230,7 +239,7 @@ class Animation:
             raise Refused("its end is missing", _CUT)
 
 
-class ContainerFile:
+class ContainerFile(_File):
     """A file that PyAV decodes."""
 
     def __init__(self, source: Any, limits: VideoLimits) -> None:

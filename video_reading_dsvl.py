@@ -105,6 +105,7 @@ class Video:
     ) -> None:
         self.sampling, self.limits, self.name = sampling or VideoSampling(), limits or VideoLimits(), source_name(source)
         self._frames: list[Image.Image] | None = None
+        self._digest: bytes | None = None
         with self._named():
             self._reader = open_reader(source, frame_rate, self.limits, allow_urls)
             starts, end = self._reader.scan(Clock(self.limits))
@@ -148,6 +149,14 @@ class Video:
             for number, (source, label) in enumerate(zip(self.frame_sources(), labels, strict=True), 1)
         ]
 
+    def digest(self) -> bytes | None:
+        """A hash of the file and of what is read of it; None for given frames."""
+        if self._digest is None:
+            self._digest = self._reader.digest()
+            if self._digest is not None:
+                self._digest += f" {self.sampling} ".encode()
+        return self._digest
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_frames": None}  # another process decodes them again
 
@@ -176,6 +185,11 @@ class VideoFrame:
         """The decoded frame; raises `VideoError`."""
         return self.video.frames[self.index]
 
+    def digest(self) -> bytes | None:
+        """What the pixels follow from: a hash of the file, what is read of it, and the index; None for given frames."""
+        digest = self.video.digest()
+        return None if digest is None else digest + str(self.index).encode()
+
     def __repr__(self) -> str:
         return f"frame at {self.video.times[self.index]:.2f} s of the video {self.video.name}"
 
@@ -195,6 +209,10 @@ class StoredFrame:
         image = read_image(self.source).copy()
         image.info = {"dsvl_frame": True}
         return image
+
+    def digest(self) -> bytes | None:
+        """None: its pixels are to be compared."""
+        return None
 
 
 def expand_videos(

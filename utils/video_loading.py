@@ -1,10 +1,15 @@
 """Videos from untrusted sources: bounds on where they may come from, and on what is fetched."""
 
+import io
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL.PngImagePlugin import PngInfo
+
+from ..image_layouts_dsvl import FRAME
+from ..image_reading_dsvl import read_image
 from ..video_decoding_dsvl import VideoLimits, VideoSampling
 from ..video_reading_dsvl import Video, expand_videos, mark_frames
 from .image_loading import fetch_image_source
@@ -46,6 +51,19 @@ def open_video(
     if isinstance(source, (str, os.PathLike)):
         source = Path(source).expanduser()
     return Video(source, sampling, frame_rate, limits, allow_urls=False)
+
+
+def frame_file(source: Any) -> bytes:
+    """A PNG file of a frame, or of another image; that of a frame says so, and `read_image` keeps it.
+
+    Args:
+        source: A frame or an image, as for `read_image`.
+    """
+    image, file, note = read_image(source), io.BytesIO(), PngInfo()
+    if image.info.get(FRAME):
+        note.add_text(FRAME, "1")
+    image.save(file, "PNG", pnginfo=note)
+    return file.getvalue()
 
 
 def fetch_video_source(source: Any, allow_urls: bool = False) -> Any:
