@@ -298,6 +298,7 @@ class DSVLProcessor(ProcessorMixin):
         """Rows and columns of an image of a conversation. A frame of a video is decoded only if its size matters."""
         is_frame = bool(part.get("time"))
         size = (1, 1) if is_frame and self.image_layout != "native" else _size_of(part)
+        assert self.layout is not None
         return self.layout.grid(*size, is_frame=is_frame)
 
     def _tile_lengths(self, rows: int, columns: int) -> list[int]:

@@ -22,7 +22,7 @@ except ImportError:  # not needed for text alone
 try:
     import av
 except ImportError:  # the extra `video`; GIF, WebP and PNG do without
-    av = None
+    av = None  # type: ignore[assignment]
 
 VIDEO_FPS = 2.0  # as Qwen2-VL and its successors sample: an event of a second is on two frames
 MAX_FRAMES = 64  # as SmolVLM2 has it; every frame takes a whole image's tokens, so Qwen's 768 would fill any context

@@ -195,7 +195,7 @@ def _check_content(message: dict, number: int) -> list[dict[str, Any]]:
         raise ValueError(f"message {number} has a content of type {type(content).__name__}; expected a text or parts.")
     shown = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = str(part.get("type")) if isinstance(part, dict) else ""
         is_text = kind == "text" and isinstance(part.get("text"), str)
         if not is_text and (kind not in ("image", "video") or message["role"] != "user"):
             raise ValueError(

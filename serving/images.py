@@ -70,7 +70,8 @@ def expand_videos(messages: list[dict[str, Any]], sampling: VideoSampling, limit
             except ImportError:
                 raise _invalid(number, "cannot be read: this server lacks PyAV", "pass a GIF", "video") from None
             except VideoError as error:
-                raise _invalid(number, *error.words.split("; ", 1), kind="video") from None
+                what, remedy = error.words.split("; ", 1)
+                raise _invalid(number, what, remedy, "video") from None
         message["content"] = content
 
 

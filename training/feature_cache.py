@@ -46,9 +46,10 @@ def image_key(source: Any) -> str:
         ValueError: if its pixels are needed and it cannot be decoded.
     """
     if hasattr(source, "read_frame"):
-        digest = source.digest()
-        pixels = np.asarray(read_image(source)) if digest is None else None
-        source = digest or f"frame {pixels.dtype} {pixels.shape} ".encode() + pixels.tobytes()
+        if (digest := source.digest()) is None:
+            pixels = np.asarray(read_image(source))
+            digest = f"frame {pixels.dtype} {pixels.shape} ".encode() + pixels.tobytes()
+        source = digest
     source = file_of(source)
     if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
         source = Path(source).read_bytes()
