@@ -7,7 +7,7 @@ import os
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -114,8 +114,11 @@ def open_reader(source: Any, frame_rate: float | None, limits: VideoLimits, allo
             "pass a video file's path or bytes, a file in binary mode, or a list of frames with frame_rate",
         )
     with _opened(source) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
+        try:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+        except (OSError, ValueError) as error:
+            raise Refused(f"its file cannot seek ({error})", "pass its bytes") from error
         kind = ANIMATIONS.get(start[:4], "") if isinstance(start := file.read(12), bytes) else None
     if kind is None:
         raise Refused("it is a text file", "open it in binary mode")
@@ -300,9 +303,11 @@ class ContainerFile(_File):
         images: list[Image.Image] = []
         with self._container(clock) as (container, stream, at):
             if container.format.name.startswith(SEEKABLE):
-                for frame in self._decoded(container, stream, at, wanted, seek=True):
-                    images.append(self._image(frame, stream, sampling))
-                    yield images[-1]
+                # After a seek a decoder may miss what frames refer to that come before the key frame.
+                with suppress(av.FFmpegError):
+                    for frame in self._decoded(container, stream, at, wanted, seek=True):
+                        images.append(self._image(frame, stream, sampling))
+                        yield images[-1]
         if len(images) < len(wanted):  # no index, or a seek ended behind the frame
             with self._container(clock) as (container, stream, at):
                 rest = wanted[len(images) :]
@@ -407,7 +412,8 @@ def _opened(source: Any) -> Iterator[BinaryIO]:
         with open_file(source, "video") as file:
             yield file
     else:
-        source.seek(0)
+        with suppress(OSError, ValueError):  # reported where it is opened
+            source.seek(0)
         yield source
 
 

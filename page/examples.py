@@ -9,8 +9,8 @@ from PIL import Image
 from ..data import load_conversations
 from ..data.messages import images_of
 from ..utils.image_loading import open_image
-from ..video_reading_dsvl import is_video
 from ..utils.shape_images import IMAGE_SIZE, Scene, render
+from ..video_reading_dsvl import is_video
 
 Example = tuple[str, Sequence[Image.Image]]
 MAX_EXAMPLES = 4  # of a file

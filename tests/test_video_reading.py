@@ -1,11 +1,15 @@
 """`read_video`: real encoded files, made here, and what is refused."""
 
 import base64
+import functools
 import io
 import itertools
+import os
 import pickle
+import threading
 import time
 from fractions import Fraction
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -157,6 +161,26 @@ def test_every_form_of_a_file_is_read(tmp_path):
     assert "of type int" in refusal(3)
 
 
+def test_addresses_are_fetched_within_the_limit(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(encoded(6))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.mp4"
+        assert shown(url, fps=10)[0] == [0, 1, 2, 3, 4, 5]
+        assert "larger than 100 bytes" in refusal(url, limits=VideoLimits(fetched_bytes=100))
+        assert "was not fetched" in refusal(url + "x")
+        assert "fetching is not allowed" in refusal(url, allow_urls=False)
+        server.shutdown()
+
+
+def test_a_file_that_cannot_seek_is_refused():
+    read, write = os.pipe()
+    os.close(write)
+    with open(read, "rb") as file:
+        assert "cannot seek" in refusal(file)
+
+
 def test_frames_are_shrunk_as_an_image_processor_would_resize_them():
     (first, *_), _ = read_video(encoded(2, size=(128, 96)), shortest_edge=24)
     assert first.size == (32, 24)
@@ -166,7 +190,10 @@ def test_frames_are_shrunk_as_an_image_processor_would_resize_them():
     assert first.size == (64, 48)  # never enlarged
 
 
-@pytest.mark.parametrize("options", [{}, {"codec": "libvpx-vp9", "container": "webm"}, {"options": {"bf": "3"}}])
+OPEN_GOPS = {"options": {"x264-params": "open-gop=1:bframes=3:keyint=6:min-keyint=6:scenecut=0"}}
+
+
+@pytest.mark.parametrize("options", [{}, {"codec": "libvpx-vp9", "container": "webm"}, {"options": {"bf": "3"}}, OPEN_GOPS])
 def test_seeking_gives_the_frames_of_decoding_everything(options, monkeypatch):
     data = encoded(23, gop=4, **options)
     for fps, most in ((10, 64), (1, 64), (2, 3), (1, 1)):
