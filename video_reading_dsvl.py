@@ -321,8 +321,6 @@ def sampled_frames(starts: Sequence[float] | np.ndarray, fps: float, max_frames:
 
 
 __all__ = [
-    "MAX_FRAMES",
-    "VIDEO_FPS",
     "StoredFrame",
     "Video",
     "VideoError",
