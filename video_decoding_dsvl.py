@@ -19,10 +19,6 @@ try:
     from PIL import Image
 except ImportError:  # not needed for text alone
     Image = None  # type: ignore[assignment]
-try:
-    import av
-except ImportError:  # the extra `video`; GIF, WebP and PNG do without
-    av = None  # type: ignore[assignment]
 
 VIDEO_FPS = 2.0  # as Qwen2-VL and its successors sample: an event of a second is on two frames
 MAX_FRAMES = 64  # as SmolVLM2 has it; every frame takes a whole image's tokens, so Qwen's 768 would fill any context
@@ -246,8 +242,7 @@ class ContainerFile(_File):
     """A file that PyAV decodes."""
 
     def __init__(self, source: Any, limits: VideoLimits) -> None:
-        if av is None:
-            raise ImportError("Reading this video needs PyAV: pip install 'dsvl[video]' (or av).", name="av")
+        _pyav()
         self.source, self.limits = source, limits
         self.stamps: list[int] = []  # of the shown frames, ascending, in the stream's time base
         self.keys: list[int] = []  # of the frames from which decoding can start, ascending
@@ -304,7 +299,7 @@ class ContainerFile(_File):
         with self._container(clock) as (container, stream, at):
             if container.format.name.startswith(SEEKABLE):
                 # After a seek a decoder may miss what frames refer to that come before the key frame.
-                with suppress(av.FFmpegError):
+                with suppress(_pyav().FFmpegError):
                     for frame in self._decoded(container, stream, at, wanted, seek=True):
                         images.append(self._image(frame, stream, sampling))
                         yield images[-1]
@@ -364,6 +359,7 @@ class ContainerFile(_File):
     @contextmanager
     def _container(self, clock: Clock) -> Iterator[tuple[Any, Any, "_Position"]]:
         at = _Position(clock)
+        av = _pyav()
         options = {"format_whitelist": CONTAINERS, "max_streams": str(self.limits.streams)}
         with _opened(self.source) as file:
             try:
@@ -379,6 +375,15 @@ class ContainerFile(_File):
                 raise Refused(f"{where}it cannot be decoded ({reason})", remedy) from error
 
 
+def _pyav() -> Any:
+    """PyAV, the extra `video`. It is imported late, as that takes longer than the rest of this file."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("Reading this video needs PyAV: pip install 'dsvl[video]' (or av).", name="av") from error
+    return av
+
+
 class _Position:
     """Where in the video reading is, in seconds; None before the first frame."""
 
@@ -392,7 +397,8 @@ class _Position:
 
 
 def _video_stream(container: Any) -> Any:
-    streams = [one for one in container.streams.video if not (one.disposition & av.stream.Disposition.attached_pic)]
+    cover = _pyav().stream.Disposition.attached_pic
+    streams = [one for one in container.streams.video if not (one.disposition & cover)]
     if not streams:
         kinds = sorted({one.type for one in container.streams})
         raise Refused(f"it has no video stream ({', '.join(kinds) or 'no stream at all'})", "pass a file with frames")

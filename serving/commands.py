@@ -25,7 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--max-pictures", dest="max_images", type=int, action=RenamedFlag)
     parser.add_argument("--max-megapixels", type=float, default=25, help="size of an image (default 25)")
     parser.add_argument("--max-megabytes", type=float, default=32, help="size of a request (default 32)")
-    parser.add_argument("--max-videos", type=int, default=1, help="videos per request (default 1; 0 for none)")
+    parser.add_argument("--max-videos-per-request", type=int, default=1, help="videos of a request (default 1; 0 for none)")
     parser.add_argument(
         "--max-video-frames", type=int, default=64, help="frames of all videos of a request together (default 64)"
     )
@@ -54,7 +54,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         body_bytes=int(arguments.max_megabytes * 2**20),
         images=arguments.max_images,
         image_pixels=int(arguments.max_megapixels * 1e6),
-        videos=arguments.max_videos,
+        videos=arguments.max_videos_per_request,
         video_frames=arguments.max_video_frames,
         video_seconds=arguments.max_video_seconds,
         new_tokens=arguments.max_new_tokens,
