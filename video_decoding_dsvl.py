@@ -282,7 +282,8 @@ class ContainerFile(_File):
                     self.keys.append(packet.pts)
             if container.format.name.startswith(DECLARES_LENGTH):
                 missing = declared - (max(ends) - begin)
-                shorter = container.format.name.startswith("mov") and number < stream.frames
+                # MP4's index, without the frames that an edit list cuts off.
+                shorter = container.format.name.startswith("mov") and number < len(stream.index_entries)
                 if shorter or (self.stamps and missing > max(0.5, 0.02 * declared)):
                     raise Refused(
                         f"it ends at {max(ends) - begin:.1f} s, before the {declared:.1f} s that its header declares", _CUT

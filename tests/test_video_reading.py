@@ -238,6 +238,14 @@ def test_what_is_not_a_video_is_refused():
     assert "no video stream (audio)" in refusal(file.getvalue())
 
 
+def test_what_an_edit_list_cuts_off_is_not_shown():
+    data = encoded(20)  # as phones store a trimmed video: the frames stay in the file
+    where = data.index(b"elst") + 12
+    assert data[where : where + 4] == (2000).to_bytes(4, "big")
+    trimmed = data[:where] + (1000).to_bytes(4, "big") + data[where + 4 :]
+    assert shown(trimmed, fps=10) == (list(range(10)), [index / 10 for index in range(10)])
+
+
 def test_broken_frames_are_refused_with_the_time():
     data = bytearray(encoded(40, size=(160, 128), gop=40))
     middle = len(data) // 2
