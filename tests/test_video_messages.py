@@ -94,6 +94,20 @@ def test_batches_mix_videos_and_texts(processor, video):
     assert inputs["mm_token_type_ids"].sum(1).tolist() == [3 * processor.image_seq_length, 0]
 
 
+def test_a_frame_is_one_tile(processor, video, photographs):
+    own = DSVLProcessor(processor.image_processor, processor.tokenizer, 5, image_layout="tiles", tile_size=28, max_tiles=4)
+    messages = asked({"type": "video", "video": video}, {"type": "image", "image": photographs[0]}, "?")
+    inputs = own.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert inputs["num_tiles"].tolist() == [1, 1, 1, 5]
+    assert own.count_tokens(messages) == inputs["input_ids"].shape[1]
+    stored = [image.copy() for image in read_video(video)[0]]
+    parts = [
+        {"type": "image", "image": image, "time": f"{k} s", "frame": k + 1, "frames": 3} for k, image in enumerate(stored)
+    ]
+    inputs = own.apply_chat_template(asked(*parts, "?"), tokenize=True, return_dict=True, return_tensors="pt")
+    assert inputs["num_tiles"].tolist() == [1, 1, 1]
+
+
 def test_the_processor_keeps_its_settings(processor, video, tmp_path):
     assert (processor.video_fps, processor.max_frames) == (2.0, 64)
     own = DSVLProcessor(processor.image_processor, processor.tokenizer, 5, video_fps=5, max_frames=4)
