@@ -54,8 +54,8 @@ class ImageError(ValueError):
     words: str = ""
 
 
-class _Refused(Exception):
-    """Why an image is refused; its name is added later."""
+class Refused(Exception):
+    """Why an image or a video is refused; its name is added later."""
 
     def __init__(self, detail: str, remedy: str, words: str | None = None) -> None:
         super().__init__(detail)
@@ -94,6 +94,7 @@ def read_image(
             - a file: its path (`str` or `os.PathLike`), its bytes, an object to read bytes from such as `io.BytesIO`, or
               `{"bytes", "path"}` as `datasets` stores it;
             - text: an http(s) or file URL, a data URL, or base64;
+            - a `VideoFrame` (`video_reading_dsvl.py`);
             - an array or tensor of shape (height, width), (height, width, channels) or (channels, height, width) with 1
               (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels. Where both ends of a shape could be the channels, 3 or 4
               are preferred to 1 or 2.
@@ -110,10 +111,12 @@ def read_image(
             another format, without pixels or of too many, or has ambiguous values.
     """
     requires_backends(read_image, ["vision"])
+    if hasattr(source, "read_frame"):  # of a video, which has limits of its own
+        return source.read_frame()
     try:
         return _read(source, formats, max_pixels, input_data_format, allow_urls)
-    except _Refused as refused:
-        raise refused.of(_name(source)) from refused.__cause__
+    except Refused as refused:
+        raise refused.of(source_name(source)) from refused.__cause__
 
 
 def image_size(source: Any, max_pixels: int = MAX_PIXELS, allow_urls: bool = True) -> tuple[int, int]:
@@ -126,10 +129,12 @@ def image_size(source: Any, max_pixels: int = MAX_PIXELS, allow_urls: bool = Tru
         ImageError: if by its header alone `read_image` would refuse it.
     """
     requires_backends(image_size, ["vision"])
+    if hasattr(source, "read_frame"):  # only its pixels tell how it is turned
+        return source.read_frame().size
     try:
         return _upright_size(source, max_pixels, allow_urls)
-    except _Refused as refused:
-        raise refused.of(_name(source)) from refused.__cause__
+    except Refused as refused:
+        raise refused.of(source_name(source)) from refused.__cause__
 
 
 def _upright_size(source: Any, max_pixels: int, allow_urls: bool) -> tuple[int, int]:
@@ -139,7 +144,7 @@ def _upright_size(source: Any, max_pixels: int, allow_urls: bool) -> tuple[int, 
     if isinstance(source, Image.Image):
         return _turned_size(source)
     if isinstance(source, os.PathLike):
-        with _open_path(source) as file:
+        with open_file(source) as file:
             return _turned_size(_opened(file, FORMATS, max_pixels))
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _turned_size(_opened(io.BytesIO(source), FORMATS, max_pixels))
@@ -191,13 +196,13 @@ def _read(
     if isinstance(source, (torch.Tensor, np.ndarray)) or hasattr(source, "__array__"):
         return _to_rgb(_from_array(source, max_pixels, input_data_format), max_pixels)
     if isinstance(source, os.PathLike):
-        with _open_path(source) as file:
+        with open_file(source) as file:
             return _to_rgb(_opened(file, formats, max_pixels), max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _to_rgb(_opened(io.BytesIO(source), formats, max_pixels), max_pixels)
     if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
         return _to_rgb(_opened(source, formats, max_pixels), max_pixels)
-    raise _Refused(
+    raise Refused(
         "it is a text file" if isinstance(source, io.TextIOBase) else f"it is of type {type(source).__name__}",
         "pass a PIL image, an array of shape (height, width, 3), an image file's path or bytes, or a file in binary mode",
     )
@@ -209,32 +214,38 @@ def _source(source: Any, allow_urls: bool) -> Any:
         try:
             source = file_of(source)
         except ValueError as error:
-            raise _Refused(str(error).rstrip("."), 'pass {"bytes": ..., "path": ...}') from error
-    return _from_text(source, allow_urls) if isinstance(source, str) else source
+            raise Refused(str(error).rstrip("."), 'pass {"bytes": ..., "path": ...}') from error
+    return resolve_text(source, allow_urls) if isinstance(source, str) else source
 
 
-def _from_text(text: str, allow_urls: bool) -> Any:
-    """A path, or the bytes that a URL or base64 stands for."""
+def resolve_text(text: str, allow_urls: bool, kind: str = "image", max_bytes: int = MAX_BYTES) -> Any:
+    """A path, or the bytes that a URL or base64 stands for.
+
+    Args:
+        kind: what it is, for messages: "image" or "video".
+        max_bytes: of a file that is fetched.
+    """
     scheme = text.partition(":")[0].lower() if "://" in text[:10] else ""
     if text[:5].lower() == "data:":
         head, comma, data = text.partition(",")
         if not comma or not head.lower().endswith(";base64"):
-            raise _Refused("it is not a base64 data URL", "pass data:image/png;base64,...")
+            example = {"image": "image/png", "video": "video/mp4"}[kind]
+            raise Refused("it is not a base64 data URL", f"pass data:{example};base64,...")
         decoded = _from_base64(data)
         if decoded is None:
-            raise _Refused("its base64 is not valid", "encode its file's bytes")
+            raise Refused("its base64 is not valid", "encode its file's bytes")
         return decoded
     if scheme in ("http", "https", "file") and not allow_urls:
-        raise _Refused("it is an address, and fetching is not allowed here", "pass a file")
+        raise Refused("it is an address, and fetching is not allowed here", "pass a file")
     if scheme in ("http", "https"):
-        return _fetch(text)
+        return _fetch(text, max_bytes)
     if scheme == "file":
         return Path(url2pathname(urlsplit(text).path))
     if os.path.isfile(text):
         return Path(text)
     decoded = _from_base64(text)
     if decoded is None or len(decoded) < _SMALLEST_FILE:
-        raise _Refused("it is not a file, an address or base64 of an image", "pass the path of an image file")
+        raise Refused(f"it is not a file, an address or base64 of {kind} data", f"pass the path of an existing {kind} file")
     return decoded
 
 
@@ -246,30 +257,31 @@ def _from_base64(text: str) -> bytes | None:
         return None
 
 
-def _fetch(url: str) -> bytes:
+def _fetch(url: str, max_bytes: int) -> bytes:
     # Not by the Hub's HTTP client, whose library has changed its name.
     request = Request(url, headers={"User-Agent": "dsvl"})
     try:
         with urlopen(request, timeout=FETCH_SECONDS) as response:
-            body = response.read(MAX_BYTES + 1)
+            body = response.read(max_bytes + 1)
     except (OSError, ValueError, HTTPException) as error:
-        raise _Refused(f"it was not fetched ({error})", "pass an address that answers, or a file") from error
-    if len(body) > MAX_BYTES:
-        raise _Refused(f"it is larger than {MAX_BYTES:,} bytes", "pass a smaller file")
+        raise Refused(f"it was not fetched ({error})", "pass an address that answers, or a file") from error
+    if len(body) > max_bytes:
+        raise Refused(f"it is larger than {max_bytes:,} bytes", "pass a smaller file")
     return bytes(body)
 
 
-def _open_path(path: str | os.PathLike) -> BinaryIO:
+def open_file(path: str | os.PathLike, kind: str = "image") -> BinaryIO:
+    """Open an image or video file for reading bytes."""
     if not os.path.isfile(path):  # nor is a pipe or a device opened, which may never end
-        raise _Refused("it does not exist, or is not a file", "pass the path of an image file")
+        raise Refused("it does not exist, or is not a file", f"pass the path of an existing {kind} file")
     try:
         return open(path, "rb")
     except OSError as error:
-        raise _Refused(f"its file cannot be opened ({error.strerror})", "make it readable") from error
+        raise Refused(f"its file cannot be opened ({error.strerror})", "make it readable") from error
 
 
-def _name(source: Any) -> str:
-    """How a message calls an image: by what finds it again, and never by its content."""
+def source_name(source: Any) -> str:
+    """How a message calls an image or a video: by what finds it again, and never by its content."""
     if isinstance(source, dict):
         source = next((source[key] for key in ("path", "bytes") if source.get(key) is not None), source)
     if isinstance(source, os.PathLike):
@@ -304,7 +316,7 @@ def _opened(file: BinaryIO, formats: Sequence[str], max_pixels: int) -> "Image.I
     return image
 
 
-def _unknown_format(file: BinaryIO, formats: Sequence[str]) -> _Refused:
+def _unknown_format(file: BinaryIO, formats: Sequence[str]) -> Refused:
     """The error for a file that is none of these formats, by its first bytes."""
     try:
         file.seek(0)
@@ -319,12 +331,12 @@ def _unknown_format(file: BinaryIO, formats: Sequence[str]) -> _Refused:
         if name not in formats and accepts is not None and accepts(start) is True:
             return _other_format(name, formats)
     remedy = f"pass one of {', '.join(formats)}, unbroken"
-    return _Refused("cannot identify its format", remedy, f"cannot be read; {remedy}")
+    return Refused("cannot identify its format", remedy, f"cannot be read; {remedy}")
 
 
-def _other_format(name: str | None, formats: Sequence[str]) -> _Refused:
+def _other_format(name: str | None, formats: Sequence[str]) -> Refused:
     remedy = f"pass one of {', '.join(formats)}"
-    return _Refused(f"its format is {name}", remedy, f"cannot be read: its format is {name}; {remedy}")
+    return Refused(f"its format is {name}", remedy, f"cannot be read: its format is {name}; {remedy}")
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -334,14 +346,14 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise _too_large(f"{width} x {height}", max_pixels)
 
 
-def _without_pixels(width: int, height: int) -> _Refused:
+def _without_pixels(width: int, height: int) -> Refused:
     remedy = "pass one with at least one pixel"
-    return _Refused(f"it has {width} x {height} pixels", remedy, f"has {width} x {height} pixels; {remedy}")
+    return Refused(f"it has {width} x {height} pixels", remedy, f"has {width} x {height} pixels; {remedy}")
 
 
-def _too_large(pixels: str, max_pixels: int) -> _Refused:
+def _too_large(pixels: str, max_pixels: int) -> Refused:
     remedy = f"at most {max_pixels:,} are taken, make it smaller"
-    return _Refused(f"it has {pixels} pixels", remedy, f"has {pixels} pixels; {remedy}")
+    return Refused(f"it has {pixels} pixels", remedy, f"has {pixels} pixels; {remedy}")
 
 
 # -- pixels --------------------------------------------------------------------------------------------------------------
@@ -355,10 +367,10 @@ def _to_rgb(image: "Image.Image", max_pixels: int) -> "Image.Image":
         # After loading: Pillow turns a TIFF by itself then, and says so here.
         orientation = image.getexif().get(_ORIENTATION, 1)
         upright = _to_mode_rgb(image)
-    except (_Refused, MemoryError):
+    except (Refused, MemoryError):
         raise
     except Exception as error:  # a broken file can make Pillow's readers raise anything
-        raise _Refused(
+        raise Refused(
             str(error) or type(error).__name__,
             "its file may be cut or broken, pass it whole",
             "cannot be decoded; its file may be cut or broken, pass it whole",
@@ -414,7 +426,7 @@ def _from_array(source: Any, max_pixels: int, input_data_format: str | None) -> 
     try:
         array = np.asarray(source)
     except Exception as error:  # a type of the caller's can raise anything
-        raise _Refused(f"it does not give an array ({error})", "pass a NumPy array") from error
+        raise Refused(f"it does not give an array ({error})", "pass a NumPy array") from error
     array = _channels_last(array, input_data_format)
     _check_size(array.shape[1], array.shape[0], max_pixels)
     array = np.ascontiguousarray(_to_bytes(array))
@@ -427,17 +439,17 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
         return array[..., None]
     expected = "pass (height, width), (height, width, channels) or (channels, height, width) with 1 to 4 channels"
     if array.ndim != 3:
-        raise _Refused(f"it has {array.ndim} dimensions", f"{expected}, and several images as a list")
+        raise Refused(f"it has {array.ndim} dimensions", f"{expected}, and several images as a list")
     if input_data_format not in (None, "channels_first", "channels_last"):
-        raise _Refused(f"input_data_format={input_data_format!r} is not known", "pass 'channels_first' or 'channels_last'")
+        raise Refused(f"input_data_format={input_data_format!r} is not known", "pass 'channels_first' or 'channels_last'")
     ends = {"channels_first": array.shape[0], "channels_last": array.shape[2]}
     possible = [name for name, channels in ends.items() if 1 <= channels <= 4 and input_data_format in (None, name)]
     if len(possible) == 2:
         possible = [name for name in possible if ends[name] >= 3] or possible
     if not possible:
-        raise _Refused(f"its shape {array.shape} has no channels", expected)
+        raise Refused(f"its shape {array.shape} has no channels", expected)
     if len(possible) == 2 and array.shape != (1, 1, 1):
-        raise _Refused(f"its shape {array.shape} may have its channels first or last", "pass input_data_format=")
+        raise Refused(f"its shape {array.shape} may have its channels first or last", "pass input_data_format=")
     return array if possible[0] == "channels_last" else np.moveaxis(array, 0, -1)
 
 
@@ -451,7 +463,7 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint16:
         return _scaled(values, 65535)
     if kind not in "iuf":
-        raise _Refused(f"its values are of type {values.dtype}", _RESCALE)
+        raise Refused(f"its values are of type {values.dtype}", _RESCALE)
     low, high = values.min(), values.max()
     if kind in "iu" and low >= 0 and high <= 65535:
         return values.astype(np.uint8) if high <= 255 else _scaled(values, 65535)
@@ -460,16 +472,16 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
         return _rounded(values, 255)
     if kind == "f" and low >= -0.5 and 2 <= high <= 255.5:
         if values.ndim == 3 and values.shape[2] in (2, 4) and 0 < values[..., -1].max() <= 1:
-            raise _Refused(f"its values go up to {high:g} and its alpha to {values[..., -1].max():g}", _RESCALE)
+            raise Refused(f"its values go up to {high:g} and its alpha to {values[..., -1].max():g}", _RESCALE)
         return _rounded(values, 1)
     features = ", or what a vision tower gave as image_features=" if values.ndim == 3 and values.shape[2] == 1 else ""
-    raise _Refused(f"its values lie between {low:g} and {high:g}, which are not grey levels", _RESCALE + features)
+    raise Refused(f"its values lie between {low:g} and {high:g}, which are not grey levels", _RESCALE + features)
 
 
 def _scaled(values: np.ndarray, largest: int) -> np.ndarray:
     """Integers of 0..largest as 0..255."""
     if values.max() > largest or values.min() < 0:
-        raise _Refused(f"its values lie between {values.min()} and {values.max()}", f"expected 0 to {largest}")
+        raise Refused(f"its values lie between {values.min()} and {values.max()}", f"expected 0 to {largest}")
     if largest == 65535:  # in the type's own width: 65535 is 255 times 257
         return (values // 257).astype(np.uint8)
     return (values.astype(np.uint32) * 255 // largest).astype(np.uint8)
@@ -553,3 +565,10 @@ def pillow_filter(resample: Any) -> "Image.Resampling":
     if resample is None:
         return Image.Resampling.BILINEAR
     return Image.Resampling(resample) if isinstance(resample, int) else Image.Resampling[str(resample.value).upper()]
+
+
+def tower_size(image_processor: Any) -> tuple[int, "Image.Resampling"]:
+    """The shorter side, in pixels, to which an image processor brings images (448 if unknown), and its filter."""
+    size = _sides(getattr(image_processor, "size", None), True)
+    edge = size.get("shortest_edge") or max(size.get("height", 0), size.get("width", 0)) or size.get("longest_edge")
+    return edge or 448, pillow_filter(getattr(image_processor, "resample", None))

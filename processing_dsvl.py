@@ -9,19 +9,21 @@ from tokenizers.normalizers import Replace, Sequence
 from transformers import AddedToken, ProcessorMixin
 
 from .image_layouts_dsvl import DECIDED, FRAME, ImageLayout, mean_colour
-from .image_reading_dsvl import fit_thin_image, image_size, pillow_filter, read_image
+from .image_reading_dsvl import fit_thin_image, image_size, pillow_filter, read_image, tower_size
 from .transformers_dsvl import MultiModalData, ProcessingKwargs, Unpack
+from .video_reading_dsvl import MAX_FRAMES, VIDEO_FPS, VideoSampling, expand_videos, has_times, mark_frames
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 
 # DeepSpeed-VisualChat's prompt format. The images of a turn stand before its question, numbered across the conversation;
 # an image in the middle of a sentence leaves its name there. `number_after` repeats the number behind each image: under
-# MMCA an image's tokens cannot see the number before them.
+# MMCA an image's tokens cannot see the number before them. A video's frames stand under its number,
+# each before its time.
 CHAT_TEMPLATE = """\
 {%- set system = "You are a helpful language and vision assistant. You are able to understand the visual content that \
 the user provides, and assist the user with a variety of tasks using natural language." -%}
-{%- set state = namespace(images=0, with_image=false, text="", system=system) -%}
+{%- set state = namespace(images=0, videos=0, with_image=false, text="", system=system) -%}
 {%- macro read(content) -%}
   {%- if content is string -%}{{- content -}}
   {%- else -%}
@@ -43,7 +45,20 @@ the user provides, and assist the user with a variety of tasks using natural lan
     {%- set state.text = "" -%}
     {%- set state.with_image = false -%}
     {%- for part in parts -%}
-      {%- if part.type == "image" -%}
+      {%- if part.type == "image" and part.time -%}
+        {%- set state.with_image = true -%}
+        {%- if part.frame == 1 -%}
+          {%- set state.videos = state.videos + 1 -%}
+          {{- "### Video " ~ state.videos ~ ":\\n" -}}
+        {%- endif -%}
+        {{- "<image>" ~ part.time ~ "\\n" -}}
+        {%- if part.frame == part.frames -%}
+          {%- if number_after -%}{{- "(video " ~ state.videos ~ ")\\n" -}}{%- endif -%}
+          {%- if state.text and parts[loop.index:] | selectattr("type", "equalto", "text") | list -%}
+            {%- set state.text = state.text ~ "Video " ~ state.videos -%}
+          {%- endif -%}
+        {%- endif -%}
+      {%- elif part.type == "image" -%}
         {%- set state.images = state.images + 1 -%}
         {%- set state.with_image = true -%}
         {{- "### Image " ~ state.images ~ ":\\n<image>\\n" -}}
@@ -121,6 +136,8 @@ class DSVLProcessor(ProcessorMixin):
         tile_size: side of a tile, in pixels; with `image_layout="native"` of the square that becomes one token.
         fixed_length: whether every tile takes `image_seq_length` tokens; False for native images whose number of tokens
             follows their size.
+        video_fps: how many frames of a second of video are read, *optional*, defaults to 2.0.
+        max_frames: how many frames of a video are read at most, *optional*, defaults to 64.
     """
 
     return_mm_token_type_ids = True
@@ -137,8 +154,12 @@ class DSVLProcessor(ProcessorMixin):
         max_tiles: int = 12,
         max_image_tokens: int = 256,
         fixed_length: bool = True,
+        video_fps: float = VIDEO_FPS,
+        max_frames: int = MAX_FRAMES,
         **kwargs: Any,
     ) -> None:
+        self.video_fps, self.max_frames = video_fps, max_frames
+        VideoSampling(video_fps, max_frames)  # checks them
         self.image_seq_length = image_seq_length
         self.number_after = number_after
         self.image_layout, self.tile_size, self.max_tiles = image_layout, tile_size, max_tiles
@@ -180,7 +201,8 @@ class DSVLProcessor(ProcessorMixin):
         """
         for name in ("videos", "audio"):  # which transformers drops silently if no part takes them
             if kwargs.pop(name, None) is not None:  # type: ignore[misc]
-                raise TypeError(f"DSVLProcessor takes images and text; {name}= cannot be processed.")
+                remedy = " Pass videos in messages, to apply_chat_template." if name == "videos" else ""
+                raise TypeError(f"DSVLProcessor takes images and text; {name}= cannot be processed.{remedy}")
         if image_features is not None:
             if images is not None:
                 raise ValueError("Pass images or image_features, not both: they are the same images.")
@@ -209,16 +231,23 @@ class DSVLProcessor(ProcessorMixin):
 
         Args:
             conversation: messages `{"role", "content"}`; content is a text, or a list of parts
-                `{"type": "text", "text"}` and `{"type": "image", "image" | "path" | "url" | "base64"}` in reading order; or
-                `{"type": "image", "image_features", "image_size"}`, see `__call__`.
+                `{"type": "text", "text"}`, `{"type": "image", "image" | "path" | "url" | "base64"}` and `{"type": "video",
+                "video" | "path" | "url" | "base64"}` in reading order; or `{"type": "image", "image_features",
+                "image_size"}`, see `__call__`. A video becomes images with their times, see `expand_videos`.
             kwargs: see `ProcessorMixin.apply_chat_template`.
 
         A special token in the text of a message is plain text: it never becomes an image or the end of an answer.
         """
         if isinstance(conversation, dict) and "messages" in conversation:
             conversation = conversation["messages"]
+        conversation = self.expand_videos(conversation)
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = templates.get(chat_template or "default") or chat_template or ""
+        if has_times(conversation) and "part.time" not in template:
+            raise ValueError(
+                "This checkpoint's chat template does not know videos: it does not write the time of a frame (part.time). "
+                "Prepare it again with dsvl.prepare_chat_template, or pass the frames as images."
+            )
         if "number_after" in template and self.number_after is not None:
             kwargs.setdefault("number_after", self.number_after)
         if "mark_answers" in template:
@@ -231,18 +260,46 @@ class DSVLProcessor(ProcessorMixin):
             kwargs["processor_kwargs"] = options | (kwargs.get("processor_kwargs") or {})
         return super().apply_chat_template(self._protect(conversation), chat_template=chat_template, **kwargs)
 
+    @property
+    def video_sampling(self) -> VideoSampling:
+        """Which frames of a video are read, and how large: as the image processor resizes images."""
+        edge, resample = tower_size(self.image_processor)
+        if self.image_layout == "native":
+            edge = int(self.max_image_tokens**0.5 * self.tile_size)
+        return VideoSampling(self.video_fps, self.max_frames, edge, int(resample))
+
+    def expand_videos(self, conversation: Any, **options: Any) -> Any:
+        """Replace the videos of a conversation, or of a batch of them, by their frames, which are decoded later.
+
+        Args:
+            options: `fetch` and `limits` of `video_reading_dsvl.expand_videos`.
+        """
+        if isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple)):
+            return [self.expand_videos(one, **options) for one in conversation]
+        if not isinstance(conversation, (list, tuple)):
+            return conversation
+        return mark_frames(expand_videos(conversation, self.video_sampling, **options))
+
     def count_tokens(self, conversation: Any, add_generation_prompt: bool = False) -> int:
         """The number of tokens of a conversation, including those of its images. Images are not decoded; where their tokens
         follow their size, the header of their file is read."""
+        conversation = self.expand_videos(conversation)
         text = self.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
         lengths = [self.image_seq_length] * text.count(self.image_token)
         if self.layout is not None and lengths:
-            grids = [self.layout.grid(*_size_of(part), is_frame="time" in part) for part in image_parts(conversation)]
+            grids = [self._grid_of(part) for part in image_parts(conversation)]
             pieces = text.split(self.image_token)
             placeholders = [self.layout.text(self.image_token, *grid) for grid in grids]
             text = pieces[0] + "".join(one + piece for one, piece in zip(placeholders, pieces[1:], strict=True))
             lengths = [length for grid in grids for length in self._tile_lengths(*grid)]
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) + sum(lengths) - len(lengths)
+
+    def _grid_of(self, part: dict[str, Any]) -> tuple[int, int]:
+        """Rows and columns of an image of a conversation. A frame of a video is decoded only if its size matters."""
+        is_frame = bool(part.get("time"))
+        size = (1, 1) if is_frame and self.image_layout != "native" else _size_of(part)
+        assert self.layout is not None
+        return self.layout.grid(*size, is_frame=is_frame)
 
     def _tile_lengths(self, rows: int, columns: int) -> list[int]:
         """The number of tokens of each tile of an image."""
@@ -257,7 +314,7 @@ class DSVLProcessor(ProcessorMixin):
         if not isinstance(part, dict):
             return part
         marked = dict(part)
-        for key in ("content", "text"):
+        for key in ("content", "text", "time"):
             if isinstance(part.get(key), str):
                 text = part[key].replace(MARK, "")
                 for token in self._special_tokens():

@@ -11,7 +11,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser("chat", help="talk to a checkpoint in the terminal")
     parser.add_argument("model", type=check_exists, metavar="DIR", help="a checkpoint directory, or a name on the Hub")
     parser.add_argument("--image", nargs="+", action="extend", default=[], help="images for the first question")
-    parser.add_argument("--allow-urls", action="store_true", help="allow images to be http(s) URLs, which are downloaded")
+    parser.add_argument("--video", nargs="+", action="extend", default=[], help="videos for the first question")
+    parser.add_argument(
+        "--allow-urls", action="store_true", help="allow images and videos to be http(s) URLs, which are downloaded"
+    )
     parser.add_argument("--system", help="the system message (default: the checkpoint's)")
     parser.add_argument("--load", type=check_exists, metavar="DIR", help="continue a saved conversation")
     parser.add_argument("--stats", action="store_true", help="print token counts and times after each answer")
@@ -57,4 +60,5 @@ def _chat(arguments: argparse.Namespace) -> None:
     if arguments.system is not None:
         terminal.set_system(arguments.system)
     terminal.add_images(arguments.image)
+    terminal.add_videos(arguments.video)
     terminal.run()

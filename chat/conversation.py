@@ -15,8 +15,11 @@ from PIL import Image
 
 from ..acceleration.image_cache import reuse_is_exact
 from ..composition.chat_template import check_template_variables
-from ..data.messages import SOURCES
+from ..data.messages import FRAME_KEYS, SOURCES
+from ..image_layouts_dsvl import FRAME
 from ..utils.image_loading import open_image
+from ..utils.video_loading import open_video, with_frames
+from ..video_reading_dsvl import Video, is_video
 from .detokenizer import stream_text
 from .prompt_cache import CachedImage, PromptCache, new_cache
 from .prompts import count_positions, prompt_ids
@@ -127,11 +130,13 @@ class DSVLChat:
 
     # -- a turn --------------------------------------------------------------------------------------------------------
 
-    def ask(self, text: str, images: Sequence[Any] | Any = (), **generation: Any) -> str:
+    def ask(self, text: str, images: Sequence[Any] | Any = (), videos: Sequence[Any] | Any = (), **generation: Any) -> str:
         """Ask a question and return the whole answer. The arguments are those of `stream`."""
-        return "".join(self.stream(text, images, **generation))
+        return "".join(self.stream(text, images, videos, **generation))
 
-    def stream(self, text: str, images: Sequence[Any] | Any = (), **generation: Any) -> Generator[str, None, None]:
+    def stream(
+        self, text: str, images: Sequence[Any] | Any = (), videos: Sequence[Any] | Any = (), **generation: Any
+    ) -> Generator[str, None, None]:
         """Ask a question and yield the answer in pieces of text as it is generated.
 
         Question and answer are appended to `messages` when the answer ends. Closing the iterator, or an interruption, stops
@@ -142,25 +147,31 @@ class DSVLChat:
             text: the question.
             images (*optional*): one image or several, placed before the question; whatever `read_image` takes, and URLs if
                 `allow_urls`.
+            videos (*optional*): one video or several, placed behind the images; whatever `read_video` takes, or a `Video`.
+                Their frames become part of `messages`, as images with a time.
             generation: arguments of `generate()` for this turn only.
 
         Raises:
-            ValueError: if an image cannot be opened, or the context would overflow.
+            ValueError: if an image or a video cannot be opened, or the context would overflow.
             RuntimeError: if another answer has not ended yet.
         """
         if self._answering:
             raise RuntimeError("An answer is still being given; read it to its end, or close() its iterator.")
         self._answering = True
         try:
-            yield from self._turn(text, images, self.generation | generation)
+            yield from self._turn(text, images, videos, self.generation | generation)
         finally:
             self._answering = False
 
-    def _turn(self, text: str, images: Sequence[Any] | Any, options: dict[str, Any]) -> Iterator[str]:
+    def _turn(
+        self, text: str, images: Sequence[Any] | Any, videos: Sequence[Any] | Any, options: dict[str, Any]
+    ) -> Iterator[str]:
         started = time.perf_counter()
         static = self._complete_options(options)
         images = images if isinstance(images, (list, tuple)) else [images]
         parts = [{"type": "image", "image": self._private_copy(image)} for image in images]
+        for video in videos if isinstance(videos, (list, tuple)) else [videos]:
+            parts += self._frames(video)
         question = {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
         self._open_images()
         messages, ids, dropped = self._fit_context([*self.messages, question], options["max_new_tokens"], static)
@@ -210,14 +221,26 @@ class DSVLChat:
         image.readonly = 1  # drawing on it allocates new pixels (see `CachedImage`)
         return image
 
+    def _frames(self, source: Any) -> list[dict[str, Any]]:
+        """The frames of a video as parts of a message."""
+        sampling = self.processor.video_sampling
+        video = source if isinstance(source, Video) else open_video(source, sampling, self.allow_urls)
+        return [part | {"image": self._private_copy(part["image"])} for part in video.parts()]
+
     def _open_images(self) -> None:
-        """Open, once, the images that edited messages name by path, URL or bytes."""
+        """Open, once, the images and videos that edited messages name by path, URL or bytes."""
+        sampling = self.processor.video_sampling
         for message in self.messages:
+            if isinstance(message["content"], list) and any(map(is_video, message["content"])):
+                message["content"] = with_frames([message], sampling, self.allow_urls)[0]["content"]
             for part in message["content"] if isinstance(message["content"], list) else []:
                 if part["type"] == "image" and not _is_private_copy(part.get("image")):
                     image = self._private_copy(_image_source(part))
+                    of_video = {key: part[key] for key in FRAME_KEYS if key in part}
+                    if of_video:
+                        image.info[FRAME] = True
                     part.clear()
-                    part.update(type="image", image=image)
+                    part.update(type="image", image=image, **of_video)
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -236,7 +259,7 @@ class DSVLChat:
                 raise ValueError(
                     f"The context holds {self.context_length} {unit}, but {taken} {unit} of "
                     f"{'conversation' if shorter is not None else 'the last question alone'} and {max_new_tokens} for the "
-                    f"answer are needed; pass a smaller max_new_tokens or fewer images{more}."
+                    f"answer are needed; pass a smaller max_new_tokens or fewer images or frames{more}."
                 )
             messages, dropped = shorter, dropped + 1
             ids = prompt_ids(self.processor, messages, **self.chat_template_kwargs)

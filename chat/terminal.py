@@ -13,9 +13,12 @@ from urllib.parse import unquote
 import torch
 
 from ..utils.image_loading import IMAGE_SUFFIXES, open_image
+from ..utils.video_loading import VIDEO_SUFFIXES, open_video
+from ..video_reading_dsvl import Video
 from .conversation import DSVLChat
 
 PROMPT = "> "
+SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 ALIASES = {"exit": "/quit", "quit": "/quit", "clear": "/clear"}  # commands without a slash, alone on a line
 
 # What terminals insert when a file is dropped on them: an absolute path, quoted or with escaped spaces, or a file:// URL.
@@ -26,8 +29,8 @@ _DROPPED = re.compile(
 )
 
 
-def dropped_images(line: str) -> tuple[str, list[str]]:
-    """Find the paths of existing image files that were dropped into a line.
+def dropped_files(line: str) -> tuple[str, list[str]]:
+    """Find the paths of existing image and video files that were dropped into a line.
 
     Returns:
         The line without those paths, and the paths.
@@ -39,7 +42,7 @@ def dropped_images(line: str) -> tuple[str, list[str]]:
         if path.startswith("file://"):
             path = unquote(path.removeprefix("file://").removeprefix("localhost"))
         whole = Path(path).expanduser()
-        if whole.suffix.lower() not in IMAGE_SUFFIXES or not whole.is_file():
+        if whole.suffix.lower() not in SUFFIXES or not whole.is_file():
             return match[0]
         paths.append(str(whole))
         return ""
@@ -49,8 +52,8 @@ def dropped_images(line: str) -> tuple[str, list[str]]:
 
 
 def _path_with_spaces(line: str) -> str | None:
-    """The unquoted path of an image file, with spaces, at the beginning of a line; None if there is none."""
-    ends = [match.end() for match in re.finditer("|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES), line, re.I)]
+    """The unquoted path of an image or video file, with spaces, at the beginning of a line; None if there is none."""
+    ends = [match.end() for match in re.finditer("|".join(re.escape(suffix) for suffix in SUFFIXES), line, re.I)]
     paths = (line[:end] for end in ends)
     return next((path for path in paths if " " in path and Path(path).expanduser().is_file()), None)
 
@@ -65,6 +68,15 @@ def _split(rest: str) -> list[str]:
         return shlex.split(rest)
     except ValueError:
         raise ValueError(f"{rest} has an unbalanced quotation mark; quote the whole: {shlex.quote(rest)}") from None
+
+
+def _paths(rest: str, kind: str) -> list[str]:
+    """The paths behind `/image` or `/video`."""
+    if not rest:
+        raise ValueError(f"/{kind} takes the paths of {kind}s; quote those with spaces.")
+    if " " in rest and Path(rest).expanduser().is_file():
+        raise ValueError(f"{rest} is a path with spaces; quote it: /{kind} {shlex.quote(rest)}")
+    return [unquote(path.removeprefix("file://")) if "file://" in path else path for path in _split(rest)]
 
 
 def printable(text: str) -> str:
@@ -123,8 +135,10 @@ class Terminal:
     def __init__(self, chat: DSVLChat, read: Callable[[], str], stats: bool = False) -> None:
         self.chat, self.read, self.stats = chat, read, stats
         self.pending_images: list[Any] = []  # for the next question
+        self.pending_videos: list[Video] = []
         self.commands: dict[str, tuple[Callable[[str], None], str, str]] = {
             "/image": (self._image, "PATH...", "add images to the next question; you can also drop files into a line"),
+            "/video": (self._video, "PATH...", "add videos to the next question"),
             "/clear": (self._clear, "", "start a new conversation with the same system message; also: clear"),
             "/system": (self.set_system, "TEXT", "set the system message; without TEXT, use the checkpoint's"),
             "/save": (self._save, "DIR", "save the conversation and its images into a directory"),
@@ -159,12 +173,14 @@ class Terminal:
         if name in self.commands:
             self.commands[name][0](rest.strip())
             return
-        text, paths = dropped_images(line)
+        text, paths = dropped_files(line)
         if name.startswith("/") and not paths:
             if spaced := _path_with_spaces(line.strip()):
                 raise ValueError(f"{spaced} is a path with spaces; quote it: {shlex.quote(spaced)}")
             raise ValueError(f"{name} is not a command; /help lists them.")
-        self.add_images(paths)
+        videos = [path for path in paths if path.lower().endswith(VIDEO_SUFFIXES)]
+        self.add_videos(videos)
+        self.add_images(path for path in paths if path not in videos)
         if text:
             self._ask(text)
 
@@ -176,13 +192,22 @@ class Terminal:
             count = len(self.pending_images)
             print(f"({count} {'image' if count == 1 else 'images'} added to the next question)")
 
+    def add_videos(self, sources: Iterable[str]) -> None:
+        """Read videos for the next question. If one cannot be read, none is added."""
+        opened = [open_video(one, self.chat.processor.video_sampling, self.chat.allow_urls) for one in sources]
+        added = "; ".join(f"{len(one.frames)} frames of {one.duration:.1f} s" for one in opened)
+        self.pending_videos += opened
+        if opened:
+            count = len(self.pending_videos)
+            print(f"({count} {'video' if count == 1 else 'videos'} added to the next question; {added})")
+
     def _ask(self, text: str) -> None:
         try:
-            with closing(self.chat.stream(text, self.pending_images)) as pieces:
+            with closing(self.chat.stream(text, self.pending_images, self.pending_videos)) as pieces:
                 for piece in pieces:
                     print(printable(piece), end="", flush=True)
-                    self.pending_images = []  # they belong to the conversation now
-                self.pending_images = []
+                    self.pending_images, self.pending_videos = [], []  # they belong to the conversation now
+                self.pending_images, self.pending_videos = [], []
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print()
@@ -196,17 +221,16 @@ class Terminal:
     # -- commands ------------------------------------------------------------------------------------------------------
 
     def _image(self, rest: str) -> None:
-        if not rest:
-            raise ValueError("/image takes the paths of images; quote those with spaces.")
-        if " " in rest and Path(rest).expanduser().is_file():
-            raise ValueError(f"{rest} is a path with spaces; quote it: /image {shlex.quote(rest)}")
-        self.add_images(unquote(path.removeprefix("file://")) if "file://" in path else path for path in _split(rest))
+        self.add_images(_paths(rest, "image"))
+
+    def _video(self, rest: str) -> None:
+        self.add_videos(_paths(rest, "video"))
 
     def _clear(self, rest: str) -> None:
         system = self.chat.messages[:1] if self._has_system() else []
         self.chat.reset()
         self.chat.messages += system
-        self.pending_images = []
+        self.pending_images, self.pending_videos = [], []
 
     def _has_system(self) -> bool:
         return bool(self.chat.messages) and self.chat.messages[0]["role"] == "system"

@@ -152,6 +152,7 @@ def prepare_chat_template(
         SEPARATORS=_literal(_separators(tree)),
         HAS_MARKS=json.dumps(marked != body),
         TAKES_PARTS=json.dumps(takes_parts),
+        TAKES_TIMES=json.dumps("part.time" in body),
         DROPPED=_literal(probe.dropped()),
         DROPPED_WITH_TOOLS=_literal(probe.dropped([TOOL])),
         KNOWN_ROLES=_literal(sorted({*ROLES, *_constants(tree)}) if probe.drops_unknown_roles() else []),

@@ -16,7 +16,7 @@ FILE_FORMATS = "JSON lines or a JSON array (.jsonl, .ndjson, .json, also .gz), .
 
 
 class TableRecords(Records):
-    """Rows of a `datasets.Dataset`; images are not decoded.
+    """Rows of a `datasets.Dataset`; images and videos are not decoded.
 
     Args:
         rows (`datasets.Dataset`): The data set.
@@ -140,11 +140,11 @@ def load_table(source: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def without_decoding(feature: Any) -> Any:
-    """A copy of a feature of `datasets`, or of a dict of features, that does not decode images."""
+    """A copy of a feature of `datasets`, or of a dict of features, that does not decode images and videos."""
     import datasets
 
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
+    if isinstance(feature, (datasets.Image, datasets.Video)):
+        return type(feature)(decode=False)
     if isinstance(feature, dict):
         return type(feature)({key: without_decoding(inner) for key, inner in feature.items()})
     inner = getattr(feature, "feature", None)  # of a sequence

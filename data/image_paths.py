@@ -1,4 +1,4 @@
-"""Resolves the images that a record names: relative paths, `file://` URLs, data URLs, and images stored by `datasets`."""
+"""Resolves the images and videos that a record names: paths, `file://` and data URLs, and what `datasets` stores."""
 
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from .messages import is_given
 
 
 def resolve_images(sample: dict[str, Any], root: Path | None) -> dict[str, Any]:
-    """Resolve all images of a sample; see `resolve_image`.
+    """Resolve all images and videos of a sample; see `resolve_image`.
 
     Raises:
         ValueError: For a broken data URL, or a stored image without bytes and path.
     """
-    if isinstance(sample.get("images"), list):
-        sample = sample | {"images": [resolve_image(image, root) for image in sample["images"]]}
+    for key in ("images", "videos"):
+        if isinstance(sample.get(key), list):
+            sample = sample | {key: [resolve_image(source, root) for source in sample[key]]}
     if not isinstance(sample.get("messages"), list):
         return sample
     messages = []
@@ -33,12 +34,14 @@ def resolve_image(image: Any, root: Path | None = None) -> Any:
 
     Args:
         image: A path, `file://` URL, http(s) URL, data URL, bytes, PIL image, or an image as `datasets` stores it:
-            `{"bytes": ..., "path": ...}`.
+            `{"bytes": ..., "path": ...}`; or a list of these, the frames of a video.
         root (`Path`, *optional*): The folder to which relative paths refer. Without it they are returned unchanged.
 
     Raises:
         ValueError: For a broken data URL, or a stored image without bytes and path.
     """
+    if isinstance(image, list):
+        return [resolve_image(one, root) for one in image]
     if isinstance(image, dict):
         extra = set(image) - {"bytes", "path"}
         source = image["bytes"] if is_given(image.get("bytes")) else image.get("path")
@@ -57,10 +60,11 @@ def resolve_image(image: Any, root: Path | None = None) -> Any:
 
 
 def _resolve_part(part: Any, root: Path | None) -> Any:
-    if not isinstance(part, dict) or part.get("type") != "image":
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("image", "video"):
         return part
-    found = {key: resolve_image(part[key], root) for key in ("image", "path", "url") if is_given(part.get(key))}
+    found = {key: resolve_image(part[key], root) for key in (kind, "path", "url") if is_given(part.get(key))}
     for key, source in found.items():
         part = {name: value for name, value in part.items() if name != key}
-        part["image" if not isinstance(source, str) else key] = source
+        part[kind if not isinstance(source, str) else key] = source
     return part

@@ -96,11 +96,13 @@ def measure(
     length: Callable[[dict[str, Any]], int],
     max_images: int | None,
     bad: BadSamples,
+    count: Callable[[dict[str, Any]], int] | None = None,
 ) -> Iterator[tuple[T, int, int]]:
     """Measure items for `pack`: (item, its conversation, its images) -> (item, its tokens, its images)."""
     for item, sample, images in items:
         tokens = None
         with bad.sample(location_of(sample)):
+            images = images if count is None else count(sample)
             if max_images is not None and images > max_images:
                 raise ValueError(f"A conversation has {images} images, more than the {max_images} that a pack may have.")
             tokens = length(sample)
@@ -114,10 +116,11 @@ def pack_stream(
     max_tokens: int,
     max_images: int | None,
     bad: BadSamples,
+    count: Callable[[dict[str, Any]], int] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Pack a stream of conversations; see `pack`."""
     items = ((sample, sample, len(images_of(complete_messages(sample)))) for sample in samples)
-    for one in pack(measure(items, length, max_images, bad), max_tokens, max_images):
+    for one in pack(measure(items, length, max_images, bad, count), max_tokens, max_images):
         yield one.items
 
 
@@ -130,6 +133,8 @@ class PackedConversations(Dataset):
         max_tokens, max_images: See `pack`.
         seed (`int`, *optional*, defaults to 0): The seed of the order in which conversations are packed.
         on_bad_sample, max_bad_samples: What to do with conversations that cannot be used; see `BadSamples`.
+        count (`Callable`, *optional*): Conversation -> its number of images, the frames of videos included; defaults to the
+            method `images`, for which a video is one image.
 
     Attributes:
         source, skipped: See `Conversations`.
@@ -145,13 +150,14 @@ class PackedConversations(Dataset):
         seed: int = 0,
         on_bad_sample: str = "error",
         max_bad_samples: float = MAX_BAD_SAMPLES,
+        count: Callable[[dict[str, Any]], int] | None = None,
     ) -> None:
         self.data, self.source, self.skipped = data, data.source, data.skipped
         order = list(range(len(data)))
         Random(f"{seed} packs").shuffle(order)
         bad = BadSamples(on_bad_sample, max_bad_samples, self.source, total=len(data))
         items = ((index, data[index], data.images(index)) for index in order)
-        packs = list(pack(measure(items, length, max_images, bad), max_tokens, max_images))
+        packs = list(pack(measure(items, length, max_images, bad, count), max_tokens, max_images))
         self.skipped += bad.count
         if bad.count:
             logger.warning("%s: %d conversations cannot be packed and were skipped.", self.source, bad.count)

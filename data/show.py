@@ -14,6 +14,7 @@ from ..image_reading_dsvl import read_image
 from ..processing_dsvl import CHAT_TEMPLATE, MARK
 from ..utils.image_loading import fetch_image_source, thumbnail_data_url
 from ..utils.transformers_names import render_jinja_template
+from ..utils.video_loading import with_frames
 from .conversations import Conversations, load_conversations
 from .messages import complete_messages, images_of, is_trained, location_of
 from .sample_errors import BadSamples
@@ -43,7 +44,8 @@ class Shown:
     Attributes:
         text (`str`): The rendered conversation, with a placeholder for each image.
         trained (`list[tuple[int, int]]`): The (start, end) of each span of the text that is trained on, in characters.
-        images (`list[PIL.Image.Image]`): The decoded images, in reading order.
+        images (`list[PIL.Image.Image]`): The decoded images and frames of videos, in reading order.
+        names (`list[str]`): Their names, such as "Image 1" and "Video 1 at 0.5 s".
         seen (`list[PIL.Image.Image]`): For each image, what the vision tower gets of it; empty without a processor.
         tokens (`int`, *optional*): The number of tokens that the model reads, with a processor.
     """
@@ -51,6 +53,7 @@ class Shown:
     text: str
     trained: list[tuple[int, int]]
     images: list[Any]
+    names: list[str]
     seen: list[Any]
     tokens: int | None
 
@@ -75,7 +78,8 @@ def render(sample: dict[str, Any], processor: Any = None, allow_urls: bool = Fal
     Raises:
         ValueError: If an image cannot be read, or the template does not mark answers that have weights.
     """
-    messages = complete_messages(sample)
+    sampling = None if processor is None else processor.video_sampling
+    messages = with_frames(complete_messages(sample), sampling, allow_urls)
     check_template_takes(messages, CHAT_TEMPLATE if processor is None else processor.chat_template)
     template, variables = CHAT_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>"}
     if processor is not None:
@@ -92,9 +96,20 @@ def render(sample: dict[str, Any], processor: Any = None, allow_urls: bool = Fal
         raise ValueError("an answer has the weight 0, but the chat template does not mark each answer; remove it.")
     images = [read_image(fetch_image_source(source, allow_urls), allow_urls=False) for source in images_of(messages)]
     if processor is None:
-        return Shown(text, trained, images, [], None)
+        return Shown(text, trained, images, _names(messages), [], None)
     seen = [seen_image(image, processor) for image in images]
-    return Shown(text, trained, images, seen, processor.count_tokens(messages))
+    return Shown(text, trained, images, _names(messages), seen, processor.count_tokens(messages))
+
+
+def _names(messages: list[dict[str, Any]]) -> list[str]:
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    images = videos = 0
+    names = []
+    for part in (part for part in parts if part["type"] == "image"):
+        time = part.get("time")
+        images, videos = images + (not time), videos + (bool(time) and part["frame"] == 1)
+        names.append(f"Video {videos} at {time}" if time else f"Image {images}")
+    return names
 
 
 def seen_image(image: Any, processor: Any) -> Image.Image:
@@ -171,11 +186,11 @@ def show_page(source: str, path: str | Path, number: int = 3, processor: Any = N
     sections = []
     for position, shown in enumerate(found, start=1):
         figures = ""
-        for index, image in enumerate(shown.images, start=1):
-            figures += _figure(image, f"Image {index}: {image.width} x {image.height}")
+        for index, (image, name) in enumerate(zip(shown.images, shown.names, strict=True)):
+            figures += _figure(image, f"{name}: {image.width} x {image.height}")
             if shown.seen:
-                seen = shown.seen[index - 1]
-                figures += _figure(seen, f"Image {index} as the model sees it: {seen.width} x {seen.height}")
+                seen = shown.seen[index]
+                figures += _figure(seen, f"{name} as the model sees it: {seen.width} x {seen.height}")
         text = "".join(f"<mark>{html.escape(p)}</mark>" if trained else html.escape(p) for p, trained in shown.pieces())
         sections.append(f"<section><h2>{position}</h2><p>{_about(shown)}</p>{figures}<pre>{text}</pre></section>")
     page = PAGE.format(title=html.escape(Path(source).name), total=len(data), sections="\n".join(sections))
@@ -187,7 +202,10 @@ def _figure(image: Any, caption: str) -> str:
 
 
 def _about(shown: Shown) -> str:
-    sizes = ", ".join(f"{image.width} x {image.height}" for image in shown.images)
+    named = zip(shown.images, shown.names, strict=True)
+    sizes = ", ".join(f"{image.width} x {image.height}" for image, name in named if name.startswith("Image"))
+    if frames := sum(name.startswith("Video") for name in shown.names):
+        sizes += ("; " if sizes else "") + f"{frames} frames of videos"
     if shown.seen:
         sizes += f"; the model sees {shown.seen[0].width} x {shown.seen[0].height} of each"
     about = f"{len(shown.images)} images ({sizes})" if shown.images else "no image"

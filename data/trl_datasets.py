@@ -13,10 +13,21 @@ from typing import Any
 from ..image_reading_dsvl import read_image
 from ..utils.image_loading import fetch_image_source
 from ..utils.text import shortened
+from ..utils.video_loading import frame_file, with_frames
+from ..video_decoding_dsvl import VideoSampling
 from .conversations import load_conversations, log_unread
 from .dataset_files import import_datasets, open_records
 from .image_paths import resolve_images
-from .messages import MEANINGFUL, SAMPLE_KEYS, check_conversation, complete_messages, images_of, is_given, location_of
+from .messages import (
+    FRAME_KEYS,
+    MEANINGFUL,
+    SAMPLE_KEYS,
+    check_conversation,
+    complete_messages,
+    images_of,
+    is_given,
+    location_of,
+)
 from .sample_errors import BadSample, one_sample
 
 # The columns of each kind, by the names of TRL's data set types. All have `images` too.
@@ -27,14 +38,16 @@ COLUMNS = {
     "unpaired": ("prompt", "completion", "label"),  # unpaired preference: KTO
 }
 OWN_KEYS = ("id", "weight", "references")  # of messages, for this package
-BESIDE = ("images", "id")  # further keys of preferences that are known; id is not a column
+BESIDE = ("images", "videos", "id")  # further keys of preferences that are known; id is not a column
 ROWS_AT_ONCE = 1000  # rows that exist as Python objects at the same time
 
 
-def trl_dataset(source: str | Path, kind: str = "messages", split: str = "train") -> Any:
+def trl_dataset(
+    source: str | Path, kind: str = "messages", split: str = "train", sampling: VideoSampling | None = None
+) -> Any:
     """Read a file into the `datasets.Dataset` that a trainer of TRL takes.
 
-    Texts and paths of images are held in memory; images are decoded when a row is read.
+    Texts, paths of images, and frames of videos as PNG files are held in memory; images are decoded when a row is read.
 
     Args:
         source (`str` or `Path`): See `load_conversations`. Relative image paths refer to the folder of the file.
@@ -47,10 +60,11 @@ def trl_dataset(source: str | Path, kind: str = "messages", split: str = "train"
             - `"unpaired"`: records of `prompt`, `completion` (lists of messages) and `label` (true if the completion is
               good), for `KTOTrainer`.
         split (`str`, *optional*, defaults to `"train"`): The split, if the data set has several.
+        sampling (`VideoSampling`, *optional*): Which frames of videos are read; pass `processor.video_sampling`.
 
     Returns:
         `datasets.Dataset`: The columns of the kind, and `images`: a list of PIL images in reading order, empty if there is
-        none.
+        none. The frames of videos are images with a time in the messages.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -63,14 +77,17 @@ def trl_dataset(source: str | Path, kind: str = "messages", split: str = "train"
     types = {"references": datasets.List(datasets.Value("string")), "label": datasets.Value("bool")}
     features = {name: types.get(name) or datasets.Json() for name in COLUMNS[kind]}
     features = datasets.Features(features | {"images": datasets.List(datasets.Image())})
-    rows = _conversation_rows(source, kind, split) if kind in ("messages", "prompt") else _answer_rows(source, kind, split)
+    rows_of = _conversation_rows if kind in ("messages", "prompt") else _answer_rows
+    rows = rows_of(source, kind, split, sampling)
     parts = []
     while part := list(islice(rows, ROWS_AT_ONCE)):
         parts.append(datasets.Dataset.from_list(part, features=features))
     return datasets.concatenate_datasets(parts)
 
 
-def _conversation_rows(source: str | Path, kind: str, split: str) -> Iterator[dict[str, Any]]:
+def _conversation_rows(
+    source: str | Path, kind: str, split: str, sampling: VideoSampling | None
+) -> Iterator[dict[str, Any]]:
     try:
         conversations = load_conversations(source, split=split, for_training=kind == "messages", allow_urls=False)
     except BadSample as error:  # without the remedy: nothing is skipped here
@@ -78,17 +95,17 @@ def _conversation_rows(source: str | Path, kind: str, split: str) -> Iterator[di
     for index in range(len(conversations)):
         sample = conversations[index]
         with one_sample(location_of(sample)):
-            row = _conversation_row(sample, kind)
+            row = _conversation_row(sample, kind, sampling)
         yield row
 
 
-def _conversation_row(sample: dict[str, Any], kind: str) -> dict[str, Any]:
+def _conversation_row(sample: dict[str, Any], kind: str, sampling: VideoSampling | None) -> dict[str, Any]:
     """A row of kind "messages" or "prompt".
 
     Raises:
         ValueError: If an answer must not be trained on, which TRL does not know.
     """
-    messages, images = _images_apart(complete_messages(sample))
+    messages, images = _images_apart(with_frames(complete_messages(sample), sampling))
     if kind == "prompt":
         answer = messages.pop() if messages[-1]["role"] == "assistant" else None
         references = [] if answer is None else answer.get("references") or [_text(answer["content"])]
@@ -101,7 +118,7 @@ def _conversation_row(sample: dict[str, Any], kind: str) -> dict[str, Any]:
     return {"messages": _for_template(messages), "images": images}
 
 
-def _answer_rows(source: str | Path, kind: str, split: str) -> Iterator[dict[str, Any]]:
+def _answer_rows(source: str | Path, kind: str, split: str, sampling: VideoSampling | None) -> Iterator[dict[str, Any]]:
     records = open_records(source, split)
     if not len(records):
         raise ValueError(f"{records.source} holds no records; expected {', '.join(COLUMNS[kind])} in each.")
@@ -110,13 +127,13 @@ def _answer_rows(source: str | Path, kind: str, split: str) -> Iterator[dict[str
         raw = records.read(index)
         with one_sample(partial(records.location, index)):
             record = records.parse(raw)
-            row = _answer_row(record, records.root, kind)
+            row = _answer_row(record, records.root, kind, sampling)
             unread |= {str(key) for key in record} - {*COLUMNS[kind], *BESIDE}
         yield row
     log_unread(records.source, sorted(unread))
 
 
-def _answer_row(record: Any, root: Path | None, kind: str) -> dict[str, Any]:
+def _answer_row(record: Any, root: Path | None, kind: str, sampling: VideoSampling | None) -> dict[str, Any]:
     """A row of kind "preference" or "unpaired".
 
     Raises:
@@ -139,7 +156,8 @@ def _answer_row(record: Any, root: Path | None, kind: str) -> dict[str, Any]:
             raise ValueError(f"{name} is of type {type(record[name]).__name__}; expected a list of messages.")
     if not record["prompt"]:
         raise ValueError("prompt is empty; expected messages, the last of the user.")
-    sample = resolve_images({"messages": record["prompt"], "images": record.get("images") or []}, root)
+    listed = {key: record.get(key) or [] for key in ("images", "videos")}
+    sample = resolve_images({"messages": record["prompt"], **listed}, root)
     row: dict[str, Any] = {}
     for name in answers:
         if len(record[name]) != 1:
@@ -148,7 +166,7 @@ def _answer_row(record: Any, root: Path | None, kind: str) -> dict[str, Any]:
         if sample["messages"][-1]["role"] == "assistant":
             raise ValueError("prompt ends with a message of the assistant; expected one of the user.")
         row[name] = _for_template(record[name])
-    messages, images = _images_apart(complete_messages(sample))
+    messages, images = _images_apart(with_frames(complete_messages(sample), sampling))
     if "label" in columns:
         if not isinstance(record["label"], bool):
             raise ValueError(f"label is {shortened(repr(record['label']))}; expected true or false.")
@@ -162,14 +180,20 @@ def _images_apart(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
     apart = []
     for message in messages:
         if not isinstance(message["content"], str):
-            parts = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
+            parts = [_without_source(part) if part["type"] == "image" else part for part in message["content"]]
             message = message | {"content": parts}
         apart.append(message)
     return apart, images
 
 
+def _without_source(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key in ("type", *FRAME_KEYS)}
+
+
 def _image(source: Any) -> Any:
     """An image as `datasets.Image` takes it."""
+    if hasattr(source, "read_frame"):
+        return frame_file(source)
     source = fetch_image_source(source)  # the bytes of a data URL
     return read_image(source) if isinstance(source, str) and not os.path.isfile(source) else source
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -14,14 +15,17 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..chat.prompts import count_positions, prompt_ids
 from ..data.sample_errors import NAMED, BadSample, one_sample
 from ..utils.image_loading import open_image
+from ..utils.video_loading import fetch_video_source
+from ..video_reading_dsvl import open_part
 from .answer_file import AnswerFile
 from .answer_records import AnswerRecord
 from .generate_answers import generate_answers
 from .metrics import score
-from .questions import EvaluationConversation, Questions
+from .questions import EvaluationConversation, Questions, source_of
 
 logger = logging.getLogger(__name__)
 
+Parts = list[dict[str, Any]]  # of a message: an image, or the frames of a video
 Item = tuple[int, Sequence[int]]  # index of a conversation, and the indices of its turns to ask in sequence
 
 
@@ -76,8 +80,8 @@ class Evaluator:
         for outline in questions.outlines:
             if outline.address is not None and not allow_urls:
                 raise ValueError(
-                    f"{questions.source}: conversation {outline.id!r} has an image with the URL {outline.address:.200}; "
-                    "pass --allow-urls to fetch it."
+                    f"{questions.source}: conversation {outline.id!r} has an image or a video with the URL "
+                    f"{outline.address:.200}; pass --allow-urls to fetch it."
                 )
             if given_answers and not all(outline.answered[:-1]):
                 raise ValueError(
@@ -108,7 +112,8 @@ class Evaluator:
         per_image = self.processor.image_seq_length
         sizes = []  # estimated tokens of each turn's prompt
         for outline in self.questions.outlines:
-            own = [n // 4 + m * per_image for n, m in zip(outline.letters, outline.images, strict=True)]
+            images = [m + v * self.processor.max_frames for m, v in zip(outline.images, outline.videos, strict=True)]
+            own = [n // 4 + m * per_image for n, m in zip(outline.letters, images, strict=True)]
             sizes.append(list(accumulate(own)))
         items: list[Item]
         if self.given_answers:  # turns are independent of each other
@@ -172,7 +177,7 @@ class Evaluator:
         return records
 
     def _prompt(
-        self, conversation: EvaluationConversation, images: list[list[Any]], turn: int, file: AnswerFile
+        self, conversation: EvaluationConversation, images: list[list[Parts]], turn: int, file: AnswerFile
     ) -> list[dict[str, Any]]:
         """The messages up to the question of a turn, with its earlier answers."""
         messages = list(conversation.system)
@@ -186,7 +191,9 @@ class Evaluator:
                 messages.append({"role": "assistant", "content": file.answers[conversation.id, number].answer})
         return messages
 
-    def _open(self, index: int, file: AnswerFile) -> tuple[EvaluationConversation, list[list[Any]], list[list[str]]] | None:
+    def _open(
+        self, index: int, file: AnswerFile
+    ) -> tuple[EvaluationConversation, list[list[Parts]], list[list[str]]] | None:
         """A conversation, the images of each turn, and their names; None if an image cannot be read."""
         name = self.questions.outlines[index].id
         if name in self.skipped:
@@ -196,7 +203,7 @@ class Evaluator:
             conversation = self.questions[index]
             try:
                 with one_sample():
-                    images = [[open_image(one, self.allow_urls) for one in asked.images] for asked in conversation.turns]
+                    images = [[self._opened(part) for part in asked.media] for asked in conversation.turns]
             except BadSample as error:
                 self.skipped[name] = error.reason
                 raise
@@ -204,11 +211,23 @@ class Evaluator:
         if found is None:
             return None
         conversation, images = found
-        names = [
-            [source if isinstance(source, str) else file.keep_image(source) for source in one.images]
-            for one in conversation.turns
-        ]
+        names = [[name for part in one.media for name in self._kept(source_of(part), file)] for one in conversation.turns]
         return conversation, images, names
+
+    def _opened(self, part: dict[str, Any]) -> list[dict[str, Any]]:
+        """An image, or the frames of a video, as parts of a message; all are decoded, so that broken ones are found."""
+        if part["type"] == "image":
+            return [part | {"image": open_image(part["image"], self.allow_urls)}]
+        fetch = partial(fetch_video_source, allow_urls=self.allow_urls)
+        frames = open_part(part, self.processor.video_sampling, fetch).parts()
+        return [frame | {"image": frame["image"].read_frame()} for frame in frames]
+
+    @staticmethod
+    def _kept(source: Any, file: AnswerFile) -> list[str]:
+        """The names of an image, of a video, or of the given frames of one."""
+        if isinstance(source, list):
+            return [name for one in source for name in Evaluator._kept(one, file)]
+        return [source if isinstance(source, str) else file.keep_image(source)]
 
     def _skip_turns(self, name: str, turn: int, count: int, length: int) -> None:
         self.too_long += count
@@ -226,5 +245,5 @@ class Evaluator:
 def _with_images(message: dict[str, Any], images: Iterator[Any]) -> dict[str, Any]:
     if isinstance(message["content"], str):
         return message
-    parts = [{"type": "image", "image": next(images)} if p["type"] == "image" else p for p in message["content"]]
+    parts = [one for p in message["content"] for one in ([p] if p["type"] == "text" else next(images))]
     return {"role": "user", "content": parts}

@@ -28,7 +28,7 @@ class EvaluationTurn:
 
     Attributes:
         messages: what precedes the answer, for the chat template: messages of the user, and calls of tools. An image is
-            `{"type": "image", "image": path, URL or bytes}`.
+            `{"type": "image", "image": path, URL or bytes}`, a video `{"type": "video", "video": ...}` with its settings.
         answer: the assistant's message in the data; None if there is none.
         references: correct answers; may be empty.
     """
@@ -45,8 +45,13 @@ class EvaluationTurn:
     @property
     def images(self) -> list[str | bytes]:
         """Paths, URLs, or bytes of image files, in reading order."""
+        return [part["image"] for part in self.media if part["type"] == "image"]
+
+    @property
+    def media(self) -> list[dict[str, Any]]:
+        """The parts that are images or videos, in reading order."""
         parts = [part for message in self.messages if isinstance(message["content"], list) for part in message["content"]]
-        return [part["image"] for part in parts if part["type"] == "image"]
+        return [part for part in parts if part["type"] != "text"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,9 @@ class EvaluationConversation:
             self.id,
             letters=[len(one.question) for one in self.turns],
             images=[len(one.images) for one in self.turns],
+            videos=[len(one.media) - len(one.images) for one in self.turns],
             answered=[one.answer is not None for one in self.turns],
-            address=next((p for p in self.images if isinstance(p, str) and is_url(p)), None),
+            address=next((p for one in self.turns for p in map(source_of, one.media) if is_url(p)), None),
         )
 
     def digest(self) -> bytes:
@@ -91,14 +97,15 @@ class Outline:
 
     Attributes:
         id: the conversation's.
-        letters, images: number of characters and of images of each turn's question.
+        letters, images, videos: number of characters, of images and of videos of each turn's question.
         answered: for each turn, whether the data has an answer.
-        address: URL of the first image that has to be fetched; None if there is none.
+        address: URL of the first image or video that has to be fetched; None if there is none.
     """
 
     id: str
     letters: list[int]
     images: list[int]
+    videos: list[int]
     answered: list[bool]
     address: str | None
 
@@ -233,14 +240,23 @@ def _with_plain_images(message: dict[str, Any]) -> dict[str, Any]:
         return message
     parts = []
     for part in message["content"]:
-        if part["type"] == "image":
+        kind = part["type"]
+        if kind != "text":
             key, source = next((key, value) for key, value in part.items() if key != "type")
-            part = {"type": "image", "image": _decoded(source) if key == "base64" else _absolute(source)}
+            settings = {name: value for name, value in part.items() if name not in ("type", key)}
+            part = {"type": kind, kind: _decoded(source) if key == "base64" else _absolute(source), **settings}
         parts.append(part)
     return message | {"content": parts}
 
 
-def _absolute(source: Any) -> str | bytes:
+def source_of(part: dict[str, Any]) -> Any:
+    """The source of an image or a video of a turn."""
+    return part[part["type"]]
+
+
+def _absolute(source: Any) -> Any:
+    if isinstance(source, list):  # the frames of a video
+        return [_absolute(one) for one in source]
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _decoded(source)
     if isinstance(source, str) and not is_url(source):

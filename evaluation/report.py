@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..utils.image_loading import open_image, thumbnail_data_url
+from ..utils.video_loading import VIDEO_SUFFIXES, open_video
+from ..video_decoding_dsvl import VideoSampling
 from .comparison import ComparedTurn, Runs, join, metrics_of, score, summarize, win_loss_tie
 
 # A page should fit into a mail: the limit is often 25 MB, and base64 adds a third.
@@ -107,7 +109,7 @@ class _ImageEmbedder:
         reason = ""
         if self.bytes < PAGE_BYTES:
             try:
-                data = thumbnail_data_url(open_image(source, self.allow_urls), self.width)
+                data = thumbnail_data_url(self._opened(source), self.width)
             except ValueError as error:
                 reason = str(error).removeprefix(f"The image {source[:300]} ")
             else:
@@ -117,6 +119,12 @@ class _ImageEmbedder:
             reason = f"is not shown: the page has {PAGE_BYTES / 2**20:.0f} MB of images already."
         self.not_shown += 1
         return {"name": name, "data": "", "reason": reason}
+
+    def _opened(self, source: str) -> Any:
+        """An image, or the frame in the middle of a video."""
+        if not source.lower().endswith(VIDEO_SUFFIXES):
+            return open_image(source, self.allow_urls)
+        return open_video(source, VideoSampling(max_frames=1), self.allow_urls).frames[0]
 
 
 def _shown(one: ComparedTurn, embedder: _ImageEmbedder) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def open_page(
                 show_error=False,
                 allowed_paths=[],
                 blocked_paths=[],
-                max_file_size=limits.image_bytes,
+                max_file_size=max(limits.image_bytes, limits.video_bytes),
                 max_threads=limits.waiting + 40,  # concurrent events, waiting questions included; 40 is Gradio's default
                 app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
                 state_session_capacity=16 * limits.conversations,

@@ -29,11 +29,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--max-images",
         type=int,
         default=8,
-        help="images per question; a conversation may have twice as many (default 8)",
+        help="images and videos per question; a conversation may have twice as many (default 8)",
     )
     parser.add_argument("--max-pictures", dest="max_images", type=int, action=RenamedFlag)
     parser.add_argument("--max-megapixels", type=float, default=25, help="size of an image (default 25)")
     parser.add_argument("--max-megabytes", type=float, default=16, help="size of an image file (default 16)")
+    parser.add_argument("--max-video-frames", type=int, default=32, help="frames of a video (default 32)")
+    parser.add_argument("--max-video-seconds", type=float, default=600, help="length of a video (default 600)")
+    parser.add_argument("--max-video-megabytes", type=float, default=64, help="size of a video file (default 64)")
     parser.add_argument("--max-waiting", type=int, default=32, help="questions in the queue (default 32)")
     parser.add_argument("--max-caches", type=int, default=4, help="conversations whose KV cache is kept (default 4)")
     add_conversation_arguments(parser)
@@ -52,7 +55,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     from .examples import read_examples
     from .limits import PageLimits
 
-    for name in ("max_images", "max_megapixels", "max_megabytes", "max_waiting", "max_caches"):
+    positive = ("max_images", "max_megapixels", "max_megabytes", "max_video_frames", "max_video_seconds")
+    for name in (*positive, "max_video_megabytes", "max_waiting", "max_caches"):
         if getattr(arguments, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; pass more than 0")
     limits = PageLimits(
@@ -60,6 +64,9 @@ def _demo(arguments: argparse.Namespace) -> None:
         conversation_images=2 * arguments.max_images,
         image_bytes=int(arguments.max_megabytes * 2**20),
         image_pixels=int(arguments.max_megapixels * 1e6),
+        video_frames=arguments.max_video_frames,
+        video_seconds=arguments.max_video_seconds,
+        video_bytes=int(arguments.max_video_megabytes * 2**20),
         waiting=arguments.max_waiting,
         caches=arguments.max_caches,
     )

@@ -10,6 +10,7 @@ from ..data import load_conversations
 from ..data.messages import images_of
 from ..utils.image_loading import open_image
 from ..utils.shape_images import IMAGE_SIZE, Scene, render
+from ..video_reading_dsvl import is_video
 
 Example = tuple[str, Sequence[Image.Image]]
 MAX_EXAMPLES = 4  # of a file
@@ -42,6 +43,8 @@ def read_examples(source: str | Path) -> list[Example]:
         question = next(message for message in samples[index]["messages"] if message["role"] == "user")
         content = question["content"]
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if any(map(is_video, parts)):
+            raise ValueError(f"{source}: question {index} has a video; examples of the page may have images only.")
         text = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
         examples.append((text, [open_image(image) for image in images_of([question])]))
     if not examples:

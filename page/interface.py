@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ..utils.image_loading import IMAGE_SUFFIXES
+from ..utils.video_loading import VIDEO_SUFFIXES
 from .limits import Refusal
 from .sessions import ChatSessions, PageQuestion, PendingTurn
 from .uploads import open_upload
@@ -64,7 +65,7 @@ def build_page(sessions: ChatSessions, name: str, examples: Sequence[tuple[str, 
             render_markdown=False,
             latex_delimiters=[],
             examples=[{"text": text, "files": [str(file) for file in files]} for text, files in examples] or None,
-            placeholder="Add images with the paper clip, or drop or paste them, and ask about them.",
+            placeholder="Add images and videos with the paper clip, or drop or paste them, and ask about them.",
         )
         conversation.keep_in_cache.update(
             str(file) for _, files in examples for file in files
@@ -73,7 +74,7 @@ def build_page(sessions: ChatSessions, name: str, examples: Sequence[tuple[str, 
             show_label=False,
             label="Question",
             placeholder="Ask a question",
-            file_types=[*IMAGE_SUFFIXES],
+            file_types=[*IMAGE_SUFFIXES, *VIDEO_SUFFIXES],
             file_count="multiple",
             sources=["upload"],
             max_plain_text_length=limits.characters,
@@ -201,8 +202,9 @@ class _Handlers:
             raise Refusal(f"A question may have {limits.characters:,} characters; this one has {len(text):,}.")
         if len(files) > limits.images:
             raise Refusal(f"A question may have {limits.images} images; this one has {len(files)}.")
+        sampling = self.sessions.new_chat().processor.video_sampling
         for file in files:  # reports bad files at once; the pixels are not kept while the question waits
-            open_upload(file, limits)
+            open_upload(file, limits, sampling)
         return PageQuestion(text, [*files])
 
 

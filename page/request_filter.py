@@ -62,7 +62,8 @@ class RequestFilter:
         if stored + self.receiving >= self.limits.upload_bytes:
             await PlainTextResponse("The server's storage for uploads is full; try again later.", 503)(scope, receive, send)
             return
-        limit, received = self.limits.images * self.limits.image_bytes + OVERHEAD_BYTES, 0
+        largest = max(self.limits.image_bytes, self.limits.video_bytes)
+        limit, received = self.limits.images * largest + OVERHEAD_BYTES, 0
         response_started = False
 
         async def counting_receive() -> Message:

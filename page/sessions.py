@@ -15,19 +15,20 @@ from typing import Any
 import torch
 
 from ..chat import DSVLChat
+from ..video_reading_dsvl import Video
 from .limits import PageLimits, Refusal
-from .uploads import open_upload
+from .uploads import is_video_file, open_upload
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class PageQuestion:
-    """A question and its images.
+    """A question with its images and videos.
 
     Attributes:
         text: the question.
-        files: the paths of the uploaded images.
+        files: the paths of the uploaded images and videos.
     """
 
     text: str
@@ -96,7 +97,11 @@ class PageConversation:
         asked = [message["content"] for message in self.chat.messages if message["role"] == "user"]
         for content, (question, _) in zip(reversed(asked), reversed(self.turns), strict=False):
             parts = [part for part in content if part["type"] == "image"] if isinstance(content, list) else []
-            yield from zip(parts, question.files, strict=True)
+            files = iter(sorted(question.files, key=is_video_file))  # the chat places videos behind images
+            file = ""
+            for part in parts:
+                file = file if part.get("frame", 1) > 1 else next(files)
+                yield part, file
 
     @property
     def pixel_bytes(self) -> int:
@@ -291,8 +296,8 @@ class ChatSessions:
                 fresh.messages = conversation.chat.messages
                 conversation.chat, conversation.cached = fresh, False
                 for part, file in conversation.image_parts():
-                    part.clear()
-                    part.update(type="image", path=file)
+                    part.pop("image", None)
+                    part["path"] = file
 
     def _limit_memory(self) -> None:
         """Free the least recently used conversations until the decoded images of all are within the limit."""
@@ -323,7 +328,7 @@ class ChatSessions:
             logger.exception("An answer failed.")
             raise Refusal(
                 f"This could not be answered. The model's context is {conversation.chat.context_length} tokens: if the "
-                "question is long or has many images, shorten it."
+                "question is long or has many images or a video, shorten it."
             ) from None
         except Exception:
             logger.exception("An answer failed.")
@@ -341,16 +346,22 @@ class ChatSessions:
         if turn.stop.is_set():
             return
         chat = conversation.chat
+        sampling = chat.processor.video_sampling
+        reopened: dict[str, Any] = {}
         for part, file in conversation.image_parts():
             if "image" not in part:
-                image = open_upload(file, self.limits)
-                part.clear()
-                part.update(type="image", image=image)
-        images = [open_upload(file, self.limits) for file in turn.question.files]
+                if file not in reopened:
+                    reopened = {file: open_upload(file, self.limits, sampling)}
+                del part["path"]
+                one = reopened[file]
+                part["image"] = one.frames[part["frame"] - 1] if isinstance(one, Video) else one
+        opened = [open_upload(file, self.limits, sampling) for file in turn.question.files]
+        videos = [one for one in opened if isinstance(one, Video)]
+        images = [one for one in opened if not isinstance(one, Video)]
         with self._lock:
             self._limit_memory()
-        with closing(chat.stream(turn.question.text, images)) as pieces:
-            del images  # the chat makes its own copies
+        with closing(chat.stream(turn.question.text, images, videos)) as pieces:
+            del opened, images, videos  # the chat makes its own copies
             for piece in pieces:
                 turn.answer += piece
                 notify()

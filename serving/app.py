@@ -28,7 +28,7 @@ from ..utils.hosts import LOOPBACK
 from ..utils.transformers_names import ChatCompletionHandler, Modality
 from .connections import BodyReader
 from .engine import FAILURE, Engine, Sampling
-from .images import fetch_images, image_parts, load_image
+from .images import expand_videos, fetch_images, image_parts, load_image
 from .requests import ChatRequest, RequestError, RequestLimits, parse
 
 logger = logging.getLogger(__name__)
@@ -190,6 +190,7 @@ class ChatCompletions(ChatCompletionHandler):
         request, messages = await run(self.reading, self._read_messages, body)
         del body  # frees the memory of the images while the answer is generated
         await run(self.fetching, fetch_images, messages, self.limits)
+        await run(self.preparing, expand_videos, messages, self.processor.video_sampling, self.limits)
         inputs = await run(self.reading, self._prompt, messages, request.chat_template_kwargs)
         sampling = self._sampling(request, count_positions(self.model.config, inputs["input_ids"][0].tolist()))
         parts = enumerate(image_parts(messages, self.limits), 1)

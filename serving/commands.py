@@ -25,7 +25,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--max-pictures", dest="max_images", type=int, action=RenamedFlag)
     parser.add_argument("--max-megapixels", type=float, default=25, help="size of an image (default 25)")
     parser.add_argument("--max-megabytes", type=float, default=32, help="size of a request (default 32)")
-    parser.add_argument("--allow-urls", action="store_true", help="download images from public http(s) URLs")
+    parser.add_argument("--max-videos-per-request", type=int, default=1, help="videos of a request (default 1; 0 for none)")
+    parser.add_argument(
+        "--max-video-frames", type=int, default=64, help="frames of all videos of a request together (default 64)"
+    )
+    parser.add_argument("--max-video-seconds", type=float, default=600, help="length of a video (default 600)")
+    parser.add_argument("--allow-urls", action="store_true", help="download images and videos from public http(s) URLs")
     add_loading_arguments(parser)
     parser.set_defaults(run=_serve)
 
@@ -41,7 +46,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise ImportError(f"{error}; dsvl serve needs more packages: pip install 'dsvl[serve]'") from error
 
-    for name in ("max_batch", "max_requests", "max_new_tokens"):
+    for name in ("max_batch", "max_requests", "max_new_tokens", "max_video_frames"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; pass 1 or more")
     limits = RequestLimits(
@@ -49,6 +54,9 @@ def _serve(arguments: argparse.Namespace) -> None:
         body_bytes=int(arguments.max_megabytes * 2**20),
         images=arguments.max_images,
         image_pixels=int(arguments.max_megapixels * 1e6),
+        videos=arguments.max_videos_per_request,
+        video_frames=arguments.max_video_frames,
+        video_seconds=arguments.max_video_seconds,
         new_tokens=arguments.max_new_tokens,
         allow_urls=arguments.allow_urls,
     )

@@ -36,7 +36,11 @@ class RequestLimits:
         body_seconds: maximum time to send a request; less for a slow one (see `connections.BodyReader`).
         receiving_bytes: total size of the bodies that are being received.
         images: images per request.
-        image_pixels: pixels of an image.
+        image_pixels: pixels of an image, or of a frame of a video.
+        videos: videos per request.
+        video_frames: frames of all videos of a request together; of longer videos, as many at equal distances.
+        video_seconds: length of a video.
+        decode_seconds: time to read a video.
         new_tokens: tokens of an answer.
         allow_urls: whether images are downloaded from public http(s) URLs.
     """
@@ -47,6 +51,10 @@ class RequestLimits:
     receiving_bytes: int = 2**30
     images: int = 8
     image_pixels: int = 25_000_000
+    videos: int = 1
+    video_frames: int = 64
+    video_seconds: float = 600.0
+    decode_seconds: float = 20.0
     new_tokens: int = 4096
     allow_urls: bool = False
 
@@ -102,8 +110,19 @@ class ImagePart(_Strict):
     image_url: ImageURL
 
 
+class VideoURL(_Strict):
+    url: str
+
+
+class VideoPart(_Strict):
+    """An extension of vLLM and of transformers' server."""
+
+    type: Literal["video_url"]
+    video_url: VideoURL
+
+
 class _OtherPart(BaseModel):
-    type: Literal["text", "image_url"]
+    type: Literal["text", "image_url", "video_url"]
 
 
 class _OtherMessage(BaseModel):
@@ -111,8 +130,11 @@ class _OtherMessage(BaseModel):
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")] | Annotated[_OtherPart, Tag("<?>")],
-    _by_field("type", "text", "image_url"),
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[VideoPart, Tag("<video_url>")]
+    | Annotated[_OtherPart, Tag("<?>")],
+    _by_field("type", "text", "image_url", "video_url"),
 ]
 Content = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<list>")],
@@ -238,10 +260,11 @@ def parse(body: bytes) -> ChatRequest:
         if not isinstance(message, (SystemMessage, AssistantMessage)) or isinstance(message.content, str):
             continue
         for index, part in enumerate(message.content):
-            if part.type == "image_url":
+            if part.type != "text":
                 field = f"messages.{number}.content.{index}"
+                kind = "an image" if part.type == "image_url" else "a video"
                 raise RequestError(
-                    f"{field} is an image in a message of the role {message.role!r}; only user messages may have images.",
+                    f"{field} is {kind} in a message of the role {message.role!r}; only user messages may have images.",
                     param=field,
                 )
     return request
@@ -256,8 +279,9 @@ def _describe(field: str, error: "ErrorDetails") -> tuple[str, int, str | None, 
     value = error["input"]
     if error["type"] == "literal_error" and isinstance(value, str):
         return f"{field}: {error['msg']}, not {_shorten(value)!r}.", 400, None, field
-    if isinstance(value, str) and field.endswith(".image_url"):
-        return f'{field} is a string; pass an object, {{"url": "data:image/png;base64,..."}}.', 400, None, field
+    for key, example in (("image_url", "image/png"), ("video_url", "video/mp4")):
+        if isinstance(value, str) and field.endswith(f".{key}"):
+            return f'{field} is a string; pass an object, {{"url": "data:{example};base64,..."}}.', 400, None, field
     return f"{field or 'The body'}: {error['msg']}.", 400, None, field or None
 
 

@@ -12,7 +12,9 @@ from dsvl.page.limits import PageLimits
 from dsvl.page.sessions import ChatSessions
 
 TOKENS = 24
-LIMITS = PageLimits(images=3, conversation_images=4, image_bytes=200_000, image_pixels=1_000_000, characters=500)
+LIMITS = PageLimits(
+    images=3, conversation_images=4, image_bytes=200_000, video_bytes=100_000, image_pixels=1_000_000, characters=500
+)
 
 __all__ = ["LIMITS", "TOKENS", "eventually", "load_parts", "opened", "image_files"]
 

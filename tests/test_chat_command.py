@@ -17,7 +17,7 @@ from torch import nn
 from training_runs import make_checkpoint
 
 from dsvl.chat import DSVLChat
-from dsvl.chat.terminal import Terminal, dropped_images, line_reader, printable
+from dsvl.chat.terminal import Terminal, dropped_files, line_reader, printable
 from dsvl.cli import main
 from dsvl.utils.model_loading import load_checkpoint
 
@@ -62,7 +62,7 @@ def talk(checkpoint, capsys):
     return run
 
 
-def test_dropped_images_are_separated_from_text(folder, monkeypatch):
+def test_dropped_files_are_separated_from_text(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     one, two, three = (str(folder / name) for name in ("one.png", "two three.png", "it's.jpg"))
     for line, text, paths in [
@@ -76,7 +76,7 @@ def test_dropped_images_are_separated_from_text(folder, monkeypatch):
         ("What's in one.png, and  in /nowhere/else.png?", "What's in one.png, and  in /nowhere/else.png?", []),
         ("a/b or 'c/d'", "a/b or 'c/d'", []),
     ]:
-        assert dropped_images(line) == (text, paths)
+        assert dropped_files(line) == (text, paths)
 
 
 def test_questions_images_and_commands(talk, folder):

@@ -195,14 +195,15 @@ RULES = {
         "the last message is the user's; expected an assistant's answer to train on.",
     ),
     "unknown part": (
-        asked_with({"type": "video", "path": "x"}),
-        r"message 0 \(user\) has a part \{'type': 'video', 'path': 'x'\}; expected a text, or in a user's message an image.",
+        asked_with({"type": "audio", "path": "x"}),
+        r"message 0 \(user\) has a part \{'type': 'audio', 'path': 'x'\}; expected a text, or in a user's message an "
+        "image or a video.",
     ),
     "text that is none": (asked_with({"type": "text", "text": 3}), r"message 0 \(user\) has a part"),
     "part that is no dict": (asked_with("x"), r"message 0 \(user\) has a part 'x'; expected a text"),
     "image in an answer": (
         {"messages": [QUESTION, {"role": "assistant", "content": [IMAGE]}]},
-        r"message 1 \(assistant\) has a part .*; expected a text, or in a user's message an image.",
+        r"message 1 \(assistant\) has a part .*; expected a text, or in a user's message an image or a video.",
     ),
     "image in a system message": ({"messages": [{"role": "system", "content": [IMAGE]}, QUESTION, ANSWER]}, r"\(system\)"),
     "too few images": (
@@ -246,7 +247,7 @@ def test_valid_messages_are_accepted(processor, messages):
 
 def test_a_long_value_is_shortened_in_the_message():
     with pytest.raises(ValueError) as error:
-        check_conversation(asked_with({"type": "video", "data": "x" * 10_000}))
+        check_conversation(asked_with({"type": "audio", "data": "x" * 10_000}))
     assert len(str(error.value)) < 300
 
 

@@ -321,7 +321,7 @@ REFUSED = {
         r"message 2 \(tool\) has the key weight",
     ),
     "image and images": (asked({"type": "image"}, image="a.png", images=["a.png"]), "the sample has image and images"),
-    "video": (GOOD | {"video": "a.mp4"}, "the sample has the key video"),
+    "video": (GOOD | {"video": "a.mp4"}, "does not exist"),
     "image in a text": (asked({"type": "text", "text": "x", "image": "a.png"}), "a part of type text .* has the key image"),
     "two sources": (
         asked({"type": "image", "path": "a.png", "url": "http://x.org/a.png"}),
@@ -599,7 +599,7 @@ def test_messages_of_skipped_samples_are_short(tmp_path, caplog):
     samples = [
         asked({"type": "image", "image": huge + "§"}),
         asked({"type": "image", "path": huge[22:]}),
-        asked({"type": "video", "video": huge}),
+        asked({"type": "audio", "audio": huge}),
         asked(text="x", image_url=huge),
         {"messages": [{"role": huge, "content": "x"}]},
         {"messages": [{"role": "user", "content": text, huge: 1}]},

@@ -287,7 +287,9 @@ def test_addresses_are_fetched_if_that_is_asked_for(folder, evaluate, monkeypatc
 
     monkeypatch.setattr(image_loading, "fetch_url", fetch)
     (folder / "address.json").write_text(json.dumps({"cup": [["What?", address], ["And?"]]}))
-    with pytest.raises(ValueError, match=f"conversation 'cup' has an image with the URL {address}; pass --allow-urls"):
+    with pytest.raises(
+        ValueError, match=f"conversation 'cup' has an image or a video with the URL {address}; pass --allow-urls"
+    ):
         evaluate(data="address.json")
     assert not fetched
     records, _ = evaluate("--allow-urls", data="address.json")

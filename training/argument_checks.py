@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..utils.transformers_names import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from ..video_decoding_dsvl import VideoSampling
 from .deepspeed_config import zero_stage
 from .learning_rates import check_rated_parts
 from .trainable_parts import PARTS
@@ -104,6 +105,8 @@ def _check_data_options(values: dict[str, Any]) -> None:
     share = values.get("eval_share")
     if share is not None and (values.get("eval_data") or not 0 < share < 1):
         raise ValueError(f"--eval-share {share}: expected a number between 0 and 1, and no --eval-data beside it.")
+    given = {"fps": values.get("video_fps"), "max_frames": values.get("max_frames")}
+    VideoSampling(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     if values.get("packing") and not values.get("max_length"):
         raise ValueError("--packing needs the length of a pack; pass --max-length (for example 4096).")
     if values.get("max_images_per_pack") is not None and not values.get("packing"):

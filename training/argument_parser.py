@@ -14,7 +14,7 @@ from ..utils.command_line import CommandParser
 GROUPS = {
     "model": "model attn_implementation",
     "data": "data dataset_names dataset_samples dataset_concatenate_samples max_num_image_per_sample streaming "
-    "on_bad_sample cache_image_features dataloader_num_workers",
+    "on_bad_sample video_fps max_frames cache_image_features dataloader_num_workers",
     "what is trained": "train lora_rank lora_alpha lora_dropout lora_targets lora_language lora_vision "
     "lora_vision_rank lora_vision_targets dora qlora",
     "length and packing": "max_length packing max_images_per_pack",

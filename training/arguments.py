@@ -129,9 +129,21 @@ class DataArguments:
         default=False,
         metadata={"help": "pack several conversations into a row of --max-length tokens; they do not attend to each other"},
     )
+    video_fps: float | None = field(
+        default=None, metadata={"help": "frames of a second of video that are read (default: the checkpoint's, 2.0)"}
+    )
+    max_frames: int | None = field(
+        default=None,
+        metadata={
+            "help": "maximum number of frames of a video; each takes an image's tokens (default: the checkpoint's, 64)"
+        },
+    )
     max_images_per_pack: int | None = field(
         default=None,
-        metadata={"help": "maximum number of images per row of --packing; limits the memory of the vision tower"},
+        metadata={
+            "help": "maximum number of images, frames of videos included, per row of --packing; limits the memory of the "
+            "vision tower"
+        },
     )
     cache_image_features: str | None = field(
         default=None,
@@ -153,7 +165,7 @@ class DataArguments:
     )
     max_bad_samples: float = field(default=MAX_BAD_SAMPLES, metadata={"help": MAX_BAD_SAMPLES_HELP})
     allow_urls: bool = field(
-        default=False, metadata={"help": "allow images to be http(s) URLs; they are fetched again in every epoch"}
+        default=False, metadata={"help": "allow images and videos to be http(s) URLs; they are fetched again in every epoch"}
     )
 
 

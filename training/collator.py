@@ -12,12 +12,13 @@ from accelerate.state import GradientState, PartialState
 from ..composition.chat_template import check_template_takes
 from ..data import check_conversation, complete_messages
 from ..data.dataset_files import without_nones
-from ..data.messages import Sample, image_source, images_of, is_trained, location_of
+from ..data.messages import FRAME_KEYS, Sample, image_source, images_of, is_trained, location_of
 from ..data.record_formats import MESSAGES
 from ..data.sample_errors import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location, one_sample, worker_row
 from ..image_reading_dsvl import fit_thin_image, read_image
 from ..utils.image_loading import fetch_image_source
 from ..utils.text import shortened
+from ..utils.video_loading import with_frames
 from .feature_cache import FeatureCache
 
 MULTIPLE = 8  # tokens; tensor cores need dimensions that are multiples of 8
@@ -44,7 +45,7 @@ class ConversationCollator:
         on_bad_sample: "error" or "skip", *optional*, defaults to "error": what to do if the first turn does not fit, an
             image cannot be decoded, or a conversation is invalid. A batch of which all samples are skipped has no labels.
         features: cache of image features of the frozen tower, *optional*, which replaces decoding of images.
-        allow_urls: whether images may be URLs, which are fetched again in every epoch, *optional*, defaults to False.
+        allow_urls: whether images and videos may be URLs, which are fetched in every epoch, *optional*, defaults to False.
         max_bad_samples: fraction of samples that may be skipped, *optional*; see `data.sample_errors.BadSamples`.
 
     Raises:
@@ -120,7 +121,7 @@ class ConversationCollator:
         for sample in samples:
             location = location_of(sample)
             with self.bad.sample(location):
-                messages = _messages(sample, self.processor.chat_template)
+                messages = self.messages(sample)
                 kept = self.shorten(messages)
                 conversations.append(_Conversation(self.decode(kept), location))
                 self._shortened[worker_row()] += len(kept) < len(messages)
@@ -230,17 +231,38 @@ class ConversationCollator:
 
     def shorten_sample(self, sample: Any) -> list[dict[str, Any]]:
         """The messages of a sample after shortening; raises `ValueError`, see `shorten`."""
-        return self.shorten(_messages(sample, self.processor.chat_template))
+        return self.shorten(self.messages(sample))
 
     def first_turn_length(self, sample: Any) -> int:
         """The number of tokens of a sample's first turn."""
-        messages = _messages(sample, self.processor.chat_template)
+        messages = self.messages(sample)
         return int(self.processor.count_tokens(messages[: _turn_ends(messages)[0]]))
 
     def sample_length(self, sample: Any) -> int:
         """The number of tokens of a sample after shortening; raises `BadSample` for any invalid sample."""
         with one_sample(location_of(sample)):
             return self.processor.count_tokens(self.shorten_sample(sample))
+
+    def sample_images(self, sample: Any) -> int:
+        """The number of images of a sample, the frames of its videos included; raises `BadSample` for any invalid sample."""
+        with one_sample(location_of(sample)):
+            return len(images_of(self.messages(sample)))
+
+    def messages(self, sample: Any) -> list[dict[str, Any]]:
+        """The complete messages of a sample, with the frames of videos as images that are not decoded yet.
+
+        Samples that do not come from a data set are checked.
+
+        Raises:
+            ValueError: if the sample is invalid, a video cannot be read, or the chat template would drop something.
+        """
+        if not isinstance(sample, Sample):
+            sample = {"messages": sample} if isinstance(sample, list) else dict(sample)
+            sample = MESSAGES.sample(without_nones(sample), None)
+            check_conversation(sample, for_training=False)
+        messages = complete_messages(sample)
+        check_template_takes(messages, self.processor.chat_template)
+        return with_frames(messages, self.processor.video_sampling, self.allow_urls)
 
     def decode(self, messages: list[dict[str, Any]], pixels: bool = False) -> list[dict[str, Any]]:
         """The messages with decoded images or cached features.
@@ -264,10 +286,11 @@ class ConversationCollator:
         if part["type"] != "image":
             return part
         source = fetch_image_source(image_source(part), self.allow_urls)
+        of_video = {key: part[key] for key in FRAME_KEYS if key in part}
         if features is not None:
-            return {"type": "image", "image_features": features.get(source)}
+            return {"type": "image", "image_features": features.get(source)} | of_video
         image = read_image(source, allow_urls=False)
-        return {"type": "image", "image": fit_thin_image(image, self.processor.image_processor)}
+        return {"type": "image", "image": fit_thin_image(image, self.processor.image_processor)} | of_video
 
     def _empty_batch(self) -> dict[str, torch.Tensor]:
         """A batch of one token without a label, so that this process takes part in collective operations."""
@@ -293,20 +316,6 @@ class _Conversation:
 
     messages: list[dict[str, Any]]
     location: Location
-
-
-def _messages(sample: Any, template: Any) -> list[dict[str, Any]]:
-    """The complete messages of a sample; samples that do not come from a data set are checked.
-
-    Raises:
-        ValueError: if the sample is invalid, or has what the chat template would drop.
-    """
-    if not isinstance(sample, Sample):
-        sample = MESSAGES.sample(without_nones({"messages": sample} if isinstance(sample, list) else dict(sample)), None)
-        check_conversation(sample, for_training=False)
-    messages = complete_messages(sample)
-    check_template_takes(messages, template)
-    return messages
 
 
 def _unmask(mask: list[int], trained: list[bool]) -> list[int]:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..data import complete_messages
 from ..data.messages import is_trained, location_of
 from ..data.sample_errors import BadSample, one_sample
 from ..evaluation import metrics
@@ -42,7 +41,7 @@ def exact_match(
         for start in range(0, len(questions), batch_size * world):
             mine = questions[start + rank * batch_size : start + (rank + 1) * batch_size]
             asked = mine or questions[:1]  # a process without questions takes part in generate()
-            messages = [complete_messages(conversations[index])[: answer + 1] for index, answer in asked]
+            messages = [collator.messages(conversations[index])[: answer + 1] for index, answer in asked]
             prompts = [collator.decode(conversation[:-1], pixels=True) for conversation in messages]
             answers = generate_answers(model, collator.processor, prompts, max_new_tokens)
             references = [_text(conversation[-1]["content"]) for conversation in messages]
@@ -67,7 +66,7 @@ def answer_indices(collator: ConversationCollator, sample: Any) -> list[int]:
     """The message indices of a conversation's trained answers; empty if the collator skips the conversation."""
     try:
         with one_sample(location_of(sample)):
-            messages = collator.shorten(complete_messages(sample))
+            messages = collator.shorten_sample(sample)
             if collator.on_bad_sample == "skip":  # now, as all processes must ask equally many questions
                 collator.decode(messages)
     except BadSample:

@@ -23,6 +23,9 @@ from ..image_reading_dsvl import file_of, fit_thin_image, read_image
 from ..utils.atomic_files import atomic_path, write_atomically
 from ..utils.image_loading import fetch_image_source
 from ..utils.text import shortened
+from ..utils.video_loading import with_frames
+from ..video_decoding_dsvl import VideoSampling
+from ..video_reading_dsvl import VideoFrame
 from ..vision_dsvl import run_tower
 
 logger = logging.getLogger(__name__)
@@ -36,11 +39,17 @@ def image_key(source: Any) -> str:
     """The key of an image in the cache: a hash of its file if it is given as a path or bytes, else of its pixels.
 
     Args:
-        source: path, bytes, or a decoded image.
+        source: path, bytes, or a decoded image; or a frame of a video, whose key follows from the video's file, from which
+            frames of it are read, and which of them it is.
 
     Raises:
         ValueError: if its pixels are needed and it cannot be decoded.
     """
+    if hasattr(source, "read_frame"):
+        if (digest := source.digest()) is None:
+            pixels = np.asarray(read_image(source))
+            digest = f"frame {pixels.dtype} {pixels.shape} ".encode() + pixels.tobytes()
+        source = digest
     source = file_of(source)
     if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
         source = Path(source).read_bytes()
@@ -122,7 +131,7 @@ class FeatureCache:
         key = image_key(source)
         if key not in self.files:
             read_image(source, allow_urls=False)
-            name = shortened(source) if isinstance(source, str) else type(source).__name__
+            name = shortened(str(source)) if isinstance(source, (str, VideoFrame)) else type(source).__name__
             raise ValueError(
                 f"The image {name} is not in {self.directory}: it has changed since its features were computed; start the "
                 "training again."
@@ -152,6 +161,7 @@ def fill_cache(
     rank: int = 0,
     processes: int = 1,
     allow_urls: bool = False,
+    sampling: VideoSampling | None = None,
 ) -> None:
     """Compute the features of images that are missing in the cache. Images that cannot be decoded are ignored.
 
@@ -164,8 +174,9 @@ def fill_cache(
         workers: number of processes that read and decode images, *optional*, defaults to 0: this process.
         rank, processes: this process handles the samples `rank`, `rank + processes`, ..., *optional*, default to 0 and 1.
         allow_urls: whether images may be URLs, *optional*, defaults to False.
+        sampling: which frames of videos are used, *optional*.
     """
-    images = MissingImages(data, cache, image_processor, allow_urls)
+    images = MissingImages(data, cache, image_processor, allow_urls, sampling)
     loader = DataLoader(images, batch_size=None, sampler=range(rank, len(images), processes), num_workers=workers)
     seen: set[str] = set()
     computed = 0
@@ -204,11 +215,19 @@ class MissingImages(Dataset):
         cache: the cache.
         image_processor: image processor of the model.
         allow_urls: whether images may be URLs, *optional*, defaults to False.
+        sampling: which frames of videos are used, *optional*.
     """
 
-    def __init__(self, data: list[Any], cache: FeatureCache, image_processor: Any, allow_urls: bool = False) -> None:
+    def __init__(
+        self,
+        data: list[Any],
+        cache: FeatureCache,
+        image_processor: Any,
+        allow_urls: bool = False,
+        sampling: VideoSampling | None = None,
+    ) -> None:
         self.data: ConcatDataset = ConcatDataset(data)
-        self.allow_urls = allow_urls
+        self.allow_urls, self.sampling = allow_urls, sampling
         self.known, self.image_processor = frozenset(cache.files), image_processor
 
     def __len__(self) -> int:
@@ -216,7 +235,10 @@ class MissingImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[list[str], dict[str, torch.Tensor]]:
         keys, pixels = [], {}
-        for source in images_of(complete_messages(self.data[index])):
+        messages: list[dict[str, Any]] = []
+        with contextlib.suppress(BadSample), one_sample():  # the collator reports or skips it
+            messages = with_frames(complete_messages(self.data[index]), self.sampling, self.allow_urls)
+        for source in images_of(messages):
             with contextlib.suppress(BadSample), one_sample():  # the collator reports or skips it
                 source = fetch_image_source(source, self.allow_urls)
                 key = image_key(source)

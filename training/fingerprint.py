@@ -15,6 +15,8 @@ from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedConfig
 
 from ..utils.atomic_files import write_atomically
+from ..utils.image_loading import IMAGE_SUFFIXES
+from ..utils.video_loading import VIDEO_SUFFIXES
 from ..utils.yaml_files import read_yaml
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
 
@@ -45,6 +47,8 @@ DATA_FIELDS = (
     "max_num_image_per_sample",
     "streaming",
     "packing",
+    "video_fps",
+    "max_frames",
     "max_images_per_pack",
     "eval_share",
     "max_length",
@@ -80,7 +84,7 @@ TRAINING_FIELDS = (
 
 # Files of a checkpoint directory that change neither the model nor its processor.
 UNRELATED = {"README.md", "trainer_state.json", "generation_config.json", RECORD, STAGE_FACTS}
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+MEDIA = {*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}
 
 LARGE = 1 << 30  # bytes; of larger files, BLOCKS evenly spaced blocks are read
 BLOCKS, BLOCK = 4096, 1 << 16
@@ -226,7 +230,7 @@ def _source(source: str, digests: "_Digests") -> dict[str, str]:
     if path.is_file():
         return digests.together(source, [path])
     if path.is_dir():
-        files = (file for file in path.rglob("*") if file.is_file() and file.suffix.lower() not in IMAGES)
+        files = (file for file in path.rglob("*") if file.is_file() and file.suffix.lower() not in MEDIA)
         return digests.together(source, sorted(files), path)
     if path.is_absolute():
         return {"name": path.name, "digest": path.name}

@@ -138,6 +138,9 @@ def train_model(
     conversations, eval_data = data
     publish, arguments.push_to_hub = arguments.push_to_hub, False  # once, when the output directory is complete
     processor = AutoProcessor.from_pretrained(model_arguments.model)
+    for name in ("video_fps", "max_frames"):  # saved with the trained model
+        if getattr(data_arguments, name) is not None:
+            setattr(processor, name, getattr(data_arguments, name))
     features = None
     if data_arguments.cache_image_features is not None:
         features = open_feature_cache(
@@ -272,6 +275,7 @@ def open_feature_cache(
         rank=arguments.process_index,
         processes=arguments.world_size,
         allow_urls=allow_urls,
+        sampling=processor.video_sampling,
     )
     if dist.is_initialized():
         dist.barrier()

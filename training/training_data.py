@@ -85,6 +85,7 @@ def pack_data(data: Any, collator: ConversationCollator, arguments: DataArgument
             max_tokens=collator.max_length,
             max_images=arguments.max_images_per_pack,
             bad=data.bad,
+            count=collator.sample_images,
         )
         return data
     packs = PackedConversations(
@@ -95,6 +96,7 @@ def pack_data(data: Any, collator: ConversationCollator, arguments: DataArgument
         seed=seed,
         on_bad_sample=arguments.on_bad_sample,
         max_bad_samples=arguments.max_bad_samples,
+        count=collator.sample_images,
     )
     logger.info("Packing: %d packs of %d conversations, filled to %.1f%%.", len(packs), len(data), 100 * packs.filled)
     return packs

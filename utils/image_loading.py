@@ -50,13 +50,18 @@ def open_image(source: Any, allow_urls: bool = False, max_pixels: int = MAX_PIXE
         raise ValueError(f"The image {name} {error.words}.") from error
 
 
-def fetch_image_source(source: Any, allow_urls: bool = False) -> Any:
+def fetch_image_source(
+    source: Any, allow_urls: bool = False, kind: str = "image", max_bytes: int = MAX_BYTES, **limits: float
+) -> Any:
     """Replace an http(s) URL or a data URL by the bytes of its file.
 
     Args:
         source: Any source of an image. Sources other than URLs are returned unchanged. `file://` URLs are refused: they may
             come from a client. Those of a data file have become paths when it was read.
         allow_urls (`bool`, *optional*, defaults to `False`): Whether http(s) URLs are fetched; see `fetch_url`.
+        kind (`str`, *optional*, defaults to `"image"`): What it is, for messages: "image" or "video".
+        max_bytes (`int`, *optional*): The largest file that is fetched.
+        limits: Further limits of `fetch_url`.
 
     Raises:
         ValueError: If a URL is not allowed or cannot be fetched; the message names it.
@@ -68,12 +73,12 @@ def fetch_image_source(source: Any, allow_urls: bool = False) -> Any:
     name = shortened(source)
     if not allow_urls:
         raise ValueError(
-            f"The image {name} is a URL, and fetching is not allowed here; pass a file, or allow it (--allow-urls)."
+            f"The {kind} {name} is a URL, and fetching is not allowed here; pass a file, or allow it (--allow-urls)."
         )
     try:
-        return fetch_url(source, MAX_BYTES)
+        return fetch_url(source, max_bytes, **limits)
     except FetchError as error:
-        raise ValueError(f"The image {name} was not fetched: {error}.") from error
+        raise ValueError(f"The {kind} {name} was not fetched: {error}.") from error
 
 
 def decode_image_file(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:

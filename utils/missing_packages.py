@@ -4,6 +4,7 @@ import re
 
 # The extras in pyproject.toml. The first is named, unless there is one with the name of the command.
 EXTRAS = {
+    "av": ("video",),
     "bitsandbytes": ("gpu",),
     "datasets": ("data", "train", "evaluate"),
     "deepspeed": ("train",),

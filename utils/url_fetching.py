@@ -116,7 +116,7 @@ class _Request(threading.Thread):
                 self._socket = connection.sock = encrypted
                 encrypted.do_handshake()
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "dsvl"}
+            headers = {"Accept": "image/*, video/*", "Accept-Encoding": "identity", "User-Agent": "dsvl"}
             connection.request("GET", path, headers=headers)
             return self._read(connection.getresponse())
         except FetchError:

@@ -1,6 +1,7 @@
 """Common public formats: LLaVA's `conversations`, ShareGPT with `images`, The Cauldron's and FineVision's `texts`."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -9,7 +10,7 @@ from typing import Any
 from ...utils.text import shortened
 from ..dataset_files import open_records
 from ..sample_errors import BadSample, one_sample
-from .registry import RawRecord, Sample, SkipRecord, assistant, converter, take, user
+from .registry import VIDEO_PLACEHOLDER, RawRecord, Sample, SkipRecord, assistant, converter, take, user
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -32,41 +33,47 @@ def read_file(root: Path, images: Path) -> Iterator[RawRecord]:
         yield RawRecord(shortened(str(name)), record)
 
 
-def to_sample(messages: list[tuple[str, str]], images: list[Any]) -> Sample:
-    """Convert messages whose texts contain a placeholder for each image to a sample.
+def to_sample(messages: list[tuple[str, str]], images: list[Any], videos: Sequence[Any] = ()) -> Sample:
+    """Convert messages whose texts contain a placeholder for each image and video to a sample.
 
-    White space around a placeholder at the beginning or end of a text is removed. Images without placeholders are inserted
-    before the first question.
+    White space around a placeholder at the beginning or end of a text is removed. Images or videos without placeholders are
+    inserted before the first question. If there are videos and no images, `<image>` may stand for them, as in LLaVA-Video.
 
     Args:
         messages (`list[tuple[str, str]]`): (role, text); the roles are user and assistant, after at most one system message.
         images (`list`): The images, in the order of the placeholders.
+        videos (`Sequence`, *optional*): The videos, in the order of the placeholders.
 
     Raises:
         SkipRecord: If an answer contains a placeholder.
         ValueError: If the number of placeholders is wrong, or the roles do not alternate.
     """
-    named = sum(text.count(PLACEHOLDER) for role, text in messages if role == "user")
-    if any(PLACEHOLDER in text for role, text in messages if role != "user"):
-        raise SkipRecord("an image in an answer")
-    if named == 0 and images:
-        first = next((number for number, (role, _) in enumerate(messages) if role == "user"), None)
-        if first is None:
-            raise ValueError("no message is the user's; expected one before the first answer.")
-        question = ("user", PLACEHOLDER * len(images) + messages[first][1])
-        messages = [*messages[:first], question, *messages[first + 1 :]]
-    elif named != len(images):
-        raise ValueError(f"the texts name {named} images ({PLACEHOLDER}), but there are {len(images)}.")
+    held = {PLACEHOLDER: ("image", images)} | ({VIDEO_PLACEHOLDER: ("video", videos)} if videos else {})
+    asked = "".join(text for role, text in messages if role == "user")
+    if videos and not images and VIDEO_PLACEHOLDER not in asked:
+        messages = [(r, t.replace(PLACEHOLDER, VIDEO_PLACEHOLDER) if r == "user" else t) for r, t in messages]
+    for placeholder, (kind, sources) in reversed(held.items()):
+        named = sum(text.count(placeholder) for role, text in messages if role == "user")
+        if any(placeholder in text for role, text in messages if role != "user"):
+            raise SkipRecord(f"{'an image' if kind == 'image' else 'a video'} in an answer")
+        if named == 0 and sources:
+            first = next((number for number, (role, _) in enumerate(messages) if role == "user"), None)
+            if first is None:
+                raise ValueError("no message is the user's; expected one before the first answer.")
+            question = ("user", placeholder * len(sources) + messages[first][1])
+            messages = [*messages[:first], question, *messages[first + 1 :]]
+        elif named != len(sources):
+            raise ValueError(f"the texts name {named} {kind}s ({placeholder}), but there are {len(sources)}.")
     converted: list[dict[str, Any]] = []
     for role, text in messages:
         if role == "user":
-            converted.append(user(*split_at_placeholders(text)))
+            converted.append(user(*split_at_placeholders(text, tuple(held))))
         elif role == "assistant":
             converted.append(assistant(text))
         else:
             converted.append({"role": role, "content": [{"type": "text", "text": text}]})
     check_roles([message["role"] for message in converted if message["role"] != "system"])
-    return {"messages": converted, "images": images}
+    return {"messages": converted, "images": images} | ({"videos": list(videos)} if videos else {})
 
 
 def check_roles(roles: list[str]) -> None:
@@ -79,17 +86,18 @@ def check_roles(roles: list[str]) -> None:
         raise ValueError(f"the roles are {', '.join(roles) or 'none'}; expected user and assistant alternately.")
 
 
-def split_at_placeholders(text: str) -> list[str | None]:
-    """Split a text into the parts of a message: None for each placeholder."""
+def split_at_placeholders(text: str, placeholders: Sequence[str] = (PLACEHOLDER,)) -> list[str | None]:
+    """Split a text into the parts of a message: None for each `<image>`, and `<video>` for each, if it is a placeholder."""
     parts: list[str | None] = []
-    pieces = text.split(PLACEHOLDER)
+    pieces = re.split(f"({'|'.join(map(re.escape, placeholders))})", text)
     for number, piece in enumerate(pieces):
-        if number > 0:
-            parts.append(None)
+        if number % 2:
+            parts.append(None if piece == PLACEHOLDER else piece)
+            continue
         # White space between words and an image belongs to the sentence; at the ends of the text it is layout.
-        before = all(part is None for part in parts)
+        before = all(part is None or part in placeholders for part in parts)
         piece = piece.lstrip() if before else piece
-        piece = piece.rstrip() if not "".join(pieces[number + 1 :]).strip() else piece
+        piece = piece.rstrip() if not "".join(pieces[number + 2 :: 2]).strip() else piece
         if piece:
             parts.append(piece)
     return parts
@@ -106,14 +114,17 @@ def llava_conversations(record: Any, random: Random) -> Sample:
         (_role(take(message, "from", str, "a message")), take(message, "value", str, "a message"))
         for message in take(record, "conversations", list)
     ]
-    image = record.get("image")
-    images = [] if image is None else image if isinstance(image, list) else [image]
-    return to_sample(messages, images)
+    images, videos = (_listed(record.get(key)) for key in ("image", "video"))
+    return to_sample(messages, images, videos)
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 @converter(
     "sharegpt",
-    "ShareGPT (conversations or messages) with a list of images; --root is the file, image paths are relative to it",
+    "ShareGPT (conversations or messages) with images and videos; --root is the file, paths are relative to it",
     ("FILE.json | FILE.jsonl",),
     read_file,
 )
@@ -125,7 +136,7 @@ def sharegpt(record: Any, random: Random) -> Sample:
     for message in take(record, key, list):
         role, text = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
         messages.append((_role(take(message, role, str, "a message")), take(message, text, str, "a message")))
-    return to_sample(messages, list(record.get("images") or []))
+    return to_sample(messages, list(record.get("images") or []), list(record.get("videos") or []))
 
 
 @converter(

@@ -11,6 +11,7 @@ from typing import Any
 from ...utils.text import shortened
 
 Sample = dict[str, Any]
+VIDEO_PLACEHOLDER = "<video>"
 
 
 class SkipRecord(ValueError):
@@ -144,8 +145,9 @@ def take_texts(record: Any, key: str, where: str = "the record") -> list[str]:
 
 
 def user(*parts: str | None) -> dict[str, Any]:
-    """A user's message. Each None becomes an image part, each string a text part."""
-    return {"role": "user", "content": [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts]}
+    """A user's message. Each None becomes an image part, `VIDEO_PLACEHOLDER` a video part, each other string a text part."""
+    kinds = {None: "image", VIDEO_PLACEHOLDER: "video"}
+    return {"role": "user", "content": [{"type": kinds[p]} if p in kinds else {"type": "text", "text": p} for p in parts]}
 
 
 def assistant(text: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ MODULES = {
     "dsvl": "Models, composition and saving",
     "dsvl.chat": "Conversations",
     "dsvl.data": "Training data",
+    "dsvl.video_reading_dsvl": "Video",
     "dsvl.training": "Training",
     "dsvl.migration": "Migration",
     "dsvl.hub_card": "Model cards",
