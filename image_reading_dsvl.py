@@ -37,7 +37,7 @@ RESIZED_PIXELS = 2**23
 _SUPPORT = 3  # source pixels on each side, at most, that a filter (Lanczos) reads when it enlarges
 
 _ORIENTATION = 0x0112  # EXIF's tag
-_BITS_PER_SAMPLE = 258  # TIFF's
+_TIFF_WIDTH, _TIFF_HEIGHT, _BITS_PER_SAMPLE = 256, 257, 258  # TIFF's
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SMALLEST_FILE = 24  # bytes; anything smaller is not an image, even if it is valid base64
 _RESCALE = "pass integers of 0..255 or 0..65535, or floats of 0..1 or 0..255"
@@ -152,12 +152,35 @@ def _upright_size(source: Any, max_pixels: int, allow_urls: bool) -> tuple[int, 
 
 
 def _turned_size(image: "Image.Image") -> tuple[int, int]:
-    width, height = image.size
+    """The upright (width, height) of an opened image."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = (tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]) if _TIFF_HEIGHT in tags else image.size
     try:
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        # Of a PNG it decodes the image if there is none in front of the pixels.
+        exif = Image.Image.getexif(image) if image.format == "PNG" and not _speaks_after_pixels(image) else image.getexif()
+        turned = exif.get(_ORIENTATION, 1) >= 5
     except Exception:  # a broken header can make Pillow's readers raise anything; reading the pixels will say so
         turned = False
     return (height, width) if turned else (width, height)
+
+
+def _speaks_after_pixels(image: "Image.Image") -> bool:
+    """Whether a PNG file has texts or EXIF behind its pixels. Chunks are skipped, not read."""
+    file = getattr(image, "fp", None)
+    if file is None:  # it is decoded already
+        return False
+    start = file.tell()
+    try:
+        file.seek(len(_PNG))
+        seen_pixels = False
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            if seen_pixels and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            seen_pixels = seen_pixels or head[4:] == b"IDAT"
+            file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+        return False
+    finally:
+        file.seek(start)
 
 
 def file_of(source: Any) -> Any:

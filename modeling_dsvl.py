@@ -727,21 +727,23 @@ class DSVLModel(DSVLPreTrainedModel):
             self._image_reuse = require_acceleration("The reuse of images (encode_images, image_cache)").ImageReuse(self)
         return self._image_reuse
 
-    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> Any:
+    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16, **layout: Any) -> Any:
         """Run tower, projector and decoder over images alone, for `generate(..., image_cache=...)`.
 
         Args:
-            pixel_values: (images, 3, height, width), any float dtype.
-            chunk_size: images in one forward call.
+            pixel_values: (tiles, 3, height, width), any float dtype; of native images (images, patches, 3 * patch_size ** 2).
+            chunk_size: tiles in one forward call.
+            layout: `pixel_attention_mask` and `spatial_shapes` of native images, see `get_image_features`; and `num_tiles`
+                (images,), how many tiles each image has, 1 by default: the cache is indexed by images.
 
         Returns:
             An `ImageKVCache`.
 
         Raises:
             ImportError: without the package dsvl.
-            ValueError: without an image, or if this model's images cannot be reused exactly.
+            ValueError: without an image, for tiles that do not add up, or if this model's images cannot be reused exactly.
         """
-        return self.image_reuse.encode(pixel_values, chunk_size)
+        return self.image_reuse.encode(pixel_values, chunk_size, **layout)
 
     def compile_text_prefill(self, **options: Any) -> None:
         """Compile the prefill of prompts over encoded images; see `dsvl.acceleration.ImageReuse.compile`."""
@@ -834,9 +836,9 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """Encode and project images; see `DSVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> Any:
+    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16, **layout: Any) -> Any:
         """Run images through the whole model, once; see `DSVLModel.encode_images`."""
-        return self.model.encode_images(pixel_values, chunk_size)
+        return self.model.encode_images(pixel_values, chunk_size, **layout)
 
     def encode_pictures(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> Any:
         """Deprecated name of `encode_images`."""
