@@ -731,7 +731,8 @@ class DSVLModel(DSVLPreTrainedModel):
         """Run tower, projector and decoder over images alone, for `generate(..., image_cache=...)`.
 
         Args:
-            pixel_values: (tiles, 3, height, width), any float dtype; of native images (images, patches, 3 * patch_size ** 2).
+            pixel_values: (tiles, 3, height, width), any float dtype; of native images
+                (images, patches, 3 * patch_size ** 2).
             chunk_size: tiles in one forward call.
             layout: `pixel_attention_mask` and `spatial_shapes` of native images, see `get_image_features`; and `num_tiles`
                 (images,), how many tiles each image has, 1 by default: the cache is indexed by images.

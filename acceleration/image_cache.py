@@ -62,8 +62,8 @@ class ImageKVCache:
         lengths = tuple(tuple(map(int, image)) for image in tile_lengths or ())
         if sum(map(sum, lengths)) != keys.shape[1]:
             raise ValueError(
-                f"tile_lengths sum to {sum(map(sum, lengths))} tokens, but the keys hold {keys.shape[1]}; pass for each image "
-                "the number of tokens of each of its tiles."
+                f"tile_lengths sum to {sum(map(sum, lengths))} tokens, but the keys hold {keys.shape[1]}; pass for each "
+                "image the number of tokens of each of its tiles."
             )
         self.keys, self.values, self.fingerprint, self.tile_lengths = keys, values, fingerprint, lengths
 
