@@ -5,8 +5,9 @@
 All make model inputs of the same photographs (scikit-image's and scikit-learn's), with tiles of the same size and filter and
 about as many of them, by the same backend: Pillow, or torchvision where it is installed (`--backend`). LLaVA-NeXT chooses
 among grids of up to `--max-tiles` tiles, as DSVL does; SmolVLM scales the longer edge to as many tiles as the square root of
-`--max-tiles`, so that it makes at most so many. The table also has DSVL's layouts of one tile for an image ("crop", "pad") and
-native images. `tiles_per_second` compares what is made, as the numbers of tiles differ a little. Measurements are interleaved.
+`--max-tiles`, so that it makes at most so many. The table also has DSVL's layouts of one tile for an image ("crop", "pad")
+and native images. `tiles_per_second` compares what is made, as the numbers of tiles differ a little. Measurements are
+interleaved.
 """
 
 import argparse
