@@ -98,7 +98,8 @@ class ImageReuse:
         decoder = self.model.language_model
         masks = {kind: OwnValueMask() for kind in layer_types(decoder)}
         dtype = decoder.get_input_embeddings().weight.dtype
-        keys, values, lengths = [], [], []
+        keys, values = [], []
+        lengths: list[int] = []
         for start in range(0, number, chunk_size):
             chunk = [
                 None if part is None else part[start : start + chunk_size]
