@@ -200,7 +200,7 @@ class DSVLProcessor(ProcessorMixin):
     @property
     def layout(self) -> ImageLayout | None:
         """What images become; None if the image processor alone decides it."""
-        if self.image_layout == "crop":
+        if self.image_layout == "crop" or self.tile_size is None:
             return None
         return ImageLayout(self.image_layout, self.tile_size, self.max_tiles, self.max_image_tokens)
 
@@ -251,9 +251,10 @@ class DSVLProcessor(ProcessorMixin):
         )
         pieces = text.split(self.image_token)
         images = [self.tile_lengths()] * (len(pieces) - 1)
-        if self.follows_size and images:
+        layout = self.layout
+        if layout is not None and self.follows_size and images:
             sizes = [(*_size_of(part), "time" in part) for part in image_parts(conversation)]
-            placeholders = [self.layout.text(self.image_token, *self.layout.grid(*size)) for size in sizes]
+            placeholders = [layout.text(self.image_token, *layout.grid(*size)) for size in sizes]
             text = pieces[0] + "".join(one + piece for one, piece in zip(placeholders, pieces[1:], strict=True))
             images = [self.tile_lengths(*size) for size in sizes]
         return self.tokenizer(text, add_special_tokens=False)["input_ids"], images
