@@ -1,5 +1,6 @@
 """Tiny random models and processors of every image layout, which tests of several files share."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,9 @@ def layout_parts(case: str, family: str = "llama", dtype: torch.dtype = torch.fl
     model = DSVLForConditionalGeneration(config).to(dtype).eval()
     model.generation_config.eos_token_id = None
     return model, layout_processor(case, config)
+
+
+shared_parts = cache(layout_parts)  # for tests that leave them as they are
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:

@@ -21,11 +21,11 @@ from layout_models import (
     SIZES,
     VARYING,
     layout_config,
-    layout_parts,
     layout_processor,
     model_inputs,
     noise,
     question,
+    shared_parts,
 )
 from PIL import Image, ImageChops
 from training_runs import environment
@@ -45,19 +45,6 @@ every_case = pytest.mark.parametrize("case", CASES)
 every_varying_case = pytest.mark.parametrize("case", VARYING)
 lengths = st.integers(1, 300)
 LARGE = [(1, 1), (1, 20_000), (20_000, 1), (4_000, 3_000), (3, 7), (7, 3)]
-
-
-@pytest.fixture(scope="module")
-def parts():
-    """Model and processor of a case, made once."""
-    made: dict[str, Any] = {}
-
-    def get(case: str) -> tuple[Any, Any]:
-        if case not in made:
-            made[case] = layout_parts(case)
-        return made[case]
-
-    return get
 
 
 def convert(image: Image.Image, processor: Any) -> torch.Tensor:
@@ -282,8 +269,8 @@ def test_the_pixels_of_a_file_are_not_decoded_to_measure_it(tmp_path, monkeypatc
 
 
 @every_case
-def test_tokens_are_counted_as_they_are(parts, case, tmp_path):
-    _, processor = parts(case)
+def test_tokens_are_counted_as_they_are(case, tmp_path):
+    _, processor = shared_parts(case)
     paths = []
     for seed, size in enumerate(SIZES):
         noise(size, seed).save(tmp_path / f"{seed}.png")
@@ -298,8 +285,8 @@ def test_tokens_are_counted_as_they_are(parts, case, tmp_path):
 
 
 @every_case
-def test_what_vllm_asks_for_is_what_an_image_takes(parts, case):
-    model, processor = parts(case)
+def test_what_vllm_asks_for_is_what_an_image_takes(case):
+    model, processor = shared_parts(case)
     sizes = [(height, width) for width, height in SIZES]
     counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
     for size, tokens, tiles in zip(SIZES, counted["num_image_tokens"], counted["num_image_patches"], strict=True):
@@ -349,8 +336,8 @@ def test_pixel_shuffle_has_the_order_of_idefics_3_smolvlm_and_internvl():
 
 
 @every_varying_case
-def test_each_image_is_projected_as_if_it_were_alone(parts, case):
-    model, processor = parts(case)
+def test_each_image_is_projected_as_if_it_were_alone(case):
+    model, processor = shared_parts(case)
     made = processor(images=[noise(size, seed) for seed, size in enumerate(SIZES)], return_tensors="pt")
     inputs = {n: made[n] for n in ("pixel_values", "pixel_attention_mask", "spatial_shapes") if n in made}
     inputs["pixel_values"] = inputs["pixel_values"].double()
@@ -381,8 +368,8 @@ def positions(inputs: dict[str, Any]) -> torch.Tensor:
 
 
 @every_case
-def test_a_padded_batch_of_any_images_is_each_row_alone(parts, case):
-    model, processor = parts(case)
+def test_a_padded_batch_of_any_images_is_each_row_alone(case):
+    model, processor = shared_parts(case)
     with torch.no_grad():
         for side in ("left", "right"):
             inputs = model_inputs(processor, conversations(), side)
@@ -395,8 +382,8 @@ def test_a_padded_batch_of_any_images_is_each_row_alone(parts, case):
 
 @every_case
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_step_by_step_is_the_whole_sequence(parts, case, kind):
-    model, processor = parts(case)
+def test_step_by_step_is_the_whole_sequence(case, kind):
+    model, processor = shared_parts(case)
     inputs = model_inputs(processor, conversations())
     more = torch.randint(3, 300, (len(inputs["input_ids"]), 3), generator=torch.Generator().manual_seed(0))
     whole = dict(inputs, input_ids=torch.cat([inputs["input_ids"], more], 1))
@@ -419,8 +406,8 @@ def test_step_by_step_is_the_whole_sequence(parts, case, kind):
 
 
 @every_case
-def test_batches_beams_and_image_caches_answer_as_each_alone(parts, case):
-    model, processor = parts(case)
+def test_batches_beams_and_image_caches_answer_as_each_alone(case):
+    model, processor = shared_parts(case)
     batch = model_inputs(processor, conversations())
     options = {"max_new_tokens": 5, "do_sample": False}
     names = [n for n in ("pixel_values", "pixel_attention_mask", "spatial_shapes", "num_tiles") if n in batch]
@@ -439,8 +426,8 @@ def test_batches_beams_and_image_caches_answer_as_each_alone(parts, case):
 
 
 @every_varying_case
-def test_an_image_cache_is_taken_apart_by_images(parts, case, tmp_path):
-    model, processor = parts(case)
+def test_an_image_cache_is_taken_apart_by_images(case, tmp_path):
+    model, processor = shared_parts(case)
     one = model_inputs(processor, [question([noise(size, seed) for seed, size in enumerate(SIZES[:3])])])
     names = [n for n in ("pixel_values", "pixel_attention_mask", "spatial_shapes", "num_tiles") if n in one]
     cache = model.encode_images(**{name: one[name] for name in names}, chunk_size=2)
@@ -468,8 +455,8 @@ def test_an_image_cache_is_taken_apart_by_images(parts, case, tmp_path):
 
 
 @every_varying_case
-def test_a_second_turn_encodes_new_images_alone(parts, case):
-    model, processor = parts(case)
+def test_a_second_turn_encodes_new_images_alone(case):
+    model, processor = shared_parts(case)
     first = question([noise(size, seed) for seed, size in enumerate(SIZES[:2])])
     cache = DynamicCache(config=model.config.text_config)
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -492,8 +479,8 @@ def test_a_second_turn_encodes_new_images_alone(parts, case):
 
 
 @every_varying_case
-def test_images_that_do_not_match_their_tokens_are_refused(parts, case):
-    model, processor = parts(case)
+def test_images_that_do_not_match_their_tokens_are_refused(case):
+    model, processor = shared_parts(case)
     inputs = model_inputs(processor, [question([noise(SIZES[0]), noise(SIZES[1])])])
     names = [name for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes") if name in inputs]
     fewer = inputs | {name: inputs[name][:1] for name in names}
@@ -551,7 +538,7 @@ print(json.dumps(answers))
 """
 
 
-def test_checkpoints_of_any_layout_work_without_the_package(parts, tmp_path):
+def test_checkpoints_of_any_layout_work_without_the_package(tmp_path):
     from dsvl import save_checkpoint
 
     paths = []
@@ -560,7 +547,7 @@ def test_checkpoints_of_any_layout_work_without_the_package(parts, tmp_path):
         paths.append(str(tmp_path / f"{seed}.png"))
     expected, folders = [], []
     for case in ("tiles, downsample", "native"):
-        model, processor = parts(case)
+        model, processor = shared_parts(case)
         folders.append(str(save_checkpoint(model, processor, tmp_path / case.replace(", ", "_"))))
         inputs = model_inputs(processor, [question([noise(size, seed) for seed, size in enumerate(SIZES[:3])], "What?")])
         expected.append(model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist())
@@ -571,9 +558,9 @@ def test_checkpoints_of_any_layout_work_without_the_package(parts, tmp_path):
     assert json.loads(run.stdout.splitlines()[-1]) == expected
 
 
-def test_a_checkpoint_of_before_loads_and_computes_the_same(parts, tmp_path):
+def test_a_checkpoint_of_before_loads_and_computes_the_same(tmp_path):
     """Its files lack the fields of image layouts."""
-    model, processor = parts("crop")
+    model, processor = shared_parts("crop")
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     fields = ("image_layout", "max_tiles", "max_image_tokens", "downsample", "num_queries")
@@ -598,8 +585,8 @@ def test_a_checkpoint_of_before_loads_and_computes_the_same(parts, tmp_path):
 @every_case
 @given(st.lists(st.tuples(st.integers(1, 130), st.integers(1, 130)), min_size=1, max_size=3))
 @settings(max_examples=12, deadline=None)
-def test_images_of_any_size_go_through_processor_and_model(parts, case, sizes):
-    model, processor = parts(case)
+def test_images_of_any_size_go_through_processor_and_model(case, sizes):
+    model, processor = shared_parts(case)
     conversation = question([noise(size, seed) for seed, size in enumerate(sizes)])
     inputs = model_inputs(processor, [conversation])
     assert inputs["input_ids"].shape[1] == processor.count_tokens(conversation, add_generation_prompt=True)
@@ -614,9 +601,9 @@ def status_mib(name: str) -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
 @pytest.mark.parametrize("case", ["crop", "pad", "tiles", "native"])
-def test_large_and_thin_images_take_bounded_memory_and_time(parts, case):
+def test_large_and_thin_images_take_bounded_memory_and_time(case):
     """At most about four times the decoded pixels, of which there are 36 MB in 4,000 x 3,000."""
-    model, processor = parts(case)
+    model, processor = shared_parts(case)
     processor(images=[Image.new("RGB", (50, 50))], return_tensors="pt")
     for size in LARGE:
         image = Image.new("RGB", size, "red")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from layout_models import SIZES, VARYING, layout_parts, model_inputs, noise, question
+from layout_models import SIZES, VARYING, layout_parts, model_inputs, noise, question, shared_parts
 from model_server import NAME, data_url, served
 from model_server import question as openai_question
 from openai import BadRequestError
@@ -30,18 +30,6 @@ CASES = ["pad", "tiles", "native, downsample"]
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-@pytest.fixture(scope="module")
-def parts():
-    made: dict[str, Any] = {}
-
-    def get(case: str) -> tuple[Any, Any]:
-        if case not in made:
-            made[case] = layout_parts(case)
-        return made[case]
-
-    return get
-
-
 def from_scratch(model: Any, processor: Any, messages: list[dict[str, Any]], tokens: int = NEW) -> list[int]:
     inputs = model_inputs(processor, [messages])
     ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
@@ -52,8 +40,8 @@ def from_scratch(model: Any, processor: Any, messages: list[dict[str, Any]], tok
 
 
 @pytest.mark.parametrize("case", VARYING)
-def test_a_prompt_knows_where_its_images_are(parts, case):
-    _, processor = parts(case)
+def test_a_prompt_knows_where_its_images_are(case):
+    _, processor = shared_parts(case)
     messages = question([noise(size, seed) for seed, size in enumerate(SIZES)])
     prompt = read_prompt(processor, messages)
     assert prompt.ids == model_inputs(processor, [messages])["input_ids"][0].tolist()
@@ -69,8 +57,8 @@ def test_a_prompt_knows_where_its_images_are(parts, case):
 
 @every_case
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_each_turn_answers_as_from_scratch_and_encodes_only_new_images(parts, case, kind):
-    model, processor = parts(case)
+def test_each_turn_answers_as_from_scratch_and_encodes_only_new_images(case, kind):
+    model, processor = shared_parts(case)
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=kind, context_length=1024)
     for turn, seeds in enumerate([[0, 1], [], [3], [2, 4]]):
         images = [noise(SIZES[seed], seed) for seed in seeds]
@@ -89,8 +77,8 @@ def test_each_turn_answers_as_from_scratch_and_encodes_only_new_images(parts, ca
 
 
 @every_case
-def test_a_saved_conversation_goes_on(parts, case, tmp_path):
-    model, processor = parts(case)
+def test_a_saved_conversation_goes_on(case, tmp_path):
+    model, processor = shared_parts(case)
     options = {"max_new_tokens": NEW, "do_sample": False}
     chat = DSVLChat(model, processor, **options)
     chat.ask("One?", [noise(SIZES[1], 1)])
@@ -100,8 +88,8 @@ def test_a_saved_conversation_goes_on(parts, case, tmp_path):
     assert again.ask("Two?") == chat.ask("Two?")
 
 
-def test_the_context_counts_all_tiles(parts):
-    model, processor = parts("tiles")
+def test_the_context_counts_all_tiles():
+    model, processor = shared_parts("tiles")
     image = noise(SIZES[0])
     needed = len(read_prompt(processor, question([image], "?")).ids) + NEW
     assert DSVLChat(model, processor, context_length=needed, max_new_tokens=NEW, do_sample=False).ask("?", image)
@@ -109,9 +97,9 @@ def test_the_context_counts_all_tiles(parts):
         DSVLChat(model, processor, context_length=needed - 1, max_new_tokens=NEW).ask("?", image)
 
 
-def test_the_terminal_says_what_images_take(parts, tmp_path, capsys):
+def test_the_terminal_says_what_images_take(tmp_path, capsys):
     for case, taken in (("pad", ""), ("tiles", ": 6 tiles of 5 tokens"), ("native, downsample", ": %d tokens")):
-        model, processor = parts(case)
+        model, processor = shared_parts(case)
         for seed, size in enumerate(SIZES[1:3]):
             noise(size, seed).save(tmp_path / f"{seed}.png")
         if "%d" in taken:
@@ -197,8 +185,8 @@ def test_images_are_measured_as_carefully_as_they_are_read(server):
 
 
 @every_case
-def test_the_page_answers_as_from_scratch(parts, case, tmp_path):
-    model, processor = parts(case)
+def test_the_page_answers_as_from_scratch(case, tmp_path):
+    model, processor = shared_parts(case)
     files = []
     for seed in (0, 1):
         noise(SIZES[seed], seed).save(tmp_path / f"{seed}.png")
@@ -214,8 +202,8 @@ def test_the_page_answers_as_from_scratch(parts, case, tmp_path):
 
 
 @every_case
-def test_evaluation_groups_by_real_lengths_and_answers_as_alone(parts, case, tmp_path):
-    model, processor = parts(case)
+def test_evaluation_groups_by_real_lengths_and_answers_as_alone(case, tmp_path):
+    model, processor = shared_parts(case)
     lines = []
     for number, seeds in enumerate([[0], [2], [1, 3], [4]]):
         messages = question([noise(SIZES[seed], seed) for seed in seeds])
@@ -245,10 +233,10 @@ SIZED = [[SIZES[seed][::-1] for seed in seeds] for seeds in ([0], [2], [1, 3], [
 
 @every_case
 @pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
-def test_pipelines_answer_as_the_model(parts, case, task, monkeypatch):
+def test_pipelines_answer_as_the_model(case, task, monkeypatch):
     if task == "any-to-any" and not is_torchvision_available():
         pytest.skip("torchvision is not installed, which this pipeline of transformers requires")
-    model, processor = parts(case)
+    model, processor = shared_parts(case)
     words = processor.tokenizer.get_vocab().items()
     monkeypatch.setattr(model.generation_config, "suppress_tokens", [i for word, i in words if word[:3] == "<0x"])
     messages = question([noise(SIZES[0]), noise(SIZES[1], 1)])
