@@ -873,7 +873,11 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """
         if self.config.image_positions == "image" and kwargs.get("position_ids") is None:
             types, mask = (input_ids == self.config.image_token_id).long(), kwargs.get("attention_mask")
-            kwargs["position_ids"] = self.model.make_position_ids(types, input_ids.shape[1], attention_mask=mask)
+            copies = kwargs.get("copies", 1)  # consecutive rows of the same images, which the cache holds once
+            mask = None if mask is None else mask[::copies]
+            images, types = image_cache.tile_ranges(), types[::copies]
+            positions = self.model.make_position_ids(types, input_ids.shape[1], images, mask)
+            kwargs["position_ids"] = positions.repeat_interleave(copies, dim=0)
         hidden, cache = self.model.image_reuse.prefill(input_ids, image_cache, cache, **kwargs)
         with torch.no_grad():
             return DSVLCausalLMOutputWithPast(logits=self._logits(hidden), **{CACHE: cache})

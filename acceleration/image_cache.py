@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..transformers_dsvl import BaseModelOutputWithPooling
+
 FORMAT = "dsvl_image_cache_2"
 EQUAL_IMAGES_FORMAT = "dsvl_image_cache_1"  # until 0.3: (layers, images, tokens, heads, head_dim)
 
@@ -101,6 +103,11 @@ class ImageKVCache:
     def num_tiles(self) -> list[int]:
         """How many tiles each image has."""
         return list(map(len, self.tile_lengths))
+
+    def tile_ranges(self) -> BaseModelOutputWithPooling:
+        """In the place of `get_image_features(...)`: as `pooler_output` a range for each tile, as long as its tokens, for
+        what asks for lengths alone."""
+        return BaseModelOutputWithPooling(pooler_output=[range(length) for tiles in self.tile_lengths for length in tiles])
 
     @property
     def device(self) -> torch.device:

@@ -21,6 +21,7 @@ from layout_models import (
     SIZES,
     VARYING,
     layout_config,
+    layout_parts,
     layout_processor,
     model_inputs,
     noise,
@@ -423,6 +424,29 @@ def test_batches_beams_and_image_caches_answer_as_each_alone(case):
         for row, conversation in enumerate(conversations()):
             alone = model.generate(**model_inputs(processor, [conversation]), **options, num_beams=beams)
             assert alone[0, -5:].equal(together[row]), row
+
+
+@every_varying_case
+def test_image_caches_serve_models_whose_images_share_positions(case):
+    model, processor = layout_parts(case, image_positions="image")
+    # Images next to each other, with no text between them, in one row; padding in the other.
+    texts = [f"{processor.image_token * 3} and?", "no image?", f"{processor.image_token} this"]
+    images = [[noise(size, seed) for seed, size in enumerate(SIZES[:3])], [], [noise(SIZES[3], 3)]]
+    made = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+    inputs = dict(made, pixel_values=made["pixel_values"].double())
+    names = [n for n in ("pixel_values", "pixel_attention_mask", "spatial_shapes", "num_tiles") if n in inputs]
+    cache = model.encode_images(**{name: inputs[name] for name in names})
+    text = {name: value for name, value in inputs.items() if name not in names}
+    for beams in (1, 2):
+        options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+        assert model.generate(**text, image_cache=cache, **options).equal(model.generate(**inputs, **options))
+    with torch.no_grad():
+        expected = model(**inputs, logits_to_keep=1).logits
+    del text["mm_token_type_ids"]
+    torch.testing.assert_close(model.prefill(**text, image_cache=cache).logits, expected, atol=1e-9, rtol=1e-9)
+    twice = {name: value.repeat_interleave(2, 0) for name, value in text.items()}
+    got = model.prefill(**twice, image_cache=cache, copies=2).logits
+    torch.testing.assert_close(got, expected.repeat_interleave(2, 0), atol=1e-9, rtol=1e-9)
 
 
 @every_varying_case
