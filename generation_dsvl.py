@@ -194,6 +194,8 @@ class DSVLGenerationMixin(GenerationMixin):
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         cache, mask, types = (model_kwargs.get(name) for name in (CACHE, "attention_mask", "mm_token_type_ids"))
         images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if model_kwargs.get("image_cache") is not None:
+            images = model_kwargs["image_cache"].tile_ranges()
         past = int(cache.get_seq_length()) if cache is not None else 0
         total = max(past + inputs_tensor.shape[1] if mask is None else mask.shape[1], past)
         if types is None:

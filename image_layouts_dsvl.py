@@ -6,10 +6,9 @@ pixels; short texts behind the tiles say what each is, as image tokens cannot se
 alone.)
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from .transformers_dsvl import native_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,6 +97,24 @@ def best_grid(height: int, width: int, side: int, max_tiles: int) -> tuple[int, 
     return best
 
 
+def native_size(height: int, width: int, side: int, max_tokens: int) -> tuple[int, int]:
+    """The largest size (height, width) of whole squares, at most `max_tokens` of them, that about keeps the aspect ratio:
+    SigLIP 2's (arXiv 2502.14786), to the pixel as in transformers, whose module needs Pillow to be imported."""
+
+    def grid(scale: float) -> tuple[int, int]:
+        rows, columns = (max(1, math.ceil(length * scale / side)) for length in (height, width))
+        return rows, columns
+
+    tolerance = 1e-5
+    low, high = tolerance / 10, 100.0
+    while high - low >= tolerance:
+        middle = (low + high) / 2
+        rows, columns = grid(middle)
+        low, high = (middle, high) if rows * columns <= max_tokens else (low, middle)
+    rows, columns = grid(low)
+    return rows * side, columns * side
+
+
 def letterbox(image: "Image.Image", size: tuple[int, int], colour: tuple[int, int, int], resample: int) -> "Image.Image":
     """An image scaled to fit into `size` (width, height), in the middle of a canvas of one colour; nothing is cut off."""
     width, height = size
@@ -135,4 +152,4 @@ def _new_canvas(size: tuple[int, int], colour: tuple[int, int, int]) -> "Image.I
     return Image.new("RGB", size, colour)
 
 
-__all__ = ["ImageLayout", "best_grid", "letterbox", "mean_colour"]
+__all__ = ["ImageLayout", "best_grid", "letterbox", "mean_colour", "native_size"]

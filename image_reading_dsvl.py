@@ -37,8 +37,9 @@ RESIZED_PIXELS = 2**23
 _SUPPORT = 3  # source pixels on each side, at most, that a filter (Lanczos) reads when it enlarges
 
 _ORIENTATION = 0x0112  # EXIF's tag
-_BITS_PER_SAMPLE = 258  # TIFF's
+_TIFF_WIDTH, _TIFF_HEIGHT, _BITS_PER_SAMPLE = 256, 257, 258  # TIFF's
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNKS = 100_000  # of a file, beyond which they are not looked through; with 8 KiB each, 0.8 GB
 _SMALLEST_FILE = 24  # bytes; anything smaller is not an image, even if it is valid base64
 _RESCALE = "pass integers of 0..255 or 0..65535, or floats of 0..1 or 0..255"
 
@@ -119,11 +120,13 @@ def read_image(
         raise refused.of(source_name(source)) from refused.__cause__
 
 
-def image_size(source: Any, max_pixels: int = MAX_PIXELS, allow_urls: bool = True) -> tuple[int, int]:
+def image_size(
+    source: Any, max_pixels: int = MAX_PIXELS, allow_urls: bool = True, formats: Sequence[str] = FORMATS
+) -> tuple[int, int]:
     """(width, height) of an image as `read_image` makes it, in pixels. Of a file only the header is read, not the pixels.
 
     Args:
-        source, max_pixels, allow_urls: as for `read_image`.
+        source, max_pixels, allow_urls, formats: as for `read_image`.
 
     Raises:
         ImageError: if by its header alone `read_image` would refuse it.
@@ -132,37 +135,61 @@ def image_size(source: Any, max_pixels: int = MAX_PIXELS, allow_urls: bool = Tru
     if hasattr(source, "read_frame"):  # only its pixels tell how it is turned
         return source.read_frame().size
     try:
-        return _upright_size(source, max_pixels, allow_urls)
+        return _upright_size(source, max_pixels, allow_urls, formats)
     except Refused as refused:
         raise refused.of(source_name(source)) from refused.__cause__
 
 
-def _upright_size(source: Any, max_pixels: int, allow_urls: bool) -> tuple[int, int]:
+def _upright_size(source: Any, max_pixels: int, allow_urls: bool, formats: Sequence[str]) -> tuple[int, int]:
     source = _source(source, allow_urls)
     if hasattr(source, "__array__") and not isinstance(source, Image.Image) or isinstance(source, torch.Tensor):
-        return _read(source, FORMATS, max_pixels, None, allow_urls).size
+        return _read(source, formats, max_pixels, None, allow_urls).size
     if isinstance(source, Image.Image):
         return _turned_size(source)
     if isinstance(source, os.PathLike):
         with open_file(source) as file:
-            return _turned_size(_opened(file, FORMATS, max_pixels))
+            return _turned_size(_opened(file, formats, max_pixels))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _turned_size(_opened(io.BytesIO(source), FORMATS, max_pixels))
+        return _turned_size(_opened(io.BytesIO(source), formats, max_pixels))
     if hasattr(source, "read") and hasattr(source, "seek") and not isinstance(source, io.TextIOBase):
         start = source.tell()
-        size = _turned_size(_opened(source, FORMATS, max_pixels))
+        size = _turned_size(_opened(source, formats, max_pixels))
         source.seek(start)
         return size
-    return _read(source, FORMATS, max_pixels, None, allow_urls).size
+    return _read(source, formats, max_pixels, None, allow_urls).size
 
 
 def _turned_size(image: "Image.Image") -> tuple[int, int]:
-    width, height = image.size
+    """The upright (width, height) of an opened image."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = (tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]) if _TIFF_HEIGHT in tags else image.size
     try:
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        # Of a PNG it decodes the image if there is none in front of the pixels.
+        exif = Image.Image.getexif(image) if image.format == "PNG" and not _speaks_after_pixels(image) else image.getexif()
+        turned = exif.get(_ORIENTATION, 1) >= 5
     except Exception:  # a broken header can make Pillow's readers raise anything; reading the pixels will say so
         turned = False
     return (height, width) if turned else (width, height)
+
+
+def _speaks_after_pixels(image: "Image.Image") -> bool:
+    """Whether a PNG file has texts or EXIF behind its pixels, or so many chunks that it may. Their contents are skipped."""
+    file = getattr(image, "fp", None)
+    if file is None:  # it is decoded already
+        return False
+    start = file.tell()
+    try:
+        file.seek(len(_PNG))
+        seen_pixels, chunks = False, 0
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            chunks += 1
+            if chunks > _PNG_CHUNKS or seen_pixels and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            seen_pixels = seen_pixels or head[4:] == b"IDAT"
+            file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+        return False
+    finally:
+        file.seek(start)
 
 
 def file_of(source: Any) -> Any:

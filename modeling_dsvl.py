@@ -727,21 +727,24 @@ class DSVLModel(DSVLPreTrainedModel):
             self._image_reuse = require_acceleration("The reuse of images (encode_images, image_cache)").ImageReuse(self)
         return self._image_reuse
 
-    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> Any:
+    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16, **layout: Any) -> Any:
         """Run tower, projector and decoder over images alone, for `generate(..., image_cache=...)`.
 
         Args:
-            pixel_values: (images, 3, height, width), any float dtype.
-            chunk_size: images in one forward call.
+            pixel_values: (tiles, 3, height, width), any float dtype; of native images
+                (images, patches, 3 * patch_size ** 2).
+            chunk_size: tiles in one forward call.
+            layout: `pixel_attention_mask` and `spatial_shapes` of native images, see `get_image_features`; and `num_tiles`
+                (images,), how many tiles each image has, 1 by default: the cache is indexed by images.
 
         Returns:
             An `ImageKVCache`.
 
         Raises:
             ImportError: without the package dsvl.
-            ValueError: without an image, or if this model's images cannot be reused exactly.
+            ValueError: without an image, for tiles that do not add up, or if this model's images cannot be reused exactly.
         """
-        return self.image_reuse.encode(pixel_values, chunk_size)
+        return self.image_reuse.encode(pixel_values, chunk_size, **layout)
 
     def compile_text_prefill(self, **options: Any) -> None:
         """Compile the prefill of prompts over encoded images; see `dsvl.acceleration.ImageReuse.compile`."""
@@ -834,9 +837,9 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """Encode and project images; see `DSVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> Any:
+    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16, **layout: Any) -> Any:
         """Run images through the whole model, once; see `DSVLModel.encode_images`."""
-        return self.model.encode_images(pixel_values, chunk_size)
+        return self.model.encode_images(pixel_values, chunk_size, **layout)
 
     def encode_pictures(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> Any:
         """Deprecated name of `encode_images`."""
@@ -870,7 +873,11 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """
         if self.config.image_positions == "image" and kwargs.get("position_ids") is None:
             types, mask = (input_ids == self.config.image_token_id).long(), kwargs.get("attention_mask")
-            kwargs["position_ids"] = self.model.make_position_ids(types, input_ids.shape[1], attention_mask=mask)
+            copies = kwargs.get("copies", 1)  # consecutive rows of the same images, which the cache holds once
+            mask = None if mask is None else mask[::copies]
+            images, types = image_cache.tile_ranges(), types[::copies]
+            positions = self.model.make_position_ids(types, input_ids.shape[1], images, mask)
+            kwargs["position_ids"] = positions.repeat_interleave(copies, dim=0)
         hidden, cache = self.model.image_reuse.prefill(input_ids, image_cache, cache, **kwargs)
         with torch.no_grad():
             return DSVLCausalLMOutputWithPast(logits=self._logits(hidden), **{CACHE: cache})

@@ -222,7 +222,7 @@ class DSVLProcessor(ProcessorMixin):
     @property
     def layout(self) -> ImageLayout | None:
         """What images become; None if the image processor alone decides it."""
-        if self.image_layout == "crop":
+        if self.image_layout == "crop" or self.tile_size is None:
             return None
         return ImageLayout(self.image_layout, self.tile_size, self.max_tiles, self.max_image_tokens)
 
@@ -283,26 +283,55 @@ class DSVLProcessor(ProcessorMixin):
     def count_tokens(self, conversation: Any, add_generation_prompt: bool = False) -> int:
         """The number of tokens of a conversation, including those of its images. Images are not decoded; where their tokens
         follow their size, the header of their file is read."""
-        conversation = self.expand_videos(conversation)
-        text = self.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
-        lengths = [self.image_seq_length] * text.count(self.image_token)
-        if self.layout is not None and lengths:
-            grids = [self._grid_of(part) for part in image_parts(conversation)]
-            pieces = text.split(self.image_token)
-            placeholders = [self.layout.text(self.image_token, *grid) for grid in grids]
-            text = pieces[0] + "".join(one + piece for one, piece in zip(placeholders, pieces[1:], strict=True))
-            lengths = [length for grid in grids for length in self._tile_lengths(*grid)]
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) + sum(lengths) - len(lengths)
+        ids, images = self.ids_of_tiles(conversation, add_generation_prompt)
+        return len(ids) + sum(length - 1 for tiles in images for length in tiles)
 
-    def _grid_of(self, part: dict[str, Any]) -> tuple[int, int]:
-        """Rows and columns of an image of a conversation. A frame of a video is decoded only if its size matters."""
+    def ids_of_tiles(
+        self, conversation: Any, add_generation_prompt: bool = False, **variables: Any
+    ) -> tuple[list[int], list[list[int]]]:
+        """The token ids of a conversation with one image token for each tile; and for each image, how many image tokens each
+        of its tiles takes. Images are read as in `count_tokens`.
+
+        Args:
+            variables: of the chat template.
+        """
+        conversation = self.expand_videos(conversation)
+        text = self.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+        )
+        pieces = text.split(self.image_token)
+        images = [self.tile_lengths()] * (len(pieces) - 1)
+        layout = self.layout
+        if layout is not None and self.follows_size and images:
+            sizes = [self._size_of(part) for part in image_parts(conversation)]
+            placeholders = [layout.text(self.image_token, *layout.grid(*size)) for size in sizes]
+            text = pieces[0] + "".join(one + piece for one, piece in zip(placeholders, pieces[1:], strict=True))
+            images = [self.tile_lengths(*size) for size in sizes]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"], images
+
+    @property
+    def follows_size(self) -> bool:
+        """Whether the number of tokens of an image follows its size."""
+        return self.image_layout == "tiles" or not self.fixed_length
+
+    def tile_lengths(self, height: int = 1, width: int = 1, is_frame: bool = False) -> list[int]:
+        """The number of image tokens of each tile of an image.
+
+        Args:
+            height, width: of the image, in pixels.
+            is_frame: whether it is a frame of a video.
+        """
+        return self._tile_lengths(*((1, 1) if self.layout is None else self.layout.grid(height, width, is_frame)))
+
+    def _size_of(self, part: dict[str, Any]) -> tuple[int, int, bool]:
+        """(height, width, whether it is a frame of a video) of an image of a conversation. A frame is decoded only if its
+        size matters."""
         is_frame = bool(part.get("time"))
-        size = (1, 1) if is_frame and self.image_layout != "native" else _size_of(part)
-        assert self.layout is not None
-        return self.layout.grid(*size, is_frame=is_frame)
+        height, width = (1, 1) if is_frame and self.image_layout != "native" else _part_size(part)
+        return height, width, is_frame
 
     def _tile_lengths(self, rows: int, columns: int) -> list[int]:
-        """The number of tokens of each tile of an image."""
+        """As `tile_lengths`, of an image of this grid."""
         if self.image_layout == "native":
             return [self.image_seq_length if self.fixed_length else rows * columns]
         return [self.image_seq_length] * (1 if rows * columns == 1 else 1 + rows * columns)
@@ -377,7 +406,8 @@ class DSVLProcessor(ProcessorMixin):
                 "images; omit it."
             )
         colour = mean_colour(self.image_processor)
-        resample = pillow_filter(kwargs.get("resample") or getattr(self.image_processor, "resample", None))
+        chosen = kwargs.get("resample")
+        resample = pillow_filter(getattr(self.image_processor, "resample", None) if chosen is None else chosen)
         tiles = [layout.tiles(image, colour, resample) for image in images]
         grids = [layout.grid(image.height, image.width, bool(image.info.get(FRAME))) for image in images]
         options: dict[str, Any] = {name: False for name in ("do_resize", "do_center_crop", "do_pad")}
@@ -499,7 +529,7 @@ def image_parts(conversation: Any) -> list[dict[str, Any]]:
     return [part for content in contents for part in content if part.get("type") == "image"]
 
 
-def _size_of(part: dict[str, Any]) -> tuple[int, int]:
+def _part_size(part: dict[str, Any]) -> tuple[int, int]:
     """(height, width) of an image of a conversation."""
     if part.get("image_size") is not None:
         height, width = part["image_size"]

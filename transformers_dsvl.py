@@ -33,7 +33,6 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches as native_size
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils import TransformersKwargs, requires_backends
 from transformers.utils.generic import can_return_tuple
@@ -170,7 +169,6 @@ __all__ = [
     "create_masks_for_generate",
     "init",
     "is_deepspeed_zero3_enabled",
-    "native_size",
     "no_init_weights",
     "requires_backends",
     "sdpa_mask",

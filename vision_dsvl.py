@@ -100,7 +100,8 @@ def unused_tower_parameters(vision_tower: PreTrainedModel, config: DSVLConfig) -
         device = "cpu"
     with torch.device(device), no_init_weights(), torch.enable_grad():
         tower = type(vision_tower)(vision_config).to(vision_tower.dtype).eval()
-        features = run_tower(tower, config, **{name: one.to(device) for name, one in inputs.items()}).last_hidden_state
+        moved: dict[str, Any] = {name: one.to(device) for name, one in inputs.items()}
+        features = run_tower(tower, config, **moved).last_hidden_state
         names, parameters = zip(*tower.named_parameters(), strict=True)
         gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
     return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
@@ -109,7 +110,7 @@ def unused_tower_parameters(vision_tower: PreTrainedModel, config: DSVLConfig) -
 def blank_image(config: DSVLConfig) -> dict[str, torch.Tensor]:
     """The inputs of the tower for one image of zeros, the smallest that it takes."""
     if config.vision_config.model_type not in NATIVE_TOWERS:
-        return {"pixel_values": torch.zeros(1, 3, config.image_size, config.image_size)}
+        return {"pixel_values": torch.zeros([1, 3] + [config.image_size] * 2)}  # type: ignore[list-item]  # not native
     patch_size = config.vision_config.patch_size
     return {
         "pixel_values": torch.zeros(1, 1, config.vision_config.num_channels * patch_size**2),

@@ -1,6 +1,8 @@
 """`ImageKVCache`: the keys and values of images, which any prompt may use; see image_reuse.py."""
 
+import json
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-FORMAT = "dsvl_image_cache_1"
+from ..transformers_dsvl import BaseModelOutputWithPooling
+
+FORMAT = "dsvl_image_cache_2"
+EQUAL_IMAGES_FORMAT = "dsvl_image_cache_1"  # until 0.3: (layers, images, tokens, heads, head_dim)
 
 
 def reuse_is_exact(config: Any) -> bool:
@@ -31,33 +36,78 @@ def changing_ropes(text_config: Any) -> list[str]:
 class ImageKVCache:
     """The keys and values of images in every layer of one model's decoder, before rotation.
 
-    `cache[2]`, `cache[1:3]` and `cache[[2, 0, 0]]` are caches of these images in this order; `ImageKVCache.cat` joins
-    several. An image takes 2 x layers x image_seq_length x key-value heads x head_dim numbers: with LLaMA-7B, CLIP
-    ViT-L/14 (257 tokens) and 16 bits 128.5 MiB, with 8 key-value heads a quarter of it.
+    `cache[2]`, `cache[1:3]` and `cache[[2, 0, 0]]` are caches of these images in this order, each with all its tiles;
+    `ImageKVCache.cat` joins several. An image token takes 2 x layers x key-value heads x head_dim numbers: with LLaMA-7B and
+    16 bits 512 KiB (128.5 MiB for the 257 tokens of CLIP ViT-L/14), with 8 key-value heads a quarter of it.
 
     Args:
-        keys, values: (layers, images, image_seq_length, key-value heads, head_dim), in the model's dtype.
+        keys, values: (layers, image tokens, key-value heads, head_dim), in the model's dtype: the tokens of all tiles of all
+            images, one after another. Also (layers, images, tokens of each, key-value heads, head_dim).
         fingerprint: of the model that they belong to (`ImageReuse.fingerprint`).
+        tile_lengths (*optional*): for each image, the number of tokens of each of its tiles. Needed unless all images are of
+            one tile and length, and keys and values have five dimensions.
+
+    Raises:
+        ValueError: if the lengths do not sum to the tokens.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, fingerprint: str) -> None:
-        self.keys, self.values, self.fingerprint = keys, values, fingerprint
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        fingerprint: str,
+        tile_lengths: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        if keys.ndim == 5:
+            tile_lengths = [[keys.shape[2]]] * keys.shape[1]
+            keys, values = keys.flatten(1, 2), values.flatten(1, 2)
+        lengths = tuple(tuple(map(int, image)) for image in tile_lengths or ())
+        if sum(map(sum, lengths)) != keys.shape[1]:
+            raise ValueError(
+                f"tile_lengths sum to {sum(map(sum, lengths))} tokens, but the keys hold {keys.shape[1]}; pass for each "
+                "image the number of tokens of each of its tiles."
+            )
+        self.keys, self.values, self.fingerprint, self.tile_lengths = keys, values, fingerprint, lengths
 
     def __len__(self) -> int:
-        return self.keys.shape[1]
+        return len(self.tile_lengths)
 
     def __repr__(self) -> str:
-        return f"ImageKVCache({len(self)} images, {self.nbytes / 2**20:.1f} MiB, {self.dtype}, {self.device})"
+        tiles = sum(self.num_tiles)
+        shown = f"{len(self)} images, " + (f"{tiles} tiles, " if tiles != len(self) else "")
+        return (
+            f"ImageKVCache({shown}{self.keys.shape[1]} tokens, {self.nbytes / 2**20:.1f} MiB, {self.dtype}, {self.device})"
+        )
 
     def __iter__(self) -> Iterator["ImageKVCache"]:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, images: int | slice | Sequence[int] | torch.Tensor) -> "ImageKVCache":
+        numbers = range(len(self))
         if isinstance(images, int):
-            images = [images]
-        if not isinstance(images, slice):
-            images = torch.as_tensor(images, device=self.device)
-        return ImageKVCache(self.keys[:, images], self.values[:, images], self.fingerprint)
+            chosen: Sequence[int] = [numbers[images]]
+        elif isinstance(images, slice):
+            chosen = numbers[images]
+        else:
+            chosen = [numbers[int(number)] for number in images]
+        ends = list(accumulate(map(sum, self.tile_lengths), initial=0))
+        lengths = [self.tile_lengths[number] for number in chosen]
+        first = chosen[0] if chosen else 0
+        if list(chosen) == list(range(first, first + len(chosen))):  # neighbours: a view
+            tokens = slice(ends[first], ends[first + len(chosen)])
+            return ImageKVCache(self.keys[:, tokens], self.values[:, tokens], self.fingerprint, lengths)
+        index = torch.cat([torch.arange(ends[number], ends[number + 1]) for number in chosen]).to(self.device)
+        return ImageKVCache(self.keys[:, index], self.values[:, index], self.fingerprint, lengths)
+
+    @property
+    def num_tiles(self) -> list[int]:
+        """How many tiles each image has."""
+        return list(map(len, self.tile_lengths))
+
+    def tile_ranges(self) -> BaseModelOutputWithPooling:
+        """In the place of `get_image_features(...)`: as `pooler_output` a range for each tile, as long as its tokens, for
+        what asks for lengths alone."""
+        return BaseModelOutputWithPooling(pooler_output=[range(length) for tiles in self.tile_lengths for length in tiles])
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +123,8 @@ class ImageKVCache:
 
     def to(self, *args: Any, **kwargs: Any) -> "ImageKVCache":
         """Move or convert; the arguments are those of `torch.Tensor.to`."""
-        return ImageKVCache(self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs), self.fingerprint)
+        keys, values = self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs)
+        return ImageKVCache(keys, values, self.fingerprint, self.tile_lengths)
 
     @classmethod
     def cat(cls, caches: Sequence["ImageKVCache"]) -> "ImageKVCache":
@@ -91,37 +142,58 @@ class ImageKVCache:
             torch.cat([cache.keys for cache in caches], 1),
             torch.cat([cache.values for cache in caches], 1),
             caches[0].fingerprint,
+            [image for cache in caches for image in cache.tile_lengths],
         )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        metadata = {"format": FORMAT, "fingerprint": self.fingerprint}
+        metadata = {"format": FORMAT, "fingerprint": self.fingerprint, "tile_lengths": json.dumps(self.tile_lengths)}
         save_file({"keys": self.keys.contiguous(), "values": self.values.contiguous()}, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "ImageKVCache":
-        """Read what `save` wrote.
+        """Read what `save` wrote, of earlier versions too.
 
         Raises:
             ValueError: if the file is something else.
         """
-        remedy = "pass a file that ImageKVCache.save of this version wrote, or encode the images again."
+        remedy = "pass a file that ImageKVCache.save of this version or an earlier one wrote, or encode the images again."
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{str(path)!r} has the format {metadata.get('format')!r}, not {FORMAT!r}; {remedy}")
+                kind = metadata.get("format")
+                if kind not in (FORMAT, EQUAL_IMAGES_FORMAT):
+                    raise ValueError(f"{str(path)!r} has the format {kind!r}, not {FORMAT!r}; {remedy}")
                 if "fingerprint" not in metadata or set(file.keys()) != {"keys", "values"}:
                     raise ValueError(f"{str(path)!r} lacks its keys, its values or its model's fingerprint; {remedy}")
                 keys, values = file.get_tensor("keys"), file.get_tensor("values")
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} is no safetensors file, or cut off ({error}); {remedy}") from error
-        if keys.shape != values.shape or keys.ndim != 5 or keys.dtype != values.dtype or not keys.is_floating_point():
+        axes = "layers, tokens, heads, head_dim" if kind == FORMAT else "layers, images, tokens, heads, head_dim"
+        is_whole = keys.shape == values.shape and keys.dtype == values.dtype and keys.is_floating_point()
+        if not is_whole or keys.ndim != axes.count(",") + 1:
             raise ValueError(
                 f"{str(path)!r} holds keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} "
-                f"{values.dtype}, not two alike of (layers, images, tokens, heads, head_dim); {remedy}"
+                f"{values.dtype}, not two alike of ({axes}); {remedy}"
             )
-        return cls(keys, values, metadata["fingerprint"])
+        lengths = None
+        if kind == FORMAT:
+            lengths = _read_lengths(metadata.get("tile_lengths"), keys.shape[1])
+            if lengths is None:
+                raise ValueError(f"{str(path)!r} does not tell its images' tokens apart; {remedy}")
+        return cls(keys, values, metadata["fingerprint"], lengths)
+
+
+def _read_lengths(text: str | None, tokens: int) -> list[list[int]] | None:
+    """The lengths of each image's tiles, of so many tokens in all; None for anything else."""
+    try:
+        lengths = json.loads(text or "")
+    except ValueError:
+        return None
+    if not isinstance(lengths, list) or not all(isinstance(image, list) and image for image in lengths):
+        return None
+    flat = [length for image in lengths for length in image]
+    return lengths if all(type(length) is int and length > 0 for length in flat) and sum(flat) == tokens else None
 
 
 __all__ = ["ImageKVCache", "reuse_is_exact"]

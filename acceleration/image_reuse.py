@@ -9,7 +9,8 @@ decoder's own function; `ImageReuse.prefill` runs the text of a prompt over them
 import hashlib
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,15 +23,21 @@ from .decoder_run import OwnValueMask, layer_types, run_decoder
 from .gathered_mask import Slots
 from .image_cache import ImageKVCache, changing_ropes
 from .key_rotation import KeyRotation, probe_rotation, rotate_keys
-from .text_prefill import TextPrefillMask, fill_layer, image_order, reserve
+from .text_prefill import TextPrefillMask, fill_layer, image_token_order, reserve
 
-# Keys of a configuration that do not influence what the model computes for an image.
+# Keys of a configuration that do not influence what the model computes for a tile, or only by the shapes of weights, which
+# are in the fingerprint. Caches of before the configuration had them stay valid.
 _IGNORED_KEYS = (
     "architectures",
     "auto_map",
+    "downsample",
     "dtype",
+    "image_layout",
     "image_positions",
     "image_token_id",
+    "max_image_tokens",
+    "max_tiles",
+    "num_queries",
     "transformers_version",
     "use_cache",
     "vocab_size",
@@ -69,22 +76,45 @@ class ImageReuse:
         self.__dict__.update(state, _model=weakref.ref(state["_model"]))
 
     @torch.no_grad()
-    def encode(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> ImageKVCache:
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        chunk_size: int = 16,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        num_tiles: torch.Tensor | Sequence[int] | None = None,
+    ) -> ImageKVCache:
         """Run tower, projector and decoder over images alone; see `DSVLModel.encode_images`."""
-        if len(pixel_values) == 0:
+        number = len(pixel_values)
+        if number == 0:
             raise ValueError("pixel_values hold no image, so there is nothing to encode; pass at least one.")
+        counts = [1] * number if num_tiles is None else [int(count) for count in num_tiles]
+        if sum(counts) != number or min(counts) < 1:
+            raise ValueError(
+                f"num_tiles name {sum(counts)} tiles in all, but pixel_values hold {number}; pass both as the processor "
+                "returned them."
+            )
         self.rotation(pixel_values.device)  # which refuses models whose images cannot be reused
         decoder = self.model.language_model
         masks = {kind: OwnValueMask() for kind in layer_types(decoder)}
-        parts: list[ImageKVCache] = []
-        fingerprint = self.fingerprint()
-        for chunk in pixel_values.split(chunk_size):
-            encoded = self.model.encode(chunk).pooler_output
-            embeds = torch.stack(encoded).to(decoder.get_input_embeddings().weight.dtype)
+        dtype = decoder.get_input_embeddings().weight.dtype
+        keys, values = [], []
+        lengths: list[int] = []
+        for start in range(0, number, chunk_size):
+            chunk = [
+                None if part is None else part[start : start + chunk_size]
+                for part in (pixel_values, pixel_attention_mask, spatial_shapes)
+            ]
+            encoded = self.model.encode(*chunk).pooler_output
+            lengths += map(len, encoded)
+            embeds = torch.cat(list(encoded)).to(dtype)[None]  # one row, as each token attends to itself alone
             zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
-            _, keys, values, _ = run_decoder(decoder, embeds, zeros, masks)
-            parts.append(ImageKVCache(keys, values, fingerprint))
-        return ImageKVCache.cat(parts)
+            _, chunk_keys, chunk_values, _ = run_decoder(decoder, embeds, zeros, masks)
+            keys.append(chunk_keys[:, 0])
+            values.append(chunk_values[:, 0])
+        ends = list(accumulate(counts, initial=0))
+        tile_lengths = [lengths[start:end] for start, end in pairwise(ends)]
+        return ImageKVCache(torch.cat(keys, 1), torch.cat(values, 1), self.fingerprint(), tile_lengths)
 
     @torch.no_grad()
     def prefill(
@@ -103,8 +133,8 @@ class ImageReuse:
         cache in the order of the prompt, as after an ordinary prefill.
 
         Args:
-            input_ids: (batch, tokens); every image has `image_seq_length` copies of `image_token_id`, in the order of
-                `image_cache`; every row ends with text.
+            input_ids: (batch, tokens), as the processor makes them, with the image tokens in the order of `image_cache`;
+                every row ends with text.
             image_cache: the images of all rows.
             cache: an empty KV cache of any kind; a dynamic one by default.
             attention_mask: (batch, tokens), 0 where padded, on the left.
@@ -147,16 +177,17 @@ class ImageReuse:
         # Everything that the host needs, in one device-to-host copy.
         figures = torch.stack([is_image.sum(-1), is_text.sum(-1), is_text[:, -1].long()]).tolist()
         image_counts, text_counts, ends_with_text = figures
-        order = image_order(image_counts, len(image_cache), self.model.config.image_seq_length, copies)
+        order = image_token_order(image_counts, image_cache.tile_lengths, copies)
         if not all(ends_with_text):
             raise ValueError(
                 f"Row {ends_with_text.index(0)} of the prompts ends with an image or with padding, but an image KV cache "
                 "has no hidden state to continue from; end prompts with text, and pad them on the left."
             )
         text, image = Slots.gather(is_text, text_counts, self.text_multiple), Slots.gather(is_image, image_counts)
-        if order != list(range(len(image_cache))):
-            image_cache = image_cache[order]
-        keys, values = image_cache.keys.flatten(1, 2), image_cache.values.flatten(1, 2)
+        keys, values = image_cache.keys, image_cache.values
+        if order is not None:
+            order = order.to(device)
+            keys, values = keys[:, order], values[:, order]
         keys = rotation(keys, position_ids.gather(1, image.index).flatten(), self._rotate_keys)
 
         # The large copies start before the decoder runs, while the host prepares the rest.

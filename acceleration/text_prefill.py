@@ -1,6 +1,8 @@
 """The attention of a prompt's text over images that are encoded already, and the KV cache that it leaves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -107,35 +109,38 @@ def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
     return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
-def image_order(image_counts: list[int], images: int, tokens_per_image: int, copies: int) -> list[int]:
-    """The index of the image at each image slot, row by row. Rows with fewer images than others get any image before theirs.
+def image_token_order(image_counts: list[int], tile_lengths: Sequence[Sequence[int]], copies: int) -> torch.Tensor | None:
+    """The index in the image KV cache of the token at each image slot, row by row; None if it is their order there. Rows
+    with fewer image tokens than others get any before theirs.
 
     Args:
         image_counts: the number of image tokens of each row.
-        images: in the image KV cache.
-        tokens_per_image: `DSVLConfig.image_seq_length`.
+        tile_lengths: of the images in the image KV cache, the number of tokens of each tile.
         copies: the number of consecutive rows with the same images.
 
     Raises:
         ValueError: if image tokens and images do not match.
     """
-    if images == 0:
+    if not tile_lengths:
         raise ValueError("The image KV cache holds no image; omit it.")
+    lengths = list(map(sum, tile_lengths))
     counts = image_counts[::copies]
-    if any(count % tokens_per_image for count in counts) or sum(counts) != images * tokens_per_image:
+    ends = {0, *accumulate(lengths)}
+    if sum(counts) != sum(lengths) or not ends.issuperset(accumulate(counts)):
+        sizes = sorted(set(lengths))
+        size = f"{sizes[0]} tokens" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} tokens"
         raise ValueError(
-            f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {images} images of "
-            f"{tokens_per_image} in the image KV cache; pass as many as the texts name, in the order of their tokens "
+            f"The samples hold {counts} image tokens, {sum(counts)} in all, but there are {len(lengths)} images of "
+            f"{size} in the image KV cache; pass as many as the texts name, in the order of their tokens "
             "(image_cache[[0, 2]] picks some), and do not truncate image tokens."
         )
-    slots = max(counts) // tokens_per_image
-    order: list[int] = []
-    first = 0
-    for count in counts:
-        own = list(range(first, first + count // tokens_per_image))
-        order += ([0] * (slots - len(own)) + own) * copies
-        first += len(own)
-    return order
+    slots = max(counts)
+    if copies == 1 and all(count == slots for count in counts):
+        return None
+    order = torch.zeros(len(counts), slots, dtype=torch.long)
+    for row, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
+        order[row, slots - count :] = torch.arange(end - count, end)
+    return order.repeat_interleave(copies, dim=0).flatten()
 
 
 def reserve(states: torch.Tensor, rows: int, padded: bool) -> torch.Tensor:
@@ -160,4 +165,4 @@ def fill_layer(cache: Cache, number: int, keys: torch.Tensor, values: torch.Tens
     layer.is_initialized = True
 
 
-__all__ = ["TextPrefillMask", "fill_layer", "image_order", "masked_attention", "reserve"]
+__all__ = ["TextPrefillMask", "fill_layer", "image_token_order", "masked_attention", "reserve"]

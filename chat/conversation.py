@@ -16,13 +16,14 @@ from PIL import Image
 from ..acceleration.image_cache import reuse_is_exact
 from ..composition.chat_template import check_template_variables
 from ..data.messages import FRAME_KEYS, SOURCES
+from ..generation_dsvl import IMAGE_INPUTS
 from ..image_layouts_dsvl import FRAME
 from ..utils.image_loading import open_image
 from ..utils.video_loading import open_video, with_frames
 from ..video_reading_dsvl import Video, is_video
 from .detokenizer import stream_text
 from .prompt_cache import CachedImage, PromptCache, new_cache
-from .prompts import count_positions, prompt_ids
+from .prompts import Prompt, count_positions, read_prompt
 from .saved_conversation import load_messages, save_messages
 from .streaming import TokenStream
 
@@ -40,6 +41,7 @@ class TurnStats:
         prompt_tokens: tokens of the conversation up to the answer.
         reused_tokens: prompt tokens that were in the KV cache.
         encoded_images: images that went through the vision tower.
+        encoded_tiles: their tiles, each an input of the tower; as many as images unless `image_layout` is "tiles".
         dropped_turns: oldest turns that were dropped because the context was full.
         answer_ids: the generated tokens, the end-of-text token included.
         first_token_seconds: time to the first token.
@@ -49,6 +51,7 @@ class TurnStats:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     encoded_images: int = 0
+    encoded_tiles: int = 0
     dropped_turns: int = 0
     answer_ids: list[int] = field(default_factory=list)
     first_token_seconds: float = 0.0
@@ -174,11 +177,13 @@ class DSVLChat:
             parts += self._frames(video)
         question = {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
         self._open_images()
-        messages, ids, dropped = self._fit_context([*self.messages, question], options["max_new_tokens"], static)
+        messages, prompt, dropped = self._fit_context([*self.messages, question], options["max_new_tokens"], static)
         all_images = _images(messages)
-        cache = self._take_cache(ids, all_images, static)
-        inputs = self._model_inputs(ids, all_images[len(cache.images) :], cache)
-        stats = TurnStats(len(ids), len(cache.ids), len(all_images) - len(cache.images), dropped)
+        cache = self._take_cache(prompt, all_images, static)
+        held = len(cache.images)
+        inputs = self._model_inputs(prompt.ids, all_images[held:], cache)
+        tiles = sum(map(len, prompt.tile_lengths[held:]))
+        stats = TurnStats(len(prompt.ids), len(cache.ids), len(all_images) - held, tiles, dropped)
 
         tokens = TokenStream(self.model, self._worker, inputs | options | {"cache_implementation": None})
         answer = ""
@@ -246,13 +251,13 @@ class DSVLChat:
 
     def _fit_context(
         self, messages: list[dict[str, Any]], max_new_tokens: int, static: bool
-    ) -> tuple[list[dict[str, Any]], list[int], int]:
-        """The messages that fit into the context, their token ids, and the number of dropped turns."""
-        dropped, ids = 0, prompt_ids(self.processor, messages, **self.chat_template_kwargs)
+    ) -> tuple[list[dict[str, Any]], Prompt, int]:
+        """The messages that fit into the context, their prompt, and the number of dropped turns."""
+        dropped, prompt = 0, read_prompt(self.processor, messages, **self.chat_template_kwargs)
         unit = "tokens" if static or self.model.config.image_positions == "token" else "positions"
-        while (taken := len(ids) if unit == "tokens" else count_positions(self.model.config, ids)) + max_new_tokens > (
-            self.context_length
-        ):
+        while (
+            taken := len(prompt.ids) if unit == "tokens" else count_positions(self.model.config, prompt)
+        ) + max_new_tokens > self.context_length:
             shorter = _without_oldest_turn(messages)
             if self.overflow == "error" or shorter is None:
                 more = ", delete messages, call reset(), or choose overflow='drop'" if shorter is not None else ""
@@ -262,7 +267,7 @@ class DSVLChat:
                     f"answer are needed; pass a smaller max_new_tokens or fewer images or frames{more}."
                 )
             messages, dropped = shorter, dropped + 1
-            ids = prompt_ids(self.processor, messages, **self.chat_template_kwargs)
+            prompt = read_prompt(self.processor, messages, **self.chat_template_kwargs)
         if dropped:
             logger.warning(
                 "The context of %d %s is full: dropped the oldest %s; the remaining conversation is computed again.",
@@ -270,7 +275,7 @@ class DSVLChat:
                 unit,
                 "turn" if dropped == 1 else f"{dropped} turns",
             )
-        return messages, ids, dropped
+        return messages, prompt, dropped
 
     def _model_inputs(self, ids: list[int], new_images: list[Image.Image], cache: PromptCache) -> dict[str, Any]:
         device = self.model.device
@@ -283,23 +288,22 @@ class DSVLChat:
             "use_cache": True,
         }
         if new_images:
-            pixels = self.processor(images=new_images, return_tensors="pt")["pixel_values"]
-            inputs["pixel_values"] = pixels.to(device)
+            images = self.processor(images=new_images, return_tensors="pt")
+            inputs |= {name: images[name].to(device) for name in (*IMAGE_INPUTS, "num_tiles") if name in images}
         return inputs
 
     # -- KV cache ------------------------------------------------------------------------------------------------------
 
-    def _take_cache(self, ids: list[int], images: list[Image.Image], static: bool) -> PromptCache:
+    def _take_cache(self, prompt: Prompt, images: list[Image.Image], static: bool) -> PromptCache:
         """The cache cropped to the prefix it shares with the prompt, or a new one.
 
         `self.prompt_cache` is None until the turn has succeeded, because an error leaves the cache in an unknown state.
         """
         cache, self.prompt_cache = self.prompt_cache, None
-        image, per_image = self.processor.image_token_id, self.processor.image_seq_length
         if cache is not None and cache.static == static and cache.length == self.context_length:
             exact = reuse_is_exact(self.model.config)
-            common = cache.common_prefix(ids, images, image, per_image) if exact else 0
-            if cache.crop(common, image, per_image):
+            common = cache.common_prefix(prompt, images) if exact else 0
+            if cache.crop(common, prompt):
                 return cache
             if not self._warned_of_window:
                 self._warned_of_window = True

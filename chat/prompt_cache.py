@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import Cache, DynamicCache, StaticCache
 
 from ..utils.cache_cropping import can_crop, crop
+from .prompts import Prompt
 
 
 class CachedImage:
@@ -48,27 +49,27 @@ class PromptCache:
     ids: list[int] = field(default_factory=list)
     images: list[CachedImage] = field(default_factory=list)
 
-    def common_prefix(self, ids: list[int], images: list[Image.Image], image_token_id: int, per_image: int) -> int:
-        """The number of leading prompt tokens that the cache holds. An image counts only as a whole.
+    def common_prefix(self, prompt: Prompt, images: list[Image.Image]) -> int:
+        """The number of leading prompt tokens that the cache holds. An image counts only as a whole, with all its tiles.
 
-        At most `len(ids) - 1`: the last prompt token has to be computed, because the cache does not hold its logits.
+        At most `len(prompt.ids) - 1`: the last prompt token has to be computed, because the cache does not hold its logits.
 
         Args:
-            ids: the token ids of the prompt.
-            images: the images of the prompt, in order.
-            image_token_id: the id of the image token.
-            per_image: the number of image tokens of an image.
+            prompt: the prompt.
+            images: its images, in order.
         """
+        ids = prompt.ids
         limit = min(len(self.ids), len(ids) - 1)
         common = next((index for index in range(limit) if self.ids[index] != ids[index]), limit)
-        starts = [index for index in range(common) if ids[index] == image_token_id][::per_image]
-        for start, cached, image in zip(starts, self.images, images, strict=False):
-            if start + per_image > common or not cached.matches(image):
-                return start
+        for number, (where, image) in enumerate(zip(prompt.images, images, strict=True)):
+            if where.start >= common:
+                break
+            if where.stop > common or number >= len(self.images) or not self.images[number].matches(image):
+                return where.start
         return common
 
-    def crop(self, length: int, image_token_id: int, per_image: int) -> bool:
-        """Keep only the first `length` tokens.
+    def crop(self, length: int, prompt: Prompt) -> bool:
+        """Keep only the first `length` tokens, which are those of the prompt.
 
         Returns:
             False if this kind of cache cannot be cropped; it is then unchanged.
@@ -77,7 +78,7 @@ class PromptCache:
             return False
         crop(self.cache, length)
         self.ids = self.ids[:length]
-        self.images = self.images[: self.ids.count(image_token_id) // per_image]
+        self.images = self.images[: sum(where.stop <= length for where in prompt.images)]
         return True
 
 

@@ -190,7 +190,17 @@ class Terminal:
         self.pending_images += opened
         if opened:
             count = len(self.pending_images)
-            print(f"({count} {'image' if count == 1 else 'images'} added to the next question)")
+            print(f"({count} {'image' if count == 1 else 'images'} added to the next question{self._cost(opened)})")
+
+    def _cost(self, images: list[Any]) -> str:
+        """What new images take, in words; nothing if every image takes the same."""
+        processor = self.chat.processor
+        if not processor.follows_size:
+            return ""
+        lengths = [length for image in images for length in processor.tile_lengths(image.height, image.width)]
+        if processor.image_layout != "tiles":
+            return f": {sum(lengths)} tokens"
+        return f": {len(lengths)} {'tile' if len(lengths) == 1 else 'tiles'} of {lengths[0]} tokens"
 
     def add_videos(self, sources: Iterable[str]) -> None:
         """Read videos for the next question. If one cannot be read, none is added."""
@@ -213,9 +223,11 @@ class Terminal:
         print()
         if self.stats:
             stats = self.chat.last_turn
+            tiles = f"of {stats.encoded_tiles} tiles " if self.chat.processor.image_layout == "tiles" else ""
             print(
                 f"({stats.prompt_tokens} tokens, {stats.reused_tokens} of them reused; {stats.encoded_images} images "
-                f"encoded; first token after {stats.first_token_seconds:.2f} s, then {stats.tokens_per_second:.1f} tokens/s)"
+                f"{tiles}encoded; first token after {stats.first_token_seconds:.2f} s, "
+                f"then {stats.tokens_per_second:.1f} tokens/s)"
             )
 
     # -- commands ------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..chat.prompts import count_positions, prompt_ids
+from ..chat.prompts import count_positions, read_prompt
 from ..data.sample_errors import NAMED, BadSample, one_sample
+from ..image_reading_dsvl import ImageError, image_size
 from ..utils.image_loading import open_image
 from ..utils.video_loading import fetch_video_source
 from ..video_reading_dsvl import open_part
@@ -109,11 +110,9 @@ class Evaluator:
 
     def _groups(self) -> Iterator[list[Item]]:
         """The items of each batch. They are the same in every run, so that a resumed run generates the same batches."""
-        per_image = self.processor.image_seq_length
         sizes = []  # estimated tokens of each turn's prompt
-        for outline in self.questions.outlines:
-            images = [m + v * self.processor.max_frames for m, v in zip(outline.images, outline.videos, strict=True)]
-            own = [n // 4 + m * per_image for n, m in zip(outline.letters, images, strict=True)]
+        for index, outline in enumerate(self.questions.outlines):
+            own = [n // 4 + m for n, m in zip(outline.letters, self._image_tokens(index), strict=True)]
             sizes.append(list(accumulate(own)))
         items: list[Item]
         if self.given_answers:  # turns are independent of each other
@@ -124,6 +123,20 @@ class Evaluator:
             items.sort(key=lambda item: (-len(item[1]), -sizes[item[0]][-1]))
         for start in range(0, len(items), self.batch_size):
             yield items[start : start + self.batch_size]
+
+    def _image_tokens(self, index: int) -> list[int]:
+        """The image tokens of each turn of a conversation. If sizes decide, headers of files are read; images that are
+        fetched later, or cannot be read, count as one tile. Videos count as the most frames that they can have."""
+        processor, outline = self.processor, self.questions.outlines[index]
+        frames = [count * processor.max_frames * processor.image_seq_length for count in outline.videos]
+        if not processor.follows_size or not any(outline.images):
+            return [m * processor.image_seq_length + n for m, n in zip(outline.images, frames, strict=True)]
+        tokens = []
+        for turn, own in zip(self.questions[index].turns, frames, strict=True):
+            sizes = map(_size, turn.images)
+            lengths = [processor.tile_lengths(*size) if size else [processor.image_seq_length] for size in sizes]
+            tokens.append(own + sum(map(sum, lengths)))
+        return tokens
 
     def _ask(self, group: list[Item], file: AnswerFile) -> Iterator[int]:
         """Answer the turns of a group; yields the number of answers of each batch."""
@@ -139,7 +152,7 @@ class Evaluator:
                 conversation, images, names = found
                 turn = turns[depth]
                 prompt = self._prompt(conversation, images, turn, file)
-                length = count_positions(self.model.config, prompt_ids(self.processor, prompt))
+                length = count_positions(self.model.config, read_prompt(self.processor, prompt))
                 if length > self.max_prompt_positions:
                     self._skip_turns(conversation.id, turn, len(turns) - depth, length)
                     opened[index] = None
@@ -240,6 +253,14 @@ class Evaluator:
                 length,
                 self.max_prompt_positions,
             )
+
+
+def _size(source: str | bytes) -> tuple[int, int] | None:
+    """(height, width) of an image; None if it is not there to be measured."""
+    try:
+        return image_size(source, allow_urls=False)[::-1]
+    except ImageError:
+        return None
 
 
 def _with_images(message: dict[str, Any], images: Iterator[Any]) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from ..chat.prompts import count_positions, prompt_ids
+from ..chat.prompts import Prompt, count_positions, read_prompt
 from ..composition.chat_template import check_template_variables
+from ..image_layouts_dsvl import FRAME
 from ..utils.hosts import LOOPBACK
 from ..utils.transformers_names import ChatCompletionHandler, Modality
 from .connections import BodyReader
-from .engine import FAILURE, Engine, Sampling
-from .images import expand_videos, fetch_images, image_parts, load_image
+from .engine import FAILURE, Engine, Sampling, join_images
+from .images import expand_videos, fetch_images, image_parts, load_image, measure_images
 from .requests import ChatRequest, RequestError, RequestLimits, parse
 
 logger = logging.getLogger(__name__)
@@ -123,34 +124,51 @@ class ChatCompletions(ChatCompletionHandler):
             )
         return request, messages
 
-    def _prompt(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The model inputs of messages without `pixel_values`; tensors of shape (1, tokens)."""
+    def _prompt(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> Prompt:
+        """The prompt of messages. Images are not decoded."""
         try:
             variables = check_template_variables(self.processor.chat_template, variables)
         except ValueError as error:
             raise RequestError(str(error), param="chat_template_kwargs") from None
+        if self.processor.follows_size:
+            measure_images(messages, self.limits)
         try:
-            ids = torch.tensor([prompt_ids(self.processor, messages, **variables)])
+            prompt = read_prompt(self.processor, messages, **variables)
         except TemplateError as error:  # the chat template refuses the order of roles
             raise RequestError(f"messages: {error}.", param="messages") from None
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == self.processor.image_token_id).long(),
-        }
+        tiles = sum(map(len, prompt.tile_lengths))
+        if tiles > self.limits.tiles:
+            raise RequestError(
+                f"The images of the request take {tiles} tiles; the limit is {self.limits.tiles}. Send fewer or smaller "
+                "images.",
+                param="messages",
+            )
+        return prompt
 
-    def preprocess_image(self, part: dict[str, Any], number: int) -> torch.Tensor:
-        """Decode and preprocess image `number` of a request; returns `pixel_values`, (1, 3, height, width)."""
+    def preprocess_image(self, part: dict[str, Any], number: int, lengths: list[int]) -> dict[str, torch.Tensor]:
+        """Decode and preprocess image `number` of a request.
+
+        Args:
+            lengths: of its tiles, in the prompt.
+
+        Returns:
+            The model inputs of the image: `pixel_values`, and what else the image layout needs.
+        """
         image = load_image(part, number, self.limits)
+        refused = RequestError(
+            f"Image {number}, of {image.width} x {image.height} pixels, cannot be processed; pass another.",
+            code="invalid_image",
+            param="messages",
+        )
+        if self.processor.tile_lengths(image.height, image.width, bool(image.info.get(FRAME))) != lengths:
+            logger.info("Refused an image of %d x %d pixels, whose header says something else", image.width, image.height)
+            raise refused
         try:
-            return self.processor(text=self.processor.image_token, images=[image], return_tensors="pt")["pixel_values"]
+            inputs = self.processor(images=[image], return_tensors="pt")
         except ValueError as error:
             logger.info("Refused an image: %s", error)
-            raise RequestError(
-                f"Image {number}, of {image.width} x {image.height} pixels, cannot be processed; pass another.",
-                code="invalid_image",
-                param="messages",
-            ) from None
+            raise refused from None
+        return dict(inputs)
 
     def _sampling(self, request: ChatRequest, prompt_positions: int) -> Sampling:
         """The sampling parameters of a request. Defaults are those of the checkpoint's generation config.
@@ -191,12 +209,20 @@ class ChatCompletions(ChatCompletionHandler):
         del body  # frees the memory of the images while the answer is generated
         await run(self.fetching, fetch_images, messages, self.limits)
         await run(self.preparing, expand_videos, messages, self.processor.video_sampling, self.limits)
-        inputs = await run(self.reading, self._prompt, messages, request.chat_template_kwargs)
-        sampling = self._sampling(request, count_positions(self.model.config, inputs["input_ids"][0].tolist()))
-        parts = enumerate(image_parts(messages, self.limits), 1)
-        pixels = [await run(self.preparing, self.preprocess_image, part, number) for number, part in parts]
-        if pixels:
-            inputs["pixel_values"] = torch.cat(pixels)
+        prompt = await run(self.reading, self._prompt, messages, request.chat_template_kwargs)
+        sampling = self._sampling(request, count_positions(self.model.config, prompt))
+        parts = zip(image_parts(messages, self.limits), prompt.tile_lengths, strict=True)
+        images = [
+            await run(self.preparing, self.preprocess_image, part, number, lengths)
+            for number, (part, lengths) in enumerate(parts, 1)
+        ]
+        ids = torch.tensor([prompt.ids])
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == self.processor.image_token_id).long(),
+            **join_images(images),
+        }
         arguments = (request_id, self.model, self.processor, self.name, inputs, sampling)
         if not request.stream:
             return await self._non_streaming(*arguments, gen_manager=self.engine)

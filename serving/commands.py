@@ -22,6 +22,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--max-new-tokens", type=int, default=4096, help="maximum length of an answer (default 4096)")
     parser.add_argument("--max-images", type=int, default=8, help="images per request (default 8)")
+    parser.add_argument("--max-tiles", type=int, default=128, help="tiles of all images of a request (default 128)")
     parser.add_argument("--max-pictures", dest="max_images", type=int, action=RenamedFlag)
     parser.add_argument("--max-megapixels", type=float, default=25, help="size of an image (default 25)")
     parser.add_argument("--max-megabytes", type=float, default=32, help="size of a request (default 32)")
@@ -46,13 +47,14 @@ def _serve(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise ImportError(f"{error}; dsvl serve needs more packages: pip install 'dsvl[serve]'") from error
 
-    for name in ("max_batch", "max_requests", "max_new_tokens", "max_video_frames"):
+    for name in ("max_batch", "max_requests", "max_new_tokens", "max_tiles", "max_video_frames"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; pass 1 or more")
     limits = RequestLimits(
         requests=arguments.max_requests,
         body_bytes=int(arguments.max_megabytes * 2**20),
         images=arguments.max_images,
+        tiles=arguments.max_tiles,
         image_pixels=int(arguments.max_megapixels * 1e6),
         videos=arguments.max_videos_per_request,
         video_frames=arguments.max_video_frames,

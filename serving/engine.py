@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ..chat.detokenizer import Detokenizer
-from ..generation_dsvl import NoImageToken
+from ..generation_dsvl import IMAGE_INPUTS, NoImageToken
 from ..utils.transformers_names import BaseGenerateManager, _StreamError
 from .stop_strings import StopStrings
 
@@ -344,7 +344,8 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str,
 
     Args:
         rows: `input_ids`, `attention_mask` and `mm_token_type_ids` of shape (1, tokens), int64, and, for rows with images,
-            `pixel_values` of shape (images, 3, height, width).
+            what the processor made of them: `pixel_values`, and `num_tiles`, `pixel_attention_mask` and `spatial_shapes`
+            where it makes them.
         pad_token_id: the padding of `input_ids`.
     """
     longest = max(row["input_ids"].shape[1] for row in rows)
@@ -353,5 +354,10 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str,
         name: torch.cat([torch.nn.functional.pad(row[name], (longest - row[name].shape[1], 0), value=value) for row in rows])
         for name, value in padding.items()
     }
-    images = [row["pixel_values"] for row in rows if row.get("pixel_values") is not None]
-    return joined | ({"pixel_values": torch.cat(images)} if images else {})
+    return joined | join_images(rows)
+
+
+def join_images(images: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The model inputs of several images as one, empty if none has any; see `collate`."""
+    names = [name for name in (*IMAGE_INPUTS, "num_tiles") if any(name in one for one in images)]
+    return {name: torch.cat([one[name] for one in images if name in one]) for name in names}

@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..image_reading_dsvl import ImageError, image_size
 from ..utils.image_loading import ImageReadError, decode_image_file
 from ..utils.url_fetching import FetchError, fetch_url
 from ..utils.urls import decode_data_url, is_data_url
@@ -85,6 +86,25 @@ def load_image(part: dict[str, Any], number: int, limits: RequestLimits) -> Imag
         return part.pop("image")  # a frame
     url = part.pop("url")
     return decode_image(url if isinstance(url, bytes) else _data_url_bytes(url, number), number, limits)
+
+
+def measure_images(messages: list[dict[str, Any]], limits: RequestLimits) -> None:
+    """Give each image part its `image_size` (height, width), from the header of its file. Nothing is decoded, except base64:
+    data URLs become bytes.
+
+    Raises:
+        RequestError: as `load_image`, as far as the header tells.
+    """
+    for number, part in enumerate(image_parts(messages, limits), 1):
+        if "url" not in part:  # a frame
+            continue
+        if isinstance(part["url"], str):
+            part["url"] = _data_url_bytes(part["url"], number)
+        try:
+            width, height = image_size(part["url"], max_pixels=limits.image_pixels, formats=FORMATS)
+        except ImageError as error:
+            raise RequestError(f"Image {number} {error.words}.", code="invalid_image", param="messages") from None
+        part["image_size"] = (height, width)
 
 
 def _data_url_bytes(url: str, number: int, kind: str = "image") -> bytes:

@@ -36,6 +36,7 @@ class RequestLimits:
         body_seconds: maximum time to send a request; less for a slow one (see `connections.BodyReader`).
         receiving_bytes: total size of the bodies that are being received.
         images: images per request.
+        tiles: tiles of all images of a request, each an input of the vision tower (`image_layout="tiles"`).
         image_pixels: pixels of an image, or of a frame of a video.
         videos: videos per request.
         video_frames: frames of all videos of a request together; of longer videos, as many at equal distances.
@@ -50,6 +51,7 @@ class RequestLimits:
     body_seconds: float = 30.0
     receiving_bytes: int = 2**30
     images: int = 8
+    tiles: int = 128
     image_pixels: int = 25_000_000
     videos: int = 1
     video_frames: int = 64
@@ -102,7 +104,7 @@ class TextPart(_Strict):
 
 class ImageURL(_Strict):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None  # ignored: every image has the same number of tokens
+    detail: Literal["auto", "low", "high"] | None = None  # ignored: the model's image layout decides
 
 
 class ImagePart(_Strict):

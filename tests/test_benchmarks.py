@@ -312,6 +312,17 @@ def test_data_loading(load, capsys):
     assert head.split()[:3] == ["workers", "llava", "dsvl"] and all(float(cell) >= 0 for cell in row.split())
 
 
+def test_image_processing(load, tmp_path, capsys):
+    flags = ["--size", "16", "--max-tiles", "4", "--scale", "0.1", "--rounds", "1", "--out", str(tmp_path / "out.json")]
+    load("image_processing").main(flags)
+    table = results(tmp_path / "out.json")
+    assert list(table)[:3] == ["LLaVA-NeXT", "SmolVLM (Idefics 3)", "DSVL tiles"]
+    assert table["DSVL crop"]["tiles"] == table["DSVL pad"]["tiles"] == table["DSVL native"]["tiles"] == 5
+    assert all(figures["tiles"] > 5 for name, figures in list(table.items())[:3])
+    assert all(figures["images_per_second"] > 0 for figures in table.values())
+    assert "LLaVA-NeXT" in capsys.readouterr().out
+
+
 def test_decoding(load, tmp_path, drawn, monkeypatch, uncompiled):
     monkeypatch.setitem(load("decoding").SHAPES, "small", load("fine_tuning").TINY)
     flags = ["--batches", "1", "2", "--text", "8", "--new-tokens", "12", "--rounds", "1"]

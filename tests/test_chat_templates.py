@@ -12,7 +12,7 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessor, CLIPV
 
 import dsvl
 import dsvl.data as dsvl_data
-from dsvl.chat.prompts import prompt_ids
+from dsvl.chat.prompts import read_prompt
 from dsvl.cli import main
 from dsvl.composition.chat_template import (
     chat_template_name,
@@ -319,7 +319,7 @@ def test_chat_and_server_set_variables_of_the_template() -> None:
     tokenizer, template = prepared("qwen3")
     processor = processor_of(tokenizer, template)
     messages = [user("Why?")]
-    thinking, not_thinking = prompt_ids(processor, messages), prompt_ids(processor, messages, enable_thinking=False)
+    thinking, not_thinking = (read_prompt(processor, messages, **v).ids for v in ({}, {"enable_thinking": False}))
     assert tokenizer.decode(not_thinking) == tokenizer.decode(thinking) + "<think>\n\n</think>\n\n"
     assert check_template_variables(template, {"enable_thinking": False}) == {"enable_thinking": False}
     for name in ("messages", "tools", "chat_template", "enable_thinkin"):

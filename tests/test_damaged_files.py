@@ -52,7 +52,8 @@ def test_a_damaged_image_cache_is_refused_or_right(tmp_path: Path) -> None:
         except ValueError as error:
             refused += str(file) in str(error)
         else:
-            assert loaded.keys.shape == loaded.values.shape and loaded.keys.ndim == 5 and loaded.fingerprint
+            assert loaded.keys.shape == loaded.values.shape and loaded.keys.ndim == 4 and loaded.fingerprint
+            assert sum(map(sum, loaded.tile_lengths)) == loaded.keys.shape[1] == 15
     assert refused > 200
 
 
@@ -63,6 +64,14 @@ def test_a_damaged_image_cache_is_refused_or_right(tmp_path: Path) -> None:
         ({n: torch.ones(1, 2, 3, 1, 2) for n in ("keys", "values")}, {"format": "dsvl_image_cache_1"}, "fingerprint"),
         ({n: torch.ones(2) for n in ("keys", "values")}, {"format": "dsvl_image_cache_1", "fingerprint": "a"}, "not two"),
         ({"keys": torch.ones(1, 2, 3, 1, 2), "values": torch.ones(1, 1, 3, 1, 2)}, None, "has the format None"),
+        *(
+            (
+                {n: torch.ones(1, 6, 1, 2) for n in ("keys", "values")},
+                {"format": "dsvl_image_cache_2", "fingerprint": "a", **lengths},
+                "does not tell its images' tokens apart",
+            )
+            for lengths in ({}, {"tile_lengths": "[[3], [2]]"}, {"tile_lengths": "[[7, -1]]"}, {"tile_lengths": "[6]"})
+        ),
     ],
 )
 def test_a_file_of_something_else_is_no_image_cache(tmp_path: Path, tensors: Any, metadata: Any, words: str) -> None:

@@ -63,7 +63,7 @@ def test_a_cache_is_used_by_a_checkpoints_own_code(tmp_path):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     save_file({"keys": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="has the format None, not 'dsvl_image_cache_1'"):
+    with pytest.raises(ValueError, match="has the format None, not 'dsvl_image_cache_2'"):
         ImageKVCache.load(tmp_path / "other.safetensors")
 
 
@@ -160,7 +160,7 @@ def test_decoders_that_rotate_otherwise_are_refused_by_name(monkeypatch, family)
 @pytest.mark.parametrize(
     ("layouts", "cached", "message"),
     [
-        (("tItIt",), 1, r"hold \[10\] image tokens, 10 in all, but there are 1 images of 5"),
+        (("tItIt",), 1, r"hold \[10\] image tokens, 10 in all, but there are 1 images of 5 tokens"),
         (("tItIt", "ttt"), 3, r"hold \[10, 0\] image tokens, 10 in all, but there are 3 images"),
         (("ttt",), 1, r"hold \[0\] image tokens"),
         (("tItI",), 2, "Row 0 of the prompts ends with an image or with padding"),
@@ -176,7 +176,7 @@ def test_prompts_that_do_not_fit_are_refused(layouts, cached, message):
 def test_an_image_that_is_cut_is_refused():
     model, inputs = tiny_model(), batch("tIItt")
     cut = {name: torch.cat([inputs[name][:, :3], inputs[name][:, 6:]], 1) for name in ("input_ids", "attention_mask")}
-    with pytest.raises(ValueError, match=r"hold \[7\] image tokens, 7 in all, but there are 2 images of 5"):
+    with pytest.raises(ValueError, match=r"hold \[7\] image tokens, 7 in all, but there are 2 images of 5 tokens"):
         greedy(model, cut, model.encode_images(inputs["pixel_values"]))
 
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, ImageKVCache
 from dsvl.cache_dsvl import cached_positions, cached_types
-from dsvl.chat.prompts import count_positions
+from dsvl.chat.prompts import Prompt, count_positions
 from dsvl.positions_dsvl import documents_of_positions, image_positions, token_positions
 from dsvl.utils.cache_cropping import crop
 
@@ -608,9 +608,9 @@ def test_a_configuration_without_the_field_counts_tokens():
 
 
 def test_a_prompt_is_measured_in_positions():
-    ids = rows("ttItIIt")[0]
-    assert count_positions(tiny_model().config, ids) == 19
-    assert count_positions(shared().config, ids) == 7
+    prompt = Prompt(rows("ttItIIt")[0], [], [[PER_IMAGE], [PER_IMAGE, PER_IMAGE]])
+    assert count_positions(tiny_model().config, prompt) == 19
+    assert count_positions(shared().config, prompt) == 7
 
 
 def test_five_hundred_images_take_five_hundred_positions():

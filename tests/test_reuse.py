@@ -216,7 +216,7 @@ def test_a_cache_is_taken_apart_and_joined():
     ):
         assert len(same) == 3 and same.keys.equal(cache.keys) and same.values.equal(cache.values)
     layers, heads, width = 2, 2, 8
-    assert cache.keys.shape == (layers, 3, PER_IMAGE, heads, width)
+    assert cache.keys.shape == (layers, 3 * PER_IMAGE, heads, width) and cache.num_tiles == [1, 1, 1]
     assert cache[0].nbytes == 2 * layers * PER_IMAGE * heads * width * 8
     with pytest.raises(ValueError, match="2 image KV caches of 2 different models"):
         ImageKVCache.cat([cache, tiny_model(seed=1).encode_images(seen)])
@@ -240,18 +240,18 @@ def test_keys_are_turned_to_the_bit_in_bfloat16(family):
     with torch.no_grad():
         _, keys, values, _ = run_decoder(model.language_model, embeds, positions, attention)
     cache = model.encode_images(random_images(2, torch.bfloat16))
-    assert cache.dtype == torch.bfloat16 and cache.values.equal(values)
-    turned = model.image_reuse.rotation(cache.device)(cache.keys.flatten(1, 2), positions.flatten())
-    assert turned.equal(keys.flatten(1, 2)) and not turned.equal(cache.keys.flatten(1, 2))
+    assert cache.dtype == torch.bfloat16 and cache.values.equal(values.flatten(1, 2))
+    turned = model.image_reuse.rotation(cache.device)(cache.keys, positions.flatten())
+    assert turned.equal(keys.flatten(1, 2)) and not turned.equal(cache.keys)
 
 
 def test_rotation_in_parts_is_the_same(monkeypatch):
     model = tiny_model(num_hidden_layers=5).model
     cache = model.encode_images(random_images(2))
     rotation, positions = model.image_reuse.rotation(cache.device), torch.arange(2 * PER_IMAGE)
-    whole = rotation(cache.keys.flatten(1, 2), positions)
+    whole = rotation(cache.keys, positions)
     monkeypatch.setattr("dsvl.acceleration.key_rotation.ROTATED_AT_ONCE", 2 * cache.keys[0].numel())
-    assert rotation(cache.keys.flatten(1, 2), positions).equal(whole)
+    assert rotation(cache.keys, positions).equal(whole)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -197,10 +197,10 @@ def test_text_requests_do_not_wait_for_the_images_of_others(server: Server, monk
     release, taken = threading.Event(), []
     pixels = server.chat.preprocess_image
 
-    def slow(part: dict[str, Any], number: int) -> torch.Tensor:
+    def slow(part: dict[str, Any], number: int, lengths: list[int]) -> dict[str, torch.Tensor]:
         taken.append(number)
         release.wait(20)
-        return pixels(part, number)
+        return pixels(part, number, lengths)
 
     monkeypatch.setattr(server.chat, "preprocess_image", slow)
     with ThreadPoolExecutor(4) as pool:
