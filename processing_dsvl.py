@@ -204,6 +204,11 @@ class DSVLProcessor(ProcessorMixin):
             return None
         return ImageLayout(self.image_layout, self.tile_size, self.max_tiles, self.max_image_tokens)
 
+    @property
+    def follows_size(self) -> bool:
+        """Whether the number of tokens of an image follows its size."""
+        return self.image_layout == "tiles" or not self.fixed_length
+
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """Render a conversation, or a batch of them, and turn it into model inputs if `tokenize=True`.
 
@@ -236,10 +241,11 @@ class DSVLProcessor(ProcessorMixin):
         follow their size, the header of their file is read."""
         text = self.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
         lengths = [self.image_seq_length] * text.count(self.image_token)
-        if self.layout is not None and lengths:
-            grids = [self.layout.grid(*_size_of(part), is_frame="time" in part) for part in image_parts(conversation)]
+        layout = self.layout
+        if layout is not None and self.follows_size and lengths:
+            grids = [layout.grid(*_size_of(part), is_frame="time" in part) for part in image_parts(conversation)]
             pieces = text.split(self.image_token)
-            placeholders = [self.layout.text(self.image_token, *grid) for grid in grids]
+            placeholders = [layout.text(self.image_token, *grid) for grid in grids]
             text = pieces[0] + "".join(one + piece for one, piece in zip(placeholders, pieces[1:], strict=True))
             lengths = [length for grid in grids for length in self._tile_lengths(*grid)]
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) + sum(lengths) - len(lengths)
@@ -248,7 +254,7 @@ class DSVLProcessor(ProcessorMixin):
         """The number of tokens of each tile of an image."""
         if self.image_layout == "native":
             return [self.image_seq_length if self.fixed_length else rows * columns]
-        return [self.image_seq_length] * (1 if rows * columns == 1 else 1 + rows * columns)
+        return [self.image_seq_length] * (1 if self.layout is None else self.layout.num_tiles(rows, columns))
 
     def _protect(self, part: Any) -> Any:
         """Mark the special tokens in the texts of a conversation, see `MARK`."""

@@ -81,15 +81,15 @@ def pack_data(data: Any, collator: ConversationCollator, arguments: DataArgument
     if isinstance(data, Stream):
         data.arrange = functools.partial(
             pack_stream,
-            length=collator.sample_length,
+            size=collator.packed_size,
             max_tokens=collator.max_length,
-            max_images=arguments.max_images_per_pack,
+            max_tiles=arguments.max_images_per_pack,
             bad=data.bad,
         )
         return data
     packs = PackedConversations(
         data,
-        collator.sample_length,
+        collator.packed_size,
         collator.max_length,
         arguments.max_images_per_pack,
         seed=seed,
