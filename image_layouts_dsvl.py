@@ -46,6 +46,10 @@ class ImageLayout:
             return height // self.side, width // self.side
         return best_grid(height, width, self.side, self.max_tiles) if self.name == "tiles" and not is_frame else (1, 1)
 
+    def num_tiles(self, rows: int, columns: int) -> int:
+        """How many inputs of the tower an image of such a grid has."""
+        return 1 if self.name != "tiles" or (rows, columns) == (1, 1) else 1 + rows * columns
+
     def tiles(self, image: "Image.Image", colour: tuple[int, int, int], resample: int) -> list["Image.Image"]:
         """The tiles of an image: the whole image first, then the parts of the grid, row by row.
 

@@ -226,6 +226,11 @@ class DSVLProcessor(ProcessorMixin):
             return None
         return ImageLayout(self.image_layout, self.tile_size, self.max_tiles, self.max_image_tokens)
 
+    @property
+    def follows_size(self) -> bool:
+        """Whether the number of tokens of an image follows its size."""
+        return self.image_layout == "tiles" or not self.fixed_length
+
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """Render a conversation, or a batch of them, and turn it into model inputs if `tokenize=True`.
 
@@ -309,11 +314,6 @@ class DSVLProcessor(ProcessorMixin):
             images = [self.tile_lengths(*size) for size in sizes]
         return self.tokenizer(text, add_special_tokens=False)["input_ids"], images
 
-    @property
-    def follows_size(self) -> bool:
-        """Whether the number of tokens of an image follows its size."""
-        return self.image_layout == "tiles" or not self.fixed_length
-
     def tile_lengths(self, height: int = 1, width: int = 1, is_frame: bool = False) -> list[int]:
         """The number of image tokens of each tile of an image.
 
@@ -334,7 +334,7 @@ class DSVLProcessor(ProcessorMixin):
         """As `tile_lengths`, of an image of this grid."""
         if self.image_layout == "native":
             return [self.image_seq_length if self.fixed_length else rows * columns]
-        return [self.image_seq_length] * (1 if rows * columns == 1 else 1 + rows * columns)
+        return [self.image_seq_length] * (1 if self.layout is None else self.layout.num_tiles(rows, columns))
 
     def _protect(self, part: Any) -> Any:
         """Mark the special tokens in the texts of a conversation, see `MARK`."""

@@ -8,7 +8,6 @@ from ..configuration_dsvl import (
     IMAGE_POSITIONS,
     MULTIMODAL_ATTENTIONS,
     PROJECTOR_TYPES,
-    DSVLConfig,
 )
 from ..utils.local_paths import check_exists
 from ..utils.model_arguments import json_object
@@ -98,6 +97,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _compose(arguments: argparse.Namespace) -> None:
+    from ..hub_card.card import image_tokens
     from ..utils.atomic_files import check_new_directory
     from .chat_template import CHOICES, chat_template_name
     from .checkpoint import save_checkpoint
@@ -135,11 +135,3 @@ def _compose(arguments: argparse.Namespace) -> None:
     name = chat_template_name(processor.chat_template)
     print(f"{out}: {size / 1e6:,.2f} million parameters, {image_tokens(model.config)}")
     print(f"Chat template: {CHOICES.get(name, name)}")
-
-
-def image_tokens(config: DSVLConfig) -> str:
-    """How many tokens an image takes, in words."""
-    if config.image_layout == "tiles":
-        return f"{config.image_seq_length} tokens per tile, up to {1 + config.max_tiles} tiles per image"
-    most = "up to " if config.image_layout == "native" and config.projector_type != "perceiver" else ""
-    return f"{most}{config.image_seq_length} tokens per image"

@@ -13,7 +13,14 @@ from ..configuration_dsvl import NATIVE_TOWERS, DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..processing_dsvl import IMAGE_TOKEN, DSVLProcessor
 from .chat_template import VISUALCHAT, choose_chat_template, end_of_turn_ids, prepare_chat_template
-from .towers import check_native_processor, count_prefix_tokens, load_image_processor, load_tower, processed_size
+from .towers import (
+    check_native_processor,
+    count_prefix_tokens,
+    default_image_layout,
+    load_image_processor,
+    load_tower,
+    processed_size,
+)
 
 VOCABULARY_MULTIPLE = 64  # the embedding table is padded to a multiple of this, for tensor cores
 
@@ -85,7 +92,7 @@ def compose(
         image_size = processed_size(image_processor)
         num_prefix_tokens = count_prefix_tokens(tower, image_size)
     if image_layout is None:
-        image_layout = "native" if is_native else "crop"
+        image_layout = default_image_layout(tower.config)
     decoder = _causal_lm(language, dtype)
     dtype = decoder.dtype
 

@@ -1,6 +1,7 @@
 """`dsvl data show`: samples as the model sees them, as text for a terminal or as an HTML page with images."""
 
 import html
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from .messages import complete_messages, images_of, is_trained, location_of
 from .sample_errors import BadSamples
 
 WIDTH = 320  # pixels of an image on the page
+GAP = 4  # pixels between the tiles of an image
 PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>{title}</title>
@@ -38,6 +40,34 @@ PAGE = """<!doctype html>
 
 
 @dataclass
+class Seen:
+    """What the vision tower gets of an image: its pixel values, without their normalization.
+
+    Attributes:
+        tiles (`list[PIL.Image.Image]`): Its inputs. Of several, the first is the whole image, and the others are the
+            parts of a grid, row by row.
+        columns (`int`): The columns of the grid.
+        tokens (`int`): The number of image tokens.
+    """
+
+    tiles: list[Any]
+    columns: int
+    tokens: int
+
+    @property
+    def width(self) -> int:
+        """Pixels on the page."""
+        return WIDTH if len(self.tiles) == 1 else WIDTH * min(1 + self.columns, 3)
+
+    @property
+    def about(self) -> str:
+        """The size of the first tile, the grid and the tokens, as text."""
+        parts = len(self.tiles) - 1
+        grid = f" and {parts // self.columns} x {self.columns} tiles of it" if parts else ""
+        return f"{self.tiles[0].width} x {self.tiles[0].height}{grid}, {self.tokens:,} tokens"
+
+
+@dataclass
 class Shown:
     """A sample, rendered.
 
@@ -46,7 +76,7 @@ class Shown:
         trained (`list[tuple[int, int]]`): The (start, end) of each span of the text that is trained on, in characters.
         images (`list[PIL.Image.Image]`): The decoded images and frames of videos, in reading order.
         names (`list[str]`): Their names, such as "Image 1" and "Video 1 at 0.5 s".
-        seen (`list[PIL.Image.Image]`): For each image, what the vision tower gets of it; empty without a processor.
+        seen (`list[Seen]`): For each image, what the vision tower gets of it; empty without a processor.
         tokens (`int`, *optional*): The number of tokens that the model reads, with a processor.
     """
 
@@ -54,7 +84,7 @@ class Shown:
     trained: list[tuple[int, int]]
     images: list[Any]
     names: list[str]
-    seen: list[Any]
+    seen: list[Seen]
     tokens: int | None
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
@@ -112,20 +142,33 @@ def _names(messages: list[dict[str, Any]]) -> list[str]:
     return names
 
 
-def seen_image(image: Any, processor: Any) -> Image.Image:
-    """What the vision tower gets of an image: its pixel values, without their normalization.
+def seen_image(image: Any, processor: Any) -> Seen:
+    """What the vision tower gets of an image.
 
     Args:
         image (`PIL.Image.Image`): An image.
         processor (`DSVLProcessor`): The processor of a checkpoint.
     """
+    inputs = processor(images=[image], text=processor.image_token, return_tensors="np")
+    pixels, columns = inputs["pixel_values"], 1
+    if "spatial_shapes" in inputs:
+        pixels = _from_patches(pixels[0], *inputs["spatial_shapes"][0].tolist())[None]
+    elif len(pixels) > 1:
+        _, columns = processor.layout.grid(image.height, image.width)
     settings = processor.image_processor
-    (pixels,) = processor(images=[image], return_tensors="np")["pixel_values"]
     if settings.do_normalize:
         mean, std = (np.reshape(values, (-1, 1, 1)) for values in (settings.image_mean, settings.image_std))
         pixels = pixels * std + mean
-    levels = pixels * 255 if settings.do_rescale else pixels
-    return Image.fromarray(np.clip(np.round(levels), 0, 255).astype(np.uint8).transpose(1, 2, 0))
+    levels = np.clip(np.round(pixels * 255 if settings.do_rescale else pixels), 0, 255).astype(np.uint8)
+    tiles = [Image.fromarray(tile.transpose(1, 2, 0)) for tile in levels]
+    return Seen(tiles, columns, int(inputs["mm_token_type_ids"].sum()))
+
+
+def _from_patches(patches: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The pixels (3, height, width) of a native image from its patches (patches, patch_size ** 2 * 3)."""
+    side = math.isqrt(patches.shape[1] // 3)
+    grid = patches[: rows * columns].reshape(rows, columns, side, side, 3)
+    return grid.transpose(4, 0, 2, 1, 3).reshape(3, rows * side, columns * side)
 
 
 def samples(
@@ -190,15 +233,28 @@ def show_page(source: str, path: str | Path, number: int = 3, processor: Any = N
             figures += _figure(image, f"{name}: {image.width} x {image.height}")
             if shown.seen:
                 seen = shown.seen[index]
-                figures += _figure(seen, f"{name} as the model sees it: {seen.width} x {seen.height}")
+                figures += _figure(_in_grid(seen), f"{name} as the model sees it: {seen.about}", seen.width)
         text = "".join(f"<mark>{html.escape(p)}</mark>" if trained else html.escape(p) for p, trained in shown.pieces())
         sections.append(f"<section><h2>{position}</h2><p>{_about(shown)}</p>{figures}<pre>{text}</pre></section>")
     page = PAGE.format(title=html.escape(Path(source).name), total=len(data), sections="\n".join(sections))
     Path(path).write_text(page, encoding="utf-8")
 
 
-def _figure(image: Any, caption: str) -> str:
-    return f'<figure><img alt="" src="{thumbnail_data_url(image, WIDTH)}"><figcaption>{caption}</figcaption></figure>'
+def _in_grid(seen: Seen) -> Image.Image:
+    """The tiles of an image side by side: the whole image, and beside it the parts of its grid, with gaps."""
+    whole, *parts = seen.tiles
+    if not parts:
+        return whole
+    step, rows = whole.width + GAP, len(parts) // seen.columns
+    page = Image.new("RGB", (step * (1 + seen.columns) + GAP, step * rows - GAP), "white")
+    page.paste(whole, (0, 0))
+    for index, part in enumerate(parts):
+        page.paste(part, (step * (1 + index % seen.columns) + GAP, step * (index // seen.columns)))
+    return page
+
+
+def _figure(image: Any, caption: str, width: int = WIDTH) -> str:
+    return f'<figure><img alt="" src="{thumbnail_data_url(image, width)}"><figcaption>{caption}</figcaption></figure>'
 
 
 def _about(shown: Shown) -> str:
@@ -206,7 +262,8 @@ def _about(shown: Shown) -> str:
     sizes = ", ".join(f"{image.width} x {image.height}" for image, name in named if name.startswith("Image"))
     if frames := sum(name.startswith("Video") for name in shown.names):
         sizes += ("; " if sizes else "") + f"{frames} frames of videos"
-    if shown.seen:
-        sizes += f"; the model sees {shown.seen[0].width} x {shown.seen[0].height} of each"
+    views = [seen.about for seen in shown.seen]
+    if views:
+        sizes += f"; the model sees {views[0]} of each" if len(set(views)) == 1 else f"; the model sees {'; '.join(views)}"
     about = f"{len(shown.images)} images ({sizes})" if shown.images else "no image"
     return about if shown.tokens is None else f"{about}, {shown.tokens:,} tokens"

@@ -37,6 +37,12 @@ parser.add_argument("--learning-rate", type=float, default=1e-5)
 parser.add_argument("--lora-rank", type=int, default=0, help="rank of adapters on the decoder; 0 for none")
 parser.add_argument("--logging-steps", type=int, default=10)
 args = parser.parse_args()
+processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+if processor.image_layout in ("tiles", "native"):
+    parser.error(
+        f"--model {args.model} has image_layout={processor.image_layout!r}, whose images TRL's GRPOTrainer does not split "
+        "among its small batches; choose a model of the layout crop or pad, or tune on preferences (dpo_with_trl.py)."
+    )
 model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32)
 model.set_trainable(projector=True, embeddings=False, language_model=True)  # with adapters, lora_config decides
 options = {key: value for key, value in vars(args).items() if key in GRPOConfig.__dataclass_fields__}
@@ -47,7 +53,7 @@ trainer = GRPOTrainer(
     reward_funcs=correct,
     args=GRPOConfig(args.output, per_device_train_batch_size=args.batch_size, **options),
     train_dataset=trl_dataset(args.data, kind="prompt"),
-    processing_class=AutoProcessor.from_pretrained(args.model, trust_remote_code=True),
+    processing_class=processor,
     peft_config=lora_config(model, args.lora_rank, train=("projector",)) if args.lora_rank else None,
 )
 trainer.train()

@@ -15,6 +15,11 @@ FIELDS = {
     "vision_feature_select_strategy",
     "image_size",
     "num_prefix_tokens",
+    "image_layout",
+    "max_tiles",  # of the layout "tiles" alone, which is refused
+    "max_image_tokens",  # of "native"
+    "downsample",
+    "num_queries",  # of the perceiver, which is refused
     "reversed_images",
     "image_positions",
 }
@@ -63,6 +68,16 @@ def _obstacles(config: DSVLConfig) -> list[str]:
             f"vision_feature_layer={config.vision_feature_layer}: -1 of this {tower!r} tower is after its last norm, which "
             f"LLaVA leaves out; compose with --vision-feature-layer -2, as LLaVA-1.5, or "
             f"{config.vision_config.num_hidden_layers}, the last layer before the norm."
+        )
+    if config.image_layout != "crop":
+        found.append(
+            f"image_layout={config.image_layout!r}: LLaVA takes an image as its tower's image processor makes it; compose "
+            "and train with --image-layout crop, or serve this model with dsvl serve."
+        )
+    if config.downsample != 1:
+        found.append(
+            f"downsample={config.downsample}: LLaVA's projector makes a token of each feature; compose with --downsample 1 "
+            "and train it, or serve this model with dsvl serve."
         )
     if config.reversed_images:
         found.append(

@@ -108,6 +108,7 @@ def render_card(
     return environment.from_string(template).render(
         metadata=data.to_yaml(),
         config=config,
+        image_tokens=image_tokens(config),
         names=names,
         origin=origin,
         untrained=untrained,
@@ -119,6 +120,14 @@ def render_card(
         terms=licence.get("license"),
         unknown=unknown,
     )
+
+
+def image_tokens(config: DSVLConfig) -> str:
+    """How many tokens an image takes, in words."""
+    if config.image_layout == "tiles":
+        return f"{config.image_seq_length} tokens per tile, up to {1 + config.max_tiles} tiles per image"
+    most = "up to " if config.image_layout == "native" and config.projector_type != "perceiver" else ""
+    return f"{most}{config.image_seq_length} tokens per image"
 
 
 def at_repository(card: str, repo_id: str) -> str:

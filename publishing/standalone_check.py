@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "num_tiles")
+
 
 def image_prompt(processor: Any) -> Any:
     """The model inputs of a fixed question about a fixed image."""
@@ -59,9 +61,12 @@ def check(checkpoint: str) -> dict[str, Any]:
     if wrong:
         sys.exit(f"The weights are not those of the configuration: {wrong}.")
     inputs = image_prompt(processor)
-    images = int((inputs["input_ids"] == config.image_token_id).sum())
-    if images != config.image_seq_length:
-        sys.exit(f"The processor writes {images} image tokens for an image; the model takes {config.image_seq_length}.")
+    written = int((inputs["input_ids"] == config.image_token_id).sum())
+    with torch.no_grad():
+        images = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
+        taken = sum(map(len, model.get_image_features(**images).pooler_output))
+    if written != taken:
+        sys.exit(f"The processor writes {written} image tokens for an image; the model takes {taken}.")
     with torch.no_grad():
         logits = model(**inputs, logits_to_keep=1).logits
     if not torch.isfinite(logits).all():

@@ -39,7 +39,7 @@ def ways(path: str):
     return {
         "processor": lambda: processor(text="<image>", images=path, return_tensors="pt")["pixel_values"],
         "collator": lambda: ConversationCollator(processor)([sample])["pixel_values"],
-        "features": lambda: next(iter(MissingImages([[sample]], empty, processor.image_processor)[0][1].values()))[None],
+        "features": lambda: next(iter(MissingImages([[sample]], empty, processor)[0][1].values()))["pixel_values"],
         "server": serve,
     }
 

@@ -270,7 +270,7 @@ def test_list_convert_and_show_as_commands(root, tmp_path, capsys, processor):
 
 def test_the_seen_image_is_what_the_image_processor_keeps(processor, photographs):
     for photograph in photographs:
-        seen = seen_image(photograph, processor)
+        (seen,) = seen_image(photograph, processor).tiles
         scale = 28 / min(photograph.size)
         size = [int(side * scale) if side != min(photograph.size) else 28 for side in photograph.size]
         left, top = ((side - 28) // 2 for side in size)

@@ -110,7 +110,7 @@ def test_an_answer_of_weight_0_is_read_but_not_trained_on(processor, capsys):
     assert trained_on(processor, [sample]) == (1, 0, ["good</s>"])
     batch = ConversationCollator(processor)([sample])
     assert "WRONG ANSWER" in processor.tokenizer.decode(batch["input_ids"][0])
-    packs = PackedConversations(load_conversations(CASES / "weight.jsonl"), lambda sample: 5, 400)
+    packs = PackedConversations(load_conversations(CASES / "weight.jsonl"), lambda sample: (5, 0), 400)
     packed = ConversationCollator(processor, 400)([packs[0]])
     assert processor.tokenizer.decode(packed["labels"][packed["labels"] != -100]) == "good</s>"
     assert [one.references for one in Questions(CASES / "weight.jsonl")[0].turns] == [[], ["good"]]

@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from training_runs import BATCH, STEPS, furthest, losses, make_checkpoint, make_conversations, run, take_back, weights
+from training_runs import (
+    BATCH,
+    STEPS,
+    furthest,
+    losses,
+    make_checkpoint,
+    make_conversations,
+    make_layout_checkpoint,
+    run,
+    take_back,
+    weights,
+)
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dsvl.training
@@ -157,3 +168,46 @@ def test_the_whole_matrix(folder, tmp_path, alone, stage, train, flags):
     output = tmp_path / "output"
     train_by_two(folder, output, *ZERO.get(stage, ["--deepspeed", stage]), *chosen)
     assert losses(output) == pytest.approx(losses(alone(*chosen)), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [("ddp", "images"), ("zero2", "images"), ("zero3", "images"), ("zero3", "features"), ("zero3", "tower")],
+)
+@pytest.mark.parametrize("layout", ["tiles", "native"])
+def test_two_processes_equal_one_with_images_of_different_lengths(folder, tmp_path, layout, stage, kind):
+    """One of them has only texts in every other step; with evaluation and resuming, cached features, a trained tower."""
+    if not (folder / layout).exists():
+        make_layout_checkpoint(folder, layout)
+    flags = [*IN_ORDER, "--eval-data", folder / "held_out.jsonl", "--eval-exact-match", "--eval-max-new-tokens", "3"]
+    flags += ["--cache-image-features", tmp_path / "features"] if kind == "features" else []
+    flags += ["--train", "projector", "embeddings", "language", "vision"] if kind == "tower" else []
+    base = ["--model", folder / layout, "--data", folder / "data.jsonl", *STEPS, *flags]
+    run(*base, "--output", tmp_path / "one", BATCH, 4)
+    run(*base, "--output", tmp_path / "two", BATCH, 2, *ZERO[stage], processes=2)
+    if kind == "tower":  # AdamW multiplies rounding in so many weights
+        assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    else:
+        assert_as_alone(tmp_path / "two", tmp_path / "one")
+    final = weights(tmp_path / "two")
+    take_back(tmp_path / "two")
+    run(*base, "--output", tmp_path / "two", BATCH, 2, *ZERO[stage], processes=2)
+    assert furthest(weights(tmp_path / "two"), final) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["map-style", "streamed"])
+@pytest.mark.parametrize("layout", ["tiles", "native"])
+def test_packs_of_tiles_train_and_resume(folder, tmp_path, layout, streaming):
+    if not (folder / layout).exists():
+        make_layout_checkpoint(folder, layout)
+    flags = ["--packing", "--max-length", "256", "--max-images-per-pack", "12", "--dataloader-num-workers", "1", *streaming]
+    flags += ["--max-bad-samples", "1", "--on-bad-sample", "skip", BATCH, "1", "--output", tmp_path / "output"]
+    base = ["--model", folder / layout, "--data", folder / "data.jsonl", *STEPS, *flags]
+    run(*base)
+    final, kept = weights(tmp_path / "output"), losses(tmp_path / "output")
+    take_back(tmp_path / "output")
+    assert "Resuming from" in run(*base).stderr
+    assert losses(tmp_path / "output") == kept and len(kept) == 4
+    assert furthest(weights(tmp_path / "output"), final) == 0

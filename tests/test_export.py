@@ -340,6 +340,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "linear": ("clip", {"projector_type": "linear"}, "projector_type='linear': LLaVA's .*--projector-type mlp and train it"),
     "vit": ("clip", {"projector_type": "vit"}, "projector_type='vit': LLaVA's projector is two linear layers with GELU"),
     "perceiver": ("clip", {"projector_type": "perceiver"}, "projector_type='perceiver': LLaVA's projector"),
+    "tiles": ("clip", {"image_layout": "tiles"}, "image_layout='tiles': LLaVA takes an image as.*--image-layout crop"),
+    "pad": ("clip", {"image_layout": "pad"}, "image_layout='pad': LLaVA takes an image as its tower's image processor"),
+    "downsample": (
+        "clip",
+        {"downsample": 2},
+        "downsample=2: LLaVA's projector makes a token of each.*--downsample 1",
+    ),
     "registers": (
         "dinov2_with_registers",
         {"vision_feature_select_strategy": "default"},
@@ -419,17 +426,17 @@ def test_other_models_are_refused(tmp_path):
 
 def test_a_setting_that_the_export_does_not_know_is_refused():
     class Later(dsvl.DSVLConfig):
-        def __init__(self, max_tiles: int = 1, **kwargs: Any) -> None:
+        def __init__(self, later_setting: int = 1, **kwargs: Any) -> None:
             super().__init__(**kwargs)
-            self.max_tiles = max_tiles
+            self.later_setting = later_setting
 
     model, processor = compose_for_export()
-    for tiles in (1, 4):
-        model.config.__class__, model.config.max_tiles = Later, tiles
-        if tiles == 1:
+    for value in (1, 4):
+        model.config.__class__, model.config.later_setting = Later, value
+        if value == 1:
             to_llava(model, processor)
         else:
-            with pytest.raises(ValueError, match="max_tiles=4: the export does not know this setting"):
+            with pytest.raises(ValueError, match="later_setting=4: the export does not know this setting"):
                 to_llava(model, processor)
 
 

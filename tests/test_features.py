@@ -40,9 +40,9 @@ def loaded(model):
 def fresh(tmp_path, model, loaded, processor):
     """Open the cache again, as a later run does."""
 
-    def opened(dtype=torch.float32, image_processor=processor.image_processor):
+    def opened(dtype=torch.float32, processor=processor):
         tower = load_checkpoint_tower(str(model), loaded.config, dtype)
-        return FeatureCache(tmp_path / "cache", feature_fingerprint(tower, loaded.config, image_processor)), tower
+        return FeatureCache(tmp_path / "cache", feature_fingerprint(tower, loaded.config, processor)), tower
 
     return opened
 
@@ -50,7 +50,7 @@ def fresh(tmp_path, model, loaded, processor):
 @pytest.fixture
 def filled(fresh, data, loaded, processor):
     cache, tower = fresh()
-    fill_cache(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor)
+    fill_cache(cache, [load_conversations(data)], tower, loaded.config, processor)
     cache.refresh()
     return cache
 
@@ -98,7 +98,7 @@ def test_generation_from_features_is_generation_from_images(filled, data, proces
     (message, *_) = next(sample for sample in load_conversations(data) if "image" in str(sample))["messages"]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     answers = []
-    for sources in ({}, {"image_features": filled.get(message["content"][0]["path"])}):
+    for sources in ({}, {"image_features": filled.part(message["content"][0]["path"])["image_features"]}):
         content = [message["content"][0] if not sources else {"type": "image"} | sources, *message["content"][1:]]
         inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
         answers.append(loaded.eval().generate(**inputs, max_new_tokens=8, do_sample=False))
@@ -108,7 +108,7 @@ def test_generation_from_features_is_generation_from_images(filled, data, proces
 def test_images_and_features_do_not_mix(filled, data, processor):
     (message, *_) = next(sample for sample in load_conversations(data) if "image" in str(sample))["messages"]
     image = message["content"][0]
-    content = [image, {"type": "image", "image_features": filled.get(image["path"])}]
+    content = [image, {"type": "image"} | filled.part(image["path"])]
     with pytest.raises(ValueError, match="1 of 2 images are given as features"):
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
 
@@ -131,19 +131,19 @@ def test_only_what_is_missing_is_computed(filled, fresh, tmp_path, data, loaded,
     files = sorted((tmp_path / "cache").glob("*.safetensors"))
     calls = []
     tower.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-    fill_cache(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor)
+    fill_cache(cache, [load_conversations(data)], tower, loaded.config, processor)
     assert calls == [] and sorted((tmp_path / "cache").glob("*.safetensors")) == files
     more = make_conversations(tmp_path / "more", layout="p" * 26)  # the first images are in the cache
-    fill_cache(cache, [load_conversations(more)], tower, loaded.config, processor.image_processor)
+    fill_cache(cache, [load_conversations(more)], tower, loaded.config, processor)
     cache.refresh()
     assert sum(calls) == len(cache) - len(filled) > 0
 
 
 def test_several_processes_and_workers_fill_the_same_cache(filled, tmp_path, data, loaded, processor, model):
     tower = load_checkpoint_tower(str(model), loaded.config, torch.float32)
-    cache = FeatureCache(tmp_path / "shared", feature_fingerprint(tower, loaded.config, processor.image_processor))
+    cache = FeatureCache(tmp_path / "shared", feature_fingerprint(tower, loaded.config, processor))
     for rank, workers in ((0, 0), (1, 2)):
-        fill_cache(cache, [load_conversations(data)], tower, loaded.config, processor.image_processor, workers, rank, 2)
+        fill_cache(cache, [load_conversations(data)], tower, loaded.config, processor, workers, rank, 2)
     cache.refresh()
     assert sorted(cache.files) == sorted(filled.files)
     assert all(torch.allclose(cache[key], filled[key], atol=1e-6) for key in cache.files)
@@ -152,13 +152,18 @@ def test_several_processes_and_workers_fill_the_same_cache(filled, tmp_path, dat
 def test_a_cache_of_another_model_is_refused(filled, fresh, processor, loaded, model, tmp_path):
     with pytest.raises(ValueError, match=r"cache contains image features of another tower \(or precision\); pass an empty"):
         fresh(dtype=torch.bfloat16)
-    other = type(processor.image_processor).from_dict(processor.image_processor.to_dict() | {"do_normalize": False})
+    other = AutoProcessor.from_pretrained(model)
+    other.image_processor.do_normalize = False
     with pytest.raises(ValueError, match=r"features of another image processor \("):
-        fresh(image_processor=other)
+        fresh(processor=other)
+    padded = AutoProcessor.from_pretrained(model)
+    padded.image_layout, padded.tile_size = "pad", 28
+    with pytest.raises(ValueError, match=r"features of another image layout \("):
+        fresh(processor=padded)
     tower = load_checkpoint_tower(str(model), loaded.config, torch.float32)
     next(tower.parameters()).data += 1e-3
     with pytest.raises(ValueError, match=r"features of another tower \("):
-        FeatureCache(tmp_path / "cache", feature_fingerprint(tower, loaded.config, processor.image_processor))
+        FeatureCache(tmp_path / "cache", feature_fingerprint(tower, loaded.config, processor))
     (tmp_path / "photographs").mkdir()
     (tmp_path / "photographs/cat.png").touch()
     with pytest.raises(ValueError, match="photographs contains files that are not image features; pass an empty"):
@@ -172,7 +177,7 @@ def test_broken_and_changed_images_are_named(fresh, tmp_path, loaded, processor,
         file.write(b"no image")
     cache, tower = fresh()
     data = load_conversations(path)
-    fill_cache(cache, [data], tower, loaded.config, processor.image_processor)
+    fill_cache(cache, [data], tower, loaded.config, processor)
     cache.refresh()
     photographs[0].save(changed)
     collator = ConversationCollator(processor, features=cache)

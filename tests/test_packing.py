@@ -16,6 +16,7 @@ from training_runs import make_checkpoint, make_conversations, run, take_back, w
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from dsvl.data import complete_messages, load_conversations
+from dsvl.data.messages import images_of
 from dsvl.data.packing import PackedConversations, pack, pack_stream
 from dsvl.data.streaming import Stream
 from dsvl.training import ConversationCollator
@@ -24,14 +25,14 @@ ITEMS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=60)
 
 
 @given(ITEMS, st.sampled_from([None, 3, 5]), st.integers(1, 9))
-def test_every_item_is_in_exactly_one_pack_within_its_bounds(items, max_images, pool):
+def test_every_item_is_in_exactly_one_pack_within_its_bounds(items, max_tiles, pool):
     stream = [(number, *item) for number, item in enumerate(items)]
-    packs = list(pack(stream, 40, max_images, pool))
+    packs = list(pack(stream, 40, max_tiles, pool))
     assert sorted(itertools.chain(*(one.items for one in packs))) == list(range(len(items)))
     for one in packs:
         assert one.tokens == sum(items[number][0] for number in one.items) <= 40
-        assert one.images == sum(items[number][1] for number in one.items) <= (max_images or 1000)
-    assert packs == list(pack(iter(stream), 40, max_images, pool))
+        assert one.tiles == sum(items[number][1] for number in one.items) <= (max_tiles or 1000)
+    assert packs == list(pack(iter(stream), 40, max_tiles, pool))
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=9))
@@ -44,9 +45,9 @@ def test_the_pack_of_the_largest_item_is_filled_optimally(sizes):
 
 
 def test_an_item_that_fits_nowhere_is_refused():
-    with pytest.raises(ValueError, match="41 tokens and 1 images does not fit into a pack of 40 tokens; raise"):
+    with pytest.raises(ValueError, match="41 tokens and 1 tiles does not fit into a pack of 40 tokens; raise"):
         list(pack([("a", 41, 1)], 40))
-    with pytest.raises(ValueError, match="4 images does not fit into a pack of 40 tokens and 3 images"):
+    with pytest.raises(ValueError, match="4 tiles does not fit into a pack of 40 tokens and 3 tiles"):
         list(pack([("a", 1, 4)], 40, 3))
 
 
@@ -60,9 +61,9 @@ def like_llava(number: int) -> list[int]:
 
 
 @pytest.mark.parametrize("max_tokens", [2048, 4096, 8192])
-@pytest.mark.parametrize("max_images", [None, 16])
-def test_packs_are_filled_on_lengths_like_llavas(max_tokens, max_images):
-    packs = list(pack([(n, length, 1) for n, length in enumerate(like_llava(4000))], max_tokens, max_images))
+@pytest.mark.parametrize("max_tiles", [None, 16])
+def test_packs_are_filled_on_lengths_like_llavas(max_tokens, max_tiles):
+    packs = list(pack([(n, length, 1) for n, length in enumerate(like_llava(4000))], max_tokens, max_tiles))
     assert sum(one.tokens for one in packs) / (max_tokens * len(packs)) > (0.99 if max_tokens > 2048 else 0.95)
 
 
@@ -190,9 +191,9 @@ def test_a_stream_is_packed_once_by_all_workers_of_all_processes(tmp_path):
             stream = Stream(path, rank=rank, processes=processes)
             stream.arrange = functools.partial(
                 pack_stream,
-                length=lambda sample: 5 + number(sample) % 7,
+                size=lambda sample: (5 + number(sample) % 7, 0),
                 max_tokens=32,
-                max_images=4,
+                max_tiles=4,
                 bad=stream.bad,
             )
             loader = DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=lambda one: one)
@@ -210,14 +211,14 @@ def test_a_stream_is_packed_once_by_all_workers_of_all_processes(tmp_path):
 def test_conversations_that_cannot_be_packed_are_errors_or_counted(folder, caplog):
     data = load_conversations(folder / "data.jsonl")
 
-    def length(sample):
+    def size(sample):
         if len(sample["messages"]) > 4:
             raise ValueError("too long.")
-        return 10
+        return 10, len(images_of(complete_messages(sample)))
 
     with pytest.raises(ValueError, match="too long.*Or skip such conversations"):
-        PackedConversations(data, length, 40)
-    packs = PackedConversations(data, length, 40, max_images=1, on_bad_sample="skip", max_bad_samples=1)
+        PackedConversations(data, size, 40)
+    packs = PackedConversations(data, size, 40, max_tiles=1, on_bad_sample="skip", max_bad_samples=1)
     good = [n for n in range(len(data)) if len(data[n]["messages"]) <= 4 and data.images(n) <= 1]
     assert packs.skipped == len(data) - len(good) > 0
     assert sorted(itertools.chain(*packs.packs)) == good

@@ -10,14 +10,21 @@ import torch
 import yaml
 from conftest import FAMILIES, tiny_vision_config
 from training_runs import make_checkpoint
-from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, Siglip2VisionConfig, SiglipVisionConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dsvl
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.cli import main
 from dsvl.configuration_dsvl import PROJECTOR_TYPES
-from dsvl.training.activation_memory import ALLOCATION, ActivationMemory, AllocationCounter, StepTracer, planning_attention
+from dsvl.training.activation_memory import (
+    ALLOCATION,
+    ActivationMemory,
+    AllocationCounter,
+    StepTracer,
+    largest_images,
+    planning_attention,
+)
 from dsvl.training.memory_plan import MemoryPlan, Planner, largest_micro_batch, plan, usable
 from dsvl.training.model_states import GIB, ModelSizes, PhaseMemory, arriving_gradients, model_states
 from dsvl.training.plan import size, table
@@ -29,14 +36,31 @@ from dsvl.training.trainable_parts import PARTS
 DEFAULT = ("projector", "embeddings")
 
 
-def small_config(layers=2, projector_type="linear", **text):
+def small_config(layers=2, projector_type="linear", image_layout="crop", max_tiles=12, **text):
     """Large enough that the allocator's rounding is negligible, small enough for a real step on a CPU."""
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
     )
     values = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
     text_config = LlamaConfig(**(values | dict(num_hidden_layers=layers) | text))
-    return DSVLConfig(vision, text_config, projector_type=projector_type, multimodal_attention="causal", image_token_id=511)
+    options = dict(projector_type=projector_type, image_layout=image_layout, max_tiles=max_tiles)
+    return DSVLConfig(vision, text_config, multimodal_attention="causal", image_token_id=511, **options)
+
+
+def native_config(projector_type, downsample):
+    """As `small_config`, with a tower of SigLIP 2."""
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    return DSVLConfig(
+        Siglip2VisionConfig(**sizes, patch_size=4, num_patches=16),
+        small_config().text_config,
+        projector_type=projector_type,
+        downsample=downsample,
+        image_layout="native",
+        max_image_tokens=20,
+        num_queries=16,
+        multimodal_attention="causal",
+        image_token_id=511,
+    )
 
 
 def llama_7b():
@@ -112,21 +136,18 @@ def test_the_traced_forward_keeps_what_autograd_saves_in_a_real_one(train):
             torch.zeros(2, tokens, dtype=torch.long),
             torch.zeros(2, tokens, 1, dtype=torch.bool),
             torch.zeros(2 * labelled, dtype=torch.long),
-            torch.zeros(2, 3, 28, 28),
+            images := {"pixel_values": torch.zeros(2, 3, 28, 28)},
         )
-    with planning_attention(), AllocationCounter([*tracer.model.parameters(), *tracer.model.buffers(), *inputs]) as counter:
+    known = [*tracer.model.parameters(), *tracer.model.buffers(), *inputs[:3], *images.values()]
+    with planning_attention(), AllocationCounter(known) as counter:
         loss = tracer.forward(*inputs)
     assert loss.requires_grad
     assert counter.live == pytest.approx(real_saved_bytes(config, train, tokens, labelled), rel=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("projector_type", PROJECTOR_TYPES)
-def test_a_real_step_on_a_cpu_peaks_where_the_meta_device_says(projector_type, checkpointing):
-    tracer = StepTracer(
-        small_config(projector_type=projector_type), DEFAULT, activation_checkpointing=checkpointing, dtype=torch.float32
-    )
-    step = dict(micro_batch=2, sequence_length=128, images=2, supervised=40)
+def assert_real_as_traced(tracer):
+    """A step on a CPU has the peak that the meta device says."""
+    step = dict(micro_batch=2, sequence_length=128, tiles=2, supervised=40)
     meta = tracer.trace(**step)
     tracer.model.to_empty(device="cpu")
     with torch.no_grad():
@@ -135,6 +156,41 @@ def test_a_real_step_on_a_cpu_peaks_where_the_meta_device_says(projector_type, c
     real = tracer.trace(**step)
     assert real.peak == pytest.approx(meta.peak, rel=0.02)
     assert real.gradients == meta.gradients
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("projector_type", PROJECTOR_TYPES)
+def test_a_real_step_on_a_cpu_peaks_where_the_meta_device_says(projector_type, checkpointing):
+    config = small_config(projector_type=projector_type)
+    assert_real_as_traced(StepTracer(config, DEFAULT, activation_checkpointing=checkpointing, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("projector_type", "downsample"), [("linear", 1), ("mlp", 2), ("perceiver", 1)])
+def test_a_real_step_with_native_images_peaks_where_the_meta_device_says(projector_type, downsample):
+    config = native_config(projector_type, downsample)
+    assert_real_as_traced(StepTracer(config, (*DEFAULT, "vision"), dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("projector_type", "downsample"), [("linear", 1), ("mlp", 3), ("perceiver", 1)])
+def test_the_largest_native_image_has_the_most_tokens(projector_type, downsample):
+    torch.manual_seed(0)
+    config = native_config(projector_type, downsample)
+    model = DSVLForConditionalGeneration(config)
+    inputs = largest_images(config, 2, torch.float32)
+    assert inputs["pixel_values"].shape[1] == config.num_patches == int(inputs["spatial_shapes"][0].prod())
+    assert [len(one) for one in model.get_image_features(**inputs).pooler_output] == [config.image_seq_length] * 2
+
+
+def test_tiles_are_planned_as_so_many_images():
+    tiled, plain = small_config(image_layout="tiles", max_tiles=5), small_config()
+    options = dict(sequence_length=512, train=(*DEFAULT, "vision"))
+    assert plan(tiled, images=2, tiles=3, **options) == plan(plain, images=6, **options)
+    assert plan(tiled, images=2, **options) == plan(plain, images=12, **options)  # the whole image, and 5 parts
+    for config, tiles, message in ((tiled, 7, "'tiles' it has 1 to 6"), (plain, 2, "'crop' it has 1 to 1")):
+        with pytest.raises(ValueError, match=message):
+            plan(config, images=1, tiles=tiles, **options)
+    with pytest.raises(ValueError, match=r"2 images of 6 tiles take 204 tokens \(17 each\).* 205, or fewer images or"):
+        plan(tiled, images=2, sequence_length=204)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from plain_environment import plain_packages, run_plainly
-from training_runs import WORDS, make_checkpoint, make_conversations
+from training_runs import WORDS, make_checkpoint, make_conversations, make_layout_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dsvl.cli import main
@@ -204,6 +204,51 @@ def test_texts_train_without_padding(folder):
     free, padded = (make_trainer("SFT", folder, data=data, padding_free=on) for on in (True, False))
     free.train(), padded.train()
     assert losses(free) == pytest.approx(losses(padded), abs=1e-5)
+
+
+# -- images of several tiles, and native ones ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def layouts(folder):
+    return {layout: AutoProcessor.from_pretrained(make_layout_checkpoint(folder, layout)) for layout in ("tiles", "native")}
+
+
+@pytest.mark.parametrize("layout", ["tiles", "native"])
+def test_sft_sees_the_images_that_our_collator_makes(folder, layouts, layout):
+    """The loss of the first step, over all samples, is the loss of the batch of `dsvl train`."""
+    data = trl_dataset(folder / "messages.jsonl")
+    options = {"per_device_train_batch_size": len(data), "max_steps": 1, "processor": layouts[layout]}
+    trainer = make_trainer("SFT", folder, checkpoint=layout, data=data, **options)
+    with torch.no_grad():
+        batch = ConversationCollator(layouts[layout])(list(data))
+        expected = load(folder, layout)(**batch).loss.item()
+    trainer.train()
+    assert losses(trainer) == pytest.approx([expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["tiles", "native"])
+@pytest.mark.parametrize("name", ["DPO", pytest.param("KTO", marks=pytest.mark.slow)])
+def test_preferences_keep_all_tiles_of_an_image(folder, layouts, name, layout):
+    """The model and its copy as reference agree before the first step: both see the same images."""
+    trainer = make_trainer(name, folder, checkpoint=layout, processor=layouts[layout], max_steps=1)
+    seen = []
+    forward = trainer.model.forward
+    trainer.model.forward = lambda **inputs: seen.append(inputs) or forward(**inputs)
+    trainer.train()
+    assert losses(trainer) == pytest.approx([np.log(2) if name == "DPO" else 0.5], abs=1e-4)
+    counts = [sum(inputs["num_tiles"].tolist()) for inputs in seen if "num_tiles" in inputs]
+    assert (max(counts) > max(map(len, (inputs["num_tiles"] for inputs in seen)))) if layout == "tiles" else not counts
+    assert all("spatial_shapes" in inputs for inputs in seen if layout == "native" and "pixel_values" in inputs)
+
+
+@pytest.mark.parametrize("layout", ["tiles", "native"])
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_trainers_that_split_images_refuse_several_tiles(folder, layouts, name, layout):
+    message = {"tiles": "unexpected keyword argument 'crop_to_patches'", "native": "argument 'return_row_col_info'"}[layout]
+    with pytest.raises(TypeError, match=message):
+        make_trainer(name, folder, checkpoint=layout, processor=layouts[layout]).train()
+    assert quoted(message.split("'")[1])
 
 
 def quoted(message):

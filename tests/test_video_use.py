@@ -186,10 +186,10 @@ def test_batches_hold_the_frames_that_read_video_gives(processor, folder):
     frames = [*read_video(CLIP)[0], *read_video(CLIP, max_frames=2)[0]]
     expected = processor(images=frames, text="<image>" * 5, return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], expected)
-    assert [collator.sample_images(data[index]) for index in (0, 1)] == [3, 2]
+    assert [collator.packed_size(data[index])[1] for index in (0, 1)] == [3, 2]
     size = collator.measure(data[0])
     assert size.images == 3 and size.tokens == int(batch["attention_mask"][0].sum())
-    assert collator.sample_length(data[0]) == size.tokens
+    assert collator.packed_size(data[0])[0] == size.tokens
 
 
 def test_the_feature_cache_tells_frames_apart(folder, processor, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from conftest import save_tiny_llama, tiny_tower_config
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessor, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPVisionModel, Siglip2VisionConfig, Siglip2VisionModel
 
 import dsvl
 
@@ -33,6 +33,29 @@ def make_checkpoint(folder: Path, name: str = "model", **llama: Any) -> Path:
     save_tiny_llama(folder / "llama", **llama)
     model, processor = dsvl.compose(folder / "tower", folder / "llama")
     return dsvl.save_checkpoint(model, processor, folder / name)
+
+
+# Arguments of `compose`.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "pad": {"image_layout": "pad"},
+    "tiles": {"image_layout": "tiles", "max_tiles": 4},
+    "native": {"max_image_tokens": 6, "projector_type": "mlp", "downsample": 2},
+}
+
+
+def make_layout_checkpoint(folder: Path, layout: str, **options: Any) -> Path:
+    """As `make_checkpoint`, of another image layout; "native" has SigLIP 2's tower, of patches of 4 pixels."""
+    if not (folder / "model").exists():
+        make_checkpoint(folder)
+    tower = folder / "tower"
+    if layout == "native":
+        tower = folder / "siglip2"
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        torch.manual_seed(0)
+        Siglip2VisionModel(Siglip2VisionConfig(**sizes, patch_size=4, num_patches=16)).save_pretrained(tower)
+    torch.manual_seed(0)
+    model, processor = dsvl.compose(tower, folder / "llama", **LAYOUTS[layout], **options)
+    return dsvl.save_checkpoint(model, processor, folder / layout)
 
 
 def make_conversations(folder: Path, name: str = "data.jsonl", layout: str = "ppt" * 6) -> Path:

@@ -213,14 +213,14 @@ class StepTracer:
         self.model, self.dtype = model, dtype
 
     def trace(
-        self, micro_batch: int, sequence_length: int, images: int, supervised: int, gradient_buffer: int | None = None
+        self, micro_batch: int, sequence_length: int, tiles: int, supervised: int, gradient_buffer: int | None = None
     ) -> ActivationMemory:
         """Run forward and backward.
 
         Args:
             micro_batch: number of samples.
             sequence_length: tokens per sample, image tokens included.
-            images: images per sample.
+            tiles: images per sample, or tiles of images: inputs of the tower.
             supervised: tokens with a label in the micro-batch; logits are computed for these only.
             gradient_buffer: bytes of a buffer that is allocated when the first gradient is complete, and that gradients are
                 moved to; 0 if it exists before. *Optional*, defaults to None: gradients stay where backward allocated them.
@@ -230,9 +230,8 @@ class StepTracer:
             input_ids = torch.zeros(micro_batch, sequence_length, dtype=torch.long)
             placeholders = torch.zeros(micro_batch, sequence_length, 1, dtype=torch.bool)
             rows = torch.zeros(supervised, dtype=torch.long)
-            size = config.image_size
-            pixel_values = torch.zeros(micro_batch * images, 3, size, size, dtype=self.dtype)
-        inputs = [input_ids, placeholders, rows, pixel_values]
+            images = largest_images(config, micro_batch * tiles, self.dtype)
+        inputs = [input_ids, placeholders, rows, *images.values()]
         counter = AllocationCounter([*model.parameters(), *model.buffers(), *inputs])
 
         def completed(parameter: torch.Tensor) -> None:
@@ -249,7 +248,7 @@ class StepTracer:
         hooks = [parameter.register_post_accumulate_grad_hook(completed) for parameter in trainable]
         try:
             with planning_attention(), counter, _FlashSdpa():
-                self.forward(input_ids, placeholders, rows, pixel_values).backward()
+                self.forward(input_ids, placeholders, rows, images).backward()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -258,7 +257,7 @@ class StepTracer:
         return ActivationMemory(counter.peak, counter.gradients_at_peak, host)
 
     def forward(
-        self, input_ids: torch.Tensor, placeholders: torch.Tensor, rows: torch.Tensor, pixel_values: torch.Tensor
+        self, input_ids: torch.Tensor, placeholders: torch.Tensor, rows: torch.Tensor, images: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """The loss as in `DSVLForConditionalGeneration.forward`, without the checks that read values of tensors.
 
@@ -266,17 +265,38 @@ class StepTracer:
             input_ids: (batch, tokens), int64.
             placeholders: (batch, tokens, 1), bool: where image features are inserted.
             rows: (supervised,), int64: indices of supervised tokens in the flattened batch.
-            pixel_values: (images, 3, height, width).
+            images: arguments of `get_image_features`.
         """
         model = self.model
         embeddings = model.get_input_embeddings()(input_ids)
-        if len(pixel_values):
-            features = torch.cat(list(model.get_image_features(pixel_values).pooler_output))
+        if len(images["pixel_values"]):
+            features = torch.cat(list(model.get_image_features(**images).pooler_output))
             embeddings = embeddings.masked_scatter(placeholders, features)
             del features
         hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         del embeddings
         return model._loss(model._logits(hidden.flatten(0, 1)[rows]), rows, num_items_in_batch=len(rows))
+
+
+def largest_images(config: DSVLConfig, number: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The inputs of a tower for images, or tiles of images, of the most tokens; of zeros, on the default device.
+
+    Args:
+        config: configuration of the model.
+        number: number of images or tiles.
+        dtype: dtype of the pixels.
+    """
+    if config.image_layout != "native":
+        side: Any = config.image_size
+        return {"pixel_values": torch.zeros(number, 3, side, side, dtype=dtype)}
+    vision, patches = config.vision_config, config.num_patches
+    # One row of tokens has the most of them; the shapes are read, so they are real on any device.
+    shape = torch.tensor([[config.downsample, patches // config.downsample]], device="cpu")
+    return {
+        "pixel_values": torch.zeros(number, patches, vision.num_channels * vision.patch_size**2, dtype=dtype),
+        "pixel_attention_mask": torch.ones(number, patches, dtype=torch.int32),
+        "spatial_shapes": shape.expand(number, 2),
+    }
 
 
 def _add_adapters(model: DSVLForConditionalGeneration, rank: int, train: Sequence[str], lora: Mapping[str, Any]) -> None:

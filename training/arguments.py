@@ -141,15 +141,15 @@ class DataArguments:
     max_images_per_pack: int | None = field(
         default=None,
         metadata={
-            "help": "maximum number of images, frames of videos included, per row of --packing; limits the memory of the "
-            "vision tower"
+            "help": "maximum number of images and frames (with the image layout tiles: of tiles) per row of --packing; "
+            "limits the memory of the vision tower"
         },
     )
     cache_image_features: str | None = field(
         default=None,
         metadata={
             "help": "directory of a cache of the frozen vision tower's features, computed once for each image (0.5 MiB per "
-            "image for CLIP ViT-L/14 in 16 bits)"
+            "image or tile for CLIP ViT-L/14 in 16 bits)"
         },
     )
     eval_data: str | None = field(default=None, metadata={"help": "held-out conversations, in the formats of --data"})

@@ -15,8 +15,9 @@ from ..data.dataset_files import without_nones
 from ..data.messages import FRAME_KEYS, Sample, image_source, images_of, is_trained, location_of
 from ..data.record_formats import MESSAGES
 from ..data.sample_errors import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location, one_sample, worker_row
-from ..image_reading_dsvl import fit_thin_image, read_image
-from ..utils.image_loading import fetch_image_source
+from ..image_reading_dsvl import read_image
+from ..processing_dsvl import image_parts
+from ..utils.image_loading import fetch_image_source, image_source_size
 from ..utils.text import shortened
 from ..utils.video_loading import with_frames
 from .feature_cache import FeatureCache
@@ -26,10 +27,12 @@ MULTIPLE = 8  # tokens; tensor cores need dimensions that are multiples of 8
 
 @dataclass(frozen=True)
 class SampleSize:
-    """The size of a sample: turns, images, tokens (image tokens included), and tokens that have a label."""
+    """The size of a sample: turns, images, their tiles (inputs of the vision tower), tokens (image tokens included), and
+    tokens that have a label."""
 
     turns: int
     images: int
+    tiles: int
     tokens: int
     trained: int
 
@@ -84,8 +87,10 @@ class ConversationCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (-100 for no label): (batch, tokens), int64,
-            where tokens is a multiple of 8. `pixel_values`: (images, 3, height, width), if there are images; with
-            `features`, `image_features`: (images, tower tokens, tower width) in every batch. Packs have `document_ids`
+            where tokens is a multiple of 8. `pixel_values`: (tiles, 3, height, width), if there are images, with
+            `num_tiles`: (images,) if the model's `image_layout` is "tiles"; of native images (images, patches, 3 *
+            patch_size ** 2), with `pixel_attention_mask` and `spatial_shapes`. With `features`, `image_features`: (tiles,
+            tower tokens, tower width) in every batch, with `num_tiles` or `spatial_shapes`. Packs have `document_ids`
             instead of `attention_mask`: a number for each conversation, and 0 for the padding.
 
         Raises:
@@ -104,15 +109,19 @@ class ConversationCollator:
         images = {}
         if "pixel_values" in batch:  # one copy, without torch's threads, which compete for cores in a data loader
             images["pixel_values"] = torch.from_numpy(np.stack(batch.pop("pixel_values")))
-        if self.features is not None:
-            features = batch.pop("image_features", None)
-            images["image_features"] = self.features.empty() if features is None else torch.stack(features)
+        if "image_features" in batch:
+            images["image_features"] = torch.stack(batch.pop("image_features"))
+        for key in ("pixel_attention_mask", "spatial_shapes", "num_tiles"):
+            if key in batch:
+                images[key] = torch.from_numpy(np.asarray(batch.pop(key), dtype=np.int64))
+        if self.features is not None and not images:
+            images = self.features.empty()
         # With NumPy: torch converts lists three times slower, and return_tensors="pt" makes transformers build the mask
         # element by element. Tokens come first: accelerate and transformers read the batch size from the first tensor.
         tensors = {key: torch.from_numpy(np.asarray(rows, dtype=np.int64)) for key, rows in batch.items()}
         tensors["labels"] = tensors["input_ids"].masked_fill(tensors.pop("assistant_masks") == 0, -100)
         tensors |= images
-        check_dispatch(len(tensors["input_ids"]), sum(map(len, images.values())))
+        check_dispatch(len(tensors["input_ids"]), [len(tensor) for tensor in images.values()])
         return tensors
 
     def _usable(self, samples: list[Any]) -> list["_Conversation"]:
@@ -191,8 +200,9 @@ class ConversationCollator:
         """
         if self.max_length is None:
             return messages
+        sized = self._with_sizes(messages)
         for end in reversed(_turn_ends(messages)):
-            length = self.processor.count_tokens(messages[:end])
+            length = self.processor.count_tokens(sized[:end])
             if length <= self.max_length:
                 return messages[:end]
         question = next(message["content"] for message in messages if message["role"] == "user")
@@ -222,10 +232,12 @@ class ConversationCollator:
         answers = [is_trained(message) for message in messages if message["role"] == "assistant"]
         if not all(answers):
             mask = _unmask(mask, answers)
+        sized = self._with_sizes(messages)
         return SampleSize(
             turns=len(_turn_ends(messages)),
             images=len(images_of(messages)),
-            tokens=self.processor.count_tokens(messages),
+            tiles=self._count_tiles(sized),
+            tokens=self.processor.count_tokens(sized),
             trained=int(sum(mask)),
         )
 
@@ -236,17 +248,36 @@ class ConversationCollator:
     def first_turn_length(self, sample: Any) -> int:
         """The number of tokens of a sample's first turn."""
         messages = self.messages(sample)
-        return int(self.processor.count_tokens(messages[: _turn_ends(messages)[0]]))
+        return int(self.processor.count_tokens(self._with_sizes(messages[: _turn_ends(messages)[0]])))
 
-    def sample_length(self, sample: Any) -> int:
-        """The number of tokens of a sample after shortening; raises `BadSample` for any invalid sample."""
+    def packed_size(self, sample: Any) -> tuple[int, int]:
+        """The numbers of tokens and tiles of a sample after shortening; raises `BadSample` for any invalid sample."""
         with one_sample(location_of(sample)):
-            return self.processor.count_tokens(self.shorten_sample(sample))
+            sized = self._with_sizes(self.shorten_sample(sample))
+            return self.processor.count_tokens(sized), self._count_tiles(sized)
 
-    def sample_images(self, sample: Any) -> int:
-        """The number of images of a sample, the frames of its videos included; raises `BadSample` for any invalid sample."""
-        with one_sample(location_of(sample)):
-            return len(images_of(self.messages(sample)))
+    def _with_sizes(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with the size of each image, if its tokens follow it. Headers of files are read, not pixels."""
+        if not self.processor.follows_size:
+            return messages
+        return [
+            message
+            if isinstance(message["content"], str)
+            else message | {"content": [self._with_size(part) for part in message["content"]]}
+            for message in messages
+        ]
+
+    def _with_size(self, part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image" or part.get("time"):  # a frame is one tile
+            return part
+        return part | {"image_size": image_source_size(image_source(part), self.allow_urls)}
+
+    def _count_tiles(self, sized: list[dict[str, Any]]) -> int:
+        """The tiles of all images of messages from `_with_sizes`."""
+        parts, of_size = image_parts(sized), self.processor.tile_lengths
+        if self.processor.image_layout != "tiles":
+            return len(parts)
+        return sum(1 if part.get("time") else len(of_size(*part["image_size"])) for part in parts)
 
     def messages(self, sample: Any) -> list[dict[str, Any]]:
         """The complete messages of a sample, with the frames of videos as images that are not decoded yet.
@@ -288,9 +319,8 @@ class ConversationCollator:
         source = fetch_image_source(image_source(part), self.allow_urls)
         of_video = {key: part[key] for key in FRAME_KEYS if key in part}
         if features is not None:
-            return {"type": "image", "image_features": features.get(source)} | of_video
-        image = read_image(source, allow_urls=False)
-        return {"type": "image", "image": fit_thin_image(image, self.processor.image_processor)} | of_video
+            return {"type": "image"} | features.part(source) | of_video
+        return {"type": "image", "image": read_image(source, allow_urls=False)} | of_video
 
     def _empty_batch(self) -> dict[str, torch.Tensor]:
         """A batch of one token without a label, so that this process takes part in collective operations."""
@@ -305,9 +335,7 @@ class ConversationCollator:
             "mm_token_type_ids": torch.zeros_like(ids),
             "labels": torch.full_like(ids, -100),
         }
-        if self.features is not None:
-            tensors["image_features"] = self.features.empty()
-        return tensors
+        return tensors if self.features is None else tensors | self.features.empty()
 
 
 @dataclass
@@ -343,7 +371,7 @@ def _turn_ends(messages: list[dict[str, Any]]) -> list[int]:
     return [end for end in ends if end == len(messages) or messages[end]["role"] == "user"]
 
 
-def check_dispatch(rows: int, images: int) -> None:
+def check_dispatch(rows: int, images: list[int]) -> None:
     """Refuse a batch whose images accelerate would cut.
 
     accelerate's dispatcher reads a streaming data set in one process for all, and cuts every tensor of a batch to the number
@@ -351,7 +379,7 @@ def check_dispatch(rows: int, images: int) -> None:
 
     Args:
         rows: number of rows of the batch.
-        images: number of images of the batch.
+        images: the first dimension of each tensor of images: the number of images, or of their tiles.
 
     Raises:
         ValueError: if images would be lost; the message names the setting that disables the dispatcher.
@@ -361,11 +389,11 @@ def check_dispatch(rows: int, images: int) -> None:
     if not isinstance(loader, DataLoaderDispatcher):
         return
     processes = PartialState().num_processes
-    if images > rows or (processes > 1 and images != rows):
+    if any(number > rows or (processes > 1 and number != rows) for number in images):
         raise ValueError(
-            f"A batch of {rows} rows has {images} images, and accelerate's DataLoaderDispatcher, which reads a streaming "
-            f"data set for {processes} {'process' if processes == 1 else 'processes'}, would cut them to the rows; pass "
-            'accelerator_config={"dispatch_batches": False} to TrainingArguments, or use DSVLTrainer.'
+            f"A batch of {rows} rows has {max(images)} images or tiles, and accelerate's DataLoaderDispatcher, which reads "
+            f"a streaming data set for {processes} {'process' if processes == 1 else 'processes'}, would cut them to the "
+            'rows; pass accelerator_config={"dispatch_batches": False} to TrainingArguments, or use DSVLTrainer.'
         )
 
 

@@ -13,7 +13,8 @@ MEASURED = 256  # maximum number of conversations that are measured before train
 
 
 def describe_data(data: Any, collator: ConversationCollator) -> str:
-    """The size of an epoch: "18 conversations, 35 turns, 20 images, 3,235 tokens, 96 trained".
+    """The size of an epoch: "18 conversations, 35 turns, 20 images, 3,235 tokens, 96 trained"; with `image_layout="tiles"`
+    "20 images of 60 tiles".
 
     Of larger data sets, `MEASURED` evenly spaced conversations are measured, and the line starts with "about". A warning is
     logged for data without images.
@@ -36,13 +37,14 @@ def describe_data(data: Any, collator: ConversationCollator) -> str:
         logger.warning("%s contains no image, so image understanding cannot be trained on it.", data.source)
     number = round(len(conversations) * len(sizes) / measured) if packs is None else sum(map(len, packs.packs))
     about = "" if measured == len(conversations) else "about "
-    turns, images, tokens, trained = (
+    turns, images, tiles, tokens, trained = (
         round(sum(getattr(size, name) for size in sizes) * number / len(sizes))
-        for name in ("turns", "images", "tokens", "trained")
+        for name in ("turns", "images", "tiles", "tokens", "trained")
     )
     if packs is not None:
         tokens = packs.tokens  # packing measured every conversation
-    line = f"{number:,} conversations, {turns:,} turns, {images:,} images, {tokens:,} tokens, {trained:,} trained"
+    of_tiles = f" of {tiles:,} tiles" if collator.processor.image_layout == "tiles" else ""
+    line = f"{number:,} conversations, {turns:,} turns, {images:,} images{of_tiles}, {tokens:,} tokens, {trained:,} trained"
     return about + (line if packs is None else f"{line}, in {len(packs):,} packs")
 
 

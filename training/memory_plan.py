@@ -63,6 +63,8 @@ class Planner:
         deepspeed: "zero1", "zero2", "zero3" or "zero3-offload", *optional*, defaults to None: plain data parallelism.
         sequence_length: tokens per sample, image tokens included, *optional*, defaults to 2048.
         images: images per sample, *optional*, defaults to 1.
+        tiles: tiles per image with `image_layout="tiles"`, *optional*, defaults to None: the most that an image can have.
+            Native images have the most tokens that an image can have.
         train: parts that are trained in full, keys of `PARTS`, *optional*, defaults to projector and embeddings.
         lora_rank: rank of adapters on the decoder's linear layers, *optional*, defaults to 0: no adapters.
         lora: further arguments of `adapters.lora_config` (`targets`, `language`, `vision`, `vision_rank`,
@@ -89,6 +91,7 @@ class Planner:
         deepspeed: str | None = None,
         sequence_length: int = 2048,
         images: int = 1,
+        tiles: int | None = None,
         train: Sequence[str] = ("projector", "embeddings"),
         lora_rank: int = 0,
         lora: Mapping[str, Any] | None = None,
@@ -103,7 +106,11 @@ class Planner:
         self._config, self._arguments = config, {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
         self.world_size, self.deepspeed, self.accumulation = world_size, deepspeed, gradient_accumulation
         self.sequence_length, self.images = sequence_length, images
-        self.text_tokens = sequence_length - images * config.image_seq_length
+        most = 1 + config.max_tiles if config.image_layout == "tiles" else 1
+        self.tiles = most if tiles is None else tiles
+        if not 1 <= self.tiles <= most:
+            raise ValueError(f"tiles={tiles} of an image: with image_layout={config.image_layout!r} it has 1 to {most}.")
+        self.text_tokens = sequence_length - images * self.tiles * config.image_seq_length
         self.supervised_share = supervised_share
         self.activation_checkpointing, self.mixed_precision = activation_checkpointing, mixed_precision
         self.mlp_tile, self.offload_activations = mlp_tile, offload_activations
@@ -138,7 +145,9 @@ class Planner:
         _at_least("micro_batch", micro_batch, 1)
         supervised = max(round(micro_batch * self.text_tokens * self.supervised_share), 1)
         into = arriving_gradients(self.sizes, self.deepspeed, self.world_size, self.accumulation)
-        trace = self.tracer.trace(micro_batch, self.sequence_length, self.images, supervised, gradient_buffer=into)
+        trace = self.tracer.trace(
+            micro_batch, self.sequence_length, self.images * self.tiles, supervised, gradient_buffer=into
+        )
         states = model_states(self.sizes, trace, self.deepspeed, self.world_size, self.accumulation)
         forward_backward, optimizer_step, cpu = states
         if self.mixed_precision:
@@ -208,10 +217,14 @@ class Planner:
                     f"{part!r}; pass one of them."
                 )
         if self.text_tokens < 1:
+            needed, of_tiles = self.images * self.tiles * config.image_seq_length, ""
+            fewer = "fewer images"
+            if config.image_layout == "tiles":
+                of_tiles, fewer = f" of {self.tiles} tiles", "fewer images or tiles"
             raise ValueError(
-                f"sequence_length={self.sequence_length} is too short: {self.images} images take "
-                f"{self.images * config.image_seq_length} tokens ({config.image_seq_length} each), and a token of text "
-                f"must follow; pass at least {self.images * config.image_seq_length + 1}, or fewer images."
+                f"sequence_length={self.sequence_length} is too short: {self.images} images{of_tiles} take "
+                f"{needed} tokens ({config.image_seq_length} each), and a token of text "
+                f"must follow; pass at least {needed + 1}, or {fewer}."
             )
         if self.mlp_tile is not None:
             _at_least("mlp_tile", self.mlp_tile, 1)

@@ -55,6 +55,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--sequence-length", type=int, default=2048, help="tokens per sample, image tokens included (default: 2048)"
     )
     parser.add_argument("--images", type=int, default=1, help="images per sample (default: 1)")
+    parser.add_argument(
+        "--tiles",
+        type=int,
+        help="tiles per image, with the image layout tiles (default: the most, 1 + max_tiles)",
+    )
     parser.add_argument("--pictures", dest="images", type=int, action=RenamedFlag)
     parser.add_argument(
         "--train",
@@ -131,6 +136,7 @@ def _run(arguments: argparse.Namespace) -> None:
         deepspeed=arguments.deepspeed,
         sequence_length=arguments.sequence_length,
         images=arguments.images,
+        tiles=arguments.tiles,
         train=arguments.train,
         lora_rank=arguments.lora_rank,
         lora=lora,
@@ -161,6 +167,7 @@ def _run_recipe(arguments: argparse.Namespace) -> None:
         world_size=arguments.world_size,
         sequence_length=arguments.sequence_length,
         images=arguments.images,
+        tiles=arguments.tiles,
         supervised_share=arguments.supervised_share,
     )
     memory = arguments.gpu_memory * GIB

@@ -10,8 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from ..composition.compose import VOCABULARY_MULTIPLE
-from ..composition.towers import count_prefix_tokens, load_image_processor, processed_size, tower_config
-from ..configuration_dsvl import DSVLConfig
+from ..composition.towers import (
+    count_prefix_tokens,
+    default_image_layout,
+    load_image_processor,
+    processed_size,
+    tower_config,
+)
+from ..configuration_dsvl import NATIVE_TOWERS, DSVLConfig
 from ..transformers_dsvl import no_init_weights
 from .deepspeed_config import ZERO, zero_stage
 from .memory_plan import Planner
@@ -46,6 +52,7 @@ def plan_stages(
     world_size: int = 1,
     sequence_length: int = 2048,
     images: int = 1,
+    tiles: int | None = None,
     supervised_share: float = 0.25,
 ) -> Iterator[StagePlan]:
     """The planner of each stage of a recipe. Data and weights are not needed.
@@ -55,7 +62,9 @@ def plan_stages(
         flags: flags of `dsvl train` that override the recipe, such as `--model` and `--stage`.
         world_size: number of GPUs, *optional*, defaults to 1.
         sequence_length: tokens per sample of a stage without `max_length`, *optional*, defaults to 2048.
-        images: images per sample, *optional*, defaults to 1; a stage with `max_images_per_pack` has as many.
+        images: images per sample, *optional*, defaults to 1; a stage with `max_images_per_pack` has as many (of tiles
+            with `image_layout="tiles"`).
+        tiles: tiles per image, *optional*; see `Planner`.
         supervised_share: see `Planner`.
 
     Raises:
@@ -70,8 +79,10 @@ def plan_stages(
         with naming_stage(stage):
             values, _ = recipe.values(stage)
             length = values["max_length"] or sequence_length
-            number = values["max_images_per_pack"] or images
-            notes = [f"{length:,} tokens and {number} images a sample"]
+            most = values["max_images_per_pack"]
+            number, of_image = (most, 1) if most else (images, tiles)
+            has_tiles = config.image_layout == "tiles"
+            notes = [f"{length:,} tokens and {number} {'tiles' if most and has_tiles else 'images'} a sample"]
             if values["qlora"]:
                 notes.append("weights are counted in 16 bits, not in 4")
             planner = Planner(
@@ -80,6 +91,7 @@ def plan_stages(
                 deepspeed=_zero(values["deepspeed"]),
                 sequence_length=length,
                 images=number,
+                tiles=of_image,
                 train=values["train"],
                 lora_rank=values["lora_rank"],
                 lora={name: values[f"lora_{name}"] for name in LORA} if values["lora_rank"] else None,
@@ -114,9 +126,11 @@ def composed_config(arguments: argparse.Namespace) -> DSVLConfig:
     """
     tower, text = (AutoConfig.from_pretrained(name) for name in (arguments.vision, arguments.language))
     tower = tower_config(tower, arguments.vision)
-    image_size = processed_size(load_image_processor(arguments.vision))
-    with torch.device("meta"), no_init_weights():
-        prefix = count_prefix_tokens(AutoModel.from_config(copy.deepcopy(tower)), image_size)
+    image_size, prefix = None, 0
+    if tower.model_type not in NATIVE_TOWERS:
+        image_size = processed_size(load_image_processor(arguments.vision))
+        with torch.device("meta"), no_init_weights():
+            prefix = count_prefix_tokens(AutoModel.from_config(copy.deepcopy(tower)), image_size)
     text.vocab_size += NEW_TOKENS
     text.vocab_size += -text.vocab_size % VOCABULARY_MULTIPLE
     return DSVLConfig(
@@ -130,6 +144,11 @@ def composed_config(arguments: argparse.Namespace) -> DSVLConfig:
         vision_feature_select_strategy=arguments.vision_feature_select_strategy,
         image_size=image_size,
         num_prefix_tokens=prefix,
+        image_layout=arguments.image_layout or default_image_layout(tower),
+        max_tiles=arguments.max_tiles,
+        max_image_tokens=arguments.max_image_tokens,
+        downsample=arguments.downsample,
+        num_queries=arguments.num_queries,
     )
 
 

@@ -262,7 +262,7 @@ def open_feature_cache(
     """
     config = DSVLConfig.from_pretrained(model_arguments.model)
     tower = load_checkpoint_tower(model_arguments.model, config, precision(arguments))
-    fingerprint = feature_fingerprint(tower, config, processor.image_processor)
+    fingerprint = feature_fingerprint(tower, config, processor)
     with arguments.main_process_first(local=False, desc="opening the cache of image features"):
         cache = FeatureCache(directory, fingerprint)
     fill_cache(
@@ -270,7 +270,7 @@ def open_feature_cache(
         [dataset for dataset in data if dataset is not None],
         tower.to(arguments.device),
         config,
-        processor.image_processor,
+        processor,
         workers=arguments.dataloader_num_workers,
         rank=arguments.process_index,
         processes=arguments.world_size,

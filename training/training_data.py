@@ -81,22 +81,20 @@ def pack_data(data: Any, collator: ConversationCollator, arguments: DataArgument
     if isinstance(data, Stream):
         data.arrange = functools.partial(
             pack_stream,
-            length=collator.sample_length,
+            size=collator.packed_size,
             max_tokens=collator.max_length,
-            max_images=arguments.max_images_per_pack,
+            max_tiles=arguments.max_images_per_pack,
             bad=data.bad,
-            count=collator.sample_images,
         )
         return data
     packs = PackedConversations(
         data,
-        collator.sample_length,
+        collator.packed_size,
         collator.max_length,
         arguments.max_images_per_pack,
         seed=seed,
         on_bad_sample=arguments.on_bad_sample,
         max_bad_samples=arguments.max_bad_samples,
-        count=collator.sample_images,
     )
     logger.info("Packing: %d packs of %d conversations, filled to %.1f%%.", len(packs), len(data), 100 * packs.filled)
     return packs

@@ -1,6 +1,7 @@
 """Images from untrusted sources: bounds on file size and pixels, and on where they may come from."""
 
 import base64
+import functools
 import io
 import os
 from collections.abc import Sequence
@@ -9,10 +10,12 @@ from typing import Any
 
 from PIL import Image
 
-from ..image_reading_dsvl import FORMATS, MAX_BYTES, MAX_PIXELS, ImageError, file_of, read_image
+from ..image_reading_dsvl import FORMATS, MAX_BYTES, MAX_PIXELS, ImageError, file_of, image_size, read_image
 from .text import shortened
 from .url_fetching import FetchError, fetch_url
 from .urls import decode_data_url, is_data_url, is_url
+
+SIZES_KEPT = 2**18  # of image files, in each process: 60 MB
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
@@ -79,6 +82,37 @@ def fetch_image_source(
         return fetch_url(source, max_bytes, **limits)
     except FetchError as error:
         raise ValueError(f"The {kind} {name} was not fetched: {error}.") from error
+
+
+def image_source_size(source: Any, allow_urls: bool = False) -> tuple[int, int]:
+    """(height, width) of an image, from the header of its file. The sizes of files and URLs are remembered.
+
+    Args:
+        source: Any source of an image, as for `fetch_image_source`.
+        allow_urls (`bool`, *optional*, defaults to `False`): Whether http(s) URLs are fetched.
+
+    Raises:
+        ValueError: If a URL is not allowed or cannot be fetched, or the file is not an image.
+    """
+    source = file_of(source)
+    if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
+        status = os.stat(source)
+        width, height = _size_of_file(os.fspath(source), status.st_mtime_ns, status.st_size)
+    elif is_url(source) and not is_data_url(source) and allow_urls:
+        width, height = _size_of_url(source)
+    else:
+        width, height = image_size(fetch_image_source(source, allow_urls), allow_urls=False)
+    return height, width
+
+
+@functools.lru_cache(SIZES_KEPT)
+def _size_of_file(path: str, modified: int, size: int) -> tuple[int, int]:
+    return image_size(path, allow_urls=False)
+
+
+@functools.lru_cache(SIZES_KEPT)
+def _size_of_url(url: str) -> tuple[int, int]:
+    return image_size(fetch_image_source(url, allow_urls=True), allow_urls=False)
 
 
 def decode_image_file(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
