@@ -72,6 +72,8 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
         options["quantization_config"] = quantization_config("4bit", dtype)
     model = DSVLForConditionalGeneration.from_pretrained(model_arguments.model, **options)
     model.config.text_config.use_cache = False
+    if is_deepspeed_zero3_enabled():
+        _gather_attention_pooling(model)
     if arguments.use_liger_kernel:
         use_liger(model)
         arguments.use_liger_kernel = False  # the Trainer would look for kernels of the model type "dsvl"
@@ -98,6 +100,19 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
         if "language" not in model_arguments.train:  # a frozen decoder computes in its own dtype
             model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))
     return model
+
+
+def _gather_attention_pooling(model: torch.nn.Module) -> None:
+    """Have ZeRO-3 gather weights that torch's attention, in the pooling head of SigLIP's towers, reads from its child.
+
+    DeepSpeed notices this by itself in a forward pass of its engine, but not in `generate`.
+    """
+    import deepspeed
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.MultiheadAttention):
+            for parameter in module.out_proj.parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)
 
 
 @contextlib.contextmanager
