@@ -80,6 +80,37 @@ def test_a_page_shows_its_number_where_it_says(small_print):
     assert min(lefts) < 150 and max(lefts) > 750
 
 
+def test_labels_of_a_tile_say_which_digit_lies_where(small_print):
+    task = small_print.PAGE
+    for seed in range(20):
+        tile, [(digits, x, y)] = small_print.draw_tile(task, random.Random(seed), cut=False)
+        dark = np.asarray(tile) < 150
+        tokens, cells = small_print.label_tokens(task, [(digits, x, y)]), small_print.label_cells(task, [(digits, x, y)])
+        assert tokens.shape == (256, 6) and cells.shape == (256, 8)
+        where, index = np.nonzero(tokens >= 0)
+        assert sorted(index) == list(range(6)) and (where[index.argsort()] == np.sort(where)).all()
+        assert tokens[where, index].tolist() == [int(digits[k]) for k in index]
+        assert all(dark.reshape(16, 16, 16, 16)[token // 16, :, token % 16].any() for token in where)
+        assert set(cells[cells >= 0]) == {10 * k + int(digit) for k, digit in enumerate(digits)}
+        assert not set(np.nonzero(cells >= 0)[0]) - {token + step for token in where for step in (-1, 0, 1)}
+
+
+def test_digits_that_are_cut_off_have_no_labels(small_print):
+    task = small_print.PAGE
+    left, right = [("123456", -23, 50)], [("123456", task.side - 23, 50)]
+    assert set(small_print.label_tokens(task, left).max(0)[[0, 1, 4, 5]]) == {-1, 5, 6}
+    assert small_print.label_tokens(task, right).max(0).tolist() == [1, 2, 3, -1, -1, -1]
+    assert set(small_print.label_cells(task, right).flatten()) == {-1, 1, 12, 23}
+
+
+def test_a_number_is_cut_if_parts_of_it_are_on_several_tiles(small_print):
+    task = small_print.PAGE  # 4 x 3 tiles of 250 pixels of the page; those of 768 - 717 pixels of the height are a border
+    assert not task.is_cut((200, 10, 246, 19)) and task.is_cut((205, 10, 251, 19)) and not task.is_cut((251, 10, 297, 19))
+    assert task.is_cut((10, 220, 56, 229)) and not task.is_cut((10, 226, 56, 235))
+    for seed in range(10):
+        assert task.is_cut(small_print.draw_page(task, random.Random(seed), cut=True)[2])
+
+
 @pytest.mark.parametrize("layout", ["crop", "pad", "tiles"])
 def test_a_batch_of_pages_is_what_the_processor_makes(small_print, layout):
     reader = small_print.Reader(small_print.SMALL, layout, seed=0)
