@@ -4,11 +4,11 @@
         [--tile-minutes 0.7] [--minutes 3] [--out FILE]
 
 All models share the first two trainings. The tower and the projector are trained on drawings of the tower's own size with
-many numbers, by linear heads that say which digit lies where; they are dropped. Then the whole model is trained to read
-single tiles with a number. Last, each layout (`image_layout`) is trained on pages, which its processor reads, side by side
-with the others, from the same weights and in equally many minutes. The accuracy is that of the whole number, on new pages;
-numbers on the border between two tiles are counted separately too. `--small` has three digits on a page of 320 x 220
-pixels, for a CPU.
+many numbers, by linear heads that say which digit lies where; they are dropped. Then the language model is trained to read
+single tiles with a number. Last, each layout (`image_layout`) is trained as a whole on pages, which its processor reads,
+side by side with the others, from the same weights and in equally many minutes. The accuracy is that of the whole number,
+on new pages; numbers on the border between two tiles are counted separately too. `--small` has three digits on a page of
+320 x 220 pixels, for a CPU.
 """
 
 import argparse
@@ -100,7 +100,7 @@ class Task:
     @property
     def numbers(self) -> int:
         """On a drawing for the tower's own training, at most."""
-        return max(1, self.parts.image_size**2 // 4096)
+        return max(1, self.parts.image_size**2 // 2048)
 
 
 PAGE = Task(6, 1000, 700, 12, Parts(256, 8, 192, 4, 256, 4, head_dim=64, rope_theta=1e6, max_positions=8192))
@@ -132,10 +132,12 @@ def draw(width: int, height: int, numbers: Sequence[tuple[str, int, int]], rng: 
     return Image.fromarray(page)
 
 
-def extent(digits: str) -> tuple[int, int]:
-    """Width and height of a number, in pixels."""
-    left, top, right, bottom = font().getbbox(digits)
-    return int(right - left), int(bottom - top)
+@cache
+def extent(digits: int) -> tuple[int, int, float]:
+    """Width and height of a number of so many digits, and the width of a digit with its space, in pixels; all digits have
+    the same."""
+    left, top, right, bottom = font().getbbox("0" * digits)
+    return int(right - left), int(bottom - top), font().getlength("0" * digits) / digits
 
 
 def number(task: Task, rng: random.Random) -> str:
@@ -146,7 +148,7 @@ def draw_page(task: Task, rng: random.Random, cut: bool = False) -> tuple[Image.
     """A page, its number, and the number's box (left, top, right, bottom), which is anywhere on the page or, if `cut`,
     anywhere on the borders between tiles."""
     digits = number(task, rng)
-    width, height = extent(digits)
+    width, height, _ = extent(task.digits)
     while True:
         x, y = rng.randint(0, task.width - width), rng.randint(0, task.height - height)
         if not cut or task.is_cut((x, y, x + width, y + height)):
@@ -167,13 +169,12 @@ def draw_tile(task: Task, rng: random.Random, numbers: int = 1, cut: bool = True
         cut: whether numbers may be cut off by the border, as those of pages are.
     """
     placed: Numbers = []
+    width, height, _ = extent(task.digits)
+    over = (width - 3, height - 3) if cut else (0, 0)  # a few pixels of each number are on the tile
     for _ in range(numbers):
-        digits = number(task, rng)
-        width, height = extent(digits)
-        over = (width - 3, height - 3) if cut else (0, 0)  # a few pixels of each number are on the tile
         x, y = (rng.randint(-more, task.side - size + more) for size, more in zip((width, height), over, strict=True))
         if all(abs(x - left) > width + 16 or abs(y - top) > height + 9 for _, left, top in placed):
-            placed.append((digits, x, y))
+            placed.append((number(task, rng), x, y))
     tile = draw(task.side, task.side, placed, rng)
     return tile.resize((task.parts.image_size,) * 2, Image.Resampling.BICUBIC), placed
 
@@ -188,10 +189,11 @@ def label_cells(task: Task, numbers: Numbers) -> np.ndarray:
     scale = task.parts.image_size / task.side
     cells = np.full((rows, 2 * rows), -1, np.int64)
     middles = (np.arange(2 * rows) + 0.5) * patch / 2
+    _, height, advance = extent(task.digits)
     for digits, x, y in numbers:
-        index = np.floor((middles / scale - x) / (font().getlength(digits) / len(digits))).astype(int)
+        index = np.floor((middles / scale - x) / advance).astype(int)
         inside = (index >= 0) & (index < len(digits))
-        row = min(max(int((y + extent(digits)[1] / 2) * scale / patch), 0), rows - 1)
+        row = min(max(int((y + height / 2) * scale / patch), 0), rows - 1)
         cells[row, inside] = 10 * index[inside] + as_array(digits)[index[inside]]
     squares = cells.reshape(rows // DOWNSAMPLE, DOWNSAMPLE, rows // DOWNSAMPLE, 2 * DOWNSAMPLE).swapaxes(1, 2)
     return squares.reshape(-1, CELLS)
@@ -203,6 +205,7 @@ def label_tokens(task: Task, numbers: Numbers) -> np.ndarray:
     size, side = task.parts.image_size, DOWNSAMPLE * task.parts.patch_size
     squares, scale = size // side, size / task.side
     labels = np.full((squares, squares, task.digits), -1, np.int64)
+    _, height, advance = extent(task.digits)
 
     def square(start: float, length: float) -> int | None:
         if start * scale > size - SEEN or (start + length) * scale < SEEN:
@@ -210,8 +213,7 @@ def label_tokens(task: Task, numbers: Numbers) -> np.ndarray:
         return min(max(int((start + length / 2) * scale // side), 0), squares - 1)
 
     for digits, x, y in numbers:
-        advance = font().getlength(digits) / len(digits)
-        row = square(y, extent(digits)[1])
+        row = square(y, height)
         for index, digit in enumerate(digits):
             column = square(x + index * advance, advance)
             if row is not None and column is not None:
@@ -438,15 +440,16 @@ def train_tower(reader: Reader, options: argparse.Namespace) -> dict[str, float]
             return float(locator(**held_out).logits.float().mean())
 
     training = fit(
-        locator, make_batch, options.tower_steps, options.tower_minutes, options.learning_rate, "tower       ",
+        locator, make_batch, options.tower_steps, options.tower_minutes, options.tower_learning_rate, "tower       ",
         lambda: f"digits {right():.1%}",
     )  # fmt: skip
     return training | {"digits": right()}
 
 
 def train_reader(reader: Reader, options: argparse.Namespace) -> dict[str, float]:
-    """Train a model on single tiles; returns figures of the training, with the accuracy on new ones."""
+    """Train the language model to read single tiles; returns figures of the training, with the accuracy on new ones."""
     task = reader.task
+    reader.model.set_trainable(projector=False, embeddings=True, vision_tower=False, language_model=True, lm_head=True)
     batches = stream(partial(single_tiles, task), f"{options.seed}/tiles", options.tile_batch, options.workers)
     prompt = reader.prompt(Image.new("L", (task.parts.image_size,) * 2))
     held_out = [
@@ -527,8 +530,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tile-batch", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16, help="pages of a batch")
     parser.add_argument("--pages", type=int, default=600, help="new pages that are measured")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--page-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--tower-learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the training on single tiles")
+    parser.add_argument("--page-learning-rate", type=float, default=5e-4)
     parser.add_argument("--workers", type=int, default=12, help="processes that draw the images of a training")
     parser.add_argument("--weights", help="file of the training on single tiles: read if it exists, else written")
     add_training_options(parser, steps=6000)
