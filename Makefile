@@ -80,7 +80,7 @@ bench-gpu:
 	$(BIN)/python benchmarks/chat.py --size 7b --out $(RESULTS)/chat.json
 	$(BIN)/python benchmarks/reuse.py --size 7b --compile --out $(RESULTS)/reuse.json
 	$(BIN)/python benchmarks/decoding.py --size 7b --out $(RESULTS)/decoding.json
-	$(BIN)/python benchmarks/small_print.py --minutes 4 --out $(RESULTS)/small_print.json
+	$(BIN)/python benchmarks/small_print.py --tower-minutes 1.6 --tile-minutes 0.6 --minutes 3 --out $(RESULTS)/small_print.json
 	$(BIN)/python benchmarks/distractors.py --minutes 5 --out $(RESULTS)/distractors.json
 	$(BIN)/python benchmarks/red_ball.py --minutes 2 --out $(RESULTS)/red_ball.json
 	$(BIN)/python benchmarks/plots.py $(RESULTS)

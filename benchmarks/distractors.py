@@ -5,7 +5,7 @@
 
 A row is `image_positions`/`multimodal_attention`; rows are trained side by side, on the same data. A question names an image
 by its number ("What colour is (image 317)?"), which stands behind the image too. Numbers of images in training are drawn at
-random, up to a limit that grows to the largest count in the first half. Images and questions are those of
+random, up to a limit that grows to the largest count in the first 40 %. Images and questions are those of
 `dsvl.demo`; the accuracies are measured on new prompts with images that were not drawn in training.
 """
 
@@ -31,7 +31,7 @@ QUESTIONS = {
 SYSTEM = "You look at images and answer questions."
 FEW = 8  # images of a conversation at most, at the start of the training
 ANSWER = 3  # tokens of an answer: the name of the image, the value, the end of the turn
-TURNS = 128  # questions of a training conversation, at most
+TURNS = 256  # questions of a training conversation, at most
 
 
 @dataclass(frozen=True)
@@ -177,14 +177,14 @@ def vocabulary_texts(images: int) -> list[str]:
 
 
 def drawn_count(done: float, most: int, generator: torch.Generator) -> int:
-    """The number of images of a batch: uniform or, in every other batch, log-uniform up to a limit.
+    """The number of images of a batch: uniform or, in every fourth batch, log-uniform up to a limit.
 
-    The limit grows from `FEW` to `most`, which it reaches in the middle of the training.
+    The limit grows from `FEW` to `most`, which it reaches after 40 % of the training.
     """
     few = min(FEW, most)
-    limit = few * (most / few) ** min(max(done - 0.1, 0) / 0.4, 1)
+    limit = few * (most / few) ** min(max(done - 0.1, 0) / 0.3, 1)
     kind, where = torch.rand(2, generator=generator).tolist()
-    return min(most, int((limit + 1) ** where if kind < 0.5 else 1 + where * limit))
+    return min(most, int((limit + 1) ** where if kind < 0.25 else 1 + where * limit))
 
 
 @torch.inference_mode()

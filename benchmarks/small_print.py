@@ -1,18 +1,22 @@
 """Small print: a model trained from scratch reads six digits of 12 px, anywhere on a page of 1,000 x 700 pixels.
 
-    python benchmarks/small_print.py [--layouts crop pad tiles] [--minutes 4] [--out FILE]
+    python benchmarks/small_print.py [--layouts crop pad tiles] [--tower-minutes 1.7]
+        [--tile-minutes 0.7] [--minutes 3] [--out FILE]
 
-All models share a first training, on single tiles: drawings of the tower's own size, in which the digits move from the
-centre to anywhere. Then each layout (`image_layout`) is trained on pages, which its processor reads, side by side with the
-others: on equally many pages, from the same weights. The accuracy is that of the whole number, on new pages. `--small` has
-three digits on a page of 320 x 220 pixels, for a CPU.
+All models share the first two trainings. The tower and the projector are trained on drawings of the tower's own size with
+many numbers, by linear heads that say which digit lies where; they are dropped. Then the language model is trained to read
+single tiles with a number. Last, each layout (`image_layout`) is trained as a whole on pages, which its processor reads,
+side by side with the others, from the same weights and in equally many minutes. The accuracy is that of the whole number,
+on new pages; numbers on the border between two tiles are counted separately too. `--small` has three digits on a page of
+320 x 220 pixels, for a CPU.
 """
 
 import argparse
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ import matplotlib
 import numpy as np
 import torch
 from measure import describe_device, device_type, write
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from trained_tasks import (
     Parts,
@@ -35,6 +40,9 @@ from trained_tasks import (
     side_by_side,
 )
 from transformers import set_seed
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dsvl.image_layouts_dsvl import best_grid
 
 LAYOUTS = ("crop", "pad", "tiles")
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -43,6 +51,10 @@ RULES = 28  # pixels between the grey lines of a page
 GREY, BLACK, WHITE = 215, 0, 255
 SYSTEM = "You read."
 QUESTION = "Which number is on the page?"
+DOWNSAMPLE = 2  # side of the square of patches that becomes an image token
+CUT = 0.3  # of the pages of the training have their number on a border between tiles
+CELLS = 2 * DOWNSAMPLE**2  # of an image token, see `label_cells`
+SEEN = 2  # pixels of a digit that are on a tile, at least, if it has a label there
 
 
 @dataclass(frozen=True)
@@ -62,79 +74,195 @@ class Task:
     max_tiles: int
     parts: Parts
 
+    @property
+    def scale(self) -> float:
+        """By which "tiles" enlarges a page to fill its grid."""
+        rows, columns = best_grid(self.height, self.width, self.parts.image_size, self.max_tiles)
+        return min(columns * self.parts.image_size / self.width, rows * self.parts.image_size / self.height)
 
-PAGE = Task(6, 1000, 700, 12, Parts(256, 16, 192, 6, 256, 4, head_dim=64, rope_theta=1e6, max_positions=8192))
-SMALL = Task(3, 320, 220, 6, Parts(112, 16, 96, 3, 128, 2, rope_theta=1e6, max_positions=4096))
+    def is_cut(self, box: tuple[int, int, int, int]) -> bool:
+        """Whether a border between tiles goes through a box (left, top, right, bottom) on a page."""
+        side, (left, top, right, bottom) = self.parts.image_size, box
+        grid = best_grid(self.height, self.width, side, self.max_tiles)
+        corners = []
+        for x, y in ((left, top), (right, bottom)):
+            tiles = []
+            for value, length, count in ((x, self.width, grid[1]), (y, self.height, grid[0])):
+                tiles.append(((count * side - length * self.scale) / 2 + value * self.scale) // side)
+            corners.append(tiles)
+        return corners[0] != corners[1]
+
+    @property
+    def side(self) -> int:
+        """Of the part of a page that a tile shows, in pixels of the page."""
+        return round(self.parts.image_size / self.scale)
+
+    @property
+    def numbers(self) -> int:
+        """On a drawing for the tower's own training, at most."""
+        return max(1, self.parts.image_size**2 // 2048)
+
+
+PAGE = Task(6, 1000, 700, 12, Parts(256, 8, 192, 4, 256, 4, head_dim=64, rope_theta=1e6, max_positions=8192))
+SMALL = Task(3, 320, 220, 6, Parts(112, 8, 128, 4, 128, 3, rope_theta=1e6, max_positions=4096))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pages
 
 
-def draw(width: int, height: int, digits: str, x: int, y: int, rng: random.Random) -> Image.Image:
-    """A white page with grey rules and a margin, of mode L, and a number whose box starts at (x, y)."""
-    page = Image.new("L", (width, height), WHITE)
-    pen = ImageDraw.Draw(page)
-    for line in range(rng.randrange(RULES), height, RULES):
-        pen.line((0, line, width, line), fill=GREY)
-    margin = rng.randrange(width)
-    pen.line((margin, 0, margin, height), fill=GREY)
-    font = ImageFont.truetype(FONT, FONT_SIZE)
-    pen.text((x - font.getbbox(digits)[0], y - font.getbbox(digits)[1]), digits, fill=BLACK, font=font)
-    return page
+@cache
+def font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(FONT, FONT_SIZE)
 
 
-def extent(digits: str) -> tuple[int, int]:
-    """Width and height of a number, in pixels."""
-    left, top, right, bottom = ImageFont.truetype(FONT, FONT_SIZE).getbbox(digits)
-    return int(right - left), int(bottom - top)
+def draw(width: int, height: int, numbers: Sequence[tuple[str, int, int]], rng: random.Random) -> Image.Image:
+    """A white page with grey rules and a margin, of mode L, and numbers (digits, x, y) whose boxes start at (x, y). What
+    lies outside the page is cut off. This is what `ImageDraw.text` draws, in less time."""
+    page = np.full((height, width), WHITE, np.uint8)
+    page[rng.randrange(RULES) :: RULES] = GREY
+    page[:, rng.randrange(width)] = GREY
+    for digits, x, y in numbers:
+        mask = font().getmask(digits)
+        ink = np.array(mask, dtype=np.float32).reshape(mask.size[::-1]) / 255
+        ink = ink[max(-y, 0) : height - y, max(-x, 0) : width - x]
+        top, left = max(y, 0), max(x, 0)
+        area = page[top : top + ink.shape[0], left : left + ink.shape[1]]
+        area[:] = np.rint(area * (1 - ink) + BLACK * ink)
+    return Image.fromarray(page)
+
+
+@cache
+def extent(digits: int) -> tuple[int, int, float]:
+    """Width and height of a number of so many digits, and the width of a digit with its space, in pixels; all digits have
+    the same."""
+    left, top, right, bottom = font().getbbox("0" * digits)
+    return int(right - left), int(bottom - top), font().getlength("0" * digits) / digits
 
 
 def number(task: Task, rng: random.Random) -> str:
     return "".join(rng.choice("0123456789") for _ in range(task.digits))
 
 
-def draw_page(task: Task, rng: random.Random) -> tuple[Image.Image, str, tuple[int, int, int, int]]:
-    """A page, its number, and the number's box (left, top, right, bottom), which is anywhere on the page."""
+def draw_page(task: Task, rng: random.Random, cut: bool = False) -> tuple[Image.Image, str, tuple[int, int, int, int]]:
+    """A page, its number, and the number's box (left, top, right, bottom), which is anywhere on the page or, if `cut`,
+    anywhere on the borders between tiles."""
     digits = number(task, rng)
-    width, height = extent(digits)
-    x, y = rng.randint(0, task.width - width), rng.randint(0, task.height - height)
-    return draw(task.width, task.height, digits, x, y, rng), digits, (x, y, x + width, y + height)
+    width, height, _ = extent(task.digits)
+    while True:
+        x, y = rng.randint(0, task.width - width), rng.randint(0, task.height - height)
+        if not cut or task.is_cut((x, y, x + width, y + height)):
+            break
+    return draw(task.width, task.height, [(digits, x, y)], rng), digits, (x, y, x + width, y + height)
 
 
-def draw_tile(task: Task, reach: float, rng: random.Random) -> tuple[Image.Image, str]:
-    """An image of about the tower's size, with a number within `reach` (0 to 1) of the way from its centre to a border."""
-    digits = number(task, rng)
-    side = round(task.parts.image_size / rng.uniform(0.9, 1.1))  # as tiles, whose scale follows the page
-    x, y = (round((side - length) / 2 * (1 + reach * rng.uniform(-1, 1))) for length in extent(digits))
-    tile = draw(side, side, digits, x, y, rng)
-    return tile.resize((task.parts.image_size,) * 2, Image.Resampling.BICUBIC), digits
+Numbers = list[tuple[str, int, int]]
 
 
-class Stream(IterableDataset):
-    """An endless stream of samples, different in each worker: pixels (tiles, height, width) as bytes, and the digits.
+def draw_tile(task: Task, rng: random.Random, numbers: int = 1, cut: bool = True) -> tuple[Image.Image, Numbers]:
+    """A drawing of a tile's size, enlarged as a page is, and its numbers with their places before that.
 
     Args:
         task: what is drawn.
-        processor: reads pages; None draws single tiles instead.
+        rng: source of all that is drawn.
+        numbers: on the drawing, at most; fewer if there is no room.
+        cut: whether numbers may be cut off by the border, as those of pages are.
+    """
+    placed: Numbers = []
+    width, height, _ = extent(task.digits)
+    over = (width - 3, height - 3) if cut else (0, 0)  # a few pixels of each number are on the tile
+    for _ in range(numbers):
+        x, y = (rng.randint(-more, task.side - size + more) for size, more in zip((width, height), over, strict=True))
+        if all(abs(x - left) > width + 16 or abs(y - top) > height + 9 for _, left, top in placed):
+            placed.append((number(task, rng), x, y))
+    tile = draw(task.side, task.side, placed, rng)
+    return tile.resize((task.parts.image_size,) * 2, Image.Resampling.BICUBIC), placed
+
+
+def label_cells(task: Task, numbers: Numbers) -> np.ndarray:
+    """Which digit lies where on a tile: (image tokens, cells of a token), -1 or 10 * (index in its number) + digit.
+
+    A cell is as high as a patch and half as wide, so that it holds one digit; of the rows of cells, the one in which the
+    middle of the number lies has it.
+    """
+    patch, rows = task.parts.patch_size, task.parts.image_size // task.parts.patch_size
+    scale = task.parts.image_size / task.side
+    cells = np.full((rows, 2 * rows), -1, np.int64)
+    middles = (np.arange(2 * rows) + 0.5) * patch / 2
+    _, height, advance = extent(task.digits)
+    for digits, x, y in numbers:
+        index = np.floor((middles / scale - x) / advance).astype(int)
+        inside = (index >= 0) & (index < len(digits))
+        row = min(max(int((y + height / 2) * scale / patch), 0), rows - 1)
+        cells[row, inside] = 10 * index[inside] + as_array(digits)[index[inside]]
+    squares = cells.reshape(rows // DOWNSAMPLE, DOWNSAMPLE, rows // DOWNSAMPLE, 2 * DOWNSAMPLE).swapaxes(1, 2)
+    return squares.reshape(-1, CELLS)
+
+
+def label_tokens(task: Task, numbers: Numbers) -> np.ndarray:
+    """What each image token of a tile holds: (image tokens, digits of a number), the digit of this index in a number, or -1.
+    A digit belongs to the token in which its middle lies or, if that was cut off, to the next one."""
+    size, side = task.parts.image_size, DOWNSAMPLE * task.parts.patch_size
+    squares, scale = size // side, size / task.side
+    labels = np.full((squares, squares, task.digits), -1, np.int64)
+    _, height, advance = extent(task.digits)
+
+    def square(start: float, length: float) -> int | None:
+        if start * scale > size - SEEN or (start + length) * scale < SEEN:
+            return None
+        return min(max(int((start + length / 2) * scale // side), 0), squares - 1)
+
+    for digits, x, y in numbers:
+        row = square(y, height)
+        for index, digit in enumerate(digits):
+            column = square(x + index * advance, advance)
+            if row is not None and column is not None:
+                labels[row, column, index] = int(digit)
+    return labels.reshape(squares**2, task.digits)
+
+
+Sample = tuple[np.ndarray, ...]
+
+
+def drawings(task: Task, rng: random.Random) -> Sample:
+    """Pixels of a tile with numbers, (1, height, width) as bytes, and the labels of its tokens and of their cells."""
+    tile, numbers = draw_tile(task, rng, task.numbers)
+    return np.asarray(tile)[None], label_tokens(task, numbers), label_cells(task, numbers)
+
+
+def single_tiles(task: Task, rng: random.Random) -> Sample:
+    """Pixels of a tile with a number, its digits, and which of them are on the tile."""
+    tile, numbers = draw_tile(task, rng)
+    return np.asarray(tile)[None], as_array(numbers[0][0]), (label_tokens(task, numbers) >= 0).any(0)
+
+
+def page_tiles(task: Task, rng: random.Random, processor: Any) -> Sample:
+    """Pixels of the tiles of a page, its digits, and that all of them are on it. In `CUT` of the pages, a border between
+    tiles goes through the number; in the others that happens as often as in the pages of the measurement."""
+    page, digits, _ = draw_page(task, rng, cut=rng.random() < CUT)
+    return grey_bytes(processor, page), as_array(digits), np.ones(task.digits, bool)
+
+
+def as_array(digits: str) -> np.ndarray:
+    return np.array([int(digit) for digit in digits])
+
+
+class Stream(IterableDataset):
+    """An endless stream of samples, different in each worker.
+
+    Args:
+        draw_sample: draws one from a source of random numbers.
         seed: of all that is drawn.
-        reach: of the numbers of single tiles, a tensor in shared memory.
     """
 
-    def __init__(self, task: Task, processor: Any, seed: str, reach: torch.Tensor) -> None:
-        self.task, self.processor, self.seed, self.reach = task, processor, seed, reach
+    def __init__(self, draw_sample: Callable[[random.Random], Sample], seed: str) -> None:
+        self.draw_sample, self.seed = draw_sample, seed
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def __iter__(self) -> Iterator[Sample]:
         worker = torch.utils.data.get_worker_info()
         rng = random.Random(f"{self.seed}/{worker.id if worker else 0}")
         while True:
-            if self.processor is None:
-                image, digits = draw_tile(self.task, float(self.reach), rng)
-                tiles = np.asarray(image)[None]
-            else:
-                image, digits, _ = draw_page(self.task, rng)
-                tiles = grey_bytes(self.processor, image)
-            yield tiles, np.array([int(digit) for digit in digits])
+            yield self.draw_sample(rng)
 
 
 def grey_bytes(processor: Any, page: Image.Image) -> np.ndarray:
@@ -151,6 +279,49 @@ def grey_bytes(processor: Any, page: Image.Image) -> np.ndarray:
 # Training and measurement
 
 
+class Locator(nn.Module):
+    """Linear heads on the image tokens, which say which digit of a number lies where. They train the tower and the
+    projector, as a tower is trained before it becomes part of a model; then they are dropped.
+
+    What a token holds (`label_tokens`) is what the language model looks up. It is learned once the digit and its index are
+    known, which the cells of a token (`label_cells`) teach apart from each other.
+
+    Args:
+        model: whose tower and projector are trained.
+        digits: of a number.
+    """
+
+    def __init__(self, model: Any, digits: int) -> None:
+        super().__init__()
+        self.model, self.digits = model, digits
+        width = model.config.text_config.hidden_size
+        self.token_head = nn.Linear(width, digits * 11).to(device_type())
+        self.index_head = nn.Linear(width, CELLS * (digits + 1)).to(device_type())
+        self.digit_head = nn.Linear(width, CELLS * 11).to(device_type())
+
+    def forward(
+        self, pixel_values: torch.Tensor, tokens: torch.Tensor, cells: torch.Tensor, use_cache: bool = False
+    ) -> CausalLMOutputWithPast:
+        """The loss, and as `logits` whether each digit of `tokens` (tiles, tokens, digits) was right."""
+        features = torch.stack(list(self.model.get_image_features(pixel_values).pooler_output))
+        held = self.token_head(features).unflatten(-1, (-1, 11))
+        loss = _balanced_loss(held, tokens)
+        loss = loss + _balanced_loss(self.index_head(features).unflatten(-1, (CELLS, -1)), cells // 10)
+        loss = loss + _balanced_loss(
+            self.digit_head(features).unflatten(-1, (CELLS, -1)), torch.where(cells < 0, -1, cells % 10)
+        )
+        full = tokens >= 0
+        return CausalLMOutputWithPast(loss=loss / 3, logits=held[full][:, :10].argmax(-1) == tokens[full])
+
+
+def _balanced_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy, in which the few labels that are not -1 count as much as all others. The last logit is that of -1."""
+    logits, labels = logits.float().flatten(0, -2), labels.flatten()
+    full = labels >= 0
+    losses = nn.functional.cross_entropy(logits, torch.where(full, labels, logits.shape[-1] - 1), reduction="none")
+    return (losses * full).sum() / full.sum().clamp(min=1) + (losses * ~full).sum() / (~full).sum().clamp(min=1)
+
+
 class Reader:
     """A model, its processor, and the batches that it is trained on.
 
@@ -163,9 +334,11 @@ class Reader:
     def __init__(self, task: Task, layout: str, seed: int) -> None:
         set_seed(seed)
         self.task = task
-        choices = {} if layout == "crop" else {"image_layout": layout, "max_tiles": task.max_tiles}
+        choices: dict[str, Any] = {} if layout == "crop" else {"image_layout": layout, "max_tiles": task.max_tiles}
         words = f"### Image 1:\n\n(image 1)\n\n\n### Question:\n{QUESTION}\n\n### Answer:\n"
         tags = [f"\nwhole\nrow {row} column {column}\n" for row in range(1, 9) for column in range(1, 9)]
+        # A digit is found by its index, which its token holds. With a position for each token, that was learned far later.
+        choices |= {"projector_type": "mlp", "downsample": DOWNSAMPLE, "image_positions": "image"}
         self.model, self.processor = compose_parts(task.parts, [SYSTEM, words, *tags], **choices)
         tokenizer = self.processor.tokenizer
         self.digits = torch.tensor([tokenizer(str(digit), add_special_tokens=False)["input_ids"] for digit in range(10)])
@@ -182,24 +355,29 @@ class Reader:
         )
         return rendered["input_ids"][0]
 
-    def batch(self, prompt: torch.Tensor, tiles: torch.Tensor, digits: torch.Tensor) -> dict[str, torch.Tensor]:
+    def batch(
+        self, prompt: torch.Tensor, tiles: torch.Tensor, digits: torch.Tensor, known: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """A batch on the device.
 
         Args:
             prompt: (tokens,), the same for all images, which are of one size.
             tiles: (batch, tiles, height, width), bytes.
             digits: (batch, digits).
+            known: *optional*, (batch, digits), bool: digits without labels are False.
         """
         answers = torch.cat([self.digits[digits, 0], self.end.expand(len(digits), 1)], dim=1)
         ids = torch.cat([prompt.expand(len(digits), -1), answers], dim=1)
         labels = ids.clone()
         labels[:, : len(prompt)] = -100
+        if known is not None:
+            labels[:, len(prompt) : -1].masked_fill_(~known, -100)
         device = device_type()
-        pixels = as_pixels(tiles.flatten(0, 1).to(device, non_blocking=True))
+        pixels = pixels_of(tiles)
         made = {
             "input_ids": ids.to(device),
             "labels": labels.to(device),
-            "pixel_values": pixels[:, None].expand(-1, 3, -1, -1),
+            "pixel_values": pixels,
         }
         if getattr(self.model.config, "image_layout", "crop") == "tiles":
             made["num_tiles"] = torch.full((len(digits),), tiles.shape[1]).to(device)
@@ -217,54 +395,89 @@ class Reader:
         return logits.argmax(-1) == labels[:, -answers:]
 
 
+def pixels_of(tiles: torch.Tensor) -> torch.Tensor:
+    """`pixel_values` (batch * tiles, 3, height, width) on the device, of bytes (batch, tiles, height, width)."""
+    pixels = as_pixels(tiles.flatten(0, 1).to(device_type(), non_blocking=True))
+    return pixels[:, None].expand(-1, 3, -1, -1)
+
+
 def stream(
-    task: Task, processor: Any, seed: str, batch: int, workers: int, reach: torch.Tensor | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of tiles and digits, which `workers` processes draw."""
-    data = Stream(task, processor, seed, torch.ones(1) if reach is None else reach)
+    draw_sample: Callable[[random.Random], Sample], seed: str, batch: int, workers: int
+) -> Iterator[list[torch.Tensor]]:
+    """Batches of samples, which `workers` processes draw."""
+    data = Stream(draw_sample, seed)
     loader = DataLoader(data, batch, num_workers=workers, prefetch_factor=4 if workers else None, collate_fn=_stack_samples)
-    for tiles, digits in loader:
-        yield torch.from_numpy(tiles), torch.from_numpy(digits)
+    for arrays in loader:
+        yield [torch.from_numpy(array) for array in arrays]
 
 
-def _stack_samples(samples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _stack_samples(samples: list[Sample]) -> list[np.ndarray]:
     """With NumPy, as tensors would need more shared memory than a container may have."""
-    tiles, digits = zip(*samples, strict=True)
-    return np.stack(tiles), np.stack(digits)
+    return [np.stack(arrays) for arrays in zip(*samples, strict=True)]
 
 
-def train_on_tiles(task: Task, options: argparse.Namespace) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The training that all layouts share: the weights, and figures of the training with the accuracy on single tiles."""
+def train_on_tiles(task: Task, options: argparse.Namespace) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The training that all layouts share: the weights, and figures of its two parts with the accuracy on single tiles."""
     reader = Reader(task, "crop", options.seed)
-    reach = torch.zeros(1).share_memory_()
-    batches = stream(task, None, f"{options.seed}/tiles", options.tile_batch, options.workers, reach)
+    return reader.model.state_dict(), {"tower": train_tower(reader, options), "tiles": train_reader(reader, options)}
+
+
+def train_tower(reader: Reader, options: argparse.Namespace) -> dict[str, float]:
+    """Train the tower and the projector by `Locator`; returns figures of the training, with the accuracy on digits."""
+    locator = Locator(reader.model, reader.task.digits)
+    batches = stream(partial(drawings, reader.task), f"{options.seed}/drawings", options.tile_batch, options.workers)
+
+    def make_batch(done: float) -> dict[str, torch.Tensor]:
+        tiles, *labels = next(batches)
+        tokens, cells = (label.to(device_type(), non_blocking=True) for label in labels)
+        return {"pixel_values": pixels_of(tiles), "tokens": tokens, "cells": cells}
+
+    held_out = make_batch(0)
+
+    @torch.inference_mode()
+    def right() -> float:
+        with precision():
+            return float(locator(**held_out).logits.float().mean())
+
+    training = fit(
+        locator, make_batch, options.tower_steps, options.tower_minutes, options.tower_learning_rate, "tower       ",
+        lambda: f"digits {right():.1%}",
+    )  # fmt: skip
+    return training | {"digits": right()}
+
+
+def train_reader(reader: Reader, options: argparse.Namespace) -> dict[str, float]:
+    """Train the language model to read single tiles; returns figures of the training, with the accuracy on new ones."""
+    task = reader.task
+    reader.model.set_trainable(projector=False, embeddings=True, vision_tower=False, language_model=True, lm_head=True)
+    batches = stream(partial(single_tiles, task), f"{options.seed}/tiles", options.tile_batch, options.workers)
     prompt = reader.prompt(Image.new("L", (task.parts.image_size,) * 2))
     held_out = [
-        draw_tile(task, 1.0, random.Random(f"{options.seed}/held-out tile/{index}"))
+        draw_tile(task, random.Random(f"{options.seed}/held-out tile/{index}"), cut=False)
         for index in range(min(256, options.pages))
     ]
     tiles = torch.from_numpy(np.stack([np.asarray(image)[None] for image, _ in held_out]))
-    digits = torch.tensor([[int(digit) for digit in number] for _, number in held_out])
+    digits = torch.from_numpy(np.stack([as_array(numbers[0][0]) for _, numbers in held_out]))
 
     def make_batch(done: float) -> dict[str, torch.Tensor]:
-        reach.fill_(min(max(0.02, (done - 0.05) / 0.55), 1))
         return reader.batch(prompt, *next(batches))
 
     def exact() -> float:
         return float(reader.right(reader.batch(prompt, tiles, digits)).all(1).float().mean())
 
     training = fit(
-        reader.model, make_batch, options.tile_steps, options.tile_minutes, options.learning_rate, "tiles, alone",
+        reader.model, make_batch, options.tile_steps, options.tile_minutes, options.learning_rate, "single tiles",
         lambda: f"exact {exact():.0%}",
     )  # fmt: skip
-    return reader.model.state_dict(), training | {"exact": exact()}
+    return training | {"exact": exact()}
 
 
 def train_on_pages(task: Task, layout: str, weights: dict[str, torch.Tensor], options: argparse.Namespace) -> dict[str, Any]:
     """Train a layout; returns figures of the training, and of its accuracy."""
     reader = Reader(task, layout, options.seed)
     reader.model.load_state_dict(weights)
-    batches = stream(task, reader.processor, f"{options.seed}/pages", options.batch, options.workers)
+    draw_sample = partial(page_tiles, task, processor=reader.processor)
+    batches = stream(draw_sample, f"{options.seed}/pages", options.batch, options.workers)
     prompt = reader.prompt(draw_page(task, random.Random(0))[0])
 
     def make_batch(done: float) -> dict[str, torch.Tensor]:
@@ -282,33 +495,45 @@ def train_on_pages(task: Task, layout: str, weights: dict[str, torch.Tensor], op
     }
 
 
-def measure(reader: Reader, pages: int, options: argparse.Namespace) -> dict[str, float]:
-    """Accuracy on new pages: of whole numbers (`exact`), and of digits."""
-    prompt, right = reader.prompt(draw_page(reader.task, random.Random(0))[0]), []
+def measure(reader: Reader, pages: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy on new pages: of whole numbers (`exact`), of those on one tile (`whole`) and on more (`cut`), of digits."""
+    prompt, right, is_cut = reader.prompt(draw_page(reader.task, random.Random(0))[0]), [], []
     for start in range(0, pages, options.batch):
         drawn = [
             draw_page(reader.task, random.Random(f"{options.seed}/held-out page/{index}"))
             for index in range(start, min(start + options.batch, pages))
         ]
         tiles = torch.from_numpy(np.stack([grey_bytes(reader.processor, page) for page, _, _ in drawn]))
-        digits = torch.tensor([[int(digit) for digit in number] for _, number, _ in drawn])
-        right.append(reader.right(reader.batch(prompt, tiles, digits)))
+        digits = torch.from_numpy(np.stack([as_array(number) for _, number, _ in drawn]))
+        right.append(reader.right(reader.batch(prompt, tiles, digits)).cpu())
+        is_cut += [reader.task.is_cut(box) for _, _, box in drawn]
     answers = torch.cat(right)
-    return {"exact": float(answers.all(1).float().mean()), "digits": float(answers[:, :-1].float().mean())}
+    exact, cut = answers.all(1).float(), torch.tensor(is_cut)
+    return {
+        "exact": float(exact.mean()),
+        "digits": float(answers[:, :-1].float().mean()),
+        "whole": float(exact[~cut].mean()) if not cut.all() else None,
+        "cut": float(exact[cut].mean()) if cut.any() else None,
+        "pages": pages,
+        "cut_pages": int(cut.sum()),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--small", action="store_true", help="fewer digits on a smaller page, for a CPU")
-    parser.add_argument("--tile-steps", type=int, default=6000, help="of the training on single tiles")
+    parser.add_argument("--tower-steps", type=int, default=4000, help="of the tower's own training")
+    parser.add_argument("--tower-minutes", type=float, help="of the tower's own training at most")
+    parser.add_argument("--tile-steps", type=int, default=2000, help="of the training on single tiles")
     parser.add_argument("--tile-minutes", type=float, help="of the training on single tiles at most")
     parser.add_argument("--tile-batch", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=24, help="pages of a batch")
-    parser.add_argument("--pages", type=int, default=1000, help="new pages that are measured")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--page-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--workers", type=int, default=8, help="processes that draw the images of a training")
+    parser.add_argument("--batch", type=int, default=16, help="pages of a batch")
+    parser.add_argument("--pages", type=int, default=600, help="new pages that are measured")
+    parser.add_argument("--tower-learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the training on single tiles")
+    parser.add_argument("--page-learning-rate", type=float, default=5e-4)
+    parser.add_argument("--workers", type=int, default=12, help="processes that draw the images of a training")
     parser.add_argument("--weights", help="file of the training on single tiles: read if it exists, else written")
     add_training_options(parser, steps=6000)
     options = parser.parse_args(argv)
@@ -318,15 +543,15 @@ def main(argv: list[str] | None = None) -> None:
         path = Path(options.weights or f"{folder}/weights.pt")
         if not path.exists():
             print(f"{describe_device()}\n{task}", flush=True)
-            weights, results["alone"] = train_on_tiles(task, options)
+            weights, results["first"] = train_on_tiles(task, options)
             torch.save(weights, path)
         if len(options.layouts) == 1:
             weights = torch.load(path, map_location=device_type())
             results[options.layouts[0]] = train_on_pages(task, options.layouts[0], weights, options)
         else:
             runs = {}
-            for layout in options.layouts:  # a page of one tile is read faster
-                workers = options.workers if layout == "tiles" else min(options.workers, 2)
+            for layout in options.layouts:  # "pad" reads a page faster
+                workers = min(options.workers, 3 if layout == "pad" else 6)
                 runs[layout] = as_flags(options, layouts=[layout], weights=path, workers=workers)
             nested = side_by_side(__file__, runs)
             results |= {layout: figures.get(layout, figures) for layout, figures in nested.items()}
@@ -344,8 +569,10 @@ def table(results: dict[str, Any]) -> str:
         elif figures is not None:
             training = figures["training"]
             trained = f"{training['pages']:,} pages, {training['seconds'] / 60:.1f} minutes"
-            rows.append([layout, figures["image_tokens"], figures["exact"], figures["digits"], trained])
-    return markdown(["image_layout", "image tokens", "whole number", "digits", "training on pages"], rows)
+            rows.append([layout, figures["image_tokens"], figures["exact"], figures["digits"], figures["cut"], trained])
+    return markdown(
+        ["image_layout", "image tokens", "whole number", "digits", "numbers on borders", "training on pages"], rows
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from dsvl.demo.tiny_models import train_tokenizer
 from dsvl.projectors_dsvl import sincos_position_table
 
 TOWER_HEAD_DIM = 32  # as in the demo
-WARM_UP = 0.03  # fraction of a training
+WARM_UP = 0.05  # fraction of a training
 REPORTS = 20  # lines that a training prints
 CHECKS = 4  # of them have figures beside the loss
 

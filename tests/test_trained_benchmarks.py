@@ -63,7 +63,7 @@ def test_options_of_a_run_become_its_flags(load):
 @pytest.fixture
 def small_print(load, monkeypatch):
     benchmark = load("small_print")
-    parts = replace(benchmark.SMALL.parts, image_size=32, patch_size=16, tower_width=32, tower_layers=1, width=32, layers=1)
+    parts = replace(benchmark.SMALL.parts, image_size=32, patch_size=8, tower_width=32, tower_layers=1, width=32, layers=1)
     monkeypatch.setattr(benchmark, "SMALL", replace(benchmark.SMALL, digits=2, width=96, height=64, parts=parts))
     return benchmark
 
@@ -78,6 +78,37 @@ def test_a_page_shows_its_number_where_it_says(small_print):
         assert rows.max() - rows.min() == 8  # digits of 12 px are 9 pixels high
         lefts.append(left)
     assert min(lefts) < 150 and max(lefts) > 750
+
+
+def test_labels_of_a_tile_say_which_digit_lies_where(small_print):
+    task = small_print.PAGE
+    for seed in range(20):
+        tile, [(digits, x, y)] = small_print.draw_tile(task, random.Random(seed), cut=False)
+        dark = np.asarray(tile) < 150
+        tokens, cells = small_print.label_tokens(task, [(digits, x, y)]), small_print.label_cells(task, [(digits, x, y)])
+        assert tokens.shape == (256, 6) and cells.shape == (256, 8)
+        where, index = np.nonzero(tokens >= 0)
+        assert sorted(index) == list(range(6)) and (where[index.argsort()] == np.sort(where)).all()
+        assert tokens[where, index].tolist() == [int(digits[k]) for k in index]
+        assert all(dark.reshape(16, 16, 16, 16)[token // 16, :, token % 16].any() for token in where)
+        assert set(cells[cells >= 0]) == {10 * k + int(digit) for k, digit in enumerate(digits)}
+        assert not set(np.nonzero(cells >= 0)[0]) - {token + step for token in where for step in (-1, 0, 1)}
+
+
+def test_digits_that_are_cut_off_have_no_labels(small_print):
+    task = small_print.PAGE
+    left, right = [("123456", -23, 50)], [("123456", task.side - 23, 50)]
+    assert set(small_print.label_tokens(task, left).max(0)[[0, 1, 4, 5]]) == {-1, 5, 6}
+    assert small_print.label_tokens(task, right).max(0).tolist() == [1, 2, 3, -1, -1, -1]
+    assert set(small_print.label_cells(task, right).flatten()) == {-1, 1, 12, 23}
+
+
+def test_a_number_is_cut_if_parts_of_it_are_on_several_tiles(small_print):
+    task = small_print.PAGE  # 4 x 3 tiles of 250 pixels of the page; those of 768 - 717 pixels of the height are a border
+    assert not task.is_cut((200, 10, 246, 19)) and task.is_cut((205, 10, 251, 19)) and not task.is_cut((251, 10, 297, 19))
+    assert task.is_cut((10, 220, 56, 229)) and not task.is_cut((10, 226, 56, 235))
+    for seed in range(10):
+        assert task.is_cut(small_print.draw_page(task, random.Random(seed), cut=True)[2])
 
 
 @pytest.mark.parametrize("layout", ["crop", "pad", "tiles"])
@@ -100,19 +131,36 @@ def test_a_batch_of_pages_is_what_the_processor_makes(small_print, layout):
     assert reader.processor.decode(answer) == digits + reader.processor.tokenizer.eos_token
 
 
-@pytest.mark.parametrize("layout, image_tokens", [("crop", 5), ("tiles", 35)])
+@pytest.mark.parametrize("layout, image_tokens", [("crop", 4), ("tiles", 28)])
 def test_small_print(small_print, tmp_path, capsys, layout, image_tokens):
-    flags = ["--small", "--layouts", layout, "--workers", "0", "--tile-steps", "2", "--steps", "2", "--pages", "3"]
+    flags = [
+        "--small",
+        "--layouts",
+        layout,
+        "--workers",
+        "0",
+        "--tower-steps",
+        "2",
+        "--tile-steps",
+        "2",
+        "--steps",
+        "2",
+        "--pages",
+        "3",
+    ]
     flags += ["--tile-batch", "2", "--batch", "2", "--weights", str(tmp_path / "weights.pt")]
     small_print.main([*flags, "--out", str(tmp_path / "small_print.json")])
     figures = results(tmp_path / "small_print.json")
-    assert figures["alone"]["steps"] == 2 and figures[layout]["training"]["pages"] == 4
+    assert (
+        figures["first"]["tower"]["steps"] == figures["first"]["tiles"]["steps"] == 2
+        and figures[layout]["training"]["pages"] == 4
+    )
     assert figures[layout]["image_tokens"] == image_tokens
     assert 0 <= figures[layout]["exact"] <= figures[layout]["digits"] <= 1
     assert f"| {layout} | {image_tokens} | " in capsys.readouterr().out
     small_print.main([*flags, "--out", str(tmp_path / "again.json")])  # from the weights of the tiles that are there
     again = results(tmp_path / "again.json")
-    assert "alone" not in again and again[layout]["training"]["loss"] == figures[layout]["training"]["loss"]
+    assert "first" not in again and again[layout]["training"]["loss"] == figures[layout]["training"]["loss"]
 
 
 def test_conversations_about_many_images_are_those_of_the_processor(load):
@@ -142,10 +190,10 @@ def test_conversations_about_many_images_are_those_of_the_processor(load):
 
 def test_the_number_of_images_grows_to_the_largest_that_is_measured(load):
     drawn_count, generator = load("distractors").drawn_count, torch.Generator().manual_seed(0)
-    at = {done: [drawn_count(done, 512, generator) for _ in range(400)] for done in (0.0, 0.1, 0.5, 1.0)}
+    at = {done: [drawn_count(done, 512, generator) for _ in range(400)] for done in (0.0, 0.1, 0.4, 1.0)}
     assert set(at[0.0]) == set(at[0.1]) == set(range(1, 9))
-    for done in (0.5, 1.0):
-        assert min(at[done]) >= 1 and 500 < max(at[done]) <= 512 and sum(count <= 16 for count in at[done]) > 60
+    for done in (0.4, 1.0):
+        assert min(at[done]) >= 1 and 500 < max(at[done]) <= 512 and sum(count <= 16 for count in at[done]) > 30
 
 
 @pytest.mark.parametrize("row", ["token/mmca", "token/causal"])
