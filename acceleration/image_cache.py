@@ -160,9 +160,7 @@ class ImageKVCache:
         """
         wanted = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
         if wanted.dtype != torch.int8 and not wanted.is_floating_point():
-            raise ValueError(
-                f"Keys and values of images cannot be {wanted.dtype}; pass a float dtype or torch.int8."
-            )
+            raise ValueError(f"Keys and values of images cannot be {wanted.dtype}; pass a float dtype or torch.int8.")
         if wanted.device == self.device and wanted.dtype == self.dtype:
             return self
         moved = self._changed(
@@ -273,8 +271,11 @@ _PLAIN, _SCALES = {"keys", "values"}, {"key_scales", "value_scales"}
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
     """On the host, where a GPU can read it."""
-    tensor = tensor.cpu()
-    return tensor.contiguous().pin_memory() if torch.cuda.is_available() else tensor
+    if not torch.cuda.is_available():
+        return tensor.cpu()
+    if tensor.is_pinned():
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def _read_lengths(text: str | None, tokens: int) -> list[list[int]] | None:

@@ -10,7 +10,7 @@ from .int8 import dequantize, quantize
 from .key_rotation import Turn
 
 # Bytes of dequantized keys, and of scores, that exist at a time.
-BLOCK_BYTES = 2**28
+BLOCK_BYTES = 2**29
 
 
 class HostLayers:
@@ -148,7 +148,8 @@ class ImageStates:
             # (key-value heads, rows x query heads x queries, head_dim)
             flat = query[its].transpose(0, 1).reshape(kv_heads, -1, head_dim)
             state = Softmax(flat)
-            per_token = kv_heads * max(2 * head_dim * self.dtype.itemsize, 4 * flat.shape[1])
+            dequantized = 0 if self.key_scales is self.value_scales is None else 2 * head_dim * self.dtype.itemsize
+            per_token = kv_heads * (dequantized + 4 * flat.shape[1])
             for tokens in _slices(len(keys), per_token, BLOCK_BYTES):
                 scores = torch.matmul(flat, keys[tokens].to(self.dtype).permute(1, 2, 0))
                 scales = [None if all_ is None else all_[prompt, tokens].T[:, None] for all_ in self._scales]

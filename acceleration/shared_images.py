@@ -208,9 +208,7 @@ class SharedImagesMask(AttentionMask):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         if dropout > 0:
-            raise ValueError(
-                f"Attention dropout is {dropout}, but a KV cache that shares images is for inference; call eval()."
-            )
+            raise ValueError(f"A KV cache that shares images takes no attention dropout, but it is {dropout}; call eval().")
         images = self.layers[module.layer_idx].images(query.device)
         members, text = self.members.to(query.device), self.text.to(query.device)
         outputs = []
