@@ -283,5 +283,5 @@ def test_training_over_shared_images_is_refused():
     model, inputs = tiny_model(attention_dropout=0.5), batch("tItt")
     made = answer(model, inputs, **of_kind(model, model.encode_images(inputs["pixel_values"]), "8 bits"))
     model.train()
-    with pytest.raises(ValueError, match=r"has no attention dropout, but it is 0.5; call model.eval\(\)"):
+    with pytest.raises(ValueError, match=r"takes no attention dropout, but it is 0.5; call eval\(\)"):
         model(torch.tensor([[7]]), past_key_values=made.past_key_values, use_cache=True)
