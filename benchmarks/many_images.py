@@ -17,8 +17,8 @@ are trained, tower and decoder are frozen. The name of a row is `MODEL[+LEVER...
 
 Each row runs in its own process, from few images to many: where memory ends, the row ends. A compiled row warms up for each
 number of images, others for the first; steps of more than 12 s are timed once, others twice. The table has the time of a
-step, the model's TFLOP/s by flops.py, peak allocated and reserved memory with weights, and time relative to the first row
-with as many images. --gpu-memory caps the memory of the process, as a smaller GPU would.
+step, TFLOP/s by flops.py with the attention of the model, peak allocated and reserved memory with weights, and time relative
+to the first row with as many images. --gpu-memory caps the memory of the process, as a smaller GPU would.
 
 With `--what answer`, images are encoded once and a prompt over them is answered greedily, with a dynamic KV cache. The name
 of a row is `BITS[+OPTION...]`:
@@ -48,7 +48,7 @@ from typing import Any
 import answer_many_images as answers
 import torch
 from fine_tuning import TINY, device_type, synchronize
-from flops import step_flops, supervised_tokens
+from flops import attention_pairs, step_flops, supervised_tokens
 from models import Shape, dsvl, llava
 
 LEVERS = ("tiles", "queries", "offload", "compiled", "liger")
@@ -155,13 +155,16 @@ def measure(row: Row, model: Any, shape: Shape, text: int, warm_up: bool) -> dic
     if not all(math.isfinite(loss) and loss > 0 for loss in losses):
         raise RuntimeError(f"The losses of {row} at {shape.images} images are {losses}; expected positive ones.")
     seconds = min(times)
+    types = (batch["input_ids"] == shape.image_token_id).long()
+    # With hundreds of images causal attention would be most of the work, and MMCA has almost none of it.
+    pairs = attention_pairs(types, "mmca" if row.model == "dsvl" else "causal")
     return {
         "ms": 1000 * seconds,
         "all_ms": [1000 * one for one in times],
         "warm_up_seconds": warm_up_seconds,
         "loss": losses[-1],
         "tokens": shape.tokens,
-        "tflop_per_s": step_flops(shape, supervised_tokens(batch["labels"])) / seconds / 1e12,
+        "tflop_per_s": step_flops(shape, supervised_tokens(batch["labels"]), pairs=pairs) / seconds / 1e12,
         "peak_gib": gib("max_memory_allocated"),
         "reserved_gib": gib("max_memory_reserved"),
         "host_gib": host_gib(model),
