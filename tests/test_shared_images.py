@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, batch, random_images, tiny_model
+from layout_models import SIZES, VARYING, layout_parts, model_inputs, noise, question
 from test_reuse import LAYOUTS, greedy
 from transformers import QuantizedCache
 
@@ -15,6 +16,7 @@ from dsvl.acceleration import image_states, shared_images
 from dsvl.acceleration.int8 import dequantize, quantize
 from dsvl.acceleration.shared_images import SharedImagesLayer
 
+IMAGE_DETAILS = ("num_tiles", "pixel_attention_mask", "spatial_shapes")
 # How a KV cache comes to share images without rounding them.
 WAYS = ("shared", "offloaded")
 
@@ -57,6 +59,27 @@ def test_answers_are_those_of_an_ordinary_cache(family, way, monkeypatch):
         assert got.past_key_values.get_seq_length() == got.sequences.shape[1] - 1
         text = int((inputs["attention_mask"] - inputs["mm_token_type_ids"]).sum(-1).max())
         assert layers[0].keys.shape[2] == text + 7  # no image among them
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("image_positions", ["token", "image"])
+@pytest.mark.parametrize("case", VARYING)
+def test_images_of_any_size_and_positions(case, image_positions, way):
+    """Rows of images with several tiles, or of native size; a conversation that goes on by text."""
+    model, processor = layout_parts(case, image_positions=image_positions)
+    sizes = [[SIZES[1], SIZES[2]], [SIZES[0]]]
+    inputs = model_inputs(processor, [question([noise(size, n) for n, size in enumerate(row)]) for row in sizes])
+    pixels = {name: inputs[name] for name in ("pixel_values", *IMAGE_DETAILS) if name in inputs}
+    images = model.encode_images(**pixels)
+    assert len(images) == 3
+    text = {name: value for name, value in inputs.items() if name not in pixels}
+    first, expected = answer(model, text, **of_kind(model, images, way)), answer(model, dict(inputs))
+    assert_same(expected, first)
+    ids = torch.cat([first.sequences, torch.full((2, 3), 9)], 1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, ids.shape[1] - inputs["attention_mask"].shape[1]), value=1)
+    more = {"input_ids": ids, "attention_mask": mask}
+    one, other = (answer(model, more, past_key_values=made.past_key_values) for made in (expected, first))
+    assert_same(one, other)
 
 
 @pytest.mark.parametrize("way", WAYS)
