@@ -91,9 +91,9 @@ class ImageKVCache:
 
     def _changed(self, change: Callable[[torch.Tensor], torch.Tensor], **others: Any) -> "ImageKVCache":
         """The same change of all tensors, and of other arguments."""
-        arguments = {"tile_lengths": self.tile_lengths, "is_offloaded": self.is_offloaded} | others
-        changed = {name: change(tensor) for name, tensor in self.tensors.items()}
-        return ImageKVCache(fingerprint=self.fingerprint, **changed, **arguments)
+        arguments: dict[str, Any] = {"tile_lengths": self.tile_lengths, "is_offloaded": self.is_offloaded}
+        arguments |= {name: change(tensor) for name, tensor in self.tensors.items()} | others
+        return ImageKVCache(fingerprint=self.fingerprint, **arguments)
 
     def __len__(self) -> int:
         return len(self.tile_lengths)
@@ -219,7 +219,9 @@ class ImageKVCache:
         dtypes = sorted({str(cache.dtype) for cache in caches})
         if len(dtypes) > 1:
             raise ValueError(f"Image KV caches of {' and '.join(dtypes)} cannot be joined; convert them by `to` first.")
-        joined = {name: torch.cat([cache.tensors[name] for cache in caches], 1) for name in caches[0].tensors}
+        joined: dict[str, Any] = {
+            name: torch.cat([cache.tensors[name] for cache in caches], 1) for name in caches[0].tensors
+        }
         lengths = [image for cache in caches for image in cache.tile_lengths]
         made = cls(fingerprint=caches[0].fingerprint, tile_lengths=lengths, **joined)
         return made.offload() if all(cache.is_offloaded for cache in caches) else made

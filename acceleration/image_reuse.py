@@ -203,8 +203,8 @@ class ImageReuse:
         image_positions = position_ids.gather(1, image.index)
         images: SharedImages | CopiedImages
         if shared:
-            prompt = SharedPrompt(image.every(copies), text.every(copies), tokens, copies)
-            images = SharedImages.build(image_cache, rotation, prompt, image_positions[::copies].flatten(), order)
+            shape = SharedPrompt(image.every(copies), text.every(copies), tokens, copies)
+            images = SharedImages.build(image_cache, rotation, shape, image_positions[::copies].flatten(), order)
         else:
             keys, values = image_cache.keys, image_cache.values
             if order is not None:

@@ -1,6 +1,6 @@
 """The rotated keys and values of a prompt's images in one layer, wherever and in however many bits they are kept."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,13 +115,16 @@ class ImageStates:
         return cls(dtype=dtype, **_divided(whole, prompts))
 
     def to(self, device: torch.device) -> "ImageStates":
-        tensors = {name: getattr(self, name) for name in ("keys", "values", "key_scales", "value_scales")}
-        return ImageStates(dtype=self.dtype, **{k: None if v is None else v.to(device) for k, v in tensors.items()})
+        return self._changed(lambda tensor: tensor.to(device))
 
     def select(self, prompts: torch.Tensor) -> "ImageStates":
         """These prompts, (any,), each with a copy of its images."""
-        tensors = {name: getattr(self, name) for name in ("keys", "values", "key_scales", "value_scales")}
-        return ImageStates(dtype=self.dtype, **{k: None if v is None else v[prompts] for k, v in tensors.items()})
+        return self._changed(lambda tensor: tensor[prompts])
+
+    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "ImageStates":
+        """The same change of all tensors."""
+        key_scales, value_scales = (None if scales is None else change(scales) for scales in self._scales)
+        return ImageStates(change(self.keys), change(self.values), self.dtype, key_scales, value_scales)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in the model's dtype, (prompts, image slots, key-value heads, head_dim)."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 from ..masks_dsvl import IN_IMAGE, IN_TEXT, AttentionMask, Visibility, attention_scores, mmca_codes
@@ -197,7 +196,7 @@ class SharedImagesMask(AttentionMask):
     def attend(
         self,
         backend: str,
-        module: nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -314,7 +313,9 @@ class SharedImages:
         order = None if order is None else order.to(image_cache.device)
         states = []
         for number, turn in enumerate(turns):
-            of_layer = {name: tensor[number] if order is None else tensor[number, order] for name, tensor in tensors.items()}
+            of_layer: dict[str, Any] = {
+                name: tensor[number] if order is None else tensor[number, order] for name, tensor in tensors.items()
+            }
             prompts = len(prompt.image.index)
             states.append(ImageStates.rotated(prompts=prompts, dtype=rotation.dtype, turn=turn, **of_layer))
         return cls(prompt, states, [None] * len(turns), rotation.dtype)
