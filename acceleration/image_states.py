@@ -104,7 +104,11 @@ class ImageStates:
         for tokens in _slices(len(keys), keys[0].numel() * dtype.itemsize, BLOCK_BYTES):
             plain = dequantize(keys[tokens], None if key_scales is None else key_scales[tokens], dtype)
             turned = turn(plain, tokens)
-            made.append((turned, None) if key_scales is None or not keep_bits else quantize(turned))
+            if key_scales is not None and keep_bits:
+                numbers, scales = quantize(turned[None])  # one layer
+                made.append((numbers[0], scales[0]))
+            else:
+                made.append((turned, None))
         turned_scales = [scales for _, scales in made if scales is not None]
         whole = {
             "keys": torch.cat([part for part, _ in made]),

@@ -13,8 +13,8 @@ def quantize(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 numbers and their scales.
 
     Args:
-        states: (first axis, ..., head_dim), of floating point. What the computation takes is freed after each index of the
-            first axis.
+        states: (layers, ..., head_dim), of floating point. Layers are computed one by one, as it takes several times their
+            memory.
 
     Returns:
         The numbers, of the same shape, and the scales without its last axis, float32 at least. Where a state is not finite
