@@ -77,6 +77,7 @@ bench-gpu:
 	$(BIN)/python benchmarks/training_step.py --out $(RESULTS)/training_step.json
 	$(BIN)/python benchmarks/fine_tuning.py --out $(RESULTS)/fine_tuning.json
 	$(BIN)/python benchmarks/many_images.py --out $(RESULTS)/many_images.json
+	$(BIN)/python benchmarks/many_images.py --what answer --out $(RESULTS)/many_images_answer.json
 	$(BIN)/python benchmarks/chat.py --size 7b --out $(RESULTS)/chat.json
 	$(BIN)/python benchmarks/reuse.py --size 7b --compile --out $(RESULTS)/reuse.json
 	$(BIN)/python benchmarks/decoding.py --size 7b --out $(RESULTS)/decoding.json

@@ -21,7 +21,7 @@ from .vision_dsvl import DSVLQwenVisionModel
 
 if TYPE_CHECKING:
     from . import migration
-    from .acceleration import ImageKVCache
+    from .acceleration import ImageKVCache, SharedImagesCache
     from .composition import compose, prepare_chat_template, save_checkpoint
     from .export import export_llava
 
@@ -51,6 +51,7 @@ __all__ = [
     "DSVLQwenVisionConfig",
     "DSVLQwenVisionModel",
     "ImageKVCache",
+    "SharedImagesCache",
     "compose",
     "export_llava",
     "migration",
@@ -62,6 +63,7 @@ _lazy = lazy_attributes(
     __name__,
     {
         "ImageKVCache": "acceleration.image_cache",
+        "SharedImagesCache": "acceleration.shared_images",
         "compose": "composition",
         "export_llava": "export",
         "migration": "",

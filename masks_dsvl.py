@@ -578,8 +578,12 @@ def build_masks(
     follows_cache = all(isinstance(one.q_offset, torch.Tensor) or one.q_offset > 0 for one in visible.values())
     is_few = queries == 1 or (queries <= _FEW_QUERIES and follows_cache)
     build_fast = getattr(acceleration(), "build_mask", None)
+    layers = getattr(cache, "layers", None) or [None]
+    build_own = getattr(layers[0], "build_mask", None)  # of a cache that stores tokens in an order of its own
 
     def build(one: Visibility) -> AttentionMask:
+        if build_own is not None and (mask := build_own(one, token_types, layers)) is not None:
+            return mask
         if multimodal_attention == "mmca_reference":
             return CodedMask(mmca_reference_codes(one, token_types))
         if is_few or backend == "eager":

@@ -154,6 +154,7 @@ class DSVLModel(DSVLPreTrainedModel):
 
     _compiled_layers: Any = None
     _image_reuse: Any = None
+    takes_masks_of_caches = True  # so the package knows that `build_masks` asks a cache for its mask
 
     def __init__(self, config: DSVLConfig) -> None:
         super().__init__(config)
@@ -727,15 +728,17 @@ class DSVLModel(DSVLPreTrainedModel):
             self._image_reuse = require_acceleration("The reuse of images (encode_images, image_cache)").ImageReuse(self)
         return self._image_reuse
 
-    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16, **layout: Any) -> Any:
+    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16, **options: Any) -> Any:
         """Run tower, projector and decoder over images alone, for `generate(..., image_cache=...)`.
 
         Args:
             pixel_values: (tiles, 3, height, width), any float dtype; of native images
                 (images, patches, 3 * patch_size ** 2).
             chunk_size: tiles in one forward call.
-            layout: `pixel_attention_mask` and `spatial_shapes` of native images, see `get_image_features`; and `num_tiles`
-                (images,), how many tiles each image has, 1 by default: the cache is indexed by images.
+            options: `pixel_attention_mask` and `spatial_shapes` of native images, see `get_image_features`; and `num_tiles`
+                (images,), how many tiles each image has, 1 by default: the cache is indexed by images. `quantize=True` and
+                `offload=True` give what `quantize()` and `offload()` of the cache give, without the whole cache on the
+                device before.
 
         Returns:
             An `ImageKVCache`.
@@ -744,7 +747,7 @@ class DSVLModel(DSVLPreTrainedModel):
             ImportError: without the package dsvl.
             ValueError: without an image, for tiles that do not add up, or if this model's images cannot be reused exactly.
         """
-        return self.image_reuse.encode(pixel_values, chunk_size, **layout)
+        return self.image_reuse.encode(pixel_values, chunk_size, **options)
 
     def compile_text_prefill(self, **options: Any) -> None:
         """Compile the prefill of prompts over encoded images; see `dsvl.acceleration.ImageReuse.compile`."""
@@ -837,9 +840,9 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """Encode and project images; see `DSVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16, **layout: Any) -> Any:
+    def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16, **options: Any) -> Any:
         """Run images through the whole model, once; see `DSVLModel.encode_images`."""
-        return self.model.encode_images(pixel_values, chunk_size, **layout)
+        return self.model.encode_images(pixel_values, chunk_size, **options)
 
     def encode_pictures(self, pixel_values: torch.Tensor, chunk_size: int = 16) -> Any:
         """Deprecated name of `encode_images`."""

@@ -10,6 +10,7 @@ from .image_cache import ImageKVCache
 from .image_reuse import ImageReuse
 from .masks import build_mask
 from .memory_reduction import reduce_memory
+from .shared_images import SharedImagesCache
 
 INTERFACE_VERSION = 1  # of acceleration_dsvl.py
 
@@ -18,6 +19,7 @@ __all__ = [
     "CompiledDecoderLayers",
     "ImageKVCache",
     "ImageReuse",
+    "SharedImagesCache",
     "build_mask",
     "reduce_memory",
     "sample",

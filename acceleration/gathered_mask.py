@@ -62,6 +62,10 @@ class Slots:
             gathered.append(cls(index, filled))
         return gathered
 
+    def every(self, step: int) -> "Slots":
+        """Those of every so-manieth row."""
+        return Slots(self.index[::step], None if self.filled is None else self.filled[::step])
+
     def rows(self, tokens: int) -> torch.Tensor:
         """The indices in a flattened (batch x tokens): (batch, slots)."""
         return self.index + torch.arange(len(self.index), device=self.index.device)[:, None] * tokens

@@ -23,7 +23,8 @@ from .decoder_run import OwnValueMask, layer_types, run_decoder
 from .gathered_mask import Slots
 from .image_cache import ImageKVCache, changing_ropes
 from .key_rotation import KeyRotation, probe_rotation, rotate_keys
-from .text_prefill import TextPrefillMask, fill_layer, image_token_order, reserve
+from .shared_images import SharedImages, SharedPrompt, shares_images
+from .text_prefill import CopiedImages, TextPrefillMask, image_token_order
 
 # Keys of a configuration that do not influence what the model computes for a tile, or only by the shapes of weights, which
 # are in the fingerprint. Caches of before the configuration had them stay valid.
@@ -83,6 +84,8 @@ class ImageReuse:
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
+        quantize: bool = False,
+        offload: bool = False,
     ) -> ImageKVCache:
         """Run tower, projector and decoder over images alone; see `DSVLModel.encode_images`."""
         number = len(pixel_values)
@@ -98,8 +101,10 @@ class ImageReuse:
         decoder = self.model.language_model
         masks = {kind: OwnValueMask() for kind in layer_types(decoder)}
         dtype = decoder.get_input_embeddings().weight.dtype
-        keys, values = [], []
+        fingerprint = self.fingerprint()
+        whole: dict[str, torch.Tensor] = {}
         lengths: list[int] = []
+        filled = 0
         for start in range(0, number, chunk_size):
             chunk = [
                 None if part is None else part[start : start + chunk_size]
@@ -110,11 +115,19 @@ class ImageReuse:
             embeds = torch.cat(list(encoded)).to(dtype)[None]  # one row, as each token attends to itself alone
             zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
             _, chunk_keys, chunk_values, _ = run_decoder(decoder, embeds, zeros, masks)
-            keys.append(chunk_keys[:, 0])
-            values.append(chunk_values[:, 0])
+            made = ImageKVCache(chunk_keys[:, 0], chunk_values[:, 0], fingerprint, [lengths[start:]])
+            made = made.quantize() if quantize else made
+            if not whole:  # reserved at once, as joining the chunks would take twice their memory
+                tokens = number * lengths[0]
+                if spatial_shapes is not None:
+                    tokens = sum(self.model.config.native_image_tokens(*shape) for shape in spatial_shapes.tolist())
+                whole = {name: _reserve_like(tensor, tokens, offload) for name, tensor in made.tensors.items()}
+            for name, tensor in made.tensors.items():
+                whole[name][:, filled : filled + embeds.shape[1]].copy_(tensor)
+            filled += embeds.shape[1]
         ends = list(accumulate(counts, initial=0))
         tile_lengths = [lengths[start:end] for start, end in pairwise(ends)]
-        return ImageKVCache(torch.cat(keys, 1), torch.cat(values, 1), self.fingerprint(), tile_lengths)
+        return ImageKVCache(fingerprint=fingerprint, tile_lengths=tile_lengths, is_offloaded=offload, **whole)
 
     @torch.no_grad()
     def prefill(
@@ -160,7 +173,7 @@ class ImageReuse:
                 "from its start (its text alone); pass the whole conversation and an empty KV cache."
             )
         batch, tokens = input_ids.shape
-        device = image_cache.device
+        device = self._device_for(image_cache)
         input_ids = input_ids.to(device)
         is_image = input_ids == self.model.config.image_token_id
         is_text = ~is_image
@@ -177,41 +190,42 @@ class ImageReuse:
         # Everything that the host needs, in one device-to-host copy.
         figures = torch.stack([is_image.sum(-1), is_text.sum(-1), is_text[:, -1].long()]).tolist()
         image_counts, text_counts, ends_with_text = figures
-        order = image_token_order(image_counts, image_cache.tile_lengths, copies)
+        shared = shares_images(cache, image_cache, self.model)
+        # Rows of one prompt share its images.
+        row_counts, row_copies = (image_counts[::copies], 1) if shared else (image_counts, copies)
+        order = image_token_order(row_counts, image_cache.tile_lengths, row_copies)
         if not all(ends_with_text):
             raise ValueError(
                 f"Row {ends_with_text.index(0)} of the prompts ends with an image or with padding, but an image KV cache "
                 "has no hidden state to continue from; end prompts with text, and pad them on the left."
             )
         text, image = Slots.gather(is_text, text_counts, self.text_multiple), Slots.gather(is_image, image_counts)
-        keys, values = image_cache.keys, image_cache.values
-        if order is not None:
-            order = order.to(device)
-            keys, values = keys[:, order], values[:, order]
-        keys = rotation(keys, position_ids.gather(1, image.index).flatten(), self._rotate_keys)
-
-        # The large copies start before the decoder runs, while the host prepares the rest.
-        padded = any(i + t < tokens for i, t in zip(image_counts, text_counts, strict=True))
-        image_rows, text_rows = _rows_or_spare(image, tokens), _rows_or_spare(text, tokens)
-        whole = [reserve(states, batch * tokens, padded).index_copy_(1, image_rows, states) for states in (keys, values)]
+        image_positions = position_ids.gather(1, image.index)
+        images: SharedImages | CopiedImages
+        if shared:
+            shape = SharedPrompt(image.every(copies), text.every(copies), tokens, copies)
+            images = SharedImages.build(image_cache, rotation, shape, image_positions[::copies].flatten(), order)
+        else:
+            keys, values = image_cache.keys, image_cache.values
+            if order is not None:
+                order = order.to(device)
+                keys, values = keys[:, order], values[:, order]
+            keys = rotation(keys, image_positions.flatten(), self._rotate_keys)
+            # The large copies start before the decoder runs, while the host prepares the rest.
+            padded = any(i + t < tokens for i, t in zip(image_counts, text_counts, strict=True))
+            images = CopiedImages.build(keys, values, image, text, tokens, padded)
 
         embeds = decoder.get_input_embeddings()(input_ids.gather(1, text.index))
         softcapped = getattr(config, "attn_logit_softcapping", None) is not None
         prompt = torch.empty((batch, tokens, 0), dtype=embeds.dtype, device=device)
-        states = keys.unflatten(1, (batch, -1)), values.unflatten(1, (batch, -1))
         masks: dict[str | None, AttentionMask] = {
-            kind: TextPrefillMask.build(one, text, image, *states, config._attn_implementation, softcapped)
+            kind: TextPrefillMask.build(one, text, image, images, config._attn_implementation, softcapped)
             for kind, one in visibilities(config, prompt, attention_mask, None).items()
         }
-        hidden, text_keys, text_values, devices = self.run_decoder(
-            decoder, embeds, position_ids.gather(1, text.index), masks
-        )
-
-        for part, text_states in zip(whole, (text_keys, text_values), strict=True):
-            part.index_copy_(1, text_rows, text_states.flatten(1, 2))
-        new_keys, new_values = (part[:, :-1].unflatten(1, (batch, tokens)).transpose(2, 3) for part in whole)
-        for number, layer_device in enumerate(devices):
-            fill_layer(cache, number, new_keys[number].to(layer_device), new_values[number].to(layer_device))
+        # What reads images layer by layer is not part of a graph that is compiled for all layers.
+        run = run_decoder if shared else self.run_decoder
+        hidden, text_keys, text_values, devices = run(decoder, embeds, position_ids.gather(1, text.index), masks)
+        images.fill(cache, text_keys, text_values, devices)
         positions = whole_positions(position_ids, token_types, attention_mask, None) if shares_positions else None
         remember_types(cache, token_types, may_hold_images=True, positions=positions)
         return hidden[:, -1:].clone(), cache  # the next run of a CUDA graph overwrites its outputs
@@ -269,17 +283,22 @@ class ImageReuse:
                 f"{self.fingerprint()[:12]}), or by this one before its weights changed; encode the images again."
             )
         device = self.model.language_model.device
-        if device not in (cache.device, torch.device("meta")):
+        if not cache.is_offloaded and device not in (cache.device, torch.device("meta")):
             raise ValueError(
-                f"The image KV cache is on {cache.device}, but the model on {device}; pass image_cache.to(model.device)."
+                f"The image KV cache is on {cache.device}, but the model on {device}; pass image_cache.to(model.device), or "
+                "image_cache.offload() to leave it on the host."
             )
-        rotation = self.rotation(cache.device)
-        if cache.dtype != rotation.dtype:
+        rotation = self.rotation(self._device_for(cache))
+        if not cache.is_quantized and cache.dtype != rotation.dtype:
             raise ValueError(
                 f"The image KV cache is {cache.dtype}, but the decoder's keys are {rotation.dtype}; pass "
                 f"image_cache.to({rotation.dtype})."
             )
         return rotation
+
+    def _device_for(self, cache: ImageKVCache) -> torch.device:
+        """Where prompts over an image KV cache are computed."""
+        return self.model.language_model.get_input_embeddings().weight.device if cache.is_offloaded else cache.device
 
     def fingerprint(self) -> str:
         """A hash that ties an image KV cache to this model: of its configuration, and of samples of every weight that
@@ -307,10 +326,11 @@ class ImageReuse:
         self._fingerprint = None
 
 
-def _rows_or_spare(slots: Slots, tokens: int) -> torch.Tensor:
-    """Rows of (batch x tokens), and the one after them for empty slots: (batch x slots,)."""
-    rows = slots.rows(tokens)
-    return (rows if slots.filled is None else torch.where(slots.filled, rows, len(rows) * tokens)).flatten()
+def _reserve_like(part: torch.Tensor, tokens: int, offload: bool) -> torch.Tensor:
+    """Memory for so many tokens like a part of them, (layers, tokens, ...); on the host if it is offloaded."""
+    device = torch.device("cpu") if offload else part.device
+    pinned = offload and part.device.type == "cuda"
+    return torch.empty((len(part), tokens, *part.shape[2:]), dtype=part.dtype, device=device, pin_memory=pinned)
 
 
 def _relevant(config: Any) -> Any:

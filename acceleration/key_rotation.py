@@ -52,16 +52,45 @@ class KeyRotation:
         return rotated
 
     def _rotate(self, keys: torch.Tensor, position_ids: torch.Tensor, kind: str | None, rotate: Callable) -> torch.Tensor:
-        scaling = self.scaling[kind]
-        dtype = keys.dtype if scaling == 1 else torch.promote_types(keys.dtype, torch.float32)
-        cos, sin = cosine_and_sine(self.decoder, position_ids[None], dtype, kind if self.per_type else None)
-        if scaling != 1:
-            cos, sin = (cos / scaling).to(keys.dtype), (sin / scaling).to(keys.dtype)
-        apply = sys.modules[type(attention_modules(self.decoder)[0]).__module__].apply_rotary_pos_emb
+        turn = self._turn(position_ids, kind, keys.dtype)
         # As a decoder has them: (layers for batch, heads, tokens, head_dim).
         parts = keys.transpose(1, 2).split(max(1, ROTATED_AT_ONCE // max(keys[0].numel(), 1)))
-        done = [rotate(apply, part, cos, sin) for part in parts]
+        done = [rotate(turn.apply, part, turn.cos, turn.sin) for part in parts]
         return (done[0] if len(done) == 1 else torch.cat(done)).transpose(1, 2)
+
+    def turns(self, position_ids: torch.Tensor) -> list["Turn | None"]:
+        """The rotation of each layer to positions (tokens,), without the decoder; None where keys are not rotated."""
+        kinds = layer_types(self.decoder) if self.per_type else [None] * len(self.rotated)
+        by_kind = {kind: self._turn(position_ids, kind, self.dtype) for kind in dict.fromkeys(kinds)}
+        return [by_kind[kind] if rotated else None for kind, rotated in zip(kinds, self.rotated, strict=True)]
+
+    def _turn(self, position_ids: torch.Tensor, kind: str | None, keys_dtype: torch.dtype) -> "Turn":
+        scaling = self.scaling[kind]
+        dtype = keys_dtype if scaling == 1 else torch.promote_types(keys_dtype, torch.float32)
+        cos, sin = cosine_and_sine(self.decoder, position_ids[None], dtype, kind if self.per_type else None)
+        if scaling != 1:
+            cos, sin = (cos / scaling).to(keys_dtype), (sin / scaling).to(keys_dtype)
+        apply = sys.modules[type(attention_modules(self.decoder)[0]).__module__].apply_rotary_pos_emb
+        return Turn(apply, cos, sin)
+
+
+@dataclass
+class Turn:
+    """The rotation of one layer's keys to the positions of some tokens.
+
+    Attributes:
+        apply: the decoder's `apply_rotary_pos_emb`.
+        cos, sin: (1, tokens, rotated dimensions).
+    """
+
+    apply: Callable
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __call__(self, keys: torch.Tensor, tokens: slice) -> torch.Tensor:
+        """Keys (tokens, heads, head_dim) of a slice of the tokens."""
+        cos, sin = (table[:, tokens].to(keys.device) for table in (self.cos, self.sin))
+        return rotate_keys(self.apply, keys.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1)
 
 
 def cosine_and_sine(
@@ -129,4 +158,4 @@ def probe_rotation(decoder: PreTrainedModel, like: torch.Tensor) -> KeyRotation:
     return rotation
 
 
-__all__ = ["KeyRotation", "probe_rotation", "rotate_keys"]
+__all__ = ["KeyRotation", "Turn", "probe_rotation", "rotate_keys"]

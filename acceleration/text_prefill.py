@@ -19,17 +19,71 @@ FEW_QUERIES = 128
 
 
 @dataclass
-class TextPrefillMask(AttentionMask):
-    """The mask of one layer type.
+class CopiedImages:
+    """The rotated images of all rows, which are copied into a KV cache.
 
     Attributes:
-        keys, values: of the images, (layers, batch, image slots, key-value heads, head_dim).
-        text_mask, image_mask: the backend's masks; None where attention is causal.
-        sees_image: (batch, text slots, 1, 1), False where no image is visible; None where the backend returns 0 there.
+        keys, values: (layers, batch, image slots, key-value heads, head_dim).
+        whole: memory for the keys and values of all tokens, (layers, batch x tokens + 1, key-value heads, head_dim).
+        text_rows: rows of `whole` for the text slots, (batch x text slots,).
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    whole: tuple[torch.Tensor, torch.Tensor]
+    text_rows: torch.Tensor
+
+    @classmethod
+    def build(
+        cls, keys: torch.Tensor, values: torch.Tensor, image: Slots, text: Slots, tokens: int, padded: bool
+    ) -> "CopiedImages":
+        """From the states (layers, batch x image slots, key-value heads, head_dim). The large copies start here.
+
+        Args:
+            tokens: of a row.
+            padded: whether some of them are padding.
+        """
+        batch = len(image.index)
+        whole = [
+            _reserve(states, batch * tokens, padded).index_copy_(1, _rows_or_spare(image, tokens), states)
+            for states in (keys, values)
+        ]
+        keys, values = keys.unflatten(1, (batch, -1)), values.unflatten(1, (batch, -1))
+        return cls(keys, values, (whole[0], whole[1]), _rows_or_spare(text, tokens))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    def of_layer(self, number: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, (batch, image slots, key-value heads, head_dim)."""
+        return self.keys[number].to(device), self.values[number].to(device)
+
+    def fill(self, cache: Cache, keys: torch.Tensor, values: torch.Tensor, devices: list[torch.device]) -> None:
+        """Let an empty cache hold images and text (layers, batch, text slots, key-value heads, head_dim).
+
+        Args:
+            devices: of the layers.
+        """
+        whole = []
+        for part, states in zip(self.whole, (keys, values), strict=True):
+            part.index_copy_(1, self.text_rows, states.flatten(1, 2))
+            whole.append(part[:, :-1].unflatten(1, (keys.shape[1], -1)).transpose(2, 3))
+        for number, device in enumerate(devices):
+            _fill_layer(cache, number, whole[0][number].to(device), whole[1][number].to(device))
+
+
+@dataclass
+class TextPrefillMask(AttentionMask):
+    """The mask of one layer type.
+
+    Attributes:
+        images: the keys and values of the images of a layer, by `of_layer`; and their `dtype`.
+        text_mask, image_mask: the backend's masks; None where attention is causal.
+        sees_image: (batch, text slots, 1, 1), False where no image is visible; None where the backend returns 0 there.
+    """
+
+    images: Any
     text_mask: Any
     image_mask: Any
     sees_image: torch.Tensor | None
@@ -40,8 +94,7 @@ class TextPrefillMask(AttentionMask):
         visibility: Visibility,
         text: Slots,
         image: Slots,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        images: Any,
         backend: str,
         softcapped: bool,
     ) -> "TextPrefillMask":
@@ -51,7 +104,7 @@ class TextPrefillMask(AttentionMask):
             seen = visibility.padding.gather(1, image.index)
             image_filled = seen if image_filled is None else seen & image_filled
         image = Slots(image.index, image_filled)
-        dtype = keys.dtype
+        dtype = images.dtype
         is_causal = visibility.is_causal and text.filled is None and backend != "eager" and not softcapped
         text_mask = None
         if not is_causal:
@@ -62,7 +115,7 @@ class TextPrefillMask(AttentionMask):
             text_mask, image_mask = _additive(text_mask, dtype), _additive(image_mask, dtype)
         elif backend == "eager":
             sees_image = (image_mask == 0).any(-1, keepdim=True).transpose(1, 2)
-        return cls(keys, values, text_mask, image_mask, sees_image)
+        return cls(images, text_mask, image_mask, sees_image)
 
     def attend(
         self, backend: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
@@ -74,17 +127,15 @@ class TextPrefillMask(AttentionMask):
                 return masked_attention(module, query, key, value, mask, **kwargs)
             return ALL_ATTENTION_FUNCTIONS["sdpa" if mask is None else backend](module, query, key, value, mask, **kwargs)[0]
 
-        keys, values = (part[module.layer_idx].transpose(1, 2).to(key.device) for part in (self.keys, self.values))
+        keys, values = (part.transpose(1, 2) for part in self.images.of_layer(module.layer_idx, key.device))
         image_output = branch(keys, values, self.image_mask)
         if self.sees_image is not None:
             image_output = torch.where(self.sees_image, image_output, 0)
         return branch(key, value, self.text_mask) + image_output, None
 
     def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "TextPrefillMask":
-        """Move the masks. Keys and values of a layer are moved when it runs."""
-        moved = super().to(device, non_blocking=non_blocking)
-        moved.keys, moved.values = self.keys, self.values
-        return moved
+        """Move the masks. The images of a layer are moved when it runs."""
+        return super().to(device, non_blocking=non_blocking)
 
 
 def masked_attention(
@@ -143,7 +194,7 @@ def image_token_order(image_counts: list[int], tile_lengths: Sequence[Sequence[i
     return order.repeat_interleave(copies, dim=0).flatten()
 
 
-def reserve(states: torch.Tensor, rows: int, padded: bool) -> torch.Tensor:
+def _reserve(states: torch.Tensor, rows: int, padded: bool) -> torch.Tensor:
     """Memory for the keys or values of all tokens, and a last row for empty slots; zero if some tokens are padding.
 
     Args:
@@ -154,7 +205,7 @@ def reserve(states: torch.Tensor, rows: int, padded: bool) -> torch.Tensor:
     return reserved.zero_() if padded else reserved
 
 
-def fill_layer(cache: Cache, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+def _fill_layer(cache: Cache, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Let a layer of an empty cache hold these (batch, heads, tokens, head_dim)."""
     layer: Any = cache.layers[number] if number < len(cache.layers) else None
     if cache.offloading or type(layer) is not DynamicLayer:
@@ -165,4 +216,10 @@ def fill_layer(cache: Cache, number: int, keys: torch.Tensor, values: torch.Tens
     layer.is_initialized = True
 
 
-__all__ = ["TextPrefillMask", "fill_layer", "image_token_order", "masked_attention", "reserve"]
+def _rows_or_spare(slots: Slots, tokens: int) -> torch.Tensor:
+    """Rows of (batch x tokens), and the one after them for empty slots: (batch x slots,)."""
+    rows = slots.rows(tokens)
+    return (rows if slots.filled is None else torch.where(slots.filled, rows, len(rows) * tokens)).flatten()
+
+
+__all__ = ["CopiedImages", "TextPrefillMask", "image_token_order", "masked_attention"]

@@ -4,6 +4,9 @@ An MLP treats every token alone. With hundreds of images its intermediate states
 token, are the largest tensors of a training step, even with activation checkpointing. Here each tile is computed, and in the
 backward pass recomputed and differentiated, on its own (TiledMLP of Arctic Long Sequence Training, arXiv 2506.13996).
 
+Under ZeRO-3 the weights are gathered for every tile, by all processes together, so all run as many tiles as the one with the
+most tokens.
+
 A checkpointed layer is not slower for it. A checkpoint stops its recomputation once it has all that was saved; the input of
 the whole MLP is saved before the first tile, and nothing after it, so only the tiles recompute the MLP.
 """
@@ -14,7 +17,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -99,22 +102,28 @@ class TiledMLP:
         self.replaced = mlp.__dict__.get("forward")
         self.forward = self.replaced or MethodType(type(mlp).forward, mlp)
         self.tile: Callable[..., torch.Tensor] = checkpointed_tile
+        self.count: int | None = None  # of tiles, where processes have agreed on it
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.shape[:-1].numel() <= self.tokens:
+        if hidden_states.shape[:-1].numel() <= self.tokens and (self.count or 1) == 1:
             return self.forward(hidden_states)
         return self.run_tiles(hidden_states)
+
+    def split(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tiles of (1, tokens, hidden). Agreed ones are alike, and empty where there are more than tokens."""
+        return states.split(self.tokens, dim=1) if self.count is None else states.tensor_split(self.count, dim=1)
 
     @torch.compiler.disable  # a graph cannot hold the hooks; the tiles themselves may be compiled
     def run_tiles(self, hidden_states: torch.Tensor) -> torch.Tensor:
         states = hidden_states.flatten(0, -2)[None].contiguous()
         is_trained = any(parameter.requires_grad for parameter in self.mlp.parameters())
         if not torch.is_grad_enabled() or not (states.requires_grad or is_trained):
-            output = None
-            for first in range(0, states.shape[1], self.tokens):
-                part = self.forward(states[:, first : first + self.tokens])
+            output, first = None, 0
+            for tile in self.split(states):
+                part = self.forward(tile)
                 output = torch.empty_like(states, dtype=part.dtype) if output is None else output
-                output[:, first : first + self.tokens] = part
+                output[:, first : first + part.shape[1]] = part
+                first += part.shape[1]
             assert output is not None
             return output.view(hidden_states.shape)
         if not states.requires_grad:
@@ -123,8 +132,29 @@ class TiledMLP:
         source = _Source(kept)
         # Split, not sliced: its backward joins the gradients of the tiles at once.
         with saved_tensors_hooks(source.pack, source.unpack):
-            parts = [self.tile(self.forward, part) for part in kept.split(self.tokens, dim=1)]
+            parts = [self.tile(self.forward, part) for part in self.split(kept)]
         return torch.cat(parts, dim=1).view(hidden_states.shape)
+
+
+def agree_on_tiles(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Before a decoder: under ZeRO-3, let every process run as many tiles as the one with the most tokens."""
+    tiled = [tiles for layer in layers_of(decoder) if (tiles := tiles_of(layer)) is not None]
+    if not tiled or not is_partitioned(tiled[0].mlp):
+        return
+    inputs = kwargs.get("inputs_embeds")
+    inputs = kwargs.get("input_ids", args[0] if args else None) if inputs is None else inputs
+    assert inputs is not None
+    tokens = inputs.shape[0] * inputs.shape[1]
+    count = torch.tensor(max(-(-tokens // tiled[0].tokens), 1), device=inputs.device)
+    distributed.all_reduce(count, distributed.ReduceOp.MAX)
+    for tiles in tiled:
+        tiles.count = int(count)
+
+
+def is_partitioned(mlp: nn.Module) -> bool:
+    """Whether several processes hold a part of each weight (ZeRO-3)."""
+    is_shared = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return is_shared and any(hasattr(parameter, "ds_id") for parameter in mlp.parameters())
 
 
 def tile_mlp(decoder: PreTrainedModel, tokens: int = DEFAULT_TILE) -> None:
@@ -139,6 +169,7 @@ def tile_mlp(decoder: PreTrainedModel, tokens: int = DEFAULT_TILE) -> None:
     """
     if tokens < 1:
         raise ValueError(f"A tile of {tokens} tokens; pass a positive number, such as {DEFAULT_TILE}.")
+    is_first = all(tiles_of(layer) is None for layer in layers_of(decoder))
     for layer in layers_of(decoder):
         mlp = getattr(layer, "mlp", None)
         if not isinstance(mlp, nn.Module) or any("expert" in name for name, _ in mlp.named_modules()):
@@ -152,6 +183,8 @@ def tile_mlp(decoder: PreTrainedModel, tokens: int = DEFAULT_TILE) -> None:
             mlp.forward = TiledMLP(mlp, tokens)  # type: ignore[method-assign,assignment]
         else:
             current.tokens = tokens
+    if is_first:
+        decoder.register_forward_pre_hook(agree_on_tiles, with_kwargs=True)
 
 
 def tiles_of(layer: nn.Module) -> TiledMLP | None:

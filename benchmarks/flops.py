@@ -3,7 +3,7 @@
 Counted are the matrix products that the step requires (2 FLOPs for a multiplication and addition), not those that a program
 executes: no recomputation for gradient checkpointing, logits of supervised tokens only, each causal pair of the attention
 once. Both models get the same number, so that their MFU is proportional to their speed. (That MMCA has fewer pairs than
-causal attention and that Llava's projector has a second layer is ignored.)
+causal attention is ignored unless `pairs` are given, and that Llava's projector has a second layer in any case.)
 """
 
 import torch
@@ -23,7 +23,7 @@ def adapter_channels(shape: Shape) -> int:
     return 4 * 2 * shape.hidden + 3 * (shape.hidden + shape.intermediate)
 
 
-def step_flops(shape: Shape, supervised: int, lora_rank: int = 0) -> float:
+def step_flops(shape: Shape, supervised: int, lora_rank: int = 0, pairs: int | None = None) -> float:
     """FLOPs of a training step, forward and backward.
 
     The backward pass of a linear layer costs as much as its forward pass for the gradient of its input, if a preceding
@@ -34,6 +34,7 @@ def step_flops(shape: Shape, supervised: int, lora_rank: int = 0) -> float:
         shape: of model and batch.
         supervised: number of supervised tokens of the batch.
         lora_rank: rank of adapters at all linear layers of the decoder; 0 for none.
+        pairs: of the batch's attention (`attention_pairs`), *optional*, defaults to those of causal attention.
     """
     images, tokens = shape.batch * shape.images, shape.batch * shape.tokens
     image_tokens, width = images * shape.per_image, shape.vision_hidden
@@ -41,7 +42,7 @@ def step_flops(shape: Shape, supervised: int, lora_rank: int = 0) -> float:
     tower_maps = image_tokens * (4 * width**2 + 2 * width * shape.vision_intermediate)
     tower_attention = image_tokens * shape.per_image * 2 * width
     decoder_maps = tokens * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
-    causal_pairs = shape.batch * shape.tokens * (shape.tokens + 1) // 2
+    pairs = shape.batch * shape.tokens * (shape.tokens + 1) // 2 if pairs is None else pairs
     multiplications_and_backward = (
         (
             patch_embedding + shape.vision_layers * (tower_maps + tower_attention),
@@ -49,7 +50,7 @@ def step_flops(shape: Shape, supervised: int, lora_rank: int = 0) -> float:
         ),  # frozen, and nothing before it is trained
         (image_tokens * width * shape.hidden, 1),  # the projector: its weight
         (shape.layers * decoder_maps, 1),  # frozen: its input
-        (shape.layers * causal_pairs * 2 * shape.hidden, 2),  # attention: q k^T and p v, both factors of each
+        (shape.layers * pairs * 2 * shape.hidden, 2),  # attention: q k^T and p v, both factors of each
         (shape.layers * tokens * lora_rank * adapter_channels(shape), 2),  # adapters: input and weight
         (supervised * shape.hidden * shape.vocabulary, 1),  # the head, frozen: its input
     )

@@ -1,10 +1,11 @@
-"""Training with hundreds of images: CLIP ViT-L/14 + LLaMA-7B shapes in bf16, activation checkpointing, batch 1.
+"""Hundreds of images: CLIP ViT-L/14 + LLaMA-7B shapes in bf16, batch 1. Training with activation checkpointing, and answers.
 
     python benchmarks/many_images.py [--rows llava dsvl+tiles+queries] [--images 64 500] [--out many_images.json]
+    python benchmarks/many_images.py --what answer [--rows 16bit 8bit+shared] [--out many_images_answer.json]
     python benchmarks/many_images.py --tiny    # only checks that every row runs, on a CPU too
 
-A step is forward and backward, of a sample with --text tokens of text beside its images. Projector and embeddings are
-trained, tower and decoder are frozen. The name of a row is `MODEL[+LEVER...]`:
+A training step is forward and backward, of a sample with --text tokens of text beside its images. Projector and embeddings
+are trained, tower and decoder are frozen. The name of a row is `MODEL[+LEVER...]`:
 
     llava      transformers' Llava with sdpa, as it comes
     dsvl       DSVL with "mmca"
@@ -16,8 +17,19 @@ trained, tower and decoder are frozen. The name of a row is `MODEL[+LEVER...]`:
 
 Each row runs in its own process, from few images to many: where memory ends, the row ends. A compiled row warms up for each
 number of images, others for the first; steps of more than 12 s are timed once, others twice. The table has the time of a
-step, the model's TFLOP/s by flops.py, peak allocated and reserved memory with weights, and time relative to the first row
-with as many images. --gpu-memory caps the memory of the process, as a smaller GPU would.
+step, TFLOP/s by flops.py with the attention of the model, peak allocated and reserved memory with weights, and time relative
+to the first row with as many images. --gpu-memory caps the memory of the process, as a smaller GPU would.
+
+With `--what answer`, images are encoded once and a prompt over them is answered greedily, with a dynamic KV cache. The name
+of a row is `BITS[+OPTION...]`:
+
+    16bit, 8bit  images in the model's dtype, or `quantize=True`
+    +shared      the KV cache uses the images where they are (`SharedImagesCache`), as it always does in 8 bits
+    +offloaded   images in main memory (`offload=True`)
+    +kv8         a model with 8 key-value heads
+
+The table has the time to the first token and of each further one in a second answer, the time to encode all images, their
+memory, and the peak of the answer with weights and images.
 """
 
 import argparse
@@ -33,9 +45,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import answer_many_images as answers
 import torch
 from fine_tuning import TINY, device_type, synchronize
-from flops import step_flops, supervised_tokens
+from flops import attention_pairs, step_flops, supervised_tokens
 from models import Shape, dsvl, llava
 
 LEVERS = ("tiles", "queries", "offload", "compiled", "liger")
@@ -142,13 +155,16 @@ def measure(row: Row, model: Any, shape: Shape, text: int, warm_up: bool) -> dic
     if not all(math.isfinite(loss) and loss > 0 for loss in losses):
         raise RuntimeError(f"The losses of {row} at {shape.images} images are {losses}; expected positive ones.")
     seconds = min(times)
+    types = (batch["input_ids"] == shape.image_token_id).long()
+    # With hundreds of images causal attention would be most of the work, and MMCA has almost none of it.
+    pairs = attention_pairs(types, "mmca" if row.model == "dsvl" else "causal")
     return {
         "ms": 1000 * seconds,
         "all_ms": [1000 * one for one in times],
         "warm_up_seconds": warm_up_seconds,
         "loss": losses[-1],
         "tokens": shape.tokens,
-        "tflop_per_s": step_flops(shape, supervised_tokens(batch["labels"])) / seconds / 1e12,
+        "tflop_per_s": step_flops(shape, supervised_tokens(batch["labels"]), pairs=pairs) / seconds / 1e12,
         "peak_gib": gib("max_memory_allocated"),
         "reserved_gib": gib("max_memory_reserved"),
         "host_gib": host_gib(model),
@@ -165,17 +181,22 @@ def host_gib(model: Any) -> float:
 
 def measure_row(name: str, numbers: list[int], shape: Shape, options: argparse.Namespace) -> None:
     """Measure a row in this process, and write its results after each number of images."""
-    row, results = Row.parse(name), {}
+    is_answer, results = options.what == "answer", {}
+    row = None if is_answer else Row.parse(name)
     if torch.cuda.is_available() and options.gpu_memory is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(options.gpu_memory * 2**30 / total, 1.0))
     shapes = {images: replace(shape, images=images, tokens=options.text + images * shape.per_image) for images in numbers}
-    model = build(row, shapes[max(numbers)], options.tile)
+    largest = shapes[max(numbers)]
+    model = answers.build(name, answers.row_shape(name, largest)) if row is None else build(row, largest, options.tile)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     for images in sorted(numbers):
         try:
-            warm_up = "compiled" in row.levers or "offload" in row.levers or not results
-            results[images] = measure(row, model, shapes[images], options.text, warm_up)
+            if row is None:
+                results[images] = answers.measure(name, model, sample(shapes[images], options.text, device_type()))
+            else:
+                warm_up = "compiled" in row.levers or "offload" in row.levers or not results
+                results[images] = measure(row, model, shapes[images], options.text, warm_up)
         except torch.OutOfMemoryError as error:
             results[images] = {"error": f"out of memory: {str(error).splitlines()[0]}"}
         Path(options.out).write_text(json.dumps({"device": device, "results": results}))
@@ -241,9 +262,12 @@ def measure_all(options: argparse.Namespace, shape: Shape) -> bool:
     began = time.monotonic()
     results: dict[str, dict[str, dict[str, Any]]] = {}
     device = None
-    print(f"{options.text} tokens of text, {shape.per_image} tokens per image\n\n{HEADER}", flush=True)
+    is_answer = options.what == "answer"
+    header = answers.HEADER if is_answer else HEADER
+    print(f"{options.text} tokens of text, {shape.per_image} tokens per image\n\n{header}", flush=True)
     for name in options.rows:
-        numbers = options.images or (TINY_IMAGES if options.tiny else ROWS.get(name, (64, 500)))
+        known = answers.ANSWER_ROWS if is_answer else ROWS
+        numbers = options.images or (TINY_IMAGES if options.tiny else known.get(name, (64, 500)))
         left = options.budget - (time.monotonic() - began)
         if left < 20:
             results[name] = {str(min(numbers)): {"error": f"the budget of {options.budget:.0f} s is spent; --rows {name}"}}
@@ -251,7 +275,10 @@ def measure_all(options: argparse.Namespace, shape: Shape) -> bool:
             made = in_own_process(name, list(numbers), left)
             results[name], device = made["results"], made["device"] or device
         for images, figures in results[name].items():
-            print(describe(name, images, figures, results[options.rows[0]].get(images)), flush=True)
+            if is_answer:
+                print(answers.describe(name, images, figures), flush=True)
+            else:
+                print(describe(name, images, figures, results[options.rows[0]].get(images)), flush=True)
         if options.out:
             record = {
                 "device": device,
@@ -269,7 +296,8 @@ def measure_all(options: argparse.Namespace, shape: Shape) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="names of rows, in this order")
+    parser.add_argument("--what", choices=("train", "answer"), default="train")
+    parser.add_argument("--rows", nargs="+", help="names of rows, in this order")
     parser.add_argument("--images", type=int, nargs="+", help="numbers of images of every row")
     parser.add_argument("--tiny", action="store_true", help="use a tiny shape, to check that every row runs")
     parser.add_argument("--text", type=int, help="tokens of text (default: 2048)")
@@ -285,11 +313,12 @@ def main(argv: list[str] | None = None) -> None:
     options.tile = options.tile or (16 if options.tiny else 8192)
     shape = replace(TINY if options.tiny else Shape(), batch=1)
     shape = replace(shape, layers=options.layers or shape.layers)
+    options.rows = options.rows or list(answers.ANSWER_ROWS if options.what == "answer" else ROWS)
     if options.row is not None:
         measure_row(options.row, options.row_images, shape, options)
         return
     for name in options.rows:
-        Row.parse(name)
+        answers.parse(name) if options.what == "answer" else Row.parse(name)
     sys.exit(0 if measure_all(options, shape) else 1)
 
 

@@ -140,13 +140,17 @@ def compared(times: Mapping[str, Sequence[float]]) -> Table:
 
 def peak_gib(run: Callable[[], object]) -> float:
     """Peak GPU memory of a run above what is allocated before. It runs twice, as the first run may compile."""
+    return peak_gib_and_ms(run)[0]
+
+
+def peak_gib_and_ms(run: Callable[[], object]) -> tuple[float, float]:
+    """As `peak_gib`, with the milliseconds of the second run."""
     run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
+    took = device_ms(run)
+    return (torch.cuda.max_memory_allocated() - before) / 2**30, took
 
 
 def large_product_tflops(size: int = 16384) -> float:

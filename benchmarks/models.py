@@ -25,6 +25,7 @@ class Shape:
     hidden: int = 4096
     intermediate: int = 11008
     heads: int = 32
+    key_value_heads: int | None = None  # as many as heads
     vocabulary: int = 32064
 
     vision_layers: int = 24
@@ -61,7 +62,7 @@ class Shape:
             intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
+            num_key_value_heads=self.key_value_heads or self.heads,
             max_position_embeddings=max(self.tokens, 2048),
         )
         return vision, text

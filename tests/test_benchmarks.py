@@ -367,3 +367,31 @@ def test_many_images(load, tmp_path, monkeypatch, capsys):
     for wrong in ("llava+tiles", "dsvl+fast", "dsvl+tiles+tiles"):
         with pytest.raises(ValueError, match="is not a row"):
             many.Row.parse(wrong)
+
+
+def test_answers_over_many_images(load, tmp_path, monkeypatch, capsys):
+    many, answers = load("many_images"), load("answer_many_images")
+
+    def in_this_process(name, numbers, timeout):
+        out = tmp_path / "row.json"
+        flags = ["--tiny", "--what", "answer", "--row", name, "--row-images", *map(str, numbers)]
+        many.main([*flags, "--out", str(out)])
+        return json.loads(out.read_text())
+
+    monkeypatch.setattr(many, "in_own_process", in_this_process)
+    rows = ["16bit", "16bit+kv8+shared", "8bit+shared", "8bit+offloaded"]
+    with pytest.raises(SystemExit) as ended:
+        many.main(["--tiny", "--what", "answer", "--rows", *rows, "--out", str(tmp_path / "answers.json")])
+    assert ended.value.code == 0
+    record = json.loads((tmp_path / "answers.json").read_text())["results"]
+    assert list(record) == rows and all(list(row) == ["3", "6"] for row in record.values())
+    figures = [figures for row in record.values() for figures in row.values()]
+    assert all(one["first_token_ms"] > 0 and one["tokens_per_s"] > 0 and one["encoding_s"] > 0 for one in figures)
+    whole, few_heads, small, offloaded = (record[row]["6"]["images_gib"] for row in rows)
+    head_dim = 64 / 4
+    assert few_heads == whole / 2 and small == offloaded == pytest.approx(whole * (head_dim + 4) / (2 * head_dim))
+    said = capsys.readouterr().out
+    assert "tokens/s" in said and "8bit+offloaded" in said
+    for wrong in ("8bit", "4bit+shared", "16bit+shared+offloaded", "16bit+kv8+kv8"):
+        with pytest.raises(ValueError, match="is not a row"):
+            answers.parse(wrong)

@@ -126,6 +126,16 @@ def test_zero3_with_everything_offloaded_equals_one_process(folder, tmp_path, al
     assert_as_alone(output, alone(*IN_ORDER))
 
 
+@pytest.mark.parametrize("stage", ["ddp", "zero2", "zero3"])
+def test_many_images_in_less_memory_train_the_same_in_two_processes(folder, tmp_path, alone, stage):
+    """Tiles of MLPs whose weights are gathered and reduced, no queries of images, and inputs of layers in main memory."""
+    flags = [*IN_ORDER, "--train", "projector", "embeddings", "language"]
+    reduced = ["--tiled-mlp", "8", "--skip-image-queries", "--offload-activations", "--activation-checkpointing", "true"]
+    output = tmp_path / "output"
+    train_by_two(folder, output, *ZERO[stage], *flags, *reduced)
+    assert_as_alone(output, alone(*flags))
+
+
 def test_what_zero_to_fp32_makes_of_partitions_is_what_was_saved(folder, tmp_path):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

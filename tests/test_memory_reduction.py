@@ -189,6 +189,18 @@ def test_offloaded_inputs_of_layers_leave_the_device(monkeypatch):
     assert not offloading.running
 
 
+@pytest.mark.parametrize("count", [1, 3, 200])
+def test_tiles_that_processes_agreed_on_are_exact(count):
+    """As under ZeRO-3; also more tiles than tokens, of which some are empty."""
+    model, reduced = pair(checkpointing="non-reentrant", options={"mlp_tile": 7})
+    for layer in reduced.model.language_model.layers:
+        tiles_of(layer).count = count
+    assert_same(reduced, model, labelled(IMAGE_STARTS[0], 0))
+    inputs = {name: value for name, value in labelled(IMAGE_STARTS[0], 0).items() if name != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(reduced.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
 def test_two_forward_passes_before_their_backward_passes():
     model, reduced = pair(checkpointing="non-reentrant")
     batches = [labelled(IMAGE_STARTS[number], number) for number in range(2)]

@@ -42,7 +42,14 @@ MEMBERS = {
     ),
     "transformers.PreTrainedModel": ("get_compiled_call",),
     "transformers.DynamicCache": ("layers", "offloading"),
-    "transformers.cache_utils.DynamicLayer": ("is_sliding", "is_croppable", "keys", "values", "is_initialized"),
+    "transformers.cache_utils.DynamicLayer": (
+        "is_sliding",
+        "is_croppable",
+        "keys",
+        "values",
+        "is_initialized",
+        "lazy_initialization",
+    ),
     "transformers.cache_utils.StaticLayer": ("is_sliding", "keys", "values", "is_initialized", "cumulative_length"),
     "transformers.Trainer": (
         "_load_optimizer_and_scheduler",

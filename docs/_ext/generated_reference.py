@@ -29,7 +29,11 @@ MODULES = {
 }
 
 # Folders of benchmarks/results -> their title, and the target of the Makefile that reproduces them.
-DEVICES = {"h100": ("Figures of an NVIDIA H100", "bench-gpu"), "cpu": ("Figures of a CPU", "bench")}
+DEVICES = {
+    "h100": ("Figures of an NVIDIA H100", "bench-gpu"),
+    "h200": ("Figures of an NVIDIA H200", "bench-gpu"),
+    "cpu": ("Figures of a CPU", "bench"),
+}
 COLUMNS = {  # a key of a result -> its column
     "ms": "ms",
     "ms_per_step": "ms a step",
