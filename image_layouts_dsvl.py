@@ -8,10 +8,12 @@ alone.)
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
+try:
     from PIL import Image
+except ImportError:  # not needed for text alone
+    Image = None  # type: ignore[assignment]
 
 # Arguments of image processors that a layout decides.
 DECIDED = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size", "max_num_patches", "patch_size")
@@ -131,7 +133,7 @@ def letterbox(image: "Image.Image", size: tuple[int, int], colour: tuple[int, in
     scaled = _resized(image, fitted, resample)
     if fitted == size:
         return scaled
-    canvas = _new_canvas(size, colour)
+    canvas = Image.new("RGB", size, colour)
     canvas.paste(scaled, ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
     return canvas
 
@@ -148,12 +150,6 @@ def mean_colour(image_processor: Any) -> tuple[int, int, int]:
 
 def _resized(image: "Image.Image", size: tuple[int, int], resample: int) -> "Image.Image":
     return image if image.size == size else image.resize(size, resample)
-
-
-def _new_canvas(size: tuple[int, int], colour: tuple[int, int, int]) -> "Image.Image":
-    from PIL import Image
-
-    return Image.new("RGB", size, colour)
 
 
 __all__ = ["ImageLayout", "best_grid", "letterbox", "mean_colour", "native_size"]

@@ -33,9 +33,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--image-positions",
         choices=IMAGE_POSITIONS,
-        default="token",
         help="rotary positions: one for each image token, or one for all tokens of an image, so that hundreds of images fit "
-        "(default token)",
+        "(default: image under mmca, unless the template is visualchat; else token)",
     )
     parser.add_argument(
         "--vision-feature-layer",
@@ -55,7 +54,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--image-layout",
         choices=IMAGE_LAYOUTS,
         help="crop as the tower's image processor does, pad to a square, tiles for small print, native for towers that take "
-        "any size (default: native with a SigLIP 2 NaFlex tower, else crop)",
+        "any size (default: tiles under mmca, unless the template is visualchat; native with a SigLIP 2 NaFlex tower; else "
+        "crop)",
     )
     parser.add_argument("--max-tiles", type=int, default=12, metavar="N", help="parts of an image, with tiles (default 12)")
     parser.add_argument("--max-image-tokens", type=int, default=256, metavar="N", help="with native (default 256)")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..attention_dsvl import route_attention
 from ..configuration_dsvl import NATIVE_TOWERS, DSVLConfig
@@ -16,7 +16,6 @@ from .chat_template import VISUALCHAT, choose_chat_template, end_of_turn_ids, pr
 from .towers import (
     check_native_processor,
     count_prefix_tokens,
-    default_image_layout,
     load_image_processor,
     load_tower,
     processed_size,
@@ -31,7 +30,7 @@ def compose(
     *,
     projector_type: str = "linear",
     multimodal_attention: str = "mmca",
-    image_positions: str = "token",
+    image_positions: str | None = None,
     vision_feature_layer: int | Sequence[int] = -1,
     vision_feature_select_strategy: str = "full",
     image_layout: str | None = None,
@@ -56,9 +55,8 @@ def compose(
         vision: name or directory of a vision tower, or of a model that has one, or a loaded model: CLIP, SigLIP, SigLIP 2,
             DINOv2, DINOv3, Qwen-VL's (by `dsvl migrate qwen-tower`), or another that returns a sequence of features.
         language: name or directory of a causal language model, or a loaded one.
-        projector_type, multimodal_attention, image_positions, vision_feature_layer, vision_feature_select_strategy: see
-            `DSVLConfig`.
-        image_layout: see `DSVLConfig`; defaults to `"native"` for towers that take images of any size, else to `"crop"`.
+        projector_type, multimodal_attention, vision_feature_layer, vision_feature_select_strategy: see `DSVLConfig`.
+        image_layout, image_positions: see `DSVLConfig`; their defaults are those of `image_defaults`.
         max_tiles, max_image_tokens, downsample, num_queries: see `DSVLConfig`.
         tokenizer: *optional*, the language model's tokenizer; defaults to that of `language`.
         image_processor: *optional*, determines the image size; defaults to that of `vision`, or CLIP's with the tower's
@@ -91,8 +89,8 @@ def compose(
     if not is_native:
         image_size = processed_size(image_processor)
         num_prefix_tokens = count_prefix_tokens(tower, image_size)
-    if image_layout is None:
-        image_layout = default_image_layout(tower.config)
+    layout, positions = image_defaults(tower.config, template_name, multimodal_attention)
+    image_layout, image_positions = image_layout or layout, image_positions or positions
     decoder = _causal_lm(language, dtype)
     dtype = decoder.dtype
 
@@ -150,6 +148,24 @@ def compose(
     tokenizer.chat_template = template  # so that it renders as the processor does
     processor = DSVLProcessor(image_processor, tokenizer, chat_template=template, **config.processor_arguments)
     return model.eval(), processor
+
+
+def image_defaults(tower: PreTrainedConfig, template_name: str, multimodal_attention: str) -> tuple[str, str]:
+    """The image layout and the image positions of newly composed models.
+
+    Under `"mmca"`, where an image token costs the decoder its linear layers alone: `"tiles"`, with which a model read small
+    print that it could not read with `"crop"` and `"pad"`, and `"image"`, with which it found one image among 512 more
+    surely than with `"token"` (docs/benchmarks.md). With other attention, and with the chat template `"visualchat"`, whose
+    prompts are DeepSpeed-VisualChat's: `"crop"` and `"token"`. Towers that take images of any size: `"native"`.
+
+    Args:
+        tower: configuration of the vision tower.
+        template_name: of the chat template, see `choose_chat_template`.
+        multimodal_attention: see `DSVLConfig`.
+    """
+    many = multimodal_attention == "mmca" and template_name != VISUALCHAT
+    layout = "native" if tower.model_type in NATIVE_TOWERS else "tiles" if many else "crop"
+    return layout, "image" if many else "token"
 
 
 def _causal_lm(language: str | Path | PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -107,11 +107,6 @@ def processed_size(image_processor: Any) -> int:
     return shape[2]
 
 
-def default_image_layout(tower: PreTrainedConfig) -> str:
-    """The image layout of newly composed models with a tower of this configuration."""
-    return "native" if tower.model_type in NATIVE_TOWERS else "crop"
-
-
 def check_native_processor(image_processor: Any, patch_size: int) -> None:
     """Whether an image processor cuts images of any size into patches of this size (`Siglip2ImageProcessor`).
 

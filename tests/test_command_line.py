@@ -142,7 +142,7 @@ def test_every_field_is_in_the_help_for_all() -> None:
         (["chat", "--tempreature", "1"], "--temperature"),
         (["evaluate", "m", "d", "--bathc-size", "3"], "--batch-size"),
         (["data", "show", "--modle", "x", "y"], "--model"),
-        (["serve", "m", "--max-pitcures", "3"], "--max-images"),
+        (["serve", "m", "--max-imgaes", "3"], "--max-images"),
         (["evalaute"], "evaluate"),
         (["data", "shwo"], "show"),
     ],

@@ -141,7 +141,7 @@ BROKEN = {
     "another key": (
         "preference",
         PREFERENCE | {"tools": ["search"], "system": "Be brief."},
-        "has the key system, tools, which would be lost; known are prompt, chosen, rejected, images, id.",
+        "has the key system, tools, which would be lost; known are prompt, chosen, rejected, images, videos, id.",
     ),
     "no prompt": ("preference", PREFERENCE | {"prompt": []}, "prompt is empty; expected messages, the last of the user."),
     "a text": ("preference", PREFERENCE | {"chosen": "A cup."}, "chosen is of type str; expected a list of messages"),

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from ..composition.compose import VOCABULARY_MULTIPLE
+from ..composition.chat_template import choose_chat_template
+from ..composition.compose import VOCABULARY_MULTIPLE, image_defaults
 from ..composition.towers import (
     count_prefix_tokens,
-    default_image_layout,
     load_image_processor,
     processed_size,
     tower_config,
@@ -131,6 +131,8 @@ def composed_config(arguments: argparse.Namespace) -> DSVLConfig:
         image_size = processed_size(load_image_processor(arguments.vision))
         with torch.device("meta"), no_init_weights():
             prefix = count_prefix_tokens(AutoModel.from_config(copy.deepcopy(tower)), image_size)
+    template_name, _ = choose_chat_template(arguments.chat_template, AutoTokenizer.from_pretrained(arguments.language))
+    layout, positions = image_defaults(tower, template_name, arguments.multimodal_attention)
     text.vocab_size += NEW_TOKENS
     text.vocab_size += -text.vocab_size % VOCABULARY_MULTIPLE
     return DSVLConfig(
@@ -138,13 +140,13 @@ def composed_config(arguments: argparse.Namespace) -> DSVLConfig:
         text_config=text,
         projector_type=arguments.projector_type,
         multimodal_attention=arguments.multimodal_attention,
-        image_positions=arguments.image_positions,
+        image_positions=arguments.image_positions or positions,
         image_token_id=text.vocab_size - 1,
         vision_feature_layer=arguments.vision_feature_layer,
         vision_feature_select_strategy=arguments.vision_feature_select_strategy,
         image_size=image_size,
         num_prefix_tokens=prefix,
-        image_layout=arguments.image_layout or default_image_layout(tower),
+        image_layout=arguments.image_layout or layout,
         max_tiles=arguments.max_tiles,
         max_image_tokens=arguments.max_image_tokens,
         downsample=arguments.downsample,
