@@ -39,8 +39,8 @@ class FusedMask(AttentionMask):
         compiled: bool,
     ) -> "FusedMask | None":
         """For one layer type; None where the kernels do not apply. For the arguments see `masks.build_mask`."""
-        if torch.is_autocast_enabled(visibility.device.type):
-            dtype = torch.get_autocast_dtype(visibility.device.type)
+        if visibility.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
         if text_config._attn_implementation != "sdpa" or not can_fuse(text_config, dtype, visibility.device, training):
             return None
         intervals = query_intervals(visibility)
