@@ -108,8 +108,8 @@ URL = data_url(draw_image(0))
     ("content", "param", "words"),
     [
         ([{"type": "image_url", "image_url": URL}, TEXT], "0.image_url", "pass an object"),
-        ([TEXT, {"type": "input_audio", "input_audio": {}}], "1.type", "'text' or 'image_url', not 'input_audio'"),
-        ([{"type": "image", "image": URL}, TEXT], "0.type", "'text' or 'image_url', not 'image'"),
+        ([TEXT, {"type": "input_audio", "input_audio": {}}], "1.type", "'image_url' or 'video_url', not 'input_audio'"),
+        ([{"type": "image", "image": URL}, TEXT], "0.type", "'image_url' or 'video_url', not 'image'"),
         ([{"type": "image_url", "image_url": {"url": URL, "detail": "original"}}], "0.image_url.detail", "not 'original'"),
         ([{"type": "image_url", "image_url": {}}, TEXT], "0.image_url.url", "is missing"),
         ([{"type": "image_url"}, TEXT], "0.image_url", "is missing"),
