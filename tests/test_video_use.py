@@ -197,7 +197,7 @@ def test_the_feature_cache_tells_frames_apart(folder, processor, tmp_path):
     data = load_conversations(folder / "data.jsonl")
     tower = model.model.vision_tower
     cache = FeatureCache(tmp_path / "cache", {"tower": "t"})
-    fill_cache(cache, [data], tower, model.config, processor.image_processor, sampling=processor.video_sampling)
+    fill_cache(cache, [data], tower, model.config, processor, sampling=processor.video_sampling)
     assert len(cache) == 5  # the samplings of the two conversations differ
     batch = ConversationCollator(processor, features=cache)([data[0]])
     pixels = ConversationCollator(processor)([data[0]])
