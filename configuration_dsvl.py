@@ -295,11 +295,17 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
             return math.ceil(math.isqrt(self.num_patches) / self.downsample) ** 2
         return self.num_patches + (self.num_prefix_tokens if self.vision_feature_select_strategy == "full" else 0)
 
-    def native_image_tokens(self, rows: int, columns: int) -> int:
-        """How many embeddings a native image of so many rows and columns of patches becomes in the decoder."""
-        if self.projector_type == "perceiver":
-            return self.num_queries
-        return math.ceil(rows / self.downsample) * math.ceil(columns / self.downsample)
+    def tile_lengths(self, tiles: int, spatial_shapes: Any = None) -> list[int]:
+        """How many embeddings each of so many tiles becomes in the decoder.
+
+        Args:
+            tiles: their number.
+            spatial_shapes: of native images, (images, 2), rows and columns of patches.
+        """
+        if spatial_shapes is None or self.projector_type == "perceiver":
+            return [self.image_seq_length] * tiles
+        side = self.downsample
+        return [math.ceil(rows / side) * math.ceil(columns / side) for rows, columns in spatial_shapes.tolist()]
 
     @property
     def processor_arguments(self) -> dict[str, Any]:

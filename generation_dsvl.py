@@ -11,7 +11,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcess
 
 from .acceleration_dsvl import acceleration
 from .cache_dsvl import cached_types, known_positions, remember_types, whole_positions
-from .inputs_dsvl import PEFT_HINT, check_image_counts
+from .inputs_dsvl import PEFT_HINT, check_image_counts, check_num_tiles
 from .masks_dsvl import sequence_may_hold_images, step_codes
 from .transformers_dsvl import (
     CACHE,
@@ -119,17 +119,12 @@ class DSVLGenerationMixin(GenerationMixin):
                 kwargs["spatial_shapes"] = images["spatial_shapes"]
             return
         number = len(images["pixel_values"])
-        if tiles is not None and int(tiles.sum()) != number:
-            raise ValueError(
-                f"num_tiles name {int(tiles.sum())} tiles in all, but pixel_values hold {number}; pass both as "
-                "the processor returned them."
-            )
+        if tiles is not None:
+            check_num_tiles(int(tiles.sum()), number)
         if input_ids is not None:
             is_image = input_ids == self.config.image_token_id
-            lengths = [self.config.image_seq_length] * number
-            if "spatial_shapes" in images:
-                lengths = [self.config.native_image_tokens(*shape) for shape in images["spatial_shapes"].tolist()]
-            else:
+            lengths = self.config.tile_lengths(number, images.get("spatial_shapes"))
+            if "spatial_shapes" not in images:
                 check_image_counts(is_image.sum(-1).tolist(), self.config.image_seq_length, whole_images=True)
             new = is_image
             # A mask that is longer than the ids means that the ids are the new tokens alone, as in transformers.

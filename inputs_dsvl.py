@@ -195,6 +195,18 @@ def check_image_counts(
         )
 
 
+def check_num_tiles(named: int, given: int) -> None:
+    """Compare the sum of `num_tiles` with the number of tiles that came with it.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if named != given:
+        raise ValueError(
+            f"num_tiles name {named} tiles in all, but pixel_values hold {given}; pass both as the processor returned them."
+        )
+
+
 def check_type_values(
     image_token_id: int,
     image_counts: list[int],
@@ -308,6 +320,7 @@ __all__ = [
     "check_document_ids",
     "check_image_counts",
     "check_labels",
+    "check_num_tiles",
     "check_position_order",
     "check_sequence",
     "check_takes_positions",

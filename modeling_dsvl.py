@@ -22,6 +22,7 @@ from .inputs_dsvl import (
     check_document_ids,
     check_image_counts,
     check_labels,
+    check_num_tiles,
     check_position_order,
     check_sequence,
     check_takes_positions,
@@ -431,8 +432,8 @@ class DSVLModel(DSVLPreTrainedModel):
         grids = None if spatial_shapes is None else [tuple(shape) for shape in spatial_shapes.tolist()]
         projected = list(self.multi_modal_projector(image_features, grids))
         if grids is not None:  # without the padding to the longest
-            counts = [self.config.native_image_tokens(*grid) for grid in grids]
-            projected = [tokens[:count] for tokens, count in zip(projected, counts, strict=True)]
+            lengths = self.config.tile_lengths(len(projected), spatial_shapes)
+            projected = [tokens[:length] for tokens, length in zip(projected, lengths, strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=projected)
 
     def unused_tower_parameters(self) -> list[str]:
@@ -554,11 +555,8 @@ class DSVLModel(DSVLPreTrainedModel):
             image_counts, *of_types = copy.tolist()
             if of_types:
                 check_type_values(self.config.image_token_id, image_counts, *of_types)
-            if tiles is not None and tiles.tolist() != len(lengths):
-                raise ValueError(
-                    f"num_tiles name {tiles.tolist()} tiles in all, but {len(lengths)} were given; pass those that the "
-                    "processor returned with these images."
-                )
+            if tiles is not None:
+                check_num_tiles(tiles.tolist(), len(lengths))
             check_image_counts(image_counts, self.config.image_seq_length, lengths, whole_images)
 
         if copy.is_complete or sum(lengths) > is_image.numel():

@@ -11,7 +11,15 @@ from transformers import AddedToken, ProcessorMixin
 from .image_layouts_dsvl import DECIDED, FRAME, ImageLayout, mean_colour
 from .image_reading_dsvl import fit_thin_image, image_size, pillow_filter, read_image, tower_size
 from .transformers_dsvl import MultiModalData, ProcessingKwargs, Unpack
-from .video_reading_dsvl import MAX_FRAMES, VIDEO_FPS, VideoSampling, expand_videos, has_times, mark_frames
+from .video_reading_dsvl import (
+    IMAGE_SOURCES,
+    MAX_FRAMES,
+    VIDEO_FPS,
+    VideoSampling,
+    expand_videos,
+    has_times,
+    mark_frames,
+)
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -534,7 +542,7 @@ def _part_size(part: dict[str, Any]) -> tuple[int, int]:
     if part.get("image_size") is not None:
         height, width = part["image_size"]
     else:
-        source = next((part[key] for key in ("image", "path", "url", "base64") if part.get(key) is not None), None)
+        source = next((part[key] for key in IMAGE_SOURCES if part.get(key) is not None), None)
         width, height = image_size(source)
     return height, width
 

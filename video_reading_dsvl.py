@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .image_layouts_dsvl import FRAME
 from .image_reading_dsvl import ImageError, Refused, read_image, source_name
 from .video_decoding_dsvl import MAX_FRAMES, VIDEO_FPS, Clock, VideoLimits, VideoSampling, open_reader, too_long
 
@@ -20,7 +21,7 @@ except ImportError:  # not needed for text alone
     Image = None  # type: ignore[assignment]
 
 SOURCES = ("video", "path", "url", "base64")  # the keys of a video part
-IMAGE_SOURCES = ("image", "path", "url", "base64")
+IMAGE_SOURCES = ("image", "path", "url", "base64")  # the keys of an image part that transformers reads
 SETTINGS = ("fps", "max_frames", "frame_rate")  # further keys of a video part
 
 
@@ -130,7 +131,7 @@ class Video:
                             f"its frames have more than {self.limits.kept_pixels:,} pixels together",
                             "pass fewer frames (max_frames) or smaller ones (shortest_edge)",
                         )
-                    image.info = {"dsvl_frame": True}
+                    image.info = {FRAME: True}
                     frames.append(image)
             self._frames = frames
         return self._frames
@@ -207,7 +208,7 @@ class StoredFrame:
     def read_frame(self) -> "Image.Image":
         """The decoded frame; raises `ImageError`."""
         image = read_image(self.source).copy()
-        image.info = {"dsvl_frame": True}
+        image.info = {FRAME: True}
         return image
 
     def digest(self) -> bytes | None:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from ..cache_dsvl import remember_types, whole_positions
+from ..inputs_dsvl import check_num_tiles
 from ..masks_dsvl import AttentionMask, visibilities
 from .decoder_run import OwnValueMask, layer_types, run_decoder
 from .gathered_mask import Slots
@@ -92,11 +93,9 @@ class ImageReuse:
         if number == 0:
             raise ValueError("pixel_values hold no image, so there is nothing to encode; pass at least one.")
         counts = [1] * number if num_tiles is None else [int(count) for count in num_tiles]
-        if sum(counts) != number or min(counts) < 1:
-            raise ValueError(
-                f"num_tiles name {sum(counts)} tiles in all, but pixel_values hold {number}; pass both as the processor "
-                "returned them."
-            )
+        check_num_tiles(sum(counts), number)
+        if min(counts) < 1:
+            raise ValueError(f"num_tiles={counts}, but every image has a tile; pass those that the processor returned.")
         self.rotation(pixel_values.device)  # which refuses models whose images cannot be reused
         decoder = self.model.language_model
         masks = {kind: OwnValueMask() for kind in layer_types(decoder)}
@@ -118,9 +117,7 @@ class ImageReuse:
             made = ImageKVCache(chunk_keys[:, 0], chunk_values[:, 0], fingerprint, [lengths[start:]])
             made = made.quantize() if quantize else made
             if not whole:  # reserved at once, as joining the chunks would take twice their memory
-                tokens = number * lengths[0]
-                if spatial_shapes is not None:
-                    tokens = sum(self.model.config.native_image_tokens(*shape) for shape in spatial_shapes.tolist())
+                tokens = sum(self.model.config.tile_lengths(number, spatial_shapes))
                 whole = {name: _reserve_like(tensor, tokens, offload) for name, tensor in made.tensors.items()}
             for name, tensor in made.tensors.items():
                 whole[name][:, filled : filled + embeds.shape[1]].copy_(tensor)

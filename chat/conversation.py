@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..acceleration.image_cache import reuse_is_exact
 from ..composition.chat_template import check_template_variables
-from ..data.messages import FRAME_KEYS, SOURCES
+from ..data.messages import SOURCES, frame_keys
 from ..generation_dsvl import IMAGE_INPUTS
 from ..image_layouts_dsvl import FRAME
 from ..utils.image_loading import open_image
@@ -241,7 +241,7 @@ class DSVLChat:
             for part in message["content"] if isinstance(message["content"], list) else []:
                 if part["type"] == "image" and not _is_private_copy(part.get("image")):
                     image = self._private_copy(_image_source(part))
-                    of_video = {key: part[key] for key in FRAME_KEYS if key in part}
+                    of_video = frame_keys(part)
                     if of_video:
                         image.info[FRAME] = True
                     part.clear()

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..data.messages import FRAME_KEYS, ROLES
+from ..data.messages import ROLES, frame_keys
 from ..utils.atomic_files import partial_path, write_atomically
 from ..utils.image_loading import open_image
 from ..utils.video_loading import frame_file
@@ -36,8 +36,7 @@ def save_messages(messages: list[dict[str, Any]], folder: Path) -> None:
                     number += 1
                     name = f"image-{number}-{save_id}.png"
                     (folder / name).write_bytes(frame_file(part["image"]))
-                    of_video = {key: part[key] for key in FRAME_KEYS if key in part}
-                    content.append({"type": "image", "path": name, **of_video})
+                    content.append({"type": "image", "path": name} | frame_keys(part))
                 else:
                     content.append({"type": "text", "text": part["text"]})
         stored.append({"role": message["role"], "content": content})
@@ -86,4 +85,4 @@ def _part(part: dict[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / part["path"] if part["type"] == "image" else folder
     if path.resolve().parent != folder.resolve():
         raise ValueError(f"The part {str(part)[:200]} is neither a text nor an image in {folder}.")
-    return {"type": "image", "image": open_image(path)} | {key: part[key] for key in FRAME_KEYS if key in part}
+    return {"type": "image", "image": open_image(path)} | frame_keys(part)

@@ -21,12 +21,12 @@ from ..utils.deprecation import renamed_argument
 from ..utils.text import check_complete_characters, shortened
 from ..utils.urls import is_url
 from ..video_decoding_dsvl import VideoSampling
+from ..video_reading_dsvl import IMAGE_SOURCES as SOURCES
 from ..video_reading_dsvl import SETTINGS as VIDEO_SETTINGS
 from ..video_reading_dsvl import SOURCES as VIDEO_SOURCES
 from .sample_errors import Location
 
 ROLES = ("system", "user", "assistant", "tool")
-SOURCES = ("image", "path", "url", "base64")  # the keys of an image part that transformers reads
 MAX_TIME = 32  # characters of the time of a frame
 FRAME_KEYS = ("time", "frame", "frames")  # of an image that is a frame of a video
 MESSAGE_KEYS = frozenset(("role", "content", "weight", "references", "id", "tool_calls", "reasoning_content"))
@@ -230,6 +230,11 @@ def _check_frame(part: dict[str, Any], number: int) -> None:
             f"a frame of message {number} has {shortened(repr(given), 100)}; expected a time such as '0.5 s', and frame and "
             "frames as 'frame 1 of 8'."
         )
+
+
+def frame_keys(part: dict[str, Any]) -> dict[str, Any]:
+    """What tells of an image part that it is a frame of a video, and when it is shown; empty for other images."""
+    return {key: part[key] for key in FRAME_KEYS if key in part}
 
 
 def source_keys(kind: str) -> tuple[str, ...]:

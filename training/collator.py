@@ -12,7 +12,7 @@ from accelerate.state import GradientState, PartialState
 from ..composition.chat_template import check_template_takes
 from ..data import check_conversation, complete_messages
 from ..data.dataset_files import without_nones
-from ..data.messages import FRAME_KEYS, Sample, image_source, images_of, is_trained, location_of
+from ..data.messages import Sample, frame_keys, image_source, images_of, is_trained, location_of
 from ..data.record_formats import MESSAGES
 from ..data.sample_errors import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location, one_sample, worker_row
 from ..image_reading_dsvl import read_image
@@ -317,7 +317,7 @@ class ConversationCollator:
         if part["type"] != "image":
             return part
         source = fetch_image_source(image_source(part), self.allow_urls)
-        of_video = {key: part[key] for key in FRAME_KEYS if key in part}
+        of_video = frame_keys(part)
         if features is not None:
             return {"type": "image"} | features.part(source) | of_video
         return {"type": "image", "image": read_image(source, allow_urls=False)} | of_video
