@@ -16,7 +16,6 @@ from ..data.messages import Sample, frame_keys, image_source, images_of, is_trai
 from ..data.record_formats import MESSAGES
 from ..data.sample_errors import MAX_BAD_SAMPLES, WORKERS, BadSamples, Location, one_sample, worker_row
 from ..image_reading_dsvl import read_image
-from ..processing_dsvl import image_parts
 from ..utils.image_loading import fetch_image_source, image_source_size
 from ..utils.text import shortened
 from ..utils.video_loading import with_frames
@@ -232,12 +231,12 @@ class ConversationCollator:
         answers = [is_trained(message) for message in messages if message["role"] == "assistant"]
         if not all(answers):
             mask = _unmask(mask, answers)
-        sized = self._with_sizes(messages)
+        tokens, tiles = self._tokens_and_tiles(self._with_sizes(messages))
         return SampleSize(
             turns=len(_turn_ends(messages)),
             images=len(images_of(messages)),
-            tiles=self._count_tiles(sized),
-            tokens=self.processor.count_tokens(sized),
+            tiles=tiles,
+            tokens=tokens,
             trained=int(sum(mask)),
         )
 
@@ -253,8 +252,7 @@ class ConversationCollator:
     def packed_size(self, sample: Any) -> tuple[int, int]:
         """The numbers of tokens and tiles of a sample after shortening; raises `BadSample` for any invalid sample."""
         with one_sample(location_of(sample)):
-            sized = self._with_sizes(self.shorten_sample(sample))
-            return self.processor.count_tokens(sized), self._count_tiles(sized)
+            return self._tokens_and_tiles(self._with_sizes(self.shorten_sample(sample)))
 
     def _with_sizes(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with the size of each image, if its tokens follow it. Headers of files are read, not pixels."""
@@ -272,12 +270,10 @@ class ConversationCollator:
             return part
         return part | {"image_size": image_source_size(image_source(part), self.allow_urls)}
 
-    def _count_tiles(self, sized: list[dict[str, Any]]) -> int:
-        """The tiles of all images of messages from `_with_sizes`."""
-        parts, of_size = image_parts(sized), self.processor.tile_lengths
-        if self.processor.image_layout != "tiles":
-            return len(parts)
-        return sum(1 if part.get("time") else len(of_size(*part["image_size"])) for part in parts)
+    def _tokens_and_tiles(self, sized: list[dict[str, Any]]) -> tuple[int, int]:
+        """The numbers of tokens and tiles of messages from `_with_sizes`."""
+        ids, images = self.processor.ids_of_tiles(sized)
+        return len(ids) + sum(length - 1 for tiles in images for length in tiles), sum(map(len, images))
 
     def messages(self, sample: Any) -> list[dict[str, Any]]:
         """The complete messages of a sample, with the frames of videos as images that are not decoded yet.
