@@ -66,6 +66,13 @@ def test_every_sampled_frame_is_the_one_that_is_shown_at_its_time(name):
     assert number == 4 and duration == pytest.approx(1.6, abs=0.11)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="only Linux has scheduling policies")
+@pytest.mark.parametrize("name", FORMATS)
+def test_making_a_video_leaves_the_process_as_it_was(name):
+    encoded(2, **FORMATS[name])
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 def test_timestamps_decide_where_the_rate_varies():
     stamps = [0, 0.04, 0.08, 0.12, 0.16, 2, 2.5, 6, 6.04, 8]
     for data in (encoded(stamps), encoded(stamps, "libvpx-vp9", "webm")):

@@ -1,8 +1,10 @@
 """Small encoded videos for tests: frame `i` of every one of them is a grey that says which it is (`grey_of`)."""
 
+import contextlib
 import io
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,7 @@ def encoded(
         stamps = [index / rate for index in range(stamps)]
     folder = tempfile.TemporaryDirectory()  # some options of the container read the file again
     path = Path(folder.name, "video")
-    with folder, av.open(str(path), "w", format=container, options=container_options or {}) as output:
+    with _same_scheduling(), folder, av.open(str(path), "w", format=container, options=container_options or {}) as output:
         stream: Any = output.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
         stream.codec_context.gop_size = gop
@@ -83,6 +85,22 @@ def encoded(
             output.mux(sound.encode())
         output.close()
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _same_scheduling() -> Iterator[None]:
+    """Undo what SVT-AV1 does to a process of root's that encodes: it schedules the process, and all that it starts later,
+    as `SCHED_FIFO` above everything else. py-cpuinfo, which DeepSpeed runs, waits actively for a child; in real time that
+    child never runs.
+    """
+    if not hasattr(os, "sched_getscheduler"):  # not Linux
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def animation(kind: str, milliseconds: Sequence[int], size: tuple[int, int] = (32, 24)) -> bytes:
