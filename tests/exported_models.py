@@ -13,7 +13,7 @@ import dsvl
 
 SIZE, PATCH = 28, 14
 _WIDTHS = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, patch_size=PATCH, image_size=SIZE)
-_TEXT = dict(
+TEXT = dict(
     vocab_size=400,
     hidden_size=64,
     intermediate_size=96,
@@ -29,19 +29,19 @@ _TEXT = dict(
 HEAD = dict(head_dim=32)  # the smallest that vLLM takes on a CPU
 WINDOW = 24  # shorter than the longest prompts
 DECODERS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**_TEXT, **HEAD),
-    "qwen2": lambda: transformers.Qwen2Config(**_TEXT | {"hidden_size": 128}),
-    "qwen3": lambda: transformers.Qwen3Config(**_TEXT, **HEAD),
-    "mistral": lambda: transformers.MistralConfig(**_TEXT, **HEAD, sliding_window=WINDOW),
+    "llama": lambda: transformers.LlamaConfig(**TEXT, **HEAD),
+    "qwen2": lambda: transformers.Qwen2Config(**TEXT | {"hidden_size": 128}),
+    "qwen3": lambda: transformers.Qwen3Config(**TEXT, **HEAD),
+    "mistral": lambda: transformers.MistralConfig(**TEXT, **HEAD, sliding_window=WINDOW),
     "gemma2": lambda: transformers.Gemma2Config(
-        **_TEXT,
+        **TEXT,
         **HEAD,
         sliding_window=WINDOW,
         query_pre_attn_scalar=32,
         attn_logit_softcapping=5.0,
         final_logit_softcapping=None,  # which LLaVA cannot express
     ),
-    "phi3": lambda: transformers.Phi3Config(**_TEXT | {"hidden_size": 128}),
+    "phi3": lambda: transformers.Phi3Config(**TEXT | {"hidden_size": 128}),
 }
 TOWERS: dict[str, Callable[[], Any]] = {
     "clip": lambda: transformers.CLIPVisionConfig(**tiny_tower_config().to_dict() | _WIDTHS),

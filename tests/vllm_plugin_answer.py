@@ -1,0 +1,137 @@
+"""Serve a checkpoint by vLLM with DSVL's plugin on a CPU, in vLLM's environment; prints JSON.
+
+python vllm_plugin_answer.py JOB.json
+
+A job: `checkpoint`; `engine`, arguments of `LLM`; `requests`, message lists as clients send them; `new_tokens`; and `steps`, names
+of functions in `STEPS`. Without `steps`, building the engine must fail, and the message is printed.
+"""
+
+import base64
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# Two cores, nothing from the network; one process unless a job says otherwise.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from PIL import Image  # noqa: E402
+from vllm import LLM, SamplingParams, __version__  # noqa: E402
+
+DEFAULTS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "block_size": 32,
+    "limit_mm_per_prompt": {"image": 8},
+}
+
+
+def images_of(messages: list[dict[str, Any]]) -> list[Image.Image]:
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    return [Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1]))) for url in urls]
+
+
+def rows(outputs: list[Any]) -> list[dict[str, Any]]:
+    """Token ids of prompts and answers, log probabilities of the answers' tokens, tokens that a cache had."""
+    return [
+        {
+            "prompt_ids": list(one.prompt_token_ids or []),
+            "ids": list(one.outputs[0].token_ids),
+            "logprobs": [values[chosen].logprob for values, chosen in zip(one.outputs[0].logprobs, one.outputs[0].token_ids)],
+            "cached": one.num_cached_tokens,
+            "reason": one.outputs[0].finish_reason,
+        }
+        for one in outputs
+    ]
+
+
+class Steps:
+    def __init__(self, engine: LLM, job: dict[str, Any]) -> None:
+        self.engine, self.job = engine, job
+        self.greedy = SamplingParams(temperature=0, max_tokens=job["new_tokens"], logprobs=1, ignore_eos=True)
+
+    def chat(self) -> Any:
+        """All requests at once, by the chat protocol with data URLs."""
+        return rows(self.engine.chat(self.job["requests"], self.greedy, use_tqdm=False))
+
+    def again(self) -> Any:
+        """Again, so that the prefix cache has them."""
+        return self.chat()
+
+    def texts(self) -> Any:
+        """As rendered texts, with images."""
+        return self._generate([{"prompt": text} for text in self.job["texts"]])
+
+    def short_ids(self) -> Any:
+        """As token ids with one image token for each image."""
+        return self._generate([{"prompt_token_ids": ids} for ids in self.job["short_ids"]])
+
+    def full_ids(self) -> Any:
+        """As token ids with all image tokens."""
+        return self._generate([{"prompt_token_ids": ids} for ids in self.job["full_ids"]])
+
+    def _generate(self, prompts: list[dict[str, Any]]) -> Any:
+        for prompt, messages in zip(prompts, self.job["requests"], strict=True):
+            if images := images_of(messages):
+                prompt["multi_modal_data"] = {"image": images}
+        return rows(self.engine.generate(prompts, self.greedy, use_tqdm=False))
+
+    def refusals(self) -> Any:
+        """What requests are refused with."""
+        found = {}
+        for name, prompt in self.job["refused"].items():
+            prompt = dict(prompt)
+            if "images" in prompt:
+                prompt["multi_modal_data"] = {"image": [Image.new("RGB", (30, 40))] * prompt.pop("images")}
+            try:
+                self.engine.generate([prompt], self.greedy, use_tqdm=False)
+                found[name] = None
+            except ValueError as error:
+                found[name] = str(error)
+        return found
+
+    def sampled(self) -> Any:
+        """Every token that sampling may return in many tries, with almost equal probabilities."""
+        many = SamplingParams(temperature=1e4, n=64, max_tokens=16, ignore_eos=True, seed=0)
+        outputs = self.engine.chat(self.job["requests"][:2], many, use_tqdm=False)
+        return sorted({token for one in outputs for answer in one.outputs for token in answer.token_ids})
+
+    def adapter(self) -> Any:
+        """With a LoRA adapter, and without it in the same batch."""
+        from vllm.lora.request import LoRARequest
+
+        requests, adapter = self.job["requests"], LoRARequest("adapter", 1, self.job["adapter"])
+        both = [adapter] * len(requests) + [None] * len(requests)
+        return rows(self.engine.chat(requests * 2, self.greedy, use_tqdm=False, lora_request=both))
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    options = DEFAULTS | job.get("engine", {})
+    found: dict[str, Any] = {"vllm": __version__}
+    if not job["steps"]:
+        try:
+            LLM(job["checkpoint"], **options)
+            found["error"] = None
+        except (ValueError, RuntimeError) as error:
+            found["error"] = str(error)
+    else:
+        steps = Steps(LLM(job["checkpoint"], **options), job)
+        found |= {name: getattr(steps, name)() for name in job["steps"]}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
