@@ -65,21 +65,22 @@ def image_processor(tower: str) -> Any:
 
 
 def compose_for_export(
-    tower: str = "clip", decoder: str = "llama", text: dict[str, Any] | None = None, **options: Any
+    tower: Any = "clip", decoder: Any = "llama", text: dict[str, Any] | None = None, processor: Any = None, **options: Any
 ) -> tuple[Any, Any]:
     """A model that LLaVA can express, and its processor.
 
     Args:
-        tower, decoder: keys of `TOWERS` and `DECODERS`.
+        tower, decoder: keys of `TOWERS` and `DECODERS`, or configurations.
         text: values of the decoder's configuration that differ.
+        processor: of images, if the tower is a configuration.
         options: of `dsvl.compose`.
     """
     torch.manual_seed(0)
-    text_config = DECODERS[decoder]()
+    text_config = DECODERS[decoder]() if isinstance(decoder, str) else decoder
     for name, value in (text or {}).items():
         setattr(text_config, name, value)
     language = AutoModelForCausalLM.from_config(text_config)
-    vision = transformers.AutoModel.from_config(TOWERS[tower]())
+    vision = transformers.AutoModel.from_config(TOWERS[tower]() if isinstance(tower, str) else tower)
     with torch.no_grad():
         for parameter in vision.parameters():
             parameter += 0.1 * torch.randn_like(parameter)  # norms that are not the identity
@@ -95,7 +96,7 @@ def compose_for_export(
         vision,
         language,
         tokenizer=AutoTokenizer.from_pretrained(REFERENCE / "tokenizer"),
-        image_processor=image_processor(tower),
+        image_processor=processor or image_processor(tower),
         **defaults | options,
     )
     for parameter in model.model.multi_modal_projector.parameters():

@@ -2,11 +2,13 @@
 
 python vllm_plugin_answer.py JOB.json
 
-A job: `checkpoint`; `engine`, arguments of `LLM`; `requests`, message lists as clients send them; `new_tokens`; and `steps`, names
-of functions in `STEPS`. Without `steps`, building the engine must fail, and the message is printed.
+A job: `checkpoint`; `engine`, arguments of `LLM`; `requests`, message lists as clients send them; `new_tokens`; and `steps`,
+names of methods of `Steps`. Without `steps` the engine is expected to refuse, and `error` is its message. Or `jobs`, several
+of these.
 """
 
 import base64
+import gc
 import io
 import json
 import os
@@ -26,6 +28,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from PIL import Image  # noqa: E402
 from vllm import LLM, SamplingParams, __version__  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 DEFAULTS = {
     "dtype": "float32",
@@ -49,7 +52,10 @@ def rows(outputs: list[Any]) -> list[dict[str, Any]]:
         {
             "prompt_ids": list(one.prompt_token_ids or []),
             "ids": list(one.outputs[0].token_ids),
-            "logprobs": [values[chosen].logprob for values, chosen in zip(one.outputs[0].logprobs, one.outputs[0].token_ids)],
+            "logprobs": [
+                values[chosen].logprob
+                for values, chosen in zip(one.outputs[0].logprobs or [], one.outputs[0].token_ids, strict=True)
+            ],
             "cached": one.num_cached_tokens,
             "reason": one.outputs[0].finish_reason,
         }
@@ -83,10 +89,30 @@ class Steps:
         return self._generate([{"prompt_token_ids": ids} for ids in self.job["full_ids"]])
 
     def _generate(self, prompts: list[dict[str, Any]]) -> Any:
+        return rows(self._outputs(prompts, self.greedy))
+
+    def _outputs(self, prompts: list[dict[str, Any]], parameters: SamplingParams) -> list[Any]:
         for prompt, messages in zip(prompts, self.job["requests"], strict=True):
             if images := images_of(messages):
                 prompt["multi_modal_data"] = {"image": images}
-        return rows(self.engine.generate(prompts, self.greedy, use_tqdm=False))
+        return self.engine.generate(prompts, parameters, use_tqdm=False)
+
+    def scores(self) -> Any:
+        """The log probabilities of given answers, whatever this engine would answer."""
+        prompts = [
+            {"prompt_token_ids": prompt + answer}
+            for prompt, answer in zip(self.job["full_ids"], self.job["answers"], strict=True)
+        ]
+        asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        found = []
+        for one, answer in zip(self._outputs(prompts, asked), self.job["answers"], strict=True):
+            steps = one.prompt_logprobs[-len(answer) :]
+            found.append([step[token].logprob for step, token in zip(steps, answer, strict=True)])
+        return found
+
+    def preemptions(self) -> Any:
+        """How often a request lost its KV cache so far."""
+        return sum(one.value for one in self.engine.get_metrics() if one.name == "vllm:num_preemptions")
 
     def refusals(self) -> Any:
         """What requests are refused with."""
@@ -117,21 +143,25 @@ class Steps:
         return rows(self.engine.chat(requests * 2, self.greedy, use_tqdm=False, lora_request=both))
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def run(job: dict[str, Any]) -> dict[str, Any]:
     options = DEFAULTS | job.get("engine", {})
-    found: dict[str, Any] = {"vllm": __version__}
-    if not job["steps"]:
-        try:
-            LLM(job["checkpoint"], **options)
-            found["error"] = None
-        except (ValueError, RuntimeError) as error:
-            found["error"] = str(error)
-    else:
+    if job["steps"]:
         steps = Steps(LLM(job["checkpoint"], **options), job)
-        found |= {name: getattr(steps, name)() for name in job["steps"]}
-    print(json.dumps(found))
+        return {name: getattr(steps, name)() for name in job["steps"]}
+    try:
+        LLM(job["checkpoint"], **options)
+    except (ValueError, RuntimeError) as error:
+        return {"error": str(error)}
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    return {"error": None}
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    found = {"jobs": [run(one) for one in job["jobs"]]} if "jobs" in job else run(job)
+    return found | {"vllm": __version__}
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

@@ -8,7 +8,13 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMRoPE, SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.module_mapping import MultiModelKeys
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    StageMissingLayer,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
@@ -20,6 +26,8 @@ from ...vision_dsvl import make_vision_tower, run_tower
 from .attention import route_attention
 from .processing import DSVLDummyInputs, DSVLMultiModalProcessor, DSVLProcessingInfo
 from .settings import check_model, decoder_architecture
+
+TOWER_PREFIX = "model.vision_tower."  # of weights in a checkpoint
 
 
 @MULTIMODAL_REGISTRY.register_processor(DSVLMultiModalProcessor, info=DSVLProcessingInfo, dummy_inputs=DSVLDummyInputs)
@@ -35,7 +43,7 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={
             "model.language_model.": "language_model.model.",
-            "model.vision_tower.": "vision_tower.",
+            TOWER_PREFIX: "vision_tower.",
             "model.multi_modal_projector.": "multi_modal_projector.",
             "lm_head.": "language_model.lm_head.",
         }
@@ -143,7 +151,37 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        """Load a checkpoint: the tower by transformers, which knows by which names its releases save a tower's weights.
+
+        Raises:
+            ValueError: if the tower's weights are not those of its configuration.
+        """
+        of_tower: dict[str, torch.Tensor] = {}
+
+        def others() -> Iterable[tuple[str, torch.Tensor]]:
+            for name, weight in weights:
+                if name.startswith(TOWER_PREFIX):
+                    of_tower[name.removeprefix(TOWER_PREFIX)] = weight
+                else:
+                    yield name, weight
+
+        loaded = AutoWeightsLoader(self).load_weights(others(), mapper=self.hf_to_vllm_mapper)
+        if isinstance(self.vision_tower, StageMissingLayer):
+            return loaded
+        tower, info = type(self.vision_tower).from_pretrained(
+            None,
+            config=self.vision_tower.config,
+            state_dict=of_tower,
+            dtype=self.vision_tower.dtype,
+            output_loading_info=True,
+        )
+        if wrong := sorted(map(str, {*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]})):
+            raise ValueError(
+                f"{len(wrong)} weights of the vision tower, such as {wrong[0]}, are missing, unknown or of another shape "
+                "than config.json says; copy or download the checkpoint again."
+            )
+        self.vision_tower.load_state_dict(tower.state_dict())
+        return loaded | {f"vision_tower.{name}" for name, _ in self.vision_tower.named_parameters()}
 
     def get_mm_mapping(self) -> MultiModelKeys:
         """Where an adapter's layers belong."""

@@ -23,7 +23,8 @@ MARKED_SCORE = 2048.0
 # With softcapping it saturates instead: tanh(8) is 1 within float32's rounding, and exp(2 * 8), by which kernels compute it,
 # does not overflow.
 MARKED_SOFTCAPS = 8.0
-# exp(-30) times a hundred thousand keys is below float32's rounding: a smaller cap would let the other modality leak in.
+# A key of the other modality then keeps a weight of exp(-cap - score), relative to the best of the branch's own. exp(-30)
+# times a hundred thousand keys is below float32's rounding; a smaller cap would let the other modality leak in.
 LEAST_SOFTCAP = 30.0
 # Numbers behind a head that are used, and heads for each query head.
 EXTRA = 2
