@@ -6,6 +6,7 @@ so log probabilities are compared, and the models of both attentions are held ag
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -280,8 +281,10 @@ def test_special_tokens_that_users_type_are_text(served: Any) -> None:
         "no name of the image": {"prompt": "What?", "images": 1},
         "options": {"prompt": "<image>", "images": 1, "mm_processor_kwargs": {"do_resize": False}},
         "another image's tokens": {"prompt_token_ids": [bos, image_id, 300, image_id, 300], "images": 1},
+        "a video": {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:,"}}]}]},
     }
-    wanted = job(served.folder / "model", served.model, served.processor, asked, ["chat", "texts", "refusals", "sampled"])
+    steps = ["chat", "texts", "refusals", "sampled"]
+    wanted = job(served.folder / "model", served.model, served.processor, asked, steps)
     found = answers_of_vllm(served.folder, wanted | {"refused": refused})
     assert_equal(found["chat"], expected)
     for one in found["texts"]:
@@ -293,6 +296,7 @@ def test_special_tokens_that_users_type_are_text(served: Any) -> None:
         "options": "mm_processor_kwargs={'do_resize': False} cannot be chosen in a request, as the number of image tokens "
         "follows from how an image is processed; omit it.",
         "another image's tokens": "The prompt names 2 images",
+        "a video": "A message holds a part of type 'video_url'; a DSVL checkpoint under vLLM takes text and images",
     }
     assert len(found["sampled"]) > 200 and image_id not in found["sampled"]
 
@@ -323,6 +327,23 @@ def test_images_are_read_as_here(served: Any) -> None:
     found = answers_of_vllm(served.folder, wanted)
     for step in ("chat", "texts"):
         assert_equal(found[step], expected)
+
+
+def test_the_kernel_of_gpus_computes_mmca_in_an_interpreter(tmp_path: Path) -> None:
+    """vLLM's Triton kernel, which a CPU's engine does not use: prefill and decode in a paged cache, heads of 64 and 128."""
+    benchmark = TESTS.parent / "benchmarks" / "padded_heads.py"
+    find = "import importlib.util; print(importlib.util.find_spec('vllm').submodule_search_locations[0])"
+    folder = subprocess.run([str(PYTHON), "-c", find], capture_output=True, text=True, check=True).stdout.strip()
+    paths = os.pathsep.join(map(str, [plain_entry_point(tmp_path), TESTS / "vllm_site"]))
+    variables = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [str(PYTHON), str(benchmark), folder, "--check-only"], env=variables, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = re.findall(r"head_dim (\d+), torch.(\w+): largest difference from the definition (\S+)", done.stdout)
+    assert len(found) == 8
+    for _, dtype, difference in found:
+        assert float(difference) < (2e-6 if dtype == "float32" else 2e-3)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -122,7 +122,10 @@ class Steps:
             if "images" in prompt:
                 prompt["multi_modal_data"] = {"image": [Image.new("RGB", (30, 40))] * prompt.pop("images")}
             try:
-                self.engine.generate([prompt], self.greedy, use_tqdm=False)
+                if "messages" in prompt:
+                    self.engine.chat([prompt["messages"]], self.greedy, use_tqdm=False)
+                else:
+                    self.engine.generate([prompt], self.greedy, use_tqdm=False)
                 found[name] = None
             except ValueError as error:
                 found[name] = str(error)

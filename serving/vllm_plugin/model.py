@@ -53,12 +53,7 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        if modality == "image":
-            return IMAGE_TOKEN
-        raise ValueError(
-            f"A DSVL checkpoint reads images and text, but a message holds a part of modality {modality!r}; under vLLM, "
-            "pass the frames of a video as images."
-        )
+        return IMAGE_TOKEN if modality == "image" else None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from vllm.tokenizers.hf import CachedHfTokenizer, get_cached_tokenizer
 
 from ...image_reading_dsvl import image_size
 from ...processing_dsvl import IMAGE_TOKEN, DSVLProcessor, mark_special_tokens
+from .padded_heads import ELSEWHERE
 
 # What `DSVLProcessor` protects by itself, and what is a name rather than text.
 PROTECTED_KEYS = ("role", "content")
@@ -110,9 +111,11 @@ class DSVLRenderer(HfRenderer):
     """vLLM's renderer of chat templates, which gives images the texts of their tiles."""
 
     def render_messages(self, messages: Any, params: Any) -> Any:
+        _check_parts(messages)
         return super().render_messages(messages, _as_parts(params))
 
     async def render_messages_async(self, messages: Any, params: Any) -> Any:
+        _check_parts(messages)
         return await super().render_messages_async(messages, _as_parts(params))
 
     def _tokenize_prompt(self, prompt: Any, params: Any) -> Any:
@@ -148,6 +151,22 @@ class DSVLRenderer(HfRenderer):
                 f"The prompt names {found} images ({IMAGE_TOKEN}), but 0 were given; pass as many images as it names, or "
                 "send the text as a chat message, in which it stays text."
             )
+
+
+def _check_parts(messages: Any) -> None:
+    """
+    Raises:
+        VLLMValidationError: for a message with a video or a sound.
+    """
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else []:
+            kind = str(part.get("type")) if isinstance(part, dict) else "text"
+            if "video" in kind or "audio" in kind:
+                raise VLLMValidationError(
+                    f"A message holds a part of type {kind!r}; a DSVL checkpoint under vLLM takes text and images (of "
+                    f"a video, its frames). {ELSEWHERE}"
+                )
 
 
 def _as_parts(params: Any) -> Any:
