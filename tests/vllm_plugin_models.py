@@ -28,6 +28,8 @@ def decoder_config(name: str, softcap: float) -> Any:
     if name == "bitnet":  # which vLLM does not have
         return transformers.BitNetConfig(**TEXT)
     config = DECODERS[name]()
+    if name == "mistral":  # all of its layers have a window: the answers would see no image in a smaller one
+        config.sliding_window = 64
     if name == "gemma2":  # the released one's: a small cap is refused
         config.attn_logit_softcapping, config.final_logit_softcapping = softcap, 30.0
     return config

@@ -30,6 +30,8 @@ def padded_head_size(backend: type[AttentionBackend], head_size: int) -> int:
 class MultimodalAttention(nn.Module):
     """Takes the place of an attention layer of vLLM: the same inputs and outputs, (tokens, heads * head_dim)."""
 
+    is_image: torch.Tensor
+
     def __init__(self, inner: Attention, vllm_config: VllmConfig, is_image: torch.Tensor) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_size = inner.num_heads, inner.num_kv_heads, inner.head_size

@@ -62,12 +62,12 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
         self.config = config
         check_model(config)
         dtype = torch.get_default_dtype()
-        with self._mark_tower_model(vllm_config, "image"):
+        with self._mark_tower_model(vllm_config, "image"):  # type: ignore[operator]
             # `AutoModel` makes a tower in the data type of its configuration.
             self.vision_tower = make_vision_tower(config.vision_config).to(dtype).eval()
             self.multi_modal_projector = PROJECTORS[config.projector_type](config)
         decoder = maybe_prefix(prefix, "language_model")
-        with self._mark_language_model(vllm_config):
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=config.text_config,

@@ -169,6 +169,7 @@ class DSVLMultiModalProcessor(BaseMultiModalProcessor[DSVLProcessingInfo]):
         named = [update.target[:end] for update, end in zip(updates, ends, strict=True)]
         after = [update.target[end:] for update, end in zip(updates, ends, strict=True)]
         found = token_ids.count(image)
+        added: list[list[int]]
         if found == sum(one.count(image) for one in named):
             wanted, added = named, [[]] * len(updates)
         elif found == len(updates):
