@@ -366,6 +366,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"mm_processor_kwargs": {"do_resize": False}},
         "--mm-processor-kwargs {'do_resize': False} does not go with a DSVL checkpoint",
     ),
+    "scales in the KV cache": (
+        {},
+        {"kv_cache_dtype": "int8_per_token_head"},
+        "--kv-cache-dtype int8_per_token_head does not go with multimodal_attention='mmca'",
+    ),
     "an unknown decoder": ({"decoder": "bitnet"}, {}, "is a decoder that the installed vLLM does not have"),
 }
 

@@ -28,6 +28,7 @@ from .processing import DSVLDummyInputs, DSVLMultiModalProcessor, DSVLProcessing
 from .settings import check_model, decoder_architecture
 
 TOWER_PREFIX = "model.vision_tower."  # of weights in a checkpoint
+KV_SCALES = ("k_scale", "v_scale", "kv_scale", "q_scale")
 
 
 @MULTIMODAL_REGISTRY.register_processor(DSVLMultiModalProcessor, info=DSVLProcessingInfo, dummy_inputs=DSVLDummyInputs)
@@ -161,6 +162,11 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
                     yield name, weight
 
         loaded = AutoWeightsLoader(self).load_weights(others(), mapper=self.hf_to_vllm_mapper)
+        if self.is_image is not None and (scales := sorted(name for name in loaded if name.endswith(KV_SCALES))):
+            raise ValueError(
+                f"The checkpoint holds scales of a quantized KV cache, such as {scales[0]}, which would round off the marks "
+                "that multimodal_attention='mmca' has in keys; remove them, and choose --kv-cache-dtype fp8 without scales."
+            )
         if isinstance(self.vision_tower, StageMissingLayer):
             return loaded
         tower, info = type(self.vision_tower).from_pretrained(

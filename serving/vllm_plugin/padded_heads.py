@@ -26,6 +26,8 @@ MARKED_SOFTCAPS = 8.0
 # A key of the other modality then keeps a weight of exp(-cap - score), relative to the best of the branch's own. exp(-30)
 # times a hundred thousand keys is below float32's rounding; a smaller cap would let the other modality leak in.
 LEAST_SOFTCAP = 30.0
+# Below 448, the largest number of a KV cache in 8 bits.
+LARGEST_KEY_MARK = 256.0
 # Numbers behind a head that are used, and heads for each query head.
 EXTRA = 2
 # What to do with a model that vLLM does not serve.
@@ -49,7 +51,8 @@ def branch_marks(scale: float, softcap: float | None = None) -> tuple[float, flo
             f"weight of exp(-{softcap}); expected at least {LEAST_SOFTCAP:g}. {ELSEWHERE}"
         )
     exponent = math.ceil(math.log2((MARKED_SOFTCAPS * softcap if softcap else MARKED_SCORE) / scale))
-    return 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)
+    key_mark = min(2.0 ** (exponent - exponent // 2), LARGEST_KEY_MARK)
+    return 2.0**exponent / key_mark, key_mark
 
 
 def pad_heads(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import PreTrainedConfig
+from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -16,6 +17,8 @@ ARCHITECTURE = "DSVLForConditionalGeneration"
 # Of the tokenizer and the renderer of rendering.py.
 TOKENIZER_MODE = "dsvl"
 ATTENTIONS = ("mmca", "causal")
+# Data types of a KV cache that hold the marks of padded heads exactly.
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 class DSVLSettings(VerifyAndUpdateConfig):
@@ -30,6 +33,11 @@ class DSVLSettings(VerifyAndUpdateConfig):
         """
         config: Any = model_config.hf_config
         check_model(config)
+        if envs.VLLM_USE_RUST_FRONTEND:
+            raise ValueError(
+                "VLLM_USE_RUST_FRONTEND=1 does not go with a DSVL checkpoint: special tokens that a user types would become "
+                "images or ends of answers; unset it."
+            )
         if model_config.tokenizer_mode not in ("auto", TOKENIZER_MODE):
             raise ValueError(
                 f"--tokenizer-mode {model_config.tokenizer_mode} does not go with a DSVL checkpoint: special tokens that a "
@@ -68,6 +76,12 @@ class DSVLSettings(VerifyAndUpdateConfig):
         config: Any = vllm_config.model_config.hf_config
         if config.multimodal_attention != "mmca":
             return
+        cache_dtype = vllm_config.cache_config.cache_dtype
+        if cache_dtype not in CACHE_DTYPES:
+            raise ValueError(
+                f"--kv-cache-dtype {cache_dtype} does not go with multimodal_attention='mmca', whose marks in keys scales "
+                f"would round off; choose one of {', '.join(CACHE_DTYPES)}."
+            )
         if vllm_config.parallel_config.enable_dbo:
             raise ValueError(
                 "--enable-dbo does not go with multimodal_attention='mmca', as two micro-batches would share one list of "
