@@ -29,6 +29,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from PIL import Image  # noqa: E402
 from vllm import LLM, SamplingParams, __version__  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
 
 DEFAULTS = {
     "dtype": "float32",
@@ -127,23 +129,21 @@ class Steps:
                 else:
                     self.engine.generate([prompt], self.greedy, use_tqdm=False)
                 found[name] = None
-            except ValueError as error:
+            except (ValueError, VLLMValidationError) as error:
                 found[name] = str(error)
         return found
 
     def sampled(self) -> Any:
-        """Every token that sampling may return in many tries, with almost equal probabilities."""
-        many = SamplingParams(temperature=1e4, n=64, max_tokens=16, ignore_eos=True, seed=0)
+        """Tokens of many answers, by a client that asks for the image token."""
+        bias = {self.job["image_token_id"]: 100.0}
+        many = SamplingParams(temperature=2, n=16, max_tokens=16, ignore_eos=True, seed=0, logit_bias=bias)
         outputs = self.engine.chat(self.job["requests"][:2], many, use_tqdm=False)
         return sorted({token for one in outputs for answer in one.outputs for token in answer.token_ids})
 
     def adapter(self) -> Any:
-        """With a LoRA adapter, and without it in the same batch."""
-        from vllm.lora.request import LoRARequest
-
-        requests, adapter = self.job["requests"], LoRARequest("adapter", 1, self.job["adapter"])
-        both = [adapter] * len(requests) + [None] * len(requests)
-        return rows(self.engine.chat(requests * 2, self.greedy, use_tqdm=False, lora_request=both))
+        """With a LoRA adapter."""
+        adapter = LoRARequest("adapter", 1, self.job["adapter"])
+        return rows(self.engine.chat(self.job["requests"], self.greedy, use_tqdm=False, lora_request=adapter))
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataParser
@@ -77,7 +78,7 @@ class DSVLDataParser(MultiModalDataParser):
         if data is None:
             return None
         if self.is_embeddings(data):
-            raise ValueError("Embeddings of images are not taken by a DSVL checkpoint under vLLM; pass the images.")
+            raise VLLMValidationError("Embeddings of images are not taken by a DSVL checkpoint under vLLM; pass the images.")
         several = isinstance(data, (list, tuple)) or getattr(data, "ndim", 0) == 4
         return ImageProcessorItems([_read(one) for one in (data if several else [data])])
 
@@ -122,7 +123,7 @@ class DSVLDummyInputs(BaseDummyInputsBuilder[DSVLProcessingInfo]):
 class DSVLMultiModalProcessor(BaseMultiModalProcessor[DSVLProcessingInfo]):
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         if inputs.hf_processor_mm_kwargs:
-            raise ValueError(
+            raise VLLMValidationError(
                 f"mm_processor_kwargs={dict(inputs.hf_processor_mm_kwargs)} cannot be chosen in a request, as the number of "
                 "image tokens follows from how an image is processed; omit it."
             )
@@ -159,7 +160,7 @@ class DSVLMultiModalProcessor(BaseMultiModalProcessor[DSVLProcessingInfo]):
         image and tokenize it again, by which text becomes special tokens.)
 
         Raises:
-            ValueError: if images and image tokens do not go together.
+            VLLMValidationError: if images and image tokens do not go together.
         """
         image = self.info.get_hf_processor().image_token_id
         updates = [options[0] for options in mm_prompt_updates.get("image", [])]
@@ -177,7 +178,7 @@ class DSVLMultiModalProcessor(BaseMultiModalProcessor[DSVLProcessingInfo]):
         elif found == sum(one.count(image) for one in full):
             wanted, added = full, [[]] * len(updates)
         else:
-            raise ValueError(
+            raise VLLMValidationError(
                 f"The prompt names {found} images ({IMAGE_TOKEN}), but {len(updates)} were given; name each image once, in "
                 "reading order. (Chat messages name them by their parts, with --chat-template-content-format auto.)"
             )
@@ -186,7 +187,7 @@ class DSVLMultiModalProcessor(BaseMultiModalProcessor[DSVLProcessingInfo]):
         for index, update in enumerate(updates):
             start = token_ids.index(image, position)
             if token_ids[start : start + len(wanted[index])] != wanted[index]:
-                raise ValueError(
+                raise VLLMValidationError(
                     f"The tokens of image {index + 1} in the prompt are not those of an image of its size; name it by one "
                     f"{IMAGE_TOKEN}, and pass images in reading order."
                 )

@@ -124,6 +124,11 @@ class DSVLRenderer(HfRenderer):
         if layout is not None and layout.name == "tiles":
             images = _images(prompt)
             pieces = prompt["prompt"].split(IMAGE_TOKEN)
+            if any(image is None for image in images):
+                raise VLLMValidationError(
+                    "An image is given by its UUID alone, but with image_layout='tiles' the texts of its tiles follow its "
+                    "size; pass the image."
+                )
             if len(pieces) == len(images) + 1 and images:  # otherwise it is refused later
                 sizes = [image_size(getattr(image, "media", image)) for image in images]
                 texts = [layout.text(IMAGE_TOKEN, *layout.grid(height, width)) for width, height in sizes]
