@@ -1,7 +1,6 @@
 """Padded heads: one ordinary causal attention call computes MMCA, in every data type that engines serve in."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -11,14 +10,16 @@ from dsvl.serving.vllm_plugin.padded_heads import LEAST_SOFTCAP, branch_marks, m
 
 HEADS, KV_HEADS, HEAD_DIM, PADDED = 6, 2, 16, 24
 LAYOUT = "ttIIIttIIIIIIttttItt"  # two images that touch, and one of a token
+# Queries, keys and values (tokens, heads, head_dim), and which tokens are image tokens.
+States = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def states(dtype: torch.dtype, layout: str = LAYOUT, size: float = 3.0) -> tuple[torch.Tensor, ...]:
-    """Random queries, keys and values (tokens, heads, head_dim), and which tokens are image tokens."""
+def states(dtype: torch.dtype, size: float = 3.0) -> States:
+    """Random ones of the layout."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(len(layout), heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    made = [(size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for shape in shapes]
-    return *made, torch.tensor([symbol == "I" for symbol in layout])
+    shapes = [(len(LAYOUT), heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    query, key, value = ((size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for shape in shapes)
+    return query, key, value, torch.tensor([symbol == "I" for symbol in LAYOUT])
 
 
 def ordinary_attention(
@@ -42,30 +43,14 @@ def ordinary_attention(
     return torch.einsum("hqk,khd->qhd", weights, value).to(query.dtype)
 
 
-def by_padded_heads(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    is_image: torch.Tensor,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> torch.Tensor:
-    padded = pad_heads(query, key, value, is_image, PADDED, branch_marks(scale, softcap))
-    return merge_heads(ordinary_attention(*padded, scale, softcap, window), value, is_image)
+def by_padded_heads(inputs: States, scale: float, softcap: float | None = None, window: int | None = None) -> torch.Tensor:
+    padded = pad_heads(*inputs, PADDED, branch_marks(scale, softcap))
+    return merge_heads(ordinary_attention(*padded, scale, softcap, window), *inputs[2:])
 
 
-def by_definition(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    is_image: torch.Tensor,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> torch.Tensor:
-    loop = PlainLoop(is_image.long()[None])
-    batched = (one.transpose(0, 1)[None] for one in (query, key, value))
+def by_definition(inputs: States, scale: float, softcap: float | None = None, window: int | None = None) -> torch.Tensor:
+    loop = PlainLoop(inputs[3].long()[None])
+    batched = (one.transpose(0, 1)[None] for one in inputs[:3])
     return loop(None, *batched, None, scale, softcap, window)[0][0]
 
 
@@ -78,7 +63,7 @@ CASES = [(HEAD_DIM**-0.5, None), (1.0, None), (1 / 128, None), (HEAD_DIM**-0.5, 
 def test_padded_heads_are_the_definition(scale: float, softcap: float | None, window: int | None) -> None:
     """With grouped heads; queries before, between and behind images; windows that hold no image, or images alone."""
     inputs = states(torch.float64)
-    ours, expected = (compute(*inputs, scale, softcap, window) for compute in (by_padded_heads, by_definition))
+    ours, expected = (compute(inputs, scale, softcap, window) for compute in (by_padded_heads, by_definition))
     # A cap leaves a weight of exp(-50 - score) to each key of the other modality, relative to the best of the branch's own.
     assert (ours - expected).abs().max() < (1e-12 if softcap is None else 1e-8)
 
@@ -88,7 +73,7 @@ def test_padding_adds_no_rounding_to_a_data_type(dtype: torch.dtype) -> None:
     """Each branch is attention over its keys alone, in 16 bits bit for bit: marks are powers of two that add exactly 0."""
     query, key, value, is_image = states(dtype)
     scale = HEAD_DIM**-0.5
-    output = by_padded_heads(query, key, value, is_image, scale)
+    output = by_padded_heads((query, key, value, is_image), scale)
     for index in range(len(LAYOUT)):
         if is_image[index]:
             assert torch.equal(output[index], value[index].repeat_interleave(HEADS // KV_HEADS, 0))
@@ -106,14 +91,13 @@ def test_padding_adds_no_rounding_to_a_data_type(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_large_scores_do_not_reach_the_other_modality(dtype: torch.dtype) -> None:
     """Scores of several hundreds, as some decoders' first layers have them."""
-    inputs = states(dtype, size=12.0)
-    ours = by_padded_heads(*inputs, 1.0).float()
-    expected = by_definition(*(one.double() for one in inputs[:3]), inputs[3], 1.0).float()
-    text = ~inputs[3]
-    scores = torch.einsum("qd,kd->qk", inputs[0][:, 0].double(), inputs[1][:, 0].double())
+    inputs = query, key, value, is_image = states(dtype, size=12.0)
+    ours = by_padded_heads(inputs, 1.0).float()
+    expected = by_definition((query.double(), key.double(), value.double(), is_image), 1.0).float()
+    scores = torch.einsum("qd,kd->qk", query[:, 0].double(), key[:, 0].double())
     assert scores.abs().max() > 500
     # Rounding of outputs of about 12 to 8 bits: the ordinary kernel's own.
-    assert (ours - expected)[text].abs().max() < 12 * 2**-6
+    assert (ours - expected)[~is_image].abs().max() < 12 * 2**-6
 
 
 @pytest.mark.parametrize("scale", [128**-0.5, 256**-0.5, 1 / 128, 1.0, 1 / 512])
@@ -136,11 +120,11 @@ def test_marks_are_exact_and_finite_in_every_data_type(scale: float, softcap: fl
 def test_a_small_softcap_leaks_and_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attn_logit_softcapping=5.0 is too small .* expected at least 30"):
         branch_marks(0.25, 5.0)
-    inputs: Any = states(torch.float64)
-    marks = tuple(2.0**3 for _ in range(2))
+    inputs = states(torch.float64)
+    marks = 2.0**3, 2.0**3
     padded = pad_heads(*inputs, PADDED, marks)
     leaked = merge_heads(ordinary_attention(*padded, 0.25, 5.0), inputs[2], inputs[3])
-    assert (leaked - by_definition(*inputs, 0.25, 5.0)).abs().max() > 1e-3
+    assert (leaked - by_definition(inputs, 0.25, 5.0)).abs().max() > 1e-3
     assert LEAST_SOFTCAP == 30.0
 
 
@@ -148,7 +132,7 @@ def test_a_prompt_in_chunks_is_the_prompt() -> None:
     """Keys and values carry the mask: later queries need no knowledge of earlier tokens' modality."""
     query, key, value, is_image = states(torch.float64)
     scale = HEAD_DIM**-0.5
-    whole = by_padded_heads(query, key, value, is_image, scale)
+    whole = by_padded_heads((query, key, value, is_image), scale)
     cached: list[torch.Tensor] = []
     for start in range(0, len(LAYOUT), 7):
         chunk = slice(start, start + 7)
