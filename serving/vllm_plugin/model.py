@@ -28,6 +28,8 @@ from .processing import DSVLDummyInputs, DSVLMultiModalProcessor, DSVLProcessing
 from .settings import check_model, decoder_architecture
 
 TOWER_PREFIX = "model.vision_tower."  # of weights in a checkpoint
+# Of the tensors that a pipeline stage passes to the next.
+MODALITY = "is_image"
 KV_SCALES = ("k_scale", "v_scale", "kv_scale", "q_scale")
 
 
@@ -75,7 +77,6 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
                 prefix=decoder,
                 architectures=[decoder_architecture(config.text_config)],
             )
-        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self.packed_modules_mapping = getattr(self.language_model, "packed_modules_mapping", self.packed_modules_mapping)
         suppressed = (model_config.try_get_generation_config() or {}).get("suppress_tokens") or []
         self.forbidden_tokens = sorted({config.image_token_id, *suppressed})
@@ -128,16 +129,35 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | IntermediateTensors:
-        if self.is_image is not None and input_ids is not None:
-            tokens = input_ids.shape[0]
-            torch.eq(input_ids, self.config.image_token_id, out=self.is_image[:tokens])
         if positions.ndim == 2:  # equal rows
             positions = positions[0]
         if intermediate_tensors is not None:
             inputs_embeds = None
-        return self.language_model.model(
-            None if inputs_embeds is not None else input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
-        )
+        is_image = None
+        if self.is_image is not None:
+            is_image = self.is_image[: positions.shape[0]]
+            if intermediate_tensors is not None:  # a later pipeline stage may get no ids
+                intermediate_tensors = IntermediateTensors(dict(intermediate_tensors.tensors))
+                torch.gt(intermediate_tensors.tensors.pop(MODALITY)[:, 0], 0.5, out=is_image)
+            elif input_ids is not None:
+                torch.eq(input_ids, self.config.image_token_id, out=is_image)
+            else:
+                raise ValueError("vLLM passed no input_ids, without which image tokens cannot be told from text.")
+        ids = None if inputs_embeds is not None else input_ids
+        output = self.language_model.model(ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+        if is_image is not None and isinstance(output, IntermediateTensors):
+            hidden_states = output["hidden_states"]
+            output = IntermediateTensors(output.tensors | {MODALITY: is_image[:, None].to(hidden_states.dtype)})
+        return output
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """What a pipeline stage gets from the one before: the decoder's, and which tokens are image tokens, (tokens, 1)."""
+        empty = self.language_model.make_empty_intermediate_tensors(batch_size, dtype, device)
+        if self.is_image is None:
+            return empty
+        return IntermediateTensors(empty.tensors | {MODALITY: torch.zeros(batch_size, 1, dtype=dtype, device=device)})
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """The decoder's, without the tokens that an answer must not contain."""
