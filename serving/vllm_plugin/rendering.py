@@ -97,11 +97,11 @@ def protect_message(message: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def protect(value: Any, tokenizer: Any) -> Any:
-    """Texts in any lists and dictionaries, see `mark_special_tokens`."""
+    """Texts in any lists and dictionaries, keys included, see `mark_special_tokens`."""
     if isinstance(value, str):
         return mark_special_tokens(value, tokenizer)
     if isinstance(value, dict):
-        return {key: protect(one, tokenizer) for key, one in value.items()}
+        return {protect(key, tokenizer): protect(one, tokenizer) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [protect(one, tokenizer) for one in value]
     return value
