@@ -65,6 +65,7 @@ class ImageReuse:
         self._rotate_keys: Callable = rotate_keys
         self._rotation: KeyRotation | None = None
         self._fingerprint: tuple[str, list[nn.Parameter], list[int]] | None = None
+        self._is_fresh = False
         self.weight_changes = 0
 
     @property
@@ -316,9 +317,11 @@ class ImageReuse:
     def fingerprint(self) -> str:
         """A hash that ties an image KV cache to this model: of its configuration, and of samples of every weight that
         influences an image. It is computed again when a weight has changed, or after `train()` and `eval()`."""
-        if self._fingerprint is not None and [p._version for p in self._fingerprint[1]] == self._fingerprint[2]:
-            return self._fingerprint[0]
-        self.weight_changes += 1
+        known, is_same = self._fingerprint, False
+        if known is not None:
+            is_same = [p._version for p in known[1]] == known[2]
+            if is_same and self._is_fresh:
+                return known[0]
         model = self.model
         table = model.language_model.get_input_embeddings().weight
         parts = (model.vision_tower, model.multi_modal_projector, model.language_model)
@@ -332,12 +335,15 @@ class ImageReuse:
         digest.update(json.dumps({name: list(p.shape) for name, p in parameters.items()}).encode())
         samples = [p.detach().flatten()[:: max(1, p.numel() // 64)][:64].float() for p in parameters.values()]
         digest.update(torch.cat([sample.to(samples[0].device) for sample in samples]).cpu().numpy().tobytes())
-        self._fingerprint = (digest.hexdigest(), list(parameters.values()), [p._version for p in parameters.values()])
-        return self._fingerprint[0]
+        own = digest.hexdigest(), list(parameters.values()), [p._version for p in parameters.values()]
+        self._fingerprint, self._is_fresh = own, True
+        if known is None or own[0] != known[0] or not is_same:
+            self.weight_changes += 1
+        return own[0]
 
     def forget_fingerprint(self) -> None:
         """Compute the fingerprint again when it is next needed."""
-        self._fingerprint = None
+        self._is_fresh = False
 
 
 def _reserve_like(part: torch.Tensor, tokens: int, offload: bool) -> torch.Tensor:

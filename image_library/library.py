@@ -176,6 +176,16 @@ class ImageLibrary:
 
     # -- for servers -----------------------------------------------------------------------------------------------------
 
+    def takes(self, model: Any, ids: list[int], lengths: Sequence[Sequence[int]]) -> bool:
+        """Whether the images of a prompt fit into the library, and the prompt ends with text.
+
+        Args:
+            ids: of the prompt.
+            lengths: for each image, the number of tokens of each tile.
+        """
+        size = sum(map(sum, lengths)) * self.token_bytes(model)
+        return size <= self.memory.limit and model.config.image_token_id not in ids[-2:]
+
     def find(self, source: str) -> LibraryImage | None:
         """An image that `image` has seen under this name, if the library keeps all of it.
 

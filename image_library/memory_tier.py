@@ -63,6 +63,12 @@ class MemoryTier:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
+    @property
+    def leased(self) -> int:
+        """How many entries have leases."""
+        with self._lock:
+            return sum(entry.leases > 0 for entry in self._entries.values())
+
     def names(self) -> list[str]:
         """The keys, the least recently used first."""
         with self._lock:

@@ -2,8 +2,10 @@
 
 import os
 import re
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
@@ -53,9 +55,11 @@ def available_host_memory() -> int:
     return available
 
 
-def available_memory(device: torch.device) -> int:
+def available_memory(device: "torch.device") -> int:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return available_host_memory()
