@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
 # Partial files of writers that are gone are deleted after so many seconds; no write takes as long.
 ABANDONED_SECONDS = 600.0
-WAITING = 32  # entries that wait to be written
+WAITING = 8  # entries that wait to be written
 NAMED = 5  # damaged files that the log names
 
 
@@ -49,7 +49,8 @@ class DiskStore:
         self.damaged = self.deleted = 0
         self._lock = threading.Lock()
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise ValueError(f"{str(root)!r} cannot hold images ({error}); pass a directory that can be written.") from error
         if not os.access(self.directory, os.W_OK | os.X_OK):

@@ -55,7 +55,8 @@ class LibraryCounts:
         misses: tiles that were encoded.
         disk_hits: tiles that were read from disk.
         bypassed: calls of `generate` with more images than the library can hold.
-        unwritten: tiles that were not written, as the disk was too slow.
+        unwritten: tiles that are not on disk, as it was too slow when they were encoded. They are written when they are used
+            again.
         weight_changes: how often everything was dropped because the weights had changed.
     """
 
@@ -117,13 +118,14 @@ class ImageLibrary:
             self.device = MemoryTier(default if device_bytes is None else device_bytes)
         self.quantize = quantize
         self.counts = LibraryCounts()
-        self.last_encoded: list[bool] = []
+        self.last_encoded: list[bool] = []  # by the only thread that generates
         self.features_because = _why_not_keys(model)
         self._sources: OrderedDict[str, tuple[list[str], list[int]]] = OrderedDict()
         self._lock = RLock()  # of counts, sources and the state of the weights
         self._weights: tuple[Any, int, str] | None = None
         self._state = 0
         self._told = 0
+        self._unwritten: set[str] = set()
         self.disk: DiskStore | None = None
         self._writer: DiskWriter | None = None
         self._disk_weights: str | None = None  # files on disk are those of the weights at the beginning
@@ -155,6 +157,7 @@ class ImageLibrary:
             kwargs: changed in place.
         """
         images = {name: kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None}
+        self.last_encoded = [True] * len(images["pixel_values"])
         if (
             kwargs.get("assistant_model") is not None
             or is_deepspeed_zero3_enabled()
@@ -313,6 +316,7 @@ class ImageLibrary:
         """Drop everything in memory."""
         with self._lock:
             self._state += 1
+            self._unwritten.clear()
             for tier in (self.memory, self.device):
                 if tier is not None:
                     tier.clear()
@@ -360,6 +364,8 @@ class ImageLibrary:
             kept = None if self.device is None else self.device.get(name)
             held = leases[key].tensors if key in leases and (self.features_because is None) == as_keys else None
             held = held if held is not None else self._get(name, uses_disk)
+            if name in self._unwritten and held is not None and uses_disk:
+                self._write(name, held)
             if kept is None and held is not None and self.device is not None:
                 kept = {part: tensor.to(_device(model), non_blocking=True) for part, tensor in held.items()}
                 self.device.put(name, kept)
@@ -410,10 +416,18 @@ class ImageLibrary:
                 )
         if self.device is not None:
             self.device.put(name, own)
-        if self._writer is not None and uses_disk and not self._writer.put(name, on_host):
-            with self._lock:
-                self.counts.unwritten += 1
+        if uses_disk:
+            self._write(name, on_host)
         return own
+
+    def _write(self, name: str, tensors: Tensors) -> None:
+        """Write an entry to disk, later."""
+        if self._writer is None:
+            return
+        is_waiting = self._writer.put(name, tensors)
+        with self._lock:
+            (self._unwritten.discard if is_waiting else self._unwritten.add)(name)
+            self.counts.unwritten = len(self._unwritten)
 
     def _get(self, name: str, uses_disk: bool) -> Tensors | None:
         """An entry in main memory, read from disk if necessary."""

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from ..utils.image_loading import ImageReadError, decode_image_file
 from .library import ImageLibrary
 
+FLUSH = 8  # images, after which it waits until they are written
 NAMED = 5  # unreadable files that the error names
 
 
@@ -73,6 +74,8 @@ def preload(
         inputs = dict(processor(images=[image], return_tensors="pt"))
         library.add(model, inputs, processor.tile_lengths(image.height, image.width), source_of(data))
         sources.append(source_of(data))
+        if len(sources) % FLUSH == 0:
+            library.flush()
     if unreadable:
         more = f", and {len(unreadable) - NAMED} more" if len(unreadable) > NAMED else ""
         raise ValueError(

@@ -1,0 +1,319 @@
+"""The tiers of the image library: bounds, order, damaged files, killed writers, several processes and threads."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import batch, random_images, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training_runs import environment
+
+from dsvl.image_library import ImageLibrary
+from dsvl.image_library.disk_store import DiskStore, checksum
+from dsvl.image_library.memory_tier import MemoryTier
+from dsvl.image_library.preload import image_files
+from dsvl.utils.byte_sizes import format_size, parse_size
+
+SIZE = 2**26
+
+
+def entry(number: int, numbers: int = 100) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    keys, values = (torch.randn(2, numbers, 3, generator=generator).to(torch.bfloat16) for _ in range(2))
+    return {"keys": keys, "values": values}
+
+
+def same(one: Any, other: Any) -> bool:
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["put", "get", "lease", "release", "clear"]), st.integers(0, 7), st.integers(1, 40)),
+    max_size=60,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(OPERATIONS, st.integers(1, 100))
+def test_a_memory_tier_drops_the_least_recently_used(operations: list[tuple[str, int, int]], limit: int) -> None:
+    """Against a model of it, in random operations; the bytes never exceed the limit."""
+    tier, expected = MemoryTier(limit), OrderedDict[str, int]()
+    leases: dict[str, list[Any]] = {}
+    for operation, number, size in operations:
+        key = str(number)
+        if operation == "put":
+            kept = tier.put(key, {"keys": torch.zeros(size, dtype=torch.uint8)})
+            if key in expected:
+                expected.move_to_end(key)
+                assert kept
+                continue
+            free = [other for other in expected if not leases.get(other)]
+            room = limit - sum(expected.values()) + sum(expected[other] for other in free)
+            assert kept == (size <= room)
+            if kept:
+                for other in free:
+                    if sum(expected.values()) + size <= limit:
+                        break
+                    del expected[other]
+                expected[key] = size
+        elif operation == "get":
+            assert (tier.get(key) is None) == (key not in expected)
+            if key in expected:
+                expected.move_to_end(key)
+        elif operation == "lease":
+            lease = tier.lease(key)
+            assert (lease is None) == (key not in expected)
+            if lease is not None:
+                expected.move_to_end(key)
+                leases.setdefault(key, []).append(lease)
+            del lease
+        elif operation == "release" and leases.get(key):
+            leases[key].pop()
+        elif operation == "clear":
+            tier.clear()
+            expected.clear()
+            leases.clear()
+        assert tier.names() == list(expected) and tier.bytes == sum(expected.values()) <= limit
+        assert tier.leased == sum(bool(leases.get(other)) for other in expected)
+
+
+def test_files_are_found_again_and_equal(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "kept", "abc", SIZE)
+    assert store.get("keys-1") is None and store.put("keys-1", entry(1)) and store.put("keys-1", entry(1))
+    again = DiskStore(tmp_path / "kept", "abc", SIZE)
+    assert same(again.get("keys-1"), entry(1)) and len(again) == 1
+    assert DiskStore(tmp_path / "kept", "abd", SIZE).get("keys-1") is None  # of other weights
+    assert (tmp_path / "kept").stat().st_mode & 0o077 == 0  # for its owner alone
+
+
+def test_the_least_recently_used_files_are_deleted(tmp_path: Path) -> None:
+    DiskStore(tmp_path, "abc", SIZE).put("one", entry(0))
+    size = DiskStore(tmp_path, "abc", SIZE).bytes
+    store, other = DiskStore(tmp_path, "abc", 4 * size + 4096), DiskStore(tmp_path, "abd", 4 * size + 4096)
+    for number, (where, key) in enumerate([(store, "two"), (other, "three"), (store, "four")]):
+        assert where.put(key, entry(number))
+        os.utime(where.path(key), (1000 + number, 1000 + number))
+    os.utime(store.path("one"), (999, 999))
+    assert store.get("one") is not None  # used again
+    assert store.put("five", entry(5))
+    assert store.bytes <= store.limit and "two" not in store and "one" in store and "three" in other
+    assert not store.put("large", entry(6, 10 * size)) and "one" in store  # which could never fit
+    assert DiskStore(tmp_path, "abc", 2 * size).bytes <= 2 * size  # a smaller limit than before
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other", "pickle", "text"])
+def test_a_damaged_file_is_a_miss(tmp_path: Path, damage: str, caplog: Any) -> None:
+    store = DiskStore(tmp_path, "abc", SIZE)
+    store.put("one", entry(1))
+    path = store.path("one")
+    data = path.read_bytes()
+    if damage == "other":  # a whole file of another key
+        store.put("two", entry(2))
+        os.replace(store.path("two"), path)
+    elif damage == "pickle":
+        torch.save(entry(1), path)
+    else:
+        middle = len(data) * 3 // 4
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        path.write_bytes({"cut": data[:-10], "empty": b"", "flipped": flipped, "text": b"not an image"}[damage])
+    assert store.get("one") is None
+    assert store.damaged == 1 and "which is damaged" in caplog.text and not path.exists()
+    assert store.put("one", entry(1)) and same(store.get("one"), entry(1))
+
+
+def test_a_damaged_file_is_encoded_again(tmp_path: Path) -> None:
+    model, inputs = tiny_model(), batch("tItItt")
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    for _ in range(2):
+        model.image_library = ImageLibrary(model, SIZE, directory=tmp_path)
+        assert model.generate(**inputs, max_new_tokens=6, do_sample=False).equal(expected)
+        model.image_library.flush()
+        path = sorted(tmp_path.glob("*/*.safetensors"))[0]
+        path.write_bytes(path.read_bytes()[:-1])
+    assert (model.image_library.counts.misses, model.image_library.counts.disk_hits) == (1, 1)
+    assert model.image_library.statistics()["damaged"] == 1
+
+
+def test_a_later_process_finds_the_images_of_the_same_weights(tmp_path: Path) -> None:
+    inputs = batch("tItItt")
+    model = tiny_model()
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    for seed, misses in ((0, 2), (0, 0), (1, 2), (0, 0)):
+        model = tiny_model(seed=seed)
+        model.image_library = ImageLibrary(model, SIZE, directory=tmp_path)
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert ids.equal(expected) == (seed == 0)
+        assert model.image_library.counts.misses == misses
+        model.image_library.flush()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_training_does_not_write_the_images_of_every_step(tmp_path: Path) -> None:
+    model, inputs = tiny_model(), batch("tItt")
+    model.image_library = ImageLibrary(model, SIZE, directory=tmp_path)
+    for _ in range(3):
+        model.generate(**inputs, max_new_tokens=1)
+        with torch.no_grad():
+            model.model.multi_modal_projector.weight.mul_(1.5) if hasattr(model.model.multi_modal_projector, "weight") else [
+                parameter.mul_(1.5) for parameter in model.model.multi_modal_projector.parameters()
+            ]
+    model.image_library.flush()
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 1
+
+
+def test_what_was_not_written_is_written_when_it_is_used_again(tmp_path: Path, monkeypatch: Any) -> None:
+    model, inputs = tiny_model(), batch("tIIItt")
+    model.image_library = library = ImageLibrary(model, SIZE, directory=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(library._writer, "put", lambda key, tensors: False)
+        model.generate(**inputs, max_new_tokens=1)
+    assert library.counts.unwritten == 3 and len(list(tmp_path.glob("*/*.safetensors"))) == 0
+    model.generate(**inputs, max_new_tokens=1)
+    library.flush()
+    assert library.counts.unwritten == 0 and len(list(tmp_path.glob("*/*.safetensors"))) == 3
+
+
+WRITER = """
+import sys, random
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_image_library_storage import entry, same
+from dsvl.image_library.disk_store import DiskStore
+store, seed = DiskStore({root!r}, "abc", int(sys.argv[2])), int(sys.argv[1])
+generator = random.Random(seed)
+print("ready", flush=True)
+for step in range(int(sys.argv[3])):
+    number = generator.randrange(12)
+    found = store.get(str(number))
+    assert found is None or same(found, entry(number, 20_000)), number
+    store.put(str(number), entry(number, 20_000))
+print("done", store.damaged, flush=True)
+"""
+
+
+def writer(root: Path, seed: int, limit: int, steps: int) -> subprocess.Popen[str]:
+    script = WRITER.format(tests=str(Path(__file__).parent), root=str(root))
+    command = [sys.executable, "-c", script, str(seed), str(limit), str(steps)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_writer_may_be_killed_at_any_moment(tmp_path: Path) -> None:
+    limit, generator = 2**21, random.Random(0)
+    for number in range(3):
+        process = writer(tmp_path, number, limit, 10**6)
+        time.sleep(generator.uniform(0.0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (tmp_path / "abc" / f"x.safetensors.{process.pid}.partial").write_bytes(b"half")
+    store = DiskStore(tmp_path, "abc", limit)
+    assert not list(tmp_path.glob("*/*.partial"))  # of processes that are gone
+    assert len(store) > 0 and store.bytes <= limit
+    for number in range(12):
+        found = store.get(str(number))
+        assert found is None or same(found, entry(number, 20_000))
+    assert store.damaged == 0
+
+
+def test_two_processes_share_a_directory(tmp_path: Path) -> None:
+    limit = 2**21
+    processes = [writer(tmp_path, seed, limit, 150) for seed in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and said == ["done 0\n"] * 2
+    store = DiskStore(tmp_path, "abc", limit)
+    assert 0 < store.bytes <= limit and not list(tmp_path.glob("*/*.partial"))
+
+
+def test_the_partial_file_of_a_running_process_stays(tmp_path: Path) -> None:
+    DiskStore(tmp_path, "abc", SIZE)
+    mine = tmp_path / "abc" / f"x.safetensors.{os.getpid()}.partial"
+    mine.write_bytes(b"half")
+    DiskStore(tmp_path, "abc", SIZE)
+    assert mine.exists()
+    os.utime(mine, (1, 1))
+    DiskStore(tmp_path, "abc", SIZE)
+    assert not mine.exists()  # no write takes so long
+
+
+def test_many_threads(tmp_path: Path) -> None:
+    """Leases, evictions and reads from disk at the same time: what is found is what was put."""
+    model = tiny_model()
+    size = 5 * ImageLibrary(model, SIZE).token_bytes(model)
+    library = ImageLibrary(model, 4 * size, directory=tmp_path)
+    images = random_images(8)
+    exact = model.encode_images(images)
+    for number in range(8):
+        library.add(model, {"pixel_values": images[number : number + 1]}, [5], source=str(number))
+    library.flush()
+    wrong: list[int] = []
+    stop = threading.Event()
+
+    def read(seed: int) -> int:
+        generator, found = random.Random(seed), 0
+        while not stop.is_set():
+            number = generator.randrange(8)
+            image = library.find(str(number))
+            if image is not None:
+                found += 1
+                tensors = image.leases[0].tensors
+                if not tensors["keys"].allclose(exact[number].keys) or not tensors["values"].allclose(exact[number].values):
+                    wrong.append(number)
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        readers = [pool.submit(read, seed) for seed in range(8)]
+        for number in range(30):
+            chosen = [random.Random(number).randrange(8) for _ in range(3)]
+            made = [library.image({"pixel_values": images[index : index + 1]}, [5]) for index in chosen]
+            cache = library.generation_inputs(model, made)["image_cache"]
+            torch.testing.assert_close(cache.keys, exact[chosen].keys)
+            assert library.memory.bytes <= 4 * size
+        stop.set()
+        assert all(reader.result() > 0 for reader in readers)
+    assert not wrong and library.memory.leased <= 3
+
+
+def test_sizes() -> None:
+    for text, size in (("8GiB", 2**33), ("500 MB", 5 * 10**8), ("1.5T", 3 * 2**39), ("10", 10), ("2kib", 2048), ("1b", 1)):
+        assert parse_size(text) == size
+    for text in ("", "GiB", "-1GiB", "8 gallons", "1e3MB", "nan"):
+        with pytest.raises(ValueError, match="is not a size in bytes; pass a number with a unit"):
+            parse_size(text)
+    assert [format_size(size) for size in (10, 1536, 2**33, 2**41)] == ["10 bytes", "1.5 KiB", "8 GiB", "2 TiB"]
+
+
+def test_the_files_of_preload(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    for name in ("b.png", "a.jpg", "more/c.png", ".hidden", "more/.thumb"):
+        (tmp_path / name).write_bytes(b"")
+    assert image_files([tmp_path, tmp_path / "b.png"]) == [tmp_path / name for name in ("a.jpg", "b.png", "more/c.png")]
+    with pytest.raises(FileNotFoundError, match="does not exist; pass image files"):
+        image_files([tmp_path / "none"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no files"):
+        image_files([tmp_path / "empty"])
+
+
+def test_a_checksum_covers_names_types_and_shapes() -> None:
+    one = entry(1)
+    others = [
+        {"keys": one["keys"]},
+        {"keys": one["values"], "values": one["keys"]},
+        {name: tensor.view(torch.float16) for name, tensor in one.items()},
+        {name: tensor.view(2, 300) for name, tensor in one.items()},
+    ]
+    assert len({checksum(made) for made in (one, *others)}) == 5
+    assert json.dumps(checksum(one)) == json.dumps(checksum(entry(1)))
