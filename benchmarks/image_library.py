@@ -9,7 +9,6 @@ The server's clients are a process of their own. Rounds with and without the lib
 
 import argparse
 import dataclasses
-import io
 import json
 import random
 import subprocess
@@ -18,25 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from measure import compared, describe_device, device_type, host_ms, report, synchronize, write
 from models import SMALL, Shape
-from PIL import Image
 
 from chat import DEMO, build_parts
 from dsvl.image_library import ImageLibrary
 
 SHAPES = {"demo": DEMO, "small": SMALL, "7b": Shape()}
-QUESTIONS = ("What is in image {}?", "How many dogs are in image {}?", "Describe image {} in a few words.")
-
-
-def photograph(seed: int) -> bytes:
-    """A JPEG file of 640 x 480 pixels, of about 40 kB."""
-    grid = np.random.default_rng(seed).integers(0, 255, (12, 16, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(grid).resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 def serve(model: Any, processor: Any, library: ImageLibrary | None, options: argparse.Namespace) -> tuple[float, list[str]]:
@@ -85,8 +73,7 @@ def fill(library: ImageLibrary, model: Any, number: int, images: torch.Tensor) -
     found = []
     for index in range(number):
         key = f"{index:064x}"
-        copy = {name: torch.empty_like(one, pin_memory=one.is_pinned()).copy_(one) for name, one in tensors.items()}
-        if not library.memory.put(f"{kind}-{key}", copy):
+        if not library.store(f"{kind}-{key}", {name: one.clone() for name, one in tensors.items()}):
             raise ValueError(f"{index} images fill the library of {library.memory.limit:,} bytes; pass a smaller --library.")
         found.append(dataclasses.replace(made, keys=[key], leases=[library.memory.lease(f"{kind}-{key}")]))
     return found
@@ -102,10 +89,9 @@ def first_token(options: argparse.Namespace) -> dict[str, Any]:
     if options.compile:
         model.compile_text_prefill()
     size = shape.per_image * ImageLibrary(model, 2**20, quantize=options.bits == 8).token_bytes(model)
-    # Pinned memory is rounded up to powers of two, which the library does not count.
-    library = ImageLibrary(
-        model, (options.library + 2) * size, device_bytes=options.images * size, quantize=options.bits == 8
-    )
+    # A tenth more, as pinned memory is divided into slabs.
+    memory = int(1.1 * (options.library + 2) * size) + 2**21
+    library = ImageLibrary(model, memory, device_bytes=options.images * size, quantize=options.bits == 8)
     pixels = torch.randn(1, 3, shape.image_size, shape.image_size)
     kept = fill(library, model, options.library, pixels)
     ids = [1, *([processor.image_token_id] * shape.per_image + [5, 6, 7]) * options.images, *range(10, 10 + options.text)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..acceleration.image_cache import ImageKVCache, pinned
+from ..acceleration.image_cache import ImageKVCache
 from ..generation_dsvl import IMAGE_INPUTS
 from ..transformers_dsvl import BaseModelOutputWithPooling, is_deepspeed_zero3_enabled
 from ..utils.byte_sizes import available_memory, format_size
@@ -19,6 +19,7 @@ from .applicability import takes_image_cache
 from .content_keys import adapter_state, code_version, is_random, tile_keys
 from .disk_store import DiskStore, DiskWriter
 from .memory_tier import Lease, MemoryTier, Tensors, nbytes
+from .pinned_arena import PinnedArena
 
 logger = logging.getLogger(__name__)
 CHUNK = 16  # tiles that are encoded in one forward call
@@ -112,8 +113,10 @@ class ImageLibrary:
                 raise ValueError(f"{name}={size} bytes hold no image; pass more.")
         self.memory = MemoryTier(memory_bytes)
         self.device: MemoryTier | None = None
+        self._arena: PinnedArena | None = None
         device = _device(model)
         if device.type == "cuda":
+            self._arena = PinnedArena(memory_bytes)
             default = min(memory_bytes // 4, available_memory(device) // 4)
             self.device = MemoryTier(default if device_bytes is None else device_bytes)
         self.quantize = quantize
@@ -405,20 +408,36 @@ class ImageLibrary:
     def _keep(self, name: str, tensors: Tensors, uses_disk: bool) -> Tensors:
         """Add an entry to all tiers; returns it on the device."""
         own = {part: tensor.detach().clone(memory_format=torch.contiguous_format) for part, tensor in tensors.items()}
-        on_host = own if self.device is None else {part: pinned(tensor) for part, tensor in own.items()}
-        if not self.memory.put(name, on_host):
+        if not self.store(name, own):
             self._told += 1
             if self._told <= NO_ROOM:
                 logger.warning(
                     "An image of %s was not kept: all %s of the library are in use. Give it more memory (--image-cache).",
-                    format_size(nbytes(on_host)),
+                    format_size(nbytes(own)),
                     format_size(self.memory.limit),
                 )
         if self.device is not None:
             self.device.put(name, own)
-        if uses_disk:
-            self._write(name, on_host)
+        kept = self.memory.get(name)
+        if uses_disk and kept is not None:
+            self._write(name, kept)
         return own
+
+    def store(self, name: str, tensors: Tensors) -> bool:
+        """Add an entry to main memory; returns whether there is room."""
+        on_host = self._on_host(tensors)
+        return on_host is not None and self.memory.put(name, on_host)
+
+    def _on_host(self, tensors: Tensors) -> Tensors | None:
+        """An entry in main memory, pinned for a GPU; None if there is no room for it."""
+        if self._arena is None:
+            return tensors
+        if nbytes(tensors) > self._arena.slab_size:
+            return None
+        while (made := self._arena.copy(tensors)) is None:
+            if not self.memory.drop_one():
+                return None
+        return made
 
     def _write(self, name: str, tensors: Tensors) -> None:
         """Write an entry to disk, later."""
@@ -433,8 +452,8 @@ class ImageLibrary:
         """An entry in main memory, read from disk if necessary."""
         found = self.memory.get(name)
         if found is None and self.disk is not None and uses_disk and (found := self.disk.get(name)) is not None:
-            found = found if self.device is None else {part: pinned(tensor) for part, tensor in found.items()}
-            self.memory.put(name, found)
+            if self.store(name, found):
+                found = self.memory.get(name) or found
             with self._lock:
                 self.counts.disk_hits += 1
         return found

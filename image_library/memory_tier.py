@@ -115,6 +115,16 @@ class MemoryTier:
             self.bytes += size
             return True
 
+    def drop_one(self) -> bool:
+        """Drop the least recently used entry without leases; False if there is none."""
+        with self._lock:
+            oldest = next((key for key, entry in self._entries.items() if entry.leases == 0), None)
+            if oldest is None:
+                return False
+            self.bytes -= self._entries.pop(oldest).size
+            self.evicted += 1
+            return True
+
     def clear(self) -> None:
         """Forget all entries. Leases keep what they have."""
         with self._lock:

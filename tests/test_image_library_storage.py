@@ -23,6 +23,7 @@ from training_runs import environment
 from dsvl.image_library import ImageLibrary
 from dsvl.image_library.disk_store import DiskStore, checksum
 from dsvl.image_library.memory_tier import MemoryTier
+from dsvl.image_library.pinned_arena import PinnedArena
 from dsvl.image_library.preload import image_files
 from dsvl.utils.byte_sizes import format_size, parse_size
 
@@ -235,6 +236,44 @@ def test_many_threads(tmp_path: Path) -> None:
         stop.set()
         assert all(reader.result() > 0 for reader in readers)
     assert not wrong and library.memory.leased <= 3
+
+
+def test_an_arena_reuses_what_is_freed() -> None:
+    """Random copies and deletions: what is held does not change, and everything is free at the end."""
+    arena, generator = PinnedArena(2**18), random.Random(0)
+    held: dict[int, Any] = {}
+    refused = 0
+    for step in range(400):
+        if held and generator.random() < 0.45:
+            del held[generator.choice(list(held))]
+        made = arena.copy(entry(step, generator.randrange(1, 3000)))
+        refused += made is None
+        if made is not None:
+            held[step] = made, {name: tensor.clone() for name, tensor in made.items()}
+            assert all(tensor.data_ptr() % 64 == 0 for tensor in made.values())
+        del made
+        assert all(same(one, other) for one, other in held.values())
+    assert refused > 0 and arena.bytes == arena.limit
+    view = next(iter(held.values()))[0]["values"][0]
+    held.clear()
+    whole = entry(1, arena.slab_size // 24)
+    assert arena.copy(whole) is None  # the view holds a part
+    del view
+    assert same(arena.copy(whole), whole)
+    assert arena.copy(entry(1, arena.slab_size)) is None
+
+
+def test_a_library_in_an_arena() -> None:
+    """As on a GPU: images are dropped until there is room, and answers are the same."""
+    model, inputs = tiny_model(), batch("tIIItt")
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    model.image_library = library = ImageLibrary(model, 2**17)
+    library._arena = PinnedArena(2**14)  # smaller than the tier
+    for number in range(6):
+        other = batch("tIt") | {"pixel_values": random_images(1, seed=number + 20)}
+        model.generate(**other, max_new_tokens=1)
+        assert model.generate(**inputs, max_new_tokens=6, do_sample=False).equal(expected)
+    assert library.memory.evicted > 0 and library._arena.bytes <= 2**14
 
 
 def test_sizes() -> None:
