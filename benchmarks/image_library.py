@@ -69,13 +69,15 @@ def fill(library: ImageLibrary, model: Any, number: int, images: torch.Tensor) -
     """Let a library hold so many images: what it keeps of one, under other keys."""
     made = library.image({"pixel_values": images}, [model.config.image_seq_length])
     library.generation_inputs(model, [made])
-    tensors, kind = made.leases[0].tensors, library.memory.names()[0].split("-")[0]
+    tensors, kind = made.leases[0].tensors, library.tiers.memory.names()[0].split("-")[0]
     found = []
     for index in range(number):
         key = f"{index:064x}"
-        if not library.store(f"{kind}-{key}", {name: one.clone() for name, one in tensors.items()}):
-            raise ValueError(f"{index} images fill the library of {library.memory.limit:,} bytes; pass a smaller --library.")
-        found.append(dataclasses.replace(made, keys=[key], leases=[library.memory.lease(f"{kind}-{key}")]))
+        if not library.tiers.store(f"{kind}-{key}", {name: one.clone() for name, one in tensors.items()}):
+            raise ValueError(
+                f"{index} images fill the library of {library.tiers.memory.limit:,} bytes; pass a smaller --library."
+            )
+        found.append(dataclasses.replace(made, keys=[key], leases=[library.tiers.memory.lease(f"{kind}-{key}")]))
     return found
 
 

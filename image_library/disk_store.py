@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import queue
@@ -10,8 +11,8 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from ..utils.atomic_files import atomic_path
 from .memory_tier import Tensors, nbytes
@@ -77,13 +78,12 @@ class DiskStore:
         """An entry; None if there is none, or its file is damaged."""
         path = self.path(key)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                # Copies: what safetensors maps into memory would change with the file.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
+            data = path.read_bytes()  # opened once, as another process may delete it
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, ValueError) as error:
+        try:
+            metadata, tensors = _metadata(data), load(data)
+        except (SafetensorError, ValueError) as error:
             self._discard(path, str(error))
             return None
         if metadata.get("key") != key or metadata.get("checksum") != checksum(tensors):
@@ -153,6 +153,13 @@ class DiskStore:
                     path.unlink()
 
 
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: its header is JSON, after eight bytes with its length."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    found = header.get("__metadata__") if isinstance(header, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def _is_running(process: int) -> bool:
     """Whether a process of this machine runs. (On a shared disk, other machines' numbers may be taken for it: their partial
     files are deleted when they are old.)"""
@@ -170,7 +177,7 @@ def checksum(tensors: Tensors) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

@@ -1,7 +1,6 @@
 """`ImageLibrary`: what a model computes for an image, kept by the image's content and used in any prompt."""
 
 import hashlib
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,18 +13,14 @@ import torch
 from ..acceleration.image_cache import ImageKVCache
 from ..generation_dsvl import IMAGE_INPUTS
 from ..transformers_dsvl import BaseModelOutputWithPooling, is_deepspeed_zero3_enabled
-from ..utils.byte_sizes import available_memory, format_size
 from .applicability import takes_image_cache
 from .content_keys import adapter_state, code_version, is_random, tile_keys
-from .disk_store import DiskStore, DiskWriter
-from .memory_tier import Lease, MemoryTier, Tensors, nbytes
-from .pinned_arena import PinnedArena
+from .memory_tier import Lease, Tensors
+from .tiers import ImageTiers
 
-logger = logging.getLogger(__name__)
 CHUNK = 16  # tiles that are encoded in one forward call
 MAX_SOURCES = 100_000  # image files whose tiles are known
 DISK_FACTOR = 10  # of the memory's size, by default
-NO_ROOM = 5  # how often the log says that an image was not kept
 
 
 @dataclass
@@ -54,18 +49,13 @@ class LibraryCounts:
     Attributes:
         hits: tiles that were used without encoding them, repeated ones of a batch included.
         misses: tiles that were encoded.
-        disk_hits: tiles that were read from disk.
         bypassed: calls of `generate` with more images than the library can hold.
-        unwritten: tiles that are not on disk, as it was too slow when they were encoded. They are written when they are used
-            again.
         weight_changes: how often everything was dropped because the weights had changed.
     """
 
     hits: int = 0
     misses: int = 0
-    disk_hits: int = 0
     bypassed: int = 0
-    unwritten: int = 0
     weight_changes: int = 0
 
 
@@ -92,6 +82,7 @@ class ImageLibrary:
 
     Attributes:
         counts: `LibraryCounts`.
+        tiers: where the entries are.
         features_because: why the library keeps features instead of keys and values; None if it does not.
         last_encoded: for each tile of the last call of `generate`, whether it was encoded.
 
@@ -111,14 +102,7 @@ class ImageLibrary:
         for name, size in (("memory_bytes", memory_bytes), ("device_bytes", device_bytes), ("disk_bytes", disk_bytes)):
             if size is not None and size < (name != "device_bytes"):
                 raise ValueError(f"{name}={size} bytes hold no image; pass more.")
-        self.memory = MemoryTier(memory_bytes)
-        self.device: MemoryTier | None = None
-        self._arena: PinnedArena | None = None
-        device = _device(model)
-        if device.type == "cuda":
-            self._arena = PinnedArena(memory_bytes)
-            default = min(memory_bytes // 4, available_memory(device) // 4)
-            self.device = MemoryTier(default if device_bytes is None else device_bytes)
+        self.tiers = ImageTiers(_device(model), memory_bytes, device_bytes)
         self.quantize = quantize
         self.counts = LibraryCounts()
         self.last_encoded: list[bool] = []  # by the only thread that generates
@@ -127,17 +111,11 @@ class ImageLibrary:
         self._lock = RLock()  # of counts, sources and the state of the weights
         self._weights: tuple[Any, int, str] | None = None
         self._state = 0
-        self._told = 0
-        self._unwritten: set[str] = set()
-        self.disk: DiskStore | None = None
-        self._writer: DiskWriter | None = None
         self._disk_weights: str | None = None  # files on disk are those of the weights at the beginning
-        self._uses_disk = True
         self._disk_weights = self._check_weights(model)
         if directory is not None:
             limit = DISK_FACTOR * memory_bytes if disk_bytes is None else disk_bytes
-            self.disk = DiskStore(directory, _directory_name(self._disk_weights, model), limit)
-            self._writer = DiskWriter(self.disk)
+            self.tiers.open_directory(directory, _directory_name(self._disk_weights, model), limit)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ImageLibrary":
         """A copy of a model shares its library, which notices that the model is another one."""
@@ -171,7 +149,7 @@ class ImageLibrary:
         keys = tile_keys(images)
         as_keys = self.features_because is None and takes_image_cache(model, input_ids, lengths, kwargs)
         unique = dict(zip(keys, lengths, strict=True))
-        if sum(unique.values()) * self.token_bytes(model, as_keys) > self.memory.limit:
+        if sum(unique.values()) * self.token_bytes(model, as_keys) > self.tiers.memory.limit:
             with self._lock:
                 self.counts.bypassed += 1
             return
@@ -190,7 +168,7 @@ class ImageLibrary:
             lengths: for each image, the number of tokens of each tile.
         """
         size = sum(map(sum, lengths)) * self.token_bytes(model)
-        return size <= self.memory.limit and model.config.image_token_id not in ids[-2:]
+        return size <= self.tiers.memory.limit and model.config.image_token_id not in ids[-2:]
 
     def find(self, source: str) -> LibraryImage | None:
         """An image that `image` has seen under this name, if the library keeps all of it.
@@ -287,42 +265,20 @@ class ImageLibrary:
     def statistics(self) -> dict[str, int]:
         """Counts and bytes, for monitoring."""
         with self._lock:
-            figures = vars(self.counts) | {
-                "images": len(self.memory),
-                "bytes": self.memory.bytes,
-                "evicted": self.memory.evicted,
-            }
-        if self.device is not None:
-            figures |= {"device_images": len(self.device), "device_bytes": self.device.bytes}
-        if self.disk is not None:
-            figures |= {"disk_bytes": self.disk.bytes, "damaged": self.disk.damaged, "disk_deleted": self.disk.deleted}
-        return figures
+            return vars(self.counts) | self.tiers.statistics()
 
     def describe(self) -> str:
         """What is kept and where, in a line."""
         what = "keys and values" + (" in 8 bits" if self.quantize else "")
         if self.features_because is not None:
             what = f"the vision tower's features only, as {self.features_because}"
-        where = [f"{format_size(self.memory.limit)} of main memory"]
-        if self.device is not None:
-            where.insert(0, f"{format_size(self.device.limit)} of GPU memory")
-        if self.disk is not None:
-            where.append(f"{format_size(self.disk.limit)} in {self.disk.root}")
-        return f"keeps {what} of images, in up to {', '.join(where)}"
-
-    def flush(self) -> None:
-        """Wait until everything is written."""
-        if self._writer is not None:
-            self._writer.flush()
+        return f"keeps {what} of images, in up to {self.tiers.describe()}"
 
     def clear(self) -> None:
         """Drop everything in memory."""
         with self._lock:
             self._state += 1
-            self._unwritten.clear()
-            for tier in (self.memory, self.device):
-                if tier is not None:
-                    tier.clear()
+            self.tiers.clear()
 
     def _check_weights(self, model: Any) -> str:
         """Drop everything if the weights are not those of before; returns a hash of them."""
@@ -335,7 +291,7 @@ class ImageLibrary:
                 self.counts.weight_changes += 1
                 self.clear()
             name = hashlib.sha256(f"{fingerprint} {adapters}".encode()).hexdigest()
-            self._uses_disk = self._disk_weights in (None, name)
+            self.tiers.uses_disk = self._disk_weights in (None, name)
         return name
 
     def _collect(
@@ -356,23 +312,14 @@ class ImageLibrary:
             as_keys: whether as keys and values.
         """
         self._check_weights(model)
-        uses_disk = self._uses_disk
         kind = "features" if not as_keys else "keys8" if self.quantize else "keys"
         indices: dict[str, int] = {}
         for number, key in enumerate(keys if pixel_keys is None else pixel_keys):
             indices.setdefault(key, number)
         found: dict[str, Tensors] = {}
         for key in dict.fromkeys(keys):
-            name = f"{kind}-{key}"
-            kept = None if self.device is None else self.device.get(name)
             held = leases[key].tensors if key in leases and (self.features_because is None) == as_keys else None
-            held = held if held is not None else self._get(name, uses_disk)
-            if name in self._unwritten and held is not None and uses_disk:
-                self._write(name, held)
-            if kept is None and held is not None and self.device is not None:
-                kept = {part: tensor.to(_device(model), non_blocking=True) for part, tensor in held.items()}
-                self.device.put(name, kept)
-            kept = held if kept is None else kept
+            kept = self.tiers.get_on_device(f"{kind}-{key}", held)
             if kept is not None:
                 found[key] = kept
         missing = [key for key in indices if key not in found]
@@ -381,7 +328,11 @@ class ImageLibrary:
             own = {name: part[chosen.to(part.device)].to(_device(model)) for name, part in pixels.items()}
             encoded = self._encode(model, own, as_keys)
             for key, tensors in zip(missing, encoded, strict=True):
-                found[key] = self._keep(f"{kind}-{key}", tensors, uses_disk)
+                # Copies, as these are parts of larger tensors.
+                found[key] = {
+                    name: one.detach().clone(memory_format=torch.contiguous_format) for name, one in tensors.items()
+                }
+                self.tiers.keep(f"{kind}-{key}", found[key])
         with self._lock:
             self.counts.misses += len(missing)
             self.counts.hits += len(keys) - len(missing)
@@ -405,70 +356,14 @@ class ImageLibrary:
                 made += [{"features": one} for one in model.model.encode(**chunk).pooler_output]
         return made
 
-    def _keep(self, name: str, tensors: Tensors, uses_disk: bool) -> Tensors:
-        """Add an entry to all tiers; returns it on the device."""
-        own = {part: tensor.detach().clone(memory_format=torch.contiguous_format) for part, tensor in tensors.items()}
-        if not self.store(name, own):
-            self._told += 1
-            if self._told <= NO_ROOM:
-                logger.warning(
-                    "An image of %s was not kept: all %s of the library are in use. Give it more memory (--image-cache).",
-                    format_size(nbytes(own)),
-                    format_size(self.memory.limit),
-                )
-        if self.device is not None:
-            self.device.put(name, own)
-        kept = self.memory.get(name)
-        if uses_disk and kept is not None:
-            self._write(name, kept)
-        return own
-
-    def store(self, name: str, tensors: Tensors) -> bool:
-        """Add an entry to main memory; returns whether there is room."""
-        on_host = self._on_host(tensors)
-        return on_host is not None and self.memory.put(name, on_host)
-
-    def _on_host(self, tensors: Tensors) -> Tensors | None:
-        """An entry in main memory, pinned for a GPU; None if there is no room for it."""
-        if self._arena is None:
-            return tensors
-        if nbytes(tensors) > self._arena.slab_size:
-            return None
-        while (made := self._arena.copy(tensors)) is None:
-            if not self.memory.drop_one():
-                return None
-        return made
-
-    def _write(self, name: str, tensors: Tensors) -> None:
-        """Write an entry to disk, later."""
-        if self._writer is None:
-            return
-        is_waiting = self._writer.put(name, tensors)
-        with self._lock:
-            (self._unwritten.discard if is_waiting else self._unwritten.add)(name)
-            self.counts.unwritten = len(self._unwritten)
-
-    def _get(self, name: str, uses_disk: bool) -> Tensors | None:
-        """An entry in main memory, read from disk if necessary."""
-        found = self.memory.get(name)
-        if found is None and self.disk is not None and uses_disk and (found := self.disk.get(name)) is not None:
-            if self.store(name, found):
-                found = self.memory.get(name) or found
-            with self._lock:
-                self.counts.disk_hits += 1
-        return found
-
     def _leased(self, image: LibraryImage) -> LibraryImage | None:
         """The image with leases instead of pixels; None if the library does not keep all of it."""
         kind = "features" if self.features_because is not None else "keys8" if self.quantize else "keys"
         with self._lock:
-            state, uses_disk = self._state, self._uses_disk
+            state = self._state
         leases = []
         for key in image.keys:
-            name = f"{kind}-{key}"
-            lease = self.memory.lease(name)
-            if lease is None and self._get(name, uses_disk) is not None:
-                lease = self.memory.lease(name)
+            lease = self.tiers.lease(f"{kind}-{key}")
             if lease is None:
                 return None
             leases.append(lease)
@@ -507,7 +402,8 @@ def _joined(model: Any, parts: list[Tensors]) -> ImageKVCache:
         whole[name] = torch.empty((len(first), sum(lengths), *first.shape[2:]), dtype=first.dtype, device=device)
         for part, tokens in zip(parts, whole[name].split(lengths, dim=1), strict=True):
             tokens.copy_(part[name], non_blocking=True)
-    cache = ImageKVCache(fingerprint=fingerprint, tile_lengths=[[length] for length in lengths], **whole)
+    scales = whole.get("key_scales"), whole.get("value_scales")
+    cache = ImageKVCache(whole["keys"], whole["values"], fingerprint, [[length] for length in lengths], *scales)
     return cache.to(model.get_input_embeddings().weight.dtype)
 
 

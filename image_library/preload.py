@@ -75,13 +75,13 @@ def preload(
         library.add(model, inputs, processor.tile_lengths(image.height, image.width), source_of(data))
         sources.append(source_of(data))
         if len(sources) % FLUSH == 0:
-            library.flush()
+            library.tiers.flush()
     if unreadable:
         more = f", and {len(unreadable) - NAMED} more" if len(unreadable) > NAMED else ""
         raise ValueError(
             f"These files cannot be preloaded: {'; '.join(unreadable[:NAMED])}{more}. Remove them, or pass others."
         )
-    library.flush()
+    library.tiers.flush()
     return sum(library.find(source) is not None for source in sources), len(sources)
 
 

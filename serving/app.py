@@ -245,7 +245,7 @@ class ChatCompletions(ChatCompletionHandler):
             made: Any = known
             if made is None:
                 made = await run(self.preparing, self.preprocess_image, part, number, own)
-                if takes_library:
+                if library is not None and takes_library:
                     made = await run(self.preparing, library.image, made, own, source)
             inputs.append(made)
         if takes_library:
@@ -361,7 +361,7 @@ def build_app(
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(engine.stop)
         if library is not None:
-            await asyncio.to_thread(library.flush)
+            await asyncio.to_thread(library.tiers.flush)
 
     app = Starlette(
         routes=[

@@ -345,6 +345,8 @@ class Engine(BaseGenerateManager):
         if failed:
             for one in batch:
                 one.undo_sample()
+            if self.library is not None:
+                self.library.tiers.free_device()
         with self._condition:
             for one in [*batch, *self.waiting] if failed else ():
                 one.kept = None  # it may have been a lack of memory

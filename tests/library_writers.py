@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -50,6 +51,8 @@ def start(directory: Path, seed: int, steps: int) -> int:
         status = 3
         try:
             status = write(directory, seed, steps)
+        except Exception:  # which os._exit would not print
+            traceback.print_exc()
         finally:
             os._exit(status)
     return child

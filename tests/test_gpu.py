@@ -314,6 +314,6 @@ def test_a_library_in_gpu_memory_and_pinned_main_memory(quantize):
         other = on_gpu(batch("tIIt", dtype=torch.float32)) | {"pixel_values": random_images(2, seed=number).float().cuda()}
         model.generate(**other, max_new_tokens=1)
         assert model.generate(**inputs, **how).equal(first)
-    assert 0 < library.device.bytes <= 4 * size and library.device.evicted > 0
-    assert all(one.is_pinned() for name in library.memory.names() for one in library.memory.get(name).values())
-    assert library._arena.bytes <= 2**17
+    assert 0 < library.tiers.device.bytes <= 4 * size and library.tiers.device.evicted > 0
+    assert all(one.is_pinned() for name in library.tiers.memory.names() for one in library.tiers.memory.get(name).values())
+    assert library.tiers.arena.bytes <= 2**17

@@ -100,7 +100,9 @@ def test_eight_bits_change_log_probabilities_a_little(family: str) -> None:
     whole = tiny_model(family)
     with_library(whole)
     whole.generate(**inputs, max_new_tokens=1)
-    assert model.image_library.memory.bytes < whole.image_library.memory.bytes / 3  # float64 and 8 bits with scales
+    assert (
+        model.image_library.tiers.memory.bytes < whole.image_library.tiers.memory.bytes / 3
+    )  # float64 and 8 bits with scales
 
 
 @pytest.mark.parametrize("attention", ["causal", "mmca_reference"])
@@ -117,7 +119,7 @@ def test_where_reuse_is_not_exact_features_are_kept(attention: str, towers: list
     model.generate(**inputs, max_new_tokens=1)
     assert towers == []
     assert "features only" in model.image_library.describe()
-    assert all(name.startswith("features-") for name in model.image_library.memory.names())
+    assert all(name.startswith("features-") for name in model.image_library.tiers.memory.names())
 
 
 def test_reversed_images_keep_their_order(towers: list[int]) -> None:
@@ -137,6 +139,7 @@ def test_reversed_images_keep_their_order(towers: list[int]) -> None:
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"use_cache": False},
         {"cache_implementation": "static"},
+        {"guidance_scale": 1.5},
     ],
 )
 def test_other_ways_to_decode(how: dict[str, Any]) -> None:
@@ -158,7 +161,7 @@ def test_a_prompt_that_ends_with_an_image_uses_features() -> None:
     assert model.generate(**inputs, max_new_tokens=5, do_sample=False).equal(
         without(model, **inputs, max_new_tokens=5, do_sample=False)
     )
-    assert model.image_library.memory.names()[0].startswith("features-")
+    assert model.image_library.tiers.memory.names()[0].startswith("features-")
 
 
 def test_wrong_counts_raise_what_they_raise_without_a_library() -> None:
@@ -204,7 +207,7 @@ def test_changed_weights_are_never_served() -> None:
         without(model, **inputs, max_new_tokens=6, do_sample=False)
     )
     assert model.image_library.counts.weight_changes == 1
-    assert len(model.image_library.memory) == 5  # the old entries are gone
+    assert len(model.image_library.tiers.memory) == 5  # the old entries are gone
 
 
 def test_every_step_of_a_training_drops_the_library() -> None:
@@ -214,7 +217,7 @@ def test_every_step_of_a_training_drops_the_library() -> None:
     for step in range(3):
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         assert ids.equal(without(model, **inputs, max_new_tokens=4, do_sample=False))
-        assert len(model.image_library.memory) == 1 and model.image_library.counts.misses == step + 1
+        assert len(model.image_library.tiers.memory) == 1 and model.image_library.counts.misses == step + 1
         model.train()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         optimizer.step()
@@ -243,9 +246,9 @@ def test_adapters_that_are_switched_off_are_other_weights() -> None:
 def test_dropout_in_training_mode_keeps_nothing() -> None:
     model = with_library(tiny_model(attention_dropout=0.1)).train()
     model.generate(**batch("tItt"), max_new_tokens=1)
-    assert len(model.image_library.memory) == 0
+    assert len(model.image_library.tiers.memory) == 0
     model.eval().generate(**batch("tItt"), max_new_tokens=1)
-    assert len(model.image_library.memory) == 1
+    assert len(model.image_library.tiers.memory) == 1
 
 
 def test_a_copy_of_a_model_shares_the_library_and_not_the_entries() -> None:
@@ -278,13 +281,13 @@ def test_the_least_recently_used_images_are_dropped() -> None:
 
     library = model.image_library
     show(0, 1, 2)
-    assert library.memory.bytes == 3 * size
+    assert library.tiers.memory.bytes == 3 * size
     show(0)
     show(3)  # in the place of 1
     show(0, 2, 3)
     assert library.counts.misses == 4
     show(1)
-    assert library.counts.misses == 5 and library.memory.bytes == 3 * size and library.memory.evicted == 2
+    assert library.counts.misses == 5 and library.tiers.memory.bytes == 3 * size and library.tiers.memory.evicted == 2
 
 
 def test_more_images_than_fit_are_encoded_as_without_a_library() -> None:
@@ -295,4 +298,4 @@ def test_more_images_than_fit_are_encoded_as_without_a_library() -> None:
     assert model.generate(**inputs, max_new_tokens=4, do_sample=False).equal(
         without(model, **inputs, max_new_tokens=4, do_sample=False)
     )
-    assert model.image_library.counts.bypassed == 1 and len(model.image_library.memory) == 0
+    assert model.image_library.counts.bypassed == 1 and len(model.image_library.tiers.memory) == 0

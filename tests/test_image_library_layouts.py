@@ -45,8 +45,8 @@ def test_every_layout(case: str, positions: str) -> None:
         assert model.generate(**inputs, max_new_tokens=6, do_sample=False).equal(expected)
     tiles = len(inputs["pixel_values"])
     assert library.counts.hits + library.counts.misses == 2 * tiles
-    assert library.counts.misses == len(library.memory) < tiles  # image 0 and 2 twice
-    assert all(name.startswith("keys-") for name in library.memory.names())
+    assert library.counts.misses == len(library.tiers.memory) < tiles  # image 0 and 2 twice
+    assert all(name.startswith("keys-") for name in library.tiers.memory.names())
 
 
 @pytest.mark.parametrize("case", ["pad", "tiles", "native"])

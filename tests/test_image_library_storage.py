@@ -130,10 +130,10 @@ def test_a_damaged_file_is_encoded_again(tmp_path: Path) -> None:
     for _ in range(2):
         model.image_library = ImageLibrary(model, SIZE, directory=tmp_path)
         assert model.generate(**inputs, max_new_tokens=6, do_sample=False).equal(expected)
-        model.image_library.flush()
+        model.image_library.tiers.flush()
         path = sorted(tmp_path.glob("*/*.safetensors"))[0]
         path.write_bytes(path.read_bytes()[:-1])
-    assert (model.image_library.counts.misses, model.image_library.counts.disk_hits) == (1, 1)
+    assert (model.image_library.counts.misses, model.image_library.tiers.disk_hits) == (1, 1)
     assert model.image_library.statistics()["damaged"] == 1
 
 
@@ -147,7 +147,7 @@ def test_a_later_process_finds_the_images_of_the_same_weights(tmp_path: Path) ->
         ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         assert ids.equal(expected) == (seed == 0)
         assert model.image_library.counts.misses == misses
-        model.image_library.flush()
+        model.image_library.tiers.flush()
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -160,7 +160,7 @@ def test_a_training_does_not_write_the_images_of_every_step(tmp_path: Path) -> N
             model.model.multi_modal_projector.weight.mul_(1.5) if hasattr(model.model.multi_modal_projector, "weight") else [
                 parameter.mul_(1.5) for parameter in model.model.multi_modal_projector.parameters()
             ]
-    model.image_library.flush()
+    model.image_library.tiers.flush()
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 1
 
 
@@ -168,12 +168,12 @@ def test_what_was_not_written_is_written_when_it_is_used_again(tmp_path: Path, m
     model, inputs = tiny_model(), batch("tIIItt")
     model.image_library = library = ImageLibrary(model, SIZE, directory=tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(library._writer, "put", lambda key, tensors: False)
+        patch.setattr(library.tiers.writer, "put", lambda key, tensors: False)
         model.generate(**inputs, max_new_tokens=1)
-    assert library.counts.unwritten == 3 and len(list(tmp_path.glob("*/*.safetensors"))) == 0
+    assert len(library.tiers.unwritten) == 3 and len(list(tmp_path.glob("*/*.safetensors"))) == 0
     model.generate(**inputs, max_new_tokens=1)
-    library.flush()
-    assert library.counts.unwritten == 0 and len(list(tmp_path.glob("*/*.safetensors"))) == 3
+    library.tiers.flush()
+    assert len(library.tiers.unwritten) == 0 and len(list(tmp_path.glob("*/*.safetensors"))) == 3
 
 
 def test_writers_may_be_killed_at_any_moment_and_share_a_directory(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_many_threads(tmp_path: Path) -> None:
     exact = model.encode_images(images)
     for number in range(8):
         library.add(model, {"pixel_values": images[number : number + 1]}, [5], source=str(number))
-    library.flush()
+    library.tiers.flush()
     wrong: list[int] = []
     stop = threading.Event()
 
@@ -232,10 +232,10 @@ def test_many_threads(tmp_path: Path) -> None:
             made = [library.image({"pixel_values": images[index : index + 1]}, [5]) for index in chosen]
             cache = library.generation_inputs(model, made)["image_cache"]
             torch.testing.assert_close(cache.keys, exact[chosen].keys)
-            assert library.memory.bytes <= 4 * size
+            assert library.tiers.memory.bytes <= 4 * size
         stop.set()
         assert all(reader.result() > 0 for reader in readers)
-    assert not wrong and library.memory.leased <= 3
+    assert not wrong and library.tiers.memory.leased <= 3
 
 
 def test_an_arena_reuses_what_is_freed() -> None:
@@ -268,12 +268,12 @@ def test_a_library_in_an_arena() -> None:
     model, inputs = tiny_model(), batch("tIIItt")
     expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     model.image_library = library = ImageLibrary(model, 2**17)
-    library._arena = PinnedArena(2**14)  # smaller than the tier
+    library.tiers.arena = PinnedArena(2**14)  # smaller than the tier
     for number in range(6):
         other = batch("tIt") | {"pixel_values": random_images(1, seed=number + 20)}
         model.generate(**other, max_new_tokens=1)
         assert model.generate(**inputs, max_new_tokens=6, do_sample=False).equal(expected)
-    assert library.memory.evicted > 0 and library._arena.bytes <= 2**14
+    assert library.tiers.memory.evicted > 0 and library.tiers.arena.bytes <= 2**14
 
 
 def test_sizes() -> None:

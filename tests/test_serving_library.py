@@ -27,6 +27,7 @@ from training_runs import make_checkpoint
 
 import dsvl
 from dsvl.image_library import ImageLibrary
+from dsvl.serving import engine
 from dsvl.serving.app import ChatCompletions
 from dsvl.serving.requests import RequestLimits
 
@@ -107,13 +108,16 @@ def test_two_visitors_with_the_same_image_get_the_answers_of_a_fresh_server(part
             with ThreadPoolExecutor(12) as pool:
                 got = dict(zip(order, pool.map(lambda number: answer(server, number), order), strict=True))
             assert [got[number] for number in range(12)] == expected
-        names = server.engine.library.memory.names()
+        names = server.engine.library.tiers.memory.names()
         assert len(names) == 2  # of images, whatever was said about them
-        kept = {part for name in names for part in server.engine.library.memory.get(name)}
+        kept = {part for name in names for part in server.engine.library.tiers.memory.get(name)}
         assert kept == {"keys", "values"}
 
 
-def test_batches_of_hits_misses_and_texts(parts: Any) -> None:
+@pytest.mark.parametrize("together", [engine.PREFILL_BYTES, 1])
+def test_batches_of_hits_misses_and_texts(parts: Any, monkeypatch: Any, together: int) -> None:
+    """Also if the images of each request are prefilled on their own."""
+    monkeypatch.setattr(engine, "PREFILL_BYTES", together)
     seeds = [[], [1], [2, 1], [3], [], [1, 4, 1], [5, 6]]
     expected = [alone(parts, own_messages(SENTENCES[number], *own)) for number, own in enumerate(seeds)]
     with with_library(parts) as server:
@@ -141,11 +145,11 @@ def test_a_library_that_is_too_small_changes_no_answer(parts: Any) -> None:
         for _ in range(2):
             with ThreadPoolExecutor(8) as pool:
                 assert list(pool.map(one, range(16))) == expected
-        eventually(lambda: server.engine.library.memory.leased == 0)
-        assert server.engine.library.memory.bytes <= size
+        eventually(lambda: server.engine.library.tiers.memory.leased == 0)
+        assert server.engine.library.tiers.memory.bytes <= size
         for seed in (7, 8, 9):
             assert ask(server, question("one", data_url(draw_image(seed)))).choices[0].message.content
-        assert server.engine.library.memory.evicted > 0
+        assert server.engine.library.tiers.memory.evicted > 0
 
 
 def test_clients_that_vanish_leave_no_leases(parts: Any) -> None:
@@ -158,7 +162,7 @@ def test_clients_that_vanish_leave_no_leases(parts: Any) -> None:
             stream.close()
         eventually(lambda: server.chat.held == 0 and server.engine.running == 0)
         library = server.engine.library
-        eventually(lambda: library.memory.leased == 0)
+        eventually(lambda: library.tiers.memory.leased == 0)
         assert ask(server, question("two", url)).choices[0].message.content == alone(parts, own_messages("two", 1))
 
 
@@ -171,7 +175,7 @@ def test_causal_attention_keeps_features(tmp_path: Any) -> None:
             answer = ask(server, question(text, data_url(draw_image(1)))).choices[0].message.content
             assert answer == alone(parts, own_messages(text, 1))
         assert (statistics(server)["misses"], statistics(server)["hits"]) == (1, 1)
-        assert server.engine.library.memory.names()[0].startswith("features-")
+        assert server.engine.library.tiers.memory.names()[0].startswith("features-")
 
 
 def test_pixels_that_the_library_cannot_take_answer_alike(parts: Any, monkeypatch: Any) -> None:
