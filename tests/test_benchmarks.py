@@ -306,6 +306,7 @@ def test_a_prompt_over_known_images_is_compared_with_the_whole_prefill(load, tmp
     assert tables["images"]["mib_per_image"] == 2 * 8 * 257 * 512 * 4 / 2**20
 
 
+@pytest.mark.slow
 def test_a_server_with_a_library_is_compared_with_one_without(load, tmp_path):
     flags = ["--images", "2", "--answer-tokens", "2", "--clients", "2", "--requests", "4", "--repeats", "1"]
     load("image_library").main([*flags, "--out", str(tmp_path / "library.json")])

@@ -49,7 +49,7 @@ def test_every_layout(case: str, positions: str) -> None:
     assert all(name.startswith("keys-") for name in library.tiers.memory.names())
 
 
-@pytest.mark.parametrize("case", ["pad", "tiles", "native"])
+@pytest.mark.parametrize("case", ["tiles", "native"])
 def test_a_server_of_every_layout(case: str) -> None:
     parts = layout_parts(case)
     model, processor = parts

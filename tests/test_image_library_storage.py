@@ -176,6 +176,7 @@ def test_what_was_not_written_is_written_when_it_is_used_again(tmp_path: Path, m
     assert len(library.tiers.unwritten) == 0 and len(list(tmp_path.glob("*/*.safetensors"))) == 3
 
 
+@pytest.mark.slow
 def test_writers_may_be_killed_at_any_moment_and_share_a_directory(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("library_writers.py")), str(tmp_path)]
     said = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)

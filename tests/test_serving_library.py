@@ -114,7 +114,7 @@ def test_two_visitors_with_the_same_image_get_the_answers_of_a_fresh_server(part
         assert kept == {"keys", "values"}
 
 
-@pytest.mark.parametrize("together", [engine.PREFILL_BYTES, 1])
+@pytest.mark.parametrize("together", [pytest.param(engine.PREFILL_BYTES, marks=pytest.mark.slow), 1])
 def test_batches_of_hits_misses_and_texts(parts: Any, monkeypatch: Any, together: int) -> None:
     """Also if the images of each request are prefilled on their own."""
     monkeypatch.setattr(engine, "PREFILL_BYTES", together)
@@ -217,7 +217,7 @@ def prefills(monkeypatch: Any, parts: Any) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("kept_bytes", [None, 0, 60_000])
+@pytest.mark.parametrize("kept_bytes", [None, pytest.param(0, marks=pytest.mark.slow), 60_000])
 def test_paused_requests_go_on_as_if_they_had_not_paused(parts: Any, prefills: list[int], kept_bytes: int | None) -> None:
     def one(number: int) -> str:
         options: dict[str, Any] = {"temperature": 1.2, "seed": number} if number % 2 else {}
