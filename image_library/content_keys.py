@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers
 
+from .memory_tier import as_buffer
+
 PACKAGE = Path(__file__).resolve().parent.parent
 # The code that computes an image's keys and values, and how they are stored.
 CODE = ("*_dsvl.py", "acceleration/*.py", "image_library/*.py")
@@ -33,15 +35,11 @@ def tile_keys(images: dict[str, torch.Tensor]) -> list[str]:
             digest.update(f"{rows} {columns} ".encode())
             tile = tile[: rows * columns]
             if masks is not None:
-                digest.update(_bytes(masks[number, : rows * columns].to(torch.uint8)))
+                digest.update(as_buffer(masks[number, : rows * columns].to(torch.uint8)))
         digest.update(f"{tile.dtype} {tuple(tile.shape)} ".encode())
-        digest.update(_bytes(tile))
+        digest.update(as_buffer(tile))
         keys.append(digest.hexdigest())
     return keys
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
 @cache

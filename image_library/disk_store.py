@@ -10,12 +10,11 @@ import threading
 import time
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from ..utils.atomic_files import atomic_path
-from .memory_tier import Tensors, nbytes
+from .memory_tier import Tensors, as_buffer, nbytes
 
 logger = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
@@ -177,7 +176,7 @@ def checksum(tensors: Tensors) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(as_buffer(tensor))
     return digest.hexdigest()
 
 

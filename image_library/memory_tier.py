@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass
 from threading import RLock
+from typing import Any
 
 import torch
 
@@ -12,6 +13,11 @@ Tensors = dict[str, torch.Tensor]
 def nbytes(tensors: Tensors) -> int:
     """The memory of an entry."""
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def as_buffer(tensor: torch.Tensor) -> Any:
+    """The bytes of a tensor in main memory, for hashes."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
 @dataclass(eq=False)
@@ -132,4 +138,4 @@ class MemoryTier:
             self.bytes = 0
 
 
-__all__ = ["Lease", "MemoryTier", "Tensors", "nbytes"]
+__all__ = ["Lease", "MemoryTier", "Tensors", "as_buffer", "nbytes"]

@@ -85,14 +85,14 @@ def test_files_are_found_again_and_equal(tmp_path: Path) -> None:
     assert store.get("keys-1") is None and store.put("keys-1", entry(1)) and store.put("keys-1", entry(1))
     again = DiskStore(tmp_path / "kept", "abc", SIZE)
     assert same(again.get("keys-1"), entry(1)) and len(again) == 1
-    assert DiskStore(tmp_path / "kept", "abd", SIZE).get("keys-1") is None  # of other weights
+    assert DiskStore(tmp_path / "kept", "def", SIZE).get("keys-1") is None  # of other weights
     assert (tmp_path / "kept").stat().st_mode & 0o077 == 0  # for its owner alone
 
 
 def test_the_least_recently_used_files_are_deleted(tmp_path: Path) -> None:
     DiskStore(tmp_path, "abc", SIZE).put("one", entry(0))
     size = DiskStore(tmp_path, "abc", SIZE).bytes
-    store, other = DiskStore(tmp_path, "abc", 4 * size + 4096), DiskStore(tmp_path, "abd", 4 * size + 4096)
+    store, other = DiskStore(tmp_path, "abc", 4 * size + 4096), DiskStore(tmp_path, "def", 4 * size + 4096)
     for number, (where, key) in enumerate([(store, "two"), (other, "three"), (store, "four")]):
         assert where.put(key, entry(number))
         os.utime(where.path(key), (1000 + number, 1000 + number))
