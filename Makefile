@@ -67,6 +67,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/training_step.py --rounds 3 --out $(RESULTS)/training_step.json
 	$(BIN)/python benchmarks/chat.py --repeats 5 --out $(RESULTS)/chat.json
 	$(BIN)/python benchmarks/reuse.py --repeats 5 --out $(RESULTS)/reuse.json
+	$(BIN)/python benchmarks/image_library.py --repeats 3 --out $(RESULTS)/image_library.json
 	$(BIN)/python benchmarks/plots.py $(RESULTS)
 
 # On a machine with an NVIDIA GPU, in a separate environment: `pip install -e '.[bench,gpu,train]'`, then this with BIN set to its
@@ -80,6 +81,8 @@ bench-gpu:
 	$(BIN)/python benchmarks/many_images.py --what answer --out $(RESULTS)/many_images_answer.json
 	$(BIN)/python benchmarks/chat.py --size 7b --out $(RESULTS)/chat.json
 	$(BIN)/python benchmarks/reuse.py --size 7b --compile --out $(RESULTS)/reuse.json
+	$(BIN)/python benchmarks/image_library.py --first-token --size 7b --compile --out $(RESULTS)/image_library.json
+	$(BIN)/python benchmarks/image_library.py --first-token --size 7b --compile --bits 8 --library 1000 --out $(RESULTS)/image_library_8_bits.json
 	$(BIN)/python benchmarks/decoding.py --size 7b --out $(RESULTS)/decoding.json
 	$(BIN)/python benchmarks/small_print.py --tower-minutes 1.6 --tile-minutes 0.6 --minutes 3 --out $(RESULTS)/small_print.json
 	$(BIN)/python benchmarks/distractors.py --minutes 5 --out $(RESULTS)/distractors.json

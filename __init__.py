@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .acceleration import ImageKVCache, SharedImagesCache
     from .composition import compose, prepare_chat_template, save_checkpoint
     from .export import export_llava
+    from .image_library import ImageLibrary
 
 # Once this package is imported, the Auto classes use it rather than the copy in a checkpoint, as transformers prefers
 # registered classes, also with trust_remote_code=True.
@@ -51,6 +52,7 @@ __all__ = [
     "DSVLQwenVisionConfig",
     "DSVLQwenVisionModel",
     "ImageKVCache",
+    "ImageLibrary",
     "SharedImagesCache",
     "compose",
     "export_llava",
@@ -63,6 +65,7 @@ _lazy = lazy_attributes(
     __name__,
     {
         "ImageKVCache": "acceleration.image_cache",
+        "ImageLibrary": "image_library",
         "SharedImagesCache": "acceleration.shared_images",
         "compose": "composition",
         "export_llava": "export",

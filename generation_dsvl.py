@@ -45,7 +45,13 @@ class NoImageToken(LogitsProcessor):
 
 
 class DSVLGenerationMixin(GenerationMixin):
-    """`GenerationMixin` for a model with images, whose tokens have a modality."""
+    """`GenerationMixin` for a model with images, whose tokens have a modality.
+
+    Attributes:
+        image_library: *optional*, a `dsvl.image_library.ImageLibrary`: `generate` asks it for images before it encodes them.
+    """
+
+    image_library: Any = None
 
     @torch.no_grad()
     def generate(
@@ -67,7 +73,7 @@ class DSVLGenerationMixin(GenerationMixin):
         Args:
             image_cache: the `ImageKVCache` of `encode_images`, with the images in the order of their tokens, instead of
                 `pixel_values`: only the text of the prompt is computed. For greedy search, sampling and beams; every prompt
-                ends with text.
+                ends with text. With a `cache` of earlier turns, those of the new tokens alone.
         """
         if "picture_cache" in kwargs:
             warnings.warn("picture_cache is deprecated; pass image_cache.", DeprecationWarning, stacklevel=3)
@@ -81,6 +87,8 @@ class DSVLGenerationMixin(GenerationMixin):
         if input_ids is not None and kwargs.get("mm_token_type_ids") is None:  # generated tokens are text
             kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
         self._take_new_images(input_ids, kwargs)
+        if self.image_library is not None and kwargs.get("pixel_values") is not None:
+            self.image_library.replace_images(self, input_ids, kwargs)
         self._project_image_features(input_ids, kwargs)
         self._join_other_processes(kwargs)
         self._prepare_assistant(input_ids, kwargs)

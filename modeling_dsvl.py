@@ -877,7 +877,8 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             copies = kwargs.get("copies", 1)  # consecutive rows of the same images, which the cache holds once
             mask = None if mask is None else mask[::copies]
             images, types = image_cache.tile_ranges(), types[::copies]
-            positions = self.model.make_position_ids(types, input_ids.shape[1], images, mask)
+            past = int(cache.get_seq_length()) if cache is not None else 0
+            positions = self.model.make_position_ids(types, types.shape[1] - past, images, mask, cache=cache)
             kwargs["position_ids"] = positions.repeat_interleave(copies, dim=0)
         hidden, cache = self.model.image_reuse.prefill(input_ids, image_cache, cache, **kwargs)
         with torch.no_grad():

@@ -62,6 +62,16 @@ class Slots:
             gathered.append(cls(index, filled))
         return gathered
 
+    def followed_by(self, later: "Slots", tokens: int) -> "Slots":
+        """These slots of the first so many tokens, and then those of the tokens after them."""
+        index = torch.cat([self.index, later.index + tokens], dim=1)
+        if self.filled is None and later.filled is None:
+            return Slots(index, None)
+        filled = [
+            torch.ones_like(one.index, dtype=torch.bool) if one.filled is None else one.filled for one in (self, later)
+        ]
+        return Slots(index, torch.cat(filled, dim=1))
+
     def every(self, step: int) -> "Slots":
         """Those of every so-manieth row."""
         return Slots(self.index[::step], None if self.filled is None else self.filled[::step])
@@ -72,7 +82,12 @@ class Slots:
 
 
 def gathered_branch_mask(
-    visibility: Visibility, backend: str, dtype: torch.dtype, queries: Slots, keys: Slots, empty_sees_itself: bool = False
+    visibility: Visibility,
+    backend: str,
+    dtype: torch.dtype,
+    queries: Slots,
+    keys: Slots,
+    own_keys_from: int | None = None,
 ) -> Any:
     """A backend's mask of gathered queries over gathered keys.
 
@@ -81,8 +96,8 @@ def gathered_branch_mask(
         backend: "eager", "sdpa" or "flex_attention".
         dtype: of an additive mask.
         queries, keys: the gathered tokens; empty slots of keys are hidden.
-        empty_sees_itself: whether slot i of the queries sees slot i of the keys even if it is empty, for kernels that return
-            NaN for a query without keys.
+        own_keys_from: *optional*; slot i of the queries sees slot `own_keys_from + i` of the keys even if it is empty, for
+            kernels that return NaN for a query without keys.
     """
     q_positions, kv_positions = queries.index + visibility.q_offset, keys.index + visibility.kv_offset
 
@@ -91,7 +106,7 @@ def gathered_branch_mask(
         if keys.filled is None:
             return seen
         seen = seen & keys.filled[batch, k]
-        return seen | (q == k) if empty_sees_itself else seen
+        return seen if own_keys_from is None else seen | (q + own_keys_from == k)
 
     return ALL_MASK_ATTENTION_FUNCTIONS[backend](
         batch_size=visibility.batch_size,

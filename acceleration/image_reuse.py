@@ -25,7 +25,7 @@ from .gathered_mask import Slots
 from .image_cache import ImageKVCache, changing_ropes
 from .key_rotation import KeyRotation, probe_rotation, rotate_keys
 from .shared_images import SharedImages, SharedPrompt, shares_images
-from .text_prefill import CopiedImages, TextPrefillMask, image_token_order
+from .text_prefill import CopiedImages, EarlierTokens, TextPrefillMask, can_extend, image_token_order
 
 # Keys of a configuration that do not influence what the model computes for a tile, or only by the shapes of weights, which
 # are in the fingerprint. Caches of before the configuration had them stay valid.
@@ -54,6 +54,7 @@ class ImageReuse:
 
     Attributes:
         text_multiple: to a multiple of which the text of prompts is padded, so that few lengths are compiled.
+        weight_changes: how often `fingerprint` found that weights may have changed, in whatever number of them.
     """
 
     def __init__(self, model: Any) -> None:
@@ -64,6 +65,8 @@ class ImageReuse:
         self._rotate_keys: Callable = rotate_keys
         self._rotation: KeyRotation | None = None
         self._fingerprint: tuple[str, list[nn.Parameter], list[int]] | None = None
+        self._is_fresh = False
+        self.weight_changes = 0
 
     @property
     def model(self) -> Any:
@@ -144,50 +147,61 @@ class ImageReuse:
 
         Args:
             input_ids: (batch, tokens), as the processor makes them, with the image tokens in the order of `image_cache`;
-                every row ends with text.
-            image_cache: the images of all rows.
-            cache: an empty KV cache of any kind; a dynamic one by default.
+                every row ends with text. With a KV cache of earlier turns, those of the whole conversation, or the new ones
+                with the attention mask of all.
+            image_cache: the images of all rows; those of the new tokens alone, if the KV cache holds some.
+            cache: an empty KV cache of any kind; a dynamic one by default. Or a dynamic one without sliding windows that
+                this model has filled with the tokens before.
             attention_mask: (batch, tokens), 0 where padded, on the left.
-            position_ids: (batch, tokens); by default they count tokens that are not padded, as in `generate` under
-                `image_positions="token"`. (The model's own `prefill` passes those of "image".)
+            position_ids: (batch, tokens), of all or of the new ones; by default they count tokens that are not padded, as in
+                `generate` under `image_positions="token"`. (The model's own `prefill` passes those of "image".)
             copies: the number of consecutive rows with the same prompt and images, as in beam search.
 
         Returns:
             The last hidden state of every row's last token, (batch, 1, hidden), and the cache.
 
         Raises:
-            ValueError: if image tokens and images do not match, the KV cache is not empty, or the image KV cache belongs to
-                another model.
+            ValueError: if image tokens and images do not match, the KV cache holds tokens and is of another kind, or the
+                image KV cache belongs to another model.
         """
         rotation = self.rotation_for(image_cache)
         decoder = self.model.language_model
         config = decoder.config
         if cache is None:
             cache = DynamicCache(config=config)
-        if int(cache.get_seq_length()) > 0:
+        past, device = int(cache.get_seq_length()), self._device_for(image_cache)
+        if past > 0 and (copies > 1 or not can_extend(cache)):
             raise ValueError(
-                f"The KV cache holds {int(cache.get_seq_length())} tokens, but with an image KV cache a prompt is computed "
-                "from its start (its text alone); pass the whole conversation and an empty KV cache."
+                f"The KV cache, a {type(cache).__name__}, holds {past} tokens, which images of an image KV cache cannot "
+                "follow (only one answer each, in a dynamic KV cache without sliding windows that this model has filled); "
+                "pass the whole conversation with all its images and an empty KV cache."
             )
+        earlier = EarlierTokens.build(cache, attention_mask) if past > 0 else None
+        if past > 0 and (attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]):
+            input_ids = input_ids[:, past:]
         batch, tokens = input_ids.shape
-        device = self._device_for(image_cache)
         input_ids = input_ids.to(device)
         is_image = input_ids == self.model.config.image_token_id
         is_text = ~is_image
         if attention_mask is not None:
             attention_mask = attention_mask.to(device)
-            is_text = is_text & attention_mask.bool()
+            is_text = is_text & attention_mask[:, past:].bool()
         token_types = is_image.long()
         shares_positions = getattr(self.model.config, "image_positions", "token") == "image"  # older code has no field
         if position_ids is None:
-            seen = attention_mask if attention_mask is not None else torch.ones_like(input_ids)
+            seen = attention_mask if attention_mask is not None else input_ids.new_ones(batch, past + tokens)
             position_ids = (seen.long().cumsum(-1) - 1).clamp(min=0)
-        position_ids = position_ids.to(device).expand(batch, tokens)
+        position_ids = position_ids[:, -tokens:].to(device).expand(batch, tokens)
 
         # Everything that the host needs, in one device-to-host copy.
         figures = torch.stack([is_image.sum(-1), is_text.sum(-1), is_text[:, -1].long()]).tolist()
         image_counts, text_counts, ends_with_text = figures
         shared = shares_images(cache, image_cache, self.model)
+        if shared and past > 0:
+            raise ValueError(
+                f"The KV cache holds {past} tokens, so it cannot share images in 8 bits or on the host; pass "
+                "image_cache.to(model.device, model.dtype), or the whole conversation and an empty KV cache."
+            )
         # Rows of one prompt share its images.
         row_counts, row_copies = (image_counts[::copies], 1) if shared else (image_counts, copies)
         order = image_token_order(row_counts, image_cache.tile_lengths, row_copies)
@@ -216,14 +230,17 @@ class ImageReuse:
         softcapped = getattr(config, "attn_logit_softcapping", None) is not None
         prompt = torch.empty((batch, tokens, 0), dtype=embeds.dtype, device=device)
         masks: dict[str | None, AttentionMask] = {
-            kind: TextPrefillMask.build(one, text, image, images, config._attn_implementation, softcapped)
-            for kind, one in visibilities(config, prompt, attention_mask, None).items()
+            kind: TextPrefillMask.build(one, text, image, images, config._attn_implementation, softcapped, earlier)
+            for kind, one in visibilities(config, prompt, attention_mask, cache if past > 0 else None).items()
         }
         # What reads images layer by layer is not part of a graph that is compiled for all layers.
-        run = run_decoder if shared else self.run_decoder
+        run = run_decoder if shared or past > 0 else self.run_decoder
         hidden, text_keys, text_values, devices = run(decoder, embeds, position_ids.gather(1, text.index), masks)
         images.fill(cache, text_keys, text_values, devices)
-        positions = whole_positions(position_ids, token_types, attention_mask, None) if shares_positions else None
+        if earlier is not None:
+            token_types = torch.cat([earlier.types.to(device), token_types], dim=1)
+        known = cache if past > 0 else None
+        positions = whole_positions(position_ids, token_types, attention_mask, known) if shares_positions else None
         remember_types(cache, token_types, may_hold_images=True, positions=positions)
         return hidden[:, -1:].clone(), cache  # the next run of a CUDA graph overwrites its outputs
 
@@ -300,8 +317,11 @@ class ImageReuse:
     def fingerprint(self) -> str:
         """A hash that ties an image KV cache to this model: of its configuration, and of samples of every weight that
         influences an image. It is computed again when a weight has changed, or after `train()` and `eval()`."""
-        if self._fingerprint is not None and [p._version for p in self._fingerprint[1]] == self._fingerprint[2]:
-            return self._fingerprint[0]
+        known, is_same = self._fingerprint, False
+        if known is not None:
+            is_same = [p._version for p in known[1]] == known[2]
+            if is_same and self._is_fresh:
+                return known[0]
         model = self.model
         table = model.language_model.get_input_embeddings().weight
         parts = (model.vision_tower, model.multi_modal_projector, model.language_model)
@@ -315,12 +335,15 @@ class ImageReuse:
         digest.update(json.dumps({name: list(p.shape) for name, p in parameters.items()}).encode())
         samples = [p.detach().flatten()[:: max(1, p.numel() // 64)][:64].float() for p in parameters.values()]
         digest.update(torch.cat([sample.to(samples[0].device) for sample in samples]).cpu().numpy().tobytes())
-        self._fingerprint = (digest.hexdigest(), list(parameters.values()), [p._version for p in parameters.values()])
-        return self._fingerprint[0]
+        own = digest.hexdigest(), list(parameters.values()), [p._version for p in parameters.values()]
+        self._fingerprint, self._is_fresh = own, True
+        if known is None or own[0] != known[0] or not is_same:
+            self.weight_changes += 1
+        return own[0]
 
     def forget_fingerprint(self) -> None:
         """Compute the fingerprint again when it is next needed."""
-        self._fingerprint = None
+        self._is_fresh = False
 
 
 def _reserve_like(part: torch.Tensor, tokens: int, offload: bool) -> torch.Tensor:

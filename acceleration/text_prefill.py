@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
+from ..cache_dsvl import cached_types
 from ..masks_dsvl import AttentionMask, Visibility, attention_scores, softmax, weighted_values, with_keys
 from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS
 from ..utils.transformers_names import DynamicLayer
 from .gathered_mask import Slots, gathered_branch_mask
+from .shared_images import SharedImagesLayer
 
 # Up to this many queries, a compiled decoder uses plain products: the kernels of sdpa occupy too little of a GPU.
 FEW_QUERIES = 128
@@ -60,7 +62,7 @@ class CopiedImages:
         return self.keys[number].to(device), self.values[number].to(device)
 
     def fill(self, cache: Cache, keys: torch.Tensor, values: torch.Tensor, devices: list[torch.device]) -> None:
-        """Let an empty cache hold images and text (layers, batch, text slots, key-value heads, head_dim).
+        """Let a cache hold images and text after what it holds (layers, batch, text slots, key-value heads, head_dim).
 
         Args:
             devices: of the layers.
@@ -74,6 +76,60 @@ class CopiedImages:
 
 
 @dataclass
+class EarlierTokens:
+    """The tokens that a KV cache holds already, of earlier turns.
+
+    Attributes:
+        cache: the KV cache, whose layers hold all tokens in their order.
+        text, image: the slots of its tokens.
+        types: the modality of its tokens, (batch, tokens).
+    """
+
+    cache: Any
+    text: Slots
+    image: Slots
+    types: torch.Tensor
+
+    @classmethod
+    def build(cls, cache: Any, attention_mask: torch.Tensor | None) -> "EarlierTokens":
+        """From a KV cache that `can_extend`, and the mask of the whole sequence."""
+        tokens, known = int(cache.get_seq_length()), cached_types(cache)
+        assert known is not None  # `can_extend` asks for them
+        types = known[:, :tokens]
+        real = torch.ones_like(types, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask[:, :tokens].to(types.device).bool()
+        kinds = (types != 1) & real, (types == 1) & real
+        counts = torch.stack([kind.sum(-1) for kind in kinds]).tolist()
+        text, image = (Slots.gather(kind, count) for kind, count in zip(kinds, counts, strict=True))
+        return cls(cache, text, image, types)
+
+    @property
+    def tokens(self) -> int:
+        return self.types.shape[1]
+
+    def of_layer(self, number: int, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of some tokens, (batch, key-value heads, slots, head_dim)."""
+        layer = self.cache.layers[number]
+        index = slots.index.to(layer.keys.device)[:, None, :, None]
+        return layer.keys.take_along_dim(index, 2), layer.values.take_along_dim(index, 2)
+
+
+def can_extend(cache: Any) -> bool:
+    """Whether a prompt with encoded images can be computed behind the tokens of a KV cache: a dynamic one that holds every
+    token in its order and knows which of them are image tokens."""
+    tokens, types = int(cache.get_seq_length()), cached_types(cache)
+    return (
+        isinstance(cache, DynamicCache)
+        and not cache.offloading
+        and all(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers)
+        and not any(isinstance(layer, SharedImagesLayer) for layer in cache.layers)
+        and types is not None
+        and types.shape[1] >= tokens
+    )
+
+
+@dataclass
 class TextPrefillMask(AttentionMask):
     """The mask of one layer type.
 
@@ -81,12 +137,14 @@ class TextPrefillMask(AttentionMask):
         images: the keys and values of the images of a layer, by `of_layer`; and their `dtype`.
         text_mask, image_mask: the backend's masks; None where attention is causal.
         sees_image: (batch, text slots, 1, 1), False where no image is visible; None where the backend returns 0 there.
+        earlier: the tokens before the prompt, if the KV cache holds some.
     """
 
     images: Any
     text_mask: Any
     image_mask: Any
     sees_image: torch.Tensor | None
+    earlier: EarlierTokens | None = None
 
     @classmethod
     def build(
@@ -97,8 +155,13 @@ class TextPrefillMask(AttentionMask):
         images: Any,
         backend: str,
         softcapped: bool,
+        earlier: EarlierTokens | None = None,
     ) -> "TextPrefillMask":
         """From the visibility of the whole prompt and the tokens of both kinds."""
+        text_keys, own_keys_from = text, 0
+        if earlier is not None:
+            text_keys, own_keys_from = earlier.text.followed_by(text, earlier.tokens), earlier.text.index.shape[1]
+            image = earlier.image.followed_by(image, earlier.tokens)
         image_filled = image.filled
         if visibility.padding is not None:  # an image token may be masked as well
             seen = visibility.padding.gather(1, image.index)
@@ -107,15 +170,15 @@ class TextPrefillMask(AttentionMask):
         dtype = images.dtype
         is_causal = visibility.is_causal and text.filled is None and backend != "eager" and not softcapped
         text_mask = None
-        if not is_causal:
-            text_mask = gathered_branch_mask(visibility, backend, dtype, text, text, empty_sees_itself=True)
+        if not is_causal or earlier is not None:
+            text_mask = gathered_branch_mask(visibility, backend, dtype, text, text_keys, own_keys_from)
         image_mask, sees_image = gathered_branch_mask(visibility, backend, dtype, text, image), None
         if backend == "sdpa":
             image_mask, sees_image = with_keys(image_mask)
             text_mask, image_mask = _additive(text_mask, dtype), _additive(image_mask, dtype)
         elif backend == "eager":
             sees_image = (image_mask == 0).any(-1, keepdim=True).transpose(1, 2)
-        return cls(images, text_mask, image_mask, sees_image)
+        return cls(images, text_mask, image_mask, sees_image, earlier)
 
     def attend(
         self, backend: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
@@ -128,6 +191,12 @@ class TextPrefillMask(AttentionMask):
             return ALL_ATTENTION_FUNCTIONS["sdpa" if mask is None else backend](module, query, key, value, mask, **kwargs)[0]
 
         keys, values = (part.transpose(1, 2) for part in self.images.of_layer(module.layer_idx, key.device))
+        if self.earlier is not None:
+            for_images, for_text = ((keys, values), self.earlier.image), ((key, value), self.earlier.text)
+            (keys, values), (key, value) = (
+                [torch.cat(both, 2) for both in zip(self.earlier.of_layer(module.layer_idx, slots), new, strict=True)]
+                for new, slots in (for_images, for_text)
+            )
         image_output = branch(keys, values, self.image_mask)
         if self.sees_image is not None:
             image_output = torch.where(self.sees_image, image_output, 0)
@@ -206,9 +275,9 @@ def _reserve(states: torch.Tensor, rows: int, padded: bool) -> torch.Tensor:
 
 
 def _fill_layer(cache: Cache, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Let a layer of an empty cache hold these (batch, heads, tokens, head_dim)."""
+    """Let a layer of a cache hold these (batch, heads, tokens, head_dim), after what it holds."""
     layer: Any = cache.layers[number] if number < len(cache.layers) else None
-    if cache.offloading or type(layer) is not DynamicLayer:
+    if cache.offloading or type(layer) is not DynamicLayer or layer.is_initialized:
         cache.update(keys, values, number)
         return
     # The result of `update`, without its copy.
@@ -222,4 +291,4 @@ def _rows_or_spare(slots: Slots, tokens: int) -> torch.Tensor:
     return (rows if slots.filled is None else torch.where(slots.filled, rows, len(rows) * tokens)).flatten()
 
 
-__all__ = ["CopiedImages", "TextPrefillMask", "image_token_order", "masked_attention"]
+__all__ = ["CopiedImages", "EarlierTokens", "TextPrefillMask", "can_extend", "image_token_order", "masked_attention"]

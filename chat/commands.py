@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..image_library.flags import make_library
 from ..utils.local_paths import check_exists
 from ..utils.model_arguments import add_conversation_arguments, generation_options
 
@@ -43,6 +44,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
+    model.image_library = make_library(arguments, model)
     if arguments.seed is not None:
         set_seed(arguments.seed)
     chat = DSVLChat(

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..acceleration.image_cache import reuse_is_exact
+from ..acceleration.text_prefill import can_extend
 from ..composition.chat_template import check_template_variables
 from ..data.messages import SOURCES, frame_keys
 from ..generation_dsvl import IMAGE_INPUTS
@@ -40,7 +41,7 @@ class TurnStats:
     Attributes:
         prompt_tokens: tokens of the conversation up to the answer.
         reused_tokens: prompt tokens that were in the KV cache.
-        encoded_images: images that went through the vision tower.
+        encoded_images: images that went through the vision tower. With `model.image_library`, others may be new, too.
         encoded_tiles: their tiles, each an input of the tower; as many as images unless `image_layout` is "tiles".
         dropped_turns: oldest turns that were dropped because the context was full.
         answer_ids: the generated tokens, the end-of-text token included.
@@ -180,6 +181,8 @@ class DSVLChat:
         messages, prompt, dropped = self._fit_context([*self.messages, question], options["max_new_tokens"], static)
         all_images = _images(messages)
         cache = self._take_cache(prompt, all_images, static)
+        if self._reads_again(cache, prompt, len(all_images)):
+            cache = PromptCache(new_cache(self.model, static, self.context_length), static, self.context_length)
         held = len(cache.images)
         inputs = self._model_inputs(prompt.ids, all_images[held:], cache)
         tiles = sum(map(len, prompt.tile_lengths[held:]))
@@ -195,6 +198,7 @@ class DSVLChat:
             finished = True
         finally:
             self._keep_cache(tokens, cache, all_images)
+            self._count_encoded(stats, prompt.tile_lengths[held:])
             if answer or finished:
                 self.messages[:] = [*messages, {"role": "assistant", "content": answer}]
             self.last_turn = stats
@@ -313,6 +317,27 @@ class DSVLChat:
                     "generated, the whole conversation is computed again."
                 )
         return PromptCache(new_cache(self.model, static, self.context_length), static, self.context_length)
+
+    def _reads_again(self, cache: PromptCache, prompt: Prompt, images: int) -> bool:
+        """Whether to compute the text of the whole conversation again, over the images of the library: where it has images
+        to add that cannot follow what the cache holds, and the library takes all of them."""
+        library = getattr(self.model, "image_library", None)  # older code in a checkpoint has none
+        return (
+            library is not None
+            and library.features_because is None
+            and len(cache.ids) > 0
+            and len(cache.images) < images
+            and not can_extend(cache.cache)
+            and library.takes(self.model, prompt.ids, prompt.tile_lengths)
+        )
+
+    def _count_encoded(self, stats: TurnStats, tile_lengths: list[list[int]]) -> None:
+        """Correct the counts of a turn with new images by what the library had."""
+        library = getattr(self.model, "image_library", None)
+        if library is not None and tile_lengths:
+            encoded = iter(library.last_encoded)
+            images = [[next(encoded) for _ in tiles] for tiles in tile_lengths]
+            stats.encoded_images, stats.encoded_tiles = sum(map(any, images)), sum(map(sum, images))
 
     def _keep_cache(self, tokens: TokenStream, cache: PromptCache, images: list[Image.Image]) -> None:
         """Record what the cache holds after an answer, and keep it for the next turn; raises what generation raised."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.commands import MAX_BAD_SAMPLES_HELP
+from ..image_library.flags import add_library_arguments, make_library
 from ..utils.local_paths import check_exists, check_outputs
 from ..utils.model_arguments import add_generation_arguments, add_loading_arguments, generation_options
 from .compare_command import add_report_arguments, report_outputs, write_reports
@@ -20,6 +21,7 @@ TEXT_ONLY = ("language", "window", "stride")
 ANSWERS_ONLY = (
     *("split", "csv", "html", "batch_size", "given_answers", "on_bad_sample", "max_bad_samples", "allow_urls"),
     *("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "num_beams"),
+    *("image_cache", "image_cache_dir", "image_cache_bits"),
 )
 
 
@@ -78,6 +80,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         parser, "greedy, whatever the checkpoint's own settings are", "256, or a quarter of the context"
     )
     options.add_argument("--num-beams", type=int, help="number of beams of beam search (default 1)")
+    add_library_arguments(parser, default="off")
     parser.set_defaults(run=_evaluate, default_of=parser.get_default)
 
 
@@ -117,6 +120,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
+    model.image_library = make_library(arguments, model)
     options = _options(arguments, model)
     header = {
         "model": arguments.model.rstrip("/") or arguments.model,
@@ -127,7 +131,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": arguments.quantization,
             "attn_implementation": model.config.text_config._attn_implementation,
-        },
+        }
+        | ({} if arguments.image_cache_bits == 16 else {"image_cache_bits": arguments.image_cache_bits}),
         "fingerprint": {"model": checkpoint_fingerprint(arguments.model), "data": questions.fingerprint},
     }
     evaluator = Evaluator(

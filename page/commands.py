@@ -5,6 +5,7 @@ import contextlib
 import threading
 from pathlib import Path
 
+from ..image_library.flags import make_library
 from ..utils.deprecation import RenamedFlag
 from ..utils.hosts import LOOPBACK, is_loopback
 from ..utils.local_paths import check_exists
@@ -75,6 +76,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
+    model.image_library = make_library(arguments, model)
     if arguments.seed is not None:
         set_seed(arguments.seed)
     local = is_loopback(arguments.host)

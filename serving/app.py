@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import time
 import uuid
@@ -25,11 +26,13 @@ from starlette.types import Receive, Scope, Send
 from ..chat.prompts import Prompt, count_positions, read_prompt
 from ..composition.chat_template import check_template_variables
 from ..image_layouts_dsvl import FRAME
+from ..image_library import ImageLibrary, LibraryImage
+from ..image_library.content_keys import preprocessing_version
 from ..utils.hosts import LOOPBACK
 from ..utils.transformers_names import ChatCompletionHandler, Modality
 from .connections import BodyReader
-from .engine import FAILURE, Engine, Sampling, join_images
-from .images import expand_videos, fetch_images, image_parts, load_image, measure_images
+from .engine import FAILURE, LIBRARY_IMAGES, Engine, Sampling, join_images
+from .images import expand_videos, fetch_images, image_file, image_parts, load_image, measure_images
 from .requests import ChatRequest, RequestError, RequestLimits, parse
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ class ChatCompletions(ChatCompletionHandler):
         processor: its processor.
         name: the model's name for clients.
         limits: the limits of the server.
-        engine: generates the answers.
+        engine: generates the answers; its library keeps images.
 
     Attributes:
         held: the number of requests in progress.
@@ -58,6 +61,9 @@ class ChatCompletions(ChatCompletionHandler):
     def __init__(self, model: Any, processor: Any, name: str, limits: RequestLimits, engine: Engine) -> None:
         super().__init__(model_manager=None, generation_state=None)  # type: ignore[arg-type]  # replaced by model and engine
         self.model, self.processor, self.name, self.limits, self.engine = model, processor, name, limits, engine
+        self.library = engine.library
+        # An image is known by its file, and by what decides how it is read.
+        self.reading_version = preprocessing_version(processor, limits.image_pixels)
         self.bodies = BodyReader()
         self.held = 0
         # Thread pools keep slow work out of the event loop. Few threads decode images, which limits memory. Each image is a
@@ -145,6 +151,28 @@ class ChatCompletions(ChatCompletionHandler):
             )
         return prompt
 
+    def source_of(self, data: bytes) -> str:
+        """The name of an image file in the library."""
+        return hashlib.sha256(self.reading_version.encode() + data).hexdigest()
+
+    def find_images(
+        self, parts: list[dict[str, Any]], lengths: list[list[int]]
+    ) -> tuple[list[LibraryImage | None], list[str | None]]:
+        """The images of a request that the library keeps, and the names of their files; None for the others.
+
+        Args:
+            lengths: of the tiles of each image, in the prompt.
+        """
+        assert self.library is not None
+        found: list[LibraryImage | None] = []
+        sources: list[str | None] = []
+        for number, (part, own) in enumerate(zip(parts, lengths, strict=True), 1):
+            data = image_file(part, number)
+            sources.append(None if data is None else self.source_of(data))
+            known = None if data is None else self.library.find(self.source_of(data))
+            found.append(known if known is not None and known.lengths == own else None)
+        return found, sources
+
     def preprocess_image(self, part: dict[str, Any], number: int, lengths: list[int]) -> dict[str, torch.Tensor]:
         """Decode and preprocess image `number` of a request.
 
@@ -202,6 +230,28 @@ class ChatCompletions(ChatCompletionHandler):
             stop=request.stop_strings(),
         )
 
+    async def _images(self, messages: list[dict[str, Any]], prompt: Prompt) -> dict[str, Any]:
+        """The model inputs of the images of a request: as images of the library, if it can take them."""
+        run = asyncio.get_running_loop().run_in_executor
+        parts, lengths, library = image_parts(messages, self.limits), prompt.tile_lengths, self.library
+        takes_library = library is not None and library.takes(self.model, prompt.ids, lengths)
+        found: list[LibraryImage | None] = [None] * len(parts)
+        sources: list[str | None] = [None] * len(parts)
+        if takes_library:
+            found, sources = await run(self.reading, self.find_images, parts, lengths)
+        inputs: list[Any] = []
+        for number, (part, own, known, source) in enumerate(zip(parts, lengths, found, sources, strict=True), 1):
+            part.pop("url", None) if known is not None else None
+            made: Any = known
+            if made is None:
+                made = await run(self.preparing, self.preprocess_image, part, number, own)
+                if library is not None and takes_library:
+                    made = await run(self.preparing, library.image, made, own, source)
+            inputs.append(made)
+        if takes_library:
+            return {LIBRARY_IMAGES: inputs} if inputs else {}
+        return join_images(inputs)
+
     async def _respond(self, body: bytes, request_id: str) -> Response:
         """Generate the response; a streaming one has started when this returns."""
         run = asyncio.get_running_loop().run_in_executor
@@ -211,17 +261,14 @@ class ChatCompletions(ChatCompletionHandler):
         await run(self.preparing, expand_videos, messages, self.processor.video_sampling, self.limits)
         prompt = await run(self.reading, self._prompt, messages, request.chat_template_kwargs)
         sampling = self._sampling(request, count_positions(self.model.config, prompt))
-        parts = zip(image_parts(messages, self.limits), prompt.tile_lengths, strict=True)
-        images = [
-            await run(self.preparing, self.preprocess_image, part, number, lengths)
-            for number, (part, lengths) in enumerate(parts, 1)
-        ]
+        images = await self._images(messages, prompt)
+        del messages
         ids = torch.tensor([prompt.ids])
         inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": (ids == self.processor.image_token_id).long(),
-            **join_images(images),
+            **images,
         }
         arguments = (request_id, self.model, self.processor, self.name, inputs, sampling)
         if not request.stream:
@@ -272,6 +319,7 @@ def build_app(
     limits: RequestLimits | None = None,
     max_batch: int = 16,
     allowed_hosts: tuple[str, ...] = LOOPBACK,
+    library: ImageLibrary | None = None,
 ) -> Starlette:
     """Create the server's ASGI application.
 
@@ -283,11 +331,12 @@ def build_app(
         max_batch (*optional*, defaults to 16): requests per batch.
         allowed_hosts (*optional*, defaults to the loopback names): the accepted `Host` headers; ("*",) accepts any. This
             prevents DNS rebinding: a website cannot reach the server under its own name.
+        library (*optional*): keeps images, so that they are encoded once.
 
     Returns:
         The application, with the `Engine` as `state.engine` and the `ChatCompletions` as `state.chat`.
     """
-    engine = Engine(model.eval(), processor, max_batch)
+    engine = Engine(model.eval(), processor, max_batch, library=library)
     chat = ChatCompletions(model, processor, name, limits or RequestLimits(), engine)
     card = Model(id=name, created=int(time.time()), object="model", owned_by="dsvl")
 
@@ -300,7 +349,10 @@ def build_app(
         return JSONResponse(card.model_dump())
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "held": chat.held, "generating": engine.running})
+        figures: dict[str, Any] = {"status": "ok", "held": chat.held, "generating": engine.running}
+        if library is not None:
+            figures["image_library"] = await asyncio.to_thread(library.statistics)
+        return JSONResponse(figures)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -308,6 +360,8 @@ def build_app(
         for pool in (chat.reading, chat.preparing, chat.fetching):
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(engine.stop)
+        if library is not None:
+            await asyncio.to_thread(library.tiers.flush)
 
     app = Starlette(
         routes=[

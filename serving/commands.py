@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..image_library.flags import add_library_arguments, make_library
 from ..utils.deprecation import RenamedFlag
 from ..utils.hosts import LOOPBACK, is_loopback
 from ..utils.local_paths import check_exists
@@ -32,6 +33,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--max-video-seconds", type=float, default=600, help="length of a video (default 600)")
     parser.add_argument("--allow-urls", action="store_true", help="download images and videos from public http(s) URLs")
+    library = add_library_arguments(parser, default="on")
+    library.add_argument(
+        "--preload",
+        nargs="+",
+        action="extend",
+        metavar="IMAGES",
+        help="image files and directories to compute before the start",
+    )
     add_loading_arguments(parser)
     parser.set_defaults(run=_serve)
 
@@ -40,9 +49,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     try:
         import uvicorn
 
+        from ..image_library.preload import image_files, preload
         from ..utils.model_loading import load_checkpoint
         from .app import build_app
         from .connections import UVICORN
+        from .images import FORMATS
         from .requests import RequestLimits
     except ImportError as error:
         raise ImportError(f"{error}; dsvl serve needs more packages: pip install 'dsvl[serve]'") from error
@@ -62,13 +73,24 @@ def _serve(arguments: argparse.Namespace) -> None:
         new_tokens=arguments.max_new_tokens,
         allow_urls=arguments.allow_urls,
     )
+    files = image_files(arguments.preload or ())
     model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
     name = arguments.name or Path(arguments.model).resolve().name
     local = is_loopback(arguments.host)
-    app = build_app(model, processor, name, limits, arguments.max_batch, LOOPBACK if local else ("*",))
+    library = make_library(arguments, model)
+    app = build_app(model, processor, name, limits, arguments.max_batch, LOOPBACK if local else ("*",), library)
+    if library is not None:
+        print(f"dsvl serve: {library.describe()}; --image-cache off turns it off", flush=True)
+        if files:
+            source_of = app.state.chat.source_of
+            kept, number = preload(library, model, processor, files, source_of, limits.image_pixels, FORMATS)
+            print(f"dsvl serve: {kept:,} of {number:,} preloaded images are in main memory", flush=True)
     print(f"dsvl serve: {name} at http://{arguments.host}:{arguments.port}/v1; Ctrl-C ends it", flush=True)
     if not local:
         print("dsvl serve: anyone who can reach this address can use it; there is no API key", flush=True)
     uvicorn.run(app, host=arguments.host, port=arguments.port, **UVICORN)
+    if library is not None:
+        counts = library.counts
+        print(f"dsvl serve: of {counts.hits + counts.misses:,} images {counts.hits:,} were in the library", flush=True)

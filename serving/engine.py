@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -20,12 +21,22 @@ from transformers import (
 
 from ..chat.detokenizer import Detokenizer
 from ..generation_dsvl import IMAGE_INPUTS, NoImageToken
+from ..image_library import ImageLibrary, LibraryImage
+from ..transformers_dsvl import CACHE
+from ..utils.byte_sizes import available_memory
 from ..utils.transformers_names import BaseGenerateManager, _StreamError
+from .kept_rows import KeptRow, can_take, join_rows, take_rows
 from .stop_strings import StopStrings
 
 logger = logging.getLogger(__name__)
 FAILURE = "The answer could not be generated."  # sent to clients; the log has the reason
 MIN_TEMPERATURE = 1e-4  # lower ones would overflow the scores, and are greedy anyway
+LIBRARY_IMAGES = "library_images"  # the model input that holds the `LibraryImage`s of a request
+PREFILL_BYTES = 2**31  # of images of a library, copied to the device for one prefill
+KEPT_SHARE = 8  # paused requests keep KV caches in an eighth of the available memory
+TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+# Tokens are sampled by `_PerRequestSampling`.
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass
@@ -54,18 +65,22 @@ class Generation:
     """A request in progress. The handler of transformers reads `queue` and `total_tokens`, and calls `cancel`.
 
     Args:
-        inputs: its model inputs, with a batch size of 1.
+        inputs: its model inputs, with a batch size of 1; images as pixels, or under `LIBRARY_IMAGES`.
         sampling: its sampling parameters.
         tokenizer: the tokenizer.
 
     Attributes:
         token_ids: the generated tokens.
+        images: its images in a library.
+        kept: its KV cache while it is paused, if there is room: of all its tokens but the last.
         alone: whether it is generated in a batch of its own, after its batch failed.
         queue: receives pieces of text; None, or a `_StreamError`, at the end.
     """
 
     def __init__(self, inputs: dict[str, Any], sampling: Sampling, tokenizer: Any) -> None:
+        self.images: list[LibraryImage] = inputs.pop(LIBRARY_IMAGES, [])
         self.inputs = inputs
+        self.kept: KeptRow | None = None
         self.sampling = sampling
         self.limit = sampling.max_new_tokens or 1
         self.token_ids: list[int] = []
@@ -90,6 +105,11 @@ class Generation:
     def total_tokens(self) -> int:
         """The number of generated tokens."""
         return len(self.token_ids)
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of the prompt and the answer so far."""
+        return self.inputs["input_ids"].shape[1] + len(self.token_ids)
 
     def inputs_so_far(self) -> dict[str, torch.Tensor]:
         """The model inputs of the prompt and the tokens generated so far."""
@@ -152,7 +172,7 @@ class Generation:
         """End the answer, with an error message if it failed. Further calls have no effect."""
         if not self.done:
             self.done = True
-            self.inputs = {}  # frees the memory of the images
+            self.inputs, self.images, self.kept = {}, [], None  # frees the memory of the images
             self._send(None if failure is None else _StreamError(failure))
 
     def _send(self, item: Any) -> None:
@@ -201,8 +221,8 @@ class Engine(BaseGenerateManager):
 
     A batch takes the waiting requests, up to `max_batch`; each row ends on its own. While other requests are waiting, a
     batch pauses after `max_steps` tokens, and its requests go to the end of the queue, so that short answers do not wait
-    for long ones. A resumed request prefills its prompt and the answer so far again. If a batch fails, its requests are
-    continued one by one.
+    for long ones. Paused requests keep their KV caches, as far as `kept_bytes` allow; the others prefill their prompt and
+    the answer so far again. If a batch fails, all KV caches are dropped, and its requests are continued one by one.
 
     Args:
         model: a DSVL model in evaluation mode.
@@ -210,6 +230,8 @@ class Engine(BaseGenerateManager):
         max_batch (*optional*, defaults to 16): requests per batch.
         max_steps (*optional*, defaults to 64): tokens of a batch while others wait. More tokens need less work in total,
             fewer shorten the waiting time.
+        library (*optional*): the library of the requests' images (`LIBRARY_IMAGES`).
+        kept_bytes (*optional*): the memory for KV caches of paused requests; an eighth of what is available by default.
 
     Attributes:
         batches: the number of batches started.
@@ -217,8 +239,17 @@ class Engine(BaseGenerateManager):
         waiting: the requests that wait for a batch, in order.
     """
 
-    def __init__(self, model: Any, processor: Any, max_batch: int = 16, max_steps: int = 64) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        max_batch: int = 16,
+        max_steps: int = 64,
+        library: ImageLibrary | None = None,
+        kept_bytes: int | None = None,
+    ) -> None:
+        self.model, self.library = model, library
+        self.kept_bytes = available_memory(model.device) // KEPT_SHARE if kept_bytes is None else kept_bytes
         self.tokenizer = processor.tokenizer
         self.max_batch = max_batch
         self.max_steps = max_steps
@@ -264,7 +295,9 @@ class Engine(BaseGenerateManager):
             one = self.active.pop(request_id, None)
             if one is not None:
                 one.cancel()
-                self.waiting = [other for other in self.waiting if other is not one]
+                if one in self.waiting:  # others end with their batch
+                    self.waiting.remove(one)
+                    one.finish()
 
     @property
     def running(self) -> int:
@@ -312,7 +345,11 @@ class Engine(BaseGenerateManager):
         if failed:
             for one in batch:
                 one.undo_sample()
+            if self.library is not None:
+                self.library.tiers.free_device()
         with self._condition:
+            for one in [*batch, *self.waiting] if failed else ():
+                one.kept = None  # it may have been a lack of memory
             for one in batch:
                 # Out of memory, or one request caused the failure: continue each of them alone.
                 one.alone = one.alone or failed
@@ -322,21 +359,102 @@ class Engine(BaseGenerateManager):
                     self.waiting.append(one)
 
     def _generate(self, batch: list[Generation]) -> None:
-        inputs = collate([one.inputs_so_far() for one in batch], self.tokenizer.pad_token_id)
+        resumed = [one for one in batch if one.kept is not None]
+        groups = self._prefill_groups([one for one in batch if one.kept is None])
+        if len(groups) + bool(resumed) == 1 and not resumed:
+            self._run_batch(batch, self._new_cache())
+        elif self._new_cache() is None:  # no KV caches that can be joined
+            for group in groups:
+                self._run_batch(group, None)
+        else:
+            for group in groups:
+                self._prefill(group)
+            rows = [one.kept for one in batch if one.kept is not None]
+            for one in batch:
+                one.kept = None
+            self._run_batch(batch, join_rows(rows, self.model.config.text_config))
+
+    def _prefill_groups(self, batch: list[Generation]) -> list[list[Generation]]:
+        """The requests that one prefill can take: with images of the library in up to `PREFILL_BYTES`, or with pixels."""
+        library = [one for one in batch if one.images]
+        pixels = [one for one in batch if "pixel_values" in one.inputs]
+        groups: list[list[Generation]] = [[]]
+        size = 0
+        for one in library:
+            assert self.library is not None
+            own = sum(sum(image.lengths) for image in one.images) * self.library.token_bytes(self.model)
+            if groups[-1] and size + own > PREFILL_BYTES:
+                groups, size = [*groups, []], 0
+            groups[-1].append(one)
+            size += own
+        groups[-1] += [one for one in batch if not one.images and "pixel_values" not in one.inputs]
+        return [group for group in (*groups, pixels) if group]
+
+    def _new_cache(self) -> DynamicCache | None:
+        """An empty KV cache whose rows can be kept; None if the checkpoint asks for another kind."""
+        if self.model.generation_config.cache_implementation not in (None, "dynamic"):
+            return None
+        return DynamicCache(config=self.model.config.text_config)
+
+    def _prefill(self, batch: list[Generation]) -> None:
+        """Give requests their KV cache: of all tokens but the last, which the batch that they join computes."""
+        cache = self._new_cache()
+        assert cache is not None
+        inputs = self._inputs(batch)
+        inputs |= {name: inputs[name][:, :-1] for name in TOKEN_INPUTS}
+        self.model.generate(**inputs, **{CACHE: cache}, **GREEDY, max_new_tokens=1)
+        for one, kept in zip(batch, take_rows(cache, {row: one.tokens - 1 for row, one in enumerate(batch)}), strict=True):
+            one.kept = kept
+
+    def _inputs(self, batch: list[Generation], with_images: bool = True) -> dict[str, Any]:
+        """The model inputs of requests, on the device."""
+        rows = [one.inputs_so_far() for one in batch]
+        if not with_images:
+            rows = [{name: row[name] for name in TOKEN_INPUTS} for row in rows]
+        inputs = collate(rows, self.tokenizer.pad_token_id)
+        moved: dict[str, Any] = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        images = [image for one in batch for image in one.images] if with_images else []
+        if images:
+            assert self.library is not None
+            moved |= self.library.generation_inputs(self.model, images)
+        return moved
+
+    def _run_batch(self, batch: list[Generation], cache: DynamicCache | None) -> None:
+        """Generate until all answers end, or the batch pauses.
+
+        Args:
+            cache: empty, or of all tokens of the batch but the last; None if there are no KV caches to keep.
+        """
+        held = 0 if cache is None else int(cache.get_seq_length())
         ends = _PerRequestStopping(batch, self._end_of_text, lambda steps: steps >= self.max_steps and bool(self.waiting))
-        self.model.generate(
-            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
+        options: dict[str, Any] = {} if cache is None else {CACHE: cache, "cache_implementation": None}
+        ids = self.model.generate(
+            **self._inputs(batch, with_images=held == 0),
+            **options,
+            **GREEDY,
             logits_processor=LogitsProcessorList(
                 [NoImageToken(self.model.config.image_token_id), _PerRequestSampling(batch)]
             ),
             stopping_criteria=StoppingCriteriaList([ends]),
             max_new_tokens=max(one.limit - one.total_tokens for one in batch),
-            do_sample=False,  # tokens are sampled by _PerRequestSampling
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
         )
+        paused = {row: one for row, one in enumerate(batch) if not one.done and not one.cancelled}
+        if paused and cache is not None and can_take(cache) and int(cache.get_seq_length()) == ids.shape[1] - 1:
+            self._keep(cache, paused)
+
+    def _keep(self, cache: DynamicCache, paused: dict[int, Generation]) -> None:
+        """Keep the KV caches of paused requests, as far as there is room."""
+        with self._condition:
+            kept = sum(one.kept.nbytes for one in self.waiting if one.kept is not None)
+        token_bytes = sum(layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in cache.layers)
+        chosen: dict[int, int] = {}
+        for row, one in paused.items():
+            kept += one.tokens * token_bytes
+            if kept > self.kept_bytes:
+                break
+            chosen[row] = one.tokens - 1
+        for row, own in zip(chosen, take_rows(cache, chosen), strict=True):
+            paused[row].kept = own
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -349,7 +467,7 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str,
         pad_token_id: the padding of `input_ids`.
     """
     longest = max(row["input_ids"].shape[1] for row in rows)
-    padding = {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    padding = dict.fromkeys(TOKEN_INPUTS, 0) | {"input_ids": pad_token_id}
     joined = {
         name: torch.cat([torch.nn.functional.pad(row[name], (longest - row[name].shape[1], 0), value=value) for row in rows])
         for name, value in padding.items()

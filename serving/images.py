@@ -84,8 +84,21 @@ def load_image(part: dict[str, Any], number: int, limits: RequestLimits) -> Imag
     """
     if "url" not in part:
         return part.pop("image")  # a frame
-    url = part.pop("url")
-    return decode_image(url if isinstance(url, bytes) else _data_url_bytes(url, number), number, limits)
+    image_file(part, number)
+    return decode_image(part.pop("url"), number, limits)
+
+
+def image_file(part: dict[str, Any], number: int) -> bytes | None:
+    """The file of an image part, decoded from base64, which the part has as its `url` from now on; None for a frame.
+
+    Raises:
+        RequestError: if it is not a data URL.
+    """
+    if "url" not in part:
+        return None
+    if isinstance(part["url"], str):
+        part["url"] = _data_url_bytes(part["url"], number)
+    return part["url"]
 
 
 def measure_images(messages: list[dict[str, Any]], limits: RequestLimits) -> None:
@@ -96,12 +109,11 @@ def measure_images(messages: list[dict[str, Any]], limits: RequestLimits) -> Non
         RequestError: as `load_image`, as far as the header tells.
     """
     for number, part in enumerate(image_parts(messages, limits), 1):
-        if "url" not in part:  # a frame
+        data = image_file(part, number)
+        if data is None:  # a frame
             continue
-        if isinstance(part["url"], str):
-            part["url"] = _data_url_bytes(part["url"], number)
         try:
-            width, height = image_size(part["url"], max_pixels=limits.image_pixels, formats=FORMATS)
+            width, height = image_size(data, max_pixels=limits.image_pixels, formats=FORMATS)
         except ImageError as error:
             raise RequestError(f"Image {number} {error.words}.", code="invalid_image", param="messages") from None
         part["image_size"] = (height, width)

@@ -19,6 +19,7 @@ from PIL import Image
 from training_runs import WORDS, make_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from dsvl.image_library import ImageLibrary
 from dsvl.serving.app import build_app
 from dsvl.serving.connections import UVICORN
 from dsvl.serving.requests import RequestLimits
@@ -46,8 +47,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(model: Any, processor: Any, limits: RequestLimits | None = None, max_batch: int = 16) -> Iterator[Server]:
-    app = build_app(model, processor, NAME, limits, max_batch)
+def served(
+    model: Any,
+    processor: Any,
+    limits: RequestLimits | None = None,
+    max_batch: int = 16,
+    library: ImageLibrary | None = None,
+) -> Iterator[Server]:
+    app = build_app(model, processor, NAME, limits, max_batch, library=library)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, **UVICORN | {"log_level": "error", "timeout_graceful_shutdown": 1}))

@@ -306,6 +306,24 @@ def test_a_prompt_over_known_images_is_compared_with_the_whole_prefill(load, tmp
     assert tables["images"]["mib_per_image"] == 2 * 8 * 257 * 512 * 4 / 2**20
 
 
+@pytest.mark.slow
+def test_a_server_with_a_library_is_compared_with_one_without(load, tmp_path):
+    flags = ["--images", "2", "--answer-tokens", "2", "--clients", "2", "--requests", "4", "--repeats", "1"]
+    load("image_library").main([*flags, "--out", str(tmp_path / "library.json")])
+    table = results(tmp_path / "library.json")
+    assert table["equal_answers"] == table["answers"] == 4
+    assert table["image library"]["answers_per_s"] > 0 and table["image library"]["speed"] > 0
+
+
+@pytest.mark.parametrize("bits", ["8", "16"])
+def test_the_first_token_over_a_large_library(load, tmp_path, bits):
+    flags = ["--first-token", "--library", "20", "--images", "3", "--bits", bits, "--key-value-heads", "2", "--repeats", "2"]
+    load("image_library").main([*flags, "--out", str(tmp_path / "library.json")])
+    table = results(tmp_path / "library.json")
+    assert table["mib_per_image"] == 5 * 2 * 3 * 2 * (32 + 4 if bits == "8" else 32 * 4) / 2**20
+    assert table["transfer alone"]["ms"] < table["from main memory"]["ms"]
+
+
 def test_data_loading(load, capsys):
     load("data_loading").main(["--samples", "4", "--batch-size", "2", "--rounds", "1", "--workers", "0"])
     head, row = capsys.readouterr().out.splitlines()

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, IMAGE_ID, batch, tiny_model
+from conftest import FAMILIES, IMAGE_ID, batch, random_images, tiny_model
 from test_attention import packed
 from transformers import StaticCache
 
 from dsvl.acceleration.fused_mask import FusedMask
 from dsvl.acceleration.kernels import can_fuse
+from dsvl.image_library import ImageLibrary
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -295,3 +296,24 @@ def test_generation_over_encoded_images_is_the_same(kind):
     expected = model.generate(**inputs, **how)
     cache = model.encode_images(inputs.pop("pixel_values"))
     assert model.generate(**inputs, image_cache=cache, **how).equal(expected)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_a_library_in_gpu_memory_and_pinned_main_memory(quantize):
+    """Images that are on the GPU, in main memory alone, dropped, and encoded again give the same answers."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = tiny_model(dtype=torch.float32).cuda()
+    size = 5 * ImageLibrary(model, 2**20, quantize=quantize).token_bytes(model)
+    inputs = on_gpu(batch(*PROMPTS, dtype=torch.float32))
+    how = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, **how)
+    library = model.image_library = ImageLibrary(model, 2**17, device_bytes=4 * size, quantize=quantize)
+    first = model.generate(**inputs, **how)
+    assert quantize or first.equal(expected)
+    for number in range(12):
+        other = on_gpu(batch("tIIt", dtype=torch.float32)) | {"pixel_values": random_images(2, seed=number).float().cuda()}
+        model.generate(**other, max_new_tokens=1)
+        assert model.generate(**inputs, **how).equal(first)
+    assert 0 < library.tiers.device.bytes <= 4 * size and library.tiers.device.evicted > 0
+    assert all(one.is_pinned() for name in library.tiers.memory.names() for one in library.tiers.memory.get(name).values())
+    assert library.tiers.arena.bytes <= 2**17

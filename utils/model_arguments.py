@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import Any
 
+from ..image_library.flags import add_library_arguments
 from .quantization_choices import QUANTIZATIONS
 
 
@@ -42,7 +43,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser, default: str, leng
 
 
 def add_conversation_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the arguments of `dsvl chat` and `dsvl demo` for loading, context and generation; returns the loading group."""
+    """Add the arguments of `dsvl chat` and `dsvl demo` for loading, context, generation and images; returns the loading
+    group."""
     group = add_loading_arguments(parser)
     group.add_argument(
         "--context-length", type=int, help="length in tokens (default: the decoder's max_position_embeddings)"
@@ -60,6 +62,7 @@ def add_conversation_arguments(parser: argparse.ArgumentParser) -> argparse._Arg
         help="variables of the chat template, such as '{\"enable_thinking\": false}'",
     )
     add_generation_arguments(parser, "the checkpoint's generation config", "the checkpoint's, else 512")
+    add_library_arguments(parser, default="on")
     return group
 
 

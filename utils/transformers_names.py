@@ -24,6 +24,7 @@ NAMES = {
     "render_jinja_template": "transformers.utils.chat_template_utils",
     "cached_file": "transformers.utils.hub",
     "DynamicLayer": "transformers.cache_utils",
+    "DynamicSlidingWindowLayer": "transformers.cache_utils",
     "StaticLayer": "transformers.cache_utils",
     "BaseStreamer": "transformers.generation.streamers",
     "sliding_window_causal_mask_function": "transformers.masking_utils",
@@ -59,7 +60,7 @@ MEMBERS = {
 }
 # Attributes that transformers sets on objects while it generates, by the module that sets them.
 MENTIONED = {
-    "transformers.cache_utils": ("device",),
+    "transformers.cache_utils": ("device", "cumulative_length", "record_past"),
     "transformers.generation.utils": ("_pad_token_tensor", "_is_user_defined"),
 }
 

@@ -1,0 +1,85 @@
+"""Pinned main memory for images. torch rounds each pinned tensor up to a power of two, which can double its size; here
+tensors are parts of a few large slabs."""
+
+import ctypes
+import weakref
+from threading import RLock
+
+import torch
+
+from .memory_tier import Tensors
+
+MAX_SLAB = 2**31
+ALIGNMENT = 512  # of tensors, in bytes
+
+
+class PinnedArena:
+    """Slabs of pinned memory, allocated when they are needed. All methods may be called by several threads.
+
+    Args:
+        limit: of all slabs together, in bytes.
+
+    Attributes:
+        bytes: of all slabs.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.slab_size = min(MAX_SLAB, 2 ** (max(limit, 1).bit_length() - 1))
+        self.limit = limit
+        self._slabs: list[torch.Tensor] = []
+        self._free: list[list[tuple[int, int]]] = []  # (start, end) of each slab, in order
+        self._lock = RLock()  # reentrant, as a tensor may be freed anywhere
+
+    @property
+    def bytes(self) -> int:
+        return len(self._slabs) * self.slab_size
+
+    def copy(self, tensors: Tensors) -> Tensors | None:
+        """Copies of tensors in pinned memory, which is free again when the last of them is deleted; None without room
+        for them in one slab."""
+        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors.values()]
+        buffer = self._allocate(sum(sizes))
+        if buffer is None:
+            return None
+        made, start = {}, 0
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a copy from what was here before may still be running
+        for (name, tensor), size in zip(tensors.items(), sizes, strict=True):
+            flat = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+            made[name] = flat.view(tensor.shape).copy_(tensor)
+            start += size
+        return made
+
+    def _allocate(self, size: int) -> ctypes.Array[ctypes.c_char] | None:
+        with self._lock:
+            if size > self.slab_size:
+                return None
+            for number, free in enumerate(self._free):
+                for index, (start, end) in enumerate(free):
+                    if end - start >= size:
+                        free[index : index + 1] = [(start + size, end)] if end - start > size else []
+                        return self._buffer(number, start, size)
+            if (len(self._slabs) + 1) * self.slab_size > self.limit:
+                return None
+            self._slabs.append(torch.empty(self.slab_size, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
+            self._free.append([(size, self.slab_size)] if size < self.slab_size else [])
+            return self._buffer(len(self._slabs) - 1, 0, size)
+
+    def _buffer(self, slab: int, start: int, size: int) -> ctypes.Array[ctypes.c_char]:
+        """A part of a slab that Python frees like an object; tensors hold on to it."""
+        buffer = (ctypes.c_char * size).from_address(self._slabs[slab].data_ptr() + start)
+        weakref.finalize(buffer, self._release, slab, start, start + size).atexit = False
+        return buffer
+
+    def _release(self, slab: int, start: int, end: int) -> None:
+        with self._lock:
+            joined: list[tuple[int, int]] = []
+            for one in sorted([*self._free[slab], (start, end)]):
+                if joined and joined[-1][1] == one[0]:
+                    joined[-1] = joined[-1][0], one[1]
+                else:
+                    joined.append(one)
+            self._free[slab] = joined
+
+
+__all__ = ["PinnedArena"]
