@@ -38,7 +38,7 @@ class Started(Exception):
 @pytest.fixture
 def start(checkpoint: Path, monkeypatch: Any):
     """Run the command up to the start of vLLM: its arguments as a dict, what is passed on unchanged, and its environment."""
-    for name in [one for one in os.environ if one.startswith(("VLLM_", "OMP_", VARIABLE))]:
+    for name in [one for one in os.environ if one.startswith(("VLLM_", "OMP_", "ONEDNN_", VARIABLE))]:
         monkeypatch.delenv(name)
 
     def run(*flags: str, machine: Machine = GPU) -> tuple[dict[str, str], list[str], dict[str, str]]:
@@ -155,11 +155,11 @@ def test_a_cpu_gets_a_quarter_of_the_memory_and_all_of_few_cores(start: Any, che
     named, _, environment = start(machine=CPU)
     assert named["program"] == "-P -m vllm.entrypoints.openai.api_server" and named["--model"] == str(checkpoint)
     assert (environment["VLLM_CPU_KVCACHE_SPACE"], environment["VLLM_CPU_OMP_THREADS_BIND"]) == ("5", "nobind")
-    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE" and environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "16"
     many = start(machine=Machine("vllm-cpu", "0.32.0", cpu=True, cores=64, free_gib=2))[2]
     assert many["VLLM_CPU_KVCACHE_SPACE"] == "1" and "VLLM_CPU_OMP_THREADS_BIND" not in many
     assert "OMP_WAIT_POLICY" not in many
-    assert "VLLM_CPU_KVCACHE_SPACE" not in start(machine=GPU)[2]
+    assert not {"VLLM_CPU_KVCACHE_SPACE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"} & set(start(machine=GPU)[2])
 
 
 def test_every_flag_is_passed_on_or_refused(start: Any, checkpoint: Path, capsys: Any) -> None:
