@@ -118,8 +118,8 @@ def vllm_command(
     }
     if machine.cpu:
         variables["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, machine.free_gib // 4))
-        # oneDNN keeps code for each number of tokens that a step has had, 1,024 of them unless told otherwise, in hundreds of
-        # megabytes of every process.
+        # oneDNN keeps code for each number of tokens that a step has had, by default for 1,024 of them, which takes hundreds
+        # of megabytes.
         variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "16"
         if machine.cores <= FEW_CORES:
             variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
