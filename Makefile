@@ -15,7 +15,7 @@ RESULTS ?= bench_output
 # Threads that wait actively slow down small models.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-deepspeed test test-slow test-newest test-vllm docs build bench bench-gpu clean
+.PHONY: demo demo-deepspeed test test-slow test-newest test-vllm docs build bench bench-gpu bench-serving clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m dsvl.demo --overwrite
@@ -36,9 +36,9 @@ test: $(VENV)/ready $(OTHER_RELEASES:%=$(RELEASES)/%/ready)
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest tests -m slow
 
-# Checkpoints under vLLM by this package's plugin, and exported models, about 20 minutes on two cores.
+# Checkpoints under vLLM by this package's plugin, its server under load, and exported models, about 25 minutes on two cores.
 test-vllm: $(VENV)/ready $(VLLM)/ready
-	DSVL_VLLM=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/test_vllm_plugin.py tests/test_vllm.py
+	DSVL_VLLM=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/test_vllm_plugin.py tests/test_vllm_server.py tests/test_vllm.py
 
 # The documentation, in docs/_build/html. Warnings are errors.
 docs: $(VENV)/ready
@@ -69,6 +69,12 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/reuse.py --repeats 5 --out $(RESULTS)/reuse.json
 	$(BIN)/python benchmarks/image_library.py --repeats 3 --out $(RESULTS)/image_library.json
 	$(BIN)/python benchmarks/plots.py $(RESULTS)
+
+# The servers of `dsvl serve` side by side, about 15 minutes on two cores, and ten minutes of load on each.
+bench-serving: $(VENV)/ready $(VLLM)/ready
+	PYTHONPATH=$(abspath tests/vllm_site) $(BIN)/python benchmarks/serving.py --vllm-python $(abspath $(VLLM))/bin/python --out $(RESULTS)/serving.json
+	$(BIN)/python benchmarks/soak.py --engine transformers --out $(RESULTS)/soak.json --arguments --image-cache 256MiB
+	PYTHONPATH=$(abspath tests/vllm_site) $(BIN)/python benchmarks/soak.py --engine vllm --vllm-python $(abspath $(VLLM))/bin/python --out $(RESULTS)/soak_vllm.json --arguments --mm-processor-cache-gb 0.1
 
 # On a machine with an NVIDIA GPU, in a separate environment: `pip install -e '.[bench,gpu,train]'`, then this with BIN set to its
 # bin directory.

@@ -35,7 +35,7 @@ def add_library_arguments(parser: argparse.ArgumentParser, default: str) -> argp
         help="also keep images in this directory, in up to ten times as many bytes; several processes may share it",
     )
     group.add_argument(
-        "--image-cache-bits", type=int, choices=(8, 16), default=16, help="8: half the memory, slightly different answers"
+        "--image-cache-bits", type=int, choices=(8, 16), help="8: half the memory, slightly different answers (default 16)"
     )
     return group
 
@@ -61,8 +61,11 @@ def make_library(arguments: argparse.Namespace, model: Any) -> "ImageLibrary | N
     """
     size, available = arguments.image_cache, available_host_memory()
     if size == 0:
-        given = {"--image-cache-dir": arguments.image_cache_dir, "--preload": getattr(arguments, "preload", None)}
-        given["--image-cache-bits"] = arguments.image_cache_bits if arguments.image_cache_bits != 16 else None
+        given = {
+            "--image-cache-dir": arguments.image_cache_dir,
+            "--image-cache-bits": arguments.image_cache_bits,
+            "--preload": getattr(arguments, "preload", None),
+        }
         without = [flag for flag, value in given.items() if value]
         if without:
             raise ValueError(f"{', '.join(without)} without an image library has no effect; pass --image-cache 8GiB too.")

@@ -6,14 +6,13 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from openai.types import Model
-from openai.types.shared import ErrorObject
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -30,6 +29,7 @@ from ..image_library import ImageLibrary, LibraryImage
 from ..image_library.content_keys import preprocessing_version
 from ..utils.hosts import LOOPBACK
 from ..utils.transformers_names import ChatCompletionHandler, Modality
+from .admission import RequestSlots, error_response
 from .connections import BodyReader
 from .engine import FAILURE, LIBRARY_IMAGES, Engine, Sampling, join_images
 from .images import expand_videos, fetch_images, image_file, image_parts, load_image, measure_images
@@ -53,9 +53,6 @@ class ChatCompletions(ChatCompletionHandler):
         name: the model's name for clients.
         limits: the limits of the server.
         engine: generates the answers; its library keeps images.
-
-    Attributes:
-        held: the number of requests in progress.
     """
 
     def __init__(self, model: Any, processor: Any, name: str, limits: RequestLimits, engine: Engine) -> None:
@@ -65,7 +62,7 @@ class ChatCompletions(ChatCompletionHandler):
         # An image is known by its file, and by what decides how it is read.
         self.reading_version = preprocessing_version(processor, limits.image_pixels)
         self.bodies = BodyReader()
-        self.held = 0
+        self.slots = RequestSlots(limits.requests)
         # Thread pools keep slow work out of the event loop. Few threads decode images, which limits memory. Each image is a
         # separate task, so concurrent requests alternate, and requests without images do not wait.
         self.reading = ThreadPoolExecutor(2, thread_name_prefix="dsvl-serve-read")
@@ -76,10 +73,10 @@ class ChatCompletions(ChatCompletionHandler):
         request = Request(scope, receive)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"  # never the client's id, which may not be unique
         try:
-            with self._slot():
+            with self.slots.take():
                 pass  # refuse before reading the body
             body = await self._read(request)
-            with self._slot():  # after reading, so that slow senders do not occupy a slot
+            with self.slots.take():  # after reading, so that slow senders do not occupy a slot
                 response = await _cancel_on_disconnect(receive, self._respond(body, request_id))
                 del body
                 await response(scope, receive, send)
@@ -88,19 +85,10 @@ class ChatCompletions(ChatCompletionHandler):
         finally:
             self.engine.release(request_id)
 
-    @contextlib.contextmanager
-    def _slot(self) -> Iterator[None]:
-        if self.held >= self.limits.requests:
-            raise RequestError(
-                f"The server is at its limit of {self.held} concurrent requests; try again later.",
-                429,
-                "rate_limit_exceeded",
-            )
-        self.held += 1
-        try:
-            yield
-        finally:
-            self.held -= 1
+    @property
+    def held(self) -> int:
+        """The number of requests in progress."""
+        return self.slots.held
 
     async def _read(self, request: Request) -> bytes:
         """Read the body within the limits.
@@ -379,21 +367,12 @@ def build_app(
     return app
 
 
-def _error(message: str, status: int, code: str | None = None, param: str | None = None) -> Response:
-    kind = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
-    body = ErrorObject(message=message, type=kind, code=code, param=param).model_dump(
-        include={"message", "type", "code", "param"}
-    )
-    headers = {429: {"Retry-After": "1"}, 408: {"Connection": "close"}}.get(status)
-    return JSONResponse({"error": body}, status, headers=headers)
-
-
 def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestError):
-        return _error(error.message, error.status, error.code, error.param)
+        return error_response(error.message, error.status, error.code, error.param)
     assert isinstance(error, HTTPException)
-    return _error(str(error.detail), error.status_code)
+    return error_response(str(error.detail), error.status_code)
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    return _error(FAILURE, 500)  # the log has the traceback
+    return error_response(FAILURE, 500)  # the log has the traceback

@@ -84,8 +84,9 @@ def snippets(page: str) -> list[Snippet]:
 
 
 def flags_of(words: list[str]) -> set[str]:
-    """The flags of a command."""
-    return {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
+    """The flags of a command, without those that it passes on."""
+    own = words[: words.index("--")] if "--" in words else words
+    return {word.partition("=")[0] for word in own if re.match(r"--[a-z]", word)}
 
 
 class Reader:

@@ -12,8 +12,10 @@ import torch
 from conftest import tiny_model
 from plain_loop import PlainLoop
 from torch.utils.flop_counter import FlopCounterMode
+from training_runs import environment
 
 from dsvl.attention_dsvl import routed_name
+from dsvl.image_reading_dsvl import image_size
 from dsvl.masks_dsvl import (
     IN_IMAGE,
     IN_TEXT,
@@ -25,6 +27,7 @@ from dsvl.masks_dsvl import (
     visibilities,
 )
 from dsvl.training.liger import use_liger
+from dsvl.utils.urls import decode_data_url
 
 
 @pytest.fixture
@@ -413,3 +416,77 @@ def test_answers_over_many_images(load, tmp_path, monkeypatch, capsys):
     for wrong in ("8bit", "4bit+shared", "16bit+shared+offloaded", "16bit+kv8+kv8"):
         with pytest.raises(ValueError, match="is not a row"):
             answers.parse(wrong)
+
+
+@pytest.fixture
+def small_servers(load, monkeypatch):
+    """The servers of `benchmarks/servers.py` with a tiny model, in processes that find this package."""
+    servers = load("servers")
+    shape = replace(servers.SHAPE, layers=1, hidden=64, intermediate=64, heads=2, key_value_heads=1)
+    shape = replace(shape, vision_layers=2, vision_hidden=32, vision_intermediate=32, vision_heads=2, image_size=28)
+    save_models = servers.save_models
+    for name in ("serving", "soak"):
+        monkeypatch.setattr(load(name), "save_models", lambda folder: save_models(folder, shape))
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    return servers
+
+
+@pytest.mark.slow  # a server in a process of its own
+def test_serving(load, small_servers, tmp_path, capsys):
+    flags = ["--engines", "transformers", "--clients", "1", "3", "--rounds", "2", "--tokens", "8"]
+    load("serving").main([*flags, "--out", str(tmp_path / "serving.json")])
+    tables = results(tmp_path / "serving.json")
+    assert list(tables) == [f"{kind}, {n}" for kind in ("new images", "repeated images") for n in ("1 client", "3 clients")]
+    for table in tables.values():
+        (figures,) = table.values()
+        assert figures["speed"] == figures["same_answers"] == 1 and figures["rounds"] == 2
+        assert figures["requests_per_s"] > 0 and 0 < figures["first_token_ms"] <= figures["last_token_p95_ms"]
+    assert "requests/s" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # a server in a process of its own
+def test_soak(load, small_servers, tmp_path):
+    soak, out = load("soak"), tmp_path / "soak.json"
+    flags = ["--engine", "transformers", "--minutes", "0.15", "--clients", "4", "--out", str(out)]
+    assert soak.main([*flags, "--arguments", "--image-cache", "16MiB"]) == 0
+    (figures,) = results(out).values()
+    assert figures["answers"] > figures["compared"] > 0 and figures["vanished"] > 0
+    assert figures["errors"] == figures["different"] == 0 and figures["released_after_s"] is not None
+    assert figures["memory_mib_late"] > 100 and len(figures["memory"]) >= 2
+
+
+@pytest.mark.slow  # a server in a process of its own
+def test_a_soak_counts_the_errors_of_those_who_stay(load, small_servers, tmp_path):
+    soak, out = load("soak"), tmp_path / "soak.json"
+    flags = ["--engine", "transformers", "--minutes", "0.1", "--clients", "8", "--out", str(out)]
+    assert soak.main([*flags, "--arguments", "--max-requests", "1", "--image-cache", "off"]) == 1
+    (figures,) = results(out).values()
+    assert figures["errors"] > 0 and "status 429" in figures["first_errors"][0]
+
+
+def test_memory_counts_after_the_caches_are_full(load):
+    soak = load("soak")
+    filled = [(float(second), 100.0 + min(second, 60)) for second in range(0, 120, 5)]
+    flat = soak.memory_figures(filled, 120)
+    assert flat["memory_mib_early"] == flat["memory_mib_late"] == 160 and abs(flat["memory_mib_per_minute"]) < 1e-6
+    leaking = soak.memory_figures([(second, mib + second) for second, mib in filled], 120)
+    assert leaking["memory_mib_per_minute"] == pytest.approx(60)
+    assert leaking["memory_mib_late"] > leaking["memory_mib_early"] + 30
+
+
+def test_the_commands_of_the_servers(load):
+    servers = load("servers")
+    folder = Path("models")
+    built_in = servers.server_command("transformers", folder, 1, None, ["--image-cache", "off"])
+    assert built_in[0] == sys.executable and built_in[-2:] == ["--image-cache", "off"] and "--" not in built_in
+    vllm = servers.server_command("vllm", folder, 1, "python-of-vllm", ["--enforce-eager"])
+    assert vllm[0] == "python-of-vllm" and vllm[-2:] == ["--", "--enforce-eager"]
+    llava = servers.server_command("llava", folder, 1, "python-of-vllm", [])
+    assert "vllm.entrypoints.openai.api_server" in llava and str(folder / "llava") in llava
+
+
+def test_an_image_of_the_servers_needs_no_resizing(load):
+    servers = load("servers")
+    url = servers.draw_url(3)
+    assert url == servers.draw_url(3) != servers.draw_url(4)
+    assert image_size(decode_data_url(url)) == (servers.SHAPE.image_size,) * 2

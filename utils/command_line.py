@@ -13,7 +13,14 @@ _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of `dsvl` and of its subcommands."""
+    """The parser of `dsvl` and of its subcommands.
+
+    Attributes:
+        remainder: the attribute of the parsed arguments that receives a list of everything after `--`, for a subcommand that
+            passes it to another program; None for the others.
+    """
+
+    remainder: str | None = None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Report unknown flags in the subcommand's parser, which knows the valid ones.
@@ -21,6 +28,11 @@ class CommandParser(argparse.ArgumentParser):
         An unknown flag is reported before missing arguments: a mistyped flag may be the cause of these.
         """
         args = list(sys.argv[1:] if args is None else args)
+        if self.remainder is not None:  # argparse would take it for positional arguments
+            end = args.index("--") if "--" in args else len(args)
+            namespace = argparse.Namespace() if namespace is None else namespace
+            setattr(namespace, self.remainder, args[end + 1 :])
+            args = args[:end]
         if self._subparsers is None:
             for argument in args[: args.index("--")] if "--" in args else args:
                 flag = argument.partition("=")[0]

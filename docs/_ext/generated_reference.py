@@ -28,16 +28,17 @@ MODULES = {
     "dsvl.hub_card": "Model cards",
 }
 
-# Folders of benchmarks/results -> their title, and the target of the Makefile that reproduces them.
+# Folders of benchmarks/results -> their title, and the targets of the Makefile that reproduce them.
 DEVICES = {
     "h100": ("Figures of an NVIDIA H100", "bench-gpu"),
     "h200": ("Figures of an NVIDIA H200", "bench-gpu"),
-    "cpu": ("Figures of a CPU", "bench"),
+    "cpu": ("Figures of a CPU", "bench|bench-serving"),
 }
 COLUMNS = {  # a key of a result -> its column
     "ms": "ms",
     "ms_per_step": "ms a step",
     "speed": "speed",
+    "requests_per_s": "requests/s",
     "tokens_per_s": "tokens/s",
     "tokens_per_second": "tokens/s",
     "tflop_per_s": "TFLOP/s",
@@ -237,10 +238,10 @@ def figures_page(device: str) -> str:
     Args:
         device: a folder of `benchmarks/results`.
     """
-    title, target = DEVICES[device]
+    title, targets = DEVICES[device]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    recipe = re.search(rf"^{target}:(?: \$\(VENV\)/ready)?\n((?:\t.*\n)+)", makefile, re.MULTILINE)
-    assert recipe, target
+    recipe = "".join(re.findall(rf"^(?:{targets}):(?: \$\(\w+\)/ready)*\n((?:\t.*\n)+)", makefile, re.MULTILINE))
+    assert recipe, targets
     lines = [
         f"# {title}",
         "",
@@ -250,7 +251,7 @@ def figures_page(device: str) -> str:
     for path in sorted((ROOT / "benchmarks" / "results" / device).glob("*.json")):
         held = json.loads(path.read_text(encoding="utf-8"))
         lines += [f"## {path.stem.replace('_', ' ').capitalize()}", ""]
-        if command := re.search(rf"python (benchmarks/.*) --out \S*/{path.name}$", recipe[1], re.MULTILINE):
+        if command := re.search(rf"python (benchmarks/.*) --out \S*/{path.name}\b.*$", recipe, re.MULTILINE):
             lines += ["```bash", f"python {command[1]} --out {path.name}", "```", ""]
         versions = [f"{name} {held[name]}" for name in ("torch", "transformers") if held.get(name)]
         lines += [", ".join([held["device"], *versions]) + ".", ""]
