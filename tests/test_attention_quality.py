@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,9 @@ def test_training_and_held_out_scenes_and_drawings_are_disjoint(scenes, small):
             by_split[split] = {scene.contents for scene in drawn}, sprites
         (train, drawn), (held_out, drawn_held_out) = by_split.values()
         assert train.isdisjoint(held_out) and drawn.isdisjoint(drawn_held_out)
-    moved = replace(drawn_scene := scenes.draw_scene(small.world, random.Random(0), "train"), things=drawn_scene.things[::-1])
+    moved = replace(
+        drawn_scene := scenes.draw_scene(small.world, random.Random(0), "train"), things=drawn_scene.things[::-1]
+    )
     assert scenes.split_of(moved) == "train", "the order of things does not move a scene into the other split"
 
 
@@ -350,14 +353,38 @@ def test_the_weights_of_a_loss_are_those_of_answers_and_tellings(load, small):
     for index in (0, small.language_steps - 1):
         ids, weights = documents.batch(index)
         assert ids.shape == weights.shape and ids.size >= small.language_tokens
-        ends = (ids == tokenizer.eos_token_id)
+        ends = ids == tokenizer.eos_token_id
         assert (weights[ends] == 1).all() and set(np.unique(weights[~ends]).tolist()) <= {0.0, np.float32(0.1), 1.0}
         assert (weights[ids == tokenizer.unk_token_id] == 0).all()
     again = parts.Documents(small, tokenizer, 0).batch(3)[0]
     assert (documents.batch(3)[0] == again).all()
-    assert documents.batch(0)[0].shape != parts.Documents(small, tokenizer, 1).batch(0)[0].shape or (
-        documents.batch(0)[0] != parts.Documents(small, tokenizer, 1).batch(0)[0]
-    ).any()
+    assert (
+        documents.batch(0)[0].shape != parts.Documents(small, tokenizer, 1).batch(0)[0].shape
+        or (documents.batch(0)[0] != parts.Documents(small, tokenizer, 1).batch(0)[0]).any()
+    )
+
+
+def test_a_seed_gives_the_same_parts_however_many_processes_draw_documents(load, scenes, small):
+    parts = load("parts")
+    size = replace(
+        small,
+        language_steps=3,
+        tower_steps=2,
+        documents=2,
+        items=1,
+        distractor_items=1,
+        world=replace(small.world, most_images=4),
+    )
+    size = replace(size, width=32, layers=1, language_tokens=256, tower_images=4)
+    tokenizer, sprites, hashes = parts.make_tokenizer(size.world), scenes.Sprites(size.world), []
+    for seed, workers in ((0, 0), (0, 2), (1, 0)):
+        with parts.deterministic():
+            language, _ = parts.train_language_model(size, tokenizer, seed, workers)
+            tower, figures = parts.train_tower(size, sprites, seed)
+        assert figures["steps"] == 2
+        hashes.append((parts.weights_hash(language), parts.weights_hash(tower)))
+    assert hashes[0] == hashes[1] and not set(hashes[0]) & set(hashes[2])
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_an_answer_is_right_if_greedy_decoding_gives_all_of_it(load):
@@ -404,7 +431,11 @@ def made_up(plan, arm, accuracy, seed, rng, **more):
     by_chance, items = more.pop("by_chance", False), {}
     for key, count in counts.items():
         right = round(chance[key] * count)
-        bits = [rng.random() < chance[key] for _ in range(count)] if by_chance else rng.sample([True] * right + [False] * (count - right), count)
+        bits = (
+            [rng.random() < chance[key] for _ in range(count)]
+            if by_chance
+            else rng.sample([True] * right + [False] * (count - right), count)
+        )
         items[key] = "".join("01"[bit] for bit in bits)
     run = plan.Run(arm, "frozen", plan.CONVERSATIONS, seed, more.pop("rate", 1e-3), more.pop("share", 1.0))
     few = {key: bits[:20] for key, bits in items.items()}
@@ -467,7 +498,7 @@ def test_missing_and_unpaired_seeds_decide_nothing(load):
 def test_the_interval_covers_the_truth_as_often_as_it_says(load, monkeypatch):
     plan, rule = load("plan"), load("rule")
     monkeypatch.setattr(rule, "RESAMPLES", 400)
-    inside, rng, times = 0, random.Random(7), 60
+    inside, rng, times = 0, random.Random(7), 50
     for _ in range(times):
         one, other = {}, {}
         for seed in range(6):
@@ -651,27 +682,22 @@ def test_fewer_conversations_are_the_first_of_more_and_every_one_is_seen(load, s
 
 @pytest.mark.slow
 def test_the_tiny_version_runs_on_a_cpu_and_goes_on_where_it_was(tmp_path):
-    """As `make attention-quality-tiny` runs it: parts, learning rates, a primary comparison, and the report."""
-    import os
-    import subprocess
-
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(FOLDER)])}
-
-    def run(*flags):
-        command = [sys.executable, "-m", "attention_quality", *flags]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    parts, results = str(tmp_path / "parts"), str(tmp_path / "results")
-    run("parts", "--size", "tiny", "--parts", parts, "--workers", "0")
-    record = json.loads((tmp_path / "parts" / "parts.json").read_text())
+    """Parts, step times, learning rates, a primary comparison and the report, as `make` runs them."""
+    root, ready = FOLDER.parent, str(tmp_path / "venv" / "ready")
+    command = ["make", "-C", str(root), "attention-quality-tiny", f"VENV={tmp_path / 'venv'}", "-o", ready]
+    command += [f"BIN={Path(sys.executable).parent}", f"RESULTS={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "attention_quality"
+    record = json.loads((folder / "parts" / "parts.json").read_text())
     assert record["language"]["loss"] < 2 and set(record["language"]["accuracy"]) > {"two_hop", "distractors"}
-    stages = ["--parts", parts, "--results", results, "--conversations", "64"]
-    run("step-times", "--parts", parts, "--results", results, "--rounds", "1")
-    assert "nothing" in run("runs", "--stage", "rates", *stages, "--budget", "0")
-    said = run("runs", "--stage", "rates", "primary", *stages)
-    assert said.count("%") == 12 + 18
-    assert "nothing is missing" in run("runs", "--stage", "primary", *stages)
-    text = run("report", "--results", results)
-    assert "MMCA pays in data: not decided" in text and "| alpha | 6 |" in text
+    times = json.loads((folder / "step_times.json").read_text())["results"]
+    assert times["parts"] == record["weights"] and times["image_share"] > 0.5
+    assert len(list((folder / "runs").glob("*.json"))) == 12 + 18 + 6 and not list((folder / "runs").glob("*.failed"))
+    report = (folder / "report.md").read_text()
+    assert "64 conversations (exploratory)" in report and "| alpha | 6 |" in report and "not decided" in report
+    one = next((folder / "runs").glob("*seed3*"))
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir() if path != one}
+    one.unlink()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert one.exists() and kept == {path: path.stat().st_mtime_ns for path in kept}

@@ -55,7 +55,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = make_parser().parse_args(argv)
+    try:
+        return run_command(make_parser().parse_args(argv))
+    except ValueError as error:  # parts or results that do not fit, which say what to do
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run_command(options: argparse.Namespace) -> int:
     if options.command == "parts":
         if (options.parts / "parts.json").exists():
             print(f"{options.parts} holds the parts already.")

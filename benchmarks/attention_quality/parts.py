@@ -6,9 +6,11 @@ Both are trained from scratch by `make_parts`, from a seed, and are stored where
 import hashlib
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from attention_quality.scenes import (
+    IMAGE_KINDS,
     SIZES,
     SYSTEM,
     TEXT_KINDS,
@@ -55,7 +58,6 @@ IMAGE_TOKEN = "<image>"
 WORD = r"### Image \d+:|### \w+:|\(image \d+\)|[\w-]+|[^\w\s]"
 TOLD = 0.1  # weight of the words that tell a scene, which are random, beside the words of an answer
 TEXT_IMAGES = 4  # scenes in a question's text, when the language model is measured
-ANSWERED = 128  # supervised questions that are measured of each kind, at least
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Size:
         width, layers, head_dim: of the language model; its MLPs are 2.7 times as wide.
         language_steps, language_tokens, language_learning_rate: of its training; tokens of a batch.
         tower_steps, tower_images, tower_learning_rate: of the tower's training; images of a batch.
-        enough: accuracy that the language model must reach in text in each kind of question, or runs are refused.
+        enough: accuracy that the language model must reach in text in each of `IMAGE_KINDS`, or runs are refused.
         batch: conversations of a step.
         images: of a training conversation, a choice of these.
         questions: of a training conversation.
@@ -97,7 +99,7 @@ class Size:
     enough: float = 0.9
     batch: int = 32
     images: tuple[int, ...] = (3, 4, 5, 6, 7)
-    questions: int = 6
+    questions: int = 5
     least_steps: int = 512
     items: int = 512
     distractors: tuple[int, ...] = (4, 8, 16, 32, 64)
@@ -292,14 +294,16 @@ def train_language_model(size: Size, tokenizer: Any, seed: int, workers: int) ->
         return {"ids": ids, "weights": weights}
 
     def check() -> str:
-        return ", ".join(f"{kind} {value:.0%}" for kind, value in text_accuracy(model, tokenizer, size, 64).items())
+        return ", ".join(
+            f"{kind} {value:.0%}" for kind, value in text_accuracy(model, tokenizer, size, min(64, size.items)).items()
+        )
 
     training = fit(
         WeightedText(model), make_batch, size.language_steps, None, size.language_learning_rate, "language", check
     )  # fmt: skip
     return model, training | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "accuracy": text_accuracy(model, tokenizer, size, max(ANSWERED, size.items)),
+        "accuracy": text_accuracy(model, tokenizer, size, size.items),
         "perplexity": text_perplexity(model, tokenizer, size),
     }
 
@@ -312,7 +316,7 @@ def text_accuracy(model: Any, tokenizer: Any, size: Size, questions: int) -> dic
     for kind in (*TEXT_KINDS, "distractors"):
         right: list[bool] = []
         count = size.world.most_images if kind == "distractors" else min(TEXT_IMAGES, size.world.most_images)
-        wanted = min(questions, ANSWERED) if kind == "distractors" else questions
+        wanted = min(questions, size.distractor_items) if kind == "distractors" else questions
         for start in range(0, wanted, 64):
             rows = [text_item(size.world, kind, count, index) for index in range(start, min(start + 64, wanted))]
             encoded = [encoder.spans(row) for row in rows]
@@ -453,15 +457,16 @@ def make_parts(size_name: str, folder: Path, seed: int, workers: int) -> dict[st
     """
     size, started = SIZES_OF_EXPERIMENT[size_name], time.monotonic()
     tokenizer = make_tokenizer(size.world)
-    language, language_figures = train_language_model(size, tokenizer, seed, workers)
-    tower, tower_figures = train_tower(size, Sprites(size.world).to(device_type()), seed)
+    with deterministic():
+        language, language_figures = train_language_model(size, tokenizer, seed, workers)
+        tower, tower_figures = train_tower(size, Sprites(size.world).to(device_type()), seed)
     record = {
         "size": size_name,
         "seed": seed,
         "device": device_name(),
         "torch": torch.__version__,
         "generator": generator_hash(size.world),
-        "weights": _hash_of(language, tower),
+        "weights": weights_hash(language, tower),
         "language": language_figures,
         "tower": tower_figures,
         "seconds": time.monotonic() - started,
@@ -475,7 +480,20 @@ def make_parts(size_name: str, folder: Path, seed: int, workers: int) -> dict[st
     return record
 
 
-def _hash_of(*modules: nn.Module) -> str:
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms, so that one seed gives the same weights again on the same device with the same releases."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def weights_hash(*modules: nn.Module) -> str:
+    """Of all weights and buffers."""
     digest = hashlib.sha256()
     for module in modules:
         for key, tensor in sorted(module.state_dict().items()):
@@ -511,7 +529,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     size = SIZES_OF_EXPERIMENT[record["size"]]
     if (now := generator_hash(size.world)) != record["generator"]:
         raise ValueError(f"{path} is of the generator {record['generator']}, but this one is {now}; make the parts again.")
-    weak = {kind: value for kind, value in record["language"]["accuracy"].items() if value < size.enough}
+    accuracy = record["language"]["accuracy"]
+    weak = {kind: accuracy[kind] for kind in IMAGE_KINDS if accuracy[kind] < size.enough}
     if weak:
         told = ", ".join(f"{kind} {value:.1%}" for kind, value in weak.items())
         raise ValueError(

@@ -68,8 +68,8 @@ def difference(one: dict[int, Record], other: dict[int, Record]) -> Difference |
     for key in one[seeds[0]]["items"]:
         gaps = np.stack([_bits(one[seed]["items"][key]) - _bits(other[seed]["items"][key]) for seed in seeds])
         items = gaps.shape[1]
-        drawn = generator.multinomial(items, [1 / items] * items, RESAMPLES) / items
-        means[key], resampled[key] = float(gaps.mean()), ((weights @ gaps) * drawn).sum(1)
+        drawn = generator.integers(items, size=(RESAMPLES, items))
+        means[key], resampled[key] = float(gaps.mean()), np.take_along_axis(weights @ gaps, drawn, 1).mean(1)
     of_task = {
         task: [key for key in means if key == task or (task == "distractors" and key.startswith("distractors_"))]
         for task in TASKS
