@@ -387,6 +387,27 @@ def test_a_seed_gives_the_same_parts_however_many_processes_draw_documents(load,
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_parts_that_were_stopped_go_on_with_the_tower(load, scenes, small, tmp_path, monkeypatch):
+    parts, trained = load("parts"), []
+    size = replace(small, language_steps=2, tower_steps=2, documents=2, items=1, distractor_items=1, width=32, layers=1)
+    monkeypatch.setattr(parts, "SIZES_OF_EXPERIMENT", {"tiny": replace(size, language_tokens=256, tower_images=4)})
+    train_tower = parts.train_tower
+    monkeypatch.setattr(parts, "train_tower", lambda *args: (_ for _ in ()).throw(RuntimeError("stopped")))
+    with pytest.raises(RuntimeError, match="stopped"):
+        parts.make_parts("tiny", tmp_path, 0, 0)
+    monkeypatch.setattr(parts, "train_tower", train_tower)
+    language = parts.LlamaForCausalLM.from_pretrained(tmp_path / "language")
+    monkeypatch.setattr(parts, "train_language_model", lambda *args: trained.append(args))
+    with pytest.raises(ValueError, match="'seed': 0.*not of.*'seed': 1"):
+        parts.make_parts("tiny", tmp_path, 1, 0)
+    record = parts.make_parts("tiny", tmp_path, 0, 0)
+    assert record == parts.read_record(tmp_path) and not trained
+    loaded = parts.load_parts(tmp_path)
+    assert (
+        record["weights"] == parts.weights_hash(language, loaded.tower) == parts.weights_hash(loaded.language, loaded.tower)
+    )
+
+
 def test_an_answer_is_right_if_greedy_decoding_gives_all_of_it(load):
     parts = load("parts")
     ids = torch.tensor([[5, 6, 7, 8, 1], [5, 6, 7, 1, 2]])
@@ -678,6 +699,21 @@ def test_fewer_conversations_are_the_first_of_more_and_every_one_is_seen(load, s
         assert order != runs.order_of_batches(small, replace(run, seed=4))
         half = runs.order_of_batches(small, replace(run, share=0.5))
         assert half == order[: steps // 2]
+
+
+def test_the_command_stops_after_rates_that_are_missing_and_refuses_unknown_names(fake_runs, load, capsys):
+    _, folder, done = fake_runs
+    main = load("__main__").main
+    flags = ["runs", "--parts", str(folder), "--results", str(folder)]
+    assert main([*flags, "--stage", "rates", "primary"]) == 1 and len(done) == 12
+    assert "rates: 3 runs are missing; call this again" in capsys.readouterr().out
+    assert main([*flags, "--stage", "primary"]) == 2
+    assert "No learning rate of 'causal' (frozen) was chosen" in capsys.readouterr().err
+    assert main([*flags, "--stage", "rates", "--only", "frozen-1-mmca"]) == 2
+    assert "--only frozen-1-mmca: the stages rates have no such run" in capsys.readouterr().err
+    done.clear()
+    assert main([*flags, "--stage", "rates", "--only", "frozen-16384-mmca-seed1000-rate0.002"]) == 1
+    assert [run.name for run in done] == ["frozen-16384-mmca-seed1000-rate0.002"]
 
 
 @pytest.mark.slow

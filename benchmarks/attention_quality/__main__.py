@@ -17,7 +17,7 @@ from measure import write
 
 from attention_quality.arms import ARMS
 from attention_quality.parts import SIZES_OF_EXPERIMENT, make_parts
-from attention_quality.plan import STAGES
+from attention_quality.plan import STAGES, path_of
 from attention_quality.runs import do_runs, do_side_by_side, missing_runs
 from attention_quality.step_times import measure_steps
 
@@ -30,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     parts.add_argument("--size", choices=SIZES_OF_EXPERIMENT, default="full")
     parts.add_argument("--seed", type=int, default=0, help="of weights and data (default 0)")
     parts.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="that draw documents")
+    parts.add_argument("--minutes", type=float, help="of the language model's training at most (default: no limit)")
 
     runs = commands.add_parser("runs", help="do the runs of stages that are missing")
     runs.add_argument("--stage", nargs="+", choices=STAGES, required=True, help="one after the other")
@@ -67,8 +68,11 @@ def run_command(options: argparse.Namespace) -> int:
         if (options.parts / "parts.json").exists():
             print(f"{options.parts} holds the parts already.")
             return 0
-        print(make_parts(options.size, options.parts, options.seed, options.workers))
+        print(make_parts(options.size, options.parts, options.seed, options.workers, options.minutes))
     elif options.command == "step-times":
+        if (options.results / "step_times.json").exists():  # the runs at equal time were chosen by them
+            print(f"{options.results} holds the step times already.")
+            return 0
         write(
             str(options.results / "step_times.json"),
             options_as_text(options),
@@ -91,16 +95,20 @@ def options_as_text(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def run_stages(options: argparse.Namespace) -> int:
-    """Do the missing runs of stages; the exit status says whether all are there now that the budget allowed."""
+    """Do the missing runs of stages; the exit status is 1 if some failed.
+
+    Raises:
+        ValueError: if parts, results or names do not fit.
+    """
     deadline, failed = time.monotonic() + options.budget, 0
+    unknown = set(options.only or ())
     for stage in options.stage:
         runs = missing_runs(stage, options.results, options.conversations)
         if options.only is not None:
             runs = [run for run in runs if run.name in options.only]
+        unknown -= {run.name for run in runs}
         if not runs:
             print(f"{stage}: nothing is missing.", flush=True)
-        elif deadline <= time.monotonic():
-            print(f"{stage}: not begun, {len(runs)} runs are missing.", flush=True)
         elif options.at_once == 1:
             failed += do_runs(runs, options.parts, options.results, deadline)
         else:
@@ -109,6 +117,17 @@ def run_stages(options: argparse.Namespace) -> int:
             if options.conversations is not None:
                 flags += ["--conversations", str(options.conversations)]
             failed += do_side_by_side(runs, flags, options.at_once, deadline)
+        left = [run for run in runs if not path_of(run, options.results).exists()]
+        if left:
+            print(f"{stage}: {len(left)} runs are missing; call this again to do them.", flush=True)
+            if STAGES[stage].chooses_rates or deadline <= time.monotonic():
+                break  # the stages that follow need its rates, or have no time
+    names = [name for name in unknown if not (options.results / "runs" / f"{name}.json").exists()]
+    if names and options.stage[-1] == stage:
+        raise ValueError(
+            f"--only {' '.join(sorted(names))}: the stages {', '.join(options.stage)} have no such run; names are those of "
+            "the files, without .json."
+        )
     return 1 if failed else 0
 
 

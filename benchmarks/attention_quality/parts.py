@@ -90,9 +90,9 @@ class Size:
     width: int = 640
     layers: int = 12
     head_dim: int = 64
-    language_steps: int = 3000
+    language_steps: int = 4000
     language_tokens: int = 32768
-    language_learning_rate: float = 6e-4
+    language_learning_rate: float = 8e-4
     tower_steps: int = 2500
     tower_images: int = 256
     tower_learning_rate: float = 1e-3
@@ -281,8 +281,18 @@ class WeightedText(nn.Module):
         return CausalLMOutputWithPast(loss=(losses * weights).sum() / weights.sum())
 
 
-def train_language_model(size: Size, tokenizer: Any, seed: int, workers: int) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Train the language model; returns it with figures of its training, and its accuracy in text by kind of question."""
+def train_language_model(
+    size: Size, tokenizer: Any, seed: int, workers: int, minutes: float | None = None
+) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    """Train the language model; returns it with figures of its training, and its accuracy in text by kind of question.
+
+    Args:
+        size: of the experiment.
+        tokenizer: of `make_tokenizer`.
+        seed: of weights and data.
+        workers: processes that draw documents.
+        minutes: the training ends earlier, if its steps take longer than this.
+    """
     set_seed(seed)
     model = make_language_model(size, tokenizer).to(device_type())
     documents = Documents(size, tokenizer, seed)
@@ -299,7 +309,7 @@ def train_language_model(size: Size, tokenizer: Any, seed: int, workers: int) ->
         )
 
     training = fit(
-        WeightedText(model), make_batch, size.language_steps, None, size.language_learning_rate, "language", check
+        WeightedText(model), make_batch, size.language_steps, minutes, size.language_learning_rate, "language", check
     )  # fmt: skip
     return model, training | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -443,41 +453,53 @@ def _tower_batch(size: Size, sprites: Sprites, rng: random.Random, split: Any) -
 # Both
 
 
-def make_parts(size_name: str, folder: Path, seed: int, workers: int) -> dict[str, Any]:
-    """Train both parts and save them in a folder.
+def make_parts(size_name: str, folder: Path, seed: int, workers: int, minutes: float | None = None) -> dict[str, Any]:
+    """Train both parts and save them in a folder. The language model is saved first: if the command was stopped after that,
+    the next one goes on with the tower.
 
     Args:
         size_name: of `SIZES_OF_EXPERIMENT`.
         folder: the output directory, complete exactly if it holds `parts.json`.
         seed: of weights and data.
         workers: processes that draw documents.
+        minutes: of the language model's training at most. If it ends by them, its weights depend on the device's speed.
 
     Returns:
         What `parts.json` holds: figures of both trainings, and a hash of all weights.
     """
     size, started = SIZES_OF_EXPERIMENT[size_name], time.monotonic()
-    tokenizer = make_tokenizer(size.world)
+    tokenizer, path = make_tokenizer(size.world), folder / "language"
+    mark = {"size": size_name, "seed": seed, "generator": generator_hash(size.world)}
     with deterministic():
-        language, language_figures = train_language_model(size, tokenizer, seed, workers)
+        if (path / "figures.json").exists():
+            saved = json.loads((path / "figures.json").read_text())
+            if saved["of"] != mark:
+                raise ValueError(f"{path} holds the language model of {saved['of']}, not of {mark}; pass another --parts.")
+            language, language_figures = LlamaForCausalLM.from_pretrained(path), saved["figures"]
+        else:
+            language, language_figures = train_language_model(size, tokenizer, seed, workers, minutes)
+            language.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+            _write_json(path / "figures.json", {"of": mark, "figures": language_figures})
         tower, tower_figures = train_tower(size, Sprites(size.world).to(device_type()), seed)
-    record = {
-        "size": size_name,
-        "seed": seed,
+    record = mark | {
         "device": device_name(),
         "torch": torch.__version__,
-        "generator": generator_hash(size.world),
         "weights": weights_hash(language, tower),
         "language": language_figures,
         "tower": tower_figures,
         "seconds": time.monotonic() - started,
     }
-    language.save_pretrained(folder / "language")
-    tokenizer.save_pretrained(folder / "language")
     tower.save_pretrained(folder / "tower")
-    unfinished = folder / "parts.json.tmp"
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.rename(folder / "parts.json")
+    _write_json(folder / "parts.json", record)
     return record
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    """The file is complete if it exists."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.rename(path)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The report: a table of every arm with intervals, learning curves, and what the rule says."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -44,7 +45,7 @@ LOOK = {"svg.hashsalt": "dsvl", "figure.constrained_layout.use": True, "figure.f
 
 
 def check_alike(records: Sequence[Record]) -> None:
-    """Refuse to compare runs of different data or code.
+    """Refuse to compare runs and step times of different data or code.
 
     Raises:
         ValueError: if there are some.
@@ -53,7 +54,7 @@ def check_alike(records: Sequence[Record]) -> None:
         found = sorted({record[key] for record in records})
         if len(found) > 1:
             raise ValueError(
-                f"The runs have {len(found)} values of {key!r} ({', '.join(found)}); a report compares runs of one, so move "
+                f"The results have {len(found)} values of {key!r} ({', '.join(found)}); a report compares one, so move "
                 "the others to another folder."
             )
 
@@ -86,11 +87,18 @@ def table(records: Sequence[Record], mode: str, conversations: int, step_times: 
                 mean(mean_accuracy(record["items"]) for record in found.values()),
                 "-" if gap is None else f"{points(gap.mean)} ({points(gap.low)} to {points(gap.high)})",
                 f"{mean(record['perplexity'] for record in found.values()):.3f}",
-                f"{step_times[arm]:.1f}" if step_times and arm in step_times else "-",
+                step_text(arm, step_times),
             ]
         )
     head = ["arm", "seeds", "learning rate", *(task.replace("_", "-") for task in TASKS), "mean"]
     return markdown([*head, "points less causal (95 %)", "perplexity of text", "ms per step"], rows)
+
+
+def step_text(arm: str, step_times: dict[str, float] | None) -> str:
+    """Milliseconds of a step; those of dense masks are marked, as they do not compare with kernels."""
+    if step_times is None or arm not in step_times:
+        return "-"
+    return f"{step_times[arm]:.1f}" + ("" if ARMS[arm].core else " (dense masks)")
 
 
 def distractor_table(records: Sequence[Record], conversations: int = CONVERSATIONS) -> str:
@@ -223,10 +231,12 @@ def write_report(folder: Path, out: Path) -> str:
     """
     records, step_times = read_records(folder), read_step_times(folder)
     check_alike(records)
+    if records and step_times is not None:
+        timed = json.loads((folder / "step_times.json").read_text())["results"]
+        check_alike([*records, timed | {"size": records[0]["size"]}])
     groups = groups_of(records)
     if not groups:
         raise ValueError(f"{folder} holds no reported run; runs on seed {RATE_SEED} only choose learning rates.")
-    conversations = groups[0][1]
     lines = ["# Attention and quality: results", "", *verdicts(records, step_times), ""]
     for mode, conversations in groups:
         kind = "primary comparison" if (mode, conversations) == ("frozen", CONVERSATIONS) else "exploratory"
