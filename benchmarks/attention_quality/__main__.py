@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from measure import write
+from transformers.utils import logging
 
 from attention_quality.arms import ARMS
 from attention_quality.parts import SIZES_OF_EXPERIMENT, make_parts
@@ -56,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    logging.disable_progress_bar()  # of the parts, which each run loads
     try:
         return run_command(make_parser().parse_args(argv))
     except ValueError as error:  # parts or results that do not fit, which say what to do

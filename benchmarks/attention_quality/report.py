@@ -39,8 +39,8 @@ from attention_quality.rule import (
     points,
 )
 
-# The colour of an arm is that of its place.
-STYLES = dict(zip(ARMS, PALETTE, strict=True))
+# Causal and mmca as in the other plots.
+STYLES = dict(zip(ARMS, [PALETTE[0], PALETTE[2], PALETTE[1], *PALETTE[3:]], strict=True))
 LOOK = {"svg.hashsalt": "dsvl", "figure.constrained_layout.use": True, "figure.facecolor": "white", "font.size": 9}
 
 
@@ -175,7 +175,7 @@ def draw_curves(records: Sequence[Record]) -> Figure:
     groups = groups_of(records)
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
-    figure, grid = pyplot.subplots(lines, columns, figsize=(1.2 + 3.0 * columns, 1.4 + 2.6 * lines), squeeze=False)
+    figure, grid = pyplot.subplots(lines, columns, figsize=(max(6.5, 1.2 + 3.0 * columns), 1.4 + 2.6 * lines), squeeze=False)
     for axes, (mode, conversations) in zip(grid.flat, groups, strict=False):
         for arm, (colour, marker) in STYLES.items():
             curves = [
@@ -195,7 +195,7 @@ def draw_curves(records: Sequence[Record]) -> Figure:
         axes.set_axis_off()
     for axes in grid[:, 0]:
         axes.set_ylabel("mean accuracy, %")
-    finish(figure, "Learning curves; bands are the minimum and maximum of the seeds")
+    finish(figure, "Learning curves; bands: minimum and maximum of the seeds")
     return figure
 
 
