@@ -87,7 +87,7 @@ def table(records: Sequence[Record], mode: str, conversations: int, step_times: 
                 mean(mean_accuracy(record["items"]) for record in found.values()),
                 "-" if gap is None else f"{points(gap.mean)} ({points(gap.low)} to {points(gap.high)})",
                 f"{mean(record['perplexity'] for record in found.values()):.3f}",
-                step_text(arm, step_times),
+                step_text(arm, step_times if mode == "frozen" else None),  # which were measured in this mode
             ]
         )
     head = ["arm", "seeds", "learning rate", *(task.replace("_", "-") for task in TASKS), "mean"]
@@ -237,7 +237,7 @@ def write_report(folder: Path, out: Path) -> str:
     groups = groups_of(records)
     if not groups:
         raise ValueError(f"{folder} holds no reported run; runs on seed {RATE_SEED} only choose learning rates.")
-    lines = ["# Attention and quality: results", "", *verdicts(records, step_times), ""]
+    lines = ["# Attention and quality: results", "", *(f"- {line}" for line in verdicts(records, step_times)), ""]
     for mode, conversations in groups:
         kind = "primary comparison" if (mode, conversations) == ("frozen", CONVERSATIONS) else "exploratory"
         lines += [
