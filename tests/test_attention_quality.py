@@ -80,7 +80,7 @@ def answer_by_search(world, question, told):
     if question.kind == "attribute":
         [value] = [word for word in words[3:] if word in (*world.colour_names, *world.shape_names)]
         [thing] = having(images[0], value)
-        return (getattr(thing, words[1]),)
+        return (f"(image {images[0] + 1})", getattr(thing, words[1]))
     if question.kind == "which":
         value = " ".join(words[4:-1]).replace("-", " ").split()
         [index] = [index for index in range(len(told)) if having(index, *value)]
@@ -89,11 +89,12 @@ def answer_by_search(world, question, told):
         second, first = images
         [thing] = having(first, words[10])
         [other] = having(second, getattr(thing, words[7]))
-        return (getattr(other, words[4]),)
+        return (f"(image {second + 1})", getattr(other, words[4]))
     if question.kind == "print":
-        return tuple(told[images[0]].printed)
+        return (f"(image {images[0] + 1})", *told[images[0]].printed)
     if question.kind == "count":
-        return (("one", "two", "three", "four", "five")[len(having(images[0], *words[4 : words.index("in")])) - 1],)
+        count = len(having(images[0], *words[4 : words.index("in")]))
+        return (f"(image {images[0] + 1})", ("one", "two", "three", "four", "five")[count - 1])
     if question.kind == "comparison":
         one, other = (len(told[index].things) for index in images)
         return (f"(image {images[0 if one > other else 1] + 1})",)
@@ -101,7 +102,8 @@ def answer_by_search(world, question, told):
     one, other = (having(images[0], colour)[0].cell for colour in colours)
     word = words[words.index("one") + 1]
     (y, x), (v, u) = divmod(one, world.grid), divmod(other, world.grid)
-    return ("yes" if {"left": x < u, "right": x > u, "above": y < v, "below": y > v}[word] else "no",)
+    holds = {"left": x < u, "right": x > u, "above": y < v, "below": y > v}[word]
+    return (f"(image {images[0] + 1})", "yes" if holds else "no")
 
 
 def test_every_answer_is_the_one_that_a_search_finds(scenes):
@@ -125,9 +127,9 @@ def test_two_hop_takes_both_images(scenes):
         first, second = question.scenes
         assert first != second
         wanted = question.words[4]
-        assert question.answer[0] != question.words[10]
+        assert question.answer[1] != question.words[10]
         values = [getattr(thing, wanted) for thing in item.scenes[second].things]
-        guesses.append(values.count(question.answer[0]) / len(values))
+        guesses.append(values.count(question.answer[1]) / len(values))
     assert np.mean(guesses) < 0.5
 
 

@@ -178,7 +178,11 @@ def tell(world: World, scene: Scene, rng: random.Random) -> Words:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, and the indexes of the scenes that it takes to answer it."""
+    """A question, its answer, and the indexes of the scenes that it takes to answer it.
+
+    An answer about one image begins with its name, as in `dsvl.demo`: the value is looked up from there, which is learned
+    sooner.
+    """
 
     kind: str
     words: tuple[str, ...]
@@ -205,7 +209,7 @@ def ask_attribute(scenes: Sequence[Scene], rng: random.Random) -> Question | Non
         return None
     thing = rng.choice(found)
     words = ["what", wanted, "is", *named(by, getattr(thing, by)), "in", name(index + 1), "?"]
-    return Question("attribute", tuple(words), (getattr(thing, wanted),), (index,))
+    return Question("attribute", tuple(words), (name(index + 1), getattr(thing, wanted)), (index,))
 
 
 def ask_which(scenes: Sequence[Scene], rng: random.Random) -> Question | None:
@@ -237,7 +241,7 @@ def ask_two_hop(scenes: Sequence[Scene], rng: random.Random) -> Question | None:
     thing, other = rng.choice(pairs)
     words = ["in", name(second + 1), ",", "what", wanted, "is", "the", over, "that", "is", getattr(thing, wanted)]
     return Question(
-        "two_hop", (*words, "in", name(first + 1), "?"), (getattr(other, wanted),), (first, second)
+        "two_hop", (*words, "in", name(first + 1), "?"), (name(second + 1), getattr(other, wanted)), (first, second)
     )  # fmt: skip
 
 
@@ -245,7 +249,7 @@ def ask_print(scenes: Sequence[Scene], rng: random.Random) -> Question:
     """The printed number."""
     index = rng.randrange(len(scenes))
     words = ("which", "number", "is", "printed", "in", name(index + 1), "?")
-    return Question("print", words, tuple(scenes[index].printed), (index,))
+    return Question("print", words, (name(index + 1), *scenes[index].printed), (index,))
 
 
 def ask_relation(scenes: Sequence[Scene], rng: random.Random, grid: int) -> Question | None:
@@ -261,7 +265,7 @@ def ask_relation(scenes: Sequence[Scene], rng: random.Random, grid: int) -> Ques
     holds = (a < b) == (word in ("left", "above"))
     words = ["is", *named("colour", one.colour), word, *(["of"] if word in ("left", "right") else [])]
     words += [*named("colour", other.colour), "in", name(index + 1), "?"]
-    return Question("relation", tuple(words), ("yes" if holds else "no",), (index,))
+    return Question("relation", tuple(words), (name(index + 1), "yes" if holds else "no"), (index,))
 
 
 def ask_count(scenes: Sequence[Scene], rng: random.Random) -> Question:
@@ -270,7 +274,7 @@ def ask_count(scenes: Sequence[Scene], rng: random.Random) -> Question:
     colour = rng.choice(scenes[index].things).colour if rng.random() < 0.7 else None
     count = sum(colour in (None, thing.colour) for thing in scenes[index].things)
     words = ["how", "many", "things", "are", *([colour] if colour else []), "in", name(index + 1), "?"]
-    return Question("count", tuple(words), (COUNTS[count - 1],), (index,))
+    return Question("count", tuple(words), (name(index + 1), COUNTS[count - 1]), (index,))
 
 
 def ask_comparison(scenes: Sequence[Scene], rng: random.Random) -> Question | None:
