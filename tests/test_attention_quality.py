@@ -730,7 +730,7 @@ def test_the_tiny_version_runs_on_a_cpu_and_goes_on_where_it_was(tmp_path):
     record = json.loads((folder / "parts" / "parts.json").read_text())
     assert record["language"]["loss"] < 2 and set(record["language"]["accuracy"]) > {"two_hop", "distractors"}
     times = json.loads((folder / "step_times.json").read_text())["results"]
-    assert times["parts"] == record["weights"] and times["image_share"] > 0.5
+    assert times["parts"] == record["weights"] and times["image_share"] > 0.3
     assert len(list((folder / "runs").glob("*.json"))) == 12 + 18 + 6 and not list((folder / "runs").glob("*.failed"))
     report = (folder / "report.md").read_text()
     assert "64 conversations (exploratory)" in report and "| alpha | 6 |" in report and "not decided" in report
