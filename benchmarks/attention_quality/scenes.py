@@ -15,16 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-COLOURS = {
-    "red": (220, 30, 30),
-    "green": (20, 160, 40),
-    "blue": (30, 60, 220),
-    "yellow": (240, 210, 0),
-    "purple": (150, 30, 170),
-    "black": (20, 20, 20),
-    "orange": (250, 130, 20),
-    "cyan": (40, 200, 210),
-}
+from dsvl.utils import shape_images
+
+COLOURS = shape_images.COLOURS | {"orange": (250, 130, 20), "cyan": (40, 200, 210)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "beam", "pillar")
 SIZES = ("small", "large")
 COUNTS = ("one", "two", "three", "four", "five")
