@@ -15,7 +15,7 @@ RESULTS ?= bench_output
 # Threads that wait actively slow down small models.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-deepspeed test test-slow test-newest test-vllm docs build bench bench-gpu bench-serving clean
+.PHONY: demo demo-deepspeed test test-slow test-newest test-vllm docs build bench bench-gpu bench-serving attention-quality-tiny clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m dsvl.demo --overwrite
@@ -75,6 +75,16 @@ bench-serving: $(VENV)/ready $(VLLM)/ready
 	PYTHONPATH=$(abspath tests/vllm_site) $(BIN)/python benchmarks/serving.py --vllm-python $(abspath $(VLLM))/bin/python --out $(RESULTS)/serving.json
 	$(BIN)/python benchmarks/soak.py --engine transformers --out $(RESULTS)/soak.json --arguments --image-cache 256MiB
 	PYTHONPATH=$(abspath tests/vllm_site) $(BIN)/python benchmarks/soak.py --engine vllm --vllm-python $(abspath $(VLLM))/bin/python --out $(RESULTS)/soak_vllm.json --arguments --mm-processor-cache-gb 0.1
+
+# The experiment on attention and quality at its tiniest, to see that it runs: minutes on one thread.
+attention-quality-tiny: export OMP_NUM_THREADS := 1
+attention-quality-tiny: export PYTHONPATH := $(CURDIR)/benchmarks:$(PYTHONPATH)
+attention-quality-tiny: TINY := $(RESULTS)/attention_quality
+attention-quality-tiny: $(VENV)/ready
+	$(BIN)/python -m attention_quality parts --size tiny --parts $(TINY)/parts --workers 0
+	$(BIN)/python -m attention_quality step-times --parts $(TINY)/parts --results $(TINY) --rounds 3
+	$(BIN)/python -m attention_quality runs --stage rates primary compute --parts $(TINY)/parts --results $(TINY) --conversations 64
+	$(BIN)/python -m attention_quality report --results $(TINY)
 
 # On a machine with an NVIDIA GPU, in a separate environment: `pip install -e '.[bench,gpu,train]'`, then this with BIN set to its
 # bin directory.

@@ -1,0 +1,1 @@
+"""Does MMCA pay? A controlled experiment; see README.md."""

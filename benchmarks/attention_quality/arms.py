@@ -1,0 +1,206 @@
+"""The compared forms of attention.
+
+`"causal"` and `"mmca"` are those of the package, with its kernels. The others are computed here with dense masks: their
+quality counts, their step times do not compare with kernels. None of them needs a change of the package: a model composed
+with `multimodal_attention="causal"` runs transformers' attention interface, and a `Form` is registered there.
+
+Let T(i) and I(i) be the text and the image keys up to query i, O(i) the tokens of the image of query i.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+Sets = list[torch.Tensor]  # boolean (batch, queries, keys) each: the keys of a softmax
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch as forms see them.
+
+    Attributes:
+        is_image: (batch, tokens).
+        image: (batch, tokens), which image of its row a token belongs to, -1 for text.
+    """
+
+    is_image: torch.Tensor
+    image: torch.Tensor
+
+    @classmethod
+    def of(cls, is_image: torch.Tensor, tokens_per_image: int) -> "Tokens":
+        """Of rows in which each image has `tokens_per_image` tokens."""
+        image = torch.div(is_image.cumsum(-1) - 1, tokens_per_image, rounding_mode="floor")
+        return cls(is_image, image.masked_fill(~is_image, -1))
+
+    @property
+    def past(self) -> torch.Tensor:
+        """Keys up to the query: (1, queries, keys)."""
+        tokens = self.is_image.shape[1]
+        return torch.ones(1, tokens, tokens, dtype=torch.bool, device=self.is_image.device).tril()
+
+    @property
+    def own(self) -> torch.Tensor:
+        """The query's own key: (1, queries, keys)."""
+        return torch.eye(self.is_image.shape[1], dtype=torch.bool, device=self.is_image.device)[None]
+
+    @property
+    def own_image(self) -> torch.Tensor:
+        """The keys of the query's image, later ones too: (batch, queries, keys)."""
+        return (self.image[:, :, None] == self.image[:, None]) & self.is_image[:, :, None]
+
+    @property
+    def from_image(self) -> torch.Tensor:
+        """(batch, queries, 1)"""
+        return self.is_image[:, :, None]
+
+    @property
+    def to_image(self) -> torch.Tensor:
+        """(batch, 1, keys)"""
+        return self.is_image[:, None]
+
+
+# Each returns the sets of keys over which separate softmaxes run; their results are added, and an empty set adds 0.
+
+
+def causal(tokens: Tokens) -> Sets:
+    return [tokens.past]
+
+
+def bidirectional(tokens: Tokens) -> Sets:
+    return [tokens.past | tokens.own_image]
+
+
+def mmca(tokens: Tokens) -> Sets:
+    text = tokens.past & ~tokens.to_image & ~tokens.from_image
+    image = torch.where(tokens.from_image, tokens.own, tokens.past & tokens.to_image)
+    return [text, image]
+
+
+def mmca_own_image(tokens: Tokens) -> Sets:
+    text = tokens.past & ~tokens.to_image & ~tokens.from_image
+    image = torch.where(tokens.from_image, tokens.own_image, tokens.past & tokens.to_image)
+    return [text, image]
+
+
+def alpha(tokens: Tokens) -> Sets:
+    return [torch.where(tokens.from_image, tokens.own, tokens.past)]
+
+
+def mmca_sees_text(tokens: Tokens) -> Sets:
+    text = tokens.past & ~tokens.to_image
+    image = torch.where(tokens.from_image, tokens.own, tokens.past & tokens.to_image)
+    return [text, image]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A form of attention.
+
+    Attributes:
+        about: what a text query and an image query attend to.
+        upper: the sets of the upper half of the layers.
+        lower: those of the lower half.
+        core: the `multimodal_attention` of the package that computes it; None for a `Form`.
+        exact_reuse: whether an image's keys and values depend on the image alone.
+    """
+
+    about: str
+    upper: Callable[[Tokens], Sets]
+    lower: Callable[[Tokens], Sets]
+    core: str | None = None
+    exact_reuse: bool = False
+
+
+def _arm(about: str, sets: Callable[[Tokens], Sets], **more: Any) -> Arm:
+    return Arm(about, sets, sets, **more)
+
+
+ARMS = {
+    "causal": _arm("every query: one softmax over T(i) and I(i)", causal, core="causal"),
+    "mmca": _arm("text: softmax over T(i) + softmax over I(i); image: its own value", mmca, core="mmca", exact_reuse=True),
+    "alpha": _arm(
+        "text: one softmax over T(i) and I(i); image: its own value (D-Attn, arXiv 2502.01906)", alpha, exact_reuse=True
+    ),
+    "bidirectional": _arm("as causal; image: also the later tokens of its image", bidirectional),
+    "mmca_own_image": _arm("as mmca; image: softmax over O(i), its whole image", mmca_own_image, exact_reuse=True),
+    "mmca_upper": Arm("mmca in the upper half of the layers, causal in the lower", mmca, causal),
+    "mmca_sees_text": _arm(
+        "as mmca; image: its own value + softmax over T(i), the direction of arXiv 2503.02597", mmca_sees_text
+    ),
+}
+PRIMARY = ("causal", "mmca", "alpha")
+
+
+class Form:
+    """Computes an arm in a model that was composed with `multimodal_attention="causal"`.
+
+    Padding must be on the right, where no query sees it, and there is no KV cache: the experiment trains, and measures by
+    the most probable tokens.
+
+    Args:
+        arm: name of an arm.
+        model: a `DSVLForConditionalGeneration`, whose decoder then runs the arm.
+    """
+
+    def __init__(self, arm: str, model: Any) -> None:
+        self.arm, self.config = ARMS[arm], model.config
+        if model.config.multimodal_attention != "causal":
+            raise ValueError(
+                f"A form is computed by a model of multimodal_attention='causal', not of "
+                f"{model.config.multimodal_attention!r}; compose it with that."
+            )
+        self.upper: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.lower: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.first_upper = model.config.text_config.num_hidden_layers // 2
+        name = f"attention_quality_{arm}_{id(self)}"
+        AttentionInterface.register(name, self.attend)
+        AttentionMaskInterface.register(name, _no_mask)
+        model.model.register_forward_pre_hook(self.prepare, with_kwargs=True)
+        model.model.language_model.set_attn_implementation(name)
+
+    def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each forward call of the model: make the masks of its `input_ids`."""
+        ids = kwargs.get("input_ids")
+        if ids is None or kwargs.get("attention_mask") is not None or kwargs.get("use_cache") is not False:
+            raise ValueError("A form takes input_ids by keyword, without attention_mask and KV cache (use_cache=False).")
+        tokens = Tokens.of(ids == self.config.image_token_id, self.config.image_seq_length)
+        self.upper = [_masked(keys, len(ids)) for keys in self.arm.upper(tokens)]
+        same = self.arm.lower is self.arm.upper
+        self.lower = self.upper if same else [_masked(keys, len(ids)) for keys in self.arm.lower(tokens)]
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """An attention function of transformers: (batch, heads, tokens, head_dim) to (batch, tokens, heads, head_dim)."""
+        masks = self.upper if module.layer_idx >= self.first_upper else self.lower
+        grouped = query.shape[1] != key.shape[1]
+        outputs = []
+        for mask, has_keys in masks:
+            one = nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=grouped
+            )
+            outputs.append(torch.where(has_keys, one, 0))
+        return sum(outputs[1:], start=outputs[0]).transpose(1, 2).contiguous(), None
+
+
+def _masked(keys: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mask (batch, 1, queries, keys), in which a query without keys sees all; and which have keys, with one key."""
+    mask = keys.expand(batch, -1, -1)[:, None]
+    has_keys = mask.any(-1, keepdim=True)
+    return mask | ~has_keys, has_keys
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """transformers' masks are not used: `Form.prepare` makes them."""
