@@ -178,6 +178,11 @@ class ImageReuse:
             )
         earlier = EarlierTokens.build(cache, attention_mask) if past > 0 else None
         if past > 0 and (attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]):
+            if input_ids.shape[1] <= past:
+                raise ValueError(
+                    f"input_ids hold {input_ids.shape[1]} tokens, but the KV cache {past} already; pass the whole "
+                    "conversation, or the new tokens with the attention mask of all, or an empty KV cache."
+                )
             input_ids = input_ids[:, past:]
         batch, tokens = input_ids.shape
         input_ids = input_ids.to(device)

@@ -132,7 +132,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             "quantization": arguments.quantization,
             "attn_implementation": model.config.text_config._attn_implementation,
         }
-        | ({} if arguments.image_cache_bits == 16 else {"image_cache_bits": arguments.image_cache_bits}),
+        | ({"image_cache_bits": 8} if arguments.image_cache_bits == 8 else {}),
         "fingerprint": {"model": checkpoint_fingerprint(arguments.model), "data": questions.fingerprint},
     }
     evaluator = Evaluator(
