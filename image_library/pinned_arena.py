@@ -3,6 +3,7 @@ tensors are parts of a few large slabs."""
 
 import ctypes
 import weakref
+from collections import deque
 from threading import RLock
 
 import torch
@@ -28,7 +29,9 @@ class PinnedArena:
         self.limit = limit
         self._slabs: list[torch.Tensor] = []
         self._free: list[list[tuple[int, int]]] = []  # (start, end) of each slab, in order
-        self._lock = RLock()  # reentrant, as a tensor may be freed anywhere
+        # Parts that were freed. Python frees objects anywhere, also while other locks are held, so no lock is taken for it.
+        self._released: deque[tuple[int, int, int]] = deque()
+        self._lock = RLock()
 
     @property
     def bytes(self) -> int:
@@ -52,6 +55,7 @@ class PinnedArena:
 
     def _allocate(self, size: int) -> ctypes.Array[ctypes.c_char] | None:
         with self._lock:
+            self._reclaim()
             if size > self.slab_size:
                 return None
             for number, free in enumerate(self._free):
@@ -68,11 +72,13 @@ class PinnedArena:
     def _buffer(self, slab: int, start: int, size: int) -> ctypes.Array[ctypes.c_char]:
         """A part of a slab that Python frees like an object; tensors hold on to it."""
         buffer = (ctypes.c_char * size).from_address(self._slabs[slab].data_ptr() + start)
-        weakref.finalize(buffer, self._release, slab, start, start + size).atexit = False
+        weakref.finalize(buffer, self._released.append, (slab, start, start + size)).atexit = False
         return buffer
 
-    def _release(self, slab: int, start: int, end: int) -> None:
-        with self._lock:
+    def _reclaim(self) -> None:
+        """Make what was freed available. The lock is held."""
+        while self._released:
+            slab, start, end = self._released.popleft()
             joined: list[tuple[int, int]] = []
             for one in sorted([*self._free[slab], (start, end)]):
                 if joined and joined[-1][1] == one[0]:
