@@ -153,6 +153,7 @@ def test_the_environment_is_kept(start: Any, monkeypatch: Any) -> None:
 
 def test_a_cpu_gets_a_quarter_of_the_memory_and_all_of_few_cores(start: Any, checkpoint: Path) -> None:
     named, _, environment = start(machine=CPU)
+    assert not json.loads(environment[VARIABLE])["takes_seeds"] and json.loads(start()[2][VARIABLE])["takes_seeds"]
     assert named["program"] == "-P -m vllm.entrypoints.openai.api_server" and named["--model"] == str(checkpoint)
     assert (environment["VLLM_CPU_KVCACHE_SPACE"], environment["VLLM_CPU_OMP_THREADS_BIND"]) == ("5", "nobind")
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE" and environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "16"

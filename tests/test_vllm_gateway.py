@@ -139,9 +139,9 @@ def test_a_large_or_a_slow_request_is_refused_and_holds_no_slot() -> None:
 def test_an_answer_longer_than_the_limit_is_refused_not_shortened() -> None:
     limits = RequestLimits(new_tokens=10)
     for name in ("max_tokens", "max_completion_tokens"):
-        check_request(json.dumps(HELLO | {name: 10}).encode(), limits)
+        check_request(json.dumps(HELLO | {name: 10}).encode(), ServerSettings(limits))
         with pytest.raises(RequestError, match="at most 10 tokens") as caught:
-            check_request(json.dumps(HELLO | {name: 11}).encode(), limits)
+            check_request(json.dumps(HELLO | {name: 11}).encode(), ServerSettings(limits))
         assert caught.value.param == name
 
 
@@ -153,18 +153,26 @@ def test_an_image_cannot_be_named_by_its_client() -> None:
         '{"messages": [{"role": "user", "content": [{}, {"type": "image_url", "\\u0075uid": "a"}]}]}',
     ):
         with pytest.raises(RequestError, match=r"messages\.0\.content\.1\.uuid is not supported") as caught:
-            check_request(body.encode(), RequestLimits())
+            check_request(body.encode(), ServerSettings())
         assert caught.value.code == "unsupported_parameter"
     check_request(
-        json.dumps({"messages": [{"role": "user", "content": [image | {"uuid": None}]}]}).encode(), RequestLimits()
+        json.dumps({"messages": [{"role": "user", "content": [image | {"uuid": None}]}]}).encode(), ServerSettings()
     )
+
+
+def test_seeds_are_refused_where_vllm_cannot_take_them() -> None:
+    body = json.dumps(HELLO | {"seed": 1}).encode()
+    check_request(body, ServerSettings())
+    with pytest.raises(RequestError, match="seed is not supported by vLLM on a CPU"):
+        check_request(body, ServerSettings(takes_seeds=False))
+    check_request(json.dumps(HELLO | {"seed": None}).encode(), ServerSettings(takes_seeds=False))
 
 
 @pytest.mark.parametrize(
     "body", ["", "[1]", "{", '{"messages": 3}', '{"messages": [3, {"content": {"uuid": "a"}}]}', "\udcff"]
 )
 def test_what_is_not_a_request_is_left_to_vllm(body: str) -> None:
-    check_request(body.encode("utf-8", "surrogateescape"), RequestLimits())
+    check_request(body.encode("utf-8", "surrogateescape"), ServerSettings())
 
 
 @pytest.mark.parametrize("version", ["2.3", "2.4"])  # by which Starlette handles a connection that is lost

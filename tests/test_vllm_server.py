@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +146,10 @@ def test_special_tokens_that_a_user_types_are_text(served: Served) -> None:
     assert served.text(with_image) == alone(served.parts, own, TOKENS)
 
 
-def test_a_seed_gives_the_same_answer_alone_and_among_others(served: Served) -> None:
-    def sample(seed: int) -> str:
-        return served.text(question("which colour is it?", data_url(draw_image(1))), 12, temperature=1.0, seed=seed)
-
-    before = [sample(seed) for seed in range(6)]
-    assert len(set(before)) > 3
-    with ThreadPoolExecutor(6) as pool:
-        assert list(pool.map(sample, range(6))) == before
+def test_a_seed_is_refused_on_a_cpu(served: Served) -> None:
+    """vLLM 0.32 for CPUs ends when it prefills a request with a seed in chunks."""
+    with pytest.raises(openai.BadRequestError, match="seed is not supported by vLLM on a CPU"):
+        served.ask(question("which colour is it?"), seed=1)
 
 
 IMAGE = data_url(draw_image(0))

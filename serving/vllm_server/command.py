@@ -109,7 +109,9 @@ def vllm_command(
     for name, value in options.items():
         argv += [f"--{name}", str(value)]
     argv += ["--disable-fastapi-docs", *arguments.engine_arguments]
-    settings = ServerSettings(limits, LOOPBACK if is_loopback(arguments.host) else ("*",))
+    hosts = LOOPBACK if is_loopback(arguments.host) else ("*",)
+    # vLLM 0.32 for CPUs ends when it prefills a request with a seed in chunks ("CPU Generator does not use offset").
+    settings = ServerSettings(limits, hosts, takes_seeds=not machine.cpu)
     variables = {
         "VLLM_MEDIA_CONNECTOR": CONNECTOR,
         "VLLM_NO_USAGE_STATS": "1",

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..admission import RequestSlots, error_response
 from ..connections import BodyReader, BoundedProtocol
-from ..requests import RequestError, RequestLimits
+from ..requests import RequestError
 from .settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
@@ -35,7 +35,7 @@ class Gateway:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings | None = None) -> None:
         settings = settings or ServerSettings.from_environment()
-        self.limits = settings.limits
+        self.limits, self.settings = settings.limits, settings
         self.slots = RequestSlots(settings.limits.requests)
         self.bodies = BodyReader()
         self.parsing = ThreadPoolExecutor(2, thread_name_prefix="dsvl-serve-parse")
@@ -70,7 +70,7 @@ class Gateway:
         with self.slots.take():
             pass  # refuse before reading the body
         body = await self.bodies.read(Request(scope, receive), self.limits)
-        await asyncio.get_running_loop().run_in_executor(self.parsing, check_request, body, self.limits)
+        await asyncio.get_running_loop().run_in_executor(self.parsing, check_request, body, self.settings)
         bounded = _BoundedSend(send)
         with self.slots.take():  # after reading, so that slow senders do not occupy a slot
             try:
@@ -81,12 +81,12 @@ class Gateway:
                 raise ClientDisconnect from None
 
 
-def check_request(body: bytes, limits: RequestLimits) -> None:
+def check_request(body: bytes, settings: ServerSettings) -> None:
     """Check the fields of a chat completion request that vLLM would accept and this server does not.
 
     Args:
         body: the request. One that is not valid is left to vLLM, which says what is wrong.
-        limits: `new_tokens` applies; vLLM would shorten the answer without a word.
+        settings: `limits.new_tokens`, beyond which vLLM would shorten the answer without a word, and `takes_seeds` apply.
 
     Raises:
         RequestError: for the first such field.
@@ -99,8 +99,14 @@ def check_request(body: bytes, limits: RequestLimits) -> None:
         return
     for name in ("max_completion_tokens", "max_tokens"):
         value = fields.get(name)
-        if isinstance(value, int) and value > limits.new_tokens:
-            raise RequestError(f"An answer may have at most {limits.new_tokens} tokens.", param=name)
+        if isinstance(value, int) and value > settings.limits.new_tokens:
+            raise RequestError(f"An answer may have at most {settings.limits.new_tokens} tokens.", param=name)
+    if fields.get("seed") is not None and not settings.takes_seeds:
+        raise RequestError(
+            "seed is not supported by vLLM on a CPU, where it can end the server; remove it.",
+            code="unsupported_parameter",
+            param="seed",
+        )
     messages = fields.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else []):
         content = message.get("content") if isinstance(message, dict) else None

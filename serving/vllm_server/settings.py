@@ -18,14 +18,16 @@ class ServerSettings:
     Args:
         limits: of requests.
         hosts: the accepted `Host` headers; ("*",) accepts any.
+        takes_seeds: whether requests may have a `seed`.
     """
 
     limits: RequestLimits = RequestLimits()
     hosts: tuple[str, ...] = LOOPBACK
+    takes_seeds: bool = True
 
     def to_json(self) -> str:
         """The value of the variable `VARIABLE`."""
-        return json.dumps({"limits": asdict(self.limits), "hosts": self.hosts})
+        return json.dumps(asdict(self))
 
     @classmethod
     def from_environment(cls) -> "ServerSettings":
@@ -33,4 +35,4 @@ class ServerSettings:
         if VARIABLE not in os.environ:
             return cls()
         values = json.loads(os.environ[VARIABLE])
-        return cls(RequestLimits(**values["limits"]), tuple(values["hosts"]))
+        return cls(RequestLimits(**values["limits"]), tuple(values["hosts"]), values["takes_seeds"])
