@@ -72,8 +72,8 @@ def preload(
         if unreadable:  # the others are only checked
             continue
         inputs = dict(processor(images=[image], return_tensors="pt"))
-        library.add(model, inputs, processor.tile_lengths(image.height, image.width), source_of(data))
         sources.append(source_of(data))
+        library.add(model, inputs, processor.tile_lengths(image.height, image.width), sources[-1])
         if len(sources) % FLUSH == 0:
             library.tiers.flush()
     if unreadable:

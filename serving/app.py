@@ -156,8 +156,9 @@ class ChatCompletions(ChatCompletionHandler):
         sources: list[str | None] = []
         for number, (part, own) in enumerate(zip(parts, lengths, strict=True), 1):
             data = image_file(part, number)
-            sources.append(None if data is None else self.source_of(data))
-            known = None if data is None else self.library.find(self.source_of(data))
+            source = None if data is None else self.source_of(data)
+            known = None if source is None else self.library.find(source)
+            sources.append(source)
             found.append(known if known is not None and known.lengths == own else None)
         return found, sources
 
@@ -229,9 +230,10 @@ class ChatCompletions(ChatCompletionHandler):
             found, sources = await run(self.reading, self.find_images, parts, lengths)
         inputs: list[Any] = []
         for number, (part, own, known, source) in enumerate(zip(parts, lengths, found, sources, strict=True), 1):
-            part.pop("url", None) if known is not None else None
             made: Any = known
-            if made is None:
+            if made is not None:
+                part.pop("url", None)  # frees its memory
+            else:
                 made = await run(self.preparing, self.preprocess_image, part, number, own)
                 if library is not None and takes_library:
                     made = await run(self.preparing, library.image, made, own, source)

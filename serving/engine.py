@@ -361,7 +361,7 @@ class Engine(BaseGenerateManager):
     def _generate(self, batch: list[Generation]) -> None:
         resumed = [one for one in batch if one.kept is not None]
         groups = self._prefill_groups([one for one in batch if one.kept is None])
-        if len(groups) + bool(resumed) == 1 and not resumed:
+        if len(groups) == 1 and not resumed:
             self._run_batch(batch, self._new_cache())
         elif self._new_cache() is None:  # no KV caches that can be joined
             for group in groups:

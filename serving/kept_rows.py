@@ -37,7 +37,7 @@ class KeptRow:
 
 def can_take(cache: Any) -> bool:
     """Whether rows can be taken out of a KV cache."""
-    return isinstance(cache, DynamicCache) and not cache.offloading and all(map(_kind, cache.layers))
+    return isinstance(cache, DynamicCache) and not cache.offloading and all(map(_holds_last_tokens, cache.layers))
 
 
 def take_rows(cache: DynamicCache, tokens: dict[int, int]) -> list[KeptRow]:
@@ -96,7 +96,7 @@ def join_rows(rows: Sequence[KeptRow], text_config: Any) -> DynamicCache:
     return cache
 
 
-def _kind(layer: Any) -> bool:
+def _holds_last_tokens(layer: Any) -> bool:
     """Whether a layer holds the last tokens of each row in their order."""
     if not isinstance(layer, DynamicLayer) or hasattr(layer, "prompt") or not layer.is_initialized:
         return False

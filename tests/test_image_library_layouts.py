@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, batch, tiny_model
-from layout_models import CASES, SIZES, layout_parts, noise
+from layout_models import CASES, SIZES, layout_parts, model_inputs, noise
+from layout_models import question as about
 from model_server import alone, ask, data_url, question, served
 from transformers import DynamicCache, StaticCache
 
@@ -22,23 +23,8 @@ SIZE = 2**26
 def test_every_layout(case: str, positions: str) -> None:
     model, processor = layout_parts(case, image_positions=positions)
     images = [noise(size, seed) for seed, size in enumerate(SIZES)]
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": [*({"type": "image", "image": images[n]} for n in own), {"type": "text", "text": text}],
-            }
-        ]
-        for own, text in (([0, 1], "one"), ([], "two three"), ([2, 0, 2], "four"), ([3, 4], "five"))
-    ]
-    inputs = processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
+    asked = (([0, 1], "one"), ([], "two three"), ([2, 0, 2], "four"), ([3, 4], "five"))
+    inputs = model_inputs(processor, [about([images[n] for n in own], text) for own, text in asked], dtype=model.dtype)
     expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     model.image_library = library = ImageLibrary(model, SIZE)
     for _ in range(2):

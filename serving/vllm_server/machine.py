@@ -4,7 +4,8 @@ import os
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+
+from ...utils.byte_sizes import available_host_memory
 
 PLUGIN = "dsvl"  # the name of the entry point in pyproject.toml
 PLUGINS = "vllm.general_plugins"
@@ -53,12 +54,5 @@ def find_machine() -> Machine:
         version=version,
         cpu="cpu" in found[0] or "cpu" in version,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        free_gib=_free_gib(),
+        free_gib=available_host_memory() // 2**30,
     )
-
-
-def _free_gib() -> int:
-    known = Path("/proc/meminfo")
-    lines = known.read_text().splitlines() if known.exists() else []
-    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return kib[0] // 2**20 if kib else 4
