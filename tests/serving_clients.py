@@ -1,6 +1,6 @@
-"""A process with many clients of a server: each asks repeatedly, and every third one disconnects during the answer.
+"""A process with many clients of a server: each asks `rounds` times, and every third one disconnects during the answer.
 
-Standard input: {"port", "model", "clients", "seconds", "long", "asked": [messages], "expected": [texts]}. Standard output:
+Standard input: {"port", "model", "clients", "rounds", "long", "asked": [messages], "expected": [texts]}. Standard output:
 the number of answers and of disconnects, and every wrong answer or error.
 """
 
@@ -18,7 +18,6 @@ from openai import OpenAI
 class Clients:
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
-        self.end = time.monotonic() + task["seconds"]
         self.lock = threading.Lock()
         self.answered = self.disconnected = 0
         self.wrong: list[list[str]] = []
@@ -34,9 +33,7 @@ class Clients:
     def _one(self, number: int) -> None:
         base_url = f"http://127.0.0.1:{self.task['port']}/v1"
         with OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=120) as client:
-            count = number
-            while time.monotonic() < self.end:
-                count += 1
+            for count in range(number + 1, number + 1 + self.task["rounds"]):
                 which = count % len(self.task["asked"])
                 request = {"model": self.task["model"], "messages": self.task["asked"][which]}
                 if number % 3 == 0:

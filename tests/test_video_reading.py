@@ -298,9 +298,9 @@ def test_a_huge_claimed_length_is_refused_without_reading_on():
     where = data.index(b"\x44\x89\x88") + 3  # Duration, 8 bytes
     for seconds, words in ((3600.0, "ends at 1.0 s, before the 3600.0 s"), (1e9, "it lasts 1,000,000,000 s")):
         claimed = data[:where] + np.array(seconds * 1000, ">f8").tobytes() + data[where + 8 :]
-        started = time.monotonic()
+        started = time.process_time()
         assert words in refusal(claimed)
-        assert time.monotonic() - started < 2
+        assert time.process_time() - started < 2
 
 
 def test_frames_are_decoded_when_they_are_read_and_once(monkeypatch):
