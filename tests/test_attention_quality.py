@@ -681,6 +681,29 @@ def test_no_run_begins_that_would_end_after_the_budget(fake_runs, monkeypatch, c
     assert len(done) == 2 and "not started, 20 s are left" in capsys.readouterr().out
 
 
+def test_processes_take_turns_on_the_gpus(load, tmp_path, monkeypatch):
+    runs, written = load("runs"), tmp_path / "written"
+    monkeypatch.setattr(runs.sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\nfor last; do :; done\necho "$last on ${{CUDA_VISIBLE_DEVICES-all}}" >> {written}\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    made = load("plan").runs_of(load("plan").STAGES["rates"], {})[:5]
+
+    def placed(visible, count):
+        written.unlink(missing_ok=True)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        assert runs.do_side_by_side(made, [], 4, float("inf")) == 0
+        by_name = dict(line.split(" on ") for line in written.read_text().splitlines())
+        return [by_name.get(run.name) for run in made]
+
+    # The first of four processes does two runs, and names the second of them last.
+    assert placed("", 2) == [None, "1", "0", "1", "0"]
+    assert placed("4,6", 2) == [None, "6", "4", "6", "4"]
+    assert placed("", 0) == [None, "all", "all", "all", "all"]
+
+
 def test_results_of_another_version_are_not_added_to(fake_runs):
     runs, folder, _ = fake_runs
     [first, second, *_] = runs.missing_runs("rates", folder)

@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     runs = commands.add_parser("runs", help="do the runs of stages that are missing")
     runs.add_argument("--stage", nargs="+", choices=STAGES, required=True, help="one after the other")
-    runs.add_argument("--at-once", type=int, default=1, help="runs side by side on the device (default 1)")
+    runs.add_argument("--at-once", type=int, default=1, help="runs side by side, in turn on each GPU (default 1)")
     runs.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds after which nothing runs (default: no limit)"
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -334,9 +335,15 @@ def failure_of(path: Path) -> Path:
     return path.with_suffix(".failed")
 
 
+def visible_gpus() -> list[str]:
+    """What names each GPU of this process in `CUDA_VISIBLE_DEVICES`; empty without GPUs."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
 def do_side_by_side(runs: Sequence[Run], arguments: Sequence[str], at_once: int, deadline: float) -> int:
-    """Start `at_once` processes of this command, each with its part of the runs. Those that still run at the deadline are
-    stopped, and their unfinished runs leave no file. Returns the number of processes that failed.
+    """Start `at_once` processes of this command, each with its part of the runs; they take turns on the GPUs. Those that
+    still run at the deadline are stopped, and their unfinished runs leave no file. Returns how many processes failed.
 
     Args:
         runs: to be done.
@@ -346,7 +353,11 @@ def do_side_by_side(runs: Sequence[Run], arguments: Sequence[str], at_once: int,
     """
     command = [sys.executable, "-m", "attention_quality", "runs", *arguments, "--only"]
     parts = [[run.name for run in runs[index::at_once]] for index in range(min(at_once, len(runs)))]
-    workers = [subprocess.Popen([*command, *names]) for names in parts]
+    gpus = visible_gpus()
+    workers = []
+    for index, names in enumerate(parts):
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {})
+        workers.append(subprocess.Popen([*command, *names], env=environment))
     failed = 0
     for worker in workers:
         try:
