@@ -33,7 +33,7 @@ def scenes(load):
 
 @pytest.fixture
 def small(load):
-    return load("parts").SIZES_OF_EXPERIMENT["tiny"]
+    return load("sizes").SIZES_OF_EXPERIMENT["tiny"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -134,19 +134,19 @@ def test_two_hop_takes_both_images(scenes):
 
 
 def test_every_word_is_a_token_and_the_ids_are_those_of_the_chat_template(load, scenes, small):
-    parts = load("parts")
-    for size in (small, parts.SIZES_OF_EXPERIMENT["full"]):
-        rng, tokenizer = random.Random(0), parts.make_tokenizer(size.world)
+    language = load("language")
+    for size in (small, load("sizes").SIZES_OF_EXPERIMENT["full"]):
+        rng, tokenizer = random.Random(0), language.make_tokenizer(size.world)
         for index in range(30):
             spans = scenes.text_document(size.world, rng, "train", 1 + index % 6, 8)
-            ids, answers = parts.Encoder(tokenizer, 0).spans(spans)
+            ids, answers = language.Encoder(tokenizer, 0).spans(spans)
             words = " ".join(word for span, _ in spans for word in span)
             plain = [one for one in ids[1:] if one != tokenizer.eos_token_id]
             assert plain == tokenizer(words)["input_ids"] and tokenizer.unk_token_id not in plain
             assert sum(answers) == sum(len(span) + 1 for span, is_answer in spans if is_answer)
     model, processor = load("runs").compose_arm(shared(load, small), "mmca", seed=0)
     conversation = scenes.training_conversation(small.world, 0, 0, 3, 2)
-    ids, answers = parts.Encoder(processor.tokenizer, small.tokens_per_image).conversation(conversation)
+    ids, answers = language.Encoder(processor.tokenizer, small.tokens_per_image).conversation(conversation)
     image = processor_image(small)
     messages = [{"role": "system", "content": scenes.SYSTEM}]
     for index, question in enumerate(conversation.questions):
@@ -206,14 +206,14 @@ def processor_image(size):
 
 def shared(load, size, dtype=torch.float32):
     """Parts of random weights."""
-    parts, tasks = load("parts"), importlib.import_module("trained_tasks")
+    language, tasks = load("language"), importlib.import_module("trained_tasks")
     torch.manual_seed(0)
-    tokenizer = parts.make_tokenizer(size.world)
+    tokenizer = language.make_tokenizer(size.world)
     side = {"height": size.world.image_size, "width": size.world.image_size}
     return SimpleNamespace(
         size=size,
         tokenizer=tokenizer,
-        language=parts.make_language_model(size, tokenizer).to(dtype),
+        language=language.make_language_model(size, tokenizer).to(dtype),
         tower=tasks.random_tower(tasks.Parts(size.world.image_size, size.patch_size, size.tower_width, size.tower_layers)),
         image_processor=CLIPImageProcessor(size={"shortest_edge": size.world.image_size}, crop_size=side),
     )
@@ -349,25 +349,25 @@ def test_other_modes_train_the_decoder_and_keep_the_arm(load, batch, mode):
 
 
 def test_the_weights_of_a_loss_are_those_of_answers_and_tellings(load, small):
-    parts = load("parts")
-    tokenizer = parts.make_tokenizer(small.world)
-    documents = parts.Documents(small, tokenizer, 0)
+    language = load("language")
+    tokenizer = language.make_tokenizer(small.world)
+    documents = language.Documents(small, tokenizer, 0)
     for index in (0, small.language_steps - 1):
         ids, weights = documents.batch(index)
         assert ids.shape == weights.shape and ids.size >= small.language_tokens
         ends = ids == tokenizer.eos_token_id
         assert (weights[ends] == 1).all() and set(np.unique(weights[~ends]).tolist()) <= {0.0, np.float32(0.1), 1.0}
         assert (weights[ids == tokenizer.unk_token_id] == 0).all()
-    again = parts.Documents(small, tokenizer, 0).batch(3)[0]
+    again = language.Documents(small, tokenizer, 0).batch(3)[0]
     assert (documents.batch(3)[0] == again).all()
     assert (
-        documents.batch(0)[0].shape != parts.Documents(small, tokenizer, 1).batch(0)[0].shape
-        or (documents.batch(0)[0] != parts.Documents(small, tokenizer, 1).batch(0)[0]).any()
+        documents.batch(0)[0].shape != language.Documents(small, tokenizer, 1).batch(0)[0].shape
+        or (documents.batch(0)[0] != language.Documents(small, tokenizer, 1).batch(0)[0]).any()
     )
 
 
 def test_a_seed_gives_the_same_parts_however_many_processes_draw_documents(load, scenes, small):
-    parts = load("parts")
+    parts, language, towers = load("parts"), load("language"), load("tower")
     size = replace(
         small,
         language_steps=3,
@@ -378,13 +378,13 @@ def test_a_seed_gives_the_same_parts_however_many_processes_draw_documents(load,
         world=replace(small.world, most_images=4),
     )
     size = replace(size, width=32, layers=1, language_tokens=256, tower_images=4)
-    tokenizer, sprites, hashes = parts.make_tokenizer(size.world), scenes.Sprites(size.world), []
+    tokenizer, sprites, hashes = language.make_tokenizer(size.world), scenes.Sprites(size.world), []
     for seed, workers in ((0, 0), (0, 2), (1, 0)):
         with parts.deterministic():
-            language, _ = parts.train_language_model(size, tokenizer, seed, workers)
-            tower, figures = parts.train_tower(size, sprites, seed)
+            trained, _ = language.train_language_model(size, tokenizer, seed, workers)
+            tower, figures = towers.train_tower(size, sprites, seed)
         assert figures["steps"] == 2
-        hashes.append((parts.weights_hash(language), parts.weights_hash(tower)))
+        hashes.append((parts.weights_hash(trained), parts.weights_hash(tower)))
     assert hashes[0] == hashes[1] and not set(hashes[0]) & set(hashes[2])
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -411,7 +411,7 @@ def test_parts_that_were_stopped_go_on_with_the_tower(load, scenes, small, tmp_p
 
 
 def test_an_answer_is_right_if_greedy_decoding_gives_all_of_it(load):
-    parts = load("parts")
+    language = load("language")
     ids = torch.tensor([[5, 6, 7, 8, 1], [5, 6, 7, 1, 2]])
     answers = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 1, 0]]).bool()
 
@@ -421,10 +421,10 @@ def test_an_answer_is_right_if_greedy_decoding_gives_all_of_it(load):
             best[wrong] = 0
         return best[:, -kept["logits_to_keep"] :]
 
-    assert parts.answers_right(logits, ids, answers) == [True, True]
-    assert parts.answers_right(lambda **kept: logits((0, 2), **kept), ids, answers) == [False, True]
-    assert parts.answers_right(lambda **kept: logits((1, 3), **kept), ids, answers) == [True, True], "after the answer"
-    assert parts.answers_right(lambda **kept: logits((1, 2), **kept), ids, answers) == [True, False], "its end counts"
+    assert language.answers_right(logits, ids, answers) == [True, True]
+    assert language.answers_right(lambda **kept: logits((0, 2), **kept), ids, answers) == [False, True]
+    assert language.answers_right(lambda **kept: logits((1, 3), **kept), ids, answers) == [True, True], "after the answer"
+    assert language.answers_right(lambda **kept: logits((1, 2), **kept), ids, answers) == [True, False], "its end counts"
 
 
 def test_parts_are_refused_that_are_weak_or_of_other_data(load, scenes, tmp_path, monkeypatch):

@@ -17,9 +17,10 @@ from measure import write
 from transformers.utils import logging
 
 from attention_quality.arms import ARMS
-from attention_quality.parts import SIZES_OF_EXPERIMENT, make_parts
+from attention_quality.parts import make_parts
 from attention_quality.plan import STAGES, path_of
 from attention_quality.runs import do_runs, do_side_by_side, missing_runs
+from attention_quality.sizes import SIZES_OF_EXPERIMENT
 from attention_quality.step_times import measure_steps
 
 

@@ -20,17 +20,8 @@ from trained_tasks import as_pixels, fit
 from transformers import set_seed
 
 from attention_quality.arms import ARMS, Form
-from attention_quality.parts import (
-    SIZES_OF_EXPERIMENT,
-    Encoder,
-    SharedParts,
-    Size,
-    answers_right,
-    load_parts,
-    padded,
-    read_record,
-    text_perplexity,
-)
+from attention_quality.language import Encoder, answers_right, padded, text_perplexity
+from attention_quality.parts import SharedParts, load_parts, read_record
 from attention_quality.plan import (
     STAGES,
     Record,
@@ -51,12 +42,14 @@ from attention_quality.scenes import (
     held_out_conversation,
     training_conversation,
 )
+from attention_quality.sizes import SIZES_OF_EXPERIMENT, Size
 from dsvl import compose
 from dsvl.training.adapters import lora_config
 
 LORA_RANK = 16
 EVALUATED_TOKENS = 65536  # of a batch of items
-SOURCES = ("arms.py", "parts.py", "plan.py", "runs.py", "scenes.py")  # what a run's result depends on
+# What a run's result depends on.
+SOURCES = ("arms.py", "language.py", "parts.py", "plan.py", "runs.py", "scenes.py", "sizes.py", "tower.py")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
