@@ -3,12 +3,15 @@
 import json
 import os
 import pty
+import re
 import select
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -262,6 +265,8 @@ def test_a_quantized_decoder_answers(tmp_path, kind, package, made_of):
 
 
 SHOWN = "\x1b[?25h"  # shows the cursor, after the prompt has been drawn
+ENTERED = "\x1b[?2004l"  # ends bracketed pastes, after a line has been entered
+CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]?")
 
 
 class Screen:
@@ -274,14 +279,21 @@ class Screen:
         os.close(slave)
         self.text = ""
 
-    def wait_for(self, what: str, seconds: float = 60) -> None:
+    def wait_for(self, what: str, seconds: float = 120) -> None:
         """Read until a text appears, and discard everything up to it."""
+        self._read_until(lambda: what in self.text, what, seconds)
+        self.text = self.text.partition(what)[2]
+
+    def wait_for_answer(self, seconds: float = 120) -> None:
+        """Read until a word appears that belongs to no control sequence."""
+        self._read_until(lambda: re.search(r"\w", CONTROL.sub("", self.text)), "an answer", seconds)
+
+    def _read_until(self, found: Callable[[], Any], what: str, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while what not in self.text:
+        while not found():
             ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
             assert ready, f"{what!r} did not appear: {self.text!r}"
             self.text += os.read(self.master, 4096).decode(errors="replace")
-        self.text = self.text.partition(what)[2]
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -301,13 +313,14 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(checkpoint, folder, tmp_path
         screen.wait_for(SHOWN)
         screen.type(f"'{folder / 'two three.png'}' What is it?\r")
         screen.wait_for("(1 image added to the next question)")
-        time.sleep(0.5)
+        screen.wait_for_answer()
         screen.type("\x03")
         screen.wait_for("(stopped)")
         screen.wait_for("tokens/s)")
         screen.wait_for(SHOWN)
         screen.type("And now?\r")
-        time.sleep(0.5)
+        screen.wait_for(ENTERED)
+        screen.wait_for_answer()
         screen.type("\x03")
         screen.wait_for("(stopped)")
         screen.wait_for(" 0 images encoded")
