@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..masks_dsvl import IMAGE, TEXT, AttentionMask, Visibility
-from .kernels import can_fuse, fused_attention
+from .kernel_choice import can_fuse
+from .kernels import fused_attention
 from .query_intervals import query_intervals
 from .token_lists import TokenLists
 

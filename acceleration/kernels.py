@@ -1,4 +1,4 @@
-"""Fused MMCA kernels in Triton for NVIDIA Hopper GPUs.
+"""Fused MMCA kernels in Triton, for NVIDIA GPUs from compute capability 8.0 (Ampere) on. Only Hopper GPUs were measured.
 
 Algorithm: FlashAttention-2 (Dao, 2023, arXiv 2307.08691), with two softmaxes. attention_dsvl.py defines MMCA: the output of
 a text query is the sum of two attentions, one over the text keys and one over the image keys that it sees; the output of any
@@ -7,26 +7,27 @@ other query is its own value.
 - `TokenLists` lists the text queries, text keys and image keys of a sample. What a query sees is one interval of indices in
   each list of keys, and what sees a key is one interval of the list of text queries. A program loops over the blocks of an
   interval only. Full blocks need no mask; the first and last blocks are masked.
-- Keys and values are first packed in list order (`_pack_kernel`), so that a tensor descriptor can load a block. The forward
-  kernel packs the queries and the dQ kernel packs the output gradients, for the dK/dV kernel.
+- Keys and values are first packed in list order (`_pack_kernel`), so that a block is one load: through a tensor descriptor
+  where there is a tensor memory accelerator (`TMA`, Hopper and Blackwell), else by pointers, with asynchronous copies. The
+  forward kernel packs the queries and the dQ kernel packs the output gradients, for the dK/dV kernel.
 - Forward, for each of the two branches: an online softmax over blocks of keys, with the row maximum `m_i`, the row sum `l_i`
   and the accumulator `acc`. The log-sum-exp `lse` and the output of each branch are saved for the backward pass.
 - Backward: `p` is recomputed from `lse`. With `delta = rowsum(dO * O)` of the branch, `dS = p * (dO V^T - delta)`. One
   kernel computes dQ, and another one dK and dV.
 
-No score is written to global memory. Triton comes with the CUDA builds of PyTorch; without it `can_fuse` returns False.
+No score is written to global memory. Triton comes with the CUDA builds of PyTorch; without it `kernel_choice.py` chooses
+other attention. launch_configs.py has the block sizes.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 
+from .launch_configs import block_config, device_capability, has_tma
 from .token_lists import TokenLists
 
 try:
@@ -39,29 +40,6 @@ except ImportError:
 MAX_HEAD_DIM = 256
 # float32 gives correct results, but is slower than the other implementations: it needs too many registers.
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, training: bool = False) -> bool:
-    """Whether the kernels support a decoder on a device.
-
-    They need Triton and a Hopper GPU (compute capability 9.x, such as H100 and H200). Earlier GPUs lack the tensor memory
-    accelerator, and the kernels spill registers there. Later GPUs compile them, but have not been measured.
-
-    Args:
-        text_config: configuration of the decoder.
-        dtype: dtype of queries, keys and values; bfloat16 or float16.
-        device: device of queries, keys and values.
-        training (*optional*, defaults to `False`): whether the decoder trains. The kernels have no attention dropout.
-
-    Returns:
-        True if the kernels can compute the attention, for heads of up to `MAX_HEAD_DIM`.
-    """
-    if triton is None or device.type != "cuda" or torch.version.cuda is None or dtype not in DTYPES:
-        return False
-    heads = text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    has_dropout = training and (getattr(text_config, "attention_dropout", None) or 0) > 0
-    return head_dim <= MAX_HEAD_DIM and not has_dropout and _capability(device)[0] == 9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,6 +85,27 @@ def _store_rows(ptr, index, stride, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + index[:, None].to(tl.int64) * stride + offs_d[None, :]
     tl.store(ptrs, rows.to(ptr.dtype.element_ty), mask=mask[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+
+@jit
+def _load_block(x, row, start, num_rows, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+    """Rows row + start to row + start + BLOCK of a packed tensor; by a pointer, rows from `num_rows` on are 0."""
+    if TMA:
+        return x.load([row + start, 0])
+    else:  # noqa: RET505 (Triton compiles what follows a return)
+        rows = tl.arange(0, BLOCK)
+        ptrs = x + row.to(tl.int64) * BLOCK_D + (start + rows[:, None]) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+        return tl.load(ptrs, mask=(rows < num_rows)[:, None], other=0.0)
+
+
+@jit
+def _load_saved(x, row, start, num_rows, total_q, BLOCK_M: tl.constexpr, TMA: tl.constexpr):
+    """lse or delta (2, heads, total_q) of BLOCK_M queries of one branch and head, `row`; as `_load_block`."""
+    if TMA:
+        return x.load([row, start]).reshape([BLOCK_M])
+    else:  # noqa: RET505
+        rows = tl.arange(0, BLOCK_M)
+        return tl.load(x + row.to(tl.int64) * total_q + start + rows, mask=rows < num_rows, other=0.0)
 
 
 @jit
@@ -174,9 +173,9 @@ def _pack_kernel(
 
 @jit
 def _fwd_inner(
-    q, desc_k, desc_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi, sm_scale, softcap, BLOCK_D: tl.constexpr,
+    q, packed_k, packed_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi, sm_scale, softcap, BLOCK_D: tl.constexpr,
     USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of a block of queries over the keys of one branch.
 
@@ -191,7 +190,7 @@ def _fwd_inner(
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     for start_n in range(lo, hi, BLOCK_N):
-        k = desc_k.load([row_k + start_n, 0])
+        k = _load_block(packed_k, row_k, start_n, hi - start_n, BLOCK_N, BLOCK_D, TMA)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         # m_i is scaled and qk is not: p then takes one fused multiply-add for each score.
         if USE_SOFTCAP:
@@ -207,7 +206,7 @@ def _fwd_inner(
         alpha = tl.exp2(m_i - m_finite)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        v = desc_v.load([row_k + start_n, 0])
+        v = _load_block(packed_v, row_k, start_n, hi - start_n, BLOCK_N, BLOCK_D, TMA)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         m_i = m_ij
     return acc, l_i, m_i
@@ -215,11 +214,12 @@ def _fwd_inner(
 
 @kernel
 def _fwd_kernel(
-    Q, desc_k, desc_v, V, Out, PackedQ, BranchOut, Lse, QIndex, Counts, KRanges, OwnKey,
+    Q, packed_k, packed_v, V, Out, PackedQ, BranchOut, Lse, QIndex, Counts, KRanges, OwnKey,
     stride_qb, stride_qh, stride_qm, stride_vb, stride_vh, stride_vn, sm_scale, softcap,
     num_heads, seqlen_q, total_q, seqlen_q_rounded, seqlen_k_rounded, GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """Output of one block of queries of one head: attention for text queries, their own value for the others."""
     start_m = tl.num_programs(0) - 1 - tl.program_id(0)  # the blocks with the longest intervals first
@@ -253,8 +253,8 @@ def _fwd_kernel(
         if branch == 1:
             row_k += tl.load(Counts + off_b * 4 + 1)
         acc, l_i, m_i = _fwd_inner(
-            q, desc_k, desc_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi, sm_scale, softcap, BLOCK_D,
-            USE_SOFTCAP, WINDOWED, BLOCK_M, BLOCK_N, PRECISION,
+            q, packed_k, packed_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi, sm_scale, softcap, BLOCK_D,
+            USE_SOFTCAP, WINDOWED, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
         has_keys = l_i > 0
         acc = acc / tl.where(has_keys, l_i, 1.0)[:, None]
@@ -294,12 +294,13 @@ def _recompute_p(qk, lse, sm_scale, softcap, USE_SOFTCAP: tl.constexpr):
 
 @jit
 def _bwd_dq_inner(
-    dq, q, do, lse, delta, desc_k, desc_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi,
-    sm_scale, softcap, USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, do, lse, delta, packed_k, packed_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi,
+    sm_scale, softcap, BLOCK_D: tl.constexpr, USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     for start_n in range(lo, hi, BLOCK_N):
-        k = desc_k.load([row_k + start_n, 0])
-        v = desc_v.load([row_k + start_n, 0])
+        k = _load_block(packed_k, row_k, start_n, hi - start_n, BLOCK_N, BLOCK_D, TMA)
+        v = _load_block(packed_v, row_k, start_n, hi - start_n, BLOCK_N, BLOCK_D, TMA)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p, dcap = _recompute_p(qk, lse[:, None], sm_scale, softcap, USE_SOFTCAP)
         if (start_n < full_lo) | (start_n >= full_hi):
@@ -313,11 +314,11 @@ def _bwd_dq_inner(
 
 @kernel
 def _bwd_dq_kernel(
-    desc_q, desc_k, desc_v, DO, PackedDO, DQ, BranchOut, Lse, Delta, QIndex, Counts, KRanges,
+    packed_q, packed_k, packed_v, DO, PackedDO, DQ, BranchOut, Lse, Delta, QIndex, Counts, KRanges,
     stride_dob, stride_doh, stride_dom, stride_dqb, stride_dqh, stride_dqm, sm_scale, softcap,
     num_heads, seqlen_q, total_q, seqlen_q_rounded, seqlen_k_rounded, GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+    USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of queries of one head: 0 for queries that are not text. Saves delta and packs dO."""
     start_m = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -331,7 +332,7 @@ def _bwd_dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if start_m * BLOCK_M < num_text_q:
         row_q = (off_b * num_heads + off_h) * seqlen_q_rounded
-        q = desc_q.load([row_q + start_m * BLOCK_M, 0])
+        q = _load_block(packed_q, row_q, start_m * BLOCK_M, num_text_q - start_m * BLOCK_M, BLOCK_M, BLOCK_D, TMA)
         do_base = DO + off_b.to(tl.int64) * stride_dob + off_h.to(tl.int64) * stride_doh
         do = _load_rows(do_base, idx_m, stride_dom, HEAD_DIM, BLOCK_D, is_text)
         packed_base = PackedDO + row_q.to(tl.int64) * BLOCK_D
@@ -357,8 +358,8 @@ def _bwd_dq_kernel(
             delta = deltas[branch]
             tl.store(Delta + offs_lse, delta, mask=is_text)
             dq = _bwd_dq_inner(
-                dq, q, do, lse, delta, desc_k, desc_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi,
-                sm_scale, softcap, USE_SOFTCAP, WINDOWED, BLOCK_N, PRECISION,
+                dq, q, do, lse, delta, packed_k, packed_v, row_k, range_lo, range_hi, lo, full_lo, full_hi, hi,
+                sm_scale, softcap, BLOCK_D, USE_SOFTCAP, WINDOWED, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
     dq = tl.where(is_text[:, None], dq * sm_scale, 0.0)
     _store_rows(DQ, idx_m, stride_dqm, dq, HEAD_DIM, BLOCK_D, mask_m)
@@ -366,16 +367,16 @@ def _bwd_dq_kernel(
 
 @jit
 def _bwd_dkdv_inner(
-    dk, dv, k, v, desc_q, desc_do, desc_lse, desc_delta, row_q, row_lse, start_saved, range_lo, range_hi,
-    lo, full_lo, full_hi, hi, sm_scale, softcap, USE_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dk, dv, k, v, packed_q, packed_do, Lse, Delta, row_q, row_lse, start_saved, range_lo, range_hi,
+    lo, full_lo, full_hi, hi, sm_scale, softcap, total_q, BLOCK_D: tl.constexpr, USE_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Transposed: scores and p are (BLOCK_N, BLOCK_M)."""
     for start_m in range(lo, hi, BLOCK_M):
-        q = desc_q.load([row_q + start_m, 0])
-        do = desc_do.load([row_q + start_m, 0])
-        lse = desc_lse.load([row_lse, start_saved + start_m]).reshape([BLOCK_M])
-        delta = desc_delta.load([row_lse, start_saved + start_m]).reshape([BLOCK_M])
+        q = _load_block(packed_q, row_q, start_m, hi - start_m, BLOCK_M, BLOCK_D, TMA)
+        do = _load_block(packed_do, row_q, start_m, hi - start_m, BLOCK_M, BLOCK_D, TMA)
+        lse = _load_saved(Lse, row_lse, start_saved + start_m, hi - start_m, total_q, BLOCK_M, TMA)
+        delta = _load_saved(Delta, row_lse, start_saved + start_m, hi - start_m, total_q, BLOCK_M, TMA)
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p, dcap = _recompute_p(kq, lse[None, :], sm_scale, softcap, USE_SOFTCAP)
         if (start_m < full_lo) | (start_m >= full_hi):
@@ -391,12 +392,12 @@ def _bwd_dkdv_inner(
 
 @kernel
 def _bwd_dkdv_kernel(
-    desc_q, desc_k, desc_v, desc_do, DO, DK, DV, desc_lse, desc_delta,
+    packed_q, packed_k, packed_v, packed_do, DO, DK, DV, Lse, Delta,
     KIndex, Counts, QRanges, OwnKey, stride_dob, stride_doh, stride_dom,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, sm_scale, softcap,
-    num_heads, seqlen_q, seqlen_k, seqlen_q_rounded, seqlen_k_rounded, GROUP_SIZE: tl.constexpr,
+    num_heads, seqlen_q, seqlen_k, seqlen_q_rounded, seqlen_k_rounded, total_q, GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    USE_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    USE_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys of one kv head. A block holds text keys, or image and hidden keys."""
     num_kv_heads = num_heads // GROUP_SIZE
@@ -419,8 +420,9 @@ def _bwd_dkdv_kernel(
         Lo, Lo + seqlen_k, rows, mask_n, tl.maximum(num_visible - 1, 0), BLOCK_M, True
     )
     hi = tl.where(num_visible > 0, hi, 0)
-    row_k = (off_b * num_kv_heads + off_hk) * seqlen_k_rounded + branch_start + start_n
-    k, v = desc_k.load([row_k, 0]), desc_v.load([row_k, 0])
+    row_k = (off_b * num_kv_heads + off_hk) * seqlen_k_rounded + branch_start
+    k = _load_block(packed_k, row_k, start_n, num_visible, BLOCK_N, BLOCK_D, TMA)
+    v = _load_block(packed_v, row_k, start_n, num_visible, BLOCK_N, BLOCK_D, TMA)
     start_saved = tl.load(Counts + off_b * 4 + 3)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
@@ -430,9 +432,9 @@ def _bwd_dkdv_kernel(
     for off_g in range(0, GROUP_SIZE):
         off_h = off_hk * GROUP_SIZE + off_g
         dk, dv = _bwd_dkdv_inner(
-            dk, dv, k, v, desc_q, desc_do, desc_lse, desc_delta, (off_b * num_heads + off_h) * seqlen_q_rounded,
+            dk, dv, k, v, packed_q, packed_do, Lse, Delta, (off_b * num_heads + off_h) * seqlen_q_rounded,
             branch * num_heads + off_h, start_saved, range_lo, range_hi, lo, full_lo, full_hi, hi, sm_scale, softcap,
-            USE_SOFTCAP, BLOCK_M, PRECISION,
+            total_q, BLOCK_D, USE_SOFTCAP, BLOCK_M, PRECISION, TMA,
         )  # fmt: skip
     dk = tl.where((rows < num_visible)[:, None], dk, 0.0)
     dv = tl.where((rows < num_visible)[:, None], dv, 0.0)
@@ -449,40 +451,6 @@ def _bwd_dkdv_kernel(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Launching
-
-
-@dataclass(frozen=True)
-class BlockConfig:
-    """Block sizes and launch options of a kernel."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
-
-
-# The fastest that were measured on Hopper in half precision, for BLOCK_D up to 64, 128 and 256; for float32, sizes that fit
-# into shared memory and registers. BLOCK_M of bwd_dkdv may not exceed that of fwd and bwd_dq, which write the rows it reads.
-_D64 = {"fwd": BlockConfig(64, 64, 4, 3), "bwd_dq": BlockConfig(64, 64, 4, 3), "bwd_dkdv": BlockConfig(32, 64, 4, 3)}
-_D128 = {"fwd": BlockConfig(64, 64, 4, 3), "bwd_dq": BlockConfig(128, 64, 8, 3), "bwd_dkdv": BlockConfig(64, 64, 4, 2)}
-_D256 = {"fwd": BlockConfig(64, 64, 8, 2), "bwd_dq": BlockConfig(64, 64, 8, 2), "bwd_dkdv": BlockConfig(64, 64, 8, 2)}
-_FP32 = {"fwd": BlockConfig(64, 32, 4, 1), "bwd_dq": BlockConfig(64, 32, 4, 1), "bwd_dkdv": BlockConfig(32, 32, 4, 1)}
-
-
-def _config(name: str, packed: torch.Tensor) -> BlockConfig:
-    block_d = packed.shape[3]
-    if packed.element_size() == 4:
-        return replace(_FP32[name], block_m=32) if block_d > 128 else _FP32[name]
-    return (_D64 if block_d <= 64 else _D128 if block_d <= 128 else _D256)[name]
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:
@@ -554,14 +522,18 @@ def empty_gradients(
     return dq, dk, dv
 
 
-def _row_blocks(packed: torch.Tensor, block_rows: int) -> Any:
-    """Descriptor of a packed tensor that loads `block_rows` rows."""
+def _row_blocks(packed: torch.Tensor, block_rows: int, tma: bool) -> Any:
+    """A packed tensor; with the tensor memory accelerator, its descriptor that loads `block_rows` rows."""
+    if not tma:
+        return packed
     block_d = packed.shape[3]
     return TensorDescriptor(packed, [packed.numel() // block_d, block_d], [block_d, 1], [block_rows, block_d])
 
 
-def _lse_blocks(x: torch.Tensor, block_m: int) -> Any:
-    """Descriptor of lse or delta (2, heads, total_q) that loads `block_m` queries of one branch and head."""
+def _lse_blocks(x: torch.Tensor, block_m: int, tma: bool) -> Any:
+    """lse or delta (2, heads, total_q), or its descriptor that loads `block_m` queries of one branch and head."""
+    if not tma:
+        return x
     total_q = x.shape[2]
     return TensorDescriptor(x, [x.numel() // total_q, total_q], [total_q, 1], [1, block_m])
 
@@ -606,15 +578,16 @@ def launch_forward(
     query, value = _contiguous_last_dim(query), _contiguous_last_dim(value)
     batch, num_heads, seqlen_q, head_dim = query.shape
     packed_q, packed_k, packed_v = empty_packed(query, save), _pack(key, lists), _pack(value, lists)
-    config = _config("fwd", packed_k)
+    capability = device_capability(query.device)
+    config, tma = block_config("fwd", packed_k, capability), has_tma(capability)
     total_q = lists.rows if save else 0
     out, branch_out, lse = empty_outputs(query, total_q)
     _fwd_kernel[(triton.cdiv(seqlen_q, config.block_m), batch * num_heads)](
-        query, _row_blocks(packed_k, config.block_n), _row_blocks(packed_v, config.block_n), value, out, packed_q,
+        query, _row_blocks(packed_k, config.block_n, tma), _row_blocks(packed_v, config.block_n, tma), value, out, packed_q,
         branch_out, lse, lists.queries, lists.counts, lists.key_ranges, lists.own_key, *_strides(query), *_strides(value),
         scaling, softcap, num_heads, seqlen_q, total_q, packed_q.shape[2], packed_k.shape[2],
         GROUP_SIZE=num_heads // key.shape[1], HEAD_DIM=head_dim, BLOCK_D=packed_k.shape[3], USE_SOFTCAP=softcap > 0,
-        WINDOWED=lists.windowed, SAVE=save, PRECISION=_precision(query.dtype), **config.options,
+        WINDOWED=lists.windowed, SAVE=save, PRECISION=_precision(query.dtype), TMA=tma, **config.options,
     )  # fmt: skip
     return out, packed_q, packed_k, packed_v, branch_out, lse
 
@@ -639,25 +612,27 @@ def launch_backward(
     total_q, rounded = lists.rows, (packed_q.shape[2], packed_k.shape[2])
     delta, packed_do = torch.empty_like(lse), torch.empty_like(packed_q)
     dq, dk, dv = empty_gradients(out_gradient, packed_k, seqlen_k)
+    capability = device_capability(do.device)
+    tma = has_tma(capability)
     constants = dict(
         GROUP_SIZE=num_heads // num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=packed_q.shape[3], USE_SOFTCAP=softcap > 0,
-        PRECISION=_precision(packed_q.dtype),
+        PRECISION=_precision(packed_q.dtype), TMA=tma,
     )  # fmt: skip
-    config = _config("bwd_dq", packed_q)
+    config = block_config("bwd_dq", packed_q, capability)
     _bwd_dq_kernel[(triton.cdiv(seqlen_q, config.block_m), batch * num_heads)](
-        _row_blocks(packed_q, config.block_m), _row_blocks(packed_k, config.block_n), _row_blocks(packed_v, config.block_n),
-        do, packed_do, dq, branch_out, lse, delta, lists.queries, lists.counts, lists.key_ranges, *_strides(do),
-        *_strides(dq), scaling, softcap, num_heads, seqlen_q, total_q, *rounded, WINDOWED=lists.windowed,
-        **constants, **config.options,
+        _row_blocks(packed_q, config.block_m, tma), _row_blocks(packed_k, config.block_n, tma),
+        _row_blocks(packed_v, config.block_n, tma), do, packed_do, dq, branch_out, lse, delta, lists.queries,
+        lists.counts, lists.key_ranges, *_strides(do), *_strides(dq), scaling, softcap, num_heads, seqlen_q, total_q,
+        *rounded, WINDOWED=lists.windowed, **constants, **config.options,
     )  # fmt: skip
-    config = _config("bwd_dkdv", packed_q)
+    config = block_config("bwd_dkdv", packed_q, capability)
     # One program more than there are blocks of keys: the last block of text keys may be partial.
     _bwd_dkdv_kernel[(triton.cdiv(seqlen_k, config.block_n) + 1, batch * num_kv_heads)](
-        _row_blocks(packed_q, config.block_m), _row_blocks(packed_k, config.block_n), _row_blocks(packed_v, config.block_n),
-        _row_blocks(packed_do, config.block_m), do, dk, dv, _lse_blocks(lse, config.block_m),
-        _lse_blocks(delta, config.block_m), lists.keys, lists.counts, lists.query_ranges, lists.own_key, *_strides(do),
-        *_strides(dk), *_strides(dv), scaling, softcap, num_heads, seqlen_q, seqlen_k, *rounded,
-        **constants, **config.options,
+        _row_blocks(packed_q, config.block_m, tma), _row_blocks(packed_k, config.block_n, tma),
+        _row_blocks(packed_v, config.block_n, tma), _row_blocks(packed_do, config.block_m, tma), do, dk, dv,
+        _lse_blocks(lse, config.block_m, tma), _lse_blocks(delta, config.block_m, tma), lists.keys, lists.counts,
+        lists.query_ranges, lists.own_key, *_strides(do), *_strides(dk), *_strides(dv), scaling, softcap, num_heads,
+        seqlen_q, seqlen_k, *rounded, total_q, **constants, **config.options,
     )  # fmt: skip
     return dq, dk, dv
 

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsvl.acceleration import build_mask
 from dsvl.acceleration.gathered_mask import GatheredMask
-from dsvl.acceleration.kernels import can_fuse
+from dsvl.acceleration.kernel_choice import can_fuse, decision
 from dsvl.attention_dsvl import routed_name
 from dsvl.masks_dsvl import visibilities
 
@@ -111,8 +111,10 @@ class Attention:
 
     def skip_reason(self, way: str, backward: bool = True) -> str | None:
         """Why an implementation cannot run here; None if it can."""
-        if way == "fused" and not can_fuse(self.config, self.size.dtype, torch.device(self.device)):
-            return "the fused kernels need an NVIDIA GPU of the Hopper generation, Triton, and half precision"
+        if way == "fused":
+            decided = decision(self.config, self.size.dtype, torch.device(self.device))
+            if not decided.use:
+                return f"no fused kernels: {decided.reason}"
         if way == "flex_attention" and self.device == "cpu":
             return "flex_attention has no backward on a CPU"
         if way == "released":

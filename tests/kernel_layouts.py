@@ -1,6 +1,6 @@
 """Compare the fused kernels with the definition of MMCA in float64, on random layouts.
 
-python kernel_layouts.py COUNT    with TRITON_INTERPRET=1 where there is no GPU
+python kernel_layouts.py COUNT    with TRITON_INTERPRET=1 where there is no GPU: in the configurations of all architectures
 """
 
 import random
@@ -8,28 +8,12 @@ import sys
 
 import torch
 
+from dsvl.acceleration import kernel_check, kernels
+from dsvl.acceleration.kernel_check import TOLERANCE, definition
 from dsvl.acceleration.kernels import fused_attention
 from dsvl.acceleration.token_lists import TokenLists
 
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}  # relative to the norm of a tensor
-
-
-def definition(query, key, value, query_types, key_types, own_key, first, last, scaling, softcap):
-    """MMCA from the full matrix of scores: (batch, seqlen_q, heads, head_dim)."""
-    group_size = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
-    scores = query @ key.transpose(-1, -2) * scaling
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    key_index = torch.arange(key.shape[2], device=key.device)
-    visible = (key_index >= first[..., None]) & (key_index < last[..., None])
-    output = torch.zeros_like(query)
-    for modality in (0, 1):
-        branch = (visible & (key_types == modality)[:, None])[:, None]
-        has_keys = branch.any(-1, keepdim=True)
-        weights = scores.masked_fill(~branch & has_keys, -torch.inf).softmax(-1)
-        output = output + torch.where(has_keys, weights, 0) @ value
-    return torch.where((query_types == 0)[:, None, :, None], output, value[:, :, own_key]).transpose(1, 2)
+CAPABILITIES = [(8, 0), (9, 0), (8, 9), (10, 0)]
 
 
 def relative_errors(
@@ -89,22 +73,24 @@ def relative_errors(
     exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
     expected = definition(*exact, query_types, types, own_key, first, last, head_dim**-0.5, softcap)
     gradient = torch.randn(got.shape, generator=generator, device=device).to(dtype)
-    pairs = [(got, expected)]
-    pairs += zip(
-        torch.autograd.grad(got, (query, key, value), gradient),
-        torch.autograd.grad(expected, exact, gradient.double()),
-        strict=True,
+    return kernel_check.relative_errors(
+        [got, *torch.autograd.grad(got, (query, key, value), gradient)],
+        [expected, *torch.autograd.grad(expected, exact, gradient.double())],
+        gradient.double().norm() / 10,  # the exact gradient of a query that sees one key is 0
     )
-    least = gradient.double().norm() / 10  # the exact gradient of a query that sees one key is 0
-    return [((ours.double() - theirs).norm() / theirs.norm().clamp(min=least)).item() for ours, theirs in pairs]
 
 
 def main(count: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialized memory with NaN
     for seed in range(count):
-        head_dim, softcap = random.Random(seed).choice([(16, 0.0), (20, 0.0), (32, 5.0)])
-        errors = relative_errors(seed, torch.float32, head_dim, 60, "cpu", [1, 2, 3], softcap)
-        assert all(error < TOLERANCE[torch.float32] for error in errors), (seed, errors)
+        draw = random.Random(seed)
+        head_dim, softcap = draw.choice([(16, 0.0), (20, 0.0), (32, 5.0)])
+        dtype, capability = torch.float32, CAPABILITIES[seed % len(CAPABILITIES)]
+        if seed % 3 == 2:  # the blocks of half precision, and of larger heads
+            dtype, head_dim = torch.float16, draw.choice([64, 128, 256])
+        kernels.device_capability = lambda device, capability=capability: capability
+        errors = relative_errors(seed, dtype, head_dim, 60 if dtype == torch.float32 else 150, "cpu", [1, 2, 3], softcap)
+        assert all(error < TOLERANCE[dtype] for error in errors), (seed, capability, errors)
     print(f"{count} layouts agree")
 
 
