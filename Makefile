@@ -8,6 +8,8 @@ OTHER_RELEASES := 5.20.2 5.23.0
 # Processes that run test files in parallel.
 WORKERS ?= 2
 NEWEST ?= .venv-newest
+# Triton, which compiles and interprets without a GPU, and the NumPy that its interpreter needs.
+TRITON ?= .venv-triton
 # An environment with vLLM for CPUs, which requires an older transformers.
 VLLM ?= .venv-vllm
 # Output folder of the benchmarks.
@@ -15,7 +17,7 @@ RESULTS ?= bench_output
 # Threads that wait actively slow down small models.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-deepspeed test test-slow test-newest test-vllm docs build bench bench-gpu bench-serving attention-quality-tiny clean
+.PHONY: demo demo-deepspeed test test-slow test-newest test-vllm test-kernels docs build bench bench-gpu bench-serving attention-quality-tiny clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m dsvl.demo --overwrite
@@ -39,6 +41,10 @@ test-slow: $(VENV)/ready
 # Checkpoints under vLLM by this package's plugin, its server under load, and exported models, about 25 minutes on two cores.
 test-vllm: $(VENV)/ready $(VLLM)/ready
 	DSVL_VLLM=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/test_vllm_plugin.py tests/test_vllm_server.py tests/test_vllm.py
+
+# The fused kernels without a GPU: compiled for every architecture, and run by Triton's interpreter; about ten minutes.
+test-kernels: $(VENV)/ready $(TRITON)/ready
+	PYTHONPATH=$(abspath $(TRITON)) $(BIN)/python -m pytest tests/test_kernels.py tests/test_kernel_targets.py
 
 # The documentation, in docs/_build/html. Warnings are errors.
 docs: $(VENV)/ready
@@ -127,5 +133,9 @@ $(VLLM)/ready:
 	$(VLLM)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
+$(TRITON)/ready:
+	$(BIN)/pip install --quiet --no-deps --target $(TRITON) 'triton==3.6.*' 'numpy<2.4'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(RELEASES) $(NEWEST) $(VLLM) demo_output bench_output build dist docs/_build docs/reference/generated *.egg-info
+	rm -rf $(VENV) $(RELEASES) $(NEWEST) $(VLLM) $(TRITON) demo_output bench_output build dist docs/_build docs/reference/generated *.egg-info

@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": ("chat with a checkpoint on a web page", "page.commands"),
     "push": ("publish a checkpoint directory on the Hub", "publishing.commands"),
     "serve": ("serve a checkpoint with the OpenAI chat completions API", "serving.commands"),
+    "env": ("versions, devices and which attention runs, for bug reports", "environment.commands"),
 }
 INTERRUPTED = 130  # exit status after Ctrl-C, as in shells
 # Messages after Ctrl-C for commands without a message of their own: what is kept, and how to resume.

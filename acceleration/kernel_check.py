@@ -1,7 +1,6 @@
 """The check of the fused kernels on a device: a small random problem against the definition, with gradients."""
 
 import subprocess
-from collections.abc import Iterator
 
 import torch
 
@@ -62,15 +61,13 @@ def definition(
 
 
 def relative_errors(got: list[torch.Tensor], expected: list[torch.Tensor], least: torch.Tensor) -> list[float]:
-    """Norm of each error by the norm of the exact tensor, or by `least` if that is larger: the exact gradient of a query that
-    sees one key is 0."""
+    """Norm of each error by the norm of the exact tensor, or by `least` if that is larger: the exact gradient of a query
+    that sees one key is 0."""
     pairs = zip(got, expected, strict=True)
     return [((ours.double() - exact).norm() / exact.norm().clamp(min=least)).item() for ours, exact in pairs]
 
 
-def check_errors(
-    device: torch.device, dtype: torch.dtype, head_dim: int, group_size: int, softcap: float
-) -> Iterator[float]:
+def check_errors(device: torch.device, dtype: torch.dtype, head_dim: int, group_size: int, softcap: float) -> list[float]:
     """Errors of output and gradients on a device, with and without a window: two samples with images, one of them padded.
 
     The kernels are compiled here as the model needs them, and Triton keeps them.
@@ -80,32 +77,34 @@ def check_errors(
         group_size: query heads for each key-value head.
     """
     generator = torch.Generator().manual_seed(0)
-    types = torch.zeros(2, TOKENS, dtype=torch.long)
-    types[0, 20:90] = types[0, 150:260] = types[1, 60:61] = types[1, 100:130] = 1
-    types[1, :50] = -1
-    types = types.to(device)
-    own_key = torch.arange(TOKENS, device=device)
-    last = (own_key + 1).expand(2, TOKENS)
 
     def draw(heads: int) -> torch.Tensor:
         return torch.randn(2, TOKENS, heads, head_dim, generator=generator).to(device, dtype).transpose(1, 2)
 
     # The model may be in inference mode or under autocast.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        types = torch.zeros(2, TOKENS, dtype=torch.long)
+        types[0, 20:90] = types[0, 150:260] = types[1, 60:61] = types[1, 100:130] = 1
+        types[1, :50] = -1
+        types = types.to(device)
+        own_key = torch.arange(TOKENS, device=device)
+        last = (own_key + 1).expand(2, TOKENS)
         states, gradient = [draw(group_size), draw(1), draw(1)], draw(group_size).transpose(1, 2)
         exact = [x.double().requires_grad_() for x in states]
-        states = [x.detach().requires_grad_() for x in states]
+        states = [x.requires_grad_() for x in states]
+        errors = []
         for window in (None, 100):
             first = torch.zeros_like(last) if window is None else (last - window).clamp(min=0)
             visible_from = None if window is None else first
             lists = TokenLists.build(types == 0, types == 0, types == 1, own_key, visible_from)
             got = fused_attention(*states, lists, head_dim**-0.5, softcap)
             expected = definition(*exact, types, types, own_key, first, last, head_dim**-0.5, softcap)
-            yield from relative_errors(
+            errors += relative_errors(
                 [got, *torch.autograd.grad(got, states, gradient)],
                 [expected, *torch.autograd.grad(expected, exact, gradient.double())],
                 gradient.double().norm() / 10,
             )
+        return errors
 
 
 def check_kernels(
@@ -117,7 +116,7 @@ def check_kernels(
         Whether the kernels are right on the device, and what was found.
     """
     try:
-        errors = list(check_errors(device, dtype, head_dim, group_size, softcap))
+        errors = check_errors(device, dtype, head_dim, group_size, softcap)
     except COMPILATION_ERRORS as error:
         first_line = next(iter(str(error).splitlines()), "")
         return False, f"the check failed with {type(error).__name__}: {first_line}"

@@ -79,7 +79,18 @@ class Decision:
     reason: str
 
 
-_decisions: dict[tuple[torch.device, torch.dtype, Heads], Decision] = {}
+DECISIONS: dict[tuple[torch.device, torch.dtype, Heads], Decision] = {}
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device; None if they can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "not an NVIDIA GPU"
+    if triton is None:
+        return "Triton is not installed"
+    if device_capability(device) < LEAST_CAPABILITY:
+        return f"compute capability {'.'.join(map(str, device_capability(device)))} is below 8.0"
+    return None
 
 
 def refusal(text_config: Any, dtype: torch.dtype, device: torch.device, training: bool = False) -> str | None:
@@ -91,18 +102,15 @@ def refusal(text_config: Any, dtype: torch.dtype, device: torch.device, training
         device: device of queries, keys and values.
         training (*optional*, defaults to `False`): whether the decoder trains. The kernels have no attention dropout.
     """
-    if device.type != "cuda" or torch.version.cuda is None:
-        return "not an NVIDIA GPU"
-    if triton is None:
-        return "Triton is not installed"
+    refused = unsupported(device)
+    if refused is not None:
+        return refused
     if dtype not in DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not bfloat16 or float16"
     if head_size(text_config) > MAX_HEAD_DIM:
         return f"heads of {head_size(text_config)} channels exceed {MAX_HEAD_DIM}"
     if training and (getattr(text_config, "attention_dropout", None) or 0) > 0:
         return f"attention_dropout={text_config.attention_dropout} in training"
-    if device_capability(device) < LEAST_CAPABILITY:
-        return f"compute capability {'.'.join(map(str, device_capability(device)))} is below 8.0"
     return None
 
 
@@ -118,11 +126,11 @@ def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, trainin
     if torch.compiler.is_compiling():
         return unchecked
     key = device, dtype, Heads.of(text_config)
-    if key not in _decisions:
+    if key not in DECISIONS:
         if torch.cuda.is_current_stream_capturing():
             return unchecked
         _record(key, decide(*key))
-    return _decisions[key].use
+    return DECISIONS[key].use
 
 
 def decide(device: torch.device, dtype: torch.dtype, heads: Heads) -> Decision:
@@ -145,7 +153,7 @@ def decision(text_config: Any, dtype: torch.dtype, device: torch.device, trainin
     if refused is not None:
         return Decision(False, refused)
     can_fuse(text_config, dtype, device, training)
-    return _decisions[device, dtype, Heads.of(text_config)]
+    return DECISIONS[device, dtype, Heads.of(text_config)]
 
 
 def agree(text_config: Any, dtype: torch.dtype, device: torch.device) -> None:
@@ -167,7 +175,7 @@ def agree(text_config: Any, dtype: torch.dtype, device: torch.device) -> None:
 def _record(key: tuple[torch.device, torch.dtype, Heads], decided: Decision) -> None:
     """Keep a decision, and log it once."""
     device, dtype, heads = key
-    _decisions[key] = decided
+    DECISIONS[key] = decided
     logger.log(
         logging.INFO if decided.use or SETTING == "off" else logging.WARNING,
         "Fused kernels %s on %s for heads of %d in %s: %s.",
@@ -179,4 +187,16 @@ def _record(key: tuple[torch.device, torch.dtype, Heads], decided: Decision) -> 
     )
 
 
-__all__ = ["SETTING", "VARIABLE", "Decision", "Heads", "agree", "can_fuse", "decide", "decision", "refusal"]
+__all__ = [
+    "DECISIONS",
+    "SETTING",
+    "VARIABLE",
+    "Decision",
+    "Heads",
+    "agree",
+    "can_fuse",
+    "decide",
+    "decision",
+    "refusal",
+    "unsupported",
+]

@@ -74,17 +74,18 @@ def tune(device: torch.device, head_dims: tuple[int, ...] = HEAD_DIMS) -> list[T
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1) + "\n", concurrent=True)
-    _saved.cache_clear()
+    saved.cache_clear()
     return measured
 
 
 def tuned(device: torch.device, head_dim: int) -> Times | None:
     """What `tune` measured on a device for a head size; None if it did not run, or if card or versions have changed."""
-    return next((one for one in _saved(device) if one.head_dim >= head_dim), None)
+    return next((one for one in saved(device) if one.head_dim >= head_dim), None)
 
 
 @lru_cache
-def _saved(device: torch.device) -> tuple[Times, ...]:
+def saved(device: torch.device) -> tuple[Times, ...]:
+    """The times of a device on disk; read once."""
     path = cache_file(device)
     if not path.is_file():
         return ()
@@ -208,4 +209,4 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-__all__ = ["Shape", "Times", "cache_file", "driver_version", "identity", "installed_version", "tune", "tuned"]
+__all__ = ["Shape", "Times", "cache_file", "driver_version", "identity", "installed_version", "saved", "tune", "tuned"]

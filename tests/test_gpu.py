@@ -111,7 +111,9 @@ def test_compiled_static_decoding_gives_the_tokens_of_the_dynamic_cache(family):
     assert got.equal(expected)
 
 
-@pytest.mark.skipif(not can_fuse(FAMILIES["llama"](), torch.bfloat16, torch.device("cuda")), reason="needs the fused kernels")
+@pytest.mark.skipif(
+    not can_fuse(FAMILIES["llama"](), torch.bfloat16, torch.device("cuda")), reason="needs the fused kernels"
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_weights_in_float32_use_the_fused_kernels_under_autocast(monkeypatch, compiled):
     """As the Trainer trains with bf16=True. Rotary positions make queries and keys float32 again."""

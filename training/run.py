@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from ..acceleration.kernel_choice import agree
 from ..configuration_dsvl import DSVLConfig
 from ..data.streaming import Stream
 from ..publishing.push import push_directory
@@ -165,6 +166,7 @@ def train_model(
     train_data = pack_data(conversations, collator, data_arguments, seed) if packing else conversations
     logger.info("Data: %s.", describe_data(train_data, collator))
     model = load_model(model_arguments, arguments)
+    agree(model.config.text_config, precision(arguments), arguments.device)
 
     callbacks: list[Any] = [CompleteCheckpoints(arguments.save_total_limit)]
     arguments.save_total_limit = None  # applied by the callback

@@ -1,0 +1,1 @@
+"""`dsvl env`: versions, devices, and which attention runs where, for bug reports."""
