@@ -24,9 +24,8 @@ from .launch_configs import device_capability
 logger = logging.getLogger(__name__)
 
 VARIABLE, SETTINGS = "DSVL_FUSED_KERNELS", ("auto", "on", "off")
-# Below, the kernels need features that the GPU lacks: asynchronous copies, bfloat16.
-LEAST_CAPABILITY = (8, 0)
-MEASURED = 9  # major capability
+# Major compute capabilities. Below the least, GPUs lack asynchronous copies and bfloat16; one generation was measured.
+LEAST, MEASURED = 8, 9
 
 
 def read_setting() -> str:
@@ -88,7 +87,7 @@ def unsupported(device: torch.device) -> str | None:
         return "not an NVIDIA GPU"
     if triton is None:
         return "Triton is not installed"
-    if device_capability(device) < LEAST_CAPABILITY:
+    if device_capability(device)[0] < LEAST:
         return f"compute capability {'.'.join(map(str, device_capability(device)))} is below 8.0"
     return None
 

@@ -40,7 +40,7 @@ HOPPER: Configs = {
     128: {"fwd": BlockConfig(64, 64, 4, 3), "bwd_dq": BlockConfig(128, 64, 8, 3), "bwd_dkdv": BlockConfig(64, 64, 4, 2)},
     256: {"fwd": BlockConfig(64, 64, 8, 2), "bwd_dq": BlockConfig(64, 64, 8, 2), "bwd_dkdv": BlockConfig(64, 64, 8, 2)},
 }
-# The others were compiled, not measured: large blocks that spill at most a register or two without a softcap.
+# The others were compiled, not measured: large blocks that spill 16 bytes a thread at most without a softcap.
 # 10.x: accumulators are in tensor memory, which leaves registers.
 BLACKWELL: Configs = HOPPER | {
     128: {"fwd": BlockConfig(64, 64, 8, 2), "bwd_dq": BlockConfig(64, 64, 8, 2), "bwd_dkdv": BlockConfig(32, 64, 8, 2)},

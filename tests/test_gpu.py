@@ -6,11 +6,15 @@ from conftest import FAMILIES, IMAGE_ID, batch, random_images, tiny_model
 from test_attention import packed
 from transformers import StaticCache
 
+from dsvl import cli
+from dsvl.acceleration import kernel_choice, kernel_timings
 from dsvl.acceleration.fused_mask import FusedMask
-from dsvl.acceleration.kernel_choice import can_fuse
+from dsvl.acceleration.kernel_check import check_kernels
+from dsvl.acceleration.kernel_choice import can_fuse, unsupported
 from dsvl.image_library import ImageLibrary
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+needs_kernels = pytest.mark.skipif(unsupported(torch.device("cuda", 0)) is not None, reason="needs the fused kernels")
 
 LAYOUTS = ("tttItttIIttt", "Itt", "ttttttttttttt", "IItItttttttI", "tt" * 60 + "I" + "t" * 40)
 
@@ -111,9 +115,7 @@ def test_compiled_static_decoding_gives_the_tokens_of_the_dynamic_cache(family):
     assert got.equal(expected)
 
 
-@pytest.mark.skipif(
-    not can_fuse(FAMILIES["llama"](), torch.bfloat16, torch.device("cuda")), reason="needs the fused kernels"
-)
+@needs_kernels
 @pytest.mark.parametrize("compiled", [False, True])
 def test_weights_in_float32_use_the_fused_kernels_under_autocast(monkeypatch, compiled):
     """As the Trainer trains with bf16=True. Rotary positions make queries and keys float32 again."""
@@ -132,6 +134,24 @@ def test_weights_in_float32_use_the_fused_kernels_under_autocast(monkeypatch, co
     assert compiled or set(used) == {torch.bfloat16}
     for name, gradient in expected.items():
         assert (got[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-6, name
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("head_dim", "group_size", "softcap"), [(64, 1, 0.0), (128, 4, 0.0), (256, 2, 50.0)])
+def test_the_check_at_first_use_finds_the_kernels_right(dtype, head_dim, group_size, softcap):
+    right, found = check_kernels(torch.device("cuda", 0), dtype, head_dim, group_size, softcap)
+    assert right, found
+
+
+@needs_kernels
+def test_env_tunes_and_describes_this_gpu(capsys, monkeypatch, tmp_path, request):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernel_choice, "DECISIONS", {})
+    request.addfinalizer(kernel_timings.saved.cache_clear)
+    assert cli.main(["env", "--tune"]) == 0
+    captured = capsys.readouterr()
+    assert torch.cuda.get_device_name(0) in captured.out and "tuned, fused against gathered sdpa" in captured.out
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])

@@ -100,6 +100,15 @@ def test_nothing_is_checked_while_a_graph_is_made(graph, gpu, monkeypatch):
     assert gpu.checks == [] and kernel_choice.DECISIONS == {}
 
 
+def test_the_choice_can_be_part_of_a_compiled_graph(gpu):
+    gpu.capability, config = (9, 0), decoder()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: x + 1 if can_fuse(config, torch.bfloat16, GPU) else x, backend="eager", fullgraph=True
+    )
+    assert compiled(torch.zeros(2)).tolist() == [1, 1] and kernel_choice.DECISIONS == {}
+
+
 def test_the_setting_overrides_checks_and_times(gpu, monkeypatch):
     monkeypatch.setattr(kernel_choice, "tuned", lambda device, head_dim: SLOW)
     gpu.right = False

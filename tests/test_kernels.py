@@ -14,6 +14,7 @@ from plain_kernels import use_plain_kernels
 from torch.utils.checkpoint import checkpoint
 
 from dsvl.acceleration import kernels
+from dsvl.acceleration.launch_configs import has_tma, shared_memory
 from dsvl.acceleration.token_lists import TokenLists
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -42,6 +43,20 @@ def test_random_layouts_agree_with_the_definition_in_float64(dtype, head_dim, gr
             assert all(error < TOLERANCE[dtype] for error in errors), (seed, errors)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@needs_gpu
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_blocks_of_other_architectures_agree_on_this_gpu(capability, head_dim, monkeypatch):
+    """Loads by pointer run on every GPU, and descriptors on Hopper and Blackwell."""
+    here = torch.cuda.get_device_capability()
+    if has_tma(capability) > has_tma(here) or shared_memory(capability) > shared_memory(here):
+        pytest.skip(f"compute capability {here} cannot run it")
+    monkeypatch.setattr(kernels, "device_capability", lambda device: capability)
+    for seed in range(100):
+        errors = relative_errors(seed, torch.bfloat16, head_dim, 400, "cuda", [1, 4], 5.0 * (seed % 2))
+        assert all(error < TOLERANCE[torch.bfloat16] for error in errors), (seed, errors)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, whose interpreter runs the kernels on a CPU")
