@@ -89,16 +89,19 @@ def check_errors(device: torch.device, dtype: torch.dtype, head_dim: int, group_
         types = types.to(device)
         own_key = torch.arange(TOKENS, device=device)
         last = (own_key + 1).expand(2, TOKENS)
-        states, gradient = [draw(group_size), draw(1), draw(1)], draw(group_size).transpose(1, 2)
-        exact = [x.double().requires_grad_() for x in states]
-        states = [x.requires_grad_() for x in states]
+        query, key, value, gradient = (draw(heads) for heads in (group_size, 1, 1, group_size))
+        gradient = gradient.transpose(1, 2)
+        states, exact = (query, key, value), (query.double(), key.double(), value.double())
+        for x in (*states, *exact):
+            x.requires_grad_()
         errors = []
         for window in (None, 100):
             first = torch.zeros_like(last) if window is None else (last - window).clamp(min=0)
             visible_from = None if window is None else first
             lists = TokenLists.build(types == 0, types == 0, types == 1, own_key, visible_from)
-            got = fused_attention(*states, lists, head_dim**-0.5, softcap)
-            expected = definition(*exact, types, types, own_key, first, last, head_dim**-0.5, softcap)
+            got = fused_attention(query, key, value, lists, head_dim**-0.5, softcap)
+            sees = types, types, own_key, first, last
+            expected = definition(exact[0], exact[1], exact[2], *sees, head_dim**-0.5, softcap)
             errors += relative_errors(
                 [got, *torch.autograd.grad(got, states, gradient)],
                 [expected, *torch.autograd.grad(expected, exact, gradient.double())],

@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -137,7 +137,7 @@ def driver_version() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (done.stdout.split() or [None])[0] if done.returncode == 0 else None
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
 
 
 class _Layer(nn.Module):
@@ -173,7 +173,7 @@ def time_heads(device: torch.device, head_dim: int, shapes: tuple[tuple[int, int
         lists = TokenLists.build(types == 0, types == 0, types == 1, token, rows=tokens - image_tokens)
 
         attentions = (
-            partial(fused_attention, *states, lists, scaling),
+            partial(fused_attention, states[0], states[1], states[2], lists, scaling),
             partial(_gathered_attention, gathered, layer, states, scaling),
         )
         steps = [partial(_forward_and_backward, attention, states, gradient) for attention in attentions]
@@ -190,7 +190,7 @@ def _forward_and_backward(attention: Callable[[], torch.Tensor], states: list[to
     torch.autograd.grad(attention(), states, gradient)
 
 
-def interleaved_ms(steps: list[Callable[[], None]], device: torch.device, repeats: int = REPEATS) -> list[float]:
+def interleaved_ms(steps: Sequence[Callable[[], None]], device: torch.device, repeats: int = REPEATS) -> list[float]:
     """Median milliseconds of each step; the steps take turns, so that a clock that changes changes all of them."""
     times: list[list[float]] = [[] for _ in steps]
     for repeat in range(repeats + 2):

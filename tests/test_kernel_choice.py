@@ -70,7 +70,7 @@ def test_devices_without_cuda_are_refused():
 @pytest.mark.parametrize("right", [True, False])
 def test_other_gpus_are_checked_once_for_the_heads_of_the_model(right, capability, gpu, caplog):
     gpu.right, gpu.capability = right, capability
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger=kernel_choice.__name__):
         for _ in range(3):
             assert can_fuse(decoder(), torch.bfloat16, GPU) == right
     assert gpu.checks == [(GPU, torch.bfloat16, 64, 2, 0.0)]

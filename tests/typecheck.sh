@@ -7,4 +7,4 @@ trap 'rm -rf "$link"' EXIT
 ln -s "$root" "$link/dsvl"
 cd "$link"
 exec_path="${BIN:-$root/.venv/bin}"
-"$exec_path/mypy" --config-file dsvl/pyproject.toml dsvl/*.py dsvl/acceleration dsvl/chat dsvl/composition dsvl/data dsvl/demo dsvl/evaluation dsvl/hub_card dsvl/migration dsvl/page dsvl/publishing dsvl/serving dsvl/training dsvl/utils
+"$exec_path/mypy" --config-file dsvl/pyproject.toml dsvl/*.py dsvl/acceleration dsvl/chat dsvl/composition dsvl/data dsvl/demo dsvl/environment dsvl/evaluation dsvl/hub_card dsvl/migration dsvl/page dsvl/publishing dsvl/serving dsvl/training dsvl/utils

@@ -166,7 +166,8 @@ def train_model(
     train_data = pack_data(conversations, collator, data_arguments, seed) if packing else conversations
     logger.info("Data: %s.", describe_data(train_data, collator))
     model = load_model(model_arguments, arguments)
-    agree(model.config.text_config, precision(arguments), arguments.device)
+    if model.config.multimodal_attention == "mmca":
+        agree(model.config.text_config, precision(arguments), arguments.device)
 
     callbacks: list[Any] = [CompleteCheckpoints(arguments.save_total_limit)]
     arguments.save_total_limit = None  # applied by the callback
