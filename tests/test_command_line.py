@@ -64,7 +64,9 @@ def said(capsys: Any, *argv: str) -> tuple[int, str]:
 # -- starting ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["chat", "--help"], ["evaluate", "--help"], ["chta"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], [], ["chat", "--help"], ["evaluate", "--help"], ["env", "--help"], ["chta"]]
+)
 def test_what_needs_no_model_does_not_wait_for_torch(arguments: list[str]) -> None:
     _, bare = _python("-c", "pass")
     done, seconds = min((_python(*DSVL, *arguments) for _ in range(3)), key=lambda run: run[1])
@@ -177,6 +179,7 @@ MISSING = [
     ["evaluate", "m", "missing.csv"],
     ["merge", "--model", "./missing", "--adapters", "a", "--out", "o"],
     ["plan", "--model", "./missing"],
+    ["env", "./missing"],
     ["compose", "--vision", "./missing", "--language", "l", "--out", "o"],
     ["export", "./missing", "--to", "llava", "--out", "o"],
     ["compose", "--vision", "v", "--language", "./missing", "--out", "o"],
