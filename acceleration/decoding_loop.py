@@ -1,20 +1,23 @@
-"""A decode loop in which the host runs one step ahead of the device.
+"""The loop of greedy search and sampling, whose steps cost the host less than those of transformers.
+
+With a dynamic KV cache the steps are those of `DecodeSteps`. With a static one they are transformers', compiled.
 
 After every token transformers asks the device whether the answer ends, and waits. Until the host has prepared and queued
-the next step, the device idles: with a static cache and a compiled step, a third of the time. Here the next step is queued
-first. The end of the answer is seen one step late, and that step is undone.
+the next step, the device idles: with a static cache and a compiled step, a third of the time. On a GPU the next step is
+queued first. The end of the answer is seen one step late, and that step is undone.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 from ..inputs_dsvl import AsyncHostCopy
 from ..transformers_dsvl import CACHE
 from ..utils.cache_cropping import can_crop, crop
 from ..utils.transformers_names import BaseStreamer
+from .decode_steps import DecodeSteps, can_step
 
 
 def sample(
@@ -32,24 +35,24 @@ def sample(
 
     Args:
         model: a `DSVLForConditionalGeneration`.
-        run: its `GenerationMixin._sample`, for cases in which this loop does not apply (a cache that is not static, outputs
-            with scores, assistants, synchronized GPUs).
+        run: its `GenerationMixin._sample`, for cases in which this loop does not apply (outputs with scores, assistants,
+            synchronized GPUs; sliding windows, a cache that is neither dynamic nor static).
         input_ids, ...: the arguments of `GenerationMixin._sample`.
     """
     cache: Any = model_kwargs.get(CACHE)
-    runs_ahead = (
-        model._valid_auto_compile_criteria(model_kwargs, generation_config)
-        and not generation_config.return_dict_in_generate
+    applies = (
+        not generation_config.return_dict_in_generate
         and not generation_config.is_assistant
         and not synced_gpus
         and stopping_criteria.max_length is not None
-        and (not getattr(cache, "_is_user_defined", False) or can_crop(cache))
     )
-    if not runs_ahead:
+    may_step_back = not getattr(cache, "_is_user_defined", False) or can_crop(cache)
+    is_compiled = applies and may_step_back and model._valid_auto_compile_criteria(model_kwargs, generation_config)
+    if not is_compiled and not (applies and can_step(model, model_kwargs)):
         options = dict(synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return run(input_ids, logits_processor, stopping_criteria, generation_config, **options)
 
-    model_forward = model.get_compiled_call(generation_config.compile_config)
+    runs_ahead = is_compiled or (may_step_back and waits(input_ids) and all(map(_may_be_late, stopping_criteria)))
     pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad_token = generation_config._pad_token_tensor
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -57,12 +60,14 @@ def sample(
     pending: StepResult | None = None  # the last step that the host has not read
     is_late = False
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    logits, steps = outputs.logits[:, -1], None
+    if is_compiled:
+        steps = _CompiledSteps(model, outputs, model_kwargs, generation_config)
+    del outputs
     with model._optimize_model_for_decode():
         while True:
-            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            # A copy: the next run of a CUDA graph overwrites its outputs.
-            logits = outputs.logits[:, -1].to(input_ids.device, torch.float32, copy=True)
-            del outputs
+            # A copy: the next run of a CUDA graph overwrites its outputs, and the logits of a whole prompt may be large.
+            logits = logits.to(input_ids.device, torch.float32, copy=True)
             scores = logits_processor(input_ids, logits)
             if generation_config.do_sample:
                 tokens = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
@@ -74,18 +79,20 @@ def sample(
             unfinished = unfinished & ~stopping_criteria(input_ids, None)
             step = StepResult(unfinished, tokens, streamer)
             is_first = input_ids.shape[1] == first_length
-            if is_first and step.is_last():  # the first token is not delayed by a compilation
+            # The first token is not delayed by a compilation.
+            if (is_first or not runs_ahead) and step.is_last():
                 break
             if pending is not None and pending.is_last():
                 is_late = True
                 break
-            pending = None if is_first else step
+            pending = step if runs_ahead and not is_first else None
             if input_ids.shape[1] >= stopping_criteria.max_length:
                 if pending is not None:
                     pending.is_last()  # which streams its tokens
                 break
-            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
-            outputs = model_forward(**inputs, return_dict=True)
+            if steps is None:
+                steps = DecodeSteps(model, model_kwargs)
+            logits = steps(input_ids) if is_compiled else steps(tokens)
     if is_late:
         input_ids = input_ids[:, :-1]
         if can_crop(cache):  # else only this call uses it
@@ -93,6 +100,32 @@ def sample(
     if streamer is not None:
         streamer.end()
     return input_ids
+
+
+def waits(tokens: torch.Tensor) -> bool:
+    """Whether the host waits for a device when it reads a tensor."""
+    return tokens.is_cuda
+
+
+def _may_be_late(criterion: Any) -> bool:
+    """Whether a stopping criterion may be asked about a token after the last: if it decides by the tokens alone, or says so
+    by an attribute `may_be_late`."""
+    return isinstance(criterion, (EosTokenCriteria, MaxLengthCriteria)) or getattr(criterion, "may_be_late", False)
+
+
+class _CompiledSteps:
+    """transformers' compiled steps with a static KV cache."""
+
+    def __init__(self, model: Any, outputs: Any, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> None:
+        self._model, self._forward = model, model.get_compiled_call(generation_config.compile_config)
+        self._kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The logits (batch, vocabulary) after all tokens (batch, tokens)."""
+        inputs = self._model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self._kwargs)
+        outputs = self._forward(**inputs, return_dict=True)
+        self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
+        return outputs.logits[:, -1]
 
 
 class StepResult:

@@ -32,6 +32,8 @@ class _QueueStreamer(BaseStreamer):
 
 
 class _StopRequested(StoppingCriteria):
+    may_be_late = True  # see acceleration/decoding_loop.py
+
     def __init__(self, requested: threading.Event) -> None:
         self.requested = requested
 
