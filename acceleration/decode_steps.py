@@ -37,7 +37,7 @@ class StepMask(AttentionMask):
     """`"mmca"` for one text query of each row: the two softmaxes are those of two queries, in one call of sdpa.
 
     Attributes:
-        bias: (batch, 1, 2 x group, reserved keys), for the query heads of a key-value head, first in the text branch and then
+        bias: (batch, 1, 2 x group, reserved keys), for the query heads of a key-value head, first in the text branch, then
             in the image branch: 0 for a member, -inf for others; 0 everywhere in an image branch without a member.
         sees: (batch, 1, 2, 1, 1), 0 for such a branch, else 1; None if there is none.
     """
@@ -176,8 +176,8 @@ class DecodeSteps:
 
 
 def can_step(model: Any, model_kwargs: dict[str, Any]) -> bool:
-    """Whether the steps of a generation can be those of `DecodeSteps`: with a dynamic KV cache in which every token sees every
-    one before, with no other inputs than a decoder needs, and if nothing is hooked to a `forward` that they do not call.
+    """Whether the steps of a generation can be those of `DecodeSteps`: with a dynamic KV cache in which every token sees all
+    tokens before, with no other inputs than a decoder needs, and if nothing is hooked to a `forward` that they do not call.
 
     Args:
         model: a `DSVLForConditionalGeneration`.
