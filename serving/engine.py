@@ -26,6 +26,7 @@ from ..transformers_dsvl import CACHE
 from ..utils.byte_sizes import available_memory
 from ..utils.transformers_names import BaseGenerateManager, _StreamError
 from .kept_rows import KeptRow, can_take, join_rows, take_rows
+from .prompt_beginning import PromptBeginning
 from .stop_strings import StopStrings
 
 logger = logging.getLogger(__name__)
@@ -260,6 +261,7 @@ class Engine(BaseGenerateManager):
         self._stopped = False
         ends = model.generation_config.eos_token_id
         self._end_of_text = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self._beginning = PromptBeginning(model, processor)
         self._thread = threading.Thread(target=self._run, name="dsvl-serve-engine", daemon=True)
         self._thread.start()
 
@@ -362,8 +364,8 @@ class Engine(BaseGenerateManager):
         resumed = [one for one in batch if one.kept is not None]
         groups = self._prefill_groups([one for one in batch if one.kept is None])
         if len(groups) == 1 and not resumed:
-            self._run_batch(batch, self._new_cache())
-        elif self._new_cache() is None:  # no KV caches that can be joined
+            self._run_batch(batch, *self._new_cache(batch))
+        elif not self._keeps_rows:
             for group in groups:
                 self._run_batch(group, None)
         else:
@@ -375,9 +377,17 @@ class Engine(BaseGenerateManager):
             self._run_batch(batch, join_rows(rows, self.model.config.text_config))
 
     def _prefill_groups(self, batch: list[Generation]) -> list[list[Generation]]:
-        """The requests that one prefill can take: with images of the library in up to `PREFILL_BYTES`, or with pixels."""
-        library = [one for one in batch if one.images]
+        """The requests that one prefill can take: with images of the library in up to `PREFILL_BYTES`, or with pixels; all
+        with the common beginning of prompts, or none."""
         pixels = [one for one in batch if "pixel_values" in one.inputs]
+        others = [one for one in batch if "pixel_values" not in one.inputs]
+        begin = [one for one in others if self._takes_beginning(one)]
+        groups = [self._library_groups(part) for part in (begin, [one for one in others if one not in begin])]
+        return [group for group in (*groups[0], *groups[1], pixels) if group]
+
+    def _library_groups(self, batch: list[Generation]) -> list[list[Generation]]:
+        """The requests without pixels that one prefill can take."""
+        library = [one for one in batch if one.images]
         groups: list[list[Generation]] = [[]]
         size = 0
         for one in library:
@@ -387,31 +397,45 @@ class Engine(BaseGenerateManager):
                 groups, size = [*groups, []], 0
             groups[-1].append(one)
             size += own
-        groups[-1] += [one for one in batch if not one.images and "pixel_values" not in one.inputs]
-        return [group for group in (*groups, pixels) if group]
+        groups[-1] += [one for one in batch if not one.images]
+        return groups
 
-    def _new_cache(self) -> DynamicCache | None:
-        """An empty KV cache whose rows can be kept; None if the checkpoint asks for another kind."""
-        if self.model.generation_config.cache_implementation not in (None, "dynamic"):
-            return None
-        return DynamicCache(config=self.model.config.text_config)
+    @property
+    def _keeps_rows(self) -> bool:
+        """Whether KV caches are of a kind whose rows can be taken out, and not of another that the checkpoint asks for."""
+        return self.model.generation_config.cache_implementation in (None, "dynamic")
+
+    def _takes_beginning(self, one: Generation) -> bool:
+        """Whether the prompt of a request goes on from the KV cache of the common beginning. Beside new images, that would
+        save little."""
+        return self._keeps_rows and "pixel_values" not in one.inputs and self._beginning.begins(one.inputs["input_ids"])
+
+    def _new_cache(self, batch: list[Generation]) -> tuple[DynamicCache | None, int]:
+        """A KV cache for requests, of the same beginning or of none, and how many tokens it holds; None for a cache that the
+        checkpoint asks for."""
+        if not self._keeps_rows:
+            return None, 0
+        if self._takes_beginning(batch[0]):
+            return self._beginning.cache(len(batch)), len(self._beginning.ids)
+        return DynamicCache(config=self.model.config.text_config), 0
 
     def _prefill(self, batch: list[Generation]) -> None:
         """Give requests their KV cache: of all tokens but the last, which the batch that they join computes."""
-        cache = self._new_cache()
+        cache, beginning = self._new_cache(batch)
         assert cache is not None
-        inputs = self._inputs(batch)
+        inputs = self._inputs(batch, beginning)
         inputs |= {name: inputs[name][:, :-1] for name in TOKEN_INPUTS}
         self.model.generate(**inputs, **{CACHE: cache}, **GREEDY, max_new_tokens=1)
-        for one, kept in zip(batch, take_rows(cache, {row: one.tokens - 1 for row, one in enumerate(batch)}), strict=True):
+        rows = take_rows(cache, {row: one.tokens - 1 for row, one in enumerate(batch)}, beginning)
+        for one, kept in zip(batch, rows, strict=True):
             one.kept = kept
 
-    def _inputs(self, batch: list[Generation], with_images: bool = True) -> dict[str, Any]:
-        """The model inputs of requests, on the device."""
+    def _inputs(self, batch: list[Generation], beginning: int, with_images: bool = True) -> dict[str, Any]:
+        """The model inputs of requests, on the device; padded after so many tokens."""
         rows = [one.inputs_so_far() for one in batch]
         if not with_images:
             rows = [{name: row[name] for name in TOKEN_INPUTS} for row in rows]
-        inputs = collate(rows, self.tokenizer.pad_token_id)
+        inputs = collate(rows, self.tokenizer.pad_token_id, beginning)
         moved: dict[str, Any] = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         images = [image for one in batch for image in one.images] if with_images else []
         if images:
@@ -419,17 +443,19 @@ class Engine(BaseGenerateManager):
             moved |= self.library.generation_inputs(self.model, images)
         return moved
 
-    def _run_batch(self, batch: list[Generation], cache: DynamicCache | None) -> None:
+    def _run_batch(self, batch: list[Generation], cache: DynamicCache | None, beginning: int = 0) -> None:
         """Generate until all answers end, or the batch pauses.
 
         Args:
-            cache: empty, or of all tokens of the batch but the last; None if there are no KV caches to keep.
+            cache: of the first `beginning` tokens, or of all tokens of the batch but the last; None if there are no KV
+                caches to keep.
+            beginning: how many tokens stand before the padding.
         """
         held = 0 if cache is None else int(cache.get_seq_length())
         ends = _PerRequestStopping(batch, self._end_of_text, lambda steps: steps >= self.max_steps and bool(self.waiting))
         options: dict[str, Any] = {} if cache is None else {CACHE: cache, "cache_implementation": None}
         ids = self.model.generate(
-            **self._inputs(batch, with_images=held == 0),
+            **self._inputs(batch, beginning, with_images=held == beginning),
             **options,
             **GREEDY,
             logits_processor=LogitsProcessorList(
@@ -440,9 +466,9 @@ class Engine(BaseGenerateManager):
         )
         paused = {row: one for row, one in enumerate(batch) if not one.done and not one.cancelled}
         if paused and cache is not None and can_take(cache) and int(cache.get_seq_length()) == ids.shape[1] - 1:
-            self._keep(cache, paused)
+            self._keep(cache, paused, beginning)
 
-    def _keep(self, cache: DynamicCache, paused: dict[int, Generation]) -> None:
+    def _keep(self, cache: DynamicCache, paused: dict[int, Generation], beginning: int) -> None:
         """Keep the KV caches of paused requests, as far as there is room."""
         with self._condition:
             kept = sum(one.kept.nbytes for one in self.waiting if one.kept is not None)
@@ -453,12 +479,12 @@ class Engine(BaseGenerateManager):
             if kept > self.kept_bytes:
                 break
             chosen[row] = one.tokens - 1
-        for row, own in zip(chosen, take_rows(cache, chosen), strict=True):
+        for row, own in zip(chosen, take_rows(cache, chosen, beginning), strict=True):
             paused[row].kept = own
 
 
-def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Join model inputs with a batch size of 1 into a batch, padded on the left.
+def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int, beginning: int = 0) -> dict[str, torch.Tensor]:
+    """Join model inputs with a batch size of 1 into a batch, padded on the left, or after the first `beginning` tokens.
 
     Args:
         rows: `input_ids`, `attention_mask` and `mm_token_type_ids` of shape (1, tokens), int64, and, for rows with images,
@@ -469,10 +495,15 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str,
     longest = max(row["input_ids"].shape[1] for row in rows)
     padding = dict.fromkeys(TOKEN_INPUTS, 0) | {"input_ids": pad_token_id}
     joined = {
-        name: torch.cat([torch.nn.functional.pad(row[name], (longest - row[name].shape[1], 0), value=value) for row in rows])
-        for name, value in padding.items()
+        name: torch.cat([_padded(row[name], longest, value, beginning) for row in rows]) for name, value in padding.items()
     }
     return joined | join_images(rows)
+
+
+def _padded(tokens: torch.Tensor, length: int, value: int, beginning: int) -> torch.Tensor:
+    """Tokens (1, tokens) of this length, with padding after the first `beginning`."""
+    padding = tokens.new_full((1, length - tokens.shape[1]), value)
+    return torch.cat([tokens[:, :beginning], padding, tokens[:, beginning:]], dim=1)
 
 
 def join_images(images: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

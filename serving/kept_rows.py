@@ -40,31 +40,36 @@ def can_take(cache: Any) -> bool:
     return isinstance(cache, DynamicCache) and not cache.offloading and all(map(_holds_last_tokens, cache.layers))
 
 
-def take_rows(cache: DynamicCache, tokens: dict[int, int]) -> list[KeptRow]:
+def take_rows(cache: DynamicCache, tokens: dict[int, int], beginning: int = 0) -> list[KeptRow]:
     """Take rows out of a KV cache, which is empty then: layer by layer, so that both are in memory for one layer only.
 
     Args:
         cache: one for which `can_take`.
-        tokens: row -> how many tokens it has, those at the end; others are padding.
+        tokens: row -> how many tokens it has: the first `beginning`, and the others at the end. Between them is padding.
+        beginning (*optional*, defaults to 0): the number of tokens before the padding; without sliding windows.
     """
     held = int(cache.get_seq_length())
     types, positions, may_hold_images = cached_types(cache), cached_positions(cache), cached_images(cache)
+
+    def own(whole: torch.Tensor, count: int) -> torch.Tensor:
+        """The tokens of a row (..., stored tokens, any), of whose last axis but one the first may have been dropped."""
+        stored = whole.shape[-2]
+        if beginning == 0 or count >= stored:
+            return whole[..., stored - min(count, stored) :, :].clone()
+        return torch.cat([whole[..., :beginning, :], whole[..., stored - (count - beginning) :, :]], dim=-2)
+
+    def own_figures(figures: torch.Tensor | None, row: int, count: int) -> torch.Tensor | None:
+        return None if figures is None else own(figures[row, :held, None], count)[:, 0]
+
     rows = [
-        KeptRow(
-            count,
-            [],
-            None if types is None else types[row, held - count : held].clone(),
-            None if positions is None else positions[row, held - count : held].clone(),
-            may_hold_images,
-        )
+        KeptRow(count, [], own_figures(types, row, count), own_figures(positions, row, count), may_hold_images)
         for row, count in tokens.items()
     ]
     for layer in cache.layers:
-        keys, values, stored = layer.keys, layer.values, layer.keys.shape[2]
+        keys, values = layer.keys, layer.values
         layer.reset()
         for kept, (row, count) in zip(rows, tokens.items(), strict=True):
-            own = slice(stored - min(count, stored), stored)
-            kept.layers.append((keys[row, :, own].clone(), values[row, :, own].clone()))
+            kept.layers.append((own(keys[row], count), own(values[row], count)))
     return rows
 
 
@@ -96,6 +101,21 @@ def join_rows(rows: Sequence[KeptRow], text_config: Any) -> DynamicCache:
     return cache
 
 
+def copy_row(row: KeptRow, copies: int, text_config: Any) -> DynamicCache:
+    """A KV cache of so many copies of a row, which stays as it is.
+
+    Args:
+        text_config: the decoder's.
+    """
+    cache = DynamicCache(config=text_config)
+    for index, states in enumerate(row.layers):
+        cache.update(*(one.expand(copies, -1, -1, -1) for one in states), index)
+    if row.types is not None:
+        positions = None if row.positions is None else row.positions.expand(copies, -1)
+        remember_types(cache, row.types.expand(copies, -1), row.may_hold_images, positions)
+    return cache
+
+
 def _holds_last_tokens(layer: Any) -> bool:
     """Whether a layer holds the last tokens of each row in their order."""
     if not isinstance(layer, DynamicLayer) or hasattr(layer, "prompt") or not layer.is_initialized:
@@ -117,4 +137,4 @@ def _padded(rows: list[Any], fill: int) -> torch.Tensor | None:
     return joined
 
 
-__all__ = ["KeptRow", "can_take", "join_rows", "take_rows"]
+__all__ = ["KeptRow", "can_take", "copy_row", "join_rows", "take_rows"]
