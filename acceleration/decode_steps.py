@@ -13,16 +13,14 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..cache_dsvl import cached_images, cached_positions, cached_types, remember_types
-from ..masks_dsvl import AttentionMask, DecodeMask, by_layer_type, visibilities
+from ..masks_dsvl import AttentionMask, by_layer_type, visibilities
 from ..modeling_dsvl import scale_logits
 from ..transformers_dsvl import CACHE
 from ..utils.transformers_names import DynamicLayer
 from .decoder_run import layer_types
 from .shared_images import shares_images
 
-RESERVED = 256  # tokens to come for which masks are reserved at once; a multiple of 8, as kernels want rows of masks aligned
-# Up to this many keys a kernel of sdpa, which reads the keys of a head one after the other, is faster than plain products.
-FEW_KEYS = 4096
+RESERVED = 256  # tokens to come for which masks are reserved at once
 # What `generate` hands on to every step, or to the prefill only.
 KNOWN_INPUTS = frozenset(
     (
@@ -34,31 +32,16 @@ KNOWN_INPUTS = frozenset(
 
 @dataclass
 class StepMask(AttentionMask):
-    """`"mmca"` for one text query of each row, on a GPU: the two softmaxes are those of two queries, in one call of sdpa. It
-    launches few kernels, which matters where the host is slower than the device.
+    """`"mmca"` for one text query of each row, as `DecodeMask`, by fewer operations: the host's work for each counts.
 
     Attributes:
-        bias: (batch, 1, 2 x group, reserved keys), for the query heads of a key-value head, first in the text branch, then
-            in the image branch: 0 for a member, -inf for others; 0 everywhere in an image branch without a member.
-        sees: (batch, 1, 2, 1, 1), 0 for such a branch, else 1; None if there is none.
-        plain: the same as plain products, for more than `FEW_KEYS`.
+        bias: (batch, 2, 1, reserved keys), added to the scores of the text and the image branch: 0 for a member, -inf for
+            others; 0 everywhere in an image branch without a member.
+        sees: (batch, 2, 1, 1), 0 for such a branch, else 1; None if there is none.
     """
 
     bias: torch.Tensor
     sees: torch.Tensor | None
-    plain: DecodeMask
-
-    @classmethod
-    def build(cls, plain: DecodeMask, group: int, dtype: torch.dtype) -> "StepMask":
-        """From the same mask as plain products.
-
-        Args:
-            group: the number of query heads of a key-value head.
-            dtype: of the queries.
-        """
-        bias = plain.bias[:, :, 0, 0, 0].to(dtype).repeat_interleave(group, dim=1)[:, None]
-        sees = plain.sees[:, None, :, :, 0, 0].to(dtype)
-        return cls(bias, None if bool(sees.all()) else sees, plain)
 
     def attend(
         self,
@@ -72,30 +55,21 @@ class StepMask(AttentionMask):
         dropout: float = 0.0,
         softcap: float | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, None]:
         batch, heads, queries, head_dim = query.shape
-        kv_heads, keys = key.shape[1:3]
-        group = heads // kv_heads
-        if softcap is not None or dropout > 0 or keys > FEW_KEYS or 2 * group != self.bias.shape[2]:
-            options: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
-            return self.plain.attend(backend, module, query, key, value, **options)
-        # The queries of a key-value head, once for each branch, are queries of one head.
-        rows = query.view(batch, kv_heads, 1, group, head_dim).expand(-1, -1, 2, -1, -1)
-        output = nn.functional.scaled_dot_product_attention(
-            rows.reshape(batch, kv_heads, 2 * group, head_dim),
-            key,
-            value,
-            attn_mask=self.bias[..., :keys].to(query.dtype),
-            scale=scaling,
-        ).view(batch, kv_heads, 2, group, -1)
+        keys = key.shape[2]
+        key, value = key.reshape(-1, keys, head_dim), value.reshape(-1, keys, value.shape[-1])
+        rows = query.reshape(len(key), -1, head_dim)  # the query heads of each key-value head
+        scores = torch.bmm(rows, key.transpose(1, 2)).view(batch, 1, heads, keys)
+        if softcap is not None:
+            scores, scaling = torch.tanh(scores * (scaling / softcap)), softcap
+        weights = torch.add(self.bias[..., :keys], scores, alpha=scaling).softmax(-1)
+        if dropout > 0:
+            weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         if self.sees is not None:
-            output = output * self.sees
-        return output.sum(2).view(batch, queries, heads, -1), None
-
-
-def takes_sdpa(config: Any, device: torch.device) -> bool:
-    """Whether steps use `StepMask`. On a CPU plain products are faster (two to four times, for 16 rows)."""
-    return device.type == "cuda" and config._attn_implementation == "sdpa"
+            weights = weights * self.sees
+        weights = weights.sum(1).to(query.dtype).view(len(key), -1, keys)
+        return torch.bmm(weights, value).view(batch, queries, heads, -1), None
 
 
 class DecodeSteps:
@@ -178,13 +152,9 @@ class DecodeSteps:
         if self._seen is not None:
             members = members & self._seen[:, None]
         sees = members.any(-1, keepdim=True)
-        dtype, config = self._embeddings.weight.dtype, self._decoder.config
-        exact = torch.promote_types(dtype, torch.float32)
-        bias = torch.zeros(members.shape, dtype=exact, device=members.device).masked_fill(~members & sees, -torch.inf)
-        mask: AttentionMask = DecodeMask(*(part[:, :, None, None, None] for part in (bias, sees.to(exact))))
-        if takes_sdpa(config, bias.device):
-            kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            mask = StepMask.build(mask, config.num_attention_heads // kv_heads, dtype)
+        dtype = torch.promote_types(self._embeddings.weight.dtype, torch.float32)
+        bias = torch.zeros(members.shape, dtype=dtype, device=members.device).masked_fill(~members & sees, -torch.inf)
+        mask = StepMask(bias[:, :, None], None if bool(sees.all()) else sees[:, :, None].to(dtype))
         self._inputs = {"multimodal_masks": dict.fromkeys(layer_types(self._decoder), mask)}
         self._placeholder = torch.zeros(len(bias), 1, 1, self._reserved, dtype=torch.int8, device=bias.device)
 

@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel
@@ -70,8 +71,12 @@ class KeyRotation:
         cos, sin = cosine_and_sine(self.decoder, position_ids[None], dtype, kind if self.per_type else None)
         if scaling != 1:
             cos, sin = (cos / scaling).to(keys_dtype), (sin / scaling).to(keys_dtype)
-        apply = sys.modules[type(attention_modules(self.decoder)[0]).__module__].apply_rotary_pos_emb
-        return Turn(apply, cos, sin)
+        return Turn(self._apply, cos, sin)
+
+    @cached_property
+    def _apply(self) -> Callable:
+        """The decoder's `apply_rotary_pos_emb`."""
+        return sys.modules[type(attention_modules(self.decoder)[0]).__module__].apply_rotary_pos_emb
 
 
 @dataclass

@@ -5,12 +5,14 @@ to the first token over images of a large library. Weights and images are random
     python benchmarks/image_library.py --first-token [--size 7b] [--library 400] [--bits 8] [--key-value-heads 8]
 
 The server's clients are a process of their own. Rounds with and without the library alternate, and answers are compared.
+Beside seconds there is the processor time of the server, which other processes of the machine change less.
 """
 
 import argparse
 import dataclasses
 import json
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -27,18 +29,23 @@ from dsvl.image_library import ImageLibrary
 SHAPES = {"demo": DEMO, "small": SMALL, "7b": Shape()}
 
 
-def serve(model: Any, processor: Any, library: ImageLibrary | None, options: argparse.Namespace) -> tuple[float, list[str]]:
-    """Answers per second, and the answers, of clients that ask until `options.requests` are answered."""
+def serve(
+    model: Any, processor: Any, library: ImageLibrary | None, options: argparse.Namespace
+) -> tuple[float, float, list[str]]:
+    """The seconds until clients have `options.requests` answers, the processor time of the server from its start to the last
+    answer, and the answers."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from model_server import NAME, served
 
+    used = time.process_time()
     with served(model, processor, library=library) as server:
         task = {"port": server.port, "model": NAME, "clients": options.clients, "requests": options.requests}
         task |= {"images": options.images, "answer_tokens": options.answer_tokens}
         command = [sys.executable, str(Path(__file__).with_name("image_library_clients.py"))]
         said = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=True).stdout
+        used = time.process_time() - used
     result = json.loads(said)
-    return result["seconds"], result["answers"]
+    return result["seconds"], used, result["answers"]
 
 
 def compare_servers(options: argparse.Namespace) -> dict[str, Any]:
@@ -48,17 +55,23 @@ def compare_servers(options: argparse.Namespace) -> dict[str, Any]:
     model, processor = build_parts(SHAPES[options.size], "sdpa", device, dtype)
     model.generation_config.eos_token_id = None
     times: dict[str, list[float]] = {"no library": [], "image library": []}
+    processor_times: dict[str, list[float]] = {name: [] for name in times}
     answers: dict[str, list[str]] = {}
     for number in range(options.repeats + 1):
         for name in times:
             library = ImageLibrary(model, 2**30) if name == "image library" else None
-            seconds, answers[name] = serve(model, processor, library, options)
+            seconds, used, answers[name] = serve(model, processor, library, options)
             if number:  # the first round is a warm-up
                 times[name].append(1000 * seconds)
+                processor_times[name].append(1000 * used / options.requests)
     table = compared(times)
     for name, figures in table.items():
         figures["answers_per_s"] = 1000 * options.requests / figures["ms"]
-        print(f"{name:20}{figures['answers_per_s']:10.1f} answers/s   {figures['speed']:.2f} times")
+        figures["processor_ms_per_answer"] = statistics.median(processor_times[name])
+        print(
+            f"{name:20}{figures['answers_per_s']:10.1f} answers/s   {figures['speed']:.2f} times   "
+            f"{figures['processor_ms_per_answer']:.1f} ms of processor time each"
+        )
     one, other = answers.values()
     equal = sum(a == b for a, b in zip(one, other, strict=True))
     print(f"{equal} of {len(one)} answers are equal")

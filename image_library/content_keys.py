@@ -1,6 +1,7 @@
 """What identifies an image, the weights and the code: hashes of what the computation depends on."""
 
 import hashlib
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def code_version() -> str:
 
 def adapter_state(model: torch.nn.Module) -> str:
     """Which of PEFT's adapters influence a model at present: its weights do not tell. Empty without adapters."""
+    if "peft" not in sys.modules:  # looking at all modules takes a millisecond
+        return ""
     states = [
         (layer.disable_adapters, layer.active_adapters, layer.merged_adapters, getattr(layer, "scaling", None))
         for layer in model.modules()
