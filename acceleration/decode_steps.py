@@ -88,13 +88,14 @@ class DecodeSteps:
         self._cache, self._held = model_kwargs[CACHE], int(model_kwargs[CACHE].get_seq_length())
         self._positions = model_kwargs["position_ids"][:, -1:].to(self._embeddings.weight.device)
         attention_mask = model_kwargs.get("attention_mask")
-        is_padded = attention_mask is not None and not bool(attention_mask[:, : self._held].all())
         # (batch, reserved tokens) each; None where it is not needed
-        self._seen = attention_mask[:, : self._held].to(self._positions.device).bool() if is_padded else None
+        self._seen: torch.Tensor | None = None
+        if attention_mask is not None and not bool(attention_mask[:, : self._held].all()):
+            self._seen = attention_mask[:, : self._held].to(self._positions.device).bool()
         self._types, self._token_positions = cached_types(self._cache), cached_positions(self._cache)
         self._may_hold_images = cached_images(self._cache)
         if model.config.multimodal_attention == "mmca" and self._may_hold_images is None:
-            self._may_hold_images = bool((self._types == 1).any())
+            self._may_hold_images = self._types is None or bool((self._types == 1).any())
         self._has_masks = model.config.multimodal_attention == "mmca" and bool(self._may_hold_images)
         self._inputs: dict[str, Any] = {}
         self._reserved = 0

@@ -61,8 +61,7 @@ def sample(
     is_late = False
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     logits, steps = outputs.logits[:, -1], None
-    if is_compiled:
-        steps = _CompiledSteps(model, outputs, model_kwargs, generation_config)
+    compiled = _CompiledSteps(model, outputs, model_kwargs, generation_config) if is_compiled else None
     del outputs
     with model._optimize_model_for_decode():
         while True:
@@ -90,9 +89,11 @@ def sample(
                 if pending is not None:
                     pending.is_last()  # which streams its tokens
                 break
-            if steps is None:
-                steps = DecodeSteps(model, model_kwargs)
-            logits = steps(input_ids) if is_compiled else steps(tokens)
+            if compiled is not None:
+                logits = compiled(input_ids)
+            else:
+                steps = steps or DecodeSteps(model, model_kwargs)
+                logits = steps(tokens)
     if is_late:
         input_ids = input_ids[:, :-1]
         if can_crop(cache):  # else only this call uses it
