@@ -18,7 +18,7 @@ from .transformers_dsvl import (
     CHUNKED_PREFILL_TAKES_IMAGES,
     BaseModelOutputWithPooling,
     create_masks_for_generate,
-    is_deepspeed_zero3_enabled,
+    gathers_weights,
     rename_cache,
     takes_cache,
 )
@@ -156,12 +156,12 @@ class DSVLGenerationMixin(GenerationMixin):
         kwargs["mm_encoder_outputs"] = {"image": self.model.project_features(features, kwargs.pop("spatial_shapes", None))}
 
     def _join_other_processes(self, kwargs: dict[str, Any]) -> None:
-        """Under ZeRO-3, run the tower without images as well.
+        """Under ZeRO-3 and FSDP, run the tower without images as well.
 
         Images are encoded before the first step. Processes that have images wait at every layer of the tower for those that
         have none.
         """
-        if is_deepspeed_zero3_enabled() and "pixel_values" not in kwargs and kwargs.get("mm_encoder_outputs") is None:
+        if "pixel_values" not in kwargs and kwargs.get("mm_encoder_outputs") is None and gathers_weights(self):
             self.model.encode_blank_image()
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[])}
 

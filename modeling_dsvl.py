@@ -42,7 +42,7 @@ from .transformers_dsvl import (
     CausalLMOutputWithPast,
     EitherCacheName,
     can_return_tuple,
-    is_deepspeed_zero3_enabled,
+    gathers_weights,
     keywords_of,
     takes_cache,
 )
@@ -459,13 +459,13 @@ class DSVLModel(DSVLPreTrainedModel):
         """Whether a text-only batch must run the tower and the projector as well.
 
         In training, other processes may have images where this one has none, and wait for its gradients of the projector;
-        under ZeRO-3 they wait for it at every layer of tower and projector, in evaluation too. In a single process, a
-        text-only batch then has gradients of zero rather than none.
+        under ZeRO-3 and FSDP they wait for it at every layer of tower and projector, in evaluation too. In a single process,
+        a text-only batch then has gradients of zero rather than none.
         """
         parts = (self.multi_modal_projector, self.vision_tower)
-        waited_for = is_deepspeed_zero3_enabled() or (
+        waited_for = (
             self.training and torch.is_grad_enabled() and any(p.requires_grad for part in parts for p in part.parameters())
-        )
+        ) or gathers_weights(self)
         # A decode step has no images. The length of a static cache is a tensor, on which a compiled step may not branch, so
         # it is read last.
         return waited_for and (cache is None or cache.get_seq_length() == 0)
@@ -1037,8 +1037,8 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             return self._loss(self._logits(hidden), targets, num_items_in_batch)
 
         at_once = max(LOGITS_AT_ONCE // self.config.text_config.vocab_size, 1)
-        # Under ZeRO-3 all processes gather the head for each part, so all need the same number of parts.
-        if rows <= at_once or is_deepspeed_zero3_enabled():
+        # Where all processes gather the head for each part, all need the same number of parts.
+        if rows <= at_once or gathers_weights(self.lm_head):
             return part(hidden, targets)
         pairs = zip(hidden.split(at_once), targets.split(at_once), strict=True)
         if not torch.is_grad_enabled():

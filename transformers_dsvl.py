@@ -11,7 +11,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 import transformers
+from torch import distributed
 from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers import initialization as init
 from transformers.initialization import no_init_weights
@@ -97,6 +99,18 @@ CACHE = "cache" if "cache" in inspect.signature(create_masks_for_generate).param
 SDPA_SOFTCAPS = "softcap" in inspect.getsource(sdpa_attention_forward)
 CHUNKED_PREFILL_TAKES_IMAGES = installed_release() >= (5, 23)
 
+
+def gathers_weights(module: torch.nn.Module) -> bool:
+    """Whether processes hold parts of a module's weights, and gather them together in every call: ZeRO-3 and FSDP2."""
+    if is_deepspeed_zero3_enabled():
+        return True
+    if torch.compiler.is_compiling() or not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(one, FSDPModule) for one in module.modules())
+
+
 # Keyword arguments that every decoder of transformers takes.
 COMMON_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | frozenset(FlashAttentionKwargs.__annotations__)
 
@@ -168,6 +182,7 @@ __all__ = [
     "causal_mask_function",
     "create_masks_for_generate",
     "init",
+    "gathers_weights",
     "is_deepspeed_zero3_enabled",
     "no_init_weights",
     "requires_backends",

@@ -12,7 +12,7 @@ import torch
 
 from ..acceleration.image_cache import ImageKVCache
 from ..generation_dsvl import IMAGE_INPUTS
-from ..transformers_dsvl import BaseModelOutputWithPooling, is_deepspeed_zero3_enabled
+from ..transformers_dsvl import BaseModelOutputWithPooling, gathers_weights
 from .applicability import takes_image_cache
 from .content_keys import adapter_state, code_version, is_random, tile_keys
 from .memory_tier import Lease, Tensors
@@ -129,8 +129,8 @@ class ImageLibrary:
     def replace_images(self, model: Any, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         """Replace pixels in the arguments of `generate` by what the library keeps of them, which it encodes if necessary.
 
-        Nothing is replaced where images cannot come from elsewhere (assisted decoding, ZeRO-3), where the model computes
-        them differently each time (dropout in training mode), or if they are more than the library can hold.
+        Nothing is replaced where images cannot come from elsewhere (assisted decoding, ZeRO-3, FSDP), where the model
+        computes them differently each time (dropout in training mode), or if they are more than the library can hold.
 
         Args:
             model: a `DSVLForConditionalGeneration`.
@@ -139,11 +139,7 @@ class ImageLibrary:
         """
         images = {name: kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None}
         self.last_encoded = [True] * len(images["pixel_values"])
-        if (
-            kwargs.get("assistant_model") is not None
-            or is_deepspeed_zero3_enabled()
-            or (model.training and is_random(model))
-        ):
+        if kwargs.get("assistant_model") is not None or gathers_weights(model) or (model.training and is_random(model)):
             return
         lengths = model.config.tile_lengths(len(images["pixel_values"]), images.get("spatial_shapes"))
         keys = tile_keys(images)

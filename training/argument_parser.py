@@ -26,7 +26,7 @@ GROUPS = {
     "eval_max_new_tokens early_stopping_patience",
     "saving and publishing": "output_dir overwrite_output resume_from_checkpoint save_strategy save_steps save_total_limit "
     "logging_steps report_to push_to_hub hub_model_id hub_private_repo",
-    "distributed": "deepspeed",
+    "distributed": "deepspeed fsdp fsdp_config",
     "recipes": "stage_values keep_stages list_recipes",
 }
 # The group of fields of the package that are not in GROUPS, by class.

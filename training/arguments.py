@@ -21,6 +21,7 @@ from ..utils.yaml_files import read_yaml
 from .argument_checks import check_options
 from .argument_parser import TrainParser
 from .deepspeed_config import ZERO, zero_configuration
+from .fsdp import SETTINGS, check_fsdp, fsdp_config
 from .learning_rates import RATED_PARTS, parse_learning_rates
 from .trainable_parts import PARTS
 from .training_arguments_table import check_training_arguments
@@ -180,6 +181,21 @@ class DSVLTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": f"{', '.join(ZERO)}, or a DeepSpeed configuration: the path of a JSON file, or a mapping in YAML"},
     )
+    fsdp: str | None = field(
+        default=None,
+        metadata={
+            "help": "shard weights, gradients and optimizer states over the processes by FSDP2, without DeepSpeed",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    fsdp_config: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": f"settings of --fsdp: a mapping in YAML or JSON, or a JSON file. Keys: {', '.join(SETTINGS)}. Default: "
+            "weights are gathered again in backward, and nothing is offloaded"
+        },
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
     warmup_steps: float = field(default=0.03, metadata={"help": "warm-up steps, or a fraction of all steps if less than 1"})
     remove_unused_columns: bool = field(
@@ -251,6 +267,10 @@ class DSVLTrainingArguments(TrainingArguments):
         self.learning_rates = parse_learning_rates(self.learning_rates) or None
         if isinstance(self.deepspeed, str) and not self.deepspeed.startswith("{"):
             self.deepspeed = str(zero_configuration(self.deepspeed))
+        if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false", "1", "0"):  # as YAML files give it
+            self.fsdp = self.fsdp.lower() in ("true", "1") or None  # type: ignore[assignment]
+        check_fsdp({one.name: getattr(self, one.name) for one in fields(self)})
+        self.fsdp_config = fsdp_config(self.fsdp_config) if self.fsdp else None
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.accelerator_config is None and self.dataloader_pin_memory:

@@ -18,6 +18,8 @@ def main(argv: list[str]) -> None:
     """Run `dsvl train`."""
     # DeepSpeed calls deprecated functions of torch several times per step; their warnings would flood the progress bar.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Images are views of the projector's output; nothing writes to them.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w+\) returned a view tensor", UserWarning)
     log_to_console(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     if "--list-recipes" in argv:
         list_recipes()

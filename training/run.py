@@ -292,8 +292,9 @@ def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str
     stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
     # AdamW's two moments in float32; for 16-bit weights DeepSpeed also keeps a float32 copy.
     bytes_per_weight = 8 + (4 if stage is not None and (arguments.bf16 or arguments.fp16) else 0)
-    share = arguments.world_size if stage else 1
-    where = f"1/{share}, ZeRO-{stage}" if share > 1 else "not partitioned"
+    method = f"ZeRO-{stage}" if stage else "FSDP2" if trainer.is_fsdp_enabled else None
+    share = arguments.world_size if method is not None else 1
+    where = f"1/{share}, {method}" if share > 1 else "not partitioned"
     return [
         f"Parameters: {trained:,} of {total:,} are trained ({trained / total:.2%}).",
         f"Optimizer: {trained * bytes_per_weight / share / 2**30:.3f} GiB in each of {arguments.world_size} processes "

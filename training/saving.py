@@ -76,9 +76,11 @@ def save_trained(
     config = trainer.model.config
     config.text_config.use_cache = True
     config.__dict__.pop("use_cache", None)  # set by the Trainer during training
-    if not adapted and not trainer.is_deepspeed_enabled:
-        trainer.model.to(precision(arguments))  # trainable weights were float32
-    trainer.save_model(str(partial / ADAPTERS if adapted else partial))
+    # Trainable weights were float32, except under DeepSpeed.
+    dtype = None if adapted else precision(arguments)
+    if dtype is not None and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
+        trainer.model.to(dtype)
+    trainer.save_model(str(partial / ADAPTERS if adapted else partial), dtype=dtype)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         if adapted:

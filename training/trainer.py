@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import Trainer
 
@@ -17,8 +18,9 @@ from ..data.streaming import Stream, StreamLoader
 from ..hub_card import render_card
 from ..publishing.push import push_directory
 from ..transformers_dsvl import installed_release
-from ..utils.transformers_names import EvalLoopOutput, get_parameter_names
+from ..utils.transformers_names import SCHEDULER_NAME, EvalLoopOutput, get_parameter_names
 from .evaluation import exact_match
+from .fsdp import full_state, layer_classes, load_full_state, shard_with_accelerate
 from .label_smoothing import smoothed_loss
 from .learning_rates import parse_learning_rates, parts_of_parameters
 from .model_card import training_facts
@@ -60,6 +62,8 @@ class DSVLTrainer(Trainer):
                 )
             )
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layer_classes(self.model)
         self.label_smoother = None  # applied in the model's loss: transformers' label smoother needs logits of all tokens
         self._tokens_read = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._tokens_trained = torch.zeros((), device=self.args.device)
@@ -68,10 +72,56 @@ class DSVLTrainer(Trainer):
         self._started_at: tuple[float, int] | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in `Trainer`, but every process reads a streaming data set by default."""
+        """As in `Trainer`, but every process reads a streaming data set by default, and FSDP shards on CPUs too."""
         if self.args.accelerator_config.dispatch_batches is None:
             self.args.accelerator_config.dispatch_batches = False
         super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            shard_with_accelerate(self.accelerator, self.args)
+            self.is_fsdp_enabled = True
+
+    def save_model(
+        self, output_dir: str | None = None, _internal_call: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        """As in `Trainer`; under FSDP the weights are gathered in the first process, and trained ones are float32.
+
+        Args:
+            output_dir: see `Trainer.save_model`.
+            dtype: under FSDP, the dtype of all floating point weights, *optional*, defaults to their own.
+        """
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        # PEFT saves what is trained.
+        state = full_state(self.model, trained_only=hasattr(self.model, "peft_config"))
+        if dtype is not None:
+            state = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in state.items()}
+        self._save(output_dir, state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As in `Trainer`; under FSDP without a second copy of the weights, and every process writes its states."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in `Trainer`; under FSDP every process reads its shards of the whole weights."""
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_full_state(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """As in `Trainer`, see `_load_from_checkpoint`."""
+        if not self.is_fsdp_enabled:
+            super()._load_best_model()
+            return
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `Trainer.train`."""

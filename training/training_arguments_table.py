@@ -101,6 +101,8 @@ SUPPORTED = (
     "ddp_backend",
     "ddp_timeout",
     "deepspeed",
+    "fsdp",
+    "fsdp_config",
     "debug",
     "skip_memory_metrics",
     "resume_from_checkpoint",
@@ -129,9 +131,7 @@ REFUSED = {
     "enable_jit_checkpoint": "a stopped run would be saved as if it were finished; lower --save-steps, and repeat the "
     "command to resume from the last checkpoint.",
     "label_names": "the only labels of a batch are `labels`; drop it.",
-    "parallelism_config": "sequences are not split over devices; pass --deepspeed zero3 to split the model.",
-    "fsdp": "sharding by FSDP is not supported; pass --deepspeed zero3.",
-    "fsdp_config": "sharding by FSDP is not supported; pass --deepspeed zero3.",
+    "parallelism_config": "sequences are not split over devices; pass --deepspeed zero3 or --fsdp to split the model.",
 }
 
 # Fields that have no effect: field -> reason.

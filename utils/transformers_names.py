@@ -16,6 +16,7 @@ NAMES = {
     "unset_hf_deepspeed_config": "transformers.integrations.deepspeed",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "transformers.models.auto.modeling_auto",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "transformers.models.auto.modeling_auto",
+    "SCHEDULER_NAME": "transformers.trainer",
     "TRAINER_STATE_NAME": "transformers.trainer",
     "get_parameter_names": "transformers.trainer_pt_utils",
     "EvalLoopOutput": "transformers.trainer_utils",
@@ -53,9 +54,13 @@ MEMBERS = {
     ),
     "transformers.cache_utils.StaticLayer": ("is_sliding", "keys", "values", "is_initialized", "cumulative_length"),
     "transformers.Trainer": (
+        "_load_best_model",
+        "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
         "_push_from_checkpoint",
         "_run_epoch",
+        "_save",
+        "_save_optimizer_and_scheduler",
     ),
 }
 # Attributes that transformers sets on objects while it generates, by the module that sets them.
