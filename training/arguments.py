@@ -279,6 +279,10 @@ class DSVLTrainingArguments(TrainingArguments):
         if self.deepspeed is not None:
             _start_deepspeed(on_cpu=self.use_cpu)
         super().__post_init__()
+        if self.fsdp:
+            # Gradients of several micro-batches are summed in shards, not whole.
+            given = self.accelerator_config.gradient_accumulation_kwargs or {}
+            self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True} | given
         if self.n_gpu > 1:
             # The Trainer would choose DataParallel, which splits images as if each conversation had one.
             logger.warning(

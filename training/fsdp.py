@@ -103,28 +103,27 @@ def check_fsdp(values: Mapping[str, Any]) -> None:
         )
 
 
-def shard_with_accelerate(accelerator: Accelerator, arguments: Any) -> None:
+def shard_with_accelerate(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
     """Have an accelerator shard the model that it prepares, on CPUs too, where accelerate would train by DDP.
 
     In 16-bit precision, weights are gathered and multiplied in it, and gradients are summed in float32. accelerate's own
     policy would also sum gradients, and return the loss, in 16 bits.
 
     Args:
-        accelerator: the accelerator of a Trainer with `arguments.fsdp`.
-        arguments: the `TrainingArguments`.
+        accelerator: an accelerator that was made with `plugin`.
+        plugin: its settings of FSDP2, which are changed.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     state = accelerator.state
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
+        state.fsdp_plugin = plugin
         # Both are shared by all of accelerate's objects.
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     if accelerator.distributed_type != DistributedType.FSDP or not accelerator.is_fsdp2:
         raise RuntimeError(
             f"--fsdp was passed, but accelerate chose {accelerator.distributed_type.value}; check its environment variables."
         )
-    plugin = state.fsdp_plugin
     # Of the optimizer; whole weights are saved by `full_state`.
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("SHARDED_STATE_DICT")

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ..configuration_dsvl import DSVLConfig
+from ..transformers_dsvl import GradientCheckpointingLayer
 from .activation_memory import StepTracer
 from .adapters import LABELS
 from .deepspeed_config import ZERO
-from .model_states import DTYPES, GIB, ModelSizes, PhaseMemory, arriving_gradients, model_states
+from .model_states import DTYPES, GIB, ModelSizes, PhaseMemory, arriving_gradients, fsdp_states, model_states
 from .trainable_parts import PARTS
 
 # GPU memory that is not available for the tensors of the plan.
@@ -61,6 +62,7 @@ class Planner:
         config: configuration of the model.
         world_size: number of GPUs, *optional*, defaults to 1.
         deepspeed: "zero1", "zero2", "zero3" or "zero3-offload", *optional*, defaults to None: plain data parallelism.
+        fsdp: shard by FSDP2 (`--fsdp`) instead, *optional*, defaults to False.
         sequence_length: tokens per sample, image tokens included, *optional*, defaults to 2048.
         images: images per sample, *optional*, defaults to 1.
         tiles: tiles per image with `image_layout="tiles"`, *optional*, defaults to None: the most that an image can have.
@@ -77,7 +79,7 @@ class Planner:
             question-answer data. Logits are computed for these tokens only and dominate the memory of large vocabularies.
         dtype: dtype of weights and activations, without autocast, *optional*, defaults to the configuration's or bfloat16.
         mixed_precision: whether trainable weights, their gradients and AdamW's states are float32, as `dsvl train --bf16`
-            keeps them without DeepSpeed, *optional*, defaults to False.
+            keeps them without DeepSpeed, *optional*, defaults to False. With FSDP they always are.
 
     Raises:
         ValueError: if a value is unknown or the values do not go together.
@@ -89,6 +91,7 @@ class Planner:
         *,
         world_size: int = 1,
         deepspeed: str | None = None,
+        fsdp: bool = False,
         sequence_length: int = 2048,
         images: int = 1,
         tiles: int | None = None,
@@ -105,6 +108,7 @@ class Planner:
     ) -> None:
         self._config, self._arguments = config, {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
         self.world_size, self.deepspeed, self.accumulation = world_size, deepspeed, gradient_accumulation
+        self.fsdp = fsdp
         self.sequence_length, self.images = sequence_length, images
         most = 1 + config.max_tiles if config.image_layout == "tiles" else 1
         self.tiles = most if tiles is None else tiles
@@ -123,10 +127,14 @@ class Planner:
             config, train, lora_rank, activation_checkpointing, torch_dtype, lora, mlp_tile, offload_activations
         )
         modules, parameters = self.tracer.model.modules(), list(self.tracer.model.parameters())
+        layers = [_count(one) for one in self.tracer.model.modules() if isinstance(one, GradientCheckpointingLayer)]
+        embeddings = _count(self.tracer.model.get_input_embeddings())
         self.sizes = ModelSizes(
             parameters=tuple(p.numel() for p in parameters),
             trained=tuple(p.numel() for p in parameters if p.requires_grad),
             largest_module=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules),
+            largest_layer=max(layers, default=0),
+            unlayered=sum(p.numel() for p in parameters) - sum(layers) - embeddings,
             hidden=config.text_config.hidden_size,
             element=torch_dtype.itemsize,
         )
@@ -144,13 +152,17 @@ class Planner:
     def _plan(self, micro_batch: int) -> MemoryPlan:
         _at_least("micro_batch", micro_batch, 1)
         supervised = max(round(micro_batch * self.text_tokens * self.supervised_share), 1)
-        into = arriving_gradients(self.sizes, self.deepspeed, self.world_size, self.accumulation)
+        into = 0 if self.fsdp else arriving_gradients(self.sizes, self.deepspeed, self.world_size, self.accumulation)
         trace = self.tracer.trace(
             micro_batch, self.sequence_length, self.images * self.tiles, supervised, gradient_buffer=into
         )
-        states = model_states(self.sizes, trace, self.deepspeed, self.world_size, self.accumulation)
-        forward_backward, optimizer_step, cpu = states
-        if self.mixed_precision:
+        if self.fsdp:
+            forward_backward, optimizer_step = fsdp_states(self.sizes, trace, self.world_size)
+            cpu = 0
+        else:
+            states = model_states(self.sizes, trace, self.deepspeed, self.world_size, self.accumulation)
+            forward_backward, optimizer_step, cpu = states
+        if self.mixed_precision and not self.fsdp:
             forward_backward, optimizer_step = self._in_float32(forward_backward), self._in_float32(optimizer_step)
         return MemoryPlan(
             sum(self.sizes.parameters), sum(self.sizes.trained), forward_backward, optimizer_step, cpu + trace.host
@@ -203,6 +215,8 @@ class Planner:
             _at_least(name, value, least)
         if self.deepspeed is not None:
             _one_of("deepspeed", self.deepspeed, tuple(ZERO))
+        if self.deepspeed is not None and self.fsdp:
+            raise ValueError(f"deepspeed={self.deepspeed!r} with fsdp=True: both shard the model; pass one of them.")
         for part in train:
             _one_of("train", part, tuple(PARTS))
         if not train and not lora_rank:
@@ -255,6 +269,10 @@ def largest_micro_batch(config: DSVLConfig, gpu_memory: float, **options: Any) -
 def usable(gpu_memory: float) -> int:
     """Bytes that a GPU of `gpu_memory` bytes has for the tensors of a plan."""
     return int(gpu_memory * (1 - FRAGMENTATION)) - CONTEXT
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _dtype_name(dtype: Any) -> str | None:

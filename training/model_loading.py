@@ -93,13 +93,26 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
     )
     if model_arguments.compile_decoder_layers:
         base.compile_decoder_layers()
-    if arguments.deepspeed is None and dtype != torch.float32:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        if "language" not in model_arguments.train:  # a frozen decoder computes in its own dtype
-            model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))
+    if arguments.deepspeed is None:
+        train_in_float32(model, dtype, casts_embeddings="language" not in model_arguments.train)
     return model
+
+
+def train_in_float32(model: Any, dtype: torch.dtype, casts_embeddings: bool) -> None:
+    """Make the trainable weights of a model in 16 bits float32, in place.
+
+    Args:
+        model: the model, with or without adapters.
+        dtype: dtype of the other weights.
+        casts_embeddings: whether embeddings are rounded to `dtype`, in which a frozen decoder computes.
+    """
+    if dtype == torch.float32:
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if casts_embeddings:
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
 
 def _gather_attention_pooling(model: torch.nn.Module) -> None:

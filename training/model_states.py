@@ -44,6 +44,8 @@ class ModelSizes:
         parameters: size of every parameter; tied parameters count once.
         trained: size of every trainable parameter, in the model's order.
         largest_module: largest sum of the parameters that one module holds itself.
+        largest_layer: parameters of the largest layer of decoder or tower.
+        unlayered: parameters outside of these layers, without the embeddings.
         hidden: hidden size of the decoder, from which transformers computes DeepSpeed's "auto" bucket sizes.
         element: bytes per weight.
     """
@@ -51,6 +53,8 @@ class ModelSizes:
     parameters: tuple[int, ...]
     trained: tuple[int, ...]
     largest_module: int
+    largest_layer: int
+    unlayered: int
     hidden: int
     element: int
 
@@ -202,6 +206,30 @@ def _zero_3(
         PhaseMemory(kept, 0, 0, 0, buckets + norm),
         cpu,
     )
+
+
+def fsdp_states(sizes: ModelSizes, trace: "ActivationMemory", world_size: int) -> tuple[PhaseMemory, PhaseMemory]:
+    """FSDP2 (torch/distributed/fsdp/_fully_shard) as `dsvl train --fsdp` sets it up (training/fsdp.py).
+
+    Args:
+        sizes: sizes of the model.
+        trace: memory of a micro-batch, traced with a `gradient_buffer` of 0: gradients are sharded layer by layer.
+        world_size: number of GPUs.
+
+    Returns:
+        The memory of forward and backward, and of the optimizer step.
+    """
+    element, trained = sizes.element, _partitioned(sizes.trained, world_size)
+    own = 4  # shards of trainable weights, their gradients and AdamW's states are float32
+    weights = element * (_partitioned(sizes.parameters, world_size) - trained) + own * trained
+    # The root and the head stay gathered (reshard_after_forward=False); of the layers, the current one, the next, and the
+    # output of the next one's all-gather, from which it is copied (foreach_all_gather_copy_out).
+    gathered = element * (sizes.unlayered + 3 * sizes.largest_layer)
+    # The whole gradients of the largest unit that is trained, as they are reduced (foreach_reduce): copied, in float32.
+    reduced = own * min(max(sizes.largest_layer, sizes.unlayered, max(sizes.trained)), sum(sizes.trained))
+    states = 2 * own * trained
+    forward_backward = PhaseMemory(weights, own * trained, states, trace.peak, gathered + reduced)
+    return forward_backward, PhaseMemory(weights, own * trained, states, 0, 0)
 
 
 def _partitioned(numels: Sequence[int], world_size: int) -> int:

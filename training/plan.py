@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Defaults of the flags that a recipe sets for each stage.
 DEFAULTS = {
+    "fsdp": False,
     "micro_batch": 1,
     "train": ["projector", "embeddings"],
     "lora_rank": 0,
@@ -50,6 +51,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--world-size", type=int, default=1, help="number of GPUs (default: 1)")
     parser.add_argument("--deepspeed", choices=ZERO, help="ZeRO stage (default: data parallelism without DeepSpeed)")
+    parser.add_argument("--fsdp", action="store_true", default=None, help="shard by FSDP2 instead")
     parser.add_argument("--micro-batch", type=int, help="samples per GPU in each forward pass (default: 1)")
     parser.add_argument(
         "--sequence-length", type=int, default=2048, help="tokens per sample, image tokens included (default: 2048)"
@@ -134,6 +136,7 @@ def _run(arguments: argparse.Namespace) -> None:
         _load_config(arguments.model),
         world_size=arguments.world_size,
         deepspeed=arguments.deepspeed,
+        fsdp=arguments.fsdp,
         sequence_length=arguments.sequence_length,
         images=arguments.images,
         tiles=arguments.tiles,
@@ -273,7 +276,9 @@ def _remedies(planner: "Planner", memory: float, shorter: str) -> str:
             break
     else:
         remedies += flags[:1] if not planner.activation_checkpointing else []
-    if planner.deepspeed not in ("zero3", "zero3-offload"):
+    if planner.fsdp:
+        remedies.append("more GPUs (--world-size)")
+    elif planner.deepspeed not in ("zero3", "zero3-offload"):
         remedies.append("--deepspeed zero3 on more GPUs (--world-size)")
     if planner.deepspeed != "zero3-offload":
         remedies.append("--deepspeed zero3-offload")

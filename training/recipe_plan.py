@@ -89,6 +89,7 @@ def plan_stages(
                 config,
                 world_size=world_size,
                 deepspeed=_zero(values["deepspeed"]),
+                fsdp=bool(values["fsdp"]),
                 sequence_length=length,
                 images=number,
                 tiles=of_image,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch import nn
 from transformers import Trainer
 
@@ -77,7 +77,8 @@ class DSVLTrainer(Trainer):
             self.args.accelerator_config.dispatch_batches = False
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
-            shard_with_accelerate(self.accelerator, self.args)
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)  # none on CPUs
+            shard_with_accelerate(self.accelerator, plugin or FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args))
             self.is_fsdp_enabled = True
 
     def save_model(
