@@ -338,7 +338,7 @@ class ImageReuse:
         }
         digest = hashlib.sha256(json.dumps(_relevant(model.config.to_dict()), sort_keys=True, default=str).encode())
         digest.update(json.dumps({name: list(p.shape) for name, p in parameters.items()}).encode())
-        samples = [p.detach().flatten()[:: max(1, p.numel() // 64)][:64].float() for p in parameters.values()]
+        samples = [_sample(own_part(p)) for p in parameters.values()]
         digest.update(torch.cat([sample.to(samples[0].device) for sample in samples]).cpu().numpy().tobytes())
         own = digest.hexdigest(), list(parameters.values()), [p._version for p in parameters.values()]
         self._fingerprint, self._is_fresh = own, True
@@ -356,6 +356,15 @@ def _reserve_like(part: torch.Tensor, tokens: int, offload: bool) -> torch.Tenso
     device = torch.device("cpu") if offload else part.device
     pinned = offload and part.device.type == "cuda"
     return torch.empty((len(part), tokens, *part.shape[2:]), dtype=part.dtype, device=device, pin_memory=pinned)
+
+
+def own_part(weight: torch.Tensor) -> torch.Tensor:
+    """The part of a weight that this process holds, under tensor parallelism. Keys and values are of its heads alone."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].float()
 
 
 def _relevant(config: Any) -> Any:

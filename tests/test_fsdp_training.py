@@ -99,7 +99,6 @@ SETUPS = {
     "dora": ["--lora-rank", "4", "--dora"],
     "adapters alone": ["--lora-rank", "4", "--train"],
     "sharded in forward alone": [*EVERYTHING, "--fsdp-config", '{"reshard_after_forward": false}'],
-    "offloaded": ["--fsdp-config", '{"fsdp_cpu_offload": true}'],
     "less memory": [
         *("--train", "projector", "embeddings", "language", "--tiled-mlp", "8", "--skip-image-queries"),
         *("--offload-activations", "--activation-checkpointing"),

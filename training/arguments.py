@@ -193,7 +193,7 @@ class DSVLTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": f"settings of --fsdp: a mapping in YAML or JSON, or a JSON file. Keys: {', '.join(SETTINGS)}. Default: "
-            "weights are gathered again in backward, and nothing is offloaded"
+            "weights are released after forward, and gathered again in backward"
         },
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})

@@ -17,7 +17,12 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from ..transformers_dsvl import GradientCheckpointingLayer
 
 # Keys of --fsdp-config, in the form without the prefix fsdp_.
-SETTINGS = ("version", "reshard_after_forward", "cpu_offload")
+SETTINGS = ("version", "reshard_after_forward")
+INSTEAD = {
+    "activation_checkpointing": "pass --activation-checkpointing",
+    "cpu_offload": "pass --deepspeed zero3-offload instead of --fsdp",
+    "offload_params": "pass --deepspeed zero3-offload instead of --fsdp",
+}
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
@@ -39,12 +44,13 @@ def fsdp_config(value: Mapping[str, Any] | str | None) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"--fsdp-config {value}: expected a mapping, such as {{'cpu_offload': true}}.")
+        raise ValueError(f"--fsdp-config {value}: expected a mapping, such as {{'reshard_after_forward': False}}.")
     settings = {str(name).removeprefix("fsdp_"): setting for name, setting in value.items()}
     for name in settings:
         if name not in SETTINGS:
-            remedy = {"activation_checkpointing": "pass --activation-checkpointing"}.get(name, "drop it")
-            raise ValueError(f"--fsdp-config {name} is not supported (only {', '.join(SETTINGS)} are); {remedy}.")
+            raise ValueError(
+                f"--fsdp-config {name} is not supported (only {', '.join(SETTINGS)} are); {INSTEAD.get(name, 'drop it')}."
+            )
     if int(settings.get("version", 2)) != 2:
         raise ValueError(f"--fsdp-config version {settings['version']}: only FSDP2 is supported; pass 2, or drop it.")
     return settings
