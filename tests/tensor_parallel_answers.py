@@ -1,9 +1,11 @@
-"""Compares a model that two processes hold by `tp_plan="auto"` with the whole model; started by torchrun with its folder.
+"""Compares a model that two processes hold by `tp_plan="auto"` with the whole model; started by torchrun with its folder,
+and "cuda" to do so on GPUs.
 
 Every process writes what it finds to `RANK.json` in the folder.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,15 +16,19 @@ import dsvl
 from dsvl.image_library import ImageLibrary
 
 folder = Path(sys.argv[1])
-dist.init_process_group("gloo")
-whole = dsvl.DSVLForConditionalGeneration.from_pretrained(folder / "model").eval()
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if sys.argv[2:] == ["cuda"] else torch.device("cpu")
+if device.type == "cuda":
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+whole = dsvl.DSVLForConditionalGeneration.from_pretrained(folder / "model").to(device).eval()
 split = dsvl.DSVLForConditionalGeneration.from_pretrained(folder / "model", tp_plan="auto").eval()
 
 generator = torch.Generator().manual_seed(0)
 image = [whole.config.image_token_id] * whole.config.image_seq_length
 words = torch.randint(5, 200, (2, 12), generator=generator).tolist()
-ids = torch.tensor([row[:3] + image + row[3:6] + image + row[6:] for row in words])
-pixels = torch.randn(4, 3, 28, 28, generator=generator)
+ids = torch.tensor([row[:3] + image + row[3:6] + image + row[6:] for row in words]).to(device)
+pixels = torch.randn(4, 3, 28, 28, generator=generator).to(device)
 prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 how = {"max_new_tokens": 6, "do_sample": False}
 

@@ -1,6 +1,7 @@
 """Two processes that shard a model by FSDP2 (`--fsdp`) train like one process, and like DDP."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from training_runs import (
     weights,
 )
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dsvl.training.arguments import parse
+from dsvl.training.run import train as train_here
 
 # One process takes the batches of both. With this layout the second process has only texts in every other step.
 LAYOUT = "ppttpppp" * 3
@@ -54,11 +58,12 @@ def shapes_of_states(checkpoint):
 
 def test_two_shards_train_evaluate_save_and_resume_as_one_process(folder, tmp_path):
     """Where one of them has no images; with activation checkpointing and accumulated gradients."""
-    evaluate = ["--eval-data", folder / "held_out.jsonl", *EVALUATE]
+    flags = ["--eval-data", folder / "held_out.jsonl", *EVALUATE, *IN_ORDER, *STEPS]
+    flags += ["--model", folder / "model", "--data", folder / "data.jsonl"]
     alone, output = tmp_path / "alone", tmp_path / "output"
-    train(folder, alone, *evaluate, processes=1)
-    flags = ["--fsdp", "--activation-checkpointing", "--gradient-accumulation-steps", "2", *evaluate]
-    done = train(folder, output, *flags, batch=1)
+    train_here(*parse([str(flag) for flag in (*flags, "--output", alone, BATCH, 4)]))
+    flags += ["--output", output, BATCH, 1, "--gradient-accumulation-steps", 2, "--activation-checkpointing", "--fsdp"]
+    done = run(*flags, processes=2, module=str(Path(__file__).with_name("trained_twice.py")))
     assert "in each of 2 processes (1/2, FSDP2)" in done.stderr
     assert losses(output) == pytest.approx(losses(alone), abs=1e-5) and len(losses(output)) == 4
     for ours, theirs in zip(evaluations(output), evaluations(alone), strict=True):
@@ -82,12 +87,39 @@ def test_two_shards_train_evaluate_save_and_resume_as_one_process(folder, tmp_pa
     changed = {name for name in final if not torch.equal(final[name], before[name])}
     assert changed and all("embed_tokens" in name or "projector" in name for name in changed)
 
-    kept = losses(output)
-    take_back(output)
-    resumed = train(folder, output, *flags, batch=1)
-    assert f"Resuming from {output / 'checkpoint-2'}" in resumed.stderr
-    assert losses(output) == kept
-    assert furthest(weights(output), final) == 0
+    # The resumed run ended as the first.
+    first = output.with_name("output-first")
+    assert f"Resuming from {output / 'checkpoint-2'}" in done.stderr
+    assert losses(output) == losses(first)
+    assert furthest(final, weights(first)) == 0
+
+
+REFUSED = {
+    ("--fsdp", "full_shard"): "--fsdp full_shard: FSDP2 has no strategies; pass --fsdp alone, and settings by --fsdp-config",
+    ("--fsdp", "--deepspeed", "zero2"): "--fsdp with --deepspeed: both shard the model; choose one of them.",
+    ("--fsdp", "--torch-compile"): "--fsdp with --torch-compile: a graph of the whole model",
+    ("--fsdp", "--optim", "adafactor"): "--fsdp with --optim adafactor: it does not know sharded parameters; choose from",
+    ("--fsdp", "--fsdp-config", '{"version": 1}'): "--fsdp-config version 1: only FSDP2 is supported; pass 2, or drop it.",
+    ("--fsdp", "--fsdp-config", '{"fsdp_cpu_offload": true}'): "--fsdp-config cpu_offload is not supported (only version, "
+    "reshard_after_forward are); pass --deepspeed zero3-offload instead of --fsdp.",
+    ("--fsdp", "--fsdp-config", "missing.json"): "--fsdp-config missing.json is neither a file nor a mapping in JSON",
+    ("--fsdp-config", '{"version": 2}'): """--fsdp-config {"version": 2} without --fsdp; pass both.""",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED, ids=" ".join)
+def test_what_cannot_be_sharded_is_refused(folder, tmp_path, monkeypatch, flags):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    base = ["--model", folder / "model", "--data", folder / "data.jsonl", "--output", tmp_path, *flags]
+    with pytest.raises(ValueError) as refusal:
+        parse(list(map(str, base)))
+    assert str(refusal.value).startswith(REFUSED[flags])
+
+
+def test_a_single_process_has_nothing_to_shard(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="start several, for example by torchrun --nproc-per-node 2 -m dsvl.training"):
+        parse(["--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--output", str(tmp_path), "--fsdp"])
 
 
 EVERYTHING = ["--train", "projector", "embeddings", "vision", "language", "head"]

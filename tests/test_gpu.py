@@ -339,3 +339,43 @@ def test_a_library_in_gpu_memory_and_pinned_main_memory(quantize):
     assert 0 < library.tiers.device.bytes <= 4 * size and library.tiers.device.evicted > 0
     assert all(one.is_pinned() for name in library.tiers.memory.names() for one in library.tiers.memory.get(name).values())
     assert library.tiers.arena.bytes <= 2**17
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_decoder_over_two_gpus_answers_as_on_one(family):
+    """As `device_map="auto"` places it: with the image KV cache, in 8 bits and on the host, a library, compiled decoding."""
+    from accelerate import dispatch_model
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch._dynamo.reset()
+    wide = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.1}
+    model = tiny_model(family, dtype=torch.float32, **wide).cuda()
+    inputs = on_gpu(batch(*PROMPTS, dtype=torch.float32))
+    pixels = inputs["pixel_values"]
+    how = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, **how)
+    in_8_bits = model.generate(**{**inputs, "pixel_values": None}, image_cache=model.encode_images(pixels).quantize(), **how)
+    layers = model.config.text_config.num_hidden_layers
+    device_map = {name: 0 for name, _ in model.model.named_children() if name != "language_model"}
+    device_map = {f"model.{name}": device for name, device in device_map.items()} | {"lm_head": 1}
+    for name, _ in model.model.language_model.named_children():
+        device_map |= {f"model.language_model.{name}": 1 if name == "norm" else 0} if name != "layers" else {}
+    device_map |= {f"model.language_model.layers.{number}": int(number >= layers // 2) for number in range(layers)}
+    model = dispatch_model(model, device_map)
+    assert {parameter.device.index for parameter in model.parameters()} == {0, 1}
+    assert model.generate(**inputs, **how).equal(expected)
+    assert model.generate(**inputs, **how, cache_implementation="static").equal(expected)
+    assert "_compiled_call" in model.__dict__, "nothing was compiled"
+    del inputs["pixel_values"]
+    cache = model.encode_images(pixels)
+    assert model.generate(**inputs, image_cache=cache, **how).equal(expected)
+    assert model.generate(**inputs, image_cache=cache, **how, cache_implementation="static").equal(expected)
+    assert model.generate(**inputs, image_cache=cache.quantize(), **how).equal(in_8_bits)
+    assert model.generate(**inputs, image_cache=cache.offload(), **how).equal(expected)
+    model.compile_text_prefill()
+    assert model.generate(**inputs, image_cache=cache, **how).equal(expected)
+    model.image_library = ImageLibrary(model, 2**24, device_bytes=2**24)
+    for _ in range(2):
+        assert model.generate(**inputs, pixel_values=pixels, **how).equal(expected)
+    assert model.image_library.statistics()["hits"] > 0

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,12 +73,12 @@ def test_a_run_learns_and_resumes(folder, tmp_path, setup):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3", "zero3-offload"])
+@pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3", "zero3-offload", "fsdp"])
 def test_two_gpus_learn_as_one(folder, tmp_path, setup):
     if "zero" in setup:
         pytest.importorskip("deepspeed")
     train(folder, tmp_path / "one")
-    flags = ["--deepspeed", setup] if "zero" in setup else []
+    flags = ["--deepspeed", setup] if "zero" in setup else ["--fsdp"] if setup == "fsdp" else []
     train(folder, tmp_path / "two", *flags, processes=2, batch=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
@@ -85,3 +86,41 @@ def test_two_gpus_learn_as_one(folder, tmp_path, setup):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_without_a_launcher_one_gpu_trains(folder, tmp_path):
     assert "2 GPUs, but no launcher" in train(folder, tmp_path / "output").stderr
+
+
+SHARDED = {
+    "bf16": ["--bf16"],
+    "everything": ["--bf16", "--train", "projector", "embeddings", "vision", "language", "head"],
+    "checkpointed": ["--bf16", "--activation-checkpointing", "--gradient-accumulation-steps", "2"],
+    "compiled": ["--bf16", "--compile-decoder-layers"],
+    "adapters": ["--bf16", "--lora-rank", "8", "--lora-vision"],
+    "kept": ["--bf16", "--fsdp-config", '{"reshard_after_forward": false}'],
+}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("setup", SHARDED)
+def test_shards_on_two_gpus_learn_and_resume(folder, tmp_path, setup):
+    output = tmp_path / "output"
+    flags = ["--fsdp", *SHARDED[setup], "--eval-data", folder / "held_out.jsonl", "--eval-exact-match"]
+    flags += ["--eval-max-new-tokens", "3"]
+    done = train(folder, output, *flags, processes=2, batch=2)
+    assert "(1/2, FSDP2)" in done.stderr
+    whole = losses(output)
+    assert whole[-1] < whole[0] - 0.1
+    take_back(output)
+    assert "Resuming from" in train(folder, output, *flags, processes=2, batch=2).stderr
+    assert losses(output) == pytest.approx(whole, abs=0.02)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_that_split_the_decoder_answer_as_one(folder):
+    """On the GPUs; tests/test_tensor_parallel.py tells it without them."""
+    script = Path(__file__).with_name("tensor_parallel_answers.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script, folder, "cuda"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(2):
+        found = json.loads((folder / f"{rank}.json").read_text())
+        assert found["own share of the image cache"] == 0.5 and found["logits"] < 1e-3
+        assert found["same"] == dict.fromkeys(found["same"], True)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from dsvl.training.activation_memory import (
     planning_attention,
 )
 from dsvl.training.memory_plan import MemoryPlan, Planner, largest_micro_batch, plan, usable
-from dsvl.training.model_states import GIB, ModelSizes, PhaseMemory, arriving_gradients, model_states
+from dsvl.training.model_states import GIB, ModelSizes, PhaseMemory, arriving_gradients, fsdp_states, model_states
 from dsvl.training.plan import size, table
 from dsvl.training.ready_recipes import ready_recipes
 from dsvl.training.recipe import compose_arguments
@@ -360,6 +361,28 @@ def test_offloading_moves_everything_but_the_work_to_main_memory():
     assert cpu == 2 * (250 + 61) + 2 * 61 + (12 + 4) * 61
 
 
+def test_fsdp_shards_everything_in_float32_where_it_is_trained():
+    # Layers of 400 elements; 300 outside of layers and embeddings.
+    sizes = replace(SIZES, largest_layer=400, unlayered=300)
+    forward, step = fsdp_states(sizes, TRACE, world_size=4)
+    assert forward.weights == step.weights == 2 * 250 + 4 * (10 + 38 + 13)
+    assert forward.gradients == step.gradients == 4 * 61
+    assert forward.optimizer == step.optimizer == 8 * 61
+    # Three layers and what stays gathered, in 16 bits; whole gradients of at most what is trained, in float32.
+    assert forward.buffers == 2 * (300 + 3 * 400) + 4 * 240
+    assert (step.buffers, forward.activations, step.activations) == (0, 5000, 0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_under_fsdp_needs_less_than_under_data_parallelism(checkpointing):
+    options = dict(world_size=4, activation_checkpointing=checkpointing, train=[*DEFAULT, "language"], **STEP)
+    deep = small_config(layers=12)
+    whole = plan(deep, mixed_precision=True, dtype="bfloat16", **options)
+    sharded = plan(deep, fsdp=True, dtype="bfloat16", **options)
+    assert sharded.total < 0.6 * whole.total
+    assert plan(deep, fsdp=True, dtype="bfloat16", gradient_accumulation=True, **options) == sharded
+
+
 def test_more_gpus_never_need_more_each():
     totals = [
         plan(small_config(), train=("projector", "embeddings", "language"), world_size=n, deepspeed="zero3", **STEP).total
@@ -400,6 +423,7 @@ def test_where_one_sample_does_not_fit_the_largest_micro_batch_is_zero():
         (dict(train=["language"], lora_rank=4), r"lora_rank=4 freezes .* train contains 'language'; pass one of them"),
         (dict(sequence_length=34, images=2), r"sequence_length=34 is too short: 2 images take 34 .* at least 35"),
         (dict(supervised_share=0), r"supervised_share=0 is out of range; pass a number above 0 and at most 1"),
+        (dict(deepspeed="zero2", fsdp=True), "deepspeed='zero2' with fsdp=True: both shard the model; pass one of them"),
         (dict(dtype="int8"), r"dtype='int8' is unknown; choose from bfloat16, float16, float32"),
     ],
 )
@@ -580,6 +604,7 @@ def test_a_recipe_that_composes_is_planned_from_the_configurations(tmp_path, rec
             "--lora-rank with a recipe, which sets it for each stage; change the recipe, or pass --stage.",
         ),
         (["--dtype", "float16"], "--dtype with a recipe, which sets it for each stage;"),
+        (["--fsdp"], "--fsdp with a recipe, which sets it for each stage;"),
         (["--stage", "align.max_length=4", "--images", "1"], "stage 'align': sequence_length=4 is too short: 1 images take"),
         (["--stage", "alin.max_length=4"], "no stage has the name alin; the stages are align, full; did you mean align?"),
     ],

@@ -44,19 +44,19 @@ class ModelSizes:
         parameters: size of every parameter; tied parameters count once.
         trained: size of every trainable parameter, in the model's order.
         largest_module: largest sum of the parameters that one module holds itself.
-        largest_layer: parameters of the largest layer of decoder or tower.
-        unlayered: parameters outside of these layers, without the embeddings.
         hidden: hidden size of the decoder, from which transformers computes DeepSpeed's "auto" bucket sizes.
         element: bytes per weight.
+        largest_layer: parameters of the largest layer of decoder or tower, for FSDP.
+        unlayered: parameters outside of these layers and of the embeddings, for FSDP.
     """
 
     parameters: tuple[int, ...]
     trained: tuple[int, ...]
     largest_module: int
-    largest_layer: int
-    unlayered: int
     hidden: int
     element: int
+    largest_layer: int = 0
+    unlayered: int = 0
 
 
 def model_states(

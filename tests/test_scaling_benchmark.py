@@ -1,0 +1,120 @@
+"""`benchmarks/scaling.py`: its rows, what it says of a profile, and a run of two processes."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_runs import environment
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("scaling")
+
+
+def test_rows_are_read_by_their_names(scaling):
+    assert [scaling.Row.parse(name).method for name in scaling.ROWS][-1] == "fsdp"
+    row = scaling.Row.parse("lora/zero3+leaf+prefetch+compiled")
+    assert (row.lora, row.method, row.variants) == (True, "zero3", ("leaf", "prefetch", "compiled"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zero4", "'zero4' is not a row; expected"),
+        ("ddp+fast", r"'ddp\+fast' is not a row; expected"),
+        ("zero2+leaf", r"\+leaf is a variant of zero3; drop it"),
+        ("zero3+kept", r"\+kept is a variant of fsdp; drop it"),
+        ("zero3+compiled", r"gathered inside of compiled layers; add \+leaf"),
+    ],
+)
+def test_other_names_are_refused(scaling, name, message):
+    with pytest.raises(ValueError, match=message):
+        scaling.Row.parse(name)
+
+
+def test_every_variant_of_zero3_changes_its_settings_as_deepspeed_knows_them(scaling, monkeypatch):
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    monkeypatch.setattr(scaling.dist, "get_world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    import torch
+
+    def settings(*variants):
+        made = scaling.zero_config(scaling.Row.parse("+".join(["zero3", *variants])), scaling.SHAPES["7b"], torch.bfloat16)
+        assert "auto" not in made["zero_optimization"].values()
+        return config.DeepSpeedZeroConfig(**made["zero_optimization"]).model_dump()
+
+    plain = settings()
+    for variant in scaling.ZERO3_VARIANTS:
+        changed = {name for name, value in settings(variant).items() if value != plain[name]}
+        assert len(changed) == 1, (variant, changed)
+    assert settings("prefetch")["prefetch_bucket_size"] == 2 * (4 * 4096**2 + 3 * 4096 * 11008)  # two layers of LLaMA-7B
+
+
+def test_shapes_have_the_parameters_that_they_are_named_after(scaling):
+    import torch
+
+    from dsvl import DSVLForConditionalGeneration
+    from dsvl.transformers_dsvl import no_init_weights
+
+    def count(name, layers):
+        shape = scaling.replace(scaling.SHAPES[name], layers=layers)
+        with torch.device("meta"), no_init_weights():
+            model = DSVLForConditionalGeneration(scaling.configuration(name, shape))
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    def whole(name):  # layers are alike
+        one, two = count(name, 1), count(name, 2)
+        return one + (scaling.SHAPES[name].layers - 1) * (two - one)
+
+    assert whole("7b") == pytest.approx(7.05e9, rel=0.01)
+    assert whole("30b") == pytest.approx(32.8e9, rel=0.01)
+    assert whole("70b") == pytest.approx(70.9e9, rel=0.01)
+
+
+def test_times_split_into_computing_communicating_both_and_neither(scaling):
+    shares = scaling.bounds([(0, 4), (3, 5), (8, 9)], [(4, 7), (9, 20)], whole=(0, 10))
+    assert shares == pytest.approx({"compute": 0.5, "both": 0.1, "exposed_communication": 0.3, "idle": 0.1})
+    assert scaling.bounds([], [], whole=(0, 1))["idle"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "allgather"),
+        ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", "reducescatter"),
+        ("gloo:all_reduce", "allreduce"),
+        ("nccl:_all_gather_base", "allgather"),
+        ("ncclDevKernel_SendRecv", "other"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16>", None),
+        ("aten::mm", None),
+    ],
+)
+def test_collectives_are_told_from_kernels_that_compute(scaling, name, kind):
+    assert scaling.collective(name) == kind
+
+
+@pytest.mark.slow
+def test_it_runs_with_one_and_two_processes(tmp_path):
+    pytest.importorskip("deepspeed")
+    rows = ["ddp", "zero2", "zero3", "fsdp", "zero3+leaf+prefetch", "lora/fsdp", "lora/zero3"]
+    command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--shape", "tiny", "--processes", "1", "2", "--rounds", "2"]
+    command += ["--budget", "1800", "--profile", str(tmp_path / "traces"), "--out", str(tmp_path / "scaling.json")]
+    done = subprocess.run([*command, "--rows", *rows], env=environment(), capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {(one["row"], one["processes"]): one for one in json.loads((tmp_path / "scaling.json").read_text())["results"]}
+    assert len(results) == 14
+    # Every method trains the same model on the same batch: without adapters, the losses are those of DDP.
+    for (row, processes), one in results.items():
+        if not row.startswith("lora/"):
+            assert one["losses"] == pytest.approx(results["ddp", processes]["losses"], abs=1e-4), row
+        assert one["profile"]["idle"] < 1 and (tmp_path / "traces").is_dir()
+    for row in ("zero3", "fsdp"):
+        assert results[row, 2]["profile"]["calls_of_collectives"]["allgather"] > 0
+    assert "100.0%" in done.stdout
