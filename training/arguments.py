@@ -281,8 +281,9 @@ class DSVLTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.fsdp:
             # Gradients of several micro-batches are summed in shards, not whole.
-            given = self.accelerator_config.gradient_accumulation_kwargs or {}
-            self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True} | given
+            config: Any = self.accelerator_config
+            given = config.gradient_accumulation_kwargs or {}
+            config.gradient_accumulation_kwargs = {"sync_each_batch": True} | given
         if self.n_gpu > 1:
             # The Trainer would choose DataParallel, which splits images as if each conversation had one.
             logger.warning(

@@ -133,7 +133,9 @@ def shard_with_accelerate(accelerator: Accelerator, plugin: FullyShardedDataPara
     # Of the optimizer; whole weights are saved by `full_state`.
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("SHARDED_STATE_DICT")
-    if accelerator.mixed_precision != "no":
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"FSDP with mixed precision {accelerator.mixed_precision} is not supported; pass bf16, or none.")
+    if accelerator.mixed_precision == "bf16":
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -154,7 +156,8 @@ def full_state(model: torch.nn.Module, trained_only: bool = False) -> dict[str, 
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-    return get_model_state_dict(model, options=options)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
 
 
 def load_full_state(model: torch.nn.Module, checkpoint: Path) -> None:
