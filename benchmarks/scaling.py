@@ -216,11 +216,11 @@ def build(name: str, row: Row, shape: Shape, checkpointing: bool, device: torch.
 
 def compile_layers(model: Any, row: Row) -> None:
     """Compile the decoder's layers; under ZeRO-3 without DeepSpeed's hooks, which gather the weights before."""
+    model.compile_decoder_layers()  # whose masks are those for compiled layers
     if row.method != "zero3":
-        model.compile_decoder_layers()
         return
-    torch._dynamo.config.optimize_ddp = False
     for layer in model.model.language_model.layers:
+        layer._compiled_call_impl = None
         layer.forward = torch.compile(layer.forward)
 
 
