@@ -19,6 +19,7 @@ from ..utils.image_loading import IMAGE_SUFFIXES
 from ..utils.video_loading import VIDEO_SUFFIXES
 from ..utils.yaml_files import read_yaml
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
+from .batch_division import BatchDivision
 
 RECORD = "run.json"  # in the output directory
 STAGE_FACTS = "stage.json"  # in the directory of an earlier stage: what the model card of the finished model says about it
@@ -98,16 +99,19 @@ class RunRecord:
         settings: the fingerprint, field -> value; the value of `model`, `data` and `eval_data` is `{"name", "digest"}`.
         files: file name -> its digest, size and modification time.
         finished: whether the trained model is complete.
+        batch: how the flags divide the batch among processes; None in records of earlier releases.
     """
 
     settings: dict[str, Any]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     finished: bool = False
+    batch: BatchDivision | None = None
 
     def write(self, output: Path) -> None:
         """Write the record into the output directory, atomically."""
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / RECORD, json.dumps(vars(self), indent=1, sort_keys=True) + "\n")
+        content = vars(self) | {"batch": None if self.batch is None else self.batch.to_dict()}
+        write_atomically(output / RECORD, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def read_record(output: Path) -> RunRecord | None:
@@ -124,7 +128,8 @@ def read_record(output: Path) -> RunRecord | None:
         settings = {RENAMED_FIELDS.get(name, name): value for name, value in content["settings"].items()}
         if (rate := settings.pop("embeddings_learning_rate", NOT_RECORDED)) is not NOT_RECORDED:  # dsvl 0.2
             settings["learning_rates"] = None if rate is None else {"embeddings": rate}
-        return RunRecord(settings, dict(content["files"]), bool(content["finished"]))
+        batch = BatchDivision.read(content.get("batch"))
+        return RunRecord(settings, dict(content["files"]), bool(content["finished"]), batch)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not the record of a run ({error!r}); delete it, or pass --overwrite-output.") from error
 
@@ -177,14 +182,12 @@ def take_fingerprint(
     settings |= {name: getattr(data_arguments, name) for name in DATA_FIELDS}
     settings |= {name: getattr(arguments, name) for name in TRAINING_FIELDS}
     settings["train"] = sorted(settings["train"])
-    settings["batch_size"] = (
-        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    )
+    settings["batch_size"] = BatchDivision.of(arguments).batch_size
     if arguments.max_steps > 0:  # overrides num_train_epochs
         del settings["num_train_epochs"]
     # Normalized as JSON returns them: enumerations as values, tuples as lists.
     settings = json.loads(json.dumps(settings, default=lambda value: getattr(value, "value", str(value))))
-    return RunRecord(settings, digests.files)
+    return RunRecord(settings, digests.files, batch=BatchDivision.of(arguments))
 
 
 def add_model(record: RunRecord, name: str, field: str = "model") -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..utils.transformers_names import TRAINER_STATE_NAME
+from .arguments import DataArguments, DSVLTrainingArguments
+from .batch_division import BatchDivision, keep_batch_size
 from .checkpoints import MARKER, has_optimizer_states, last_complete_checkpoint, why_incomplete
 from .fingerprint import RECORD, RunRecord, differences, read_record
 from .plot import PLOT
@@ -29,6 +31,44 @@ class Start:
 
     checkpoint: str | None = None
     finished: bool = False
+
+
+def divide_batch(
+    output: Path,
+    before: RunRecord | None,
+    requested: RunRecord,
+    data_arguments: DataArguments,
+    arguments: DSVLTrainingArguments,
+) -> BatchDivision:
+    """How a run divides its batch among the processes; a run that continues keeps its effective batch size.
+
+    Args:
+        output: the output directory.
+        before: record of the run that is continued; None if there is none.
+        requested: fingerprint of the requested run; its batch size becomes the one that is kept.
+        data_arguments, arguments: what is requested.
+
+    Raises:
+        ValueError: if the run cannot continue on this number of processes; see `keep_batch_size`.
+    """
+    asked = BatchDivision.of(arguments)
+    if before is None or before.batch is None:
+        return asked
+    chosen = arguments.resume_from_checkpoint not in (None, NO, LAST)
+    if not (before.finished or chosen or any(why_incomplete(path) is None for path in checkpoints(output))):
+        return asked
+    kept = keep_batch_size(before.batch, data_arguments, arguments, before.finished)
+    requested.settings["batch_size"] = kept.batch_size
+    if (before.batch.per_device, before.batch.accumulation) == (asked.per_device, asked.accumulation):
+        requested.batch = before.batch  # the number of processes for which the flags were chosen
+    return kept
+
+
+def record_to_continue(output: Path, resume: str | None) -> RunRecord | None:
+    """The record of the run that `--resume-from` continues; None if there is none."""
+    if resume in (None, NO, LAST):
+        return read_record(output)
+    return read_record(Path(str(resume)).parent) or read_record(output)
 
 
 def decide_start(output: Path, requested: RunRecord, resume: str | None = None, overwrite: bool = False) -> Start:
@@ -55,7 +95,10 @@ def decide_start(output: Path, requested: RunRecord, resume: str | None = None, 
     last = last_complete_checkpoint(output)
     other = differences(record.settings, requested.settings) if record is not None else []
     if other and (finished or last is not None):
-        raise ValueError(f"{output} belongs to another run: {'; '.join(other)}. {REMEDY} under the new settings.")
+        raise ValueError(
+            f"{output} belongs to another run: {'; '.join(other)}. {REMEDY} under the new settings."
+            f"{_flags_of_batch(record, requested)}"
+        )
     if resume == NO and (finished or last is not None):
         raise ValueError(
             f"{output} contains {'this run, finished' if finished else last}, but --resume-from is no. {REMEDY}."
@@ -120,10 +163,24 @@ def _chosen_checkpoint(resume: str, output: Path, requested: RunRecord) -> str:
     if (path / MARKER).is_file() and (missing := why_incomplete(path)):
         raise ValueError(f"--resume-from {resume} is not complete: {missing}.")
     _check_optimizer(resume)
-    record = read_record(path.parent) or read_record(output)
+    record = record_to_continue(output, resume)
     for difference in differences(record.settings, requested.settings) if record is not None else []:
         logger.warning("%s was written by a run with other settings: %s.", resume, difference)
+        if difference.startswith("batch_size "):
+            logger.warning(
+                "The data continues after %s batches of the new size, so that samples are read twice or skipped.",
+                _step(path),
+            )
     return resume
+
+
+def _flags_of_batch(before: RunRecord | None, requested: RunRecord) -> str:
+    """The flags that keep the batch size of a run; empty if it is the same, or unknown."""
+    if before is None or before.batch is None or requested.batch is None:
+        return ""
+    if before.settings.get("batch_size") == requested.settings.get("batch_size"):
+        return ""
+    return f" The batch size is kept with {before.batch.among(requested.batch.processes).flags}."
 
 
 def _check_optimizer(checkpoint: str) -> None:

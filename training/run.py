@@ -22,16 +22,28 @@ from ..data.streaming import Stream
 from ..publishing.push import push_directory
 from ..utils.transformers_names import TRAINER_STATE_NAME
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
+from .batch_division import BatchDivision, describe_resuming, with_division
 from .checkpoints import CompleteCheckpoints, has_optimizer_states, why_incomplete
 from .collator import ConversationCollator
 from .data_summary import describe_data
+from .deepspeed_config import zero_stage
 from .distributed import on_first_process
 from .feature_cache import FeatureCache, feature_fingerprint, fill_cache
-from .fingerprint import RunRecord, read_record, take_fingerprint
+from .fingerprint import RunRecord, take_fingerprint
 from .model_card import training_facts
 from .model_loading import load_checkpoint_tower, load_model, precision
 from .progress_callbacks import TrainingLines, TrainingProgress
-from .resumption import REMEDY, Start, begin, checkpoints, decide_start, finish
+from .repartition import check_states
+from .resumption import (
+    REMEDY,
+    Start,
+    begin,
+    checkpoints,
+    decide_start,
+    divide_batch,
+    finish,
+    record_to_continue,
+)
 from .saving import StageOfRun, save_trained
 from .trainer import DSVLTrainer, count_parameters
 from .training_data import open_data, pack_data
@@ -79,9 +91,10 @@ def train(
     output = Path(str(arguments.output_dir))
     check_model(model_arguments.model, output)
     data = open_run_data(data_arguments, arguments)
-    record, start = on_first_process(lambda: _decide(output, model_arguments, data_arguments, arguments))
+    record, start, batch = on_first_process(lambda: _decide(output, model_arguments, data_arguments, arguments))
     if start.finished:
         return finished_run(output, arguments)
+    arguments = with_division(arguments, batch)
     return train_model(model_arguments, data_arguments, arguments, data, record, start)
 
 
@@ -136,6 +149,8 @@ def train_model(
         The metrics of the training and of the last evaluation, name -> value.
     """
     output, seed = Path(str(arguments.output_dir)), run_seed(arguments)
+    if start.checkpoint is not None:
+        check_states(Path(start.checkpoint), zero_stage(arguments.deepspeed))
     conversations, eval_data = data
     publish, arguments.push_to_hub = arguments.push_to_hub, False  # once, when the output directory is complete
     processor = AutoProcessor.from_pretrained(model_arguments.model)
@@ -189,10 +204,12 @@ def train_model(
         logger.info(line)
     on_first_process(lambda: begin(output, record, start, arguments.overwrite_output))
     if start.checkpoint is not None:
-        logger.info("Resuming from %s.", start.checkpoint)
+        logger.info(describe_resuming(Path(start.checkpoint), arguments))
         if isinstance(train_data, Stream):
             state = TrainerState.load_from_json(str(Path(start.checkpoint) / TRAINER_STATE_NAME))
-            batch_size = state.train_batch_size or arguments.train_batch_size  # --auto-find-batch-size may have lowered it
+            batch_size = arguments.train_batch_size
+            if arguments.auto_find_batch_size and state.train_batch_size is not None:  # it may have been lowered
+                batch_size = state.train_batch_size
             train_data.start_after(state.global_step * arguments.gradient_accumulation_steps, batch_size)
             arguments.ignore_data_skip = True  # the Trainer would decode the skipped batches
     disable_progress_bar()  # transformers' bars for loading and saving files
@@ -221,11 +238,13 @@ def train_model(
 
 def _decide(
     output: Path, model_arguments: ModelArguments, data_arguments: DataArguments, arguments: DSVLTrainingArguments
-) -> tuple[RunRecord, Start]:
-    """The fingerprint of the requested run, and how it begins in this output directory."""
-    before = None if arguments.overwrite_output else read_record(output)
+) -> tuple[RunRecord, Start, BatchDivision]:
+    """The fingerprint of the requested run, how it begins in this output directory, and how its batch is divided."""
+    resume, overwrite = arguments.resume_from_checkpoint, arguments.overwrite_output
+    before = None if overwrite else record_to_continue(output, resume)
     record = take_fingerprint(model_arguments, data_arguments, arguments, before.files if before is not None else None)
-    return record, decide_start(output, record, arguments.resume_from_checkpoint, arguments.overwrite_output)
+    batch = divide_batch(output, before, record, data_arguments, arguments)
+    return record, decide_start(output, record, resume, overwrite), batch
 
 
 def _publish(arguments: DSVLTrainingArguments) -> None:

@@ -25,6 +25,7 @@ from ..hub_card import TrainingFacts
 from ..utils.console_log import log_to_console
 from ..utils.transformers_names import TRAINER_STATE_NAME
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments, build_arguments
+from .batch_division import BatchDivision, with_division
 from .distributed import on_first_process
 from .fingerprint import (
     RECORD,
@@ -46,6 +47,7 @@ from .resumption import (
     checkpoints,
     decide_start,
     delete_runs,
+    divide_batch,
     stage_directories,
 )
 from .run import check_model, finished_run, interruption_message, open_run_data, train_model
@@ -108,7 +110,7 @@ class StagedRun:
         if not self.recipe.composes:
             check_model(self.models[0], self.directories[0])
             check_model(self.models[0], self.output)
-        records, starts = on_first_process(lambda: self._decide(arguments))
+        records, starts, batches = on_first_process(lambda: self._decide(arguments))
         if starts[-1].finished:
             on_first_process(self._clean_up)
             return finished_run(self.output, arguments[-1][2], REMEDY)
@@ -125,7 +127,7 @@ class StagedRun:
             opened, data[index] = data[index], None
             try:
                 with naming_stage(name), _same_environment():
-                    metrics = self._train_stage(index, opened, records[index], starts[index])
+                    metrics = self._train_stage(index, opened, records[index], starts[index], batches[index])
             except KeyboardInterrupt:
                 where = f"stage {index + 1} of {count}, {name}"
                 raise KeyboardInterrupt(interruption_message(self.directories[index], where)) from None
@@ -176,23 +178,25 @@ class StagedRun:
             with naming_stage(name), _same_environment():
                 check_model_arguments(config, build_arguments(values)[0])
 
-    def _decide(self, arguments: list[Arguments]) -> tuple[list[RunRecord], list[Start]]:
-        """The fingerprint of each stage without its model, and how it starts."""
+    def _decide(self, arguments: list[Arguments]) -> tuple[list[RunRecord], list[Start], list[BatchDivision]]:
+        """The fingerprint of each stage without its model, how it starts, and how its batch is divided."""
         overwrite, resume = arguments[0][2].overwrite_output, arguments[0][2].resume_from_checkpoint
         if overwrite and resume not in (None, NO):
             raise ValueError(f"--overwrite-output deletes what --resume-from {resume} needs; pass one of them.")
         before = [None if overwrite else read_record(directory) for directory in self.directories]
-        records = []
+        records, batches = [], []
         for index, (three, old) in enumerate(zip(arguments, before, strict=True)):
             record = take_fingerprint(*three, known=old.files if old is not None else None, with_model=False)
             record.settings["stage"] = self.names[index]
             records.append(record)
+            with naming_stage(self.names[index]):
+                batches.append(divide_batch(self.directories[index], old, record, *three[1:]))
         if self.recipe.composes:
             self._add_compose(records[0])
         else:
             add_model(records[0], self.models[0])
         if overwrite:
-            return records, [Start() for _ in records]
+            return records, [Start() for _ in records], batches
         self._refuse_other_runs(before, records)
         # A later stage that is finished does not need the results of earlier ones.
         finished = [
@@ -209,7 +213,7 @@ class StagedRun:
             raise ValueError(f"{self.output} contains this run, but --resume-from is no. {REMEDY}.")
         if resume == LAST and not anything:
             raise ValueError(f"{self.output} contains no complete checkpoint to resume from; drop --resume-from to start.")
-        return records, starts
+        return records, starts, batches
 
     def _refuse_other_runs(self, before: list[RunRecord | None], records: list[RunRecord]) -> None:
         """Refuse a directory in which a stage has results that the requested stage would not have."""
@@ -241,8 +245,9 @@ class StagedRun:
             elif name not in ("out", "run", "max_shard_size"):
                 record.settings[f"compose.{name}"] = value
 
-    def _train_stage(self, index: int, data: Any, record: RunRecord, start: Start) -> dict[str, float]:
+    def _train_stage(self, index: int, data: Any, record: RunRecord, start: Start, batch: BatchDivision) -> dict[str, float]:
         model_arguments, data_arguments, arguments = build_arguments(self.values[index])
+        arguments = with_division(arguments, batch)
         directory, model = self.directories[index], self.models[index]
         if index == 0 and self.recipe.composes:
             on_first_process(lambda: self._compose(record, arguments.seed))

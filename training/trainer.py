@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from ..composition.chat_template import chat_template_name
@@ -24,6 +25,7 @@ from .fsdp import full_state, layer_classes, load_full_state, shard_with_acceler
 from .label_smoothing import smoothed_loss
 from .learning_rates import parse_learning_rates, parts_of_parameters
 from .model_card import training_facts
+from .repartition import loadable
 
 # As in Trainer.get_decay_parameter_names; "embed" also matches parameters outside of nn.Embedding (CLIP's CLS token).
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)", r"embed", r"(?:^|\.)query$"]
@@ -139,6 +141,25 @@ class DSVLTrainer(Trainer):
         if num_items is not None:
             self._tokens_trained += torch.as_tensor(num_items, device=self._tokens_trained.device)
         return batches, num_items
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """As in `Trainer`; samples that fill the last batches of an epoch were trained already, and do not count."""
+        own = self._own_rows() if batch_samples and self.accelerator.gradient_state.end_of_dataloader else None
+        if own is not None:
+            labels = batch_samples[-1]["labels"] = batch_samples[-1]["labels"].clone()
+            # Where skipped samples left other rows, those of the repetitions are unknown, unless all are.
+            if own == 0 or len(labels) == self._train_batch_size:
+                labels[own:] = -100
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _own_rows(self) -> int | None:
+        """How many samples of this process's last batch in an epoch are no repetitions; None if all of them are none."""
+        batch_size, state = self._train_batch_size, self.accelerator.state
+        if self.args.world_size == 1 or self.args.dataloader_drop_last or isinstance(self.train_dataset, IterableDataset):
+            return None
+        rest = len(self.train_dataset) % (batch_size * state.num_processes)
+        own = min(max(rest - state.process_index * batch_size, 0), batch_size)
+        return None if rest == 0 or own == batch_size else own
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in `Trainer`, with label smoothing; it is also active in backward, which recomputes parts of the loss."""
@@ -269,6 +290,19 @@ class DSVLTrainer(Trainer):
             {key: group[key] for key in GROUP_SETTINGS if key in group} for group in optimizer.param_groups
         ]
         return optimizer
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As in `Trainer`, which cannot load a DeepSpeed checkpoint of another number of processes."""
+        with self._loadable(resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """As in `Trainer`; the best checkpoint may be of another number of processes too."""
+        with self._loadable(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _loadable(self, checkpoint: str | None) -> contextlib.AbstractContextManager[None]:
+        return loadable(self, checkpoint) if self.is_deepspeed_enabled else contextlib.nullcontext()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in `Trainer`, but learning rate, decay and betas are taken from the arguments, not from the checkpoint."""

@@ -54,9 +54,11 @@ MEMBERS = {
     ),
     "transformers.cache_utils.StaticLayer": ("is_sliding", "keys", "values", "is_initialized", "cumulative_length"),
     "transformers.Trainer": (
+        "_get_num_items_in_batch",
         "_load_best_model",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
+        "_prepare_for_training",
         "_push_from_checkpoint",
         "_run_epoch",
         "_save",
