@@ -91,17 +91,17 @@ def command(*flags: str, processes: int = 1, launcher: str = "torchrun", module:
             str(bin_folder / "deepspeed"),
             "--num_gpus",
             str(processes),
-            f"--master_port={_port()}",
+            f"--master_port={free_port()}",
             *module_flag,
             *flags,
         ]
     if launcher == "accelerate":
         start = ["launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-        start += ["--dynamo_backend", "no", f"--main_process_port={_port()}"]
+        start += ["--dynamo_backend", "no", f"--main_process_port={free_port()}"]
         return [str(bin_folder / "accelerate"), *start, *script, *flags]
     if processes == 1:
         return [sys.executable, *script, *flags]
-    return [str(bin_folder / "torchrun"), f"--nproc-per-node={processes}", f"--master-port={_port()}", *script, *flags]
+    return [str(bin_folder / "torchrun"), f"--nproc-per-node={processes}", f"--master-port={free_port()}", *script, *flags]
 
 
 def environment() -> dict[str, str]:
@@ -140,7 +140,8 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max((one[key] - other[key]).abs().max().item() for key in one)
 
 
-def _port() -> int:
+def free_port() -> int:
+    """A port that no process listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

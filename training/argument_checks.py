@@ -11,6 +11,7 @@ from ..video_decoding_dsvl import VideoSampling
 from .deepspeed_config import zero_stage
 from .learning_rates import check_rated_parts
 from .trainable_parts import PARTS
+from .watchdog import SHORTEST
 
 
 def check_options(values: dict[str, Any]) -> None:
@@ -46,6 +47,12 @@ def check_options(values: dict[str, Any]) -> None:
         raise ValueError("--eval-exact-match needs held-out data; pass --eval-data or --eval-share.")
     if values.get("cache_image_features") and ("vision" in values["train"] or values["lora_vision"]):
         raise ValueError("--cache-image-features with a trained vision tower: its features change; choose one of them.")
+    timeout = values.get("lost_process_timeout") or 0
+    if timeout and timeout < SHORTEST:
+        raise ValueError(
+            f"--lost-process-timeout {timeout:g}: a busy process would count as lost; pass {SHORTEST:g} or more seconds, or 0 "
+            "for none."
+        )
     _check_data_options(values)
     _check_device(values)
     _check_reports(values.get("report_to"))

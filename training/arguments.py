@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,13 @@ class DSVLTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "stop after this number of evaluations without an improvement of metric_for_best_model"},
     )
+    lost_process_timeout: float = field(
+        default=40,
+        metadata={
+            "help": "seconds without a sign of life of a process after which all others end, with a message that names it; 0 "
+            "waits for --ddp-timeout instead"
+        },
+    )
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -277,7 +285,7 @@ class DSVLTrainingArguments(TrainingArguments):
             # Batches are copied while the device computes the previous step.
             self.accelerator_config = {"non_blocking": True}
         if self.deepspeed is not None:
-            _start_deepspeed(on_cpu=self.use_cpu)
+            _start_deepspeed(on_cpu=self.use_cpu, timeout=self.ddp_timeout_delta)
         super().__post_init__()
         if self.fsdp:
             # Gradients of several micro-batches are summed in shards, not whole.
@@ -294,7 +302,7 @@ class DSVLTrainingArguments(TrainingArguments):
             self._n_gpu = 1
 
 
-def _start_deepspeed(on_cpu: bool) -> None:
+def _start_deepspeed(on_cpu: bool, timeout: timedelta) -> None:
     """Initialize DeepSpeed's communication; without a launcher, for a single process."""
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -313,7 +321,7 @@ def _start_deepspeed(on_cpu: bool) -> None:
         except ImportError as error:
             raise ValueError("--deepspeed needs DeepSpeed; pip install 'dsvl[train]'.") from error
         # accelerate would initialize it for an accelerator that the processes do not have.
-        deepspeed.init_distributed(dist_backend="gloo")
+        deepspeed.init_distributed(dist_backend="gloo", timeout=timeout)
 
 
 def build_parser(kind: type[TrainParser] = TrainParser) -> TrainParser:

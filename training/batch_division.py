@@ -145,8 +145,8 @@ def describe_resuming(checkpoint: Path, arguments: DSVLTrainingArguments) -> str
         return f"Resuming from {checkpoint}."
     return (
         f"Resuming from {checkpoint}, which {count_processes(saved)} wrote, on {now.processes}: batches of {now.per_device} "
-        f"x {now.accumulation} accumulated x {now.processes}, {now.batch_size} samples a step. Random numbers, such as those "
-        "of dropout, differ from those of an uninterrupted run."
+        f"x {now.accumulation} accumulated x {now.processes}, {now.batch_size} samples a step. Random numbers, such as "
+        "those of dropout, differ from those of an uninterrupted run."
     )
 
 

@@ -12,6 +12,7 @@ from .ready_recipes import find_recipe, list_recipes
 from .recipe import read_recipe
 from .run import interruption_message, train
 from .stages import StagedRun
+from .watchdog import watching
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> None:
         model_arguments, data_arguments, arguments = parse(argv)
         log_to_console(logging.INFO if arguments.process_index == 0 else logging.ERROR)
         try:
-            train(model_arguments, data_arguments, arguments)
+            with watching(arguments.lost_process_timeout):
+                train(model_arguments, data_arguments, arguments)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(interruption_message(Path(str(arguments.output_dir)))) from None
     finally:

@@ -31,6 +31,7 @@ WHOLE_RUN = {
     "ddp_backend": "all stages run in the same processes",
     "ddp_timeout": "all stages run in the same processes",
     "local_rank": "all stages run in the same processes",
+    "lost_process_timeout": "all stages run in the same processes",
     "tf32": "it is a setting of the process",
     "full_determinism": "it is a setting of the process",
     "log_level": "it is a setting of the process",

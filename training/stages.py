@@ -52,6 +52,7 @@ from .resumption import (
 )
 from .run import check_model, finished_run, interruption_message, open_run_data, train_model
 from .saving import StageOfRun
+from .watchdog import watching
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,6 @@ class StagedRun:
         Raises:
             ValueError: if arguments or data of a stage are invalid, or the output directory belongs to another run.
         """
-        count = len(self.names)
         data: list[Any] = []
         arguments: list[Arguments] = []
         for name, values in zip(self.names, self.values, strict=True):
@@ -107,6 +107,11 @@ class StagedRun:
                 arguments.append(build_arguments(values))
                 log_to_console(logging.INFO if arguments[-1][2].process_index == 0 else logging.ERROR)
                 data.append(open_run_data(*arguments[-1][1:]))
+        with watching(arguments[0][2].lost_process_timeout):
+            return self._train(arguments, data)
+
+    def _train(self, arguments: list[Arguments], data: list[Any]) -> dict[str, float]:
+        count = len(self.names)
         if not self.recipe.composes:
             check_model(self.models[0], self.directories[0])
             check_model(self.models[0], self.output)
