@@ -50,8 +50,8 @@ def check_options(values: dict[str, Any]) -> None:
     timeout = values.get("lost_process_timeout") or 0
     if timeout and timeout < SHORTEST:
         raise ValueError(
-            f"--lost-process-timeout {timeout:g}: a busy process would count as lost; pass {SHORTEST:g} or more seconds, or 0 "
-            "for none."
+            f"--lost-process-timeout {timeout:g}: a busy process would count as lost; pass {SHORTEST:g} or more seconds, or "
+            "0 for none."
         )
     _check_data_options(values)
     _check_device(values)

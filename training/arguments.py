@@ -256,8 +256,8 @@ class DSVLTrainingArguments(TrainingArguments):
     lost_process_timeout: float = field(
         default=40,
         metadata={
-            "help": "seconds without a sign of life of a process after which all others end, with a message that names it; 0 "
-            "waits for --ddp-timeout instead"
+            "help": "seconds without a sign of life of a process after which all others end, with a message that names "
+            "it; 0 waits for --ddp-timeout instead"
         },
     )
 

@@ -20,8 +20,8 @@ from ..utils.video_loading import VIDEO_SUFFIXES
 from ..utils.yaml_files import read_yaml
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
 from .batch_division import BatchDivision
+from .checkpoints import RECORD
 
-RECORD = "run.json"  # in the output directory
 STAGE_FACTS = "stage.json"  # in the directory of an earlier stage: what the model card of the finished model says about it
 RENAMED_FIELDS = {"max_pictures_per_pack": "max_images_per_pack"}  # name in records of dsvl 0.1 -> name
 

@@ -106,13 +106,14 @@ def loadable(trainer: Any, checkpoint: str | None) -> Iterator[None]:
     if checkpoint is None or not needs_conversion(path := Path(checkpoint), dist.get_world_size()):
         yield
         return
-    on_first_process(lambda: convert(path))
+    each = on_first_process if trainer.hosts is None else trainer.hosts.each
+    each(lambda: convert(path))
     _expect_universal(trainer, True)
     yield
     _expect_universal(trainer, False)  # other checkpoints are partitioned
     _separate_steps(trainer.deepspeed.optimizer.optimizer)
     dist.barrier()
-    on_first_process(lambda: remove(path))
+    each(lambda: remove(path))
 
 
 def _expect_universal(trainer: Any, expected: bool) -> None:

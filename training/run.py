@@ -23,18 +23,21 @@ from ..publishing.push import push_directory
 from ..utils.transformers_names import TRAINER_STATE_NAME
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
 from .batch_division import BatchDivision, describe_resuming, with_division
-from .checkpoints import CompleteCheckpoints, has_optimizer_states, why_incomplete
+from .checkpoints import CompleteCheckpoints, has_optimizer_states, send_checkpoint, why_incomplete
 from .collator import ConversationCollator
 from .data_summary import describe_data
 from .deepspeed_config import zero_stage
 from .distributed import on_first_process
 from .feature_cache import FeatureCache, feature_fingerprint, fill_cache
 from .fingerprint import RunRecord, take_fingerprint
+from .hosts import Hosts
 from .model_card import training_facts
 from .model_loading import load_checkpoint_tower, load_model, precision
 from .progress_callbacks import TrainingLines, TrainingProgress
 from .repartition import check_states
 from .resumption import (
+    LAST,
+    NO,
     REMEDY,
     Start,
     begin,
@@ -91,11 +94,23 @@ def train(
     output = Path(str(arguments.output_dir))
     check_model(model_arguments.model, output)
     data = open_run_data(data_arguments, arguments)
+    hosts = Hosts(output)
+    if not arguments.overwrite_output:
+        receive_run(hosts, arguments.resume_from_checkpoint)
     record, start, batch = on_first_process(lambda: _decide(output, model_arguments, data_arguments, arguments))
     if start.finished:
         return finished_run(output, arguments)
     arguments = with_division(arguments, batch)
-    return train_model(model_arguments, data_arguments, arguments, data, record, start)
+    return train_model(model_arguments, data_arguments, arguments, data, record, start, hosts)
+
+
+def receive_run(hosts: Hosts, resume: str | None) -> None:
+    """On hosts with directories of their own, receive what they lack of a run that may be resumed."""
+    if not hosts.separate or resume in (None, NO, LAST):
+        send_checkpoint(hosts)
+        return
+    checkpoint = Path(str(resume))
+    send_checkpoint(Hosts(checkpoint.parent), checkpoint.name)
 
 
 def check_model(model: str, output: Path) -> None:
@@ -134,6 +149,7 @@ def train_model(
     data: tuple[Any, Any],
     record: RunRecord,
     start: Start,
+    hosts: Hosts,
     stage: StageOfRun | None = None,
 ) -> dict[str, float]:
     """Train a model and save it, after `train` has checked the arguments and decided how the run starts.
@@ -143,6 +159,7 @@ def train_model(
         data: training and evaluation data, see `open_data`.
         record: fingerprint of the run.
         start: how it starts.
+        hosts: the hosts with the output directory.
         stage: the place of the training in a recipe, *optional*.
 
     Returns:
@@ -184,7 +201,7 @@ def train_model(
     if model.config.multimodal_attention == "mmca":
         agree(model.config.text_config, precision(arguments), arguments.device)
 
-    callbacks: list[Any] = [CompleteCheckpoints(arguments.save_total_limit)]
+    callbacks: list[Any] = [CompleteCheckpoints(arguments.save_total_limit, hosts)]
     arguments.save_total_limit = None  # applied by the callback
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
@@ -197,12 +214,13 @@ def train_model(
         processing_class=processor,
         callbacks=callbacks,
     )
+    trainer.hosts = hosts
     backend = trainer.accelerator.distributed_type
     if arguments.deepspeed is not None and backend != DistributedType.DEEPSPEED:
         raise RuntimeError(f"--deepspeed was passed, but accelerate chose {backend.value}; check its environment variables.")
     for line in describe(trainer, arguments):
         logger.info(line)
-    on_first_process(lambda: begin(output, record, start, arguments.overwrite_output))
+    hosts.each(lambda: begin(output, record, start, arguments.overwrite_output))
     if start.checkpoint is not None:
         logger.info(describe_resuming(Path(start.checkpoint), arguments))
         if isinstance(train_data, Stream):
@@ -228,7 +246,7 @@ def train_model(
     resumed = start.checkpoint is not None
     facts = training_facts(trainer, metrics, conversations, model_arguments.train, resumed=resumed)
     save_trained(trainer, model_arguments, facts, stage)
-    on_first_process(lambda: finish(output, record))
+    hosts.each(lambda: finish(output, record))
     if publish and trainer.is_world_process_zero():
         _publish(arguments)
     if stage is not None:  # the next stage needs the memory
@@ -285,8 +303,9 @@ def open_feature_cache(
     config = DSVLConfig.from_pretrained(model_arguments.model)
     tower = load_checkpoint_tower(model_arguments.model, config, precision(arguments))
     fingerprint = feature_fingerprint(tower, config, processor)
-    with arguments.main_process_first(local=False, desc="opening the cache of image features"):
-        cache = FeatureCache(directory, fingerprint)
+    hosts = Hosts(directory)  # a cache on each host is filled by its own processes
+    hosts.each(lambda: FeatureCache(directory, fingerprint))
+    cache = FeatureCache(directory, fingerprint)
     fill_cache(
         cache,
         [dataset for dataset in data if dataset is not None],
@@ -294,8 +313,8 @@ def open_feature_cache(
         config,
         processor,
         workers=arguments.dataloader_num_workers,
-        rank=arguments.process_index,
-        processes=arguments.world_size,
+        rank=hosts.members.index(hosts.rank),
+        processes=len(hosts.members),
         allow_urls=allow_urls,
         sampling=processor.video_sampling,
     )

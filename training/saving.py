@@ -12,7 +12,9 @@ from ..hub_card import TrainingFacts, render_card
 from ..utils.transformers_names import TRAINER_STATE_NAME
 from .adapters import merge_adapters
 from .arguments import ModelArguments
+from .checkpoints import RECORD
 from .fingerprint import STAGE_FACTS
+from .hosts import Hosts
 from .model_loading import precision, without_zero3
 from .plot import PLOT, plot_training
 from .trainer import DSVLTrainer
@@ -108,6 +110,35 @@ def save_trained(
         move_into_place(partial, output)
         logger.info("The trained model is in %s.", output)
     trainer.accelerator.wait_for_everyone()
+    if trainer.hosts is not None and trainer.hosts.separate:
+        trainer.hosts.each(lambda: None if trainer.is_world_process_zero() else remove_model(output))
+        share_model(trainer.hosts, overwrite=True)
+
+
+def share_model(hosts: Hosts, overwrite: bool = False) -> None:
+    """Send a complete model to hosts with directories of their own. All processes must call it.
+
+    Args:
+        hosts: the hosts with the directory of the model.
+        overwrite: whether process 0's files replace others, *optional*, defaults to False: they are only sent where they are
+            missing.
+    """
+    hosts.share(lambda: model_files(hosts.directory), overwrite)
+
+
+def model_files(directory: Path) -> list[Path]:
+    """The files of a trained model in the directory of its run; none if there is no directory."""
+    if not directory.is_dir():
+        return []
+    top = [path for path in directory.iterdir() if path.is_file() and path.name != RECORD and not path.name.startswith(".")]
+    return [*top, *(path for path in (directory / ADAPTERS).rglob("*") if path.is_file())]
+
+
+def remove_model(directory: Path) -> None:
+    """Remove what makes a directory a model, the configuration first, and its weights."""
+    (directory / "config.json").unlink(missing_ok=True)
+    for stale in [*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
+        stale.unlink()
 
 
 def make_shareable(directory: Path) -> None:
@@ -127,9 +158,7 @@ def make_shareable(directory: Path) -> None:
 
 def move_into_place(partial: Path, output: Path) -> None:
     """Move the files of `partial` to `output`, the configuration last: without it the directory is not a checkpoint."""
-    (output / "config.json").unlink(missing_ok=True)
-    for stale in [*output.glob("*.safetensors"), *output.glob("*.safetensors.index.json")]:
-        stale.unlink()
+    remove_model(output)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         target = output / path.name
         if target.is_dir():

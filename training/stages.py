@@ -26,6 +26,7 @@ from ..utils.console_log import log_to_console
 from ..utils.transformers_names import TRAINER_STATE_NAME
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments, build_arguments
 from .batch_division import BatchDivision, with_division
+from .checkpoints import send_checkpoint
 from .distributed import on_first_process
 from .fingerprint import (
     RECORD,
@@ -37,6 +38,7 @@ from .fingerprint import (
     read_record,
     take_fingerprint,
 )
+from .hosts import Hosts
 from .model_loading import check_model_arguments, without_zero3
 from .recipe import Recipe, compose_arguments, naming_stage
 from .resumption import (
@@ -51,7 +53,7 @@ from .resumption import (
     stage_directories,
 )
 from .run import check_model, finished_run, interruption_message, open_run_data, train_model
-from .saving import StageOfRun
+from .saving import StageOfRun, share_model
 from .watchdog import watching
 
 logger = logging.getLogger(__name__)
@@ -115,29 +117,34 @@ class StagedRun:
         if not self.recipe.composes:
             check_model(self.models[0], self.directories[0])
             check_model(self.models[0], self.output)
+        hosts = Hosts(self.output)
+        if not arguments[0][2].overwrite_output:
+            for directory in self.directories:
+                send_checkpoint(hosts.at(directory))
         records, starts, batches = on_first_process(lambda: self._decide(arguments))
         if starts[-1].finished:
-            on_first_process(self._clean_up)
+            hosts.each(self._clean_up)
             return finished_run(self.output, arguments[-1][2], REMEDY)
         if not self.recipe.composes:
             self._check_models(DSVLConfig.from_pretrained(self.models[0]))
         if arguments[0][2].overwrite_output:
-            on_first_process(lambda: delete_runs(self.output))
+            hosts.each(lambda: delete_runs(self.output))
         metrics: dict[str, float] = {}
         for index, name in enumerate(self.names):
             if starts[index].finished:
                 logger.info("Stage %d of %d, %s, is finished.", index + 1, count, name)
+                share_model(hosts.at(self.directories[index]))
                 data[index] = None
                 continue
             opened, data[index] = data[index], None
             try:
                 with naming_stage(name), _same_environment():
-                    metrics = self._train_stage(index, opened, records[index], starts[index], batches[index])
+                    metrics = self._train_stage(index, opened, records[index], starts[index], batches[index], hosts)
             except KeyboardInterrupt:
                 where = f"stage {index + 1} of {count}, {name}"
                 raise KeyboardInterrupt(interruption_message(self.directories[index], where)) from None
             release_memory()
-        on_first_process(self._clean_up)
+        hosts.each(self._clean_up)
         return metrics
 
     def _first_model(self) -> str:
@@ -250,12 +257,15 @@ class StagedRun:
             elif name not in ("out", "run", "max_shard_size"):
                 record.settings[f"compose.{name}"] = value
 
-    def _train_stage(self, index: int, data: Any, record: RunRecord, start: Start, batch: BatchDivision) -> dict[str, float]:
+    def _train_stage(
+        self, index: int, data: Any, record: RunRecord, start: Start, batch: BatchDivision, hosts: Hosts
+    ) -> dict[str, float]:
         model_arguments, data_arguments, arguments = build_arguments(self.values[index])
         arguments = with_division(arguments, batch)
         directory, model = self.directories[index], self.models[index]
         if index == 0 and self.recipe.composes:
             on_first_process(lambda: self._compose(record, arguments.seed))
+            share_model(hosts.at(self.composed), overwrite=True)
             self._check_models(DSVLConfig.from_pretrained(str(self.composed)))
         if index > 0 or self.recipe.composes:
             record, start = on_first_process(lambda: _with_model(record, model, directory))
@@ -265,9 +275,9 @@ class StagedRun:
         arguments.overwrite_output = False  # deleted already
         earlier, plots = self._earlier_facts(index)
         stage = StageOfRun(self.names[index], index + 1, count, earlier, plots)
-        metrics = train_model(model_arguments, data_arguments, arguments, data, record, start, stage)
+        metrics = train_model(model_arguments, data_arguments, arguments, data, record, start, hosts.at(directory), stage)
         if index + 1 < count and not self.recipe.keep_stages:
-            on_first_process(lambda: _delete_checkpoints(directory))
+            hosts.each(lambda: _delete_checkpoints(directory))
         return metrics
 
     def _earlier_facts(self, index: int) -> tuple[tuple[TrainingFacts, ...], tuple[Path, ...]]:

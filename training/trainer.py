@@ -20,8 +20,10 @@ from ..hub_card import render_card
 from ..publishing.push import push_directory
 from ..transformers_dsvl import installed_release
 from ..utils.transformers_names import SCHEDULER_NAME, EvalLoopOutput, get_parameter_names
+from .checkpoints import send_checkpoint
 from .evaluation import exact_match
 from .fsdp import full_state, layer_classes, load_full_state, shard_with_accelerate
+from .hosts import Hosts
 from .label_smoothing import smoothed_loss
 from .learning_rates import parse_learning_rates, parts_of_parameters
 from .model_card import training_facts
@@ -51,6 +53,9 @@ class DSVLTrainer(Trainer):
     Logs also contain `tokens_per_second` (of all processes, without padding) and `seconds_left`. They are not kept in the
     state's `log_history`, so that it is equal for every repetition of a run.
 
+    Attributes:
+        hosts: which hosts have an output directory of their own; None if there is one directory.
+
     Raises:
         ImportError: with transformers older than 5.23, whose Trainer has other names for activation checkpointing.
         ValueError: at the end of an epoch in which no token was trained.
@@ -67,6 +72,7 @@ class DSVLTrainer(Trainer):
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layer_classes(self.model)
         self.label_smoother = None  # applied in the model's loss: transformers' label smoother needs logits of all tokens
+        self.hosts: Hosts | None = None
         self._tokens_read = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._tokens_trained = torch.zeros((), device=self.args.device)
         self._group_settings: list[dict[str, Any]] = []
@@ -118,13 +124,6 @@ class DSVLTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_full_state(self.model if model is None else model, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        """As in `Trainer`, see `_load_from_checkpoint`."""
-        if not self.is_fsdp_enabled:
-            super()._load_best_model()
-            return
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `Trainer.train`."""
@@ -297,7 +296,12 @@ class DSVLTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        """As in `Trainer`; the best checkpoint may be of another number of processes too."""
+        """As in `Trainer`; the best checkpoint may be of another number of processes, and on another host."""
+        if self.hosts is not None:
+            send_checkpoint(self.hosts, Path(self.state.best_model_checkpoint).name)
+        if self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+            return
         with self._loadable(self.state.best_model_checkpoint):
             super()._load_best_model()
 

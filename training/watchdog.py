@@ -94,7 +94,9 @@ class Watchdog:
             if beat != last:
                 self._seen[rank] = (beat, now)
             elif beat != b"stopped" and now - since > self.timeout:
-                return f"{self._name(rank)} has given no sign of life for {self.timeout:g} seconds: it was killed, or is stuck"
+                return (
+                    f"{self._name(rank)} has given no sign of life for {self.timeout:g} seconds: it was killed, or is stuck"
+                )
         return None
 
     def _end(self, lost: str) -> None:
