@@ -209,7 +209,7 @@ def test_every_field_of_training_arguments_is_listed_once():
 
 REFUSED_FLAGS = {
     "--bf16-full-eval": "--bf16-full-eval True: the last evaluation would round the trained weights",
-    "--save-on-each-node": "--save-on-each-node True: a checkpoint is complete when one directory",
+    "--save-on-each-node": "--save-on-each-node True: hosts with output directories of their own",
     "--enable-jit-checkpoint": "--enable-jit-checkpoint True: a stopped run would be saved as if it were finished",
     "--label-names x": "--label-names ['x']: the only labels of a batch are",
     "--fsdp full_shard": "--fsdp full_shard: FSDP2 has no strategies; pass --fsdp alone",

@@ -47,7 +47,7 @@ def two():
         process.wait()
 
 
-@pytest.mark.parametrize("what", ["killed", "stuck"])
+@pytest.mark.parametrize("what", ["killed", pytest.param("stuck", marks=pytest.mark.slow)])
 def test_the_lost_process_is_named(two, what):
     first, last = two(what)
     status, out, err = end(first)
@@ -56,6 +56,7 @@ def test_the_lost_process_is_named(two, what):
     assert "start the same command again to resume" in err
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_the_others_with_its_message(two):
     first, last = two("error", 40)
     started = time.monotonic()
@@ -66,6 +67,7 @@ def test_an_error_of_one_process_ends_the_others_with_its_message(two):
     assert "ValueError: no such file" in end(last)[2]
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_another_is_not_lost(two):
     for process in two("late", 1.0):
         status, out, err = end(process)

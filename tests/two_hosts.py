@@ -35,19 +35,22 @@ class Hosts:
         """What a host calls itself."""
         return f"host-{host}" if self.namespaces else os.uname().nodename
 
-    def start(self, host: int, *command: str | Path | int) -> "subprocess.Popen[str]":
-        """Run a command on a host; its output goes to one pipe."""
+    def start(self, host: int, folder: Path, *command: str | Path | int) -> "subprocess.Popen[str]":
+        """Run a command on a host, in a folder that is its disk; its output goes to one pipe."""
         variables = environment() | {"GLOO_SOCKET_IFNAME": self.devices[host]}
         line = [*self.entries[host], *map(str, command)]
-        return subprocess.Popen(line, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        folder.mkdir(exist_ok=True)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(line, cwd=folder, env=variables, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
     def torchrun(
-        self, flags: tuple[list, list], *more: str, ranks: tuple[int, int] = (0, 1)
+        self, folders: list[Path], flags: list, *more: str, ranks: tuple[int, int] = (0, 1)
     ) -> list["subprocess.Popen[str]"]:
         """Start a training of one process on each host.
 
         Args:
-            flags: flags of `dsvl train` on each host.
+            folders: the current directory of each host.
+            flags: flags of `dsvl train`.
             more: flags of torchrun.
             ranks: the node rank of each host.
         """
@@ -61,7 +64,7 @@ class Hosts:
         for host in (0, 1):
             own = [] if "--rdzv-backend" in more else ["--node-rank", str(ranks[host])]
             own += ["--local-addr", self.addresses[host]]
-            started.append(self.start(host, *base, *own, "-m", "dsvl.training", *flags[host]))
+            started.append(self.start(host, folders[host], *base, *own, "-m", "dsvl.training", *flags))
         return started
 
 

@@ -37,6 +37,9 @@ class Hosts:
     Attributes:
         members: the processes that see the directory of this process.
         leaders: the first process of each directory.
+
+    Raises:
+        ValueError: if it has another name on another host.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -46,9 +49,14 @@ class Hosts:
             return
         self.rank = dist.get_rank()
         self.members = self._find_members()
-        seen: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(seen, self.members)
-        self.leaders = sorted({members[0] for members in seen})
+        seen: list[tuple[list[int], str]] = [([], "") for _ in range(dist.get_world_size())]
+        dist.all_gather_object(seen, (self.members, str(self.directory)))
+        for rank, (_, name) in enumerate(seen):  # checkpoints refer to each other by it
+            if name != seen[0][1]:
+                raise ValueError(
+                    f"process {rank} has the directory {name}, but process 0 {seen[0][1]}; pass the same on all hosts."
+                )
+        self.leaders = sorted({members[0] for members, _ in seen})
         # Files are sent through main memory, with any backend.
         self._group = dist.new_group(self.leaders, backend="gloo") if self.separate else None
 

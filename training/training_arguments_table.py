@@ -127,7 +127,7 @@ REFUSED = {
     "bf16_full_eval": "the last evaluation would round the trained weights before they are saved; train with --bf16.",
     "fp16_full_eval": "the last evaluation would round the trained weights before they are saved; train with --bf16.",
     "liger_kernel_config": "--use-liger-kernel has one set of kernels for this model; drop it.",
-    "save_on_each_node": "a checkpoint is complete when one directory holds the files of all nodes; pass a shared --output.",
+    "save_on_each_node": "hosts with output directories of their own are detected, and get what they lack; drop it.",
     "enable_jit_checkpoint": "a stopped run would be saved as if it were finished; lower --save-steps, and repeat the "
     "command to resume from the last checkpoint.",
     "label_names": "the only labels of a batch are `labels`; drop it.",
