@@ -108,7 +108,7 @@ def test_each_host_has_the_image_features_of_its_samples(folder, tmp_path, hosts
 def test_a_recipe_of_two_stages_on_separate_disks(folder, tmp_path, hosts):
     recipe = tmp_path / "recipe.yaml"
     common = {"data": str(folder / "data.jsonl"), "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
-    recipe.write_text(json.dumps({**common, "stages": {"align": {}, "tune": {"train": ["projector", "embeddings"]}}}))
+    recipe.write_text(json.dumps({**common, "stages": [{"name": "align"}, {"name": "tune"}]}))
     places = disks(tmp_path, "separate")
     succeed(hosts.torchrun(places, [recipe, "--model", folder / "model", "--output", OUTPUT]))
     run(recipe, "--model", folder / "model", "--output", tmp_path / "alone", BATCH, 4)

@@ -101,7 +101,7 @@ def with_division(arguments: DSVLTrainingArguments, division: BatchDivision) -> 
     """The arguments with this division of the batch; DeepSpeed's configuration follows."""
     if division == BatchDivision.of(arguments):
         return arguments
-    return replace(
+    return replace(  # type: ignore[call-arg]  # mypy does not see the fields of the base class
         arguments,
         per_device_train_batch_size=division.per_device,
         gradient_accumulation_steps=division.accumulation,

@@ -89,7 +89,8 @@ class Hosts:
         Returns:
             The function's result in leaders, None in other processes.
         """
-        result, failure = None, None
+        result: T | None = None
+        failure: Exception | None = None
         if self.leads:
             try:
                 result = work()

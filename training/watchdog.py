@@ -140,14 +140,13 @@ def _open_store(timeout: float) -> dist.TCPStore:
     """A store of the watchdogs, on a free port of the first process."""
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     wait = timedelta(seconds=timeout)
-    store = None
     if dist.get_rank() == 0:
-        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=wait)
-    port = [store.port if store is not None else None]
+        server = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=wait)
+        dist.broadcast_object_list([server.port], src=0)
+        return server
+    port = [0]
     dist.broadcast_object_list(port, src=0)
-    if store is None:
-        store = dist.TCPStore(address, port[0], is_master=False, wait_for_workers=False, timeout=wait)
-    return store
+    return dist.TCPStore(address, port[0], is_master=False, wait_for_workers=False, timeout=wait)
 
 
 def _follows_from_a_loss(error: BaseException) -> bool:
