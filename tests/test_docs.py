@@ -19,6 +19,10 @@ sys.path.insert(0, str(ROOT / "docs" / "_ext"))
 import generated_reference  # noqa: E402  (an extension of the documentation)
 
 # Errors that are not raised by this package.
+LAUNCHER_FLAGS = (
+    " --num_gpus --module --hostfile --no_ssh --node_rank --master_addr --master_port --nnodes --nproc-per-node --node-rank"
+    " --master-addr --master-port --max-restarts --rdzv-backend --rdzv-endpoint"
+)
 FOREIGN = {"TypeError: DSVLModelOutputWithPast.__init__() got an unexpected keyword argument 'cache'"}
 
 
@@ -56,7 +60,7 @@ def test_commands_and_flags_exist(page: str) -> None:
             if words[0] == "dsvl":
                 known = generated_reference.command_page(words[1])
             elif "dsvl.training" in words:
-                known = generated_reference.command_page("train") + "--num_gpus --module --nproc-per-node"
+                known = generated_reference.command_page("train") + LAUNCHER_FLAGS
             else:
                 continue
             for flag in flags_of(words):
