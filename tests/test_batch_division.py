@@ -181,13 +181,20 @@ def test_optimizer_states_of_another_setup_are_refused(tmp_path):
     plain = write_checkpoint(tmp_path / "plain", 2)
     zero2 = with_partitions(write_checkpoint(tmp_path / "zero2", 2), 2, 2)
     zero3 = with_partitions(write_checkpoint(tmp_path / "zero3", 2), 2, 3)
+    sharded = write_checkpoint(tmp_path / "sharded", 2)
+    (sharded / "optimizer_0").mkdir()
     for checkpoint, stage in ((plain, None), (zero2, 1), (zero2, 2), (zero3, 3)):
         check_states(checkpoint, stage)
-    for checkpoint, stage, remedy in (
-        (plain, 2, "drop --deepspeed"),
-        (zero2, None, "pass --deepspeed zero2"),
-        (zero2, 3, "pass --deepspeed zero2"),
-        (zero3, 1, "pass --deepspeed zero3"),
+    check_states(sharded, None, fsdp=True)
+    for checkpoint, stage, fsdp, flags in (
+        (plain, 2, False, "neither"),
+        (plain, None, True, "neither"),
+        (zero2, None, False, "--deepspeed zero2"),
+        (zero2, None, True, "--deepspeed zero2"),
+        (zero2, 3, False, "--deepspeed zero2"),
+        (zero3, 1, False, "--deepspeed zero3"),
+        (sharded, None, False, "--fsdp"),
+        (sharded, 2, False, "--fsdp"),
     ):
-        with pytest.raises(ValueError, match=f"no optimizer states .*{remedy}"):
-            check_states(checkpoint, stage)
+        with pytest.raises(ValueError, match=f"no optimizer states for .*; pass {flags}"):
+            check_states(checkpoint, stage, fsdp)

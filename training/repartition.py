@@ -31,29 +31,30 @@ def partitions(checkpoint: Path) -> list[Path]:
     return sorted(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
 
 
-def check_states(checkpoint: Path, stage: int | None) -> None:
+def check_states(checkpoint: Path, stage: int | None, fsdp: bool = False) -> None:
     """Check that the optimizer states of a checkpoint are those of the requested setup.
 
     Args:
         checkpoint: the checkpoint to resume from.
         stage: the requested ZeRO stage; None without DeepSpeed.
+        fsdp: whether FSDP is requested, *optional*, defaults to False.
 
     Raises:
         ValueError: if they are not, as they would not be loaded.
     """
-    with_deepspeed = any(checkpoint.glob("global_step*"))
-    if stage is None and with_deepspeed:
-        wanted = f"pass --deepspeed {_stage_of(checkpoint)}, as before"
-    elif stage is not None and not with_deepspeed:
-        wanted = "drop --deepspeed, as before"
-    elif stage in (1, 2, 3) and partitions(checkpoint) and (stage == 3) != (_stage_of(checkpoint) == "zero3"):
-        wanted = f"pass --deepspeed {_stage_of(checkpoint)}, as before"
+    requested = "--fsdp" if fsdp else "neither --deepspeed nor --fsdp" if stage is None else f"ZeRO-{stage}"
+    if any(checkpoint.glob("global_step*")):
+        fits = stage is not None and not (partitions(checkpoint) and (stage == 3) != (_stage_of(checkpoint) == "zero3"))
+        flags = f"--deepspeed {_stage_of(checkpoint)}"
+    elif any(checkpoint.glob("optimizer_*/")):  # of torch.distributed.checkpoint
+        fits, flags = fsdp, "--fsdp"
     else:
-        return
-    raise ValueError(
-        f"{checkpoint} has no optimizer states for {'this training' if stage is None else f'ZeRO-{stage}'}; {wanted}, or "
-        f"start a new run from its weights: --model {checkpoint} and another --output."
-    )
+        fits, flags = stage is None and not fsdp, "neither --deepspeed nor --fsdp"
+    if not fits:
+        raise ValueError(
+            f"{checkpoint} has no optimizer states for {requested}; pass {flags}, as before, or start a new run from its "
+            f"weights: --model {checkpoint} and another --output."
+        )
 
 
 def _stage_of(checkpoint: Path) -> str:

@@ -167,7 +167,7 @@ def train_model(
     """
     output, seed = Path(str(arguments.output_dir)), run_seed(arguments)
     if start.checkpoint is not None:
-        check_states(Path(start.checkpoint), zero_stage(arguments.deepspeed))
+        check_states(Path(start.checkpoint), zero_stage(arguments.deepspeed), bool(arguments.fsdp))
     conversations, eval_data = data
     publish, arguments.push_to_hub = arguments.push_to_hub, False  # once, when the output directory is complete
     processor = AutoProcessor.from_pretrained(model_arguments.model)
