@@ -236,17 +236,17 @@ class GatheredMask(AttentionMask):
     def attend(
         self, backend: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
-        text_query = _gather(query, self.text_queries)
+        text_query = gather_tokens(query, self.text_queries)
 
         def branch(rows: torch.Tensor, mask: Any) -> torch.Tensor:
             attend = ALL_ATTENTION_FUNCTIONS["sdpa" if mask is None else backend]
-            return attend(module, text_query, _gather(key, rows), _gather(value, rows), mask, **kwargs)[0]
+            return attend(module, text_query, gather_tokens(key, rows), gather_tokens(value, rows), mask, **kwargs)[0]
 
         output = branch(self.text_keys, self.text_mask)
         if self.image_parts is None:
             image_output = branch(self.image_keys, self.image_mask)
         else:
-            image_key, image_value = _gather(key, self.image_keys), _gather(value, self.image_keys)
+            image_key, image_value = gather_tokens(key, self.image_keys), gather_tokens(value, self.image_keys)
             image_output = _attend_parts(module, text_query, image_key, image_value, self.image_parts, **kwargs)
         sees = self.sees_image
         output = output + image_output if sees is None else torch.addcmul(output, image_output, sees)
@@ -287,10 +287,10 @@ def _attend_parts(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _gather(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def gather_tokens(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Tokens of (batch, heads, tokens, head_dim) by their (batch, slots) rows: (batch, heads, slots, head_dim)."""
     tokens = states.transpose(1, 2).flatten(0, 1)  # the memory layout of a decoder's projections
     return gather_unique_rows(tokens, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
-__all__ = ["GatheredMask", "Slots", "gathered_branch_mask", "settled"]
+__all__ = ["GatheredMask", "Slots", "gather_tokens", "gathered_branch_mask", "settled"]

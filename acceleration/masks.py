@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 from ..masks_dsvl import AttentionMask, Visibility
 from .fused_mask import FusedMask
 from .gathered_mask import GatheredMask
+from .image_parallel import split_mask
 
 
 def build_mask(
@@ -28,6 +29,9 @@ def build_mask(
         image_queries: how many of the queries are known to be image tokens; it saves the fused kernels memory.
         compiled: whether the decoder layers are compiled, so that the next batch's mask must fit the same graph.
     """
+    split = split_mask()
+    if split is not None:
+        return split
     fused = FusedMask.build(visibility, token_types, text_config, dtype, training, image_queries, compiled)
     return fused or GatheredMask.build(visibility, token_types, text_config, dtype, compiled)
 
