@@ -1,9 +1,9 @@
 """Image parallelism: the images of a batch are spread over the processes of a group, through all layers of the decoder.
 
-Under `"mmca"` an image token needs nothing but itself. Every process of a group gets the same batch and runs all text tokens,
-but only its own images: through the tower, the projector and the decoder, at their positions in the whole batch. Text queries
-see the images of all processes (split_attention.py). What is sent in each layer is one number for each text query, head and
-element of a head, whatever the number of images.
+Under `"mmca"` an image token needs nothing but itself. Every process of a group gets the same batch and runs all text
+tokens, but only its own images: through the tower, the projector and the decoder, at their positions in the whole batch.
+Text queries see the images of all processes (split_attention.py). Each layer sends text queries x heads x (head_dim + 1)
+numbers, whatever the number of images.
 """
 
 import contextlib
@@ -84,8 +84,8 @@ def check_image_parallel(model: Any, training: bool = True) -> None:
         )
     if ropes := changing_ropes(config.text_config):
         raise ValueError(
-            f"Image parallelism with rope_type={ropes[0]!r}: rotary positions depend on the length of the sequence, of which "
-            "each process has a part; use a decoder with another rope_type."
+            f"Image parallelism with rope_type={ropes[0]!r}: rotary positions depend on the length of the sequence, of "
+            "which each process has a part; use a decoder with another rope_type."
         )
     if not training:
         return
@@ -238,8 +238,8 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
         )
     if wrong and any(wrong[0]):
         raise ValueError(
-            f"{sum(wrong[0])} image tokens are followed by a token with a label, but only one process of the group has their "
-            "hidden states; put text between an image and the answer, as chat templates do."
+            f"{sum(wrong[0])} image tokens are followed by a token with a label, but only one process of the group has "
+            "their hidden states; put text between an image and the answer, as chat templates do."
         )
     others = {name: given[name] for name in _OTHERS if name in given}
     if sum(image_counts) == 0:

@@ -6,8 +6,8 @@ over its own images, with the log-sum-exp `lse_r`. The partial results are merge
     lse = logsumexp_r lse_r        out = sum_r exp(lse_r - lse) out_r
 
 A process without an image in sight has `lse_r = -inf` and adds 0. In the backward pass `p = exp(s - lse)` and
-`delta = rowsum(dO * O)` come from the merged result, as in ring attention, so every process computes the gradients of its own
-keys and values, and its part of the gradient of the queries, which are summed.
+`delta = rowsum(dO * O)` come from the merged result, as in ring attention. So every process computes the gradients of its
+own keys and values, and its part of the gradient of the queries. These parts are summed.
 
 The gradient of the loss with respect to text is the same in all processes of a group, and each computes it in full; an image
 is in one of them alone. The gradients of image keys and values are therefore multiplied by the size of the group: then the
@@ -15,7 +15,6 @@ mean of the parameters' gradients over the processes (of DDP and ZeRO) is the gr
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -390,7 +389,10 @@ class SplitMask(AttentionMask):
                     queries + 1 if up_to is None else up_to,
                 )
                 of_text = FusedBranch.build(
-                    tokens.positions.gather(1, text).masked_fill(~text_filled, whole.kv_length), text_filled, seen, text_filled
+                    tokens.positions.gather(1, text).masked_fill(~text_filled, whole.kv_length),
+                    text_filled,
+                    seen,
+                    text_filled,
                 )
                 of_images = FusedBranch.build(tokens.positions, tokens.is_image, seen, text_filled)
             is_causal = whole.is_causal and not softcapped

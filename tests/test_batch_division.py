@@ -149,6 +149,14 @@ def test_records_of_earlier_releases_have_no_division(tmp_path):
     assert read_record(tmp_path).batch is None
 
 
+def test_processes_that_share_images_have_one_batch():
+    divided = division_of(4, 2, 1).among(4, sharing=2)
+    assert (divided.batch_size, divided.per_device, divided.accumulation, divided.sharing) == (8, 2, 2, 2)
+    assert divided.among(2) == division_of(2, 2, 2)
+    with pytest.raises(ValueError, match="batch of 6 samples .* among 8 processes; start 2, 4, 6 or 12 of them"):
+        division_of(2, 3, 1).among(8, sharing=2)
+
+
 def test_a_checkpoint_tells_how_many_processes_wrote_it(asked, tmp_path):
     _, arguments = asked("--per-device-train-batch-size", 2)
     one, three = write_checkpoint(tmp_path / "one", 1), write_checkpoint(tmp_path / "three", 3)

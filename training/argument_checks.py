@@ -40,6 +40,8 @@ def check_options(values: dict[str, Any]) -> None:
     if values.get("compile_decoder_layers"):
         _check_compilation(values, stage)
     _check_memory_reduction(values)
+    if values.get("image_parallel", 1) != 1:
+        _check_image_parallel(values)
     held_out = values.get("eval_data") or values.get("eval_share")
     if values.get("early_stopping_patience") and not held_out:
         raise ValueError("--early-stopping-patience needs evaluations; pass --eval-data or --eval-share.")
@@ -67,6 +69,31 @@ def _check_compilation(values: dict[str, Any], stage: int | None) -> None:
         raise ValueError(
             "--compile-decoder-layers with ZeRO-3: it gathers weights inside the layers, which breaks the graph; choose "
             "--deepspeed zero2."
+        )
+
+
+def _check_image_parallel(values: dict[str, Any]) -> None:
+    flag = f"--image-parallel {values['image_parallel']}"
+    if values["image_parallel"] < 1:
+        raise ValueError(f"{flag}: pass a positive number of processes, such as 2.")
+    if values.get("attn_implementation") not in (None, "sdpa"):
+        raise ValueError(
+            f"{flag} with --attn-implementation {values['attn_implementation']}: it needs sdpa; drop the latter."
+        )
+    if values.get("lora_dropout"):
+        raise ValueError(
+            f"{flag} with --lora-dropout {values['lora_dropout']:g}: text, which all processes compute, would differ "
+            "between them; pass --lora-dropout 0."
+        )
+    for name in ("compile_decoder_layers", "torch_compile"):
+        if values.get(name):
+            raise ValueError(
+                f"{flag} with --{name.replace('_', '-')}: a graph cannot exchange results of attention; drop one of them."
+            )
+    if values.get("train_sampling_strategy") == "batch_rebalance":
+        raise ValueError(
+            f"{flag} with --train-sampling-strategy batch_rebalance, which gives every process a batch of its own; choose "
+            "another strategy."
         )
 
 

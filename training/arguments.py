@@ -23,6 +23,7 @@ from .argument_checks import check_options
 from .argument_parser import TrainParser
 from .deepspeed_config import ZERO, zero_configuration
 from .fsdp import SETTINGS, check_fsdp, fsdp_config
+from .image_groups import check_divides
 from .learning_rates import RATED_PARTS, parse_learning_rates
 from .trainable_parts import PARTS
 from .training_arguments_table import check_training_arguments
@@ -197,6 +198,13 @@ class DSVLTrainingArguments(TrainingArguments):
             "weights are released after forward, and gathered again in backward"
         },
     )
+    image_parallel: int = field(
+        default=1,
+        metadata={
+            "help": "spread the images of a batch over this number of processes, which read the same batches; for "
+            "mmca with many images"
+        },
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
     warmup_steps: float = field(default=0.03, metadata={"help": "warm-up steps, or a fraction of all steps if less than 1"})
     remove_unused_columns: bool = field(
@@ -292,6 +300,7 @@ class DSVLTrainingArguments(TrainingArguments):
             config: Any = self.accelerator_config
             given = config.gradient_accumulation_kwargs or {}
             config.gradient_accumulation_kwargs = {"sync_each_batch": True} | given
+        check_divides(self.image_parallel, self.world_size)
         if self.n_gpu > 1:
             # The Trainer would choose DataParallel, which splits images as if each conversation had one.
             logger.warning(

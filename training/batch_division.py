@@ -16,38 +16,50 @@ class BatchDivision:
         per_device: samples in a batch of one process.
         accumulation: batches of a process in one step.
         workers: worker processes of each data loader.
+        sharing: processes that have one batch together (`--image-parallel`).
     """
 
     processes: int
     per_device: int
     accumulation: int
     workers: int = 0
+    sharing: int = 1
+
+    @property
+    def groups(self) -> int:
+        """How many different batches the processes have at a time."""
+        return self.processes // self.sharing
 
     @property
     def batch_size(self) -> int:
         """The effective batch size."""
-        return self.processes * self.per_device * self.accumulation
+        return self.groups * self.per_device * self.accumulation
 
     @property
     def flags(self) -> str:
         """The flags that ask for it."""
         return f"--per-device-train-batch-size {self.per_device} --gradient-accumulation-steps {self.accumulation}"
 
-    def among(self, processes: int) -> "BatchDivision":
+    def among(self, processes: int, sharing: int = 1) -> "BatchDivision":
         """The same batch on another number of processes, with batches of a process that are not larger.
+
+        Args:
+            processes, sharing: see the attributes; sharing is *optional*, and defaults to 1.
 
         Raises:
             ValueError: if it cannot be divided among them.
         """
-        share, rest = divmod(self.batch_size, processes)
+        share, rest = divmod(self.batch_size, processes // sharing)
         if rest:
-            possible = [str(number) for number in range(1, self.batch_size + 1) if self.batch_size % number == 0]
+            possible = [str(n * sharing) for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ValueError(
                 f"The run's batch of {self.batch_size} samples cannot be divided among {processes} processes; start "
                 f"{_or(possible)} of them, or pass --overwrite-output to start over with another batch size."
             )
         per_device = max(size for size in range(1, min(self.per_device, share) + 1) if share % size == 0)
-        return replace(self, processes=processes, per_device=per_device, accumulation=share // per_device)
+        return replace(
+            self, processes=processes, per_device=per_device, accumulation=share // per_device, sharing=sharing
+        )
 
     @classmethod
     def of(cls, arguments: DSVLTrainingArguments) -> "BatchDivision":
@@ -57,6 +69,7 @@ class BatchDivision:
             arguments.per_device_train_batch_size,
             arguments.gradient_accumulation_steps,
             arguments.dataloader_num_workers,
+            arguments.image_parallel,
         )
 
     @classmethod
@@ -91,7 +104,7 @@ def keep_batch_size(
     """
     now = BatchDivision.of(arguments)
     same_flags = (before.per_device, before.accumulation) == (now.per_device, now.accumulation)
-    kept = before.among(now.processes) if same_flags else now
+    kept = before.among(now.processes, now.sharing) if same_flags else now
     if not finished:
         _check_order(before, kept, data_arguments, arguments)
     return replace(kept, workers=now.workers)
@@ -113,12 +126,12 @@ def _check_order(
 ) -> None:
     """Refuse a run whose processes would read other samples than those of the interrupted run."""
     workers = arguments.dataloader_num_workers
-    if data_arguments.streaming and before.processes == now.processes and before.workers != workers:
+    if data_arguments.streaming and before.groups == now.groups and before.workers != workers:
         raise ValueError(
             f"--streaming divides the data among the workers of the loaders, so a run with {before.workers} of them cannot "
             f"continue with {workers} without reading samples twice; pass --dataloader-num-workers {before.workers}."
         )
-    if before.processes != now.processes and data_arguments.streaming:
+    if before.groups != now.groups and data_arguments.streaming:
         reason = "--streaming divides the data among the processes"
     elif arguments.dataloader_drop_last and before.accumulation != now.accumulation:
         reason = "--dataloader-drop-last ends an epoch after whole batches, of which a step now accumulates another number"

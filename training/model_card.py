@@ -48,13 +48,15 @@ def training_facts(
         "weight decay": arguments.weight_decay,
         f"{'packs' if packs else 'conversations'} a step": arguments.per_device_train_batch_size
         * arguments.gradient_accumulation_steps
-        * arguments.world_size,
+        * (arguments.world_size // getattr(arguments, "image_parallel", 1)),
         "steps": trainer.state.global_step,
         **({} if isinstance(trainer.train_dataset, Stream) else {"epochs": round(trainer.state.epoch or 0, 2)}),
         "seed": arguments.seed,
         "precision": "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32",
         "processes": arguments.world_size,
     }
+    if getattr(arguments, "image_parallel", 1) > 1:
+        settings["image parallelism"] = f"over {arguments.image_parallel} processes"
     if hasattr(trainer.model, "peft_config"):
         settings["adapters"] = describe_adapters(trainer.model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -180,7 +180,7 @@ def _flags_of_batch(before: RunRecord | None, requested: RunRecord) -> str:
         return ""
     if before.settings.get("batch_size") == requested.settings.get("batch_size"):
         return ""
-    return f" The batch size is kept with {before.batch.among(requested.batch.processes).flags}."
+    return f" The batch size is kept with {before.batch.among(requested.batch.processes, requested.batch.sharing).flags}."
 
 
 def _check_optimizer(checkpoint: str) -> None:

@@ -126,7 +126,8 @@ def check_model(model: str, output: Path) -> None:
 
 def open_run_data(data_arguments: DataArguments, arguments: DSVLTrainingArguments) -> tuple[Any, Any]:
     """The training and evaluation data of a run, see `open_data`."""
-    return open_data(data_arguments, run_seed(arguments), arguments.process_index, arguments.world_size)
+    size = arguments.image_parallel  # processes that read the same batches
+    return open_data(data_arguments, run_seed(arguments), arguments.process_index // size, arguments.world_size // size)
 
 
 def run_seed(arguments: DSVLTrainingArguments) -> int:
@@ -240,7 +241,7 @@ def train_model(
     except KeyboardInterrupt:
         progress.close()
         raise
-    _report_counts(collator, train_data)
+    _report_counts(collator, train_data, arguments.image_parallel)
     if eval_data is not None:
         metrics |= trainer.evaluate()
     resumed = start.checkpoint is not None
@@ -325,7 +326,7 @@ def open_feature_cache(
 
 
 def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str]:
-    """The lines that are logged before training: parameters and optimizer memory."""
+    """The lines that are logged before training: parameters, optimizer memory and image parallelism."""
     trained, total = count_parameters(trainer.model)
     stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
     # AdamW's two moments in float32; for 16-bit weights DeepSpeed also keeps a float32 copy.
@@ -333,21 +334,28 @@ def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str
     method = f"ZeRO-{stage}" if stage else "FSDP2" if trainer.is_fsdp_enabled else None
     share = arguments.world_size if method is not None else 1
     where = f"1/{share}, {method}" if share > 1 else "not partitioned"
-    return [
+    lines = [
         f"Parameters: {trained:,} of {total:,} are trained ({trained / total:.2%}).",
         f"Optimizer: {trained * bytes_per_weight / share / 2**30:.3f} GiB in each of {arguments.world_size} processes "
         f"({where}).",
     ]
+    groups = trainer.image_groups
+    if groups.size > 1:
+        lines.append(
+            f"Image parallelism: {groups.count} {'group' if groups.count == 1 else 'groups'} of {groups.size} processes; "
+            f"a group has one batch and shares its images, so a step has {trainer.get_total_train_batch_size(arguments)} samples."
+        )
+    return lines
 
 
-def _report_counts(collator: ConversationCollator, data: Any) -> None:
-    """Log how many samples were skipped or shortened, in all processes."""
+def _report_counts(collator: ConversationCollator, data: Any, image_parallel: int) -> None:
+    """Log how many samples were skipped or shortened, in all processes; those that share images have the same samples."""
     counts = collator.counts
     if dist.is_initialized():
         total = counts.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(total)
         counts = total.cpu()
-    seen, skipped, shortened = counts.tolist()
+    seen, skipped, shortened = (counts // image_parallel).tolist()
     if skipped or shortened or data.skipped:
         logger.warning(
             "Of %d conversations in batches, %d were skipped and %d lost turns beyond the maximum length; %d samples of %s "

@@ -24,6 +24,7 @@ from .checkpoints import send_checkpoint
 from .evaluation import exact_match
 from .fsdp import full_state, layer_classes, load_full_state, shard_with_accelerate
 from .hosts import Hosts
+from .image_groups import ImageGroups
 from .label_smoothing import smoothed_loss
 from .learning_rates import parse_learning_rates, parts_of_parameters
 from .model_card import training_facts
@@ -50,6 +51,9 @@ class DSVLTrainer(Trainer):
     (`accelerator_config.dispatch_batches` defaults to False), as accelerate's dispatcher would cut the images of a batch to
     the number of rows.
 
+    With `image_parallel` of the arguments, groups of so many processes get the same batches and share their images; see
+    `dsvl.acceleration.image_parallel`.
+
     Logs also contain `tokens_per_second` (of all processes, without padding) and `seconds_left`. They are not kept in the
     state's `log_history`, so that it is equal for every repetition of a run.
 
@@ -58,7 +62,8 @@ class DSVLTrainer(Trainer):
 
     Raises:
         ImportError: with transformers older than 5.23, whose Trainer has other names for activation checkpointing.
-        ValueError: at the end of an epoch in which no token was trained.
+        ValueError: at the end of an epoch in which no token was trained; for an `image_parallel` that does not fit the
+            processes, the model or `compute_metrics`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -71,6 +76,13 @@ class DSVLTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layer_classes(self.model)
+        self.image_groups = ImageGroups(getattr(self.args, "image_parallel", 1))
+        self.image_groups.check(self.model)
+        if self.image_groups.size > 1 and self.compute_metrics is not None:
+            raise ValueError(
+                f"image_parallel={self.image_groups.size} with compute_metrics: the processes of a group have the same "
+                "samples, which would count several times; drop one of them."
+            )
         self.label_smoother = None  # applied in the model's loss: transformers' label smoother needs logits of all tokens
         self.hosts: Hosts | None = None
         self._tokens_read = torch.zeros((), dtype=torch.int64, device=self.args.device)
@@ -153,12 +165,22 @@ class DSVLTrainer(Trainer):
 
     def _own_rows(self) -> int | None:
         """How many samples of this process's last batch in an epoch are no repetitions; None if all of them are none."""
-        batch_size, state = self._train_batch_size, self.accelerator.state
-        if self.args.world_size == 1 or self.args.dataloader_drop_last or isinstance(self.train_dataset, IterableDataset):
+        batch_size, groups = self._train_batch_size, self.image_groups
+        if groups.count == 1 or self.args.dataloader_drop_last or isinstance(self.train_dataset, IterableDataset):
             return None
-        rest = len(self.train_dataset) % (batch_size * state.num_processes)
-        own = min(max(rest - state.process_index * batch_size, 0), batch_size)
+        rest = len(self.train_dataset) % (batch_size * groups.count)
+        own = min(max(rest - groups.index * batch_size, 0), batch_size)
         return None if rest == 0 or own == batch_size else own
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """As in `Trainer`; the processes of a group that shares images have one batch."""
+        return super().get_total_train_batch_size(args) // self.image_groups.size
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """As in `Trainer`; the tokens of a group that shares images count once."""
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.image_groups.size
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in `Trainer`, with label smoothing; it is also active in backward, which recomputes parts of the loss."""
@@ -166,8 +188,8 @@ class DSVLTrainer(Trainer):
             return super().training_step(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`, with label smoothing in the model's loss."""
-        with self._smoothed_labels():
+        """As in `Trainer`, with label smoothing in the model's loss, and over the images of this process."""
+        with self._smoothed_labels(), self.image_groups.spread(self.model):
             return super().compute_loss(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -194,7 +216,7 @@ class DSVLTrainer(Trainer):
     def _timing(self) -> dict[str, float]:
         """Tokens per second since the last log, and remaining seconds at the mean speed of this call of `train`."""
         now, step = time.perf_counter(), self.state.global_step
-        tokens = int(self.accelerator.reduce(self._tokens_read, "sum"))
+        tokens = int(self.accelerator.reduce(self._tokens_read, "sum")) // self.image_groups.size
         self._tokens_read.zero_()
         timing: dict[str, float] = {}
         if self._logged_at is not None:
@@ -327,6 +349,10 @@ class DSVLTrainer(Trainer):
             group["lr"] = settings["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
             scheduler._last_lr[index] = group["lr"]  # what is logged
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; the processes of a group that shares images read the same batches."""
+        return self.image_groups.share(super()._get_dataloader(*args, **kwargs))
+
     def get_train_dataloader(self) -> Any:
         """As in `Trainer`, except for streams, which are already split between the processes."""
         stream, args = self.train_dataset, self.args
@@ -368,7 +394,7 @@ class DSVLTrainer(Trainer):
         labels = inputs["labels"] = inputs["labels"].clone()
         state = self.accelerator.gradient_state
         if state.end_of_dataloader and state.remainder > 0:  # samples beyond the remainder are repetitions
-            own = state.remainder - self.accelerator.process_index * self.args.eval_batch_size
+            own = state.remainder - self.image_groups.index * self.args.eval_batch_size
             labels[max(own, 0) :] = -100
         if prediction_loss_only:
             inputs["skip_logits"] = True
