@@ -75,8 +75,11 @@ def check_image_parallel(model: Any, training: bool = True) -> None:
             f"Image parallelism needs multimodal_attention='mmca', but it is {attention!r}, under which image tokens see "
             "other tokens; choose 'mmca', or drop image parallelism."
         )
-    if backend != "sdpa":
-        raise ValueError(f"Image parallelism needs attn_implementation='sdpa', but it is {backend!r}; choose 'sdpa'.")
+    if backend == "eager":
+        raise ValueError(
+            "Image parallelism with attn_implementation='eager', which returns the weights of all keys; choose 'sdpa', or "
+            "'flex_attention' where the decoder caps its scores."
+        )
     if config.reversed_images:
         raise ValueError(
             "Image parallelism with reversed_images=True: the places of images depend on the images of other processes; "
@@ -122,7 +125,7 @@ def image_parallel(model: Any, group: Any = None) -> Iterator[None]:
     Raises:
         ValueError: if the model does not allow it, see `check_image_parallel`.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_image_parallel(base, base.training)
     if distributed.get_world_size(group) == 1:
         yield

@@ -228,7 +228,7 @@ class FusedBranch:
         rows = self._rows(batch, queries)
         branch_out = saved[0].new_zeros(2, self.lists.rows, heads, head_dim)
         branch_out[0, : batch * rows].unflatten(0, (batch, rows))[:, :queries] = output.to(branch_out.dtype)
-        branch_lse = torch.full((2, heads, self.lists.rows), torch.inf, dtype=torch.float32, device=output.device)
+        branch_lse = torch.full((2, heads, self.lists.rows), torch.inf, dtype=lse.dtype, device=output.device)
         lse = (lse / math.log(2)).masked_fill(lse == -torch.inf, torch.inf)
         branch_lse[0, :, : batch * rows].unflatten(1, (batch, rows))[:, :, :queries] = lse.permute(2, 0, 1)
         with torch.cuda.device_of(gradient):

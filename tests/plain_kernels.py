@@ -1,5 +1,6 @@
 """The fused kernels in plain PyTorch, from the same token lists, for tests without an NVIDIA GPU."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,34 +11,59 @@ from dsvl.acceleration import fused_mask, kernels
 def use_plain_kernels(monkeypatch: Any) -> None:
     """Make every decoder choose the fused kernels, and compute them with the functions of this file."""
     monkeypatch.setattr(fused_mask, "can_fuse", lambda *args: True)
+    monkeypatch.setattr(kernels, "can_fuse", lambda *args: True)  # where it is called by its module
     monkeypatch.setattr(kernels, "launch_forward", forward)
     monkeypatch.setattr(kernels, "launch_backward", backward)
 
 
 def forward(query, key, value, lists, scaling, softcap, save):
     packed = [_pack(x, index) for x, index in ((query, lists.queries), (key, lists.keys), (value, lists.keys))]
-    (text_p, image_p), _ = _probabilities(*packed[:2], lists, scaling, softcap)
     values = packed[2][:, :, : lists.keys.shape[1]].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    attended = (text_p + image_p) @ values
-    attended = torch.where(_is_text(lists), attended, values.gather(2, _own_keys(lists).expand_as(attended)))
+    scores, visible, _ = _scores(*packed[:2], lists, scaling, softcap)
     out, branch_out, lse = kernels.empty_outputs(query, lists.rows if save else 0)
-    out.copy_(_unpack(attended, lists.queries, out.transpose(1, 2).shape).transpose(1, 2))
+    lse = lse.to(torch.promote_types(query.dtype, lse.dtype))  # float64 stays float64
+    attended = torch.zeros_like(scores @ values)
+    for branch, seen in enumerate(visible):
+        branch_lse = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
+        branch_lse = branch_lse.masked_fill(branch_lse == -torch.inf, torch.inf)  # the mark of a query without keys
+        of_branch = _probabilities(scores, seen, branch_lse) @ values
+        attended = attended + of_branch
+        for sample, (queries, _, _, begin) in enumerate(lists.counts.tolist() if save else []):
+            saved = slice(begin, begin + queries)
+            branch_out[branch, saved] = of_branch[sample, :, :queries, : query.shape[3]].transpose(0, 1)
+            lse[branch, :, saved] = branch_lse[sample, :, :queries] / math.log(2)
+    own = values.gather(2, _own_keys(lists).expand_as(attended))
+    out.copy_(_unpack(torch.where(_is_text(lists), attended, own), lists.queries, out.transpose(1, 2).shape).transpose(1, 2))
     return out, *packed, branch_out, lse
 
 
 def backward(out_gradient, saved, lists, scaling, softcap):
-    query, key, value, *_ = saved
+    query, key, value, branch_out, lse = saved
     group_size, seqlen_q, seqlen_k = query.shape[1] // key.shape[1], lists.queries.shape[1], lists.keys.shape[1]
-    probabilities, dcap = _probabilities(query, key, lists, scaling, softcap)
+    scores, visible, dcap = _scores(query, key, lists, scaling, softcap)
     do = _pack(out_gradient.transpose(1, 2), lists.queries)[:, :, :seqlen_q]
     keys, values = (x[:, :, :seqlen_k].repeat_interleave(group_size, dim=1) for x in (key, value))
     is_text = _is_text(lists)
     dp = do @ values.transpose(-1, -2)
-    ds = sum(p * (dp - (p * dp).sum(-1, keepdim=True)) for p in probabilities) * is_text * dcap * scaling
+    ds, total_p = torch.zeros_like(scores), torch.zeros_like(scores)
+    for branch, seen in enumerate(visible):
+        # As the kernels do: from what was saved, which a caller may have merged with that of other processes.
+        outputs, sums = torch.zeros_like(do), torch.full_like(scores[..., 0], torch.inf)
+        for sample, (queries, _, _, begin) in enumerate(lists.counts.tolist()):
+            its = branch_out[branch, begin : begin + queries].transpose(0, 1)
+            outputs[sample, :, :queries, : its.shape[-1]] = its
+            sums[sample, :, :queries] = lse[branch, :, begin : begin + queries] * math.log(2)
+        p = _probabilities(scores, seen, sums)
+        ds, total_p = ds + p * (dp - (do * outputs).sum(-1, keepdim=True)), total_p + p
+    ds = ds * is_text * dcap * scaling
     dq = ds @ keys
     dk = ds.transpose(-1, -2) @ query[:, :, :seqlen_q]
-    dv = (sum(probabilities) * is_text).transpose(-1, -2) @ do
-    dv = dv.scatter_add(2, _own_keys(lists).expand_as(do), do * ~is_text)
+    dv = (total_p * is_text).transpose(-1, -2) @ do
+    # The output of another query is its own value. Own keys are consecutive.
+    own_query = lists.keys.long() - lists.own_key[:, :1].long()
+    is_own = (own_query >= 0) & (own_query < seqlen_q) & (torch.arange(seqlen_k) >= lists.counts[:, 1:2])
+    rows = lists.queries.long().argsort(-1).gather(1, own_query.clamp(0, seqlen_q - 1))[:, None, :, None]
+    dv = dv + do.gather(2, rows.expand(-1, do.shape[1], -1, do.shape[3])) * is_own[:, None, :, None]
     gradients = kernels.empty_gradients(out_gradient, key, seqlen_k)
     packed = dq, *(x.unflatten(1, (-1, group_size)).sum(2) for x in (dk, dv))
     for gradient, x, index in zip(gradients, packed, (lists.queries, lists.keys, lists.keys), strict=True):
@@ -62,14 +88,15 @@ def _is_text(lists):
 
 
 def _own_keys(lists):
-    """List index of each listed query's own key: (batch, 1, seqlen_q, 1)."""
-    key_index = lists.own_key.long().gather(1, lists.queries.long())
+    """List index of each listed query's own key: (batch, 1, seqlen_q, 1). Text queries may have none."""
+    key_index = lists.own_key.long().gather(1, lists.queries.long()).clamp(max=lists.keys.shape[1] - 1)
     list_index = lists.keys.long().argsort(-1)
     return list_index.gather(1, key_index)[:, None, :, None]
 
 
-def _probabilities(query, key, lists, scaling, softcap):
-    """Softmax of both branches, (batch, heads, seqlen_q, seqlen_k) in list order; and the derivative of the cap."""
+def _scores(query, key, lists, scaling, softcap):
+    """Scores, (batch, heads, seqlen_q, seqlen_k) in list order; which of them are visible in each branch, (batch, 1,
+    seqlen_q, seqlen_k); and the derivative of the cap."""
     seqlen_q, seqlen_k = lists.queries.shape[1], lists.keys.shape[1]
     key = key[:, :, :seqlen_k].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores, dcap = query[:, :, :seqlen_q] @ key.transpose(-1, -2) * scaling, 1.0
@@ -78,12 +105,13 @@ def _probabilities(query, key, lists, scaling, softcap):
         dcap = 1 - (scores / softcap) ** 2
     num_text_k = lists.counts[:, 1][:, None, None]
     offs_n, ranges = torch.arange(seqlen_k), lists.key_ranges[..., None]
-    probabilities = []
-    for offs, in_branch, (lo, hi) in (
+    branches = (
         (offs_n, offs_n < num_text_k, (ranges[:, 0], ranges[:, 1])),
         (offs_n - num_text_k, offs_n >= num_text_k, (ranges[:, 2], ranges[:, 3])),
-    ):
-        visible = ((offs >= lo) & (offs < hi) & in_branch)[:, None]
-        has_keys = visible.any(-1, keepdim=True)
-        probabilities.append(torch.where(has_keys, scores.masked_fill(~visible & has_keys, -torch.inf).softmax(-1), 0))
-    return probabilities, dcap
+    )
+    return scores, [((offs >= lo) & (offs < hi) & members)[:, None] for offs, members, (lo, hi) in branches], dcap
+
+
+def _probabilities(scores, visible, lse):
+    """Of one branch; `lse` is inf for a query without keys."""
+    return (scores - lse[..., None]).exp().masked_fill(~visible, 0)

@@ -39,7 +39,7 @@ class ImageGroups:
     def check(self, model: Any) -> None:
         """Refuse a model whose images cannot be spread in training; see `check_image_parallel`."""
         if self.size > 1:
-            check_image_parallel(model.get_base_model() if hasattr(model, "peft_config") else model)
+            check_image_parallel(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
     def share(self, loader: Any) -> Any:
         """Let a data loader of accelerate read the batches of the group, not of the process.

@@ -341,10 +341,9 @@ def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str
     ]
     groups = trainer.image_groups
     if groups.size > 1:
-        lines.append(
-            f"Image parallelism: {groups.count} {'group' if groups.count == 1 else 'groups'} of {groups.size} processes; "
-            f"a group has one batch and shares its images, so a step has {trainer.get_total_train_batch_size(arguments)} samples."
-        )
+        number = f"{groups.count} {'group' if groups.count == 1 else 'groups'} of {groups.size} processes"
+        samples = trainer.get_total_train_batch_size(arguments)
+        lines.append(f"Image parallelism: {number}, which share the images of a batch; a step has {samples} samples.")
     return lines
 
 

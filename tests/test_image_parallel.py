@@ -1,0 +1,265 @@
+"""Images spread over the processes of a group give the losses and gradients of one process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import IMAGE_ID, batch, tiny_model
+from torch import distributed
+from training_runs import (
+    BATCH,
+    STEPS,
+    environment,
+    free_port,
+    furthest,
+    losses,
+    make_checkpoint,
+    make_conversations,
+    run,
+    take_back,
+    weights,
+)
+
+from dsvl.acceleration.image_parallel import assign_images, check_image_parallel, image_parallel, split_batch
+
+CASES = Path(__file__).parent / "image_parallel_cases.py"
+NAMES = [line[4:].split("(")[0] for line in CASES.read_text().split("@case\n")[1:]]
+IN_ORDER = ["--train-sampling-strategy", "sequential"]
+# With this layout some batches have an image for one process alone, and one has none.
+LAYOUT = "ptttpppptttt" * 2
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The differences of every case, for two and for three processes."""
+    folder = tmp_path_factory.mktemp("cases")
+    command = [sys.executable, str(CASES), str(folder), f"2:{free_port()}", f"3:{free_port()}"]
+    done = subprocess.run(command, env=environment(), cwd=CASES.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {processes: json.loads((folder / f"{processes}.json").read_text()) for processes in (2, 3)}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_processes_have_the_loss_and_every_gradient_of_one(measured, name, processes):
+    found = measured[processes][name]
+    assert found["parameters"] > 20
+    assert found["loss"] < 1e-10
+    assert found["gradients"] < 1e-10
+    assert found["logits"] < 1e-10
+    assert found["is_restored"]
+    assert (found["launched"] > 0) == name.startswith("fused")
+
+
+def test_all_cases_are_measured(measured):
+    assert list(measured[2]) == list(measured[3]) == NAMES
+
+
+# -- which process has which image -------------------------------------------------------------------------------------
+
+
+def test_the_images_of_every_row_are_balanced():
+    assert assign_images([[5, 5, 5, 5], [5]], 2) == [0, 1, 0, 1, 0]
+    # The largest first, and images of other rows decide between equal loads.
+    assert assign_images([[1, 9, 4, 4], [3], [3]], 2) == [1, 0, 1, 1, 0, 1]
+    assert assign_images([[2], [], [2, 2]], 3) == [0, 1, 2]
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "causal"}, "needs multimodal_attention='mmca', but it is 'causal'"),
+        ({"attention": "mmca_reference"}, "needs multimodal_attention='mmca', but it is 'mmca_reference'"),
+        ({"backend": "eager"}, "attn_implementation='eager'"),
+        ({"attention_dropout": 0.1}, "dropout in the decoder \\(attention_dropout: 0.1\\)"),
+        ({"family": "phi3", "resid_pdrop": 0.2}, "dropout in the decoder \\(layers.0.resid_attn_dropout: 0.2\\)"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type='dynamic'"),
+    ],
+)
+def test_models_whose_images_cannot_be_spread_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_image_parallel(tiny_model(**options))
+
+
+def test_a_model_with_compiled_layers_is_refused_in_training():
+    model = tiny_model()
+    model.compile_decoder_layers()
+    check_image_parallel(model.eval(), training=False)
+    with pytest.raises(ValueError, match="compiled decoder layers"):
+        check_image_parallel(model.train())
+
+
+def test_reversed_images_are_refused():
+    model = tiny_model()
+    model.config.reversed_images = True
+    with pytest.raises(ValueError, match="reversed_images=True"):
+        check_image_parallel(model)
+
+
+@pytest.fixture
+def single_group(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_attentions": True}, "got output_attentions"),
+        ({"input_ids": None}, "got no input_ids"),
+        ({"pixel_values": torch.zeros(3, 3, 8, 8)}, "2 images or tiles, of which this process has 2, but 3 came"),
+        ({"mm_token_type_ids": torch.zeros(1, 14, dtype=torch.long)}, "contradict input_ids, which hold \\[10\\]"),
+        ({"labels": torch.ones(1, 14, dtype=torch.long)}, "10 image tokens are followed by a token with a label"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask is of shape \\(1, 3\\)"),
+    ],
+)
+def test_inputs_that_cannot_be_split_are_refused(single_group, changes, message):
+    given = {name: value for name, value in (batch("ttIItt") | changes).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        split_batch(tiny_model(), given, single_group)
+
+
+def test_a_single_process_runs_the_model_as_it_is(single_group):
+    model, inputs = tiny_model(), batch("ttItt")
+    with torch.no_grad(), image_parallel(model):
+        assert "forward" not in model.__dict__
+        assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+
+
+def test_a_process_takes_the_tokens_of_its_images(single_group):
+    inputs = batch("ttIIt", "t")
+    split = split_batch(tiny_model(), inputs, single_group)
+    assert split.tokens.positions[0].tolist() == list(range(13))
+    assert split.tokens.is_image.sum() == (inputs["input_ids"] == IMAGE_ID).sum() == 10
+    assert split.tokens.positions[1, 0] == 12  # padding on the left is not run
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    make_checkpoint(folder)
+    make_conversations(folder, layout=LAYOUT)
+    make_conversations(folder, "held_out.jsonl", layout="ptppt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Runs of one process, by their flags; each is run once."""
+    made = {}
+
+    def get(*flags):
+        if flags not in made:
+            made[flags] = folder / f"alone{len(made)}"
+            train(folder, made[flags], *flags, batch_size=4)
+        return made[flags]
+
+    return get
+
+
+def train(folder, output, *flags, batch_size=4, processes=1):
+    base = ["--model", folder / "model", "--data", folder / "data.jsonl", "--output", output, BATCH, batch_size, *STEPS]
+    return run(*base, *IN_ORDER, *flags, processes=processes)
+
+
+def assert_as_alone(output, single):
+    assert losses(output) == pytest.approx(losses(single), abs=1e-5)
+    assert len(losses(output)) == 4
+    assert furthest(weights(output), weights(single)) < 1e-5
+
+
+def evaluations(output):
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [(entry["eval_loss"], entry["eval_exact_match"]) for entry in history if "eval_loss" in entry]
+
+
+EVALUATE = ["--eval-exact-match", "--eval-max-new-tokens", "3", "--per-device-eval-batch-size", "2"]
+SETUPS = {
+    "ddp": [],
+    "zero2": ["--deepspeed", "zero2"],
+    "zero3": ["--deepspeed", "zero3", "--activation-checkpointing", "true"],
+    "adapters": ["--lora-rank", "4", "--lora-vision"],
+    "everything": ["--train", "projector", "embeddings", "language", "vision", "head", "--max-grad-norm", "0.1"],
+    "packed": ["--packing", "--max-length", "128"],
+    "streaming": ["--streaming"],
+    "smoothed": ["--label-smoothing-factor", "0.1", "--gradient-accumulation-steps", "2", "--max-grad-norm", "0.05"],
+    "zero3 with adapters and tiles": ["--deepspeed", "zero3", "--lora-rank", "4", "--tiled-mlp", "16"],
+}
+# What a run of one process has beside what its setup shares with image-parallel runs.
+SHARED = {name: [flag for flag in flags if flag not in ("--deepspeed", "zero2", "zero3")] for name, flags in SETUPS.items()}
+
+
+@pytest.mark.parametrize("setup", [pytest.param(name, marks=[] if name == "ddp" else pytest.mark.slow) for name in SETUPS])
+def test_two_processes_train_as_one(folder, tmp_path, alone, setup):
+    """With evaluation, saving and resuming."""
+    if "zero" in setup:
+        pytest.importorskip("deepspeed")
+    evaluate = ["--eval-data", folder / "held_out.jsonl", *EVALUATE]
+    output, flags = tmp_path / "output", [*SETUPS[setup], *evaluate, "--image-parallel", "2"]
+    started = train(folder, output, *flags, processes=2)
+    assert "Image parallelism: 1 group of 2 processes" in started.stderr
+    single = alone(*SHARED[setup], *evaluate)
+    assert_as_alone(output, single)
+    assert evaluations(output) == [pytest.approx(one, abs=1e-5) for one in evaluations(single)]
+    final, kept = weights(output), losses(output)
+    take_back(output)
+    assert "Resuming from" in train(folder, output, *flags, processes=2).stderr
+    assert losses(output) == kept
+    assert furthest(weights(output), final) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", ["ddp", "zero2", "packed", "streaming"])
+def test_groups_of_processes_have_batches_of_their_own(folder, tmp_path, setup):
+    """Four processes in two groups train as two processes without groups."""
+    if "zero" in setup:
+        pytest.importorskip("deepspeed")
+    seen = ["--include-num-input-tokens-seen", "all"]
+    train(folder, tmp_path / "two", *SETUPS[setup], *seen, batch_size=2, processes=2)
+    train(folder, tmp_path / "four", *SETUPS[setup], *seen, "--image-parallel", "2", batch_size=2, processes=4)
+    assert_as_alone(tmp_path / "four", tmp_path / "two")
+    counted = [
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["num_input_tokens_seen"] for name in ("two", "four")
+    ]
+    assert counted[0] == counted[1] > 0
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_image_parallelism(folder, tmp_path, alone):
+    output = tmp_path / "output"
+    train(folder, output, "--image-parallel", "2", processes=2)
+    take_back(output)
+    assert "Resuming from" in train(folder, output).stderr
+    assert_as_alone(output, alone())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image-parallel", "2"], "--image-parallel 2 with 1 process"),
+        (["--image-parallel", "0"], "--image-parallel 0: pass a positive number"),
+        (["--image-parallel", "2", "--compile-decoder-layers"], "with --compile-decoder-layers"),
+        (["--image-parallel", "2", "--attn-implementation", "eager"], "with --attn-implementation eager"),
+        (["--image-parallel", "2", "--lora-rank", "2", "--lora-dropout", "0.1"], "with --lora-dropout 0.1"),
+        (["--image-parallel", "2", "--train-sampling-strategy", "batch_rebalance"], "batch_rebalance"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(folder, tmp_path, flags, message):
+    from dsvl.training.arguments import parse
+
+    base = ["--model", folder / "model", "--data", folder / "data.jsonl", "--output", tmp_path / "output"]
+    with pytest.raises(ValueError, match=message):
+        parse(list(map(str, [*base, *flags])))
