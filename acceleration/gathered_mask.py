@@ -62,6 +62,12 @@ class Slots:
             gathered.append(cls(index, filled))
         return gathered
 
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> "Slots":
+        """One empty slot in each row."""
+        index = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        return cls(index, torch.zeros_like(index, dtype=torch.bool))
+
     def followed_by(self, later: "Slots", tokens: int) -> "Slots":
         """These slots of the first so many tokens, and then those of the tokens after them."""
         index = torch.cat([self.index, later.index + tokens], dim=1)

@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..inputs_dsvl import check_document_ids, check_image_counts, check_labels, check_num_tiles, check_sequence
 from ..masks_dsvl import AttentionMask, visibilities
 from ..positions_dsvl import documents_of_positions, token_positions
-from ..transformers_dsvl import BaseModelOutputWithPooling
+from ..transformers_dsvl import CACHE, BaseModelOutputWithPooling
 from ..vision_dsvl import blank_image
 from .image_cache import changing_ropes
 from .split_attention import SplitMask, SplitTokens
+from .split_images import SplitImageKVCache, assign_images
 
 # The mask of the forward call that runs in this context.
 _mask: ContextVar[AttentionMask | None] = ContextVar("dsvl_image_parallel_mask", default=None)
@@ -33,29 +35,6 @@ _mask: ContextVar[AttentionMask | None] = ContextVar("dsvl_image_parallel_mask",
 def split_mask() -> AttentionMask | None:
     """The mask of the image-parallel forward call that is running; None outside of one."""
     return None if torch.compiler.is_compiling() else _mask.get()
-
-
-def assign_images(rows: Sequence[Sequence[int]], size: int) -> list[int]:
-    """The process of each image, so that the tokens of every row are balanced.
-
-    Args:
-        rows: for each row, the number of tokens of each of its images.
-        size: the number of processes.
-
-    Returns:
-        For each image of all rows, in order, the index of its process.
-    """
-    total = [0] * size
-    owners: list[int] = []
-    for row in rows:
-        load, of_row = [0] * size, [0] * len(row)
-        for image in sorted(range(len(row)), key=lambda image: -row[image]):  # the largest first
-            owner = min(range(size), key=lambda rank: (load[rank], total[rank], rank))
-            load[owner] += row[image]
-            total[owner] += row[image]
-            of_row[image] = owner
-        owners += of_row
-    return owners
 
 
 def check_image_parallel(model: Any, training: bool = True) -> None:
@@ -118,6 +97,10 @@ def image_parallel(model: Any, group: Any = None) -> Iterator[None]:
     processes of the group is the gradient of a single process: that is what `DistributedDataParallel` and DeepSpeed make of
     them. With labels, `logits` are not returned (pass `skip_logits=False` in evaluation for those of all tokens).
 
+    `generate` answers with the same tokens in all processes; each encodes its own images and keeps their keys and values.
+    `encode_images` returns a `SplitImageKVCache`, for `generate(..., image_cache=...)`. Sampling takes the random numbers of
+    the first process.
+
     Args:
         model: a `DSVLForConditionalGeneration`, or PEFT's wrapper around one; not one of DDP or DeepSpeed around it.
         group: a `torch.distributed` process group, *optional*, defaults to None: all processes.
@@ -130,15 +113,19 @@ def image_parallel(model: Any, group: Any = None) -> Iterator[None]:
     if distributed.get_world_size(group) == 1:
         yield
         return
-    replaced = base.__dict__.get("forward")
-    base.forward = _forward_over(base, distributed.group.WORLD if group is None else group, base.forward)
+    group = distributed.group.WORLD if group is None else group
+    replaced = {name: base.__dict__.get(name) for name in ("forward", "encode_images", "generate")}
+    base.forward = _forward_over(base, group, base.forward)
+    base.encode_images = _encoding_over(base, group, base.encode_images)
+    base.generate = _generation_over(base, group, base.generate)
     try:
         yield
     finally:
-        if replaced is None:
-            del base.forward
-        else:
-            base.forward = replaced
+        for name, method in replaced.items():
+            if method is None:
+                delattr(base, name)
+            else:
+                setattr(base, name, method)
 
 
 def _forward_over(model: Any, group: Any, forward: Any) -> Any:
@@ -151,6 +138,13 @@ def _forward_over(model: Any, group: Any, forward: Any) -> Any:
         given = {name: value for name, value in bound.arguments.items() if name != "kwargs"}
         given |= bound.arguments.get("kwargs", {})
         given = {name: value for name, value in given.items() if value is not None}
+        if CACHE in given or "past_key_values" in given:  # a step of `generate`
+            if images := [name for name in _IMAGES if name in given]:
+                raise ValueError(
+                    f"Image parallelism got {images[0]} with a KV cache; pass the whole conversation to generate, or call "
+                    "the model without a KV cache."
+                )
+            return forward(**given)
         if "labels" in given or "shift_labels" in given:
             given.setdefault("skip_logits", True)
         if torch.is_grad_enabled() and not given.get("skip_logits"):
@@ -169,6 +163,72 @@ def _forward_over(model: Any, group: Any, forward: Any) -> Any:
         return outputs
 
     return split_forward
+
+
+def _encoding_over(model: Any, group: Any, encode_images: Any) -> Any:
+    """`encode_images` of a model, for the images of this process."""
+
+    @wraps(encode_images)
+    def split_encode(pixel_values: torch.Tensor, chunk_size: int = 16, **options: Any) -> SplitImageKVCache:
+        number, shapes, num_tiles = len(pixel_values), options.get("spatial_shapes"), options.pop("num_tiles", None)
+        lengths = model.config.tile_lengths(number, shapes)
+        tiles_of = [1] * number if num_tiles is None else [int(tiles) for tiles in num_tiles]
+        check_num_tiles(sum(tiles_of), number)
+        ends = list(accumulate(tiles_of, initial=0))
+        tile_lengths = [lengths[start:end] for start, end in pairwise(ends)]
+        owners = assign_images([list(map(sum, tile_lengths))], distributed.get_world_size(group))
+        rank = distributed.get_rank(group)
+        own = [image for image, owner in enumerate(owners) if owner == rank]
+        tiles = [tile for image in own for tile in range(ends[image], ends[image + 1])]
+        encoded = None
+        if own:
+            images = {key: value[tiles] for key, value in options.items() if key in _PER_IMAGE and value is not None}
+            others = {key: value for key, value in options.items() if key not in _PER_IMAGE}
+            counts = [tiles_of[image] for image in own]
+            encoded = encode_images(pixel_values[tiles], chunk_size, num_tiles=counts, **images, **others)
+        return SplitImageKVCache(encoded, tile_lengths, owners, group)
+
+    return split_encode
+
+
+def _generation_over(model: Any, group: Any, generate: Any) -> Any:
+    """`generate` of a model, over the images of all processes."""
+
+    @wraps(generate)
+    def split_generate(
+        inputs: torch.Tensor | None = None, *args: Any, logits_processor: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        pixels = kwargs.pop("pixel_values", None)
+        if unknown := [name for name in ("image_features", "mm_encoder_outputs") if kwargs.get(name) is not None]:
+            raise ValueError(f"generate over several processes got {unknown[0]}; pass pixel_values or an image_cache.")
+        if pixels is not None:
+            images = {name: kwargs.pop(name) for name in (*_PER_IMAGE, "num_tiles") if kwargs.get(name) is not None}
+            kwargs["image_cache"] = model.encode_images(pixels, **images)
+        first = distributed.get_global_rank(group, 0)
+        processors = LogitsProcessorList([*(logits_processor or []), ScoresOfFirst(group)])
+        device = model.device
+        state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        shared = state.to(device)
+        distributed.broadcast(shared, first, group=group)
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(shared.cpu(), device)
+        else:
+            torch.set_rng_state(shared)
+        return generate(inputs, *args, logits_processor=processors, **kwargs)
+
+    return split_generate
+
+
+class ScoresOfFirst(LogitsProcessor):
+    """Lets all processes of a group choose by the scores of the first, as rounding may differ."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.contiguous()
+        distributed.broadcast(scores, distributed.get_global_rank(self.group, 0), group=self.group)
+        return scores
 
 
 @dataclass
@@ -205,6 +265,7 @@ class SplitBatch:
 # What `forward` takes beside tokens and images; None of it depends on the length of the rows.
 _OTHERS = ("num_items_in_batch", "skip_logits", "return_dict")
 _IMAGES = ("pixel_values", "image_features", "mm_encoder_outputs")
+_PER_IMAGE = ("pixel_attention_mask", "spatial_shapes")
 
 
 def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
@@ -335,7 +396,6 @@ def _check_inputs(given: dict[str, Any]) -> torch.Tensor:
     }
     off = ("logits_to_keep", "use_cache", "output_attentions", "output_hidden_states")
     asked = [name for name in given if name not in known or (name in off and given[name])]
-    asked = [name for name in asked if name != "use_cache"]
     if "input_ids" not in given or asked:
         what = ", ".join(asked) or "no input_ids"
         raise ValueError(
@@ -437,4 +497,4 @@ def _positions(model: Any, given: dict[str, Any], is_image: torch.Tensor, length
     return torch.arange(is_image.shape[1], device=is_image.device)[None]
 
 
-__all__ = ["SplitBatch", "assign_images", "check_image_parallel", "image_parallel", "split_batch", "split_mask"]
+__all__ = ["SplitBatch", "check_image_parallel", "image_parallel", "split_batch", "split_mask"]

@@ -25,6 +25,7 @@ from .gathered_mask import Slots
 from .image_cache import ImageKVCache, changing_ropes
 from .key_rotation import KeyRotation, probe_rotation, rotate_keys
 from .shared_images import SharedImages, SharedPrompt, shares_images
+from .split_images import SplitImageKVCache, SplitPrefillMask
 from .text_prefill import CopiedImages, EarlierTokens, TextPrefillMask, can_extend, image_token_order
 
 # Keys of a configuration that do not influence what the model computes for a tile, or only by the shapes of weights, which
@@ -133,7 +134,7 @@ class ImageReuse:
     def prefill(
         self,
         input_ids: torch.Tensor,
-        image_cache: ImageKVCache,
+        image_cache: ImageKVCache | SplitImageKVCache,
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -149,7 +150,8 @@ class ImageReuse:
             input_ids: (batch, tokens), as the processor makes them, with the image tokens in the order of `image_cache`;
                 every row ends with text. With a KV cache of earlier turns, those of the whole conversation, or the new ones
                 with the attention mask of all.
-            image_cache: the images of all rows; those of the new tokens alone, if the KV cache holds some.
+            image_cache: the images of all rows; those of the new tokens alone, if the KV cache holds some. Images that are
+                spread over processes need an empty, dynamic KV cache.
             cache: an empty KV cache of any kind; a dynamic one by default. Or a dynamic one without sliding windows that
                 this model has filled with the tokens before.
             attention_mask: (batch, tokens), 0 where padded, on the left.
@@ -164,9 +166,12 @@ class ImageReuse:
             ValueError: if image tokens and images do not match, the KV cache holds tokens and is of another kind, or the
                 image KV cache belongs to another model.
         """
-        rotation = self.rotation_for(image_cache)
         decoder = self.model.language_model
         config = decoder.config
+        split = image_cache if isinstance(image_cache, SplitImageKVCache) else None
+        if isinstance(image_cache, SplitImageKVCache):
+            image_cache = self._own_images(image_cache)
+        rotation = self.rotation_for(image_cache)
         if cache is None:
             cache = DynamicCache(config=config)
         past, device = int(cache.get_seq_length()), self._device_for(image_cache)
@@ -192,6 +197,8 @@ class ImageReuse:
             attention_mask = attention_mask.to(device)
             is_text = is_text & attention_mask[:, past:].bool()
         token_types = is_image.long()
+        if split is not None:
+            is_image = split.own_tokens(is_image, copies, self.model.config.image_seq_length)
         shares_positions = getattr(self.model.config, "image_positions", "token") == "image"  # older code has no field
         if position_ids is None:
             seen = attention_mask if attention_mask is not None else input_ids.new_ones(batch, past + tokens)
@@ -201,25 +208,30 @@ class ImageReuse:
         # Everything that the host needs, in one device-to-host copy.
         figures = torch.stack([is_image.sum(-1), is_text.sum(-1), is_text[:, -1].long()]).tolist()
         image_counts, text_counts, ends_with_text = figures
-        shared = shares_images(cache, image_cache, self.model)
+        shared = shares_images(cache, image_cache, self.model, is_split=split is not None)
         if shared and past > 0:
             raise ValueError(
-                f"The KV cache holds {past} tokens, so it cannot share images in 8 bits or on the host; pass "
-                "image_cache.to(model.device, model.dtype), or the whole conversation and an empty KV cache."
+                f"The KV cache holds {past} tokens, so it cannot share images in 8 bits, on the host or on other processes; "
+                "pass image_cache.to(model.device, model.dtype), or the whole conversation and an empty KV cache."
             )
         # Rows of one prompt share its images.
         row_counts, row_copies = (image_counts[::copies], 1) if shared else (image_counts, copies)
-        order = image_token_order(row_counts, image_cache.tile_lengths, row_copies)
+        has_images = split is None or split.own is not None
+        order = torch.zeros(len(row_counts), dtype=torch.long)
+        if has_images:
+            order = image_token_order(row_counts, image_cache.tile_lengths, row_copies)
         if not all(ends_with_text):
             raise ValueError(
                 f"Row {ends_with_text.index(0)} of the prompts ends with an image or with padding, but an image KV cache "
                 "has no hidden state to continue from; end prompts with text, and pad them on the left."
             )
-        text, image = Slots.gather(is_text, text_counts, self.text_multiple), Slots.gather(is_image, image_counts)
+        text = Slots.gather(is_text, text_counts, self.text_multiple)
+        image = Slots.gather(is_image, image_counts) if has_images else Slots.empty(batch, device)
         image_positions = position_ids.gather(1, image.index)
         images: SharedImages | CopiedImages
         if shared:
-            shape = SharedPrompt(image.every(copies), text.every(copies), tokens, copies)
+            group = None if split is None else split.group
+            shape = SharedPrompt(image.every(copies), text.every(copies), tokens, copies, group=group)
             images = SharedImages.build(image_cache, rotation, shape, image_positions[::copies].flatten(), order)
         else:
             keys, values = image_cache.keys, image_cache.values
@@ -234,8 +246,11 @@ class ImageReuse:
         embeds = decoder.get_input_embeddings()(input_ids.gather(1, text.index))
         softcapped = getattr(config, "attn_logit_softcapping", None) is not None
         prompt = torch.empty((batch, tokens, 0), dtype=embeds.dtype, device=device)
+        options = text, image, images, config._attn_implementation, softcapped
         masks: dict[str | None, AttentionMask] = {
-            kind: TextPrefillMask.build(one, text, image, images, config._attn_implementation, softcapped, earlier)
+            kind: TextPrefillMask.build(one, *options, earlier)
+            if split is None
+            else SplitPrefillMask.over(one, *options, split.group)
             for kind, one in visibilities(config, prompt, attention_mask, cache if past > 0 else None).items()
         }
         # What reads images layer by layer is not part of a graph that is compiled for all layers.
@@ -248,6 +263,16 @@ class ImageReuse:
         positions = whole_positions(position_ids, token_types, attention_mask, known) if shares_positions else None
         remember_types(cache, token_types, may_hold_images=True, positions=positions)
         return hidden[:, -1:].clone(), cache  # the next run of a CUDA graph overwrites its outputs
+
+    def _own_images(self, split: SplitImageKVCache) -> ImageKVCache:
+        """The images of this process; a token that nothing sees if it has none."""
+        if split.own is not None:
+            return split.own
+        config, table = self.model.language_model.config, self.model.language_model.get_input_embeddings().weight
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        states = table.new_zeros(config.num_hidden_layers, 1, heads, head_dim)
+        return ImageKVCache(states, states, self.fingerprint(), [[1]])
 
     def compile(self, **options: Any) -> None:
         """Compile the decoder's run over text, and the rotation of keys.

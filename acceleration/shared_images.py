@@ -17,6 +17,7 @@ from .gathered_mask import Slots
 from .image_cache import ImageKVCache, pinned
 from .image_states import HostLayers, ImageStates, Softmax
 from .key_rotation import KeyRotation, Turn
+from .split_attention import merge
 
 # Queries that are computed at a time.
 QUERIES_AT_ONCE = 256
@@ -43,6 +44,7 @@ class SharedPrompt:
         tokens: of the prompt.
         copies: rows of each prompt in the prefill.
         images_follow: whether later turns have images.
+        group: the processes that hold the other images of the prompt, *optional*; see split_images.py.
     """
 
     image: Slots
@@ -50,6 +52,7 @@ class SharedPrompt:
     tokens: int
     copies: int = 1
     images_follow: bool = False
+    group: Any = None
 
 
 class SharedImagesLayer(DynamicLayer):
@@ -208,7 +211,8 @@ class SharedImagesMask(AttentionMask):
     ) -> tuple[torch.Tensor, None]:
         if dropout > 0:
             raise ValueError(f"A KV cache that shares images takes no attention dropout, but it is {dropout}; call eval().")
-        images = self.layers[module.layer_idx].images(query.device)
+        layer = self.layers[module.layer_idx]
+        images, group = layer.images(query.device), layer.prompt.group
         members, text = self.members.to(query.device), self.text.to(query.device)
         outputs = []
         for start in range(0, query.shape[2], QUERIES_AT_ONCE):
@@ -216,6 +220,8 @@ class SharedImagesMask(AttentionMask):
             part = query[:, :, some]
             grouped = part.unflatten(1, (key.shape[1], -1)) * scaling
             output, lse = images.attend(grouped, members[:, some], softcap)
+            if group is not None:
+                output, lse = merge(output, lse, group)
             scores = attention_scores(part, key, scaling, softcap)
             if self.later_images is not None:
                 later = self.later_images[:, some].to(query.device)
@@ -249,15 +255,19 @@ def _joined(one: torch.Tensor, one_lse: torch.Tensor, other: torch.Tensor, other
     return (one * one_weight + other * other_weight) / total.masked_fill(total == 0, 1)
 
 
-def shares_images(cache: Any, image_cache: ImageKVCache, model: Any) -> bool:
+def shares_images(cache: Any, image_cache: ImageKVCache, model: Any, is_split: bool = False) -> bool:
     """Whether an empty KV cache is to use the images of an image KV cache where they are.
+
+    Args:
+        is_split: whether other processes hold further images of the prompt.
 
     Raises:
         ValueError: if it should but cannot.
     """
-    if not (image_cache.is_quantized or image_cache.is_offloaded or isinstance(cache, SharedImagesCache)):
+    if not (is_split or image_cache.is_quantized or image_cache.is_offloaded or isinstance(cache, SharedImagesCache)):
         return False
     how = "offloaded" if image_cache.is_offloaded else "in 8 bits" if image_cache.is_quantized else "shared"
+    how = "spread over processes" if is_split else how
     whole = "image_cache.to(model.device, model.dtype)"
     layers = getattr(cache, "layers", [])
     is_dynamic = isinstance(cache, DynamicCache) and not cache.offloading

@@ -186,13 +186,6 @@ class TextPrefillMask(AttentionMask):
     def attend(
         self, backend: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
-        is_few = torch.compiler.is_compiling() and backend == "sdpa" and query.shape[2] <= FEW_QUERIES
-
-        def branch(key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
-            if backend == "eager" or (is_few and mask is not None):
-                return masked_attention(module, query, key, value, mask, **kwargs)
-            return ALL_ATTENTION_FUNCTIONS["sdpa" if mask is None else backend](module, query, key, value, mask, **kwargs)[0]
-
         keys, values = (part.transpose(1, 2) for part in self.images.of_layer(module.layer_idx, key.device))
         if self.earlier is not None:
             for_images, for_text = ((keys, values), self.earlier.image), ((key, value), self.earlier.text)
@@ -200,14 +193,29 @@ class TextPrefillMask(AttentionMask):
                 [torch.cat(both, 2) for both in zip(self.earlier.of_layer(module.layer_idx, slots), new, strict=True)]
                 for new, slots in (for_images, for_text)
             )
-        image_output = branch(keys, values, self.image_mask)
-        if self.sees_image is not None:
-            image_output = torch.where(self.sees_image, image_output, 0)
-        return branch(key, value, self.text_mask) + image_output, None
+        image_output = self.attend_images(backend, module, query, keys, values, **kwargs)
+        return _branch(backend, module, query, key, value, self.text_mask, **kwargs) + image_output, None
+
+    def attend_images(
+        self, backend: str, module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """The result over the images, (batch, queries, heads, head_dim)."""
+        output = _branch(backend, module, query, keys, values, self.image_mask, **kwargs)
+        return output if self.sees_image is None else torch.where(self.sees_image, output, 0)
 
     def to(self, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> "TextPrefillMask":
         """Move the masks. The images of a layer are moved when it runs."""
         return super().to(device, non_blocking=non_blocking)
+
+
+def _branch(
+    backend: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> torch.Tensor:
+    """One softmax, by a backend's mask; None is causal."""
+    is_few = torch.compiler.is_compiling() and backend == "sdpa" and query.shape[2] <= FEW_QUERIES
+    if backend == "eager" or (is_few and mask is not None):
+        return masked_attention(module, query, key, value, mask, **kwargs)
+    return ALL_ATTENTION_FUNCTIONS["sdpa" if mask is None else backend](module, query, key, value, mask, **kwargs)[0]
 
 
 def masked_attention(

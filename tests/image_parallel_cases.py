@@ -251,6 +251,63 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(()) if gradient is None else gradient for name, gradient in made.items()}
 
 
+# -- generation --------------------------------------------------------------------------------------------------------
+
+Answers = Callable[[Any, Inputs], torch.Tensor]
+GENERATIONS: dict[str, tuple[Callable[[], Any], Inputs, Answers]] = {}
+
+
+def greedy(model: Any, inputs: Inputs, **options: Any) -> torch.Tensor:
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
+
+
+def sampled(model: Any, inputs: Inputs) -> torch.Tensor:
+    """With the random numbers of the first process, which alone is seeded as the single process is."""
+    torch.manual_seed(distributed.get_rank() if "generate" in model.__dict__ else 0)
+    return model.generate(**inputs, max_new_tokens=6, do_sample=True, temperature=0.7, top_p=0.9)
+
+
+def from_cache(model: Any, inputs: Inputs, change: Callable[[Any], Any] = lambda cache: cache) -> torch.Tensor:
+    """Two prompts over images that are encoded once, the second of some of them."""
+    inputs = dict(inputs)
+    cache = change(model.encode_images(inputs.pop("pixel_values"), chunk_size=2))
+    answers = greedy(model, inputs, image_cache=cache)
+    chosen = batch("tItIt")
+    del chosen["pixel_values"]
+    return torch.cat([answers.flatten(), greedy(model, chosen, image_cache=cache[[2, 0]]).flatten()])
+
+
+UNEVEN_PROMPTS = batch("ttIttIItt", "ttttttItttt", "tttIt")
+GENERATIONS |= {
+    "greedy": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, greedy),
+    "one image": (lambda: tiny_model("llama"), batch("tttIt"), greedy),
+    "text alone": (lambda: tiny_model("llama"), batch("ttttt"), greedy),
+    "windows": (lambda: tiny_model("mistral"), UNEVEN_PROMPTS, greedy),
+    "shared positions": (lambda: tiny_model("gemma3_text", image_positions="image"), UNEVEN_PROMPTS, greedy),
+    "beams": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, lambda *args: greedy(*args, num_beams=3)),
+    "sampling": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, sampled),
+    "encoded once": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, from_cache),
+    "on the host": (
+        lambda: tiny_model("llama"),
+        UNEVEN_PROMPTS,
+        lambda *args: from_cache(*args, change=lambda cache: cache.offload()),
+    ),
+}
+
+
+def has_same_answers(name: str) -> bool:
+    """Whether all processes give the answers of one."""
+    make, inputs, answer = GENERATIONS[name]
+    model = make()
+    inputs = {key: value for key, value in inputs.items() if value is not None}
+    expected = answer(model, inputs)
+    with image_parallel(model):
+        got = answer(model, inputs)
+    same = torch.tensor(int(got.equal(expected) and "generate" not in model.__dict__))
+    distributed.all_reduce(same, distributed.ReduceOp.MIN)
+    return bool(same)
+
+
 class Patches:
     """`monkeypatch` of `use_plain_kernels`; `undo` restores what it replaced."""
 
@@ -316,7 +373,8 @@ def differences(name: str) -> dict[str, float]:
 def work(rank: int, processes: int, port: int, output: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.init_process_group("gloo", rank=rank, world_size=processes)
-    found = {name: differences(name) for name in CASES}
+    found: dict[str, Any] = {name: differences(name) for name in CASES}
+    found |= {name: has_same_answers(name) for name in GENERATIONS}
     if rank == 0:
         with open(f"{output}/{processes}.json", "w", encoding="utf-8") as file:
             json.dump(found, file)

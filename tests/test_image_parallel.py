@@ -23,7 +23,8 @@ from training_runs import (
     weights,
 )
 
-from dsvl.acceleration.image_parallel import assign_images, check_image_parallel, image_parallel, split_batch
+from dsvl.acceleration.image_parallel import check_image_parallel, image_parallel, split_batch
+from dsvl.acceleration.split_images import assign_images
 
 CASES = Path(__file__).parent / "image_parallel_cases.py"
 NAMES = [line[4:].split("(")[0] for line in CASES.read_text().split("@case\n")[1:]]
@@ -57,8 +58,27 @@ def test_processes_have_the_loss_and_every_gradient_of_one(measured, name, proce
     assert (found["launched"] > 0) == name.startswith("fused")
 
 
+GENERATIONS = [
+    "greedy",
+    "one image",
+    "text alone",
+    "windows",
+    "shared positions",
+    "beams",
+    "sampling",
+    "encoded once",
+    "on the host",
+]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_processes_generate_the_answers_of_one(measured, name, processes):
+    assert measured[processes][name] is True
+
+
 def test_all_cases_are_measured(measured):
-    assert list(measured[2]) == list(measured[3]) == NAMES
+    assert list(measured[2]) == list(measured[3]) == [*NAMES, *GENERATIONS]
 
 
 # -- which process has which image -------------------------------------------------------------------------------------
