@@ -272,7 +272,7 @@ class _BranchAttention(torch.autograd.Function):
             size = distributed.get_world_size(group)
             summed = d_query.to(torch.promote_types(d_query.dtype, torch.float32)).contiguous()
             distributed.all_reduce(summed, group=group)
-            d_query, d_key, d_value = summed.to(d_query.dtype), d_key * size, d_value * size
+            d_query, d_key, d_value = summed.to(d_query.dtype), d_key.mul_(size), d_value.mul_(size)
         return d_query, d_key, d_value, None, None, None, None
 
 

@@ -1,9 +1,9 @@
 """Losses and gradients of image-parallel models over gloo processes, beside those of one; see test_image_parallel.py.
 
-    python image_parallel_cases.py OUTPUT PROCESSES:PORT...
+    python image_parallel_cases.py OUTPUT PROCESSES PORT CASE...
 
-The processes are forked, so that torch is imported once. For each number of them the first writes the largest differences of
-every case to the directory OUTPUT, as JSON.
+The processes are forked, so that torch is imported once. The first writes the largest differences of every case to the file
+OUTPUT, as JSON.
 """
 
 import json
@@ -282,7 +282,7 @@ GENERATIONS |= {
     "greedy": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, greedy),
     "one image": (lambda: tiny_model("llama"), batch("tttIt"), greedy),
     "text alone": (lambda: tiny_model("llama"), batch("ttttt"), greedy),
-    "windows": (lambda: tiny_model("mistral"), UNEVEN_PROMPTS, greedy),
+    "windows of answers": (lambda: tiny_model("mistral"), UNEVEN_PROMPTS, greedy),
     "shared positions": (lambda: tiny_model("gemma3_text", image_positions="image"), UNEVEN_PROMPTS, greedy),
     "beams": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, lambda *args: greedy(*args, num_beams=3)),
     "sampling": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, sampled),
@@ -370,13 +370,12 @@ def differences(name: str) -> dict[str, float]:
     }
 
 
-def work(rank: int, processes: int, port: int, output: str) -> None:
+def work(rank: int, processes: int, port: int, output: str, names: list[str]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.init_process_group("gloo", rank=rank, world_size=processes)
-    found: dict[str, Any] = {name: differences(name) for name in CASES}
-    found |= {name: has_same_answers(name) for name in GENERATIONS}
+    found = {name: differences(name) if name in CASES else has_same_answers(name) for name in names}
     if rank == 0:
-        with open(f"{output}/{processes}.json", "w", encoding="utf-8") as file:
+        with open(output, "w", encoding="utf-8") as file:
             json.dump(found, file)
     distributed.barrier()
     distributed.destroy_process_group()
@@ -384,14 +383,13 @@ def work(rank: int, processes: int, port: int, output: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    directory, *groups = sys.argv[1:]
+    path, count, its_port, *chosen = sys.argv[1:]
     context = multiprocessing.get_context("fork")
-    for group in groups:
-        count, its_port = map(int, group.split(":"))
-        children = [context.Process(target=work, args=(rank, count, its_port, directory)) for rank in range(count)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join()
-        if any(child.exitcode for child in children):
-            sys.exit(f"{count} processes ended with {[child.exitcode for child in children]}")
+    children = [
+        context.Process(target=work, args=(rank, int(count), int(its_port), path, chosen)) for rank in range(int(count))
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    sys.exit(max(abs(child.exitcode or 0) for child in children))

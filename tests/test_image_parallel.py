@@ -26,8 +26,7 @@ from training_runs import (
 from dsvl.acceleration.image_parallel import check_image_parallel, image_parallel, split_batch
 from dsvl.acceleration.split_images import assign_images
 
-CASES = Path(__file__).parent / "image_parallel_cases.py"
-NAMES = [line[4:].split("(")[0] for line in CASES.read_text().split("@case\n")[1:]]
+FOLDER = Path(__file__).parent
 IN_ORDER = ["--train-sampling-strategy", "sequential"]
 # With this layout some batches have an image for one process alone, and one has none.
 LAYOUT = "ptttpppptttt" * 2
@@ -36,33 +35,35 @@ LAYOUT = "ptttpppptttt" * 2
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """The differences of every case, for two and for three processes."""
-    folder = tmp_path_factory.mktemp("cases")
-    command = [sys.executable, str(CASES), str(folder), f"2:{free_port()}", f"3:{free_port()}"]
-    done = subprocess.run(command, env=environment(), cwd=CASES.parent, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {processes: json.loads((folder / f"{processes}.json").read_text()) for processes in (2, 3)}
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("name", NAMES)
-def test_processes_have_the_loss_and_every_gradient_of_one(measured, name, processes):
-    found = measured[processes][name]
-    assert found["parameters"] > 20
-    assert found["loss"] < 1e-10
-    assert found["gradients"] < 1e-10
-    assert found["logits"] < 1e-10
-    assert found["is_restored"]
-    assert (found["launched"] > 0) == name.startswith("fused")
-
-
+CASES = [
+    "uneven_rows",
+    "padded_on_the_right",
+    "one_image_for_all",
+    "text_alone",
+    "packed_rows",
+    "packed_rows_in_windows",
+    "documents_by_positions",
+    "windows",
+    "two_layer_types_and_capped_scores",
+    "shared_positions",
+    "shared_positions_of_packed_rows",
+    "checkpointed",
+    "checkpointed_with_reentrance",
+    "reduced_memory",
+    "adapters",
+    "cached_features",
+    "images_of_tiles",
+    "native_images",
+    "the_sum_of_many_batches",
+    "fused_kernels",
+    "fused_kernels_in_windows",
+    "fused_kernels_packed",
+]
 GENERATIONS = [
     "greedy",
     "one image",
     "text alone",
-    "windows",
+    "windows of answers",
     "shared positions",
     "beams",
     "sampling",
@@ -71,14 +72,73 @@ GENERATIONS = [
 ]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("name", GENERATIONS)
+# What three processes measure in the fast tests; two measure everything in the slow ones.
+FAST_CASES = [
+    "uneven_rows",
+    "one_image_for_all",
+    "text_alone",
+    "packed_rows_in_windows",
+    "two_layer_types_and_capped_scores",
+    "shared_positions",
+    "checkpointed",
+    "reduced_memory",
+    "adapters",
+    "images_of_tiles",
+    "native_images",
+    "fused_kernels_in_windows",
+]
+FAST_GENERATIONS = ["greedy", "beams", "sampling", "encoded once"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The differences of every case, by number of processes; each is measured once."""
+    made = {}
+
+    def get(processes):
+        if processes not in made:
+            output = tmp_path_factory.mktemp("cases") / "differences.json"
+            command = [
+                sys.executable,
+                FOLDER / "image_parallel_cases.py",
+                output,
+                processes,
+                free_port(),
+                *CASES,
+                *GENERATIONS,
+            ]
+            start(command, timeout=300)
+            made[processes] = json.loads(output.read_text())
+        return made[processes]
+
+    return get
+
+
+def start(command, timeout):
+    done = subprocess.run(
+        list(map(str, command)), env=environment(), cwd=FOLDER, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def by_processes(fast, all_of_them):
+    return [(3, name) for name in fast] + [pytest.param(2, name, marks=pytest.mark.slow) for name in all_of_them]
+
+
+@pytest.mark.parametrize(("processes", "name"), by_processes(FAST_CASES, CASES))
+def test_processes_have_the_loss_and_every_gradient_of_one(measured, name, processes):
+    found = measured(processes)[name]
+    assert found["parameters"] > 20
+    assert found["loss"] < 1e-10
+    assert found["gradients"] < 1e-10
+    assert found["logits"] < 1e-10
+    assert found["is_restored"]
+    assert (found["launched"] > 0) == name.startswith("fused")
+
+
+@pytest.mark.parametrize(("processes", "name"), by_processes(FAST_GENERATIONS, GENERATIONS))
 def test_processes_generate_the_answers_of_one(measured, name, processes):
-    assert measured[processes][name] is True
-
-
-def test_all_cases_are_measured(measured):
-    assert list(measured[2]) == list(measured[3]) == [*NAMES, *GENERATIONS]
+    assert measured(processes)[name] is True
 
 
 # -- which process has which image -------------------------------------------------------------------------------------
@@ -222,7 +282,34 @@ SETUPS = {
 SHARED = {name: [flag for flag in flags if flag not in ("--deepspeed", "zero2", "zero3")] for name, flags in SETUPS.items()}
 
 
-@pytest.mark.parametrize("setup", [pytest.param(name, marks=[] if name == "ddp" else pytest.mark.slow) for name in SETUPS])
+def test_two_processes_train_and_resume_as_one(folder, tmp_path):
+    """With evaluation, in processes that are forked, which takes a third of the time."""
+    base = ["--model", folder / "model", "--data", folder / "data.jsonl", BATCH, 4, *STEPS, *IN_ORDER]
+    base += ["--eval-data", folder / "held_out.jsonl", *EVALUATE]
+    resume = ["--resume-from", tmp_path / "two" / "checkpoint-2"]
+    runs = [("one", 1, []), ("two", 2, []), ("resumed", 2, resume)]
+    parts = ["--image-parallel", "2"]
+    made = [
+        {
+            "processes": processes,
+            "port": free_port(),
+            "flags": list(map(str, [*base, *flags, *(parts if processes > 1 else []), "--output", tmp_path / name])),
+            "log": str(tmp_path / f"{name}.log"),
+        }
+        for name, processes, flags in runs
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(made))
+    start([sys.executable, FOLDER / "forked_training.py", tmp_path / "runs.json"], timeout=600)
+    assert "Image parallelism: 1 group of 2 processes" in (tmp_path / "two.log").read_text()
+    assert_as_alone(tmp_path / "two", tmp_path / "one")
+    assert evaluations(tmp_path / "two") == [pytest.approx(one, abs=1e-5) for one in evaluations(tmp_path / "one")]
+    assert "Resuming from" in (tmp_path / "resumed.log").read_text()
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "two")
+    assert furthest(weights(tmp_path / "resumed"), weights(tmp_path / "two")) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", SETUPS)
 def test_two_processes_train_as_one(folder, tmp_path, alone, setup):
     """With evaluation, saving and resuming."""
     if "zero" in setup:

@@ -61,6 +61,7 @@ class Planner:
     Args:
         config: configuration of the model.
         world_size: number of GPUs, *optional*, defaults to 1.
+        image_parallel: number of GPUs that share the images of a sample, *optional*, defaults to 1.
         deepspeed: "zero1", "zero2", "zero3" or "zero3-offload", *optional*, defaults to None: plain data parallelism.
         fsdp: shard by FSDP2 (`--fsdp`) instead, *optional*, defaults to False.
         sequence_length: tokens per sample, image tokens included, *optional*, defaults to 2048.
@@ -90,6 +91,7 @@ class Planner:
         config: DSVLConfig,
         *,
         world_size: int = 1,
+        image_parallel: int = 1,
         deepspeed: str | None = None,
         fsdp: bool = False,
         sequence_length: int = 2048,
@@ -115,6 +117,9 @@ class Planner:
         if not 1 <= self.tiles <= most:
             raise ValueError(f"tiles={tiles} of an image: with image_layout={config.image_layout!r} it has 1 to {most}.")
         self.text_tokens = sequence_length - images * self.tiles * config.image_seq_length
+        # The process with most images: it runs all text tokens, and the tokens of its images.
+        self.image_parallel, self.own_images = image_parallel, -(-images // max(image_parallel, 1))
+        self.own_tokens = self.text_tokens + self.own_images * self.tiles * config.image_seq_length
         self.supervised_share = supervised_share
         self.activation_checkpointing, self.mixed_precision = activation_checkpointing, mixed_precision
         self.mlp_tile, self.offload_activations = mlp_tile, offload_activations
@@ -154,7 +159,7 @@ class Planner:
         supervised = max(round(micro_batch * self.text_tokens * self.supervised_share), 1)
         into = 0 if self.fsdp else arriving_gradients(self.sizes, self.deepspeed, self.world_size, self.accumulation)
         trace = self.tracer.trace(
-            micro_batch, self.sequence_length, self.images * self.tiles, supervised, gradient_buffer=into
+            micro_batch, self.own_tokens, self.own_images * self.tiles, supervised, gradient_buffer=into
         )
         if self.fsdp:
             forward_backward, optimizer_step = fsdp_states(self.sizes, trace, self.world_size)
@@ -209,10 +214,15 @@ class Planner:
     def _check(self, config: DSVLConfig, train: Sequence[str], lora_rank: int, lora: Mapping[str, Any]) -> None:
         for name, value, least in (
             ("world_size", self.world_size, 1),
+            ("image_parallel", self.image_parallel, 1),
             ("images", self.images, 0),
             ("lora_rank", lora_rank, 0),
         ):
             _at_least(name, value, least)
+        if self.world_size % self.image_parallel:
+            raise ValueError(
+                f"image_parallel={self.image_parallel} does not divide world_size={self.world_size}; pass a divisor of it."
+            )
         if self.deepspeed is not None:
             _one_of("deepspeed", self.deepspeed, tuple(ZERO))
         if self.deepspeed is not None and self.fsdp:

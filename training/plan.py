@@ -26,6 +26,7 @@ DEFAULTS = {
     "lora_language": True,
     "lora_vision": False,
     "activation_checkpointing": False,
+    "image_parallel": 1,
     "tiled_mlp": None,
     "offload_activations": False,
     "gradient_accumulation": False,
@@ -50,6 +51,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--stage", action="append", default=[], metavar="NAME.KEY=VALUE", help="a value of one stage of the recipe"
     )
     parser.add_argument("--world-size", type=int, default=1, help="number of GPUs (default: 1)")
+    parser.add_argument(
+        "--image-parallel", type=int, metavar="GPUS", help="number of GPUs that share the images of a sample (default: 1)"
+    )
     parser.add_argument("--deepspeed", choices=ZERO, help="ZeRO stage (default: data parallelism without DeepSpeed)")
     parser.add_argument("--fsdp", action="store_true", default=None, help="shard by FSDP2 instead")
     parser.add_argument("--micro-batch", type=int, help="samples per GPU in each forward pass (default: 1)")
@@ -135,6 +139,7 @@ def _run(arguments: argparse.Namespace) -> None:
     planner = Planner(
         _load_config(arguments.model),
         world_size=arguments.world_size,
+        image_parallel=arguments.image_parallel,
         deepspeed=arguments.deepspeed,
         fsdp=arguments.fsdp,
         sequence_length=arguments.sequence_length,

@@ -88,6 +88,7 @@ def plan_stages(
             planner = Planner(
                 config,
                 world_size=world_size,
+                image_parallel=values["image_parallel"],
                 deepspeed=_zero(values["deepspeed"]),
                 fsdp=bool(values["fsdp"]),
                 sequence_length=length,
