@@ -7,10 +7,12 @@ describes. Nothing here changes a result, except for rounding.
 from .decoder_layers import CompiledDecoderLayers
 from .decoding_loop import sample
 from .image_cache import ImageKVCache
+from .image_parallel import check_image_parallel, image_parallel
 from .image_reuse import ImageReuse
 from .masks import build_mask
 from .memory_reduction import reduce_memory
 from .shared_images import SharedImagesCache
+from .split_images import SplitImageKVCache
 
 INTERFACE_VERSION = 1  # of acceleration_dsvl.py
 
@@ -20,7 +22,10 @@ __all__ = [
     "ImageKVCache",
     "ImageReuse",
     "SharedImagesCache",
+    "SplitImageKVCache",
     "build_mask",
+    "check_image_parallel",
+    "image_parallel",
     "reduce_memory",
     "sample",
 ]

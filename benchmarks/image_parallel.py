@@ -8,9 +8,9 @@
 A step is forward, backward and the mean of the gradients over the processes (`dsvl train --image-parallel`), of a sample
 with --text tokens of text beside its images. Projector and embeddings are trained, tower and decoder are frozen. Every layer
 is checkpointed; by default MLPs run in tiles, the queries of image tokens are not projected, and checkpoints are in main
-memory (--levers, as in many_images.py). The first process measures a step alone, while the others wait; then all of them share the
-images. The table has the time of a step, peak allocated memory of the first process, its pinned main memory, the loss, the
-speed relative to one process, and the ceiling of it: tokens of the sample over the most tokens that a process runs.
+memory (--levers, as in many_images.py). The first process measures a step alone, while the others wait; then all of them
+share the images. The table has the time of a step, peak allocated memory of the first process, its pinned main memory, the
+loss, the speed relative to one process, and the ceiling of it: tokens of the sample over the most that a process runs.
 """
 
 import argparse

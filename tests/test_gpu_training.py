@@ -124,3 +124,83 @@ def test_two_gpus_that_split_the_decoder_answer_as_one(folder):
         found = json.loads((folder / f"{rank}.json").read_text())
         assert found["own share of the image cache"] == 0.5 and found["logits"] < 1e-3
         assert found["same"] == dict.fromkeys(found["same"], True)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3", "liger and checkpointed", "reduced"])
+def test_two_gpus_that_share_images_learn_as_one(folder, tmp_path, setup):
+    """With the fused kernels, whose partial results are merged through NCCL."""
+    if "zero" in setup:
+        pytest.importorskip("deepspeed")
+    if "liger" in setup:
+        pytest.importorskip("liger_kernel")
+    flags = {
+        "liger and checkpointed": ["--use-liger-kernel", "--activation-checkpointing", "true"],
+        "reduced": [
+            "--activation-checkpointing",
+            "true",
+            "--tiled-mlp",
+            "64",
+            "--skip-image-queries",
+            "--offload-activations",
+        ],
+    }.get(setup, [])
+    zero = ["--deepspeed", setup] if "zero" in setup else []
+    train(folder, tmp_path / "one", "--bf16", *flags, *zero)
+    train(folder, tmp_path / "two", "--bf16", *flags, *zero, "--image-parallel", "2", processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=0.02)
+
+
+SPLIT = """
+import sys
+import torch
+from torch import distributed
+sys.path.insert(0, sys.argv[1])
+from conftest import batch, tiny_model
+from dsvl.acceleration import image_parallel, split_attention
+
+rank = int(__import__("os").environ["LOCAL_RANK"])
+torch.cuda.set_device(rank)
+distributed.init_process_group("nccl")
+torch.set_default_device("cuda")
+for family, wide in (("llama", {"head_dim": 32, "hidden_size": 128}), ("mistral", {"head_dim": 32, "hidden_size": 128})):
+    model = tiny_model(family, dtype=torch.bfloat16, **wide).cuda().train()
+    model.set_trainable(vision_tower=True, language_model=True, lm_head=True)
+    inputs = {k: v.cuda() for k, v in batch("ttIttttIIttttttttt", "ttItt", "tttt", dtype=torch.bfloat16).items()}
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 90, -100).masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, 1:] = labels[:, 1:].masked_fill(inputs["input_ids"][:, :-1] == 90, -100)
+    fused = []
+    forward = split_attention.FusedBranch.forward
+    split_attention.FusedBranch.forward = lambda *args: fused.append(1) or forward(*args)
+
+    def gradients():
+        made = torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        return made
+
+    alone = model(**inputs, labels=labels).loss
+    alone.backward()
+    expected = gradients()
+    with image_parallel(model):
+        loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    mean = gradients()
+    distributed.all_reduce(mean)
+    mean /= distributed.get_world_size()
+    split_attention.FusedBranch.forward = forward
+    assert bool(fused) == (torch.cuda.get_device_capability()[0] == 9), fused
+    assert abs(loss - alone) < 0.02 * abs(alone), (loss, alone)
+    assert (mean - expected).norm() < 0.05 * expected.norm(), ((mean - expected).norm(), expected.norm())
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_fused_kernels_of_two_gpus_give_the_gradients_of_one(tmp_path):
+    (tmp_path / "split.py").write_text(SPLIT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "split.py"), str(Path(__file__).parent)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
