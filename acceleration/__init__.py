@@ -7,7 +7,7 @@ describes. Nothing here changes a result, except for rounding.
 from .decoder_layers import CompiledDecoderLayers
 from .decoding_loop import sample
 from .image_cache import ImageKVCache
-from .image_parallel import check_image_parallel, image_parallel
+from .image_parallelism import check_image_parallel, image_parallel
 from .image_reuse import ImageReuse
 from .masks import build_mask
 from .memory_reduction import reduce_memory

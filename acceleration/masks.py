@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from ..masks_dsvl import AttentionMask, Visibility
 from .fused_mask import FusedMask
 from .gathered_mask import GatheredMask
-from .image_parallel import split_mask
+from .image_parallelism import split_mask
 
 
 def build_mask(

@@ -1,4 +1,4 @@
-"""The keys and values of images, spread over the processes of a group, for `generate`; see image_parallel.py.
+"""The keys and values of images, spread over the processes of a group, for `generate`; see image_parallelism.py.
 
 Every process encodes its own images into an `ImageKVCache`, and runs the text of a prompt over them. The KV cache of the
 prompt holds the text and its own images (see shared_images.py); the results over the images of all processes are merged in

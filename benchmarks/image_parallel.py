@@ -31,7 +31,7 @@ from many_images import LEVERS, Row, build, gib, host_gib
 from models import Shape
 from torch import distributed
 
-from dsvl.acceleration.image_parallel import image_parallel
+from dsvl.acceleration.image_parallelism import image_parallel
 from dsvl.acceleration.split_images import assign_images
 
 DEFAULT_LEVERS = ("tiles", "queries", "offload")

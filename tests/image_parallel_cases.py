@@ -21,7 +21,7 @@ from plain_kernels import use_plain_kernels
 from torch import distributed, nn
 
 from dsvl.acceleration import kernels
-from dsvl.acceleration.image_parallel import image_parallel
+from dsvl.acceleration.image_parallelism import image_parallel
 from dsvl.positions_dsvl import token_positions
 
 Inputs = dict[str, Any]

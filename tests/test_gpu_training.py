@@ -167,8 +167,9 @@ for family, wide in (("llama", {"head_dim": 32, "hidden_size": 128}), ("mistral"
     model = tiny_model(family, dtype=torch.bfloat16, **wide).cuda().train()
     model.set_trainable(vision_tower=True, language_model=True, lm_head=True)
     inputs = {k: v.cuda() for k, v in batch("ttIttttIIttttttttt", "ttItt", "tttt", dtype=torch.bfloat16).items()}
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 90, -100).masked_fill(inputs["attention_mask"] == 0, -100)
-    labels[:, 1:] = labels[:, 1:].masked_fill(inputs["input_ids"][:, :-1] == 90, -100)
+    ids = inputs["input_ids"]
+    labels = ids.masked_fill(ids == 90, -100).masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, 1:] = labels[:, 1:].masked_fill(ids[:, :-1] == 90, -100)
     fused = []
     forward = split_attention.FusedBranch.forward
     split_attention.FusedBranch.forward = lambda *args: fused.append(1) or forward(*args)

@@ -23,7 +23,7 @@ from training_runs import (
     weights,
 )
 
-from dsvl.acceleration.image_parallel import check_image_parallel, image_parallel, split_batch
+from dsvl.acceleration.image_parallelism import check_image_parallel, image_parallel, split_batch
 from dsvl.acceleration.split_images import assign_images
 
 FOLDER = Path(__file__).parent
