@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from conftest import tiny_model
 from plain_loop import PlainLoop
 from torch.utils.flop_counter import FlopCounterMode
-from training_runs import environment
+from training_runs import environment, free_port
 
 from dsvl.attention_dsvl import routed_name
 from dsvl.image_reading_dsvl import image_size
@@ -388,6 +389,21 @@ def test_many_images(load, tmp_path, monkeypatch, capsys):
     for wrong in ("llava+tiles", "dsvl+fast", "dsvl+tiles+tiles"):
         with pytest.raises(ValueError, match="is not a row"):
             many.Row.parse(wrong)
+
+
+@pytest.mark.slow
+def test_image_parallelism(tmp_path):
+    """One process and two have the same loss, up to rounding in bfloat16."""
+    script, out = Path(__file__).parents[1] / "benchmarks" / "image_parallel.py", tmp_path / "image_parallel.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", script]
+    command += ["--tiny", "--tokens", "128", "256", "--rounds", "1", "--out", out]
+    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert [one["processes"] for one in results] == [1, 2, 1, 2]
+    for alone, split in zip(results[::2], results[1::2], strict=True):
+        assert split["loss"] == pytest.approx(alone["loss"], abs=1e-2)
+        assert alone["ceiling"] == 1 < split["ceiling"] <= 2
 
 
 def test_answers_over_many_images(load, tmp_path, monkeypatch, capsys):

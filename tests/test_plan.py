@@ -279,6 +279,21 @@ def test_tied_weights_count_once():
     assert untied.parameters - tied.parameters == 512 * 128
 
 
+def test_image_parallelism_plans_the_process_with_most_images():
+    """Five images of two processes: three of them, and all of the text."""
+    per_image = small_config().image_seq_length
+    options = dict(sequence_length=5 * per_image + 40, images=5, activation_checkpointing=True)
+    split = Planner(small_config(), world_size=2, image_parallel=2, **options)
+    alone = Planner(small_config(), world_size=2, **options | {"sequence_length": 3 * per_image + 40, "images": 3})
+    whole = Planner(small_config(), world_size=2, **options)
+    assert split.text_tokens == whole.text_tokens == alone.text_tokens
+    assert split.plan(1) == alone.plan(1)
+    assert split.plan(1).total < whole.plan(1).total
+    for wrong, message in ((3, "image_parallel=3 does not divide world_size=2"), (0, "image_parallel=0 is too small")):
+        with pytest.raises(ValueError, match=message):
+            Planner(small_config(), world_size=2, image_parallel=wrong, **options)
+
+
 def test_activation_checkpointing_holds_less():
     plain, recomputed = (plan(small_config(8), activation_checkpointing=on, **STEP).forward_backward for on in (False, True))
     assert recomputed.activations < plain.activations / 2
