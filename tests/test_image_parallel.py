@@ -23,7 +23,8 @@ from training_runs import (
     weights,
 )
 
-from dsvl.acceleration.image_parallelism import check_image_parallel, image_parallel, split_batch
+from dsvl.acceleration import check_image_parallel, image_parallel
+from dsvl.acceleration.split_batch import split_batch
 from dsvl.acceleration.split_images import assign_images
 
 FOLDER = Path(__file__).parent
