@@ -274,7 +274,7 @@ SETUPS = {
     "zero3": ["--deepspeed", "zero3", "--activation-checkpointing", "true"],
     "adapters": ["--lora-rank", "4", "--lora-vision"],
     "everything": ["--train", "projector", "embeddings", "language", "vision", "head", "--max-grad-norm", "0.1"],
-    "packed": ["--packing", "--max-length", "128"],
+    "packed": ["--packing", "--max-length", "224"],
     "streaming": ["--streaming"],
     "smoothed": ["--label-smoothing-factor", "0.1", "--gradient-accumulation-steps", "2", "--max-grad-norm", "0.05"],
     "zero3 with adapters and tiles": ["--deepspeed", "zero3", "--lora-rank", "4", "--tiled-mlp", "16"],
