@@ -217,7 +217,7 @@ class ImageReuse:
         # Rows of one prompt share its images.
         row_counts, row_copies = (image_counts[::copies], 1) if shared else (image_counts, copies)
         has_images = split is None or split.own is not None
-        order = torch.zeros(len(row_counts), dtype=torch.long)
+        order: torch.Tensor | None = torch.zeros(len(row_counts), dtype=torch.long)
         if has_images:
             order = image_token_order(row_counts, image_cache.tile_lengths, row_copies)
         if not all(ends_with_text):

@@ -156,7 +156,7 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
     whole = torch.empty((*ids.shape, 0), dtype=dtype, device=ids.device)
     visible = visibilities(decoder.config, whole, padding, None, document_ids)
     mask = SplitMask.build(tokens, visible, decoder.config, dtype, model.training, group)
-    return SplitBatch(inputs | others | {"use_cache": False}, mask, tokens, tuple(ids.shape), group)
+    return SplitBatch(inputs | others | {"use_cache": False}, mask, tokens, (ids.shape[0], ids.shape[1]), group)
 
 
 def _check_inputs(given: dict[str, Any]) -> torch.Tensor:

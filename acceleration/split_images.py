@@ -77,7 +77,7 @@ class SplitImageKVCache:
         place = dict(zip((n for n in numbers if self.owners[n] == rank), range(len(self)), strict=False))
         kept = [place[number] for number in chosen if number in place]
         own = self.own[kept] if self.own is not None and kept else None
-        lengths, owners = ([part[number] for number in chosen] for part in (self.tile_lengths, self.owners))
+        lengths, owners = [self.tile_lengths[number] for number in chosen], [self.owners[number] for number in chosen]
         return SplitImageKVCache(own, lengths, owners, self.group)
 
     def _changed(self, change: Callable[[ImageKVCache], ImageKVCache]) -> "SplitImageKVCache":

@@ -54,6 +54,7 @@ MEMBERS = {
     ),
     "transformers.cache_utils.StaticLayer": ("is_sliding", "keys", "values", "is_initialized", "cumulative_length"),
     "transformers.Trainer": (
+        "_get_dataloader",
         "_get_num_items_in_batch",
         "_load_best_model",
         "_load_from_checkpoint",
@@ -63,6 +64,7 @@ MEMBERS = {
         "_run_epoch",
         "_save",
         "_save_optimizer_and_scheduler",
+        "_track_num_input_tokens",
     ),
 }
 # Attributes that transformers sets on objects while it generates, by the module that sets them.
