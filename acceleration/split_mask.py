@@ -8,7 +8,7 @@ from torch import nn
 
 from ..masks_dsvl import AttentionMask, Visibility, own_values
 from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS
-from . import kernels
+from . import kernel_choice
 from .gathered_mask import gather_tokens
 from .query_intervals import query_intervals
 from .split_attention import BlockedBranch, FusedBranch, branch_attention
@@ -77,7 +77,7 @@ class SplitMask(AttentionMask):
         device, length = tokens.positions.device, tokens.positions.shape[1]
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        fuses = kernels.can_fuse(text_config, dtype, device, training)
+        fuses = kernel_choice.can_fuse(text_config, dtype, device, training)
         softcapped = getattr(text_config, "attn_logit_softcapping", None) is not None
         text, image = (
             members.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, : max(1, *counts)]

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from dsvl.acceleration import fused_mask, kernels
+from dsvl.acceleration import fused_mask, kernel_choice, kernels
 
 
 def use_plain_kernels(monkeypatch: Any) -> None:
     """Make every decoder choose the fused kernels, and compute them with the functions of this file."""
     monkeypatch.setattr(fused_mask, "can_fuse", lambda *args: True)
-    monkeypatch.setattr(kernels, "can_fuse", lambda *args: True)  # where it is called by its module
+    monkeypatch.setattr(kernel_choice, "can_fuse", lambda *args: True)  # where it is called by its module
     monkeypatch.setattr(kernels, "launch_forward", forward)
     monkeypatch.setattr(kernels, "launch_backward", backward)
 

@@ -85,6 +85,8 @@ def _check_image_parallel(values: dict[str, Any]) -> None:
             f"{flag} with --lora-dropout {values['lora_dropout']:g}: text, which all processes compute, would differ "
             "between them; pass --lora-dropout 0."
         )
+    if values.get("fsdp"):
+        raise ValueError(f"{flag} with --fsdp has not been tested; choose --deepspeed zero3, which partitions weights too.")
     for name in ("compile_decoder_layers", "torch_compile"):
         if values.get(name):
             raise ValueError(
