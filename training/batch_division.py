@@ -57,9 +57,7 @@ class BatchDivision:
                 f"{_or(possible)} of them, or pass --overwrite-output to start over with another batch size."
             )
         per_device = max(size for size in range(1, min(self.per_device, share) + 1) if share % size == 0)
-        return replace(
-            self, processes=processes, per_device=per_device, accumulation=share // per_device, sharing=sharing
-        )
+        return replace(self, processes=processes, per_device=per_device, accumulation=share // per_device, sharing=sharing)
 
     @classmethod
     def of(cls, arguments: DSVLTrainingArguments) -> "BatchDivision":
