@@ -62,7 +62,9 @@ class Hosts:
             base += ["--master-addr", first, "--master-port", str(port)]
         started = []
         for host in (0, 1):
-            own = [] if "--rdzv-backend" in more else ["--node-rank", str(ranks[host])]
+            own = ["--node-rank", str(ranks[host])]
+            if "--rdzv-backend" in more:  # in a namespace the name of the machine does not lead to the address
+                own = ["--rdzv-conf", f"is_host={int(ranks[host] == 0)}"]
             own += ["--local-addr", self.addresses[host]]
             started.append(self.start(host, folders[host], *base, *own, "-m", "dsvl.training", *flags))
         return started
