@@ -21,12 +21,12 @@ GROUPS = {
     "optimisation": "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
     "learning_rates lr_scheduler_type warmup_steps weight_decay max_grad_norm seed",
     "precision and memory": "bf16 activation_checkpointing gradient_checkpointing use_liger_kernel compile_decoder_layers "
-    "torch_compile tiled_mlp offload_activations skip_image_queries",
+    "tiled_mlp offload_activations skip_image_queries",
     "evaluation": "eval_data eval_share eval_strategy eval_steps per_device_eval_batch_size eval_exact_match "
     "eval_max_new_tokens early_stopping_patience",
     "saving and publishing": "output_dir overwrite_output resume_from_checkpoint save_strategy save_steps save_total_limit "
     "logging_steps report_to push_to_hub hub_model_id hub_private_repo",
-    "distributed": "deepspeed fsdp fsdp_config",
+    "distributed": "deepspeed fsdp image_parallel lost_process_timeout",
     "recipes": "stage_values keep_stages list_recipes",
 }
 # The group of fields of the package that are not in GROUPS, by class.
