@@ -224,7 +224,7 @@ def test_a_stage_that_has_not_begun_may_change_and_finished_ones_are_not_run_aga
 
 
 def test_overwriting_starts_over(train, whole, tmp_path, monkeypatch):
-    def reached(model_arguments, data_arguments, arguments, data, record, start, stage):
+    def reached(model_arguments, data_arguments, arguments, data, record, start, hosts, stage):
         assert start.checkpoint is None and stage.number == 1
         raise ValueError("reached")
 
