@@ -72,10 +72,10 @@ elif moment == "in the optimizer":
 elif moment == "before the mark":
     mark = checkpoints.mark_complete
 
-    def not_marked(checkpoint):
+    def not_marked(checkpoint, sizes=None):
         if checkpoint.name == f"checkpoint-{step}":
             die()
-        mark(checkpoint)
+        mark(checkpoint, sizes)
 
     checkpoints.mark_complete = not_marked
 elif moment == "in the trained model":
