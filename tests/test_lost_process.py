@@ -59,29 +59,24 @@ def newest(output):
     return max((int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")), default=0)
 
 
-@pytest.mark.parametrize("restarts", [0, KILLS], ids=["by hand", "by torchrun"])
 @pytest.mark.parametrize("setup", SETUPS)
-def test_killed_processes_cost_nothing_but_time(folder, tmp_path, whole, setup, restarts):
-    rng, output, log = random.Random(f"{setup} {restarts}"), tmp_path / "output", tmp_path / "log"
+def test_killed_processes_cost_nothing_but_time(folder, tmp_path, whole, setup):
+    """The command is started again by hand. test_two_hosts.py has a restart by torchrun."""
+    rng, output, log = random.Random(setup), tmp_path / "output", tmp_path / "log"
     line = command(*flags(folder, output, setup), processes=2)
-    line[1:1] = [f"--max-restarts={restarts}"]
     kills, process = 0, None
     try:
         while True:
-            if process is None:
-                with log.open("a") as file:
-                    process = subprocess.Popen(line, env=environment(), stdout=file, stderr=file)
-            if kills < KILLS and wait_for_a_moment(process, output, rng, log):
-                if lost := workers(process.pid):
-                    kill(rng.choice(lost))
-                    kills += 1
-                    if restarts == 0:
-                        assert process.wait(timeout=60) != 0  # the others end within a minute
-                        assert "Signal 9 (SIGKILL)" in log.read_text()  # torchrun names the process
-                        process = None
-                continue
-            assert process.wait(timeout=400) == 0, log.read_text()
-            break
+            with log.open("a") as file:
+                process = subprocess.Popen(line, env=environment(), stdout=file, stderr=file)
+            is_over = kills == KILLS or not wait_for_a_moment(process, output, rng, log)
+            if is_over or not (lost := workers(process.pid)):
+                assert process.wait(timeout=400) == 0, log.read_text()
+                break
+            kill(rng.choice(lost))
+            kills += 1
+            assert process.wait(timeout=60) != 0  # the others end within a minute
+            assert "Signal 9 (SIGKILL)" in log.read_text()  # torchrun names the process
     finally:
         if process is not None:
             kill_tree(process.pid)
