@@ -106,13 +106,9 @@ class _Version(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version of the package")
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        from importlib.metadata import PackageNotFoundError, version
+        from .utils.installed_packages import installed_version
 
-        try:
-            installed = version("dsvl")
-        except PackageNotFoundError:
-            installed = "(not installed)"
-        print(f"dsvl {installed}")
+        print(f"dsvl {installed_version('dsvl') or '(not installed)'}")
         parser.exit()
 
 

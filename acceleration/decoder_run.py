@@ -33,6 +33,11 @@ class OwnValueMask(AttentionMask):
         return own_values(query, value), None
 
 
+def head_size(text_config: Any) -> int:
+    """Channels of a decoder's heads."""
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
 def run_decoder(
     decoder: PreTrainedModel,
     inputs_embeds: torch.Tensor,
@@ -98,4 +103,4 @@ def layer_types(decoder: PreTrainedModel) -> list[str | None]:
     return getattr(decoder.config, "layer_types", None) or [None] * decoder.config.num_hidden_layers
 
 
-__all__ = ["OwnValueMask", "layer_types", "layers_of", "run_decoder"]
+__all__ = ["OwnValueMask", "head_size", "layer_types", "layers_of", "run_decoder"]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..inputs_dsvl import check_num_tiles
 from ..transformers_dsvl import BaseModelOutputWithPooling
 from .int8 import dequantize, quantize
 
@@ -32,6 +33,21 @@ def changing_ropes(text_config: Any) -> list[str]:
     rope = getattr(text_config, "rope_parameters", None) or {}
     kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
     return [kind for kind in kinds if kind in ("dynamic", "longrope")]
+
+
+def lengths_by_image(lengths: Sequence[int], num_tiles: Sequence[int] | None) -> list[list[int]]:
+    """The number of tokens of each tile, for each image.
+
+    Args:
+        lengths: of all tiles.
+        num_tiles: how many tiles each image has; None for one.
+
+    Raises:
+        ValueError: if these are not as many tiles.
+    """
+    counts = [1] * len(lengths) if num_tiles is None else num_tiles
+    check_num_tiles(sum(counts), len(lengths))
+    return [list(lengths[start:end]) for start, end in pairwise(accumulate(counts, initial=0))]
 
 
 class ImageKVCache:
@@ -292,4 +308,4 @@ def _read_lengths(text: str | None, tokens: int) -> list[list[int]] | None:
     return lengths if all(type(length) is int and length > 0 for length in flat) and sum(flat) == tokens else None
 
 
-__all__ = ["ImageKVCache", "pinned", "reuse_is_exact"]
+__all__ = ["ImageKVCache", "changing_ropes", "lengths_by_image", "pinned", "reuse_is_exact"]

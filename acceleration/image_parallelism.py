@@ -11,19 +11,17 @@ import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import wraps
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import distributed, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..inputs_dsvl import check_num_tiles
 from ..masks_dsvl import AttentionMask
 from ..transformers_dsvl import CACHE
-from .image_cache import changing_ropes
+from .image_cache import changing_ropes, lengths_by_image
 from .split_batch import IMAGES, PER_IMAGE, split_batch
-from .split_images import SplitImageKVCache, assign_images
+from .split_images import SplitImageKVCache, assign_images, tiles_of_images
 
 # The mask of the forward call that runs in this context.
 _mask: ContextVar[AttentionMask | None] = ContextVar("dsvl_image_parallel_mask", default=None)
@@ -169,19 +167,16 @@ def _encoding_over(model: Any, group: Any, encode_images: Any) -> Any:
     def split_encode(pixel_values: torch.Tensor, chunk_size: int = 16, **options: Any) -> SplitImageKVCache:
         number, shapes, num_tiles = len(pixel_values), options.get("spatial_shapes"), options.pop("num_tiles", None)
         lengths = model.config.tile_lengths(number, shapes)
-        tiles_of = [1] * number if num_tiles is None else [int(tiles) for tiles in num_tiles]
-        check_num_tiles(sum(tiles_of), number)
-        ends = list(accumulate(tiles_of, initial=0))
-        tile_lengths = [lengths[start:end] for start, end in pairwise(ends)]
+        tile_lengths = lengths_by_image(lengths, None if num_tiles is None else [int(tiles) for tiles in num_tiles])
         owners = assign_images([list(map(sum, tile_lengths))], distributed.get_world_size(group))
         rank = distributed.get_rank(group)
         own = [image for image, owner in enumerate(owners) if owner == rank]
-        tiles = [tile for image in own for tile in range(ends[image], ends[image + 1])]
+        tiles = tiles_of_images(tile_lengths, own)
         encoded = None
         if own:
             images = {key: value[tiles] for key, value in options.items() if key in PER_IMAGE and value is not None}
             others = {key: value for key, value in options.items() if key not in PER_IMAGE}
-            counts = [tiles_of[image] for image in own]
+            counts = [len(tile_lengths[image]) for image in own]
             encoded = encode_images(pixel_values[tiles], chunk_size, num_tiles=counts, **images, **others)
         return SplitImageKVCache(encoded, tile_lengths, owners, group)
 

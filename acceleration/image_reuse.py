@@ -10,7 +10,6 @@ import hashlib
 import json
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from transformers import Cache, DynamicCache
 from ..cache_dsvl import remember_types, whole_positions
 from ..inputs_dsvl import check_num_tiles
 from ..masks_dsvl import AttentionMask, visibilities
-from .decoder_run import OwnValueMask, layer_types, run_decoder
+from .decoder_run import OwnValueMask, head_size, layer_types, run_decoder
 from .gathered_mask import Slots
-from .image_cache import ImageKVCache, changing_ropes
+from .image_cache import ImageKVCache, changing_ropes, lengths_by_image
 from .key_rotation import KeyRotation, probe_rotation, rotate_keys
 from .shared_images import SharedImages, SharedPrompt, shares_images
 from .split_images import SplitImageKVCache, SplitPrefillMask
@@ -126,8 +125,7 @@ class ImageReuse:
             for name, tensor in made.tensors.items():
                 whole[name][:, filled : filled + embeds.shape[1]].copy_(tensor)
             filled += embeds.shape[1]
-        ends = list(accumulate(counts, initial=0))
-        tile_lengths = [lengths[start:end] for start, end in pairwise(ends)]
+        tile_lengths = lengths_by_image(lengths, counts)
         return ImageKVCache(fingerprint=fingerprint, tile_lengths=tile_lengths, is_offloaded=offload, **whole)
 
     @torch.no_grad()
@@ -269,9 +267,8 @@ class ImageReuse:
         if split.own is not None:
             return split.own
         config, table = self.model.language_model.config, self.model.language_model.get_input_embeddings().weight
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        states = table.new_zeros(config.num_hidden_layers, 1, heads, head_dim)
+        states = table.new_zeros(config.num_hidden_layers, 1, heads, head_size(config))
         return ImageKVCache(states, states, self.fingerprint(), [[1]])
 
     def compile(self, **options: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from .decoder_run import head_size
 from .kernel_check import check_kernels
 from .kernel_timings import tuned
 from .kernels import DTYPES, MAX_HEAD_DIM, triton
@@ -41,11 +42,6 @@ def read_setting() -> str:
 
 
 SETTING = read_setting()  # once: compiled graphs cannot read the environment
-
-
-def head_size(text_config: Any) -> int:
-    """Channels of a decoder's heads."""
-    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
 @dataclass(frozen=True)

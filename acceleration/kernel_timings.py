@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import LlamaConfig
 
 from ..masks_dsvl import visibilities
 from ..utils.atomic_files import write_atomically
+from ..utils.installed_packages import installed_version
 from .gathered_mask import GatheredMask
 from .kernels import fused_attention
 from .token_lists import TokenLists
@@ -118,14 +118,6 @@ def identity(device: torch.device) -> dict[str, Any]:
     }
 
 
-def installed_version(name: str) -> str | None:
-    """Version of an installed distribution; None if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 @lru_cache
 def driver_version() -> str | None:
     """Version of NVIDIA's driver; None if it cannot be found."""
@@ -209,4 +201,4 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-__all__ = ["Shape", "Times", "cache_file", "driver_version", "identity", "installed_version", "saved", "tune", "tuned"]
+__all__ = ["Shape", "Times", "cache_file", "driver_version", "identity", "saved", "tune", "tuned"]

@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from ..inputs_dsvl import check_document_ids, check_image_counts, check_labels, check_num_tiles, check_sequence
+from ..generation_dsvl import IMAGE_INPUTS
+from ..inputs_dsvl import check_document_ids, check_image_counts, check_labels, check_sequence
 from ..masks_dsvl import visibilities
 from ..positions_dsvl import documents_of_positions, token_positions
 from ..transformers_dsvl import BaseModelOutputWithPooling
 from ..vision_dsvl import blank_image
-from .split_images import assign_images
+from .image_cache import lengths_by_image
+from .split_images import assign_images, tiles_of_images
 from .split_mask import SplitMask, SplitTokens
 
 # What `forward` takes beside tokens and images; None of it depends on the length of the rows.
 _OTHERS = ("num_items_in_batch", "skip_logits", "return_dict")
 IMAGES = ("pixel_values", "image_features", "mm_encoder_outputs")
-PER_IMAGE = ("pixel_attention_mask", "spatial_shapes")
+PER_IMAGE = IMAGE_INPUTS[1:]  # beside the pixels
 
 
 @dataclass
@@ -104,14 +106,12 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
         tiles = len(shapes) if shapes is not None else sum(image_counts) // config.image_seq_length
         lengths = config.tile_lengths(tiles, shapes)
     check_image_counts(image_counts, config.image_seq_length, lengths, whole_images=True)
-    tiles_of = [1] * len(lengths) if num_tiles is None else num_tiles.tolist()
-    check_num_tiles(sum(tiles_of), len(lengths))
-    ends = list(accumulate(tiles_of, initial=0))
-    sizes = [sum(lengths[start:end]) for start, end in pairwise(ends)]
+    tile_lengths = lengths_by_image(lengths, None if num_tiles is None else num_tiles.tolist())
+    sizes = list(map(sum, tile_lengths))
     owners = assign_images(_rows(sizes, image_counts), distributed.get_world_size(group))
     rank = distributed.get_rank(group)
     own = [number for number, owner in enumerate(owners) if owner == rank]
-    own_tiles = [tile for number in own for tile in range(ends[number], ends[number + 1])]
+    own_tiles = tiles_of_images(tile_lengths, own)
     inputs = _own_images(config, given, own_tiles, len(lengths))
     if num_tiles is not None:
         inputs["num_tiles"] = num_tiles[own] if own else num_tiles.new_ones(1)
@@ -171,8 +171,7 @@ def _check_inputs(given: dict[str, Any]) -> torch.Tensor:
         "shift_labels",
         "logits_to_keep",
         "num_tiles",
-        "spatial_shapes",
-        "pixel_attention_mask",
+        *PER_IMAGE,
         "use_cache",
         "output_attentions",
         "output_hidden_states",
@@ -245,7 +244,7 @@ def _own_images(config: Any, given: dict[str, Any], own: list[int], tiles: int) 
             f"The batch has {tiles} images or tiles, of which this process has {len(own)}, but {found} came with it; pass "
             "those of the whole batch, or those of this process."
         )
-    parts = {key: given[key] for key in (name, "pixel_attention_mask", "spatial_shapes") if key in given}
+    parts = {key: given[key] for key in (name, *PER_IMAGE) if key in given}
     if own:
         return {key: value if len(value) == len(own) else value[own] for key, value in parts.items()}
     blank: dict[str, torch.Tensor] = blank_image(config)

@@ -7,6 +7,7 @@ the prefill and in each step.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -42,6 +43,17 @@ def assign_images(rows: Sequence[Sequence[int]], size: int) -> list[int]:
             of_row[image] = owner
         owners += of_row
     return owners
+
+
+def tiles_of_images(tile_lengths: Sequence[Sequence[int]], images: Sequence[int]) -> list[int]:
+    """The indices of the tiles of some images, among those of all images.
+
+    Args:
+        tile_lengths: for each image, the number of tokens of each of its tiles.
+        images: indices of images.
+    """
+    ends = list(accumulate(map(len, tile_lengths), initial=0))
+    return [tile for image in images for tile in range(ends[image], ends[image + 1])]
 
 
 class SplitImageKVCache:
@@ -158,4 +170,4 @@ class SplitPrefillMask(TextPrefillMask):
         return merge(output, lse, self.group)[0].to(query.dtype)
 
 
-__all__ = ["SplitImageKVCache", "SplitPrefillMask", "assign_images"]
+__all__ = ["SplitImageKVCache", "SplitPrefillMask", "assign_images", "tiles_of_images"]

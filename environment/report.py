@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from .. import __file__ as package_file
+from ..acceleration.decoder_run import head_size
 from ..acceleration.kernel_choice import SETTING, VARIABLE, unsupported
-from ..acceleration.kernel_timings import HEAD_DIMS, cache_file, driver_version, installed_version, tuned
+from ..acceleration.kernel_timings import HEAD_DIMS, cache_file, driver_version, tuned
 from ..acceleration_dsvl import INTERFACE_VERSION, acceleration
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..transformers_dsvl import no_init_weights
+from ..utils.installed_packages import installed_version
 from .attention import attention_of, kinds_of_decoders
 
 GIB = 2**30
@@ -113,7 +115,6 @@ def _model(name: str, devices: list[torch.device], accelerated: bool) -> dict[st
         model = DSVLForConditionalGeneration(copy.deepcopy(config))
     text = model.config.text_config
     dtype = config.dtype or text.dtype or torch.float32
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     code = Path(name) / "acceleration_dsvl.py"
     found = re.search(r"^INTERFACE_VERSION = (\d+)", code.read_text(encoding="utf-8"), re.M) if code.is_file() else None
     return {
@@ -124,7 +125,7 @@ def _model(name: str, devices: list[torch.device], accelerated: bool) -> dict[st
         "dtype": str(dtype).removeprefix("torch."),
         "heads": text.num_attention_heads,
         "key_value_heads": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        "head_dim": head_dim,
+        "head_dim": head_size(text),
         "softcap": getattr(text, "attn_logit_softcapping", None),
         "window": getattr(text, "sliding_window", None),
         "attention_dropout": getattr(text, "attention_dropout", None) or 0,

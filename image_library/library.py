@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..acceleration.decoder_run import head_size
 from ..acceleration.image_cache import ImageKVCache
 from ..generation_dsvl import IMAGE_INPUTS
 from ..transformers_dsvl import BaseModelOutputWithPooling, gathers_weights
@@ -255,7 +256,7 @@ class ImageLibrary:
         if not (self.features_because is None if as_keys is None else as_keys):
             return config.hidden_size * size
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = head_size(config)
         return 2 * config.num_hidden_layers * heads * (width + 4 if self.quantize else width * size)
 
     def statistics(self) -> dict[str, int]:
