@@ -109,6 +109,18 @@ def has_optimizer_states(checkpoint: Path) -> bool:
     return any(path for pattern in ("optimizer*", "global_step*") for path in checkpoint.glob(pattern))
 
 
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints in a directory, complete or not, sorted by step."""
+    found = [path for path in output.glob("checkpoint-*") if path.is_dir() and step_of(path) is not None]
+    return sorted(found, key=lambda path: step_of(path) or 0)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step of a checkpoint, by its name; None if it is not the name of one."""
+    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(match[1]) if match else None
+
+
 def last_complete_checkpoint(output: str | Path, put_aside: bool = False) -> str | None:
     """Find the checkpoint to resume from.
 
@@ -121,20 +133,15 @@ def last_complete_checkpoint(output: str | Path, put_aside: bool = False) -> str
     Returns:
         The directory of the last complete checkpoint, or None. A warning is logged for each newer incomplete one.
     """
-    found = {}
-    for path in Path(output).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
-    for step in sorted(found, reverse=True):
-        reason = why_incomplete(found[step])
+    for path in reversed(checkpoints(Path(output))):
+        reason = why_incomplete(path)
         if reason is None:
-            return str(found[step])
-        logger.warning("%s is skipped: %s.", found[step], reason)
+            return str(path)
+        logger.warning("%s is skipped: %s.", path, reason)
         if put_aside:
-            renamed = found[step].with_name(f"incomplete-{step}")
+            renamed = path.with_name(f"incomplete-{step_of(path)}")
             shutil.rmtree(renamed, ignore_errors=True)
-            found[step].rename(renamed)
+            path.rename(renamed)
     return None
 
 
@@ -167,15 +174,11 @@ def _complete_together(hosts: Hosts) -> list[str]:
     """The checkpoints whose files are all on some host, sorted by step."""
 
     def collect() -> dict[str, tuple[dict[str, int] | None, dict[str, int]]]:
-        found = {}
-        for path in hosts.directory.glob("checkpoint-*"):
-            if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir():
-                found[path.name] = (_read_marker(path), file_sizes(path))
-        return found
+        return {path.name: (_read_marker(path), file_sizes(path)) for path in checkpoints(hosts.directory)}
 
     everywhere = hosts.gather(collect)
     complete = []
-    for name in sorted(set().union(*everywhere), key=lambda name: int(name.split("-")[1])):
+    for name in sorted(set().union(*everywhere), key=lambda name: step_of(Path(name)) or 0):
         parts = [found[name] for found in everywhere if name in found]
         marker = next((marker for marker, _ in parts if marker is not None), None)
         if marker and all(any(files.get(one) == size for _, files in parts) for one, size in marker.items()):

@@ -9,8 +9,16 @@ from pathlib import Path
 from ..utils.transformers_names import TRAINER_STATE_NAME
 from .arguments import DataArguments, DSVLTrainingArguments
 from .batch_division import BatchDivision, keep_batch_size
-from .checkpoints import MARKER, has_optimizer_states, last_complete_checkpoint, why_incomplete
-from .fingerprint import RECORD, RunRecord, differences, read_record
+from .checkpoints import (
+    MARKER,
+    RECORD,
+    checkpoints,
+    has_optimizer_states,
+    last_complete_checkpoint,
+    step_of,
+    why_incomplete,
+)
+from .fingerprint import RunRecord, differences, read_record
 from .plot import PLOT
 
 logger = logging.getLogger(__name__)
@@ -127,9 +135,9 @@ def begin(output: Path, requested: RunRecord, start: Start, overwrite: bool = Fa
     if overwrite:
         delete_runs(output)
     elif start.checkpoint is not None:
-        own = _step(Path(start.checkpoint))
+        own = step_of(Path(start.checkpoint))
         for path in checkpoints(output):
-            if path.resolve() != Path(start.checkpoint).resolve() and (own is None or (_step(path) or 0) >= own):
+            if path.resolve() != Path(start.checkpoint).resolve() and (own is None or (step_of(path) or 0) >= own):
                 renamed = path.with_name(path.name.replace("checkpoint-", "superseded-"))
                 shutil.rmtree(renamed, ignore_errors=True)
                 path.rename(renamed)
@@ -141,17 +149,6 @@ def finish(output: Path, requested: RunRecord) -> None:
     """Record that the trained model is complete."""
     requested.finished = True
     requested.write(output)
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """The checkpoints in a directory, complete or not, sorted by step."""
-    found = [path for path in output.glob("checkpoint-*") if path.is_dir() and _step(path) is not None]
-    return sorted(found, key=lambda path: _step(path) or 0)
-
-
-def _step(checkpoint: Path) -> int | None:
-    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-    return int(match[1]) if match else None
 
 
 def _chosen_checkpoint(resume: str, output: Path, requested: RunRecord) -> str:
@@ -169,7 +166,7 @@ def _chosen_checkpoint(resume: str, output: Path, requested: RunRecord) -> str:
         if difference.startswith("batch_size "):
             logger.warning(
                 "The data continues after %s batches of the new size, so that samples are read twice or skipped.",
-                _step(path),
+                step_of(path),
             )
     return resume
 

@@ -23,7 +23,7 @@ from ..publishing.push import push_directory
 from ..utils.transformers_names import TRAINER_STATE_NAME
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
 from .batch_division import BatchDivision, describe_resuming, with_division
-from .checkpoints import CompleteCheckpoints, has_optimizer_states, send_checkpoint, why_incomplete
+from .checkpoints import CompleteCheckpoints, checkpoints, has_optimizer_states, send_checkpoint, why_incomplete
 from .collator import ConversationCollator
 from .data_summary import describe_data
 from .deepspeed_config import zero_stage
@@ -41,7 +41,6 @@ from .resumption import (
     REMEDY,
     Start,
     begin,
-    checkpoints,
     decide_start,
     divide_batch,
     finish,

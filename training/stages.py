@@ -26,10 +26,9 @@ from ..utils.console_log import log_to_console
 from ..utils.transformers_names import TRAINER_STATE_NAME
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments, build_arguments
 from .batch_division import BatchDivision, with_division
-from .checkpoints import send_checkpoint
+from .checkpoints import RECORD, checkpoints, send_checkpoint
 from .distributed import on_first_process
 from .fingerprint import (
-    RECORD,
     STAGE_FACTS,
     RunRecord,
     add_model,
@@ -46,7 +45,6 @@ from .resumption import (
     NO,
     STAGES,
     Start,
-    checkpoints,
     decide_start,
     delete_runs,
     divide_batch,
