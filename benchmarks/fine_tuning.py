@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 from flops import peak_tflops, step_flops, supervised_tokens
-from models import Shape, dsvl, inputs, llava
+from models import LORA_RANK, Shape, dsvl, inputs, llava, with_adapters
 
 # The most important rows come first, in case the budget is exceeded. A baseline comes before the rows that use it.
 ROWS = (
@@ -82,7 +82,6 @@ TINY = Shape(
     vision_heads=2,
     image_size=56,
 )
-LORA_RANK = 16
 LEARNING_RATE = 1e-3  # large enough to change bf16 weights, so that the loss shows that the optimizer steps
 WARM_UP = 3  # steps, for compilation, optimizer states, and ZeRO-3's trace of its parameters
 ROW_TIMEOUT = 180  # seconds, for rows that hang
@@ -153,16 +152,7 @@ def build(row: Row, shape: Shape, backend: str) -> torch.nn.Module:
     if row.compiled:
         model.compile_decoder_layers()
     if row.lora:
-        from peft import LoraConfig, get_peft_model
-
-        adapters = LoraConfig(
-            r=LORA_RANK,
-            lora_alpha=2 * LORA_RANK,
-            target_modules=r".*\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
-            modules_to_save=["multi_modal_projector", "embed_tokens"],
-        )
-        # In bf16, as DeepSpeed casts them: with PEFT's default of float32, the inputs of adapters are copied to float32.
-        model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+        model = with_adapters(model)
     return model
 
 

@@ -81,6 +81,7 @@ SMALL = Shape(
     vision_heads=4,
 )
 SHAPES = {"small": SMALL, "7b": Shape()}
+LORA_RANK = 16
 
 
 def build(cls: Any, config: Any, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -118,6 +119,20 @@ def llava(shape: Shape, device: str = "cuda", dtype: torch.dtype = torch.bfloat1
     model.model.multi_modal_projector.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(True)
     return model
+
+
+def with_adapters(model: Any) -> Any:
+    """A model with adapters of `LORA_RANK` in the decoder; projector and embeddings are trained in full."""
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=2 * LORA_RANK,
+        target_modules=r".*\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
+        modules_to_save=["multi_modal_projector", "embed_tokens"],
+    )
+    # In bf16, as DeepSpeed casts them: with PEFT's default of float32, the inputs of adapters are copied to float32.
+    return get_peft_model(model, adapters, autocast_adapter_dtype=False)
 
 
 def twin(model: Any) -> Any:

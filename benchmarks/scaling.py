@@ -53,7 +53,7 @@ import torch
 import torch.distributed as dist
 from flops import peak_tflops, step_flops, supervised_tokens
 from measure import device_name, device_type, synchronize
-from models import Shape, inputs
+from models import LORA_RANK, Shape, inputs, with_adapters
 from steps import TINY
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLQwenVisionConfig
@@ -84,7 +84,6 @@ SHAPES = {
 BIG = ("30b", "70b")  # too large for one GPU: built in parts
 QWEN_TOWER = ("70b",)
 ROWS = ("ddp", "ddp+compiled", "zero1", "zero2", "zero2+compiled", "zero3", "zero3+leaf+prefetch", "fsdp", "fsdp+compiled")
-LORA_RANK = 16
 LEARNING_RATE = 1e-3  # large enough to change the loss in a few steps
 WARM_UP = 3  # steps: compilation, optimizer states, ZeRO-3's trace of its weights
 
@@ -202,15 +201,7 @@ def build(name: str, row: Row, shape: Shape, checkpointing: bool, device: torch.
     if "compiled" in row.variants:
         compile_layers(model, row)
     if row.lora:
-        from peft import LoraConfig, get_peft_model
-
-        adapters = LoraConfig(
-            r=LORA_RANK,
-            lora_alpha=2 * LORA_RANK,
-            target_modules=r".*\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
-            modules_to_save=["multi_modal_projector", "embed_tokens"],
-        )
-        model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+        model = with_adapters(model)
     return model
 
 

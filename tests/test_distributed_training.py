@@ -8,12 +8,12 @@ import torch
 import yaml
 from training_runs import (
     BATCH,
+    IN_ORDER,
     STEPS,
     furthest,
     losses,
-    make_checkpoint,
-    make_conversations,
     make_layout_checkpoint,
+    make_training,
     run,
     take_back,
     weights,
@@ -25,18 +25,11 @@ import dsvl.training
 pytest.importorskip("deepspeed")
 
 ZERO = {"ddp": [], "zero1": ["--deepspeed", "zero1"], "zero2": ["--deepspeed", "zero2"], "zero3": ["--deepspeed", "zero3"]}
-# One process takes the batches of both. With this layout the second process has only texts in every other step.
-LAYOUT = "ppttpppp" * 3
-IN_ORDER = ["--train-sampling-strategy", "sequential"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    make_checkpoint(folder)
-    make_conversations(folder, layout=LAYOUT)
-    make_conversations(folder, "held_out.jsonl", layout="ptppt")
-    return folder
+    return make_training(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="module")

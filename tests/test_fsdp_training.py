@@ -7,12 +7,12 @@ import pytest
 import torch
 from training_runs import (
     BATCH,
+    IN_ORDER,
     STEPS,
     furthest,
     losses,
-    make_checkpoint,
-    make_conversations,
     make_layout_checkpoint,
+    make_training,
     run,
     take_back,
     weights,
@@ -22,19 +22,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dsvl.training.arguments import parse
 from dsvl.training.run import train as train_here
 
-# One process takes the batches of both. With this layout the second process has only texts in every other step.
-LAYOUT = "ppttpppp" * 3
-IN_ORDER = ["--train-sampling-strategy", "sequential"]
 EVALUATE = ["--eval-exact-match", "--eval-max-new-tokens", "3", "--per-device-eval-batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp")
-    make_checkpoint(folder)
-    make_conversations(folder, layout=LAYOUT)
-    make_conversations(folder, "held_out.jsonl", layout="ptppt")
-    return folder
+    return make_training(tmp_path_factory.mktemp("fsdp"))
 
 
 def train(folder, output, *flags, processes=2, batch=None, model="model", **options):

@@ -11,13 +11,13 @@ from conftest import IMAGE_ID, batch, tiny_model
 from torch import distributed
 from training_runs import (
     BATCH,
+    IN_ORDER,
     STEPS,
     environment,
     free_port,
     furthest,
     losses,
-    make_checkpoint,
-    make_conversations,
+    make_training,
     run,
     take_back,
     weights,
@@ -28,7 +28,6 @@ from dsvl.acceleration.split_batch import split_batch
 from dsvl.acceleration.split_images import assign_images
 
 FOLDER = Path(__file__).parent
-IN_ORDER = ["--train-sampling-strategy", "sequential"]
 # With this layout some batches have an image for one process alone, and one has none.
 LAYOUT = "ptttpppptttt" * 2
 
@@ -230,11 +229,7 @@ def test_a_process_takes_the_tokens_of_its_images(single_group):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    make_checkpoint(folder)
-    make_conversations(folder, layout=LAYOUT)
-    make_conversations(folder, "held_out.jsonl", layout="ptppt")
-    return folder
+    return make_training(tmp_path_factory.mktemp("training"), LAYOUT)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,9 @@ import dsvl
 WORDS = ["red", "green", "blue", "circle", "square", "one", "two", "three", "cup", "dog", "cat"]
 STEPS = ["--max-steps", "4", "--save-steps", "2", "--logging-steps", "1", "--learning-rate", "1e-2"]
 BATCH = "--per-device-train-batch-size"
+# One process takes the batches of both. With this layout the second process has only texts in every other step.
+LAYOUT = "ppttpppp" * 3
+IN_ORDER = ["--train-sampling-strategy", "sequential"]
 
 
 def make_checkpoint(folder: Path, name: str = "model", **llama: Any) -> Path:
@@ -79,6 +82,14 @@ def make_conversations(folder: Path, name: str = "data.jsonl", layout: str = "pp
     path = folder / name
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def make_training(folder: Path, layout: str = LAYOUT) -> Path:
+    """A checkpoint, training data and held-out data, in a folder; see `make_conversations`."""
+    make_checkpoint(folder)
+    make_conversations(folder, layout=layout)
+    make_conversations(folder, "held_out.jsonl", layout="ptppt")
+    return folder
 
 
 def command(*flags: str, processes: int = 1, launcher: str = "torchrun", module: str = "-m dsvl.training") -> list[str]:
