@@ -1,9 +1,11 @@
 """The command line interface, `dsvl`."""
 
+import _thread
 import argparse
 import gc
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
         _parser(None).print_help()
         return 0
     silence_third_party_output()
+    hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     named = argv[0] if argv[0] in COMMANDS else None
     try:
         if named == "train":  # its flags are the fields of three dataclasses, and a YAML file may come first
@@ -82,10 +85,20 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
         return 1
     else:
         return 0
+    finally:
+        sys.unraisablehook = hook
     gc.collect()  # closes progress bars, so that the message starts on a new line
     if os.environ.get("RANK", "0") == "0":  # only one of the processes of a launcher
         print(f"\ndsvl {named}: {message}", file=sys.stderr)
     return INTERRUPTED
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """A hook for errors that nothing can catch. Python drops a Ctrl-C that comes while a finalizer runs: send it again."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+    elif not sys.is_finalizing():
+        threading.Timer(0.05, _thread.interrupt_main).start()
 
 
 def _parser(named: str | None) -> CommandParser:

@@ -318,6 +318,27 @@ def test_ctrl_c_is_one_line(checkpoint: Path, tmp_path: Path, command: str, afte
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_ctrl_c_within_a_finalizer_is_not_lost() -> None:
+    """It comes when a module is imported, say, and the finalizer of an object of a library runs."""
+    script = """
+import signal, sys, time
+from dsvl import cli
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def run(arguments):
+    Finalized()
+    time.sleep(60)
+class Module:
+    add_parser = staticmethod(lambda commands: commands.add_parser("data").set_defaults(run=run))
+cli.import_module = lambda *arguments: Module
+sys.exit(cli.main(["data"]))
+"""
+    done, _ = _python("-c", script)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "\ndsvl data: Interrupted. Converted data is kept; run the same command to resume.\n"
+
+
 def test_an_ordinary_training_prints_nothing_of_others(checkpoint: Path, tmp_path: Path) -> None:
     data = make_conversations(tmp_path)
     flags = ["--max-steps", "2", "--save-steps", "1", "--report-to", "none", "--output", str(tmp_path / "out")]
