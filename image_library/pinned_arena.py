@@ -21,12 +21,12 @@ class PinnedArena:
         limit: of all slabs together, in bytes.
 
     Attributes:
-        bytes: of all slabs.
+        largest: the size of the largest slab, in bytes, which bounds what is copied at once.
     """
 
     def __init__(self, limit: int) -> None:
-        self.slab_size = min(MAX_SLAB, 2 ** (max(limit, 1).bit_length() - 1))
         self.limit = limit
+        self.largest = self._slab_size(limit)
         self._slabs: list[torch.Tensor] = []
         self._free: list[list[tuple[int, int]]] = []  # (start, end) of each slab, in order
         # Parts that were freed. Python frees objects anywhere, also while other locks are held, so no lock is taken for it.
@@ -35,7 +35,13 @@ class PinnedArena:
 
     @property
     def bytes(self) -> int:
-        return len(self._slabs) * self.slab_size
+        """Of all slabs."""
+        return sum(slab.nbytes for slab in self._slabs)
+
+    @staticmethod
+    def _slab_size(room: int) -> int:
+        """The largest power of two that fits; torch would take more for other sizes."""
+        return min(MAX_SLAB, 2 ** (max(room, 1).bit_length() - 1))
 
     def copy(self, tensors: Tensors) -> Tensors | None:
         """Copies of tensors in pinned memory, which is free again when the last of them is deleted; None without room
@@ -56,17 +62,16 @@ class PinnedArena:
     def _allocate(self, size: int) -> ctypes.Array[ctypes.c_char] | None:
         with self._lock:
             self._reclaim()
-            if size > self.slab_size:
-                return None
             for number, free in enumerate(self._free):
                 for index, (start, end) in enumerate(free):
                     if end - start >= size:
                         free[index : index + 1] = [(start + size, end)] if end - start > size else []
                         return self._buffer(number, start, size)
-            if (len(self._slabs) + 1) * self.slab_size > self.limit:
+            slab = self._slab_size(self.limit - self.bytes)
+            if size > slab:
                 return None
-            self._slabs.append(torch.empty(self.slab_size, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
-            self._free.append([(size, self.slab_size)] if size < self.slab_size else [])
+            self._slabs.append(torch.empty(slab, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
+            self._free.append([(size, slab)] if size < slab else [])
             return self._buffer(len(self._slabs) - 1, 0, size)
 
     def _buffer(self, slab: int, start: int, size: int) -> ctypes.Array[ctypes.c_char]:

@@ -119,7 +119,7 @@ class ImageTiers:
         """Add an entry to main memory, pinned for a GPU; returns whether there is room."""
         if self.arena is None:
             return self.memory.put(name, tensors)
-        if nbytes(tensors) > self.arena.slab_size:
+        if nbytes(tensors) > self.arena.largest:
             return False
         while (pinned := self.arena.copy(tensors)) is None:
             if not self.memory.drop_one():

@@ -257,11 +257,19 @@ def test_an_arena_reuses_what_is_freed() -> None:
     assert refused > 0 and arena.bytes == arena.limit
     view = next(iter(held.values()))[0]["values"][0]
     held.clear()
-    whole = entry(1, arena.slab_size // 24)
+    whole = entry(1, arena.largest // 24)
     assert arena.copy(whole) is None  # the view holds a part
     del view
     assert same(arena.copy(whole), whole)
-    assert arena.copy(entry(1, arena.slab_size)) is None
+    assert arena.copy(entry(1, arena.largest)) is None
+
+
+def test_an_arena_fills_its_memory() -> None:
+    """Slabs are powers of two; smaller ones take what is left of another limit."""
+    arena = PinnedArena(2**16 + 2**14 + 2**13 + 100)
+    held = [made for number in range(30) if (made := arena.copy({"keys": torch.full((2**12,), number, dtype=torch.uint8)}))]
+    assert arena.bytes == sum(tensors["keys"].nbytes for tensors in held) == arena.limit - 100
+    assert all((tensors["keys"] == number).all() for number, tensors in enumerate(held))
 
 
 def test_a_library_in_an_arena() -> None:
