@@ -33,6 +33,7 @@ from torch import distributed
 
 from dsvl.acceleration.image_parallelism import image_parallel
 from dsvl.acceleration.split_images import assign_images
+from dsvl.training.distributed import destroy_process_groups
 
 DEFAULT_LEVERS = ("tiles", "queries", "offload")
 HEADER = f"{'tokens':>10}{'processes':>11}{'ms':>11}{'peak GiB':>10}{'host GiB':>10}{'loss':>10}{'speed':>8}{'ceiling':>9}"
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         record = {"device": device, "torch": torch.__version__, "options": vars(options), "shape": asdict(shape)}
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         Path(options.out).write_text(json.dumps(record | {"results": results}, indent=1) + "\n", encoding="utf-8")
-    distributed.destroy_process_group()
+    destroy_process_groups()
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ from steps import TINY
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLQwenVisionConfig
 from dsvl.training.deepspeed_config import zero_configuration
+from dsvl.training.distributed import destroy_process_groups
 from dsvl.training.fsdp import layer_classes, shard_with_accelerate
 from dsvl.training.memory_plan import plan
 from dsvl.training.model_loading import train_in_float32
@@ -620,7 +621,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             Path(options.out).write_text(json.dumps(result))
         dist.barrier()
-        dist.destroy_process_group()
+        destroy_process_groups()
         return
     for name in options.rows:
         Row.parse(name)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from dsvl.training import hosts as sending
 from dsvl.training.checkpoints import send_checkpoint
+from dsvl.training.distributed import destroy_process_groups
 from dsvl.training.hosts import Hosts
 
 sending.CHUNK = 1 << 10
@@ -39,3 +40,4 @@ found["files"] = {
 found["sizes"] = {name: (hosts.directory / name).stat().st_size for name in found["files"]}
 print(json.dumps(found))
 dist.barrier()
+destroy_process_groups()

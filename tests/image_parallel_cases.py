@@ -23,6 +23,7 @@ from torch import distributed, nn
 from dsvl.acceleration import kernels
 from dsvl.acceleration.image_parallelism import image_parallel
 from dsvl.positions_dsvl import token_positions
+from dsvl.training.distributed import destroy_process_groups
 
 Inputs = dict[str, Any]
 CASES: dict[str, Callable[[], tuple[Any, Inputs]]] = {}
@@ -378,7 +379,7 @@ def work(rank: int, processes: int, port: int, output: str, names: list[str]) ->
         with open(output, "w", encoding="utf-8") as file:
             json.dump(found, file)
     distributed.barrier()
-    distributed.destroy_process_group()
+    destroy_process_groups()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import dsvl
 from dsvl.image_library import ImageLibrary
+from dsvl.training.distributed import destroy_process_groups
 
 folder = Path(sys.argv[1])
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if sys.argv[2:] == ["cuda"] else torch.device("cpu")
@@ -63,4 +64,4 @@ found = {
 }
 (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
 dist.barrier()
-dist.destroy_process_group()
+destroy_process_groups()

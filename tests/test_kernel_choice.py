@@ -198,6 +198,7 @@ import torch
 from torch import distributed
 from transformers import LlamaConfig
 from dsvl.acceleration import kernel_choice
+from dsvl.training.distributed import destroy_process_groups
 
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
@@ -217,7 +218,7 @@ for failing in (None, 1):
     if rank == 0:
         print(gathered)
 distributed.barrier()
-distributed.destroy_process_group()
+destroy_process_groups()
 """
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dsvl.training import watchdog
+from dsvl.training.distributed import destroy_process_groups
 
 watchdog.INTERVAL = 0.2
 dist.init_process_group("gloo")
@@ -28,3 +29,4 @@ with watchdog.watching(float(sys.argv[2])):
         time.sleep(2)  # the others wait in the collective operation, and are not lost
     dist.all_reduce(torch.ones(1))
 print("done", flush=True)
+destroy_process_groups()
