@@ -133,6 +133,9 @@ def test_weights_in_float32_use_the_fused_kernels_under_autocast(monkeypatch, co
         got = gradients(model, inputs, labels)
     assert compiled or set(used) == {torch.bfloat16}
     for name, gradient in expected.items():
+        if name.endswith("k_proj.bias"):  # no score depends on it: its gradient is rounding alone
+            assert gradient.norm() < 1e-6, name
+            continue
         assert (got[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-6, name
 
 
