@@ -2,6 +2,7 @@
 red_ball.py, which measure what a model learns."""
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
@@ -148,8 +149,9 @@ def fit(
     learning_rate: float = 3e-3,
     label: str = "",
     check: Callable[[], str] | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
 ) -> dict[str, float]:
-    """Train a model with AdamW and a cosine schedule.
+    """Train a model with a cosine schedule.
 
     Args:
         model: all its trainable parameters are trained.
@@ -159,12 +161,14 @@ def fit(
         learning_rate: the highest.
         label: in front of what is printed.
         check: what to print beside the loss, in evaluation mode.
+        optimizers: of all that is trained; AdamW by default.
 
     Returns:
         The `steps` that were done, their `seconds`, and the `loss` of the last twentieth.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    if optimizers is None:
+        optimizers = [torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)]
     model.train()
     started = reported = time.monotonic()
     losses: list[torch.Tensor] = []
@@ -172,15 +176,16 @@ def fit(
     while done < 1:
         before = done
         rate = min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * done))
-        for group in optimizer.param_groups:
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = learning_rate * max(rate, 0.01)
         batch = make_batch(done)
         with precision():
             outputs = model(**batch, use_cache=False)
         outputs.loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         losses.append(outputs.loss.detach())
         step += 1
         done = max(step / steps, (time.monotonic() - started) / 60 / minutes if minutes else 0)

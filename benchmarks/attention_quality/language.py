@@ -111,7 +111,8 @@ def make_language_model(size: Size, tokenizer: Any) -> LlamaForCausalLM:
 class Documents(IterableDataset):
     """Batches of documents, drawn by the workers of a loader: ids and weights of the loss, (documents, tokens).
 
-    Few scenes at first, as questions about them are learned sooner; then up to `most_images` in every fifth batch.
+    Two or three scenes at first, as questions about them are learned sooner; then up to seven; and up to `most_images` in
+    every seventh batch of the last two fifths.
 
     Args:
         size: of the experiment.
@@ -132,10 +133,9 @@ class Documents(IterableDataset):
     def batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         rng = random.Random(f"documents/{self.seed}/{index}")
         world, done = self.size.world, index / self.size.language_steps
-        most = 2 if done < 0.1 else 4 if done < 0.3 else 7
-        scenes = rng.randint(1, most)
-        if done > 0.3 and rng.random() < 0.2:
-            scenes = round(math.exp(rng.uniform(math.log(most), math.log(world.most_images))))
+        scenes = rng.randint(2, 3) if done < 0.3 else rng.randint(1, 7)
+        if done > 0.6 and index % 7 == 0:
+            scenes = round(math.exp(rng.uniform(math.log(7), math.log(world.most_images))))
         scenes, questions = min(scenes, world.most_images), min(8 + scenes, 32)
         rows, answers, tokens = [], [], 0
         while tokens < self.size.language_tokens or not rows:
@@ -159,6 +159,20 @@ class WeightedText(nn.Module):
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         weights = weights[:, 1:].flatten()
         return CausalLMOutputWithPast(loss=(losses * weights).sum() / weights.sum())
+
+
+def muon(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for all else, with one learning rate.
+
+    In pilots it answered more questions after 1,000 steps than with AdamW alone after 4,000.
+    """
+    matrices, others = [], []
+    for key, parameter in model.named_parameters():
+        (matrices if ".layers." in key and parameter.ndim == 2 else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
 
 
 def train_language_model(
@@ -188,9 +202,19 @@ def train_language_model(
             f"{kind} {value:.0%}" for kind, value in text_accuracy(model, tokenizer, size, min(64, size.items)).items()
         )
 
+    trained = WeightedText(model)
+    if device_type() == "cuda":
+        trained.compile(dynamic=True)
     training = fit(
-        WeightedText(model), make_batch, size.language_steps, minutes, size.language_learning_rate, "language", check
-    )  # fmt: skip
+        trained,
+        make_batch,
+        size.language_steps,
+        minutes,
+        size.language_learning_rate,
+        "language",
+        check,
+        optimizers=muon(model),
+    )
     return model, training | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "accuracy": text_accuracy(model, tokenizer, size, size.items),

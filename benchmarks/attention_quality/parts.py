@@ -77,12 +77,14 @@ def _write_json(path: Path, record: dict[str, Any]) -> None:
 def deterministic() -> Iterator[None]:
     """Deterministic algorithms, so that one seed gives the same weights again on the same device with the same releases."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
-    before = torch.are_deterministic_algorithms_enabled()
+    before, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would be chosen, and warn that it is not deterministic
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def weights_hash(*modules: nn.Module) -> str:

@@ -7,7 +7,7 @@ construction; the drawings of the two differ as well (`Sprites`).
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -283,7 +283,8 @@ def ask_comparison(scenes: Sequence[Scene], rng: random.Random) -> Question | No
 
 
 IMAGE_KINDS = ("attribute", "which", "two_hop", "print")
-TEXT_KINDS = (*IMAGE_KINDS, "relation", "count", "comparison")
+TEXT_SHARES = {"attribute": 3, "which": 3, "two_hop": 4, "print": 1, "relation": 1, "count": 1, "comparison": 1}
+TEXT_KINDS = tuple(TEXT_SHARES)
 _ASK: dict[str, Callable[..., Question | None]] = {
     "attribute": ask_attribute,
     "which": ask_which,
@@ -317,11 +318,13 @@ def scenes_with_question(world: World, kind: str, count: int, rng: random.Random
     raise ValueError(f"No {count} scenes of {world} offer a question of the kind {kind!r}; choose a larger world.")
 
 
-def ask_many(world: World, kinds: Sequence[str], scenes: Sequence[Scene], count: int, rng: random.Random) -> list[Question]:
-    """Questions of random kinds about scenes; another kind where the scenes do not offer one."""
+def ask_many(
+    world: World, kinds: Mapping[str, int], scenes: Sequence[Scene], count: int, rng: random.Random
+) -> list[Question]:
+    """Questions of random kinds about scenes, in these shares; another kind where the scenes do not offer one."""
     questions: list[Question] = []
     while len(questions) < count:
-        question = ask(world, rng.choice(kinds), scenes, rng)
+        question = ask(world, rng.choices([*kinds], [*kinds.values()])[0], scenes, rng)
         questions += [question] if question is not None else []
     return questions
 
@@ -350,7 +353,7 @@ def text_document(world: World, rng: random.Random, split: Split, scenes: int, q
         words += tell(world, scene, rng)
         words += [name(index + 1)] if form > 0.2 else []
     spans = [(words, False)]
-    for question in ask_many(world, TEXT_KINDS, told, questions, rng):
+    for question in ask_many(world, TEXT_SHARES, told, questions, rng):
         spans += question_spans(question)
     return spans
 
@@ -363,7 +366,7 @@ def training_conversation(world: World, seed: int, index: int, images: int, ques
     """Conversation `index` of the training data of a seed: fewer conversations are the first of more."""
     rng = random.Random(f"conversation/{seed}/{index}")
     scenes = tuple(draw_scene(world, rng, "train") for _ in range(images))
-    asked = tuple(ask_many(world, IMAGE_KINDS, scenes, questions, rng))
+    asked = tuple(ask_many(world, dict.fromkeys(IMAGE_KINDS, 1), scenes, questions, rng))
     return Conversation(scenes, asked, cells_of(world, scenes, "train", rng))
 
 

@@ -37,7 +37,7 @@ class Size:
     head_dim: int = 64
     language_steps: int = 4000
     language_tokens: int = 32768
-    language_learning_rate: float = 8e-4
+    language_learning_rate: float = 2e-3
     tower_steps: int = 2500
     tower_images: int = 256
     tower_learning_rate: float = 1e-3
