@@ -1,6 +1,7 @@
 """The loop of greedy search and sampling, whose steps cost the host less than those of transformers.
 
-With a dynamic KV cache the steps are those of `DecodeSteps`. With a static one they are transformers', compiled.
+With a dynamic KV cache the steps are those of `DecodeSteps`. With a static one they are compiled: those of `StaticSteps`, or
+of transformers where layers have windows.
 
 After every token transformers asks the device whether the answer ends, and waits. Until the host has prepared and queued
 the next step, the device idles: with a static cache and a compiled step, a third of the time. On a GPU the next step is
@@ -18,6 +19,7 @@ from ..transformers_dsvl import CACHE
 from ..utils.cache_cropping import can_crop, crop
 from ..utils.transformers_names import BaseStreamer
 from .decode_steps import DecodeSteps, can_step
+from .static_steps import StaticSteps, can_step_static
 
 
 def sample(
@@ -48,6 +50,7 @@ def sample(
     )
     may_step_back = not getattr(cache, "_is_user_defined", False) or can_crop(cache)
     is_compiled = applies and may_step_back and model._valid_auto_compile_criteria(model_kwargs, generation_config)
+    is_static = is_compiled and can_step_static(model, model_kwargs)
     if not is_compiled and not (applies and can_step(model, model_kwargs)):
         options = dict(synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return run(input_ids, logits_processor, stopping_criteria, generation_config, **options)
@@ -60,8 +63,10 @@ def sample(
     pending: StepResult | None = None  # the last step that the host has not read
     is_late = False
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
-    logits, steps = outputs.logits[:, -1], None
-    compiled = _CompiledSteps(model, outputs, model_kwargs, generation_config) if is_compiled else None
+    logits = outputs.logits[:, -1]
+    steps: Any = None
+    if is_compiled and not is_static:
+        steps = _TransformersSteps(model, outputs, model_kwargs, generation_config, input_ids)
     del outputs
     with model._optimize_model_for_decode():
         while True:
@@ -89,11 +94,10 @@ def sample(
                 if pending is not None:
                     pending.is_last()  # which streams its tokens
                 break
-            if compiled is not None:
-                logits = compiled(input_ids)
-            else:
-                steps = steps or DecodeSteps(model, model_kwargs)
-                logits = steps(tokens)
+            if steps is None:
+                compile_config = generation_config.compile_config
+                steps = StaticSteps(model, model_kwargs, compile_config) if is_static else DecodeSteps(model, model_kwargs)
+            logits = steps(tokens[:, None])[:, -1]
     if is_late:
         input_ids = input_ids[:, :-1]
         if can_crop(cache):  # else only this call uses it
@@ -114,19 +118,28 @@ def _may_be_late(criterion: Any) -> bool:
     return isinstance(criterion, (EosTokenCriteria, MaxLengthCriteria)) or getattr(criterion, "may_be_late", False)
 
 
-class _CompiledSteps:
-    """transformers' compiled steps with a static KV cache."""
+class _TransformersSteps:
+    """transformers' compiled steps with a static KV cache, for what `StaticSteps` does not know, as sliding windows."""
 
-    def __init__(self, model: Any, outputs: Any, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> None:
+    def __init__(
+        self,
+        model: Any,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        generation_config: GenerationConfig,
+        input_ids: torch.Tensor,
+    ) -> None:
         self._model, self._forward = model, model.get_compiled_call(generation_config.compile_config)
         self._kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        self._ids = input_ids
 
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The logits (batch, vocabulary) after all tokens (batch, tokens)."""
-        inputs = self._model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self._kwargs)
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As `DecodeSteps`, for a new token of each row."""
+        self._ids = torch.cat([self._ids, tokens], dim=1)
+        inputs = self._model.prepare_inputs_for_generation(self._ids, next_sequence_length=1, **self._kwargs)
         outputs = self._forward(**inputs, return_dict=True)
         self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
-        return outputs.logits[:, -1]
+        return outputs.logits
 
 
 class StepResult:

@@ -9,9 +9,12 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, StaticCache
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLProcessor
+from dsvl.acceleration import static_steps as static_steps_module
+from dsvl.acceleration.static_steps import StaticSteps, run_step
+from dsvl.transformers_dsvl import CACHE
 
 REFERENCE = Path(__file__).parent / "reference"
 VOCABULARY, IMAGE_ID, PAD_ID, EOS_ID = 96, 90, 0, 2
@@ -151,6 +154,31 @@ def batch(*layouts: str, side: str = "left", dtype: torch.dtype = torch.float64,
         "mm_token_type_ids": (input_ids == IMAGE_ID).long(),
         "pixel_values": random_images(count, dtype) if count else None,
     }
+
+
+@pytest.fixture
+def static_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of new tokens of each step with a static KV cache by `StaticSteps`, as they run."""
+    made: list[int] = []
+    step = StaticSteps.__call__
+
+    def counted(self: StaticSteps, tokens: torch.Tensor) -> torch.Tensor:
+        made.append(tokens.shape[1])
+        return step(self, tokens)
+
+    monkeypatch.setattr(StaticSteps, "__call__", counted)
+    return made
+
+
+def run_uncompiled(monkeypatch: pytest.MonkeyPatch, model: Any, observe: Callable[[], object] = lambda: None) -> None:
+    """Let a model's steps with a static KV cache be those of an accelerator, without compilation.
+
+    Args:
+        observe: is called before each step.
+    """
+    monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda inputs, config: isinstance(inputs[CACHE], StaticCache))
+    monkeypatch.setattr(model, "get_compiled_call", lambda config: lambda **inputs: (observe(), model(**inputs))[1])
+    monkeypatch.setattr(static_steps_module, "compiled_step", lambda options: lambda *args: (observe(), run_step(*args))[1])
 
 
 @pytest.fixture

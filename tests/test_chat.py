@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from conftest import FAMILIES, tiny_tower_config
+from conftest import FAMILIES, run_uncompiled, tiny_tower_config
 from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, StaticCache
+from transformers import PreTrainedTokenizerFast
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
 from dsvl.chat import DSVLChat
 from dsvl.chat.detokenizer import stream_text
 from dsvl.data.conversations import load_conversations
-from dsvl.transformers_dsvl import CACHE
 
 PER_IMAGE, NEW = 5, 8
 
@@ -97,10 +96,7 @@ def test_each_turn_answers_as_from_scratch_and_computes_only_what_is_new(
     )
     if cache == "static, a step ahead":  # as on an accelerator, without compilation
         cache = "static"
-        monkeypatch.setattr(
-            model, "_valid_auto_compile_criteria", lambda inputs, config: isinstance(inputs[CACHE], StaticCache)
-        )
-        monkeypatch.setattr(model, "get_compiled_call", lambda config: model.__call__)
+        run_uncompiled(monkeypatch, model)
     chat = DSVLChat(model, processor, max_new_tokens=NEW, do_sample=False, cache_implementation=cache, **end)
     meter, held = Meter(model), torch.zeros(0, dtype=torch.long)
     for text, numbers in TURNS:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAD_ID, batch, tiny_model
+from conftest import PAD_ID, batch, run_uncompiled, tiny_model
 from transformers import CompileConfig, StaticCache, StopStringCriteria, TextStreamer
 
 from dsvl import DSVLForConditionalGeneration
@@ -34,20 +34,11 @@ def both_ways(model: Any, monkeypatch: pytest.MonkeyPatch, run: Any) -> tuple[An
     """The results of `run` by transformers' loop and by ours, whose step is not compiled here: that is tested elsewhere."""
     expected = run()
     with monkeypatch.context() as patch:
-        patch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
         steps: list[int] = []
-
-        def compiled_call(config: Any) -> Any:
-            def call(**inputs: Any) -> Any:
-                steps.append(inputs["input_ids"].shape[1])
-                return model(**inputs)
-
-            return call
-
-        patch.setattr(model, "get_compiled_call", compiled_call)
+        run_uncompiled(patch, model, lambda: steps.append(1))
         patch.setattr(model, "_has_unfinished_sequences", None)  # of transformers' loop
         got = run()
-    assert steps and set(steps) == {1}
+    assert steps
     return expected, got
 
 
@@ -124,8 +115,7 @@ def test_a_callers_cache_that_cannot_step_back_is_left_to_transformers(monkeypat
     model, inputs = tiny_model("mistral", dtype=torch.float32), batch(LAYOUTS[0], dtype=torch.float32)
     cache = StaticCache(config=model.config.text_config, max_cache_len=96)
     assert not decoding_loop.can_crop(cache)
-    monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
-    monkeypatch.setattr(model, "get_compiled_call", lambda config: model.__call__)
+    run_uncompiled(monkeypatch, model)
     steps: list[int] = []
     monkeypatch.setattr(decoding_loop, "StepResult", lambda *args: steps.append(1))
     model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache)
@@ -154,17 +144,14 @@ def test_a_step_is_queued_before_the_last_one_is_looked_at(monkeypatch: pytest.M
     events: list[str] = []
     is_last = decoding_loop.StepResult.is_last
     monkeypatch.setattr(decoding_loop.StepResult, "is_last", lambda step: events.append("look") or is_last(step))
-    monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
-    monkeypatch.setattr(
-        model, "get_compiled_call", lambda config: lambda **inputs: events.append("queue") or model(**inputs)
-    )
+    run_uncompiled(monkeypatch, model, lambda: events.append("queue"))
     model.generate(**inputs, max_new_tokens=6, do_sample=False, cache_implementation="static")
     # The first of six tokens comes from the prefill, and is looked at. From then on, when the n-th is looked at, the step
     # that follows it is queued.
     assert events == ["look", "queue", *["queue", "look"] * 4, "look"]
 
 
-def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path: Path) -> None:
+def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path: Path, static_steps: list[int]) -> None:
     pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
     tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
     config = quantization_config("int8", torch.float32)
@@ -176,7 +163,7 @@ def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path: Path) -> None:
     got = model.generate(
         **inputs, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=compile_config
     )
-    assert "_compiled_call" in model.__dict__, "nothing was compiled"
+    assert static_steps == [1] * 11
     assert got.equal(expected)
 
 

@@ -430,7 +430,7 @@ def test_a_left_padded_batch_generates_as_its_samples_do(family, attention, opti
 
 
 @pytest.mark.parametrize(("family", "attention"), [("llama", "mmca"), ("gemma3_text", "causal")])
-def test_a_compiled_static_step_gives_the_same_tokens(family, attention):
+def test_a_compiled_static_step_gives_the_same_tokens(family, attention, static_steps):
     model, inputs = shared(family, attention, dtype=torch.float32), batch(LAYOUT, dtype=torch.float32)
     expected = greedy(model, inputs)
     torch._dynamo.reset()
@@ -438,7 +438,7 @@ def test_a_compiled_static_step_gives_the_same_tokens(family, attention):
     compile_config._compile_all_devices = True  # transformers compiles on accelerators alone, unless told so
     got = greedy(model, inputs, cache_implementation="static", compile_config=compile_config)
     assert got.equal(expected)
-    assert "_compiled_call" in model.__dict__, "nothing was compiled"
+    assert static_steps or "_compiled_call" in model.__dict__, "nothing was compiled"
 
 
 @attentions
