@@ -2,7 +2,7 @@
 Weights and images are random; the prompt is an image and some text.
 
     python benchmarks/decoding.py [--size demo|small|7b] [--batches 1 16] [--new-tokens 128] [--caches dynamic static]
-                                  [--quantize int8] [--out FILE]
+                                  [--quantize int8 fp8] [--out FILE]
 
 Measurements are interleaved in one process. A streamer measures the time from the first new token to the last on the host,
 so that the prefill does not count. Speeds are relative to Llava with the same kind of KV cache in the same round. The table
@@ -22,6 +22,8 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from chat import DEMO
+
+from dsvl.utils.quantization import quantization_config
 
 CACHES = ("dynamic", "static")
 
@@ -74,11 +76,11 @@ def tokens_per_second(
     return len(made) * (new_tokens - 1) / (clock.times[-1] - clock.times[1]), 1000 * used / (new_tokens - 1)
 
 
-def quantized(model: PreTrainedModel) -> PreTrainedModel:
+def quantized(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     """Quantize the decoder to 8 bits, as `from_pretrained(quantization_config=...)` does."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import quantize_
 
-    quantize_(model.model.language_model, Int8WeightOnlyConfig())
+    quantize_(model.model.language_model, quantization_config(kind, model.dtype).quant_type)
     return model
 
 
@@ -92,7 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default="sdpa", help="sdpa, eager, flex_attention")
     parser.add_argument("--caches", choices=CACHES, nargs="+", default=CACHES, help="kinds of KV cache")
-    parser.add_argument("--quantize", choices=("int8",), help="add rows with DSVL's decoder in 8 bits")
+    parser.add_argument(
+        "--quantize", choices=("int8", "fp8"), nargs="+", default=[], help="add rows with DSVL's decoder in 8 bits"
+    )
     parser.add_argument("--out", help="JSON file for the results")
     options = parser.parse_args(argv)
     device = device_type()
@@ -103,8 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     theirs = llava(shape, device).to(dtype).eval()
     theirs.generation_config.eos_token_id = None
     models = {"Llava": theirs, "DSVL": build_model(shape, options.backend, device, dtype)}
-    if options.quantize:
-        models["DSVL int8"] = quantized(build_model(shape, options.backend, device, dtype))
+    for kind in options.quantize:
+        models[f"DSVL {kind}"] = quantized(build_model(shape, options.backend, device, dtype), kind)
     results: dict[str, dict[str, float]] = {}
     for batch in options.batches:
         one = prompt(shape, options.images, options.text, device)

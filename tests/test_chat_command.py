@@ -249,7 +249,12 @@ def test_flags_reach_the_model(checkpoint, folder, monkeypatch, capsys, flags, d
 
 @pytest.mark.parametrize(
     ("kind", "package", "made_of"),
-    [("4bit", "bitsandbytes", "Params4bit"), ("8bit", "bitsandbytes", "Int8Params"), ("int8", "torchao", "Int8Tensor")],
+    [
+        ("4bit", "bitsandbytes", "Params4bit"),
+        ("8bit", "bitsandbytes", "Int8Params"),
+        ("int8", "torchao", "Int8Tensor"),
+        ("fp8", "torchao", "Float8Tensor"),
+    ],
 )
 def test_a_quantized_decoder_answers(tmp_path, kind, package, made_of):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}")

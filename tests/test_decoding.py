@@ -151,10 +151,11 @@ def test_a_step_is_queued_before_the_last_one_is_looked_at(monkeypatch: pytest.M
     assert events == ["look", "queue", *["queue", "look"] * 4, "look"]
 
 
-def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path: Path, static_steps: list[int]) -> None:
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path: Path, static_steps: list[int], kind: str) -> None:
     pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
     tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
-    config = quantization_config("int8", torch.float32)
+    config = quantization_config(kind, torch.float32)
     model = DSVLForConditionalGeneration.from_pretrained(tmp_path, device_map={"": "cpu"}, quantization_config=config)
     inputs = batch(*LAYOUTS, dtype=torch.float32)
     expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)

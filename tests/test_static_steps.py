@@ -115,7 +115,8 @@ def test_other_lengths_and_batches_are_compiled_for_their_shape(static_steps: li
 
 def test_the_rotation_of_a_query_is_computed_once() -> None:
     """And not again for each key, where the compiler writes the product of the query itself."""
-    model, inputs = tiny_model(dtype=torch.float32), batch(LAYOUTS[0], dtype=torch.float32)
+    model = tiny_model(dtype=torch.float32, num_key_value_heads=4)  # a row for each key-value head
+    inputs = batch(LAYOUTS[0], dtype=torch.float32)
     torch._dynamo.reset()
     compile_config = CompileConfig(mode="default")
     compile_config._compile_all_devices = True

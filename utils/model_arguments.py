@@ -18,7 +18,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     group.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
-        help="quantize the decoder's layers: 4bit and 8bit need bitsandbytes, int8 needs torchao",
+        help="quantize the decoder's layers: 4bit and 8bit need bitsandbytes, int8 and fp8 need torchao",
     )
     group.add_argument("--attn-implementation", help="attention of the decoder: sdpa, eager or flex_attention")
     return group

@@ -14,8 +14,8 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     """Make the `quantization_config` argument of `from_pretrained`.
 
     Args:
-        kind: "4bit" (NF4 with double quantization) or "8bit" (LLM.int8()) by bitsandbytes; "int8" (weights only, one scale
-            per output channel) by torchao, which works with torch.compile.
+        kind: "4bit" (NF4 with double quantization) or "8bit" (LLM.int8()) by bitsandbytes; "int8" or "fp8" (E4M3) of the
+            weights alone, with a scale for each output channel, by torchao, which work with torch.compile.
         dtype: dtype of the computation, for "4bit".
 
     Raises:
@@ -34,10 +34,12 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
         )
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED))
-    if kind == "int8":
+    if kind in ("int8", "fp8"):
         try:
-            from torchao.quantization import Int8WeightOnlyConfig
+            from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
         except ImportError as error:
-            raise ImportError("quantization='int8' needs torchao: pip install torchao") from error
-        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(UNQUANTIZED))
+            raise ImportError(f"quantization={kind!r} needs torchao: pip install torchao") from error
+        made = Int8WeightOnlyConfig if kind == "int8" else Float8WeightOnlyConfig
+        # Without settings of the compiler for the whole process: `generate` passes its own.
+        return TorchAoConfig(made(set_inductor_config=False), modules_to_not_convert=list(UNQUANTIZED))
     raise ValueError(f"quantization={kind!r} is not known; choose from {', '.join(map(repr, QUANTIZATIONS))}.")
