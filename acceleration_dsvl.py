@@ -10,6 +10,8 @@ Version 1. `dsvl.acceleration` provides:
     build_mask(...)         a mask for one layer type, or None to leave it to the core (see `masks_dsvl.AttentionMask`)
     sample(model, run, *args, **kwargs)
                             the loop of greedy search and sampling; `run` is the one of transformers
+    decode_speculatively(model, run, *args, **kwargs)
+                            the loop of speculative decoding, likewise; releases of the package before 0.3 do not have it
     CompiledDecoderLayers(decoder, options)
                             compiled decoder layers; `switch(training)` turns them on in training mode
     reduce_memory(model, **options)

@@ -222,6 +222,11 @@ class DSVLGenerationMixin(GenerationMixin):
         run, module = super()._sample, acceleration()
         return run(*args, **kwargs) if module is None else module.sample(self, run, *args, **kwargs)
 
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """Speculative decoding, by the acceleration's loop if there is one."""
+        run, decode = super()._assisted_decoding, getattr(acceleration(), "decode_speculatively", None)
+        return run(*args, **kwargs) if decode is None else decode(self, run, *args, **kwargs)
+
     def _prefill(
         self,
         input_ids: torch.Tensor,

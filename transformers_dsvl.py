@@ -46,7 +46,13 @@ OLDEST_TESTED, NEWEST_TESTED = (5, 20), (5, 24)
 # What the travelling code overrides, calls or reads of these classes, or of their instances, though it is not documented.
 MEMBERS: dict[type, tuple[str, ...]] = {
     Cache: ("layers",),
-    GenerationMixin: ("_prefill", "_prepare_position_ids_for_generation", "_sample", "prepare_inputs_for_generation"),
+    GenerationMixin: (
+        "_assisted_decoding",
+        "_prefill",
+        "_prepare_position_ids_for_generation",
+        "_sample",
+        "prepare_inputs_for_generation",
+    ),
     PreTrainedConfig: ("_attn_implementation",),
     PreTrainedModel: (
         "_can_compile_fullgraph",

@@ -12,6 +12,7 @@ from .image_reuse import ImageReuse
 from .masks import build_mask
 from .memory_reduction import reduce_memory
 from .shared_images import SharedImagesCache
+from .speculative_decoding import decode_speculatively
 from .split_images import SplitImageKVCache
 
 INTERFACE_VERSION = 1  # of acceleration_dsvl.py
@@ -25,6 +26,7 @@ __all__ = [
     "SplitImageKVCache",
     "build_mask",
     "check_image_parallel",
+    "decode_speculatively",
     "image_parallel",
     "reduce_memory",
     "sample",

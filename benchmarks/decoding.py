@@ -22,7 +22,6 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from chat import DEMO
-
 from dsvl.utils.quantization import quantization_config
 
 CACHES = ("dynamic", "static")

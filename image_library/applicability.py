@@ -10,7 +10,7 @@ from ..transformers_dsvl import CACHE
 
 # Options that need more of a prompt than its text, or decode in a way that takes no image KV cache.
 _OTHER_WAYS = (
-    *("output_attentions", "output_hidden_states", "prefill_chunk_size", "prompt_lookup_num_tokens"),
+    *("output_attentions", "output_hidden_states", "prefill_chunk_size"),
     *("assistant_early_exit", "dola_layers", "penalty_alpha"),
 )
 

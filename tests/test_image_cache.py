@@ -187,7 +187,6 @@ def test_what_an_image_cache_cannot_do_is_said():
     assistant = AutoModelForCausalLM.from_config(model.config.text_config).double().eval()
     for options, message in (
         ({"assistant_model": assistant}, "This way of decoding does not take an image KV cache"),
-        ({"prompt_lookup_num_tokens": 2}, "This way of decoding does not take an image KV cache"),
         ({"use_cache": False}, "is copied into a KV cache"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size concerns all tokens"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions concerns all tokens"),
