@@ -112,7 +112,8 @@ def decode_speculatively(
         assistant_tokenizer is None and can_draft(assistant_model, generation_config, model_kwargs)
     )
     if not makes_drafts or not (is_static or (applies and can_step(model, model_kwargs))):
-        # `run` does not take an image KV cache, and gives wrong tokens after a KV cache that is not empty (transformers 5.24).
+        # `run` does not take an image KV cache, and gives wrong tokens after a KV cache that is not empty (transformers
+        # 5.24).
         is_untaken = model_kwargs.get("image_cache") is not None or (cache is not None and int(cache.get_seq_length()) > 0)
         if is_untaken and len(input_ids) == 1:
             options = dict(synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)

@@ -6,12 +6,13 @@ from conftest import FAMILIES, IMAGE_ID, batch, random_images, run_uncompiled, t
 from test_attention import packed
 from transformers import StaticCache
 
-from dsvl import cli
+from dsvl import DSVLForConditionalGeneration, cli
 from dsvl.acceleration import kernel_choice, kernel_timings
 from dsvl.acceleration.fused_mask import FusedMask
 from dsvl.acceleration.kernel_check import check_kernels
 from dsvl.acceleration.kernel_choice import can_fuse, unsupported
 from dsvl.image_library import ImageLibrary
+from dsvl.utils.quantization import quantization_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 needs_kernels = pytest.mark.skipif(unsupported(torch.device("cuda", 0)) is not None, reason="needs the fused kernels")
@@ -113,6 +114,41 @@ def test_compiled_static_decoding_gives_the_tokens_of_the_dynamic_cache(family, 
     got = model.generate(**inputs, max_new_tokens=12, do_sample=False, cache_implementation="static")
     assert bool(static_steps) == (family == "llama") == ("_compiled_call" not in model.__dict__)
     assert got.equal(expected)
+
+
+@pytest.mark.parametrize("drafts", ["prompt lookup", "draft model"])
+def test_compiled_speculative_decoding_gives_the_tokens_of_greedy_search(drafts, static_steps):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch._dynamo.reset()
+    model = tiny_model(dtype=torch.float32).cuda()
+    inputs = on_gpu(batch("ttItttIIttttttIttt", dtype=torch.float32))
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **options)
+    how = {"prompt_lookup_num_tokens": 4}
+    if drafts == "draft model":
+        assistant = tiny_model(dtype=torch.float32).cuda()
+        assistant.generation_config.update(num_assistant_tokens=4, assistant_confidence_threshold=0.0)
+        how = {"assistant_model": assistant}
+    for _ in range(2):
+        assert model.generate(**inputs, **options, **how, cache_implementation="static").equal(expected)
+    assert set(static_steps) == {1, 5}
+    images = model.encode_images(inputs.pop("pixel_values"))
+    if drafts == "prompt lookup":
+        assert model.generate(**inputs, image_cache=images, **options, **how, cache_implementation="static").equal(expected)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path, kind, static_steps):
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+    torch._dynamo.reset()
+    tiny_model(dtype=torch.float32, hidden_size=128, head_dim=32).save_pretrained(tmp_path)
+    config = quantization_config(kind, torch.float32)
+    model = DSVLForConditionalGeneration.from_pretrained(tmp_path, device_map={"": "cuda"}, quantization_config=config)
+    inputs = on_gpu(batch("ttItttIIttttttIttt", "tttItt", dtype=torch.float32))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **options)
+    assert model.generate(**inputs, **options, cache_implementation="static").equal(expected)
+    assert static_steps == [1] * 11
 
 
 @needs_kernels
