@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from .utils.command_line import CommandParser
+from .utils.compiled_code import keep_compiled_code
 from .utils.missing_packages import import_error_message
 from .utils.third_party_output import silence_third_party_output
 
@@ -31,6 +32,7 @@ COMMANDS = {
     "serve": ("serve a checkpoint with the OpenAI chat completions API", "serving.commands"),
     "env": ("versions, devices and which attention runs, for bug reports", "environment.commands"),
 }
+COMPILING = ("train", "chat", "evaluate", "demo", "serve", "env")  # commands that may compile, and the one that says where
 INTERRUPTED = 130  # exit status after Ctrl-C, as in shells
 # Messages after Ctrl-C for commands without a message of their own: what is kept, and how to resume.
 KEPT = {
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None, import_package: Callable[[], None] =
     silence_third_party_output()
     hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     named = argv[0] if argv[0] in COMMANDS else None
+    if named in COMPILING:
+        keep_compiled_code()
     try:
         if named == "train":  # its flags are the fields of three dataclasses, and a YAML file may come first
             import_package()

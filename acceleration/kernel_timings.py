@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import platform
 import re
 import statistics
@@ -21,6 +20,7 @@ from transformers import LlamaConfig
 
 from ..masks_dsvl import visibilities
 from ..utils.atomic_files import write_atomically
+from ..utils.compiled_code import cache_directory
 from ..utils.installed_packages import installed_version
 from .gathered_mask import GatheredMask
 from .kernels import fused_attention
@@ -101,9 +101,8 @@ def saved(device: torch.device) -> tuple[Times, ...]:
 
 def cache_file(device: torch.device) -> Path:
     """Where the times of a device are kept: in `$XDG_CACHE_HOME/dsvl` or `~/.cache/dsvl`, one file for each identity."""
-    root = os.environ.get("XDG_CACHE_HOME")
     digest = hashlib.sha256(json.dumps(identity(device), sort_keys=True).encode()).hexdigest()[:16]
-    return (Path(root) if root else Path.home() / ".cache") / "dsvl" / f"kernel-times-{digest}.json"
+    return cache_directory() / f"kernel-times-{digest}.json"
 
 
 def identity(device: torch.device) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from ..acceleration_dsvl import INTERFACE_VERSION, acceleration
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..transformers_dsvl import no_init_weights
+from ..utils.compiled_code import VARIABLE as COMPILED_CODE
+from ..utils.compiled_code import compiled_code_directory
 from ..utils.installed_packages import installed_version
 from .attention import attention_of, kinds_of_decoders
 
@@ -31,7 +33,7 @@ PACKAGES = (
 # Variables that change which devices and kernels are used, and how fast.
 VARIABLES = (
     *(VARIABLE, "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "TORCH_CUDA_ARCH_LIST", "DS_ACCELERATOR"),
-    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCHDYNAMO_DISABLE", "NCCL_DEBUG"),
+    *(COMPILED_CODE, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCHDYNAMO_DISABLE", "NCCL_DEBUG"),
 )
 
 
@@ -61,6 +63,7 @@ def collect(model: str | None = None) -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := installed_version(name)) is not None},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "acceleration": {"active": accelerated, "interface_version": INTERFACE_VERSION, "fused_kernels": SETTING},
+        "compiled_code": {"directory": str(compiled_code_directory()), "mib": _mib(compiled_code_directory())},
         "devices": [_device(device) for device in devices],
     }
     if model is None:
@@ -74,6 +77,12 @@ def collect(model: str | None = None) -> dict[str, Any]:
     else:
         report["model"] = _model(model, devices, accelerated)
     return report
+
+
+def _mib(directory: Path) -> float:
+    """The size of the files in a directory."""
+    sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
+    return round(sum(sizes) / 2**20, 1)
 
 
 def _build() -> str:
@@ -152,6 +161,7 @@ def text(report: dict[str, Any]) -> str:
         "environment: " + (", ".join(f"{name}={value}" for name, value in report["environment"].items()) or "nothing set"),
         f"acceleration: {active}, interface version {acceleration_['interface_version']}, fused kernels "
         f"{acceleration_['fused_kernels']}",
+        f"compiled code: {report['compiled_code']['directory']}, {report['compiled_code']['mib']} MiB",
         "",
         "Devices",
     ]

@@ -1,6 +1,8 @@
 """Tiny random models and batches that the tests share."""
 
 import logging
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLProcessor
 from dsvl.acceleration import static_steps as static_steps_module
 from dsvl.acceleration.static_steps import StaticSteps, run_step
 from dsvl.transformers_dsvl import CACHE
+
+# Where the code that tests compile is kept: not where users' is.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "dsvl-tests-compiled"))
 
 REFERENCE = Path(__file__).parent / "reference"
 VOCABULARY, IMAGE_ID, PAD_ID, EOS_ID = 96, 90, 0, 2
