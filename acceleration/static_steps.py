@@ -152,7 +152,7 @@ def run_step(
 @lru_cache
 def compiled_step(options: tuple) -> Callable:
     """`run_step`, compiled with these options of `torch.compile`; one for all models, which the compiler tells apart."""
-    known = {name: dict(value) if isinstance(value, tuple) else value for name, value in options}
+    known: dict[str, Any] = {name: dict(value) if isinstance(value, tuple) else value for name, value in options}
     # Nothing varies within a generation, and with symbols for sizes the step of another batch size would be slower.
     return torch.compile(run_step, **known | {"dynamic": False})
 
