@@ -15,6 +15,7 @@ from plain_loop import PlainLoop
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import environment, free_port
 
+from dsvl import save_checkpoint
 from dsvl.attention_dsvl import routed_name
 from dsvl.image_reading_dsvl import image_size
 from dsvl.masks_dsvl import (
@@ -351,6 +352,37 @@ def test_decoding(load, tmp_path, drawn, monkeypatch, uncompiled):
     load("decoding").main([*flags, "--out", str(tmp_path / "decoding.json")])
     assert len(results(tmp_path / "decoding.json")) == 8  # two models, two caches, two batches
     drawn("decoding", "Llava, static, compiled", "DSVL, dynamic", "tokens/s", "batch size")
+
+
+@pytest.fixture
+def demo_checkpoint(load, tmp_path):
+    """A checkpoint like the demo's, with random weights."""
+    chat = load("chat")
+    save_checkpoint(*chat.build_parts(chat.DEMO, "sdpa", "cpu", torch.float32), tmp_path / "demo")
+    return tmp_path / "demo"
+
+
+def test_weight_precision(load, demo_checkpoint, tmp_path, capsys):
+    flags = ["--precisions", "float32", "bfloat16", "--conversations", "3", "--out", str(tmp_path / "out.json")]
+    load("weight_precision").main([str(demo_checkpoint), *flags])
+    table = results(tmp_path / "out.json")
+    assert list(table) == ["float32", "bfloat16"] and table["float32"]["as_reference"] == 1
+    assert all(row["perplexity"] > 1 and row["answers"] == table["float32"]["answers"] for row in table.values())
+    assert "exact of" in capsys.readouterr().out
+
+
+def test_speculative_decoding(load, demo_checkpoint, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("One and two and three and four. " * 20)
+    flags = ["--draft", str(demo_checkpoint), "--lookup", "3", "--caches", "dynamic", "--conversations", "3"]
+    flags += ["--texts", str(text), "--vocabulary", "300", "--new-tokens", "12", "--out", str(tmp_path / "out.json")]
+    load("speculative_decoding").main([str(demo_checkpoint), *flags])
+    table = results(tmp_path / "out.json")
+    answers = {name: row for name, row in table.items() if "same_tokens" in row}
+    assert len(answers) == 3 and all(row["same_tokens"] for row in answers.values())
+    assert table["dynamic, greedy"]["tokens_per_step"] == 1
+    assert table["texts, lookup 3"]["tokens_per_step"] > 3  # the text repeats itself
+    assert "OTHER TOKENS" not in capsys.readouterr().out
 
 
 def test_nothing_to_draw_is_an_error(load, tmp_path, capsys):
