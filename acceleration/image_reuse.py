@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache
 from ..cache_dsvl import remember_types, whole_positions
 from ..inputs_dsvl import check_num_tiles
 from ..masks_dsvl import AttentionMask, visibilities
+from ..utils.quantization import stored_tensors
 from .decoder_run import OwnValueMask, head_size, layer_types, run_decoder
 from .gathered_mask import Slots
 from .image_cache import ImageKVCache, changing_ropes, lengths_by_image
@@ -386,7 +387,8 @@ def own_part(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].float()
+    parts = [part.detach().flatten() for part in stored_tensors(weight)]
+    return torch.cat([part[:: max(1, part.numel() // 64)][:64].float() for part in parts])
 
 
 def _relevant(config: Any) -> Any:

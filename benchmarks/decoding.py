@@ -22,7 +22,7 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from chat import DEMO
-from dsvl.utils.quantization import quantization_config
+from dsvl.utils.quantization import quantization_config, stored_tensors
 
 CACHES = ("dynamic", "static")
 
@@ -32,14 +32,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     table = model.get_input_embeddings().weight
     parts = [*model.model.language_model.parameters(), model.lm_head.weight]
     read = {id(weight): weight for weight in parts if weight is not table or weight is model.lm_head.weight}
-    return sum(_stored_bytes(weight) for weight in read.values())
-
-
-def _stored_bytes(weight: torch.Tensor) -> int:
-    """Bytes in memory; `nbytes` of a quantized weight is that of the unquantized one."""
-    if hasattr(weight, "__tensor_flatten__"):
-        return sum(_stored_bytes(getattr(weight, part)) for part in weight.__tensor_flatten__()[0])
-    return weight.nbytes
+    return sum(part.nbytes for weight in read.values() for part in stored_tensors(weight))
 
 
 class Clock(BaseStreamer):

@@ -22,6 +22,7 @@ from training_runs import make_checkpoint
 from dsvl.chat import DSVLChat
 from dsvl.chat.terminal import Terminal, dropped_files, line_reader, printable
 from dsvl.cli import main
+from dsvl.image_library import ImageLibrary
 from dsvl.utils.model_loading import load_checkpoint
 
 
@@ -264,9 +265,13 @@ def test_a_quantized_decoder_answers(tmp_path, kind, package, made_of):
     assert {type(weight).__name__ for weight in weights} == {made_of}
     others = [model.model.vision_tower, model.model.multi_modal_projector, model.lm_head]
     assert {type(parameter).__name__ for part in others for parameter in part.parameters()} == {"Parameter"}
-    chat = DSVLChat(model, processor, max_new_tokens=3, min_new_tokens=3)
-    chat.ask("What?", Image.new("RGB", (30, 30)))
-    assert len(chat.last_turn.answer_ids) == 3
+    answers = []
+    for library in (None, ImageLibrary(model, 2**24)):
+        model.image_library = library
+        chat = DSVLChat(model, processor, max_new_tokens=3, min_new_tokens=3)
+        chat.ask("What?", Image.new("RGB", (30, 30)))
+        answers.append(chat.last_turn.answer_ids)
+    assert len(answers[0]) == 3 and answers[0] == answers[1]
 
 
 SHOWN = "\x1b[?25h"  # shows the cursor, after the prompt has been drawn

@@ -10,6 +10,14 @@ from .quantization_choices import QUANTIZATIONS
 UNQUANTIZED = ("model.multi_modal_projector", "model.vision_tower", "lm_head")
 
 
+def stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors of a weight: itself, or the numbers and scales of a quantized one."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    names = weight.__tensor_flatten__()[0]
+    return [part for name in names for part in stored_tensors(getattr(weight, name))]
+
+
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     """Make the `quantization_config` argument of `from_pretrained`.
 
