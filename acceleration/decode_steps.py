@@ -136,8 +136,11 @@ class DecodeSteps:
         self.held += new_tokens
         if self.held > self._reserved:
             self._reserve(held)
-        last = self._positions[:, -1:]
-        self._positions = last + 1 if new_tokens == 1 else last + torch.arange(1, new_tokens + 1, device=last.device)
+        if new_tokens == 1 and self._positions.shape[1] == 1:
+            self._positions = self._positions + 1
+        else:
+            more = torch.arange(1, new_tokens + 1, device=self._positions.device)
+            self._positions = self._positions[:, -1:] + more
         inputs = self._inputs
         if self._has_masks:
             by_type = dict.fromkeys(layer_types(self._decoder), self._placeholder[..., : self.held])
