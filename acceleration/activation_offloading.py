@@ -206,7 +206,8 @@ class ActivationOffloading:
     def begin(self, decoder: nn.Module, args: tuple) -> None:
         """Before the decoder."""
         if torch.is_grad_enabled() and decoder.training and not torch.compiler.is_compiling():
-            weights = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
+            fixed = (*decoder.parameters(), *decoder.buffers())  # weights in 8 bits are buffers
+            weights = {tensor.untyped_storage()._cdata for tensor in fixed}
             self.running.append(OffloadedPass(self.memory, _STREAMS, self.devices, weights).__enter__())
 
     def end(self, decoder: nn.Module, args: tuple, output: Any) -> None:

@@ -20,6 +20,7 @@ from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS, no_init_weights
 from .adapters import lora_config
+from .frozen_precision import freeze_in_8_bits
 from .trainable_parts import PARTS
 
 ALLOCATION = 512  # bytes; the CUDA caching allocator rounds requests up to a multiple of it (c10 kMinBlockSize)
@@ -178,6 +179,8 @@ class StepTracer:
         dtype: dtype of weights and activations, without autocast, *optional*, defaults to bfloat16.
         lora: further arguments of `lora_config`, *optional*.
         mlp_tile, offload: arguments of `reduce_memory`, *optional*.
+        frozen_precision, frozen_keep: arguments of `freeze_in_8_bits`, *optional*, defaults to no 8-bit weight. Products are
+            traced as they run on FP8 tensor cores.
 
     Raises:
         ValueError: if a tied head is to be trained without the embeddings, or PEFT is needed and not installed.
@@ -193,6 +196,8 @@ class StepTracer:
         lora: Mapping[str, Any] | None = None,
         mlp_tile: int | None = None,
         offload: bool = False,
+        frozen_precision: str | None = None,
+        frozen_keep: Sequence[str] | None = None,
     ) -> None:
         config = copy.deepcopy(config)
         config.multimodal_attention = "causal"
@@ -204,6 +209,8 @@ class StepTracer:
         model.set_trainable(**{argument: part in train for part, argument in PARTS.items()})
         if lora_rank:
             _add_adapters(model, lora_rank, train, lora or {})
+        if frozen_precision is not None:
+            freeze_in_8_bits(model, frozen_precision, frozen_keep, in_fp8=True)
         if activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         decoder = model.model.language_model

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..acceleration.frozen_linear import PRECISIONS
 from ..utils.transformers_names import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from ..video_decoding_dsvl import VideoSampling
 from .deepspeed_config import zero_stage
@@ -35,6 +36,7 @@ def check_options(values: dict[str, Any]) -> None:
         raise ValueError("--qlora with ZeRO-3: 4-bit weights cannot be partitioned; choose --deepspeed zero2.")
     if values["qlora"] and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--qlora needs bitsandbytes, which is not installed; pip install bitsandbytes, or drop --qlora.")
+    _check_frozen_precision(values, stage)
     if stage is not None and values.get("torch_compile"):
         raise ValueError("--torch-compile with --deepspeed: their hooks are not compatible; choose one of them.")
     if values.get("compile_decoder_layers"):
@@ -70,6 +72,29 @@ def _check_compilation(values: dict[str, Any], stage: int | None) -> None:
             "--compile-decoder-layers with ZeRO-3: it gathers weights inside the layers, which breaks the graph; choose "
             "--deepspeed zero2."
         )
+
+
+def _check_frozen_precision(values: dict[str, Any], stage: int | None) -> None:
+    precision = values.get("frozen_precision")
+    if precision is None:
+        for name in ("frozen_precision_keep", "frozen_precision_report"):
+            if values.get(name):
+                raise ValueError(f"--{name.replace('_', '-')} without --frozen-precision; pass both.")
+        return
+    if precision not in PRECISIONS:
+        raise ValueError(f"--frozen-precision {precision} is unknown; choose from {', '.join(PRECISIONS)}.")
+    flag = f"--frozen-precision {precision}"
+    if values["qlora"]:
+        raise ValueError(f"{flag} with --qlora, which keeps frozen weights in 4 bits; drop one of them.")
+    if values["dora"]:
+        raise ValueError(f"{flag} with --dora, which reads the norms of the original weights; drop one of them.")
+    if stage == 3 or values.get("fsdp"):
+        sharding, remedy = ("--fsdp", "drop it") if values.get("fsdp") else ("ZeRO-3", "choose --deepspeed zero2")
+        raise ValueError(f"{flag} with {sharding}: 8-bit weights are whole in every process; {remedy}.")
+    if {"language", "vision"} <= set(values["train"]):
+        raise ValueError(f"{flag} with --train {' '.join(values['train'])}: no linear layer is frozen; drop one of them.")
+    if values.get("frozen_precision_report") and values.get("streaming"):
+        raise ValueError("--frozen-precision-report with --streaming, whose samples are read once; drop one of them.")
 
 
 def _check_image_parallel(values: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..acceleration.frozen_linear import PRECISIONS
 from ..data.commands import MAX_BAD_SAMPLES_HELP
 from ..data.sample_errors import MAX_BAD_SAMPLES
 from ..utils.deprecation import RenamedFlag
@@ -22,6 +23,7 @@ from ..utils.yaml_files import read_yaml
 from .argument_checks import check_options
 from .argument_parser import TrainParser
 from .deepspeed_config import ZERO, zero_configuration
+from .frozen_precision import KEEP_NONE
 from .fsdp import SETTINGS, check_fsdp, fsdp_config
 from .image_groups import check_divides
 from .learning_rates import RATED_PARTS, parse_learning_rates
@@ -90,6 +92,27 @@ class ModelArguments:
     )
     dora: bool = field(default=False, metadata={"help": "use DoRA (weight-decomposed) adapters"})
     qlora: bool = field(default=False, metadata={"help": "load the frozen weights in 4 bits (needs bitsandbytes)"})
+    frozen_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": f"keep the frozen linear layers of decoder and vision tower in 8 bits: {' or '.join(PRECISIONS)}. Saved "
+            "models have the original weights"
+        },
+    )
+    frozen_precision_keep: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "linear layers that --frozen-precision leaves as they are, by name or path as for --lora-targets, or "
+            f"{KEEP_NONE}. Default: the first and the last layer of the decoder"
+        },
+    )
+    frozen_precision_report: bool = field(
+        default=False,
+        metadata={
+            "help": "before training, measure the error of each 8-bit layer and of the logits on the first samples, and "
+            "write it to frozen_precision.json in --output"
+        },
+    )
 
 
 @dataclass

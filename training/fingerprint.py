@@ -28,7 +28,7 @@ RENAMED_FIELDS = {"max_pictures_per_pack": "max_images_per_pack"}  # name in rec
 NOT_RECORDED = object()
 
 # Fields of the argument classes that change the result. Other fields change its location, speed or rounding.
-MODEL_FIELDS = ("train",)
+MODEL_FIELDS = ("train", "frozen_precision", "frozen_precision_keep")
 ADAPTER_FIELDS = (
     "lora_rank",
     "lora_alpha",

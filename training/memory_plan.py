@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from ..acceleration.frozen_linear import PRECISIONS
 from ..configuration_dsvl import DSVLConfig
 from ..transformers_dsvl import GradientCheckpointingLayer
 from .activation_memory import StepTracer
 from .adapters import LABELS
 from .deepspeed_config import ZERO
+from .frozen_precision import frozen_linears
 from .model_states import DTYPES, GIB, ModelSizes, PhaseMemory, arriving_gradients, fsdp_states, model_states
 from .trainable_parts import PARTS
 
@@ -75,6 +77,9 @@ class Planner:
         activation_checkpointing: recompute activations in backward, *optional*, defaults to False.
         mlp_tile: tokens of a tile of the MLPs (`--tiled-mlp`), *optional*, defaults to None: all at once.
         offload_activations: keep the inputs of checkpointed layers in main memory, *optional*, defaults to False.
+            None. Counted are 8-bit weights, and a transposed or dequantized one while a layer is computed.
+            None. Counted are 8-bit weights, and the transposed or dequantized one of a layer that is computed.
+        frozen_keep: layers that it leaves as they are, *optional*, see `freeze_in_8_bits`.
         gradient_accumulation: whether a step has several micro-batches, *optional*, defaults to False.
         supervised_share: fraction of the text tokens that have a label, *optional*, defaults to 0.25, which is typical of
             question-answer data. Logits are computed for these tokens only and dominate the memory of large vocabularies.
@@ -103,6 +108,8 @@ class Planner:
         activation_checkpointing: bool = False,
         mlp_tile: int | None = None,
         offload_activations: bool = False,
+        frozen_precision: str | None = None,
+        frozen_keep: Sequence[str] | None = None,
         gradient_accumulation: bool = False,
         supervised_share: float = 0.25,
         dtype: str | None = None,
@@ -123,17 +130,29 @@ class Planner:
         self.supervised_share = supervised_share
         self.activation_checkpointing, self.mixed_precision = activation_checkpointing, mixed_precision
         self.mlp_tile, self.offload_activations = mlp_tile, offload_activations
+        self.frozen_precision = frozen_precision
         self._plans: dict[int, MemoryPlan] = {}
         self._check(config, train, lora_rank, lora or {})
         dtype = dtype or _dtype_name(config.dtype or config.text_config.dtype) or "bfloat16"
         _one_of("dtype", dtype, DTYPES)
         torch_dtype: torch.dtype = getattr(torch, dtype)
         self.tracer = StepTracer(
-            config, train, lora_rank, activation_checkpointing, torch_dtype, lora, mlp_tile, offload_activations
+            config,
+            train,
+            lora_rank,
+            activation_checkpointing,
+            torch_dtype,
+            lora,
+            mlp_tile,
+            offload_activations,
+            frozen_precision,
+            frozen_keep,
         )
         modules, parameters = self.tracer.model.modules(), list(self.tracer.model.parameters())
         layers = [_count(one) for one in self.tracer.model.modules() if isinstance(one, GradientCheckpointingLayer)]
         embeddings = _count(self.tracer.model.get_input_embeddings())
+        in_8_bits = [layer for _, layer in frozen_linears(self.tracer.model)]
+        self._in_8_bits = sum(layer.weight.numel() for layer in in_8_bits)
         self.sizes = ModelSizes(
             parameters=tuple(p.numel() for p in parameters),
             trained=tuple(p.numel() for p in parameters if p.requires_grad),
@@ -142,6 +161,7 @@ class Planner:
             unlayered=sum(p.numel() for p in parameters) - sum(layers) - embeddings,
             hidden=config.text_config.hidden_size,
             element=torch_dtype.itemsize,
+            in_8_bits=sum(buffer.nbytes for layer in in_8_bits for buffer in layer.buffers()),
         )
 
     def changed(self, **options: Any) -> "Planner":
@@ -170,7 +190,11 @@ class Planner:
         if self.mixed_precision and not self.fsdp:
             forward_backward, optimizer_step = self._in_float32(forward_backward), self._in_float32(optimizer_step)
         return MemoryPlan(
-            sum(self.sizes.parameters), sum(self.sizes.trained), forward_backward, optimizer_step, cpu + trace.host
+            sum(self.sizes.parameters) + self._in_8_bits,
+            sum(self.sizes.trained),
+            forward_backward,
+            optimizer_step,
+            cpu + trace.host,
         )
 
     def _in_float32(self, phase: PhaseMemory) -> PhaseMemory:
@@ -227,6 +251,16 @@ class Planner:
             _one_of("deepspeed", self.deepspeed, tuple(ZERO))
         if self.deepspeed is not None and self.fsdp:
             raise ValueError(f"deepspeed={self.deepspeed!r} with fsdp=True: both shard the model; pass one of them.")
+        if self.frozen_precision is None and self._arguments["frozen_keep"]:
+            raise ValueError("frozen_keep without frozen_precision; pass both.")
+        if self.frozen_precision is not None:
+            _one_of("frozen_precision", self.frozen_precision, PRECISIONS)
+            if self.fsdp or self.deepspeed in ("zero3", "zero3-offload"):
+                sharding = "fsdp=True" if self.fsdp else f"deepspeed={self.deepspeed!r}"
+                raise ValueError(
+                    f"frozen_precision={self.frozen_precision!r} with {sharding}: 8-bit weights are whole on every GPU; "
+                    "drop one of them."
+                )
         for part in train:
             _one_of("train", part, tuple(PARTS))
         if not train and not lora_rank:

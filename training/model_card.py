@@ -15,6 +15,7 @@ from ..data.streaming import Stream
 from ..hub_card import TrainingFacts
 from ..hub_card.base_models import is_repo_id
 from .adapters import describe_adapters
+from .frozen_precision import describe_frozen_weights
 
 EMISSIONS = "emissions.csv"  # written to the output directory by the Trainer's codecarbon callback
 
@@ -59,6 +60,9 @@ def training_facts(
         settings["image parallelism"] = f"over {arguments.image_parallel} processes"
     if hasattr(trainer.model, "peft_config"):
         settings["adapters"] = describe_adapters(trainer.model)
+    frozen = describe_frozen_weights(trainer.model)
+    if frozen is not None:
+        settings["frozen weights"] = f"{frozen}, in training and its evaluations; here they are the original ones"
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     results = {"last logged training loss": losses[-1]} if losses else {}
     results |= {name: value for name, value in metrics.items() if name in ("eval_loss", "eval_exact_match")}

@@ -16,6 +16,7 @@ from ..utils.quantization import quantization_config
 from ..utils.transformers_names import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from .adapters import lora_config
 from .arguments import DSVLTrainingArguments, ModelArguments
+from .frozen_precision import freeze_in_8_bits
 from .liger import use_liger
 from .trainable_parts import PARTS
 
@@ -85,6 +86,10 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
         model = get_peft_model(model, config, autocast_adapter_dtype=arguments.deepspeed is None)
     else:
         model.set_trainable(**{argument: part in model_arguments.train for part, argument in PARTS.items()})
+    if model_arguments.frozen_precision is not None:
+        freeze_in_8_bits(
+            model, model_arguments.frozen_precision, model_arguments.frozen_precision_keep, source=model_arguments.model
+        )
     base = model.get_base_model() if model_arguments.lora_rank > 0 else model
     base.reduce_memory(
         mlp_tile=model_arguments.tiled_mlp,

@@ -48,6 +48,7 @@ class ModelSizes:
         element: bytes per weight.
         largest_layer: parameters of the largest layer of decoder or tower, for FSDP.
         unlayered: parameters outside of these layers and of the embeddings, for FSDP.
+        in_8_bits: bytes of frozen weights in 8 bits and of their scales, which are not among `parameters`.
     """
 
     parameters: tuple[int, ...]
@@ -57,6 +58,7 @@ class ModelSizes:
     element: int
     largest_layer: int = 0
     unlayered: int = 0
+    in_8_bits: int = 0
 
 
 def model_states(
@@ -116,6 +118,7 @@ def _unpartitioned(
     """`Trainer` without DeepSpeed: every GPU holds everything; AdamW has two states in the weights' dtype
     (torch.optim.adamw_fused, without copies in the step)."""
     weights, gradients = (sizes.element * sum(numels) for numels in (sizes.parameters, sizes.trained))
+    weights += sizes.in_8_bits
     # DDP copies all gradients into its buckets (torch Reducer, gradient_as_bucket_view=False).
     buckets = gradients if world_size > 1 else 0
     optimizer = 2 * gradients
@@ -131,7 +134,7 @@ def _zero_1_2(
     element, trained = sizes.element, sum(sizes.trained)
     partition = math.ceil(trained / world_size)
     bucket = sizes.hidden**2  # reduce_bucket_size "auto": transformers/integrations/deepspeed.py
-    weights = element * sum(sizes.parameters)
+    weights = element * sum(sizes.parameters) + sizes.in_8_bits
     # single_partition_of_fp32_groups and the two states of Adam, in float32, for this GPU's partition.
     optimizer = 12 * partition
     # Two buckets (setup_buckets) and a flattened copy for the reduction (allreduce_bucket).

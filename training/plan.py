@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HFValidationError
 
+from ..acceleration.frozen_linear import PRECISIONS
 from ..acceleration.tiled_mlp import DEFAULT_TILE
 from ..configuration_dsvl import DSVLConfig
 from ..utils.deprecation import RenamedFlag
@@ -29,6 +30,8 @@ DEFAULTS = {
     "image_parallel": 1,
     "tiled_mlp": None,
     "offload_activations": False,
+    "frozen_precision": None,
+    "frozen_precision_keep": None,
     "gradient_accumulation": False,
 }
 
@@ -105,6 +108,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="with --activation-checkpointing, keep the inputs of the decoder's layers in main memory",
     )
     parser.add_argument(
+        "--frozen-precision", choices=PRECISIONS, help="keep frozen linear layers of decoder and vision tower in 8 bits"
+    )
+    parser.add_argument(
+        "--frozen-precision-keep",
+        nargs="+",
+        metavar="LAYER",
+        help="layers that --frozen-precision leaves as they are, or none (default: the decoder's first and last layer)",
+    )
+    parser.add_argument(
         "--gradient-accumulation",
         action="store_true",
         default=None,
@@ -151,6 +163,8 @@ def _run(arguments: argparse.Namespace) -> None:
         activation_checkpointing=arguments.activation_checkpointing,
         mlp_tile=arguments.tiled_mlp,
         offload_activations=arguments.offload_activations,
+        frozen_precision=arguments.frozen_precision,
+        frozen_keep=arguments.frozen_precision_keep,
         gradient_accumulation=arguments.gradient_accumulation,
         supervised_share=arguments.supervised_share,
         dtype=arguments.dtype,

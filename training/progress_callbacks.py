@@ -12,11 +12,12 @@ class TrainingProgress(ProgressCallback):
 
     Args:
         title: text at the beginning of the bar and of each line, *optional*.
+        evaluated: text at the end of the lines of evaluations, *optional*.
     """
 
-    def __init__(self, title: str = "") -> None:
+    def __init__(self, title: str = "", evaluated: str = "") -> None:
         super().__init__()
-        self.title = title
+        self.title, self.evaluated = title, evaluated
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -32,7 +33,7 @@ class TrainingProgress(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and self.training_bar is not None and logs:
-            self.training_bar.write(log_line(logs, state, self.title))
+            self.training_bar.write(log_line(logs, state, self.title, self.evaluated))
 
     def close(self) -> None:
         """Close the bar, so that the next output starts on a new line."""
@@ -45,11 +46,12 @@ class TrainingLines(PrinterCallback):
 
     Args:
         title: text at the beginning of each line, *optional*.
+        evaluated: text at the end of the lines of evaluations, *optional*.
     """
 
-    def __init__(self, title: str = "") -> None:
+    def __init__(self, title: str = "", evaluated: str = "") -> None:
         super().__init__()
-        self.title = title
+        self.title, self.evaluated = title, evaluated
 
     def on_log(
         self,
@@ -60,13 +62,13 @@ class TrainingLines(PrinterCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs:
-            print(log_line(logs, state, self.title), flush=True)
+            print(log_line(logs, state, self.title, self.evaluated), flush=True)
 
     def close(self) -> None:
         """Does nothing: there is no bar."""
 
 
-def log_line(logs: dict[str, float], state: TrainerState, title: str = "") -> str:
+def log_line(logs: dict[str, float], state: TrainerState, title: str = "", evaluated: str = "") -> str:
     """A line such as `step 40/1,000 | loss 1.234 | learning rate 9.8e-05 | 1,234 tokens/s | 0:12:34 left`."""
     parts = [title] if title else []
     parts += [f"step {state.global_step:,}/{state.max_steps:,}"]
@@ -81,6 +83,7 @@ def log_line(logs: dict[str, float], state: TrainerState, title: str = "") -> st
     else:
         metrics = {name: value for name, value in logs.items() if name != "epoch" and not name.endswith(TIMES)}
         parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
+        parts += [evaluated] if evaluated else []
     return " | ".join(parts)
 
 

@@ -100,6 +100,8 @@ def plan_stages(
                 activation_checkpointing=bool(values["activation_checkpointing"] or values["gradient_checkpointing"]),
                 mlp_tile=values["tiled_mlp"],
                 offload_activations=values["offload_activations"],
+                frozen_precision=values["frozen_precision"],
+                frozen_keep=values["frozen_precision_keep"],
                 gradient_accumulation=values["gradient_accumulation_steps"] > 1,
                 supervised_share=supervised_share,
                 dtype="bfloat16" if values["bf16"] else "float16" if values["fp16"] else "float32",

@@ -19,6 +19,7 @@ from .checkpoints import (
     why_incomplete,
 )
 from .fingerprint import RunRecord, differences, read_record
+from .frozen_errors import REPORT
 from .plot import PLOT
 
 logger = logging.getLogger(__name__)
@@ -205,7 +206,7 @@ def delete_runs(output: Path) -> None:
     found = [path for path in folders if path.is_dir()]
     for path in found:
         shutil.rmtree(path)
-    for pattern in ("*.safetensors", "*.safetensors.index.json", RECORD, "trainer_state.json", PLOT, "README.md"):
+    for pattern in ("*.safetensors", "*.safetensors.index.json", RECORD, REPORT, "trainer_state.json", PLOT, "README.md"):
         for path in output.glob(pattern):
             path.unlink()
             found.append(path)

@@ -30,6 +30,8 @@ from .deepspeed_config import zero_stage
 from .distributed import on_first_process
 from .feature_cache import FeatureCache, feature_fingerprint, fill_cache
 from .fingerprint import RunRecord, take_fingerprint
+from .frozen_errors import report_errors
+from .frozen_precision import describe_frozen_weights, describe_products
 from .hosts import Hosts
 from .model_card import training_facts
 from .model_loading import load_checkpoint_tower, load_model, precision
@@ -221,6 +223,8 @@ def train_model(
     for line in describe(trainer, arguments):
         logger.info(line)
     hosts.each(lambda: begin(output, record, start, arguments.overwrite_output))
+    if model_arguments.frozen_precision_report:
+        report_errors(trainer, output)
     if start.checkpoint is not None:
         logger.info(describe_resuming(Path(start.checkpoint), arguments))
         if isinstance(train_data, Stream):
@@ -232,7 +236,9 @@ def train_model(
             arguments.ignore_data_skip = True  # the Trainer would decode the skipped batches
     disable_progress_bar()  # transformers' bars for loading and saving files
     title = stage.title if stage is not None else ""
-    progress = TrainingLines(title) if arguments.disable_tqdm else TrainingProgress(title)
+    precision_of_frozen = model_arguments.frozen_precision
+    evaluated = "" if precision_of_frozen is None else f"frozen weights in {precision_of_frozen}"
+    progress = TrainingLines(title, evaluated) if arguments.disable_tqdm else TrainingProgress(title, evaluated)
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trainer.add_callback(progress)
     try:
@@ -325,7 +331,7 @@ def open_feature_cache(
 
 
 def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str]:
-    """The lines that are logged before training: parameters, optimizer memory and image parallelism."""
+    """The lines that are logged before training: parameters, optimizer memory, 8-bit weights and image parallelism."""
     trained, total = count_parameters(trainer.model)
     stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
     # AdamW's two moments in float32; for 16-bit weights DeepSpeed also keeps a float32 copy.
@@ -338,6 +344,10 @@ def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str
         f"Optimizer: {trained * bytes_per_weight / share / 2**30:.3f} GiB in each of {arguments.world_size} processes "
         f"({where}).",
     ]
+    frozen = describe_frozen_weights(trainer.model)
+    if frozen is not None:
+        lines.append(f"Frozen weights: {frozen}. Products: {describe_products(trainer.model)}.")
+        lines.append("Evaluations during training run with these weights; saved models have the original ones.")
     groups = trainer.image_groups
     if groups.size > 1:
         number = f"{groups.count} {'group' if groups.count == 1 else 'groups'} of {groups.size} processes"

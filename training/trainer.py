@@ -22,6 +22,7 @@ from ..transformers_dsvl import installed_release
 from ..utils.transformers_names import SCHEDULER_NAME, EvalLoopOutput, get_parameter_names
 from .checkpoints import send_checkpoint
 from .evaluation import exact_match
+from .frozen_precision import frozen_linears
 from .fsdp import full_state, layer_classes, load_full_state, shard_with_accelerate
 from .hosts import Hosts
 from .image_groups import ImageGroups
@@ -466,10 +467,11 @@ def parameter_groups(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """The numbers of trainable parameters and of all parameters; partitioned ones (ZeRO-3) count in full."""
+    """The numbers of trainable parameters and of all parameters; partitioned ones (ZeRO-3) and 8-bit ones count in full."""
 
     def size(parameter: torch.Tensor) -> int:
         return int(getattr(parameter, "ds_numel", parameter.numel()))
 
     parameters = list(model.parameters())
-    return sum(size(p) for p in parameters if p.requires_grad), sum(map(size, parameters))
+    in_8_bits = sum(layer.weight.numel() for _, layer in frozen_linears(model))
+    return sum(size(p) for p in parameters if p.requires_grad), sum(map(size, parameters)) + in_8_bits
