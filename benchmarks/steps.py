@@ -1,6 +1,6 @@
-"""Variants of a training step: plain, with compiled layers, with a chunked loss, with Liger's kernels."""
+"""Variants of a training step: plain, with compiled layers, a chunked loss, Liger's kernels, frozen weights in 8 bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +10,8 @@ from measure import Table, utilise
 from models import Shape, dsvl, inputs, llava, twin
 from torch.utils.checkpoint import checkpoint
 
+from dsvl.acceleration.frozen_linear import PRECISIONS
+from dsvl.training.frozen_precision import freeze_in_8_bits
 from dsvl.training.liger import use_liger
 
 Step = Callable[[], torch.Tensor]
@@ -20,7 +22,7 @@ CHUNK = 1024
 TINY = Shape(
     tokens=64,
     images=2,
-    layers=2,
+    layers=4,  # of which the first and the last stay as they are beside 8-bit ones
     hidden=64,
     intermediate=96,
     heads=4,
@@ -96,6 +98,33 @@ def compiled_steps(ours: Any, theirs: Any, batch: dict[str, torch.Tensor], compi
     }
 
 
+def in_8_bits(model: Any, precision: str) -> Any:
+    """A second model with the same weights, of which frozen linear layers are copied to 8 bits."""
+    frozen = twin(model)
+    freeze_in_8_bits(frozen, precision)
+    return frozen
+
+
+def frozen_steps(
+    ours: Any, theirs: Any, batch: dict[str, torch.Tensor], compiler: str
+) -> tuple[dict[str, Step], dict[str, float]]:
+    """Steps of both models with the same frozen linear layers in 8 bits and compiled layers.
+
+    Returns:
+        The steps, and the GiB of weights of the model of each.
+    """
+    fp8, theirs_fp8, int8 = in_8_bits(ours, "fp8"), in_8_bits(theirs, "fp8"), in_8_bits(ours, "int8")
+    steps = {
+        "Llava, fp8, compiled, chunked loss": supervised_step(compiled(theirs_fp8, compiler), batch),
+        "DSVL mmca, fp8, compiled layers": step(compiled(fp8, compiler), batch),
+        "DSVL mmca, fp8, recomputing 1/16": step(compiled_and_recomputed(fp8, compiler, every=16), batch),
+        "DSVL mmca, int8, compiled layers": step(compiled(int8, compiler), batch),
+    }
+    models = {"Llava, fp8": theirs_fp8, "DSVL mmca, fp8": fp8, "DSVL mmca, int8": int8}
+    weights = {name: weights_gib(next(m for start, m in models.items() if name.startswith(start))) for name in steps}
+    return steps, weights
+
+
 def liger_steps(ours: Any, theirs: Any, batch: dict[str, torch.Tensor], compiler: str | None) -> dict[str, Step]:
     """Steps of both models with Liger's kernels. Liger patches transformers, so these must be measured last."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -113,7 +142,12 @@ def has_liger() -> bool:
 
 
 def add_rates(
-    table: Table, shape: Shape, batch: dict[str, torch.Tensor], weights_gib: float, peak: float | None = None
+    table: Table,
+    shape: Shape,
+    batch: dict[str, torch.Tensor],
+    weights_gib: float,
+    peak: float | None = None,
+    other_weights: Mapping[str, float] | None = None,
 ) -> None:
     """Add tokens and TFLOP per second and total memory to a table.
 
@@ -123,18 +157,20 @@ def add_rates(
         batch: its labels determine the number of supervised tokens.
         weights_gib: size of one model, which `peak_gib` does not include.
         peak: *optional*, TFLOP/s for the utilisation.
+        other_weights: *optional*, sizes of the models of some rows, by their names.
     """
-    for figures in table.values():
+    for name, figures in table.items():
         if "ms" in figures:
             figures["tokens_per_s"] = 1000 * shape.batch * shape.tokens / figures["ms"]
         if "peak_gib" in figures:
-            figures["total_gib"] = weights_gib + figures["peak_gib"]
+            figures["total_gib"] = (other_weights or {}).get(name, weights_gib) + figures["peak_gib"]
     flops = step_flops(shape, supervised_tokens(batch["labels"]))
     utilise(table, dict.fromkeys(table, flops), peak)
 
 
 def weights_gib(model: Any) -> float:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**30
+    """Size of a model; weights in 8 bits are buffers."""
+    return sum(weight.nbytes for weight in (*model.parameters(), *model.buffers())) / 2**30
 
 
 def check(compiler: str, device: str) -> dict[str, float]:
@@ -154,8 +190,17 @@ def check(compiler: str, device: str) -> dict[str, float]:
     losses = {name: run().item() for name, run in steps.items()}
     if has_liger() and device == "cuda":
         losses |= {name: run().item() for name, run in liger_steps(ours, theirs, batch, compiler).items()}
+    expected = {name: losses["Llava, sdpa" if name.startswith("Llava") else "DSVL mmca, sdpa"] for name in losses}
+    # In 8 bits, those of the same rounded numbers without a compiler.
+    in_8_bit_steps = frozen_steps(ours, theirs, batch, compiler)[0]
+    plain = {
+        f"{model}, {precision}": run(in_8_bits(original, precision), batch)().item()
+        for model, original, run in (("Llava", theirs, supervised_step), ("DSVL mmca", ours, step))
+        for precision in PRECISIONS
+    }
+    for name, run in in_8_bit_steps.items():
+        losses[name], expected[name] = run().item(), plain[", ".join(name.split(", ")[:2])]
     for name, loss in losses.items():
         print(f"{name:34}{loss:10.6f}")
-        expected = losses["Llava, sdpa" if name.startswith("Llava") else "DSVL mmca, sdpa"]
-        assert abs(loss - expected) < 1e-4 * expected, f"{name}: {loss}, expected {expected}"
+        assert abs(loss - expected[name]) < 1e-4 * expected[name], f"{name}: {loss}, expected {expected[name]}"
     return losses

@@ -238,15 +238,31 @@ def test_training_step(load, tmp_path, drawn):
     drawn("training_step", "Llava, sdpa", "DSVL mmca, sdpa, checkpointing", "ms per step")
 
 
+def test_training_steps_in_8_bits(load, tmp_path, drawn, monkeypatch):
+    module = load("training_step")
+    monkeypatch.setitem(module.SHAPES, "small", load("steps").TINY)
+    flags = ["--modes", "frozen", "--compiler", "aot_eager", "--tokens", "64", "--images", "2", "--rounds", "1"]
+    module.main([*flags, "--out", str(tmp_path / "training_step.json")])
+    (table,) = results(tmp_path / "training_step.json").values()
+    assert list(table)[0] == "Llava, compiled, chunked loss" and len(table) == 6
+    assert all(figures["ms"] > 0 for figures in table.values())
+    drawn("training_step", "Llava, fp8, compiled, chunked loss", "DSVL mmca, int8, compiled layers", "ms per step")
+
+
 def test_every_training_step_that_is_measured_computes_its_models_loss(load, capsys):
     torch._dynamo.reset()
     steps = load("steps")
     losses = steps.check("aot_eager", "cpu")
-    assert len({round(loss, 3) for loss in losses.values()}) == 2 < len(losses)
+    in_8_bits = {name: loss for name, loss in losses.items() if "8" in name}
+    others = {name: loss for name, loss in losses.items() if name not in in_8_bits}
+    assert len({round(loss, 3) for loss in others.values()}) == 2 < len(others)
+    assert len(in_8_bits) == 4 and not set(in_8_bits.values()).intersection(others.values())
     table = {name: {"ms": 10.0, "peak_gib": 1.0} for name in losses}
     steps.add_rates(table, steps.TINY, steps.inputs(steps.TINY, "cpu"), 2.0)
     for figures in table.values():
         assert (figures["tokens_per_s"], figures["total_gib"]) == (12800, 3)
+    steps.add_rates(table, steps.TINY, steps.inputs(steps.TINY, "cpu"), 2.0, other_weights={next(iter(table)): 1.0})
+    assert [figures["total_gib"] for figures in table.values()] == [2, *[3] * (len(table) - 1)]
     assert "Llava, compiled, chunked loss" in capsys.readouterr().out
 
 

@@ -8,6 +8,7 @@ from transformers import StaticCache
 
 from dsvl import DSVLForConditionalGeneration, cli
 from dsvl.acceleration import kernel_choice, kernel_timings
+from dsvl.acceleration.frozen_linear import FrozenLinear, why_not_in_fp8
 from dsvl.acceleration.fused_mask import FusedMask
 from dsvl.acceleration.kernel_check import check_kernels
 from dsvl.acceleration.kernel_choice import can_fuse, unsupported
@@ -414,3 +415,49 @@ def test_a_decoder_over_two_gpus_answers_as_on_one(family):
     for _ in range(2):
         assert model.generate(**inputs, pixel_values=pixels, **how).equal(expected)
     assert model.image_library.statistics()["hits"] > 0
+
+
+needs_fp8 = pytest.mark.skipif(torch.cuda.get_device_capability()[0] < 9, reason="needs FP8 tensor cores")
+
+
+@needs_fp8
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 7, 300])
+@pytest.mark.parametrize(("out_features", "in_features"), [(256, 128), (4096, 1024), (48, 2752)])
+def test_fp8_products_on_tensor_cores_are_those_of_the_same_rounded_numbers(out_features, in_features, rows, bias):
+    """Outputs and input gradients, as it is and compiled."""
+    assert why_not_in_fp8() is None
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(in_features, out_features, bias=bias).bfloat16().cuda().requires_grad_(False)
+    on, off = FrozenLinear(linear, "fp8"), FrozenLinear(linear, "fp8", in_fp8=False)
+    assert on.in_fp8
+    states = torch.randn(2, rows, in_features, device="cuda").bfloat16()
+    states[:, : rows // 2] *= 100
+    gradient = torch.randn(2, rows, out_features, device="cuda").bfloat16() / 1000
+    made = []
+    for layer in (off, on, torch.compile(on, fullgraph=True)):
+        inputs = states.clone().requires_grad_()
+        output = layer(inputs)
+        output.backward(gradient)
+        made.append((output.detach(), inputs.grad))
+    for found in made[1:]:
+        for one, other in zip(found, made[0], strict=True):
+            assert one.shape == other.shape and one.dtype == torch.bfloat16
+            torch.testing.assert_close(one, other, rtol=0.02, atol=0.01 * other.abs().amax().item() if rows else 0)
+
+
+@needs_fp8
+def test_a_step_in_fp8_holds_one_8_bit_copy_and_no_transposed_one():
+    torch._dynamo.reset()
+    linears = [torch.nn.Linear(4096, 4096, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    layers = torch.nn.Sequential(*(FrozenLinear(one.requires_grad_(False), "fp8") for one in linears))
+    del linears
+    states = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = 2**24  # bytes of one in 8 bits
+    for run in (layers, torch.compile(layers, fullgraph=True)):
+        run(states).sum().backward()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(states).sum().backward()
+        assert torch.cuda.max_memory_allocated() - before < 2.5 * weight  # transposed, one layer at a time

@@ -41,6 +41,7 @@ def train(folder, output, *flags, processes=1, batch=4):
     return done
 
 
+FROZEN = ["--frozen-precision-keep", "none", "--frozen-precision"]
 SETUPS = {
     "float32": [],
     "bf16": ["--bf16"],
@@ -52,6 +53,9 @@ SETUPS = {
     "zero2": ["--bf16", "--deepspeed", "zero2"],
     "zero3": ["--bf16", "--deepspeed", "zero3", "--activation-checkpointing", "true"],
     "zero3 with adapters": ["--bf16", "--deepspeed", "zero3", "--lora-rank", "8"],
+    "fp8, compiled": ["--bf16", *FROZEN, "fp8", "--compile-decoder-layers", "--activation-checkpointing", "true"],
+    "fp8 with adapters and zero2": ["--bf16", *FROZEN, "fp8", "--lora-rank", "8", "--lora-vision", "--deepspeed", "zero2"],
+    "int8, compiled": ["--bf16", *FROZEN, "int8", "--compile-decoder-layers"],
 }
 
 
