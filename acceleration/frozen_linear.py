@@ -49,7 +49,8 @@ def round_rows(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         The numbers, (rows, channels), and the scales, (rows, 1), float32. A row that is not finite has a NaN among them.
     """
-    largest = torch.linalg.vector_norm(states, torch.inf, -1, keepdim=True).float()
+    # Not of `abs()`, which would be a tensor as large as the states where nothing is compiled.
+    largest = torch.maximum(states.amax(-1, keepdim=True), -states.amin(-1, keepdim=True)).float()
     least = (largest / E4M3_MAX).clamp(min=SMALLEST_SCALE)
     scales = ((least.view(torch.int32) + MANTISSA) & EXPONENT).view(torch.float32)
     wide = _wide(states.dtype)
@@ -104,7 +105,7 @@ def multiply(states: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, i
     """
     rows = states.flatten(0, -2)
     if in_fp8 and states.dtype == torch.bfloat16:
-        numbers, row_scales = round_rows(rows)
+        numbers, row_scales = _fused(round_rows, rows)(rows)
         output = _fp8_product(numbers, weight.view(E4M3), row_scales, scales[None])
     else:
         output = (_product_in_graphs if torch.compiler.is_compiling() else _product)(rows, weight, scales)
@@ -115,12 +116,29 @@ def multiply_gradient(gradient: torch.Tensor, weight: torch.Tensor, scales: torc
     """The gradient of the input of `multiply` from that of its output, (..., out_features)."""
     rows = gradient.flatten(0, -2)
     if in_fp8 and gradient.dtype == torch.bfloat16:
-        numbers, row_scales = round_rows(rows * scales.to(rows.dtype))
-        columns = weight.t().contiguous().view(E4M3)
-        output = _fp8_product(numbers, columns, row_scales, scales.new_ones(1, len(columns)))
+        numbers, row_scales, transposed = _fused(_gradient_operands, rows)(rows, weight, scales)
+        output = _fp8_product(numbers, transposed.view(E4M3), row_scales, scales.new_ones(1, len(transposed)))
     else:
         output = (_gradient_in_graphs if torch.compiler.is_compiling() else _gradient)(rows, weight, scales)
     return output.view(*gradient.shape[:-1], output.shape[-1])
+
+
+def _gradient_operands(
+    rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rounded rows of a gradient and their scales, and the transposed weight."""
+    return (*round_rows(rows * scales.to(rows.dtype)), weight.t().contiguous())
+
+
+def _fused(function: Callable[..., Any], rows: torch.Tensor) -> Callable[..., Any]:
+    """A function as it is within a graph, and compiled outside of one on a GPU: there it would be a dozen kernels."""
+    return function if torch.compiler.is_compiling() or not rows.is_cuda else _compiled(function)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled for all shapes."""
+    return torch.compile(function, dynamic=True)
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A frozen linear layer in 8 bits: what it rounds, its gradients, what it saves, its state dict, and FP8 tensor cores."""
 
 import copy
+import functools
 from functools import partial
 
 import pytest
@@ -210,6 +211,30 @@ def test_products_on_tensor_cores_have_the_layouts_and_scales_that_they_take(mon
     assert on.in_fp8 and not off.in_fp8
     for one, other in zip(*(output_and_gradient(a, states, gradient) for a in (on, off)), strict=True):
         assert relative(one, other) < 0.005  # roundings of the result to bfloat16
+
+
+def test_outside_of_a_graph_rounding_is_compiled_on_a_gpu(monkeypatch):
+    """For all shapes at once; with the same results. Here a CPU is one."""
+    layer = linear(dtype=torch.bfloat16)
+    frozen = [FrozenLinear(one, "fp8", in_fp8=True) for one in (layer, linear(64, 96, dtype=torch.bfloat16))]
+    batches = [torch.randn(rows, 64).bfloat16() for rows in (5, 9, 30)]
+    expected = [output_and_gradient(nn.Sequential(*frozen), states, torch.ones_like(states)) for states in batches]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(frozen_linear, "_compiled", functools.cache(partial(torch.compile, dynamic=True, backend=backend)))
+    monkeypatch.setattr(
+        frozen_linear,
+        "_fused",
+        lambda function, rows: function if torch.compiler.is_compiling() else frozen_linear._compiled(function),
+    )
+    for states, both in zip(batches, expected, strict=True):
+        made = output_and_gradient(nn.Sequential(*frozen), states, torch.ones_like(states))
+        assert all(torch.equal(one, other) for one, other in zip(made, both, strict=True))
+    assert len(graphs) == 2  # of the rows and of the operands of a gradient
 
 
 def test_where_there_are_no_fp8_tensor_cores_it_says_why(monkeypatch):

@@ -535,8 +535,8 @@ def test_a_real_step_peaks_where_the_plan_says(precision):
 
 def test_a_stage_of_a_recipe_is_planned(folder, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(
-        f"model: {folder / 'model'}\noutput: {tmp_path / 'out'}\nsave_steps: 2\nmax_steps: 2\ndata: {folder / 'data.jsonl'}\n"
-        "stages:\n  - name: first\n    train: [projector]\n    frozen_precision: int8\n"
+        f"model: {folder / 'model'}\noutput: {tmp_path / 'out'}\ndata: {folder / 'data.jsonl'}\n"
+        "save_steps: 2\nmax_steps: 2\nstages:\n  - name: first\n    train: [projector]\n    frozen_precision: int8\n"
         "  - name: second\n    train: [projector, embeddings]\n    lora_rank: 2\n    frozen_precision: fp8\n"
         "    frozen_precision_keep: [none]\n"
     )
