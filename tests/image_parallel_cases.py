@@ -24,6 +24,7 @@ from dsvl.acceleration import kernels
 from dsvl.acceleration.image_parallelism import image_parallel
 from dsvl.positions_dsvl import token_positions
 from dsvl.training.distributed import destroy_process_groups
+from dsvl.training.frozen_precision import freeze_in_8_bits
 
 Inputs = dict[str, Any]
 CASES: dict[str, Callable[[], tuple[Any, Inputs]]] = {}
@@ -173,6 +174,23 @@ def adapters() -> tuple[Any, Inputs]:
         if "lora_B" in name:
             nn.init.normal_(parameter)
     return model.train(), labelled(batch(*UNEVEN))
+
+
+def with_8_bit_weights(precision: str) -> tuple[Any, Inputs]:
+    """Adapters on linear layers in 8 bits."""
+    model, inputs = adapters()
+    freeze_in_8_bits(model, precision, ["none"])
+    return model, inputs
+
+
+@case
+def frozen_in_int8() -> tuple[Any, Inputs]:
+    return with_8_bit_weights("int8")
+
+
+@case
+def frozen_in_fp8() -> tuple[Any, Inputs]:
+    return with_8_bit_weights("fp8")
 
 
 @case
