@@ -1,4 +1,4 @@
-"""Frozen weights in 8 bits in two processes: they train, save and resume as one; DeepSpeed's own files have the originals."""
+"""Frozen weights in 8 bits in two processes: they train, save and resume as one; DeepSpeed's files have the originals."""
 
 import pytest
 import torch
