@@ -15,6 +15,7 @@ from training_runs import (
     make_layout_checkpoint,
     make_training,
     run,
+    runs_once,
     take_back,
     weights,
 )
@@ -35,16 +36,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """Runs of one process, by their flags; each is run once."""
-    made = {}
-
-    def get(*flags):
-        if flags not in made:
-            output = folder / f"alone{len(made)}"
-            run("--model", folder / "model", "--data", folder / "data.jsonl", "--output", output, BATCH, 4, *STEPS, *flags)
-            made[flags] = output
-        return made[flags]
-
-    return get
+    base = ["--model", folder / "model", "--data", folder / "data.jsonl", BATCH, 4, *STEPS]
+    return runs_once(folder, lambda output, *flags: run(*base, "--output", output, *flags))
 
 
 def train_by_two(folder, output, *flags, **start):

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training_runs import STEPS, losses, make_checkpoint, make_conversations, weights
+from training_runs import STEPS, losses, make_checkpoint, make_conversations, take_back, weights
 
 from dsvl import DSVLForConditionalGeneration
 from dsvl.acceleration import frozen_linear
@@ -362,10 +362,7 @@ def test_a_run_saves_evaluates_and_resumes_with_the_bytes_of_the_source(folder, 
     card = ModelCard.load(output / "README.md").content
     assert f"| frozen weights | {precision} in 14 of 28" in card and "here they are the original ones |" in card
     whole, final = losses(output), weights(output)
-    for path in (output / "checkpoint-4").iterdir():
-        path.unlink()
-    (output / "checkpoint-4").rmdir()
-    (output / "config.json").unlink()
+    take_back(output)
     assert "Resuming from" in train(output, *flags)
     assert losses(output) == whole
     assert all(torch.equal(weight, final[name]) for name, weight in weights(output).items())
@@ -402,10 +399,7 @@ def test_adapters_are_merged_into_the_weights_of_the_source(folder, tmp_path, tr
     with safe_open(output / "adapters" / "adapter_model.safetensors", "pt") as file:
         assert not any("base_layer" in name or "weight_scale" in name for name in file.keys())  # noqa: SIM118 - a file is no mapping
     whole = losses(output)
-    for path in (output / "checkpoint-4").iterdir():
-        path.unlink()
-    (output / "checkpoint-4").rmdir()
-    (output / "config.json").unlink()
+    take_back(output)
     assert "Resuming from" in train(output, *flags)
     assert losses(output) == whole
 

@@ -13,6 +13,7 @@ from training_runs import (
     make_checkpoint,
     make_conversations,
     run,
+    runs_once,
     take_back,
     weights,
 )
@@ -44,15 +45,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """Runs of one process, by their flags; each is run once."""
-    made = {}
-
-    def get(*flags):
-        if flags not in made:
-            made[flags] = folder / f"alone{len(made)}"
-            train(folder, made[flags], *flags, batch=4)
-        return made[flags]
-
-    return get
+    return runs_once(folder, lambda output, *flags: train(folder, output, *flags, batch=4))
 
 
 def train(folder, output, *flags, batch, **start):

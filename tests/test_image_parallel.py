@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from training_runs import (
     losses,
     make_training,
     run,
+    runs_once,
     take_back,
     weights,
 )
@@ -239,15 +241,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """Runs of one process, by their flags; each is run once."""
-    made = {}
-
-    def get(*flags):
-        if flags not in made:
-            made[flags] = folder / f"alone{len(made)}"
-            train(folder, made[flags], *flags, batch_size=4)
-        return made[flags]
-
-    return get
+    return runs_once(folder, partial(train, folder))
 
 
 def train(folder, output, *flags, batch_size=4, processes=1):

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,25 @@ def run(*flags: str | Path, check: bool = True, **start: Any) -> "subprocess.Com
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def runs_once(folder: Path, start: Callable[..., Any]) -> Callable[..., Path]:
+    """A function that trains with flags and returns the output directory; the same flags are run once.
+
+    Args:
+        folder: where the output directories are made.
+        start: trains; called with the output directory and the flags.
+    """
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def get(*flags: str | Path) -> Path:
+        if flags not in made:
+            output = folder / f"alone{len(made)}"
+            start(output, *flags)
+            made[flags] = output
+        return made[flags]
+
+    return get
 
 
 def take_back(output: Path, checkpoint: str = "checkpoint-4") -> None:
