@@ -190,6 +190,7 @@ def frozen_in_int8() -> tuple[Any, Inputs]:
 
 @case
 def frozen_in_fp8() -> tuple[Any, Inputs]:
+    """For numbers of processes that are powers of two, by which gradients are scaled: others change what is rounded."""
     return with_8_bit_weights("fp8")
 
 

@@ -88,7 +88,6 @@ FAST_CASES = [
     "reduced_memory",
     "adapters",
     "frozen_in_int8",
-    "frozen_in_fp8",
     "images_of_tiles",
     "native_images",
     "fused_kernels_in_windows",
