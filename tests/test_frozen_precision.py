@@ -19,15 +19,8 @@ from dsvl.acceleration import frozen_linear
 from dsvl.acceleration.activation_offloading import offload_activations
 from dsvl.acceleration.frozen_linear import PRECISIONS
 from dsvl.cli import main
-from dsvl.training.adapters import lora_config, merge_adapters
-from dsvl.training.frozen_errors import measure_errors
-from dsvl.training.frozen_precision import (
-    describe_frozen_weights,
-    describe_products,
-    freeze_in_8_bits,
-    frozen_linears,
-    saved_name,
-)
+from dsvl.training import freeze_in_8_bits, lora_config, measure_errors, merge_adapters
+from dsvl.training.frozen_precision import describe_frozen_weights, describe_products, frozen_linears, saved_name
 from dsvl.training.memory_plan import Planner, plan
 from dsvl.training.source_weights import SourceWeights
 from dsvl.training.trainer import count_parameters
@@ -534,6 +527,10 @@ def test_a_stage_of_a_recipe_is_planned(folder, tmp_path, capsys):
         "  - name: second\n    train: [projector, embeddings]\n    lora_rank: 2\n    frozen_precision: fp8\n"
         "    frozen_precision_keep: [none]\n"
     )
+    argv = [str(tmp_path / "recipe.yaml"), "--stage", "second.frozen_precision_keep=[x_proj]"]
+    assert main(["train", *argv, "--report-to", "none"]) == 1
+    assert "stage 'second': --frozen-precision-keep x_proj: no linear layer matches" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "stages").exists()
     assert main(["plan", str(tmp_path / "recipe.yaml")]) == 0
     assert main(["train", str(tmp_path / "recipe.yaml"), "--report-to", "none", "--disable-tqdm", "true"]) == 0
     said = capsys.readouterr()

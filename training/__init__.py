@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
     from .collator import ConversationCollator
     from .evaluation import exact_match
+    from .frozen_errors import measure_errors
+    from .frozen_precision import freeze_in_8_bits
     from .trainer import DSVLTrainer, parameter_groups
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "ConversationCollator",
     "DSVLTrainer",
     "exact_match",
+    "freeze_in_8_bits",
     "last_complete_checkpoint",
     "lora_config",
+    "measure_errors",
     "merge_adapters",
     "parameter_groups",
 ]
@@ -30,6 +34,8 @@ __getattr__ = lazy_attributes(
         "last_complete_checkpoint": "checkpoints",
         "ConversationCollator": "collator",
         "exact_match": "evaluation",
+        "measure_errors": "frozen_errors",
+        "freeze_in_8_bits": "frozen_precision",
         "DSVLTrainer": "trainer",
         "parameter_groups": "trainer",
     },

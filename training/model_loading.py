@@ -27,7 +27,7 @@ def precision(arguments: DSVLTrainingArguments) -> torch.dtype:
 
 
 def check_model_arguments(config: DSVLConfig, model_arguments: ModelArguments) -> None:
-    """Check from a model's configuration that its attention and its adapters can be as requested; no weights are loaded.
+    """Check from a configuration that attention, adapters and 8-bit layers can be as requested; no weights are loaded.
 
     Raises:
         ValueError: if not.
@@ -38,6 +38,13 @@ def check_model_arguments(config: DSVLConfig, model_arguments: ModelArguments) -
         model.set_attn_implementation({"text_config": model_arguments.attn_implementation})
     if model_arguments.lora_rank > 0:
         _adapters(model, model_arguments)
+    if model_arguments.frozen_precision is not None:
+        _set_trainable(model, model_arguments)
+        freeze_in_8_bits(model, model_arguments.frozen_precision, model_arguments.frozen_precision_keep, in_fp8=False)
+
+
+def _set_trainable(model: DSVLForConditionalGeneration, model_arguments: ModelArguments) -> None:
+    model.set_trainable(**{argument: part in model_arguments.train for part, argument in PARTS.items()})
 
 
 def _adapters(model: DSVLForConditionalGeneration, model_arguments: ModelArguments) -> Any:
@@ -85,7 +92,7 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
         set_seed(arguments.seed)  # adapters start the same, however many random numbers loading drew
         model = get_peft_model(model, config, autocast_adapter_dtype=arguments.deepspeed is None)
     else:
-        model.set_trainable(**{argument: part in model_arguments.train for part, argument in PARTS.items()})
+        _set_trainable(model, model_arguments)
     if model_arguments.frozen_precision is not None:
         freeze_in_8_bits(
             model, model_arguments.frozen_precision, model_arguments.frozen_precision_keep, source=model_arguments.model
