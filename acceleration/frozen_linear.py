@@ -104,7 +104,7 @@ def multiply(states: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, i
         (..., out_features), in the dtype of `states`.
     """
     rows = states.flatten(0, -2)
-    if in_fp8 and states.dtype == torch.bfloat16:
+    if in_fp8 and states.dtype == torch.bfloat16 and rows.shape[0] > 0:
         numbers, row_scales = _fused(round_rows, rows)(rows)
         output = _fp8_product(numbers, weight.view(E4M3), row_scales, scales[None])
     else:
@@ -115,9 +115,9 @@ def multiply(states: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, i
 def multiply_gradient(gradient: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, in_fp8: bool) -> torch.Tensor:
     """The gradient of the input of `multiply` from that of its output, (..., out_features)."""
     rows = gradient.flatten(0, -2)
-    if in_fp8 and gradient.dtype == torch.bfloat16:
+    if in_fp8 and gradient.dtype == torch.bfloat16 and rows.shape[0] > 0:
         numbers, row_scales, transposed = _fused(_gradient_operands, rows)(rows, weight, scales)
-        output = _fp8_product(numbers, transposed.view(E4M3), row_scales, scales.new_ones(1, len(transposed)))
+        output = _fp8_product(numbers, transposed.view(E4M3), row_scales, scales.new_ones(1, transposed.shape[0]))
     else:
         output = (_gradient_in_graphs if torch.compiler.is_compiling() else _gradient)(rows, weight, scales)
     return output.view(*gradient.shape[:-1], output.shape[-1])
@@ -172,7 +172,7 @@ def _product_in_graphs(rows: torch.Tensor, weight: torch.Tensor, scales: torch.T
 
 @_product_in_graphs.register_fake
 def _(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return rows.new_empty(len(rows), len(weight))
+    return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::frozen_gradient", mutates_args=())
@@ -182,7 +182,7 @@ def _gradient_in_graphs(rows: torch.Tensor, weight: torch.Tensor, scales: torch.
 
 @_gradient_in_graphs.register_fake
 def _(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return rows.new_empty(len(rows), weight.shape[1])
+    return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
 def _fp8_product(

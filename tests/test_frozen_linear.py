@@ -178,6 +178,22 @@ def test_a_compiled_layer_keeps_no_other_weight_for_its_backward(precision, in_f
     assert {tensor.data_ptr() for tensor in saved} <= {buffer.data_ptr() for buffer in layers.buffers()}
 
 
+@pytest.mark.parametrize(("precision", "in_fp8"), [("fp8", True), ("fp8", False), ("int8", False)])
+def test_all_other_lengths_share_one_more_graph(precision, in_fp8):
+    layer = FrozenLinear(linear(dtype=torch.bfloat16), precision, in_fp8=in_fp8)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    for rows in (28, 40, 31, 57):
+        states = torch.randn(2, rows, 64).bfloat16()
+        assert torch.equal(compiled(states), layer(states))
+    assert len(graphs) == 2
+
+
 def test_under_autocast_it_computes_in_its_dtype():
     layer = linear(dtype=torch.bfloat16)
     states = torch.randn(5, 64)
