@@ -1,5 +1,6 @@
 """The demo: its data, its scores, and the chat in a new process. One slow test runs all of it."""
 
+import importlib
 import json
 import random
 import subprocess
@@ -241,3 +242,16 @@ def test_a_checkpoint_answers_in_a_process_without_the_package(composed, tmp_pat
 def test_the_whole_demo_meets_its_thresholds(tmp_path):
     done = subprocess.run([sys.executable, "-m", "dsvl.demo", "--output", tmp_path / "out"], cwd=tmp_path)
     assert done.returncode == 0
+
+
+def test_accuracy_with_frozen_weights_in_8_bits(composed, tmp_path, monkeypatch):
+    """The benchmark trains in each precision, from the same weights."""
+    monkeypatch.syspath_prepend(str(Path(dsvl.__file__).parent / "benchmarks"))
+    checkpoint = dsvl.save_checkpoint(*composed, tmp_path / "checkpoint")
+    flags = ["--steps", "1", "--held-out", "2", "--keep", "none", "--out", str(tmp_path / "figures.json")]
+    importlib.import_module("frozen_accuracy").main([str(checkpoint), *flags])
+    found = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert list(found) == ["float32", "fp8", "int8"]
+    assert found["float32"]["layers"] is None and found["float32"]["held_out"] == found["float32"]["saved"]
+    assert found["fp8"]["layers"].startswith("fp8 in 21 of 21 linear layers of the decoder and 12 of 12")
+    assert all(0 <= figures["saved"]["overall"] <= 1 for figures in found.values())
