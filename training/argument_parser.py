@@ -19,13 +19,13 @@ GROUPS = {
     "lora_vision_rank lora_vision_targets dora qlora",
     "length and packing": "max_length packing max_images_per_pack",
     "optimisation": "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
-    "learning_rates lr_scheduler_type warmup_steps weight_decay max_grad_norm seed",
+    "learning_rates lr_scheduler_type warmup_steps weight_decay seed",
     "precision and memory": "bf16 activation_checkpointing gradient_checkpointing use_liger_kernel compile_decoder_layers "
-    "tiled_mlp offload_activations skip_image_queries",
-    "evaluation": "eval_data eval_share eval_strategy eval_steps per_device_eval_batch_size eval_exact_match "
+    "tiled_mlp offload_activations skip_image_queries frozen_precision frozen_precision_keep frozen_precision_report",
+    "evaluation": "eval_data eval_share eval_strategy per_device_eval_batch_size eval_exact_match "
     "eval_max_new_tokens early_stopping_patience",
     "saving and publishing": "output_dir overwrite_output resume_from_checkpoint save_strategy save_steps save_total_limit "
-    "logging_steps report_to push_to_hub hub_model_id hub_private_repo",
+    "logging_steps report_to push_to_hub hub_model_id",
     "distributed": "deepspeed fsdp image_parallel lost_process_timeout",
     "recipes": "stage_values keep_stages list_recipes",
 }
