@@ -12,6 +12,9 @@ Version 1. `dsvl.acceleration` provides:
                             the loop of greedy search and sampling; `run` is the one of transformers
     decode_speculatively(model, run, *args, **kwargs)
                             the loop of speculative decoding, likewise; releases of the package before 0.3 do not have it
+    generate(model, run, inputs, *args, **kwargs)
+                            what happens before that loop; `run` is the `generate` of transformers. Releases of the package
+                            before 0.3 do not have it
     CompiledDecoderLayers(decoder, options)
                             compiled decoder layers; `switch(training)` turns them on in training mode
     reduce_memory(model, **options)

@@ -96,7 +96,10 @@ class DSVLGenerationMixin(GenerationMixin):
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.multimodal_attention != "mmca_reference":
             processors.append(NoImageToken(self.config.image_token_id))
-        return super().generate(inputs, *args, logits_processor=processors, **kwargs)
+        run, fast = super().generate, getattr(acceleration(), "generate", None)  # package releases before 0.3 have none
+        if fast is not None:
+            return fast(self, run, inputs, *args, logits_processor=processors, **kwargs)
+        return run(inputs, *args, logits_processor=processors, **kwargs)
 
     # -- the steps of `generate`: each changes the keyword arguments in place --------------------------------------------
 

@@ -6,6 +6,7 @@ describes. Nothing here changes a result, except for rounding.
 
 from .decoder_layers import CompiledDecoderLayers
 from .decoding_loop import sample
+from .generation_entry import generate
 from .image_cache import ImageKVCache
 from .image_parallelism import check_image_parallel, image_parallel
 from .image_reuse import ImageReuse
@@ -27,6 +28,7 @@ __all__ = [
     "build_mask",
     "check_image_parallel",
     "decode_speculatively",
+    "generate",
     "image_parallel",
     "reduce_memory",
     "sample",
