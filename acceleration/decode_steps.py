@@ -227,7 +227,7 @@ def takes_plain_steps(model: Any, model_kwargs: dict[str, Any]) -> bool:
         and (mask is None or mask.ndim == 2)
         and model.config.multimodal_attention in ("mmca", "causal")
         and not model.model.compiles_layers
-        and not any(map(_is_hooked, (model, model.model)))
+        and not any(map(is_hooked, (model, model.model)))
     ):
         return False
     prompt = torch.empty((1, 1, 0), dtype=model.dtype, device=position_ids.device)
@@ -235,10 +235,10 @@ def takes_plain_steps(model: Any, model_kwargs: dict[str, Any]) -> bool:
     return all(one.is_causal and one.local_size is None for one in seen.values())
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether a call of a module is more than its class's `forward`."""
     hooks = module._forward_hooks, module._forward_pre_hooks
     return any(hooks) or "forward" in vars(module) or module._compiled_call_impl is not None
 
 
-__all__ = ["DecodeSteps", "StepMask", "can_step", "takes_plain_steps"]
+__all__ = ["KNOWN_INPUTS", "DecodeSteps", "StepMask", "can_step", "is_hooked", "takes_plain_steps"]

@@ -73,7 +73,8 @@ def run_decoder(
     ).last_hidden_state
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
     layers = decoder.config.num_hidden_layers
-    if len(keys) != layers or len({k.shape for k in keys}) > 1 or len({v.shape for v in values}) > 1:
+    # Compared, not put into a set, which would make a graph of every length.
+    if len(keys) != layers or any(one.shape != part[0].shape for part in (keys, values) for one in part):
         raise ValueError(
             f"{type(decoder).__name__} keeps keys of {len({k.shape for k in keys})} shapes in {len(keys)} of its {layers} "
             "layers; images can be reused where all layers keep keys and values of one shape. Pass pixel_values instead."

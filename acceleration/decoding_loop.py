@@ -20,6 +20,7 @@ from ..utils.cache_cropping import can_crop, crop
 from ..utils.transformers_names import BaseStreamer
 from .decode_steps import DecodeSteps, can_step
 from .static_steps import StaticSteps, can_step_static
+from .text_turns import prefill_text
 
 
 def sample(
@@ -62,7 +63,9 @@ def sample(
     first_length = input_ids.shape[1] + 1
     pending: StepResult | None = None  # the last step that the host has not read
     is_late = False
-    outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    outputs = prefill_text(model, input_ids, generation_config, model_kwargs)
+    if outputs is None:
+        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     logits = outputs.logits[:, -1]
     steps: Any = None
     if is_compiled and not is_static:

@@ -1,7 +1,7 @@
 """`generate` for prompts of text, and over image KV caches, with less Python before the model runs.
 
 In every call transformers prepares the generation configuration, special tokens, inputs and the KV cache anew: 3 ms on the
-host of an H100, before a prefill of 8. Here what depends on the options alone is prepared once, by transformers' own methods.
+host of an H100, before a prefill of 8. Here what depends on the options alone is prepared once, by its own methods.
 """
 
 import copy
@@ -14,7 +14,9 @@ from torch import distributed
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMode
 
-from ..transformers_dsvl import CACHE
+from ..generation_dsvl import IMAGE_INPUTS
+from ..transformers_dsvl import CACHE, gathers_weights
+from .applicability import takes_image_cache
 
 # The arguments of a call that are no options of its configuration.
 _MODEL_INPUTS = frozenset(("input_ids", "attention_mask", "mm_token_type_ids", "image_cache", CACHE))
@@ -73,14 +75,15 @@ _PREPARED: "WeakKeyDictionary[Any, list[_Prepared]]" = WeakKeyDictionary()
 
 
 def generate(model: Any, run: Any, inputs: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
-    """`GenerationMixin.generate` for greedy search and sampling after a prompt of text, or over an image KV cache. Everything
-    else is left to transformers.
+    """`GenerationMixin.generate`. Greedy search and sampling after a prompt of text, or over an image KV cache, begin here;
+    everything else is left to transformers.
 
     Args:
         model: a `DSVLForConditionalGeneration`.
         run: its `GenerationMixin.generate`.
         inputs, ...: the arguments of `GenerationMixin.generate`, and `image_cache`.
     """
+    _encode_new_images(model, inputs, kwargs)
     prepared = None if args else _prepared_for(model, inputs, kwargs)
     if prepared is None or prepared.config is None:
         return run(inputs, *args, **kwargs)
@@ -129,11 +132,26 @@ def generate(model: Any, run: Any, inputs: torch.Tensor | None, *args: Any, **kw
     )
 
 
+def _encode_new_images(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    """After `compile_text_prefill`, encode images behind the tokens of a KV cache: both images and text are compiled then,
+    where one call for all tokens would not be. Changes the arguments in place."""
+    pixels, cache = kwargs.get("pixel_values"), kwargs.get(CACHE)
+    if pixels is None or cache is None or model.model.image_reuse.compiled is None:
+        return
+    if model.training or kwargs.get("assistant_model") is not None or gathers_weights(model):
+        return
+    images = {name: kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None}
+    lengths = model.config.tile_lengths(len(pixels), images.get("spatial_shapes"))
+    input_ids = kwargs.get("input_ids") if inputs is None else inputs
+    if int(cache.get_seq_length()) > 0 and takes_image_cache(model, input_ids, lengths, kwargs):
+        kwargs["image_cache"] = model.encode_images(**images)
+        for name in images:
+            del kwargs[name]
+
+
 def _prepared_for(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> _Prepared | None:
     """What is prepared for a call; None if it is no such call."""
-    options = {
-        name: value for name, value in kwargs.items() if name not in _MODEL_INPUTS and name not in _CALL_ARGUMENTS
-    }
+    options = {name: value for name, value in kwargs.items() if name not in _MODEL_INPUTS and name not in _CALL_ARGUMENTS}
     input_ids, mask, given = kwargs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("generation_config")
     ids = input_ids if inputs is None else inputs
     if (

@@ -16,17 +16,26 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from ..cache_dsvl import remember_types, whole_positions
+from ..cache_dsvl import cached_types
 from ..inputs_dsvl import check_num_tiles
 from ..masks_dsvl import AttentionMask, visibilities
 from ..utils.quantization import stored_tensors
-from .decoder_run import OwnValueMask, head_size, layer_types, run_decoder
+from .compiled_prefill import TEXT_MULTIPLE, TILES_ALONE, CompiledPrefill, run_images
+from .decoder_run import head_size, run_decoder
 from .gathered_mask import Slots
 from .image_cache import ImageKVCache, changing_ropes, lengths_by_image
 from .key_rotation import KeyRotation, probe_rotation, rotate_keys
 from .shared_images import SharedImages, SharedPrompt, shares_images
 from .split_images import SplitImageKVCache, SplitPrefillMask
-from .text_prefill import CopiedImages, EarlierTokens, TextPrefillMask, can_extend, image_token_order
+from .text_prefill import (
+    CopiedImages,
+    EarlierTokens,
+    TextPrefillMask,
+    can_extend,
+    image_token_order,
+    new_tokens,
+    remember_prompt,
+)
 
 # Keys of a configuration that do not influence what the model computes for a tile, or only by the shapes of weights, which
 # are in the fingerprint. Caches of before the configuration had them stay valid.
@@ -55,6 +64,7 @@ class ImageReuse:
 
     Attributes:
         text_multiple: to a multiple of which the text of prompts is padded, so that few lengths are compiled.
+        compiled: the compiled functions, after `compile`.
         weight_changes: how often `fingerprint` found that weights may have changed, in whatever number of them.
     """
 
@@ -62,6 +72,7 @@ class ImageReuse:
         # Weak, as the model holds this object: a model that is deleted frees its memory at once.
         self._model = weakref.ref(model)
         self.text_multiple = 1
+        self.compiled: CompiledPrefill | None = None
         self.run_decoder: Callable = run_decoder
         self._rotate_keys: Callable = rotate_keys
         self._rotation: KeyRotation | None = None
@@ -102,7 +113,6 @@ class ImageReuse:
             raise ValueError(f"num_tiles={counts}, but every image has a tile; pass those that the processor returned.")
         self.rotation(pixel_values.device)  # which refuses models whose images cannot be reused
         decoder = self.model.language_model
-        masks = {kind: OwnValueMask() for kind in layer_types(decoder)}
         dtype = decoder.get_input_embeddings().weight.dtype
         fingerprint = self.fingerprint()
         whole: dict[str, torch.Tensor] = {}
@@ -113,12 +123,11 @@ class ImageReuse:
                 None if part is None else part[start : start + chunk_size]
                 for part in (pixel_values, pixel_attention_mask, spatial_shapes)
             ]
-            encoded = self.model.encode(*chunk).pooler_output
+            encoded = self._encode_tiles(*chunk)
             lengths += map(len, encoded)
-            embeds = torch.cat(list(encoded)).to(dtype)[None]  # one row, as each token attends to itself alone
-            zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
-            _, chunk_keys, chunk_values, _ = run_decoder(decoder, embeds, zeros, masks)
-            made = ImageKVCache(chunk_keys[:, 0], chunk_values[:, 0], fingerprint, [lengths[start:]])
+            embeds = torch.cat(encoded).to(dtype)[None]  # one row, as each token attends to itself alone
+            run = run_images if self.compiled is None else self.compiled.images
+            made = ImageKVCache(*run(decoder, embeds), fingerprint, [lengths[start:]])
             made = made.quantize() if quantize else made
             if not whole:  # reserved at once, as joining the chunks would take twice their memory
                 tokens = sum(self.model.config.tile_lengths(number, spatial_shapes))
@@ -128,6 +137,15 @@ class ImageReuse:
             filled += embeds.shape[1]
         tile_lengths = lengths_by_image(lengths, counts)
         return ImageKVCache(fingerprint=fingerprint, tile_lengths=tile_lengths, is_offloaded=offload, **whole)
+
+    def _encode_tiles(
+        self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None, spatial_shapes: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Tower and projector: for each tile (tokens, hidden)."""
+        if self.compiled is None or spatial_shapes is not None or len(pixel_values) > TILES_ALONE:
+            return list(self.model.encode(pixel_values, pixel_attention_mask, spatial_shapes).pooler_output)
+        # Copies, as the next run of a CUDA graph overwrites its outputs.
+        return [self.compiled.tile(self.model, tile).clone() for tile in pixel_values.split(1)]
 
     @torch.no_grad()
     def prefill(
@@ -151,8 +169,8 @@ class ImageReuse:
                 with the attention mask of all.
             image_cache: the images of all rows; those of the new tokens alone, if the KV cache holds some. Images that are
                 spread over processes need an empty, dynamic KV cache.
-            cache: an empty KV cache of any kind; a dynamic one by default. Or a dynamic one without sliding windows that
-                this model has filled with the tokens before.
+            cache: an empty KV cache of any kind; a dynamic one by default. Or a dynamic or static one without sliding
+                windows that this model has filled with the tokens before.
             attention_mask: (batch, tokens), 0 where padded, on the left.
             position_ids: (batch, tokens), of all or of the new ones; by default they count tokens that are not padded, as in
                 `generate` under `image_positions="token"`. (The model's own `prefill` passes those of "image".)
@@ -170,24 +188,17 @@ class ImageReuse:
         split = image_cache if isinstance(image_cache, SplitImageKVCache) else None
         if isinstance(image_cache, SplitImageKVCache):
             image_cache = self._own_images(image_cache)
-        rotation = self.rotation_for(image_cache)
         if cache is None:
             cache = DynamicCache(config=config)
+        rotation = self.rotation_for(image_cache)
         past, device = int(cache.get_seq_length()), self._device_for(image_cache)
         if past > 0 and (copies > 1 or not can_extend(cache)):
             raise ValueError(
                 f"The KV cache, a {type(cache).__name__}, holds {past} tokens, which images of an image KV cache cannot "
-                "follow (only one answer each, in a dynamic KV cache without sliding windows that this model has filled); "
-                "pass the whole conversation with all its images and an empty KV cache."
+                "follow (only one answer each, in a dynamic or static KV cache without sliding windows that this model has "
+                "filled); pass the whole conversation with all its images and an empty KV cache."
             )
-        earlier = EarlierTokens.build(cache, attention_mask) if past > 0 else None
-        if past > 0 and (attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]):
-            if input_ids.shape[1] <= past:
-                raise ValueError(
-                    f"input_ids hold {input_ids.shape[1]} tokens, but the KV cache {past} already; pass the whole "
-                    "conversation, or the new tokens with the attention mask of all, or an empty KV cache."
-                )
-            input_ids = input_ids[:, past:]
+        input_ids = new_tokens(input_ids, past, attention_mask, position_ids)
         batch, tokens = input_ids.shape
         input_ids = input_ids.to(device)
         is_image = input_ids == self.model.config.image_token_id
@@ -198,7 +209,6 @@ class ImageReuse:
         token_types = is_image.long()
         if split is not None:
             is_image = split.own_tokens(is_image, copies, self.model.config.image_seq_length)
-        shares_positions = getattr(self.model.config, "image_positions", "token") == "image"  # older code has no field
         if position_ids is None:
             seen = attention_mask if attention_mask is not None else input_ids.new_ones(batch, past + tokens)
             position_ids = (seen.long().cumsum(-1) - 1).clamp(min=0)
@@ -225,6 +235,15 @@ class ImageReuse:
                 "has no hidden state to continue from; end prompts with text, and pad them on the left."
             )
         text = Slots.gather(is_text, text_counts, self.text_multiple)
+        of_prompt = token_types, attention_mask, position_ids, True
+        compiled, rows = self.compiled, (batch, tokens)
+        if compiled is not None and not shared and split is None and compiled.takes(decoder, cache, past, *rows):
+            earlier_types = None if past == 0 else cached_types(cache)
+            prompt = input_ids, is_image, position_ids, attention_mask, text, text_counts, copies
+            hidden = compiled.prefill(decoder, (image_cache, rotation), cache, past, *prompt)
+            remember_prompt(self.model.config, cache, past, earlier_types, *of_prompt)
+            return hidden[:, -1:].clone(), cache
+        earlier = EarlierTokens.build(cache, attention_mask) if past > 0 else None
         image = Slots.gather(is_image, image_counts) if has_images else Slots.empty(batch, device)
         image_positions = position_ids.gather(1, image.index)
         images: SharedImages | CopiedImages
@@ -256,11 +275,8 @@ class ImageReuse:
         run = run_decoder if shared or past > 0 else self.run_decoder
         hidden, text_keys, text_values, devices = run(decoder, embeds, position_ids.gather(1, text.index), masks)
         images.fill(cache, text_keys, text_values, devices)
-        if earlier is not None:
-            token_types = torch.cat([earlier.types.to(device), token_types], dim=1)
-        known = cache if past > 0 else None
-        positions = whole_positions(position_ids, token_types, attention_mask, known) if shares_positions else None
-        remember_types(cache, token_types, may_hold_images=True, positions=positions)
+        earlier_types = None if earlier is None else earlier.types
+        remember_prompt(self.model.config, cache, past, earlier_types, *of_prompt)
         return hidden[:, -1:].clone(), cache  # the next run of a CUDA graph overwrites its outputs
 
     def _own_images(self, split: SplitImageKVCache) -> ImageKVCache:
@@ -273,21 +289,29 @@ class ImageReuse:
         return ImageKVCache(states, states, self.fingerprint(), [[1]])
 
     def compile(self, **options: Any) -> None:
-        """Compile the decoder's run over text, and the rotation of keys.
+        """Compile the decoder's run over text and over images, the vision tower, and the rotation of keys.
 
-        The first prompt then waits for the compilation. On a GPU the decoder is also recorded as a CUDA graph, once for each
-        number of images and every 32 tokens of text; later prompts save Python's time and the launches.
+        The first prompt then waits for the compilation, and so does the first image. With causal attention under sdpa, all
+        later prompts and turns use the same graphs, whatever their lengths. With other decoders and backends, a GPU
+        records the decoder as a CUDA graph, once for each number of images and every 32 tokens of text.
+
+        Images that `generate` gets as pixels behind the tokens of a KV cache are then encoded first, too.
 
         Args:
-            options: of `torch.compile`; `mode` is "reduce-overhead" on a GPU, unless given.
+            options: of `torch.compile`.
+
+        Raises:
+            ValueError: if the images of this model cannot be reused.
         """
+        self.rotation(self.model.get_input_embeddings().weight.device)
+        self.compiled = CompiledPrefill(self.model, options)
         if self.model.language_model.device.type == "cuda" and not options.keys() & {"mode", "options"}:
             options["mode"] = "reduce-overhead"
         self.run_decoder = torch.compile(run_decoder, **options)
         if options.get("mode") in ("reduce-overhead", "max-autotune"):  # a graph may not read what another one overwrites
             options["mode"] = "default"
         self._rotate_keys = torch.compile(rotate_keys, **options)
-        self.text_multiple = 32
+        self.text_multiple = TEXT_MULTIPLE
 
     def rotation(self, device: torch.device) -> KeyRotation:
         """How the decoder rotates keys. The first call runs eight tokens through the decoder.

@@ -40,6 +40,11 @@ class KeyRotation:
     per_type: bool
     scaling: dict[str | None, float]
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether one rotation is that of all layers."""
+        return len(self.scaling) == 1 and all(self.rotated)
+
     def __call__(self, keys: torch.Tensor, position_ids: torch.Tensor, rotate: Callable = rotate_keys) -> torch.Tensor:
         """Keys at position 0 (layers, tokens, heads, head_dim), rotated to their positions (tokens,)."""
         kinds = layer_types(self.decoder) if self.per_type else [None] * len(keys)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 
-from ..cache_dsvl import cached_types
+from ..cache_dsvl import cached_types, remember_types, whole_positions
 from ..masks_dsvl import AttentionMask, Visibility, attention_scores, softmax, weighted_values, with_keys
 from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS
-from ..utils.transformers_names import DynamicLayer
+from ..utils.transformers_names import DynamicLayer, StaticLayer
 from .gathered_mask import Slots, gathered_branch_mask
 from .shared_images import SharedImagesLayer
 
@@ -119,17 +119,67 @@ class EarlierTokens:
 
 
 def can_extend(cache: Any) -> bool:
-    """Whether a prompt with encoded images can be computed behind the tokens of a KV cache: a dynamic one that holds every
-    token in its order and knows which of them are image tokens."""
+    """Whether a prompt with encoded images can be computed behind the tokens of a KV cache: a dynamic or static one that
+    holds every token in its order and knows which of them are image tokens."""
     tokens, types = int(cache.get_seq_length()), cached_types(cache)
     return (
-        isinstance(cache, DynamicCache)
-        and not cache.offloading
-        and all(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers)
+        isinstance(cache, (DynamicCache, StaticCache))
+        and not getattr(cache, "offloading", False)
+        and all(isinstance(layer, (DynamicLayer, StaticLayer)) and not layer.is_sliding for layer in cache.layers)
         and not any(isinstance(layer, SharedImagesLayer) for layer in cache.layers)
         and types is not None
         and types.shape[1] >= tokens
     )
+
+
+def new_tokens(
+    input_ids: torch.Tensor, past: int, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """The tokens behind those of a KV cache.
+
+    Args:
+        input_ids: (batch, tokens), of the whole sequence; or these tokens alone, with the mask or the positions of all.
+        past: the number of tokens that the cache holds.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    of_all = [one.shape[1] for one in (attention_mask, position_ids) if one is not None]
+    if past == 0 or max(of_all, default=0) > input_ids.shape[1]:
+        return input_ids
+    if input_ids.shape[1] <= past:
+        raise ValueError(
+            f"input_ids hold {input_ids.shape[1]} tokens, but the KV cache {past} already; pass the whole conversation, or "
+            "the new tokens with the attention mask of all, or an empty KV cache."
+        )
+    return input_ids[:, past:]
+
+
+def remember_prompt(
+    config: Any,
+    cache: Cache,
+    past: int,
+    earlier_types: torch.Tensor | None,
+    token_types: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    may_hold_images: bool | None,
+) -> None:
+    """Keep modality and positions of a prompt's tokens in its KV cache.
+
+    Args:
+        config: a `DSVLConfig`.
+        past: how many tokens the cache held before, of `earlier_types` (batch, at least past).
+        token_types, position_ids: of the prompt's tokens, (batch, tokens).
+        attention_mask: of all tokens, (batch, past + tokens).
+        may_hold_images: whether any token may be an image token, if that is known.
+    """
+    if past > 0 and earlier_types is not None:
+        token_types = torch.cat([earlier_types[:, :past].to(token_types.device), token_types], dim=1)
+    positions = None
+    if getattr(config, "image_positions", "token") == "image":  # older code has no field
+        positions = whole_positions(position_ids, token_types, attention_mask, cache if past > 0 else None)
+    remember_types(cache, token_types, may_hold_images, positions)
 
 
 @dataclass
@@ -302,4 +352,13 @@ def _rows_or_spare(slots: Slots, tokens: int) -> torch.Tensor:
     return (rows if slots.filled is None else torch.where(slots.filled, rows, len(rows) * tokens)).flatten()
 
 
-__all__ = ["CopiedImages", "EarlierTokens", "TextPrefillMask", "can_extend", "image_token_order", "masked_attention"]
+__all__ = [
+    "CopiedImages",
+    "EarlierTokens",
+    "TextPrefillMask",
+    "can_extend",
+    "image_token_order",
+    "masked_attention",
+    "new_tokens",
+    "remember_prompt",
+]

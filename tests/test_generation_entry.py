@@ -132,9 +132,7 @@ def test_later_turns_are_handed_on_alike(kind: Any, positions: str, monkeypatch:
 
 @pytest.mark.parametrize("layouts", LAYOUTS)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_same_tokens_are_generated_and_streamed(
-    layouts: str, options: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_tokens_are_generated_and_streamed(layouts: str, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_model(seed=1), batch(*LAYOUTS[layouts])
     images = model.encode_images(inputs.pop("pixel_values"))
 

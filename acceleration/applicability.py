@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ..acceleration.text_prefill import can_extend
 from ..transformers_dsvl import CACHE
+from .text_prefill import can_extend
 
 # Options that need more of a prompt than its text, or decode in a way that takes no image KV cache.
 _OTHER_WAYS = (

@@ -1,0 +1,271 @@
+"""Compiled calls of the decoder for prompts over encoded images: their text over a KV cache, and the images themselves.
+
+The text of a prompt attends to a KV cache in which the images, and the tokens of earlier turns, are in place already. All
+lengths are symbols of one graph, so a conversation compiles nothing from turn to turn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..cache_dsvl import cached_types
+from ..masks_dsvl import HIDDEN, IMAGE, TEXT, AttentionMask, attention_scores, visibilities, weighted_values, with_keys
+from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS
+from .cache_slots import CacheSlots, slots_of
+from .decoder_run import OwnValueMask, layer_types, layers_of, run_decoder
+from .gathered_mask import Slots
+from .image_cache import ImageKVCache
+from .key_rotation import KeyRotation, rotate_keys
+from .text_prefill import FEW_QUERIES
+
+TEXT_MULTIPLE = 32  # the text of a prompt is padded to a multiple of it
+TILES_ALONE = 4  # up to so many tiles go through the compiled tower, one by one
+
+
+@dataclass
+class TextOverCacheMask(AttentionMask):
+    """`"mmca"` of text tokens over the tokens of a KV cache, and over each other.
+
+    Attributes:
+        keys, values: for each layer, the slots of a KV cache, (batch, key-value heads, slots, head_dim).
+        text, image: (batch, queries, slots), True where a query sees a text or an image token of the cache.
+        own: (batch, queries, queries), the same of the new tokens; every query sees itself.
+    """
+
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    text: torch.Tensor
+    image: torch.Tensor
+    own: torch.Tensor
+
+    @classmethod
+    def build(
+        cls,
+        index: torch.Tensor,
+        filled: torch.Tensor,
+        kinds: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> "TextOverCacheMask":
+        """From the slots (batch, text) of the text tokens in the cache, whether each is one, and the modality of all slots
+        (batch, slots), `HIDDEN` where a slot is empty, padded, or of this text."""
+        slots = torch.arange(kinds.shape[1], device=kinds.device)
+        seen, kinds = slots <= index[..., None], kinds[:, None]
+        own = (index[:, None] <= index[..., None]) & filled[:, None]
+        itself = torch.arange(index.shape[1], device=index.device)
+        return cls(keys, values, seen & (kinds == TEXT), seen & (kinds == IMAGE), own | (itself == itself[:, None]))
+
+    def attend(
+        self,
+        backend: str,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        cached_keys, cached_values = self.keys[module.layer_idx], self.values[module.layer_idx]
+        if query.shape[2] > FEW_QUERIES:
+            options = kwargs | {"scaling": scaling} | ({} if softcap is None else {"softcap": softcap})
+            text = torch.cat([self.text, self.own], -1)[:, None]
+            keys, values = torch.cat([cached_keys, key], 2), torch.cat([cached_values, value], 2)
+            image, sees_image = with_keys(self.image[:, None])
+            attend = ALL_ATTENTION_FUNCTIONS[backend]
+            of_images = attend(module, query, cached_keys, cached_values, image, **options)[0]
+            return attend(module, query, keys, values, text, **options)[0] + torch.where(sees_image, of_images, 0), None
+        # Both branches share the products with the cache: no slot is of both.
+        text, image, own = (mask[:, None, None] for mask in (self.text, self.image, self.own))
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        cached = attention_scores(query, cached_keys, scaling, softcap).to(dtype)
+        new = attention_scores(query, key, scaling, softcap).to(dtype).masked_fill(~own, -torch.inf)
+        text_m = torch.maximum(cached.masked_fill(~text, -torch.inf).amax(-1, keepdim=True), new.amax(-1, keepdim=True))
+        image_m = cached.masked_fill(~image, -torch.inf).amax(-1, keepdim=True)
+        image_m = image_m.masked_fill(image_m == -torch.inf, 0)
+        of_text = (cached - text_m).masked_fill(~text, -torch.inf).exp()
+        of_images = (cached - image_m).masked_fill(~image, -torch.inf).exp()
+        new = (new - text_m).exp()
+        text_l = of_text.sum(-1, keepdim=True) + new.sum(-1, keepdim=True)
+        image_l = of_images.sum(-1, keepdim=True)
+        weights = of_text / text_l + of_images / image_l.masked_fill(image_l == 0, 1)
+        output = weighted_values(weights.to(query.dtype), cached_values)[0]
+        return output + weighted_values((new / text_l).to(query.dtype), value)[0], None
+
+
+def run_text(
+    decoder: PreTrainedModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    index: torch.Tensor,
+    filled: torch.Tensor,
+    kinds: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the text of prompts over a KV cache, which does not change.
+
+    Args:
+        input_ids, position_ids: of the text, (batch, text).
+        index, filled, kinds, keys, values: see `TextOverCacheMask`.
+
+    Returns:
+        The last hidden state, (batch, text, hidden), and the keys and values of the text (layers, batch, text, key-value
+        heads, head_dim).
+    """
+    mask = TextOverCacheMask.build(index, filled, kinds, keys, values)
+    embeds = decoder.get_input_embeddings()(input_ids)
+    return run_decoder(decoder, embeds, position_ids, dict.fromkeys(layer_types(decoder), mask))[:3]
+
+
+def run_images(decoder: PreTrainedModel, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values (layers, tokens, key-value heads, head_dim) of image tokens (1, tokens, hidden), at position 0."""
+    zeros = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    masks = dict.fromkeys(layer_types(decoder), OwnValueMask())
+    _, keys, values, _ = run_decoder(decoder, embeds, zeros, masks)
+    return keys[:, 0], values[:, 0]
+
+
+def encode_tile(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Tower and projector for one tile: (tokens, hidden)."""
+    return model.encode(pixel_values).pooler_output[0]
+
+
+def gather_rotated(apply: Any, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, source: torch.Tensor) -> Any:
+    """Keys (layers, heads, tokens, head_dim), gathered to slots (slots,) and rotated to their positions."""
+    return rotate_keys(apply, keys.index_select(2, source), cos, sin).contiguous()
+
+
+def gather_values(values: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Values (layers, tokens, heads, head_dim) as (layers, heads, slots, head_dim)."""
+    return values.index_select(1, source).transpose(1, 2).contiguous()
+
+
+class CompiledPrefill:
+    """The compiled functions of a model.
+
+    Args:
+        model: a `DSVLModel`.
+        options: of `torch.compile`.
+    """
+
+    def __init__(self, model: Any, options: dict[str, Any]) -> None:
+        options = {"dynamic": True} | options
+        self.text, self.images = torch.compile(run_text, **options), torch.compile(run_images, **options)
+        self.gather_rotated = torch.compile(gather_rotated, **options)
+        self.gather_values = torch.compile(gather_values, **options)
+        self.tile = torch.compile(encode_tile, **(options | {"dynamic": False}))
+        config = model.config.text_config
+        seen = visibilities(config, torch.empty((1, 2, 0), dtype=model.dtype, device=model.device), None, None)
+        self._is_causal = all(one.is_causal and one.local_size is None for one in seen.values())
+        self._marked: set[tuple[Any, ...]] = set()
+
+    def takes(self, decoder: PreTrainedModel, cache: Any, past: int, rows: int, tokens: int) -> bool:
+        """Whether the text of prompts can be computed: with sdpa, causal attention alone, on one device, over a dynamic or
+        static KV cache.
+
+        Args:
+            past: the number of tokens that the cache holds.
+            rows, tokens: of the prompts.
+        """
+        return (
+            self._is_causal
+            and not decoder.training
+            and decoder.config._attn_implementation == "sdpa"
+            and slots_of(cache, past, rows, tokens) is not None
+            and next(layers_of(decoder)[-1].parameters()).device == decoder.get_input_embeddings().weight.device
+        )
+
+    def prefill(
+        self,
+        decoder: PreTrainedModel,
+        images: tuple[ImageKVCache, KeyRotation] | None,
+        cache: Any,
+        past: int,
+        input_ids: torch.Tensor,
+        is_image: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        text: Slots,
+        text_counts: Sequence[int],
+        copies: int,
+    ) -> torch.Tensor:
+        """Run the text of prompts over their images and what a KV cache holds; fill the cache.
+
+        Args:
+            images: the images of the prompts, and how their keys are rotated; None if the prompts have none.
+            past: the number of tokens that the cache holds.
+            input_ids, is_image, position_ids: of the new tokens, (batch, tokens).
+            attention_mask: of all tokens, (batch, past + tokens); None if there is no padding.
+            text: the text among the new tokens.
+            text_counts: the number of tokens of text of each row.
+            copies: the number of consecutive rows with the same images.
+
+        Returns:
+            The last hidden state of the text, (batch, text, hidden).
+        """
+        rows, tokens = input_ids.shape
+        slots = slots_of(cache, past, rows, tokens)
+        assert slots is not None  # `takes` asks for them
+        kinds = torch.full((rows, slots), HIDDEN, dtype=torch.int8, device=input_ids.device)
+        placed = None
+        if images is not None:
+            numbers = (is_image[::copies].flatten().cumsum(0) - 1).clamp(min=0).view(-1, tokens)
+            if copies > 1:
+                numbers = numbers.repeat_interleave(copies, dim=0)
+            padded = [nn.functional.pad(one, (0, slots - past - tokens)) for one in (numbers, position_ids)]
+            placed = self._place(*images, *padded)
+            seen = is_image if attention_mask is None else is_image & attention_mask[:, past:].bool()
+            kinds[:, past : past + tokens].masked_fill_(seen, IMAGE)
+        if past > 0:
+            known = cached_types(cache)
+            assert known is not None  # `can_extend` asks for them
+            types = known[:, :past].to(kinds.device)
+            kinds[:, :past] = types if attention_mask is None else types.masked_fill(attention_mask[:, :past] == 0, HIDDEN)
+        own = CacheSlots.extend(cache, past, tokens, slots, placed)
+        index, filled = text.index + past, text.filled
+        inputs = input_ids.gather(1, text.index), position_ids.gather(1, text.index)
+        is_text = torch.ones_like(index, dtype=torch.bool) if filled is None else filled
+        hidden, *states = self._run_text(decoder, *inputs, index, is_text, kinds, own.keys, own.values)
+        own.write(index, filled, text_counts[0], *states)
+        return hidden
+
+    def _place(
+        self, images: ImageKVCache, rotation: KeyRotation, source: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put images into slots of prompts: keys and values (layers, batch, key-value heads, slots, head_dim).
+
+        Args:
+            source: (batch, slots), the token in each slot; any where there is none.
+            positions: (batch, slots).
+        """
+        batch, slots = source.shape
+        flat = source.flatten().clone()  # not a view: its graph would be tied to the shape of the whole
+        if rotation.is_uniform:
+            turned = rotation(images.keys, positions.flatten(), lambda *states: self.gather_rotated(*states, flat))
+        else:
+            turned = rotation(images.keys[:, flat], positions.flatten())
+        placed = turned.transpose(1, 2), self.gather_values(images.values, flat)
+        if batch == 1:
+            return placed[0].contiguous()[:, None], placed[1][:, None]
+        divided = [states.unflatten(2, (batch, slots)).transpose(1, 2).contiguous() for states in placed]
+        return divided[0], divided[1]
+
+    def _run_text(self, decoder: PreTrainedModel, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As the function `run_text`."""
+        keys, values = inputs[-2:]
+        # Lengths alone are symbols: another number that equals one at the first call would tie them.
+        form = len(keys), keys[0].shape[0] == 1, keys[0].is_contiguous(), inputs[0].shape[1] > FEW_QUERIES
+        if form not in self._marked:
+            self._marked.add(form)
+            for states in (*keys, *values):
+                torch._dynamo.mark_static(states, (1, 3))
+        return self.text(decoder, *inputs)
+
+
+__all__ = ["TEXT_MULTIPLE", "TILES_ALONE", "CompiledPrefill", "TextOverCacheMask", "run_text"]
