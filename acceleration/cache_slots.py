@@ -74,30 +74,29 @@ class CacheSlots:
                 layer.cumulative_length.fill_(total)
             keys, values = ([_own_tensor(getattr(layer, name)[:, :, :slots]) for layer in cache.layers] for name in _PARTS)
             return cls(keys, values, past, tokens)
-        while images is not None and len(cache.layers) < len(images[0]):
-            cache.layers.append(cache.layer_class_to_replicate())
-        own: list[list[torch.Tensor]] = [[], []]
-        for number, layer in enumerate(cache.layers):
+        own: list[list[torch.Tensor]] = []
+        for part, name in enumerate(_PARTS):
+            states = None if images is None else images[part].unbind()
+            if past == 0:
+                assert states is not None
+                own.append([_own_tensor(new) for new in states])
+                continue
+            own.append([])
             # Layer by layer, so that the old states and the new ones are in memory for one layer only.
-            for part, name in enumerate(_PARTS):
-                states = None if images is None else images[part][number]
-                if past == 0:
-                    assert states is not None
-                    grown = _own_tensor(states)
-                else:
-                    kept = getattr(layer, name)
-                    if states is None:
-                        states = kept.new_zeros((*kept.shape[:2], slots - past, kept.shape[3]))
-                    grown = torch.cat([kept, states], 2)
+            for number, layer in enumerate(cache.layers):
+                kept = getattr(layer, name)
+                empty = (*kept.shape[:2], slots - past, kept.shape[3])
+                grown = torch.cat([kept, kept.new_zeros(empty) if states is None else states[number]], 2)
                 own[part].append(grown)
                 setattr(layer, name, grown[:, :, :total])
-            layer.dtype, layer.device, layer.is_initialized = grown.dtype, grown.device, True
         return cls(own[0], own[1], past, tokens, images if past == 0 else None)
 
-    def write(self, index: torch.Tensor, filled: torch.Tensor | None, count: int, *states: torch.Tensor) -> None:
-        """Write the keys and values of the text, (layers, batch, text, key-value heads, head_dim).
+    def write(self, cache: Any, index: torch.Tensor, filled: torch.Tensor | None, count: int, *states: torch.Tensor) -> None:
+        """Write the keys and values of the text, (layers, batch, text, key-value heads, head_dim); an empty dynamic cache
+        gets its layers now, while the device runs the text.
 
         Args:
+            cache: the KV cache.
             index: (batch, text), the slots.
             filled: (batch, text), False for what is no token, at the beginning; None if all are.
             count: the number of tokens of a single row.
@@ -117,10 +116,18 @@ class CacheSlots:
                     kept.index_copy_(2, index, own[..., -count:, :])
                 else:
                     kept.scatter_(2, index[:, None, :, None].expand(own.shape), own)
+        if self.whole is None:
+            return
+        while len(cache.layers) < len(self.keys):
+            cache.layers.append(cache.layer_class_to_replicate())
+        for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
+            total = self.past + self.tokens
+            layer.keys, layer.values = keys[:, :, :total], values[:, :, :total]
+            layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
 
 
 def _own_tensor(view: torch.Tensor) -> torch.Tensor:
-    """The same memory as a tensor that is no part of another one: a compiled graph would be tied to where the part begins."""
+    """The same memory as a tensor that is no part of another one: a compiled graph would be tied to where it begins."""
     return from_dlpack(to_dlpack(view))
 
 

@@ -4,7 +4,7 @@ The text of a prompt attends to a KV cache in which the images, and the tokens o
 lengths are symbols of one graph, so a conversation compiles nothing from turn to turn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from .cache_slots import CacheSlots, slots_of
 from .decoder_run import OwnValueMask, layer_types, layers_of, run_decoder
 from .gathered_mask import Slots
 from .image_cache import ImageKVCache
-from .key_rotation import KeyRotation, rotate_keys
+from .key_rotation import KeyRotation
 from .text_prefill import FEW_QUERIES
 
 TEXT_MULTIPLE = 32  # the text of a prompt is padded to a multiple of it
@@ -136,14 +136,67 @@ def encode_tile(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     return model.encode(pixel_values).pooler_output[0]
 
 
-def gather_rotated(apply: Any, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, source: torch.Tensor) -> Any:
-    """Keys (layers, heads, tokens, head_dim), gathered to slots (slots,) and rotated to their positions."""
-    return rotate_keys(apply, keys.index_select(2, source), cos, sin).contiguous()
+def place_images(
+    rotation: KeyRotation,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    is_image: torch.Tensor,
+    position_ids: torch.Tensor,
+    slots: int,
+    copies: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put images into the slots of prompts, where other slots get anything: (layers, batch, key-value heads, slots,
+    head_dim).
+
+    Args:
+        rotation: of the keys.
+        keys, values: of the images, (layers, image tokens, key-value heads, head_dim).
+        is_image, position_ids: of the prompts, (batch, tokens). Image tokens are in the order of the images.
+        slots: at least as many as tokens.
+        copies: the number of consecutive rows with the same images.
+    """
+    rows, tokens = is_image.shape
+    number = (is_image[::copies].flatten().cumsum(0) - 1).clamp(min=0).view(-1, tokens)
+    if copies > 1:
+        number = number.repeat_interleave(copies, dim=0)
+    more = (0, slots - tokens)
+    number, positions = (nn.functional.pad(one, more).flatten() for one in (number, position_ids))
+    placed = rotation(keys.index_select(1, number), positions, in_parts=False), values.index_select(1, number)
+    divided = [states.unflatten(1, (rows, slots)).permute(0, 1, 3, 2, 4).contiguous() for states in placed]
+    return divided[0], divided[1]
 
 
-def gather_values(values: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Values (layers, tokens, heads, head_dim) as (layers, heads, slots, head_dim)."""
-    return values.index_select(1, source).transpose(1, 2).contiguous()
+class _Compiled:
+    """A compiled function, in whose graph lengths are symbols, and nothing else.
+
+    Args:
+        function: the function.
+        options: of `torch.compile`.
+    """
+
+    def __init__(self, function: Callable, options: dict[str, Any]) -> None:
+        self._run = torch.compile(function, **options)
+        self._forms: set[Any] = set()
+
+    def __call__(
+        self, *inputs: Any, form: Any = None, states: Iterable[torch.Tensor] = (), lengths: tuple[int, ...] = ()
+    ) -> Any:
+        """Run the function.
+
+        Args:
+            form: calls of another form have a graph of their own.
+            states: keys and values, whose axes but `lengths` are no lengths. A length that equals a number of heads at the
+                first call would be tied to it.
+        """
+        if form in self._forms:
+            return self._run(*inputs)
+        for one in states:
+            torch._dynamo.mark_static(one, [axis for axis in range(one.ndim) if axis not in lengths])
+        # Else every norm's epsilon would be an input, which is made a tensor in every call.
+        with torch._dynamo.config.patch(specialize_float=True):
+            outputs = self._run(*inputs)
+        self._forms.add(form)
+        return outputs
 
 
 class CompiledPrefill:
@@ -152,34 +205,38 @@ class CompiledPrefill:
     Args:
         model: a `DSVLModel`.
         options: of `torch.compile`.
+
+    Attributes:
+        is_causal: whether the decoder has causal attention alone.
+        images: `run_images`.
+        tile: `encode_tile`.
     """
 
     def __init__(self, model: Any, options: dict[str, Any]) -> None:
         options = {"dynamic": True} | options
-        self.text, self.images = torch.compile(run_text, **options), torch.compile(run_images, **options)
-        self.gather_rotated = torch.compile(gather_rotated, **options)
-        self.gather_values = torch.compile(gather_values, **options)
-        self.tile = torch.compile(encode_tile, **(options | {"dynamic": False}))
+        self.images, self.tile = _Compiled(run_images, options), _Compiled(encode_tile, options | {"dynamic": False})
+        self._text, self._place = _Compiled(run_text, options), _Compiled(place_images, options)
         config = model.config.text_config
         seen = visibilities(config, torch.empty((1, 2, 0), dtype=model.dtype, device=model.device), None, None)
-        self._is_causal = all(one.is_causal and one.local_size is None for one in seen.values())
-        self._marked: set[tuple[Any, ...]] = set()
+        self.is_causal = all(one.is_causal and one.local_size is None for one in seen.values())
 
-    def takes(self, decoder: PreTrainedModel, cache: Any, past: int, rows: int, tokens: int) -> bool:
-        """Whether the text of prompts can be computed: with sdpa, causal attention alone, on one device, over a dynamic or
-        static KV cache.
+    def slots_for(self, decoder: PreTrainedModel, cache: Any, past: int, rows: int, tokens: int) -> int | None:
+        """How many slots of a KV cache a prompt would see: as `slots_of`; None if its text cannot be computed here, which
+        takes sdpa, causal attention alone, and one device.
 
         Args:
             past: the number of tokens that the cache holds.
             rows, tokens: of the prompts.
         """
-        return (
-            self._is_causal
-            and not decoder.training
-            and decoder.config._attn_implementation == "sdpa"
-            and slots_of(cache, past, rows, tokens) is not None
-            and next(layers_of(decoder)[-1].parameters()).device == decoder.get_input_embeddings().weight.device
-        )
+        device = decoder.get_input_embeddings().weight.device
+        if (
+            not self.is_causal
+            or decoder.training
+            or decoder.config._attn_implementation != "sdpa"
+            or next(layers_of(decoder)[-1].parameters()).device != device
+        ):
+            return None
+        return slots_of(cache, past, rows, tokens)
 
     def prefill(
         self,
@@ -187,6 +244,7 @@ class CompiledPrefill:
         images: tuple[ImageKVCache, KeyRotation] | None,
         cache: Any,
         past: int,
+        slots: int,
         input_ids: torch.Tensor,
         is_image: torch.Tensor,
         position_ids: torch.Tensor,
@@ -200,6 +258,7 @@ class CompiledPrefill:
         Args:
             images: the images of the prompts, and how their keys are rotated; None if the prompts have none.
             past: the number of tokens that the cache holds.
+            slots: what `slots_for` returned.
             input_ids, is_image, position_ids: of the new tokens, (batch, tokens).
             attention_mask: of all tokens, (batch, past + tokens); None if there is no padding.
             text: the text among the new tokens.
@@ -210,16 +269,16 @@ class CompiledPrefill:
             The last hidden state of the text, (batch, text, hidden).
         """
         rows, tokens = input_ids.shape
-        slots = slots_of(cache, past, rows, tokens)
-        assert slots is not None  # `takes` asks for them
         kinds = torch.full((rows, slots), HIDDEN, dtype=torch.int8, device=input_ids.device)
         placed = None
         if images is not None:
-            numbers = (is_image[::copies].flatten().cumsum(0) - 1).clamp(min=0).view(-1, tokens)
-            if copies > 1:
-                numbers = numbers.repeat_interleave(copies, dim=0)
-            padded = [nn.functional.pad(one, (0, slots - past - tokens)) for one in (numbers, position_ids)]
-            placed = self._place(*images, *padded)
+            new = slots - past
+            cached, rotation = images
+            own_states = cached.keys, cached.values
+            # Of its own strides, to which a graph is tied: it may be a part of the positions of all tokens.
+            position_ids = position_ids.clone(memory_format=torch.contiguous_format)
+            form = {"form": (rows == 1, copies), "states": own_states, "lengths": (1,)}
+            placed = self._place(rotation, *own_states, is_image, position_ids, new, copies, **form)
             seen = is_image if attention_mask is None else is_image & attention_mask[:, past:].bool()
             kinds[:, past : past + tokens].masked_fill_(seen, IMAGE)
         if past > 0:
@@ -232,40 +291,14 @@ class CompiledPrefill:
         inputs = input_ids.gather(1, text.index), position_ids.gather(1, text.index)
         is_text = torch.ones_like(index, dtype=torch.bool) if filled is None else filled
         hidden, *states = self._run_text(decoder, *inputs, index, is_text, kinds, own.keys, own.values)
-        own.write(index, filled, text_counts[0], *states)
+        own.write(cache, index, filled, text_counts[0], *states)
         return hidden
-
-    def _place(
-        self, images: ImageKVCache, rotation: KeyRotation, source: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put images into slots of prompts: keys and values (layers, batch, key-value heads, slots, head_dim).
-
-        Args:
-            source: (batch, slots), the token in each slot; any where there is none.
-            positions: (batch, slots).
-        """
-        batch, slots = source.shape
-        flat = source.flatten().clone()  # not a view: its graph would be tied to the shape of the whole
-        if rotation.is_uniform:
-            turned = rotation(images.keys, positions.flatten(), lambda *states: self.gather_rotated(*states, flat))
-        else:
-            turned = rotation(images.keys[:, flat], positions.flatten())
-        placed = turned.transpose(1, 2), self.gather_values(images.values, flat)
-        if batch == 1:
-            return placed[0].contiguous()[:, None], placed[1][:, None]
-        divided = [states.unflatten(2, (batch, slots)).transpose(1, 2).contiguous() for states in placed]
-        return divided[0], divided[1]
 
     def _run_text(self, decoder: PreTrainedModel, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As the function `run_text`."""
         keys, values = inputs[-2:]
-        # Lengths alone are symbols: another number that equals one at the first call would tie them.
-        form = len(keys), keys[0].shape[0] == 1, keys[0].is_contiguous(), inputs[0].shape[1] > FEW_QUERIES
-        if form not in self._marked:
-            self._marked.add(form)
-            for states in (*keys, *values):
-                torch._dynamo.mark_static(states, (1, 3))
-        return self.text(decoder, *inputs)
+        form = keys[0].shape[0] == 1, keys[0].is_contiguous(), inputs[0].shape[1] > FEW_QUERIES
+        return self._text(decoder, *inputs, form=form, states=(*keys, *values), lengths=(0, 2))
 
 
 __all__ = ["TEXT_MULTIPLE", "TILES_ALONE", "CompiledPrefill", "TextOverCacheMask", "run_text"]

@@ -230,6 +230,9 @@ def takes_plain_steps(model: Any, model_kwargs: dict[str, Any]) -> bool:
         and not any(map(is_hooked, (model, model.model)))
     ):
         return False
+    compiled = model.model.image_reuse.compiled
+    if compiled is not None and compiled.is_causal:
+        return True
     prompt = torch.empty((1, 1, 0), dtype=model.dtype, device=position_ids.device)
     seen = visibilities(model.config.text_config, prompt, None, None)
     return all(one.is_causal and one.local_size is None for one in seen.values())

@@ -236,11 +236,13 @@ class ImageReuse:
             )
         text = Slots.gather(is_text, text_counts, self.text_multiple)
         of_prompt = token_types, attention_mask, position_ids, True
-        compiled, rows = self.compiled, (batch, tokens)
-        if compiled is not None and not shared and split is None and compiled.takes(decoder, cache, past, *rows):
+        compiled, slots = self.compiled, None
+        if compiled is not None and not shared and split is None:
+            slots = compiled.slots_for(decoder, cache, past, batch, tokens)
+        if compiled is not None and slots is not None:
             earlier_types = None if past == 0 else cached_types(cache)
             prompt = input_ids, is_image, position_ids, attention_mask, text, text_counts, copies
-            hidden = compiled.prefill(decoder, (image_cache, rotation), cache, past, *prompt)
+            hidden = compiled.prefill(decoder, (image_cache, rotation), cache, past, slots, *prompt)
             remember_prompt(self.model.config, cache, past, earlier_types, *of_prompt)
             return hidden[:, -1:].clone(), cache
         earlier = EarlierTokens.build(cache, attention_mask) if past > 0 else None

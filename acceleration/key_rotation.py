@@ -40,27 +40,33 @@ class KeyRotation:
     per_type: bool
     scaling: dict[str | None, float]
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether one rotation is that of all layers."""
-        return len(self.scaling) == 1 and all(self.rotated)
-
-    def __call__(self, keys: torch.Tensor, position_ids: torch.Tensor, rotate: Callable = rotate_keys) -> torch.Tensor:
-        """Keys at position 0 (layers, tokens, heads, head_dim), rotated to their positions (tokens,)."""
+    def __call__(
+        self,
+        keys: torch.Tensor,
+        position_ids: torch.Tensor,
+        rotate: Callable = rotate_keys,
+        in_parts: bool = True,
+    ) -> torch.Tensor:
+        """Keys at position 0 (layers, tokens, heads, head_dim), rotated to their positions (tokens,); in parts, unless a
+        compiled function does it, which needs no more memory."""
         kinds = layer_types(self.decoder) if self.per_type else [None] * len(keys)
         groups = {kind: [n for n, k in enumerate(kinds) if k == kind and self.rotated[n]] for kind in self.scaling}
         if any(len(layers) == len(keys) for layers in groups.values()):
-            return self._rotate(keys, position_ids, kinds[0], rotate)
+            return self._rotate(keys, position_ids, kinds[0], rotate, in_parts)
         rotated = keys.clone()
         for kind, layers in groups.items():
             if layers:
-                rotated[layers] = self._rotate(keys[layers], position_ids, kind, rotate)
+                rotated[layers] = self._rotate(keys[layers], position_ids, kind, rotate, in_parts)
         return rotated
 
-    def _rotate(self, keys: torch.Tensor, position_ids: torch.Tensor, kind: str | None, rotate: Callable) -> torch.Tensor:
+    def _rotate(
+        self, keys: torch.Tensor, position_ids: torch.Tensor, kind: str | None, rotate: Callable, in_parts: bool
+    ) -> torch.Tensor:
         turn = self._turn(position_ids, kind, keys.dtype)
-        # As a decoder has them: (layers for batch, heads, tokens, head_dim).
-        parts = keys.transpose(1, 2).split(max(1, ROTATED_AT_ONCE // max(keys[0].numel(), 1)))
+        keys = keys.transpose(1, 2)  # as a decoder has them: (layers for batch, heads, tokens, head_dim)
+        if not in_parts:
+            return rotate(turn.apply, keys, turn.cos, turn.sin).transpose(1, 2)
+        parts = keys.split(max(1, ROTATED_AT_ONCE // max(keys[0].numel(), 1)))
         done = [rotate(turn.apply, part, turn.cos, turn.sin) for part in parts]
         return (done[0] if len(done) == 1 else torch.cat(done)).transpose(1, 2)
 

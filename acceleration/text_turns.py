@@ -45,7 +45,10 @@ def prefill_text(
     past = int(cache.get_seq_length())
     new = new_tokens(input_ids, past, mask, position_ids)
     rows, tokens = new.shape
-    if past == 0 or tokens < 2 or not can_extend(cache) or not compiled.takes(decoder, cache, past, rows, tokens):
+    if past == 0 or tokens < 2 or not can_extend(cache):
+        return None
+    slots = compiled.slots_for(decoder, cache, past, rows, tokens)
+    if slots is None:
         return None
     device = decoder.get_input_embeddings().weight.device
     new, position_ids = new.to(device), position_ids[:, -tokens:].to(device).expand(rows, tokens)
@@ -59,7 +62,7 @@ def prefill_text(
         return None
     text = Slots.gather(is_text, counts, model.model.image_reuse.text_multiple)
     types, may_hold_images = cached_types(cache), cached_images(cache)
-    hidden = compiled.prefill(decoder, None, cache, past, new, is_image, position_ids, mask, text, counts, 1)
+    hidden = compiled.prefill(decoder, None, cache, past, slots, new, is_image, position_ids, mask, text, counts, 1)
     remember_prompt(model.config, cache, past, types, is_image.long(), mask, position_ids, may_hold_images)
     logits = scale_logits(model.lm_head(hidden[:, -1:]), model.config.text_config)
     return DSVLCausalLMOutputWithPast(logits=logits, **{CACHE: cache})
