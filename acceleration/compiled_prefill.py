@@ -20,9 +20,9 @@ from .decoder_run import OwnValueMask, layer_types, layers_of, run_decoder
 from .gathered_mask import Slots
 from .image_cache import ImageKVCache
 from .key_rotation import KeyRotation
-from .text_prefill import FEW_QUERIES
 
 TEXT_MULTIPLE = 32  # the text of a prompt is padded to a multiple of it
+FEW_QUERIES = 256  # up to so many, plain products with all slots take less time than two calls of sdpa
 TILES_ALONE = 4  # up to so many tiles go through the compiled tower, one by one
 
 

@@ -103,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--backend", default="sdpa", help="sdpa, eager, flex_attention")
     parser.add_argument("--cache-implementation", choices=("dynamic", "static"), default="dynamic")
+    parser.add_argument("--compile", action="store_true", help="model.compile_text_prefill() for the incremental turns")
     parser.add_argument("--out", help="JSON file for the results")
     options = parser.parse_args(argv)
     device = device_type()
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{options.size} on {describe_device()}, {dtype}, {options.backend}, {options.cache_implementation}")
 
     model, processor = build_parts(SHAPES[options.size], options.backend, device, dtype)
+    if options.compile:
+        model.compile_text_prefill()
     chat = DSVLChat(
         model,
         processor,

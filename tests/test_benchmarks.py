@@ -325,6 +325,7 @@ def test_a_prompt_over_known_images_is_compared_with_the_whole_prefill(load, tmp
     tables = results(tmp_path / "reuse.json")
     assert tables["images"]["same_token"] and tables["image KV cache"]["speed"] > 1
     assert tables["images"]["mib_per_image"] == 2 * 8 * 257 * 512 * 4 / 2**20
+    assert tables["images"]["same_token_in_later_turn"] and tables["later turn: over its KV cache"]["speed"] > 1
 
 
 @pytest.mark.slow

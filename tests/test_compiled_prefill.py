@@ -38,7 +38,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
-def new_cache(model: Any, kind: str, length: int = 256) -> Cache:
+def new_cache(model: Any, kind: str, length: int = 512) -> Cache:
     config = model.config.text_config
     return DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=length)
 
@@ -246,7 +246,7 @@ def test_the_compiler_of_a_cpu_computes_the_same(family: str) -> None:
     model, fast = (tiny_model(family, backend="sdpa", dtype=torch.float32) for _ in range(2))
     fast.compile_text_prefill(fullgraph=True)
     caches, ids = [new_cache(one, "dynamic") for one in (model, fast)], torch.empty((1, 0), dtype=torch.long)
-    for number, text in enumerate(("ttIttIttt", "Ittt", "tIIItttt", "t" * 150 + "It", "ttttttt")):
+    for number, text in enumerate(("ttIttIttt", "Ittt", "tIIItttt", "t" * 200 + "It" + "t" * 60, "ttttttt")):
         ids, pixels = turn(text, caches[0], model, ids, seed=number)
         images = {} if pixels is None else {"pixel_values": pixels.float()}
         how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 3}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import FAMILIES, IMAGE_ID, batch, random_images, run_uncompiled, tiny_model
 from test_attention import packed
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from dsvl import DSVLForConditionalGeneration, cli
 from dsvl.acceleration import kernel_choice, kernel_timings
@@ -13,6 +13,7 @@ from dsvl.acceleration.fused_mask import FusedMask
 from dsvl.acceleration.kernel_check import check_kernels
 from dsvl.acceleration.kernel_choice import can_fuse, unsupported
 from dsvl.image_library import ImageLibrary
+from dsvl.utils.cache_cropping import crop
 from dsvl.utils.quantization import quantization_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -342,6 +343,52 @@ def test_text_over_encoded_images_may_be_compiled():
         inputs = on_gpu(batch(*layouts, dtype=torch.float32))
         expected, got = prefills(model, inputs, model.encode_images(inputs["pixel_values"]))
         torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_turns_of_a_conversation_answer_alike_and_compile_once(kind, dtype):
+    """Over encoded images, with new images in later turns, with text alone; a second conversation compiles nothing."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch._dynamo.reset()
+    model, fast = (tiny_model(backend="sdpa", dtype=dtype, hidden_size=128, initializer_range=0.1).cuda() for _ in range(2))
+    fast.compile_text_prefill()
+    compiled = []
+    for conversation in range(2):
+        config = model.config.text_config
+        caches = [
+            DynamicCache(config=config)
+            if kind == "dynamic"
+            else StaticCache(config=config, max_cache_len=448 + 64 * conversation)
+            for _ in range(2)
+        ]
+        ids = torch.empty((1, 0), dtype=torch.long, device="cuda")
+        for number, text in enumerate(("ttIttIttt", "Ittt", "tIIItttt", "t" * 40 + "It", "ttttttt", "IIIIII" + "t" * 9)):
+            new = batch(text, seed=number + 10 * conversation)["input_ids"].cuda()
+            ids = torch.cat([ids, new], 1)
+            pixels = random_images(text.count("I"), seed=number).to("cuda", dtype) if "I" in text else None
+            how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False, "disable_compile": True}
+            answers = []
+            for one, cache in zip((model, fast), caches, strict=True):
+                images = {} if pixels is None else {"pixel_values": pixels}
+                if one is fast and number == 0:
+                    images = {"image_cache": one.encode_images(pixels)}
+                answers.append(one.generate(ids, past_key_values=cache, **images, **how))
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            if dtype == torch.float32:
+                assert answers[0].equal(answers[1])
+            else:  # random logits are close: what a step before has stored is compared
+                for layer, other in zip(caches[1].layers, caches[0].layers, strict=True):
+                    held = slice(0, int(caches[0].get_seq_length()) - 3)
+                    torch.testing.assert_close(layer.values[:, :, held], other.values[:, :, held], atol=0.1, rtol=0.1)
+            ids = answers[0]
+            crop_both(caches, ids.shape[1] - 3)
+    assert compiled[-1] == compiled[0], f"graphs after each turn: {compiled}"
+
+
+def crop_both(caches, length):
+    for cache in caches:
+        crop(cache, length)
 
 
 @pytest.mark.parametrize("kind", [None, "static"])
