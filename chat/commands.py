@@ -44,6 +44,8 @@ def _chat(arguments: argparse.Namespace) -> None:
     model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
+    if arguments.compile_text_prefill:
+        model.compile_text_prefill()
     model.image_library = make_library(arguments, model)
     if arguments.seed is not None:
         set_seed(arguments.seed)

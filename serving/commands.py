@@ -10,7 +10,7 @@ from ..image_library.flags import add_library_arguments, make_library
 from ..utils.deprecation import RenamedFlag
 from ..utils.hosts import LOOPBACK, is_loopback
 from ..utils.local_paths import check_exists
-from ..utils.model_arguments import add_loading_arguments
+from ..utils.model_arguments import add_compile_argument, add_loading_arguments
 
 if TYPE_CHECKING:
     from .requests import RequestLimits
@@ -62,7 +62,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="IMAGES",
         help="image files and directories to compute before the start",
     )
-    add_loading_arguments(parser)
+    add_compile_argument(add_loading_arguments(parser))
     parser.set_defaults(run=_serve)
 
 
@@ -96,6 +96,8 @@ def _run_transformers(arguments: argparse.Namespace) -> None:
     model, processor = load_checkpoint(
         arguments.model, arguments.device, arguments.dtype, arguments.quantization, arguments.attn_implementation
     )
+    if arguments.compile_text_prefill:
+        model.compile_text_prefill()
     library = make_library(arguments, model)
     hosts = LOOPBACK if local else ("*",)
     app = build_app(model, processor, _name(arguments), limits, arguments.max_batch, hosts, library)

@@ -24,6 +24,17 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     return group
 
 
+def add_compile_argument(group: argparse._ArgumentGroup) -> None:
+    """Add the flag of commands that answer one question after another to their group of `add_loading_arguments`."""
+    group.add_argument(
+        "--compile-text-prefill",
+        action="store_true",
+        default=None,
+        help="compile what runs before the first token of an answer, for GPUs; the first question waits for it, a minute "
+        "with 7 billion parameters",
+    )
+
+
 def add_generation_arguments(parser: argparse.ArgumentParser, default: str, length: str) -> argparse._ArgumentGroup:
     """Add the arguments that `generation_options` reads; returns their group.
 
@@ -46,6 +57,7 @@ def add_conversation_arguments(parser: argparse.ArgumentParser) -> argparse._Arg
     """Add the arguments of `dsvl chat` and `dsvl demo` for loading, context, generation and images; returns the loading
     group."""
     group = add_loading_arguments(parser)
+    add_compile_argument(group)
     group.add_argument(
         "--context-length", type=int, help="length in tokens (default: the decoder's max_position_embeddings)"
     )

@@ -22,6 +22,7 @@ _LIBRARY = "vLLM's prefix cache keeps images at the beginning of a prompt; for a
 # Flags without a counterpart -> what to do instead.
 UNSUPPORTED = {
     "attn_implementation": "pass vLLM's own after --, such as -- --attention-backend FLASH_ATTN",
+    "compile_text_prefill": "vLLM compiles and records graphs itself; -- --enforce-eager turns it off",
     "device": "vLLM finds the devices itself; choose among them by CUDA_VISIBLE_DEVICES",
     "image_cache": _LIBRARY,
     "image_cache_bits": _LIBRARY,
