@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import distributed
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerationMode
 
 from ..generation_dsvl import IMAGE_INPUTS
 from ..transformers_dsvl import CACHE, gathers_weights
+from ..utils.transformers_names import GenerationMode
 from .applicability import takes_image_cache
 
 # The arguments of a call that are no options of its configuration.

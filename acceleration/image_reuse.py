@@ -6,8 +6,6 @@ tokens at position 0, where the rotation is the identity; `KeyRotation` rotates 
 decoder's own function; `ImageReuse.prefill` runs the text of a prompt over them.
 """
 
-import hashlib
-import json
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,9 +17,9 @@ from transformers import Cache, DynamicCache
 from ..cache_dsvl import cached_types
 from ..inputs_dsvl import check_num_tiles
 from ..masks_dsvl import AttentionMask, visibilities
-from ..utils.quantization import stored_tensors
 from .compiled_prefill import TEXT_MULTIPLE, TILES_ALONE, CompiledPrefill, run_images
 from .decoder_run import head_size, run_decoder
+from .fingerprint import fingerprint_of
 from .gathered_mask import Slots
 from .image_cache import ImageKVCache, changing_ropes, lengths_by_image
 from .key_rotation import KeyRotation, probe_rotation, rotate_keys
@@ -35,24 +33,6 @@ from .text_prefill import (
     image_token_order,
     new_tokens,
     remember_prompt,
-)
-
-# Keys of a configuration that do not influence what the model computes for a tile, or only by the shapes of weights, which
-# are in the fingerprint. Caches of before the configuration had them stay valid.
-_IGNORED_KEYS = (
-    "architectures",
-    "auto_map",
-    "downsample",
-    "dtype",
-    "image_layout",
-    "image_positions",
-    "image_token_id",
-    "max_image_tokens",
-    "max_tiles",
-    "num_queries",
-    "transformers_version",
-    "use_cache",
-    "vocab_size",
 )
 
 
@@ -376,20 +356,8 @@ class ImageReuse:
             is_same = [p._version for p in known[1]] == known[2]
             if is_same and self._is_fresh:
                 return known[0]
-        model = self.model
-        table = model.language_model.get_input_embeddings().weight
-        parts = (model.vision_tower, model.multi_modal_projector, model.language_model)
-        parameters = {
-            f"{number}.{name}": p
-            for number, part in enumerate(parts)
-            for name, p in part.named_parameters()
-            if p is not table and not p.is_meta  # offloaded
-        }
-        digest = hashlib.sha256(json.dumps(_relevant(model.config.to_dict()), sort_keys=True, default=str).encode())
-        digest.update(json.dumps({name: list(p.shape) for name, p in parameters.items()}).encode())
-        samples = [_sample(own_part(p)) for p in parameters.values()]
-        digest.update(torch.cat([sample.to(samples[0].device) for sample in samples]).cpu().numpy().tobytes())
-        own = digest.hexdigest(), list(parameters.values()), [p._version for p in parameters.values()]
+        digest, parameters = fingerprint_of(self.model)
+        own = digest, parameters, [p._version for p in parameters]
         self._fingerprint, self._is_fresh = own, True
         if known is None or own[0] != known[0] or not is_same:
             self.weight_changes += 1
@@ -405,26 +373,6 @@ def _reserve_like(part: torch.Tensor, tokens: int, offload: bool) -> torch.Tenso
     device = torch.device("cpu") if offload else part.device
     pinned = offload and part.device.type == "cuda"
     return torch.empty((len(part), tokens, *part.shape[2:]), dtype=part.dtype, device=device, pin_memory=pinned)
-
-
-def own_part(weight: torch.Tensor) -> torch.Tensor:
-    """The part of a weight that this process holds, under tensor parallelism. Keys and values are of its heads alone."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    parts = [part.detach().flatten() for part in stored_tensors(weight)]
-    return torch.cat([part[:: max(1, part.numel() // 64)][:64].float() for part in parts])
-
-
-def _relevant(config: Any) -> Any:
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: _relevant(value)
-        for key, value in config.items()
-        if key not in _IGNORED_KEYS and not str(key).startswith("_") and not str(key).endswith("_token_id")
-    }
 
 
 __all__ = ["ImageReuse"]

@@ -27,6 +27,7 @@ NAMES = {
     "DynamicLayer": "transformers.cache_utils",
     "DynamicSlidingWindowLayer": "transformers.cache_utils",
     "StaticLayer": "transformers.cache_utils",
+    "GenerationMode": "transformers.generation",
     "BaseStreamer": "transformers.generation.streamers",
     "sliding_window_causal_mask_function": "transformers.masking_utils",
     "ChatCompletionHandler": "transformers.cli.serving.chat_completion",
@@ -37,8 +38,15 @@ NAMES = {
 # Class -> its members that are overridden, called or read.
 MEMBERS = {
     "transformers.GenerationMixin": (
+        "_get_logits_processor",
+        "_get_stopping_criteria",
         "_optimize_model_for_decode",
         "_prefill",
+        "_prepare_cache_for_generation",
+        "_prepare_generation_config",
+        "_prepare_position_ids_for_generation",
+        "_prepare_special_tokens",
+        "_sample",
         "_update_model_kwargs_for_generation",
         "_valid_auto_compile_criteria",
     ),
@@ -52,7 +60,14 @@ MEMBERS = {
         "is_initialized",
         "lazy_initialization",
     ),
-    "transformers.cache_utils.StaticLayer": ("is_sliding", "keys", "values", "is_initialized", "cumulative_length"),
+    "transformers.cache_utils.StaticLayer": (
+        "is_sliding",
+        "keys",
+        "values",
+        "is_initialized",
+        "cumulative_length",
+        "lazy_initialization",
+    ),
     "transformers.Trainer": (
         "_get_dataloader",
         "_get_num_items_in_batch",
@@ -69,8 +84,14 @@ MEMBERS = {
 }
 # Attributes that transformers sets on objects while it generates, by the module that sets them.
 MENTIONED = {
-    "transformers.cache_utils": ("device", "cumulative_length", "record_past"),
-    "transformers.generation.utils": ("_pad_token_tensor", "_is_user_defined"),
+    "transformers.cache_utils": (
+        "device",
+        "cumulative_length",
+        "layer_class_to_replicate",
+        "max_cache_len",
+        "record_past",
+    ),
+    "transformers.generation.utils": ("_pad_token_tensor", "_is_user_defined", "_mask_length"),
 }
 
 
