@@ -66,10 +66,10 @@ class CacheSlots:
         total = past + tokens
         if isinstance(cache, StaticCache):
             for number, layer in enumerate(cache.layers):
-                states = () if images is None else (images[0][number], images[1][number])
+                new_states = () if images is None else (images[0][number], images[1][number])
                 if not layer.is_initialized:
-                    layer.lazy_initialization(*states)
-                for kept, new in zip((layer.keys, layer.values), states, strict=False):
+                    layer.lazy_initialization(*new_states)
+                for kept, new in zip((layer.keys, layer.values), new_states, strict=False):
                     kept[:, :, past:slots].copy_(new)
                 layer.cumulative_length.fill_(total)
             keys, values = ([_own_tensor(getattr(layer, name)[:, :, :slots]) for layer in cache.layers] for name in _PARTS)

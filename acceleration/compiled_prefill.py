@@ -28,7 +28,7 @@ TILES_ALONE = 4  # up to so many tiles go through the compiled tower, one by one
 
 @dataclass
 class TextOverCacheMask(AttentionMask):
-    """`"mmca"` of text tokens over the tokens of a KV cache, and over each other.
+    """`"mmca"` of text tokens over the tokens of a KV cache, and over each other; in evaluation mode, so without dropout.
 
     Attributes:
         keys, values: for each layer, the slots of a KV cache, (batch, key-value heads, slots, head_dim).
@@ -62,18 +62,19 @@ class TextOverCacheMask(AttentionMask):
     def attend(
         self,
         backend: str,
-        module: nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         *,
         scaling: float,
+        dropout: float = 0.0,
         softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         cached_keys, cached_values = self.keys[module.layer_idx], self.values[module.layer_idx]
         if query.shape[2] > FEW_QUERIES:
-            options = kwargs | {"scaling": scaling} | ({} if softcap is None else {"softcap": softcap})
+            options = kwargs | {"scaling": scaling, "dropout": dropout} | ({} if softcap is None else {"softcap": softcap})
             text = torch.cat([self.text, self.own], -1)[:, None]
             keys, values = torch.cat([cached_keys, key], 2), torch.cat([cached_values, value], 2)
             image, sees_image = with_keys(self.image[:, None])
@@ -277,8 +278,8 @@ class CompiledPrefill:
             own_states = cached.keys, cached.values
             # Of its own strides, to which a graph is tied: it may be a part of the positions of all tokens.
             position_ids = position_ids.clone(memory_format=torch.contiguous_format)
-            form = {"form": (rows == 1, copies), "states": own_states, "lengths": (1,)}
-            placed = self._place(rotation, *own_states, is_image, position_ids, new, copies, **form)
+            inputs = rotation, *own_states, is_image, position_ids, new, copies
+            placed = self._place(*inputs, form=(rows == 1, copies), states=own_states, lengths=(1,))
             seen = is_image if attention_mask is None else is_image & attention_mask[:, past:].bool()
             kinds[:, past : past + tokens].masked_fill_(seen, IMAGE)
         if past > 0:
@@ -288,9 +289,9 @@ class CompiledPrefill:
             kinds[:, :past] = types if attention_mask is None else types.masked_fill(attention_mask[:, :past] == 0, HIDDEN)
         own = CacheSlots.extend(cache, past, tokens, slots, placed)
         index, filled = text.index + past, text.filled
-        inputs = input_ids.gather(1, text.index), position_ids.gather(1, text.index)
+        of_text = input_ids.gather(1, text.index), position_ids.gather(1, text.index)
         is_text = torch.ones_like(index, dtype=torch.bool) if filled is None else filled
-        hidden, *states = self._run_text(decoder, *inputs, index, is_text, kinds, own.keys, own.values)
+        hidden, *states = self._run_text(decoder, *of_text, index, is_text, kinds, own.keys, own.values)
         own.write(cache, index, filled, text_counts[0], *states)
         return hidden
 

@@ -99,15 +99,13 @@ class ImageReuse:
         lengths: list[int] = []
         filled = 0
         for start in range(0, number, chunk_size):
-            chunk = [
-                None if part is None else part[start : start + chunk_size]
-                for part in (pixel_values, pixel_attention_mask, spatial_shapes)
-            ]
-            encoded = self._encode_tiles(*chunk)
+            chunk, of_native = slice(start, start + chunk_size), (pixel_attention_mask, spatial_shapes)
+            encoded = self._encode_tiles(pixel_values[chunk], *(None if part is None else part[chunk] for part in of_native))
             lengths += map(len, encoded)
             embeds = torch.cat(encoded).to(dtype)[None]  # one row, as each token attends to itself alone
             run = run_images if self.compiled is None else self.compiled.images
-            made = ImageKVCache(*run(decoder, embeds), fingerprint, [lengths[start:]])
+            chunk_keys, chunk_values = run(decoder, embeds)
+            made = ImageKVCache(chunk_keys, chunk_values, fingerprint, [lengths[start:]])
             made = made.quantize() if quantize else made
             if not whole:  # reserved at once, as joining the chunks would take twice their memory
                 tokens = sum(self.model.config.tile_lengths(number, spatial_shapes))
@@ -221,8 +219,8 @@ class ImageReuse:
             slots = compiled.slots_for(decoder, cache, past, batch, tokens)
         if compiled is not None and slots is not None:
             earlier_types = None if past == 0 else cached_types(cache)
-            prompt = input_ids, is_image, position_ids, attention_mask, text, text_counts, copies
-            hidden = compiled.prefill(decoder, (image_cache, rotation), cache, past, slots, *prompt)
+            inputs = input_ids, is_image, position_ids, attention_mask, text, text_counts, copies
+            hidden = compiled.prefill(decoder, (image_cache, rotation), cache, past, slots, *inputs)
             remember_prompt(self.model.config, cache, past, earlier_types, *of_prompt)
             return hidden[:, -1:].clone(), cache
         earlier = EarlierTokens.build(cache, attention_mask) if past > 0 else None
