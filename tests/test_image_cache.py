@@ -199,7 +199,7 @@ def test_what_an_image_cache_cannot_do_is_said():
     with pytest.raises(ValueError, match="input_ids hold 9 tokens, but the KV cache 16 already"):
         model.prefill(inputs["input_ids"], cache, filled)
     static = greedy(model, inputs, cache, return_dict_in_generate=True, cache_implementation="static").past_key_values
-    with pytest.raises(ValueError, match="pass the whole conversation with all its images and an empty KV cache"):
+    with pytest.raises(ValueError, match="input_ids hold 9 tokens, but the KV cache 16 already"):
         model.prefill(inputs["input_ids"], cache, static)
     with pytest.raises(ValueError, match="hold no image"):
         model.encode_images(random_images(0))
