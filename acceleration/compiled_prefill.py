@@ -167,6 +167,11 @@ def place_images(
     return divided[0], divided[1]
 
 
+def own_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `torch.compile` for one function: it takes `guard_filter_fn` out of the dict `options` that it gets."""
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
+
+
 class _Compiled:
     """A compiled function, in whose graph lengths are symbols, and nothing else.
 
@@ -176,7 +181,7 @@ class _Compiled:
     """
 
     def __init__(self, function: Callable, options: dict[str, Any]) -> None:
-        self._run = torch.compile(function, **options)
+        self._run = torch.compile(function, **own_options(options))
         self._forms: set[Any] = set()
 
     def __call__(
@@ -302,4 +307,4 @@ class CompiledPrefill:
         return self._text(decoder, *inputs, form=form, states=(*keys, *values), lengths=(0, 2))
 
 
-__all__ = ["TEXT_MULTIPLE", "TILES_ALONE", "CompiledPrefill", "TextOverCacheMask", "run_text"]
+__all__ = ["TEXT_MULTIPLE", "TILES_ALONE", "CompiledPrefill", "TextOverCacheMask", "own_options", "run_text"]

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache
 from ..cache_dsvl import cached_types
 from ..inputs_dsvl import check_num_tiles
 from ..masks_dsvl import AttentionMask, visibilities
-from .compiled_prefill import TEXT_MULTIPLE, TILES_ALONE, CompiledPrefill, run_images
+from .compiled_prefill import TEXT_MULTIPLE, TILES_ALONE, CompiledPrefill, own_options, run_images
 from .decoder_run import head_size, run_decoder
 from .fingerprint import fingerprint_of
 from .gathered_mask import Slots
@@ -287,10 +287,10 @@ class ImageReuse:
         self.compiled = CompiledPrefill(self.model, options)
         if self.model.language_model.device.type == "cuda" and not options.keys() & {"mode", "options"}:
             options["mode"] = "reduce-overhead"
-        self.run_decoder = torch.compile(run_decoder, **options)
+        self.run_decoder = torch.compile(run_decoder, **own_options(options))
         if options.get("mode") in ("reduce-overhead", "max-autotune"):  # a graph may not read what another one overwrites
             options["mode"] = "default"
-        self._rotate_keys = torch.compile(rotate_keys, **options)
+        self._rotate_keys = torch.compile(rotate_keys, **own_options(options))
         self.text_multiple = TEXT_MULTIPLE
 
     def rotation(self, device: torch.device) -> KeyRotation:

@@ -180,6 +180,21 @@ def test_nothing_is_compiled_from_turn_to_turn(kind: str, graphs: Graphs) -> Non
     assert counts[-1] == 4, f"graphs after each turn: {counts}"
 
 
+def test_options_reach_every_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` takes some of them out of the dict that it gets."""
+    given: dict[str, Any] = {}
+
+    def compile(function: Any, options: dict[str, Any], **others: Any) -> Any:
+        given[function.__name__] = options.pop("guard_filter_fn", None)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = tiny_model(backend="sdpa")
+    model.compile_text_prefill(options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+    expected = {"run_text", "run_images", "place_images", "encode_tile", "run_decoder", "rotate_keys"}
+    assert {name for name, one in given.items() if one is not None} == expected
+
+
 def test_single_prompts_and_batches_are_a_graph_each(graphs: Graphs) -> None:
     model = tiny_model(backend="sdpa", dtype=torch.float32)
     model.compile_text_prefill(backend=graphs)
