@@ -323,6 +323,7 @@ def test_ctrl_c_within_a_finalizer_is_not_lost() -> None:
     script = """
 import signal, sys, time
 from dsvl import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without
 class Finalized:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)

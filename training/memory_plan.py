@@ -77,8 +77,8 @@ class Planner:
         activation_checkpointing: recompute activations in backward, *optional*, defaults to False.
         mlp_tile: tokens of a tile of the MLPs (`--tiled-mlp`), *optional*, defaults to None: all at once.
         offload_activations: keep the inputs of checkpointed layers in main memory, *optional*, defaults to False.
-            None. Counted are 8-bit weights, and a transposed or dequantized one while a layer is computed.
-            None. Counted are 8-bit weights, and the transposed or dequantized one of a layer that is computed.
+        frozen_precision: of frozen linear layers, "fp8" or "int8" (`--frozen-precision`), *optional*, defaults to None.
+            Counted are 8-bit weights, and the transposed or dequantized one of a layer that is computed.
         frozen_keep: layers that it leaves as they are, *optional*, see `freeze_in_8_bits`.
         gradient_accumulation: whether a step has several micro-batches, *optional*, defaults to False.
         supervised_share: fraction of the text tokens that have a label, *optional*, defaults to 0.25, which is typical of
