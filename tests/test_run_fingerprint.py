@@ -339,7 +339,7 @@ def test_ctrl_c_before_a_checkpoint(train, monkeypatch):
 def test_every_argument_is_part_of_the_fingerprint_or_known_not_to_be():
     """For every new argument, decide whether it changes the result."""
     elsewhere = {"attn_implementation", "compile_decoder_layers", "cache_image_features", "model", "data", "eval_data"}
-    elsewhere |= {"tiled_mlp", "offload_activations", "skip_image_queries"}  # exact
+    elsewhere |= {"tiled_mlp", "offload_activations", "skip_image_queries", "frozen_precision_report"}  # exact
     elsewhere |= {"allow_urls", "max_bad_samples"}  # whether a run fails, not its result
     known = {*fingerprint.MODEL_FIELDS, *fingerprint.ADAPTER_FIELDS, *fingerprint.DATA_FIELDS} | elsewhere
     assert {field.name for kind in (ModelArguments, DataArguments) for field in fields(kind)} - known == set()
