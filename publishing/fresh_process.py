@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 HIDDEN = ("dsvl", "__editable__")
 
 
@@ -54,6 +56,7 @@ def run_without_dsvl(script: Path, *arguments: str | Path, capture: bool = False
             "PYTHONPATH": os.pathsep.join(map(str, views)),
             "HF_MODULES_CACHE": str(folder / "modules"),
             "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # sums have the same order as in this process
             "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow small models down
         }
         # -S and -s: no site directories, whose .pth files would make an editable install of dsvl importable again.

@@ -186,6 +186,14 @@ def run_uncompiled(monkeypatch: pytest.MonkeyPatch, model: Any, observe: Callabl
     monkeypatch.setattr(static_steps_module, "compiled_step", lambda options: lambda *args: (observe(), run_step(*args))[1])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def same_number_of_threads() -> Any:
+    """What a file does to the number of threads, on which the rounding of sums depends, changes no other file."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def uncompiled() -> Any:
     """Run compiled functions as they are written: flex_attention has no compiled kernel for float64 on a CPU."""

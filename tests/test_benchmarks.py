@@ -45,13 +45,6 @@ def fine_tuning(load):
     return load("fine_tuning")
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What is counted
 
@@ -187,7 +180,7 @@ def drawn(load, tmp_path, capsys):
     return draw
 
 
-def test_attention(load, tmp_path, drawn, one_thread, capsys):
+def test_attention(load, tmp_path, drawn, capsys):
     load("attention").main([*LAYER, "--shapes", "1x48", "--shares", "0", "0.5", "--out", str(tmp_path / "attention.json")])
     tables = results(tmp_path / "attention.json")
     assert list(tables) == ["1x48, 0 images", "1x48, 3 images"]
@@ -199,7 +192,7 @@ def test_attention(load, tmp_path, drawn, one_thread, capsys):
     assert "decoding.json is missing, so decoding.svg is not drawn: python benchmarks/decoding.py" in said
 
 
-def test_growth(load, tmp_path, drawn, one_thread, monkeypatch):
+def test_growth(load, tmp_path, drawn, monkeypatch):
     growth = load("growth")
     monkeypatch.setitem(growth.SHAPES, "small", load("fine_tuning").TINY)
     sizes = {"length": [32, 64], "images": [0, 3], "batch": [1, 2]}

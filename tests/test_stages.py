@@ -45,10 +45,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_the_folder(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes that are started: sums have the same order
-    yield
-    torch.set_num_threads(threads)
 
 
 def write(path, stages=STAGES, **shared):
