@@ -389,6 +389,24 @@ def test_a_seed_gives_the_same_parts_however_many_processes_draw_documents(load,
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_the_language_model_is_trained_until_it_answers_enough_or_the_rounds_end(load, small, monkeypatch):
+    language = load("language")
+    size = replace(small, language_steps=4, documents=2, width=32, layers=1, language_tokens=256, enough=0.9)
+    tokenizer = language.make_tokenizer(size.world)
+    fit = language.fit
+    monkeypatch.setattr(language, "fit", lambda *args, check, **more: fit(*args, check=None, **more))
+    for answered, steps in (([0.8, 0.89, 0.9], [4, 2, 2]), ([0.8] * 9, [4, 2, 2, 2]), ([1.0], [4])):
+        found = iter(answered)
+        monkeypatch.setattr(
+            language,
+            "text_accuracy",
+            lambda *args, found=found: dict.fromkeys(language.TEXT_KINDS, 1.0) | {"which": next(found)},
+        )
+        _, figures = language.train_language_model(size, tokenizer, 0, 0)
+        assert [one["steps"] for one in figures["rounds"]] == steps
+        assert figures["accuracy"]["which"] == answered[len(steps) - 1]
+
+
 def test_parts_that_were_stopped_go_on_with_the_tower(load, scenes, small, tmp_path, monkeypatch):
     parts, trained = load("parts"), []
     size = replace(small, language_steps=2, tower_steps=2, documents=2, items=1, distractor_items=1, width=32, layers=1)
@@ -751,7 +769,8 @@ def test_the_tiny_version_runs_on_a_cpu_and_goes_on_where_it_was(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "attention_quality"
     record = json.loads((folder / "parts" / "parts.json").read_text())
-    assert record["language"]["loss"] < 2 and set(record["language"]["accuracy"]) > {"two_hop", "distractors"}
+    [trained] = record["language"]["rounds"]  # one is enough, as no accuracy is wanted
+    assert trained["loss"] < 2 and set(record["language"]["accuracy"]) > {"two_hop", "distractors"}
     times = json.loads((folder / "step_times.json").read_text())["results"]
     assert times["parts"] == record["weights"] and times["image_share"] > 0.3
     assert len(list((folder / "runs").glob("*.json"))) == 12 + 18 + 6 and not list((folder / "runs").glob("*.failed"))

@@ -32,7 +32,6 @@ def make_parser() -> argparse.ArgumentParser:
     parts.add_argument("--size", choices=SIZES_OF_EXPERIMENT, default="full")
     parts.add_argument("--seed", type=int, default=0, help="of weights and data (default 0)")
     parts.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="that draw documents")
-    parts.add_argument("--minutes", type=float, help="of the language model's training at most (default: no limit)")
 
     runs = commands.add_parser("runs", help="do the runs of stages that are missing")
     runs.add_argument("--stage", nargs="+", choices=STAGES, required=True, help="one after the other")
@@ -71,7 +70,7 @@ def run_command(options: argparse.Namespace) -> int:
         if (options.parts / "parts.json").exists():
             print(f"{options.parts} holds the parts already.")
             return 0
-        print(make_parts(options.size, options.parts, options.seed, options.workers, options.minutes))
+        print(make_parts(options.size, options.parts, options.seed, options.workers))
     elif options.command == "step-times":
         if (options.results / "step_times.json").exists():  # the runs at equal time were chosen by them
             print(f"{options.results} holds the step times already.")

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from attention_quality.scenes import (
+    IMAGE_KINDS,
     SYSTEM,
     TEXT_KINDS,
     Conversation,
@@ -33,6 +34,7 @@ from attention_quality.sizes import Size
 IMAGE_TOKEN = "<image>"
 WORD = r"### Image \d+:|### \w+:|\(image \d+\)|[\w-]+|[^\w\s]"
 TOLD = 0.1  # weight of the words that tell a scene, which are random, beside the words of an answer
+MORE_ROUNDS = 3  # of the language model's training
 TEXT_IMAGES = 4  # scenes in a question's text, when the language model is measured
 
 
@@ -112,7 +114,7 @@ class Documents(IterableDataset):
     """Batches of documents, drawn by the workers of a loader: ids and weights of the loss, (documents, tokens).
 
     Two or three scenes at first, as questions about them are learned sooner; then up to seven; and up to `most_images` in
-    every seventh batch of the last two fifths.
+    every seventh batch of the last two fifths, and of all that follow.
 
     Args:
         size: of the experiment.
@@ -175,17 +177,17 @@ def muon(model: nn.Module) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train_language_model(
-    size: Size, tokenizer: Any, seed: int, workers: int, minutes: float | None = None
-) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+def train_language_model(size: Size, tokenizer: Any, seed: int, workers: int) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """Train the language model; returns it with figures of its training, and its accuracy in text by kind of question.
+
+    The training goes on, in rounds of half as many steps at half the learning rate, until each of `IMAGE_KINDS` is answered
+    well enough, `MORE_ROUNDS` times at most.
 
     Args:
         size: of the experiment.
         tokenizer: of `make_tokenizer`.
         seed: of weights and data.
         workers: processes that draw documents.
-        minutes: the training ends earlier, if its steps take longer than this.
     """
     set_seed(seed)
     model = make_language_model(size, tokenizer).to(device_type())
@@ -205,19 +207,28 @@ def train_language_model(
     trained = WeightedText(model)
     if device_type() == "cuda":
         trained.compile(dynamic=True)
-    training = fit(
-        trained,
-        make_batch,
-        size.language_steps,
-        minutes,
-        size.language_learning_rate,
-        "language",
-        check,
-        optimizers=muon(model),
-    )
-    return model, training | {
+    optimizers, rounds = muon(model), []
+    while True:
+        share = 0.5 if rounds else 1
+        rounds.append(
+            fit(
+                trained,
+                make_batch,
+                round(size.language_steps * share),
+                learning_rate=size.language_learning_rate * share,
+                label="language",
+                check=check,
+                optimizers=optimizers,
+            )
+        )
+        accuracy = text_accuracy(model, tokenizer, size, size.items)
+        print("language", ", ".join(f"{kind} {value:.1%}" for kind, value in accuracy.items()), flush=True)
+        if all(accuracy[kind] >= size.enough for kind in IMAGE_KINDS) or len(rounds) > MORE_ROUNDS:
+            break
+    return model, {
+        "rounds": rounds,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "accuracy": text_accuracy(model, tokenizer, size, size.items),
+        "accuracy": accuracy,
         "perplexity": text_perplexity(model, tokenizer, size),
     }
 

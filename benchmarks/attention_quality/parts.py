@@ -24,7 +24,7 @@ from attention_quality.sizes import SIZES_OF_EXPERIMENT, Size
 from attention_quality.tower import train_tower
 
 
-def make_parts(size_name: str, folder: Path, seed: int, workers: int, minutes: float | None = None) -> dict[str, Any]:
+def make_parts(size_name: str, folder: Path, seed: int, workers: int) -> dict[str, Any]:
     """Train both parts and save them in a folder. The language model is saved first: if the command was stopped after that,
     the next one goes on with the tower.
 
@@ -33,7 +33,6 @@ def make_parts(size_name: str, folder: Path, seed: int, workers: int, minutes: f
         folder: the output directory, complete exactly if it holds `parts.json`.
         seed: of weights and data.
         workers: processes that draw documents.
-        minutes: of the language model's training at most. If it ends by them, its weights depend on the device's speed.
 
     Returns:
         What `parts.json` holds: figures of both trainings, and a hash of all weights.
@@ -48,7 +47,7 @@ def make_parts(size_name: str, folder: Path, seed: int, workers: int, minutes: f
                 raise ValueError(f"{path} holds the language model of {saved['of']}, not of {mark}; pass another --parts.")
             language, language_figures = LlamaForCausalLM.from_pretrained(path), saved["figures"]
         else:
-            language, language_figures = train_language_model(size, tokenizer, seed, workers, minutes)
+            language, language_figures = train_language_model(size, tokenizer, seed, workers)
             language.save_pretrained(path)
             tokenizer.save_pretrained(path)
             _write_json(path / "figures.json", {"of": mark, "figures": language_figures})
