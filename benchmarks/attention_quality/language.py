@@ -12,7 +12,15 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from trained_tasks import fit, precision
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from attention_quality.scenes import (
@@ -91,8 +99,14 @@ def padded(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
 
 
 def make_language_model(size: Size, tokenizer: Any) -> LlamaForCausalLM:
-    """A LLaMA of random weights. They are as large as keeps the size of activations, which trains small widths sooner."""
-    return LlamaForCausalLM(
+    """A LLaMA of random weights. They are as large as keeps the size of activations, which trains small widths sooner.
+
+    Rows are padded on the right, where no query sees it, so it needs no masks: sdpa is causal by itself, and chooses a
+    kernel that is fast, and deterministic if wanted.
+    """
+    AttentionInterface.register("unmasked_sdpa", sdpa_attention_forward)
+    AttentionMaskInterface.register("unmasked_sdpa", lambda *args, **kwargs: None)
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=size.width,
@@ -108,6 +122,8 @@ def make_language_model(size: Size, tokenizer: Any) -> LlamaForCausalLM:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    model.set_attn_implementation("unmasked_sdpa")
+    return model
 
 
 class Documents(IterableDataset):
@@ -135,7 +151,7 @@ class Documents(IterableDataset):
     def batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         rng = random.Random(f"documents/{self.seed}/{index}")
         world, done = self.size.world, index / self.size.language_steps
-        scenes = rng.randint(2, 3) if done < 0.3 else rng.randint(1, 7)
+        scenes = rng.randint(2, 3) if done < 0.4 else rng.randint(1, 7)
         if done > 0.6 and index % 7 == 0:
             scenes = round(math.exp(rng.uniform(math.log(7), math.log(world.most_images))))
         scenes, questions = min(scenes, world.most_images), min(8 + scenes, 32)
@@ -204,15 +220,15 @@ def train_language_model(size: Size, tokenizer: Any, seed: int, workers: int) ->
             f"{kind} {value:.0%}" for kind, value in text_accuracy(model, tokenizer, size, min(64, size.items)).items()
         )
 
-    trained = WeightedText(model)
     if device_type() == "cuda":
-        trained.compile(dynamic=True)
+        for layer in model.model.layers:  # they share what is compiled
+            layer.compile(dynamic=True)
     optimizers, rounds = muon(model), []
     while True:
         share = 0.5 if rounds else 1
         rounds.append(
             fit(
-                trained,
+                WeightedText(model),
                 make_batch,
                 round(size.language_steps * share),
                 learning_rate=size.language_learning_rate * share,

@@ -35,7 +35,7 @@ class Size:
     width: int = 640
     layers: int = 12
     head_dim: int = 64
-    language_steps: int = 3200
+    language_steps: int = 2400
     language_tokens: int = 32768
     language_learning_rate: float = 2e-3
     tower_steps: int = 2500
