@@ -46,6 +46,8 @@ PALETTE = (
     ("#CC79A7", "X"),
     ("#D55E00", "^"),
     ("#56B4E9", "v"),
+    ("#F0E442", "<"),
+    ("#882255", ">"),
 )
 LIGHT = ("#56B4E9", "#E69F00")  # colours that need black labels
 

@@ -232,6 +232,10 @@ def keys_by_definition(arm, layer, layers, i, types, image):
         return [sorted({*past, *own_image})] if types[i] else [list(past)]
     if arm == "alpha":
         return [[i]] if types[i] else [list(past)]
+    if arm == "alpha_own_image":
+        return [own_image] if types[i] else [list(past)]
+    if arm == "alpha_number":
+        return [[own_image[0] - 1, *own_image]] if types[i] else [list(past)]
     if not types[i]:
         return [text, images]
     return {"mmca": [[i]], "mmca_own_image": [own_image], "mmca_sees_text": [text, [i]]}[arm]
@@ -268,7 +272,17 @@ def batch(load, scenes, small):
     return size, inputs | {"pixel_values": inputs["pixel_values"].double()}
 
 
-ARMS = ("causal", "mmca", "alpha", "bidirectional", "mmca_own_image", "mmca_upper", "mmca_sees_text")
+ARMS = (
+    "causal",
+    "mmca",
+    "alpha",
+    "bidirectional",
+    "mmca_own_image",
+    "mmca_upper",
+    "alpha_own_image",
+    "alpha_number",
+    "mmca_sees_text",
+)
 
 
 def hidden_states(load, size, arm, inputs):
@@ -467,7 +481,7 @@ def test_parts_are_refused_that_are_weak_or_of_other_data(load, scenes, tmp_path
 
 def made_up(plan, arm, accuracy, seed, rng, **more):
     """A record in which the fraction of its task's items is right, or by `by_chance` each with this probability."""
-    counts = dict.fromkeys(plan.TASKS[:-1], 200) | {"distractors_4": 50, "distractors_64": 50}
+    counts = dict.fromkeys((*plan.TASKS[:-1], plan.ALONE), 200) | {"distractors_4": 50, "distractors_64": 50}
     chance = {key: accuracy.get(key.partition("_")[0] if key.startswith("dis") else key, accuracy["all"]) for key in counts}
     by_chance, items = more.pop("by_chance", False), {}
     for key, count in counts.items():
@@ -620,6 +634,7 @@ def test_the_report_shows_every_arm_and_what_is_missing(load, tmp_path):
     assert "**MMCA pays in data: yes.**" in text and "**MMCA pays in compute: not decided.**" in text
     rows = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")]
     assert {"causal", "mmca", "bidirectional"} <= set(rows)
+    assert "| mean | one image |" in text
     assert "Run `frozen-1024-mmca-seed0-rate0.001` failed: OutOfMemoryError: too large" in text
     assert "Stage `lora`, exploratory: LoRA: not begun." in text
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml") and (tmp_path / "data.svg").exists()

@@ -53,6 +53,16 @@ class Tokens:
         return (self.image[:, :, None] == self.image[:, None]) & self.is_image[:, :, None]
 
     @property
+    def own_heading(self) -> torch.Tensor:
+        """The key of the token before the query's image, which the chat template writes and which holds the image's number:
+        (batch, queries, keys)."""
+        first = self.is_image & (self.image != nn.functional.pad(self.image[:, :-1], (1, 0), value=-1))
+        # A key is a heading where the next token is an image's first; its image is that of the next token.
+        is_heading = nn.functional.pad(first[:, 1:], (0, 1))
+        of_image = nn.functional.pad(self.image[:, 1:], (0, 1), value=-1).masked_fill(~is_heading, -1)
+        return (self.image[:, :, None] == of_image[:, None]) & self.is_image[:, :, None]
+
+    @property
     def from_image(self) -> torch.Tensor:
         """(batch, queries, 1)"""
         return self.is_image[:, :, None]
@@ -88,6 +98,14 @@ def mmca_own_image(tokens: Tokens) -> Sets:
 
 def alpha(tokens: Tokens) -> Sets:
     return [torch.where(tokens.from_image, tokens.own, tokens.past)]
+
+
+def alpha_own_image(tokens: Tokens) -> Sets:
+    return [torch.where(tokens.from_image, tokens.own_image, tokens.past)]
+
+
+def alpha_number(tokens: Tokens) -> Sets:
+    return [torch.where(tokens.from_image, tokens.own_image | tokens.own_heading, tokens.past)]
 
 
 def mmca_sees_text(tokens: Tokens) -> Sets:
@@ -128,6 +146,10 @@ ARMS = {
     "bidirectional": _arm("as causal; image: also the later tokens of its image", bidirectional),
     "mmca_own_image": _arm("as mmca; image: softmax over O(i), its whole image", mmca_own_image, exact_reuse=True),
     "mmca_upper": Arm("mmca in the upper half of the layers, causal in the lower", mmca, causal),
+    "alpha_own_image": _arm(
+        "text: one softmax over T(i) and I(i); image: softmax over O(i)", alpha_own_image, exact_reuse=True
+    ),
+    "alpha_number": _arm("as alpha_own_image; image: also the token before its image, its number", alpha_number),
     "mmca_sees_text": _arm(
         "as mmca; image: its own value + softmax over T(i), the direction of arXiv 2503.02597", mmca_sees_text
     ),
@@ -157,7 +179,8 @@ class Form:
         self.lower: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.first_upper = model.config.text_config.num_hidden_layers // 2
         name = f"attention_quality_{arm}_{id(self)}"
-        AttentionInterface.register(name, self.attend)
+        # Compiled layers call it as it is: its masks change from batch to batch.
+        AttentionInterface.register(name, torch.compiler.disable(self.attend))
         AttentionMaskInterface.register(name, _no_mask)
         model.model.register_forward_pre_hook(self.prepare, with_kwargs=True)
         model.model.language_model.set_attn_implementation(name)

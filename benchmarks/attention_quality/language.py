@@ -130,7 +130,7 @@ class Documents(IterableDataset):
     """Batches of documents, drawn by the workers of a loader: ids and weights of the loss, (documents, tokens).
 
     Two or three scenes at first, as questions about them are learned sooner; then up to seven; and up to `most_images` in
-    every seventh batch of the last two fifths, and of all that follow.
+    every fourth batch of the last two fifths, and of all that follow.
 
     Args:
         size: of the experiment.
@@ -152,7 +152,7 @@ class Documents(IterableDataset):
         rng = random.Random(f"documents/{self.seed}/{index}")
         world, done = self.size.world, index / self.size.language_steps
         scenes = rng.randint(2, 3) if done < 0.4 else rng.randint(1, 7)
-        if done > 0.6 and index % 7 == 0:
+        if done > 0.6 and index % 4 == 0:
             scenes = round(math.exp(rng.uniform(math.log(7), math.log(world.most_images))))
         scenes, questions = min(scenes, world.most_images), min(8 + scenes, 32)
         rows, answers, tokens = [], [], 0

@@ -14,7 +14,7 @@ PRIMARY_SEEDS = (0, 1, 2, 3, 4, 5)
 EXPLORATORY_SEEDS = (0, 1)
 RATE_SEED = 1000  # learning rates are chosen on it; it is not reported
 LEARNING_RATES = {
-    "frozen": (5e-4, 1e-3, 2e-3, 4e-3),
+    "frozen": (1e-3, 2e-3, 4e-3, 8e-3),
     "lora": (3e-4, 1e-3, 3e-3),
     "full": (1e-4, 3e-4, 1e-3),
 }
@@ -22,6 +22,7 @@ OTHERS = tuple(arm for arm in ARMS if arm not in PRIMARY)
 
 # The tasks, which count equally; "distractors" is the mean over its numbers of images.
 TASKS = ("attribute", "which", "two_hop", "print", "distractors")
+ALONE = "alone"  # an attribute of the only image: reported beside the tasks, as it takes no choice between images
 
 Record = dict[str, Any]
 
@@ -140,9 +141,14 @@ def runs_of(stage: Stage, rates: dict[tuple[str, str], float], step_times: dict[
     return runs
 
 
+def mean_of_items(bits: str) -> float:
+    """The fraction of "1"."""
+    return bits.count("1") / len(bits)
+
+
 def accuracies(items: dict[str, str]) -> dict[str, float]:
     """Accuracy of each task, from the items of a run: task -> "1" or "0" for each item."""
-    values = {task: bits.count("1") / len(bits) for task, bits in items.items()}
+    values = {task: mean_of_items(bits) for task, bits in items.items()}
     distractors = [value for task, value in values.items() if task.startswith("distractors_")]
     return {task: values[task] for task in TASKS[:-1]} | {TASKS[-1]: sum(distractors) / len(distractors)}
 

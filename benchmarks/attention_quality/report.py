@@ -13,6 +13,7 @@ from trained_tasks import markdown
 
 from attention_quality.arms import ARMS
 from attention_quality.plan import (
+    ALONE,
     CONVERSATIONS,
     MODES,
     RATE_SEED,
@@ -24,6 +25,7 @@ from attention_quality.plan import (
     chosen_rates,
     equal_time,
     mean_accuracy,
+    mean_of_items,
     read_records,
     read_step_times,
     runs_of,
@@ -85,12 +87,13 @@ def table(records: Sequence[Record], mode: str, conversations: int, step_times: 
                 ", ".join(f"{rate:g}" for rate in rates),
                 *(mean(values[task] for values in of_tasks) for task in TASKS),
                 mean(mean_accuracy(record["items"]) for record in found.values()),
+                mean(mean_of_items(record["items"][ALONE]) for record in found.values()),
                 "-" if gap is None else f"{points(gap.mean)} ({points(gap.low)} to {points(gap.high)})",
                 f"{mean(record['perplexity'] for record in found.values()):.3f}",
                 step_text(arm, step_times if mode == "frozen" else None),  # which were measured in this mode
             ]
         )
-    head = ["arm", "seeds", "learning rate", *(task.replace("_", "-") for task in TASKS), "mean"]
+    head = ["arm", "seeds", "learning rate", *(task.replace("_", "-") for task in TASKS), "mean", "one image"]
     return markdown([*head, "points less causal (95 %)", "perplexity of text", "ms per step"], rows)
 
 
@@ -110,7 +113,7 @@ def distractor_table(records: Sequence[Record], conversations: int = CONVERSATIO
         if found:
             items = [record["items"] for record in found.values()]
             keys = [key for key in items[0] if key.startswith("distractors_")]
-            rows.append([arm, *(mean(one[key].count("1") / len(one[key]) for one in items) for key in keys)])
+            rows.append([arm, *(mean(mean_of_items(one[key]) for one in items) for key in keys)])
     return markdown(["arm", *(f"1 of {key.removeprefix('distractors_')}" for key in keys)], rows)
 
 

@@ -23,6 +23,7 @@ from attention_quality.arms import ARMS, Form
 from attention_quality.language import Encoder, answers_right, padded, text_perplexity
 from attention_quality.parts import SharedParts, load_parts, read_record
 from attention_quality.plan import (
+    ALONE,
     STAGES,
     Record,
     Run,
@@ -82,6 +83,8 @@ def compose_arm(parts: SharedParts, arm: str, seed: int, mode: str = "frozen") -
     model.to(device_type())
     if core is None:
         Form(arm, model)
+    if device_type() == "cuda":
+        model.compile_decoder_layers(dynamic=True)
     is_full = mode == "full"
     model.set_trainable(projector=True, embeddings=True, language_model=is_full, lm_head=is_full)
     if mode == "lora":
@@ -177,7 +180,7 @@ def measure_items(model: Any, batches: Batches, size_name: str, on_curve: bool =
         (size.curve_items, max(4, size.distractor_items // 8)) if on_curve else (size.items, size.distractor_items)
     )
     tasks = [(task, size.asked_images, count) for task in IMAGE_KINDS]
-    tasks += [("distractors", images, count_distractors) for images in size.distractors]
+    tasks += [(ALONE, 1, count), *(("distractors", images, count_distractors) for images in size.distractors)]
     items = {}
     for task, images, number in tasks:
         key = f"{task}_{images}" if task == "distractors" else task
@@ -191,6 +194,7 @@ def measure_items(model: Any, batches: Batches, size_name: str, on_curve: bool =
 
 def do_run(run: Run, parts_folder: Path) -> Record:
     """Train and measure; returns what its file holds."""
+    torch.compiler.reset()  # graphs of earlier runs would count as graphs of this one's layers, whose number is limited
     parts = load_parts(parts_folder)
     size, size_name, tokenizer = parts.size, parts.record["size"], parts.tokenizer
     model, _ = compose_arm(parts, run.arm, run.seed, run.mode)

@@ -373,7 +373,7 @@ def training_conversation(world: World, seed: int, index: int, images: int, ques
 def held_out_conversation(world: World, task: str, images: int, index: int) -> Conversation:
     """Item `index` of a task, the same for every run: one question about held-out scenes."""
     rng = random.Random(f"item/{task}/{images}/{index}")
-    scenes, question = scenes_with_question(world, "attribute" if task == "distractors" else task, images, rng)
+    scenes, question = scenes_with_question(world, task if task in IMAGE_KINDS else "attribute", images, rng)
     return Conversation(tuple(scenes), (question,), cells_of(world, scenes, "held out", rng))
 
 

@@ -20,6 +20,7 @@ class Size:
         images: of a training conversation, a choice of these.
         questions: of a training conversation.
         least_steps: optimizer steps of a run; more if it takes more to see each conversation once.
+        asked_images: of a held-out item, but for distractors.
         items: held-out items of each task.
         distractors: numbers of images of the task of that name.
         distractor_items: of each of these numbers.
@@ -35,28 +36,24 @@ class Size:
     width: int = 640
     layers: int = 12
     head_dim: int = 64
-    language_steps: int = 2400
+    language_steps: int = 1600
     language_tokens: int = 32768
     language_learning_rate: float = 2e-3
-    tower_steps: int = 2500
+    tower_steps: int = 1500
     tower_images: int = 256
     tower_learning_rate: float = 1e-3
     enough: float = 0.9
     batch: int = 32
-    images: tuple[int, ...] = (3, 4, 5, 6, 7)
+    images: tuple[int, ...] = (1, 3, 4, 5, 6, 7)
     questions: int = 5
     least_steps: int = 512
+    asked_images: int = 5
     items: int = 512
     distractors: tuple[int, ...] = (4, 8, 16, 32, 64)
     distractor_items: int = 128
     curve: int = 6
     curve_items: int = 96
     documents: int = 256
-
-    @property
-    def asked_images(self) -> int:
-        """Of a held-out item, but for distractors."""
-        return self.images[len(self.images) // 2]
 
     @property
     def tokens_per_image(self) -> int:
@@ -80,9 +77,10 @@ SIZES_OF_EXPERIMENT = {
         tower_images=32,
         enough=0.0,
         batch=8,
-        images=(2, 3),
+        images=(1, 2, 3),
         questions=4,
         least_steps=12,
+        asked_images=3,
         items=16,
         distractors=(4, 8),
         distractor_items=8,
