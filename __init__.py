@@ -64,9 +64,9 @@ __all__ = [
 _lazy = lazy_attributes(
     __name__,
     {
-        "ImageKVCache": "acceleration.image_cache",
+        "ImageKVCache": "acceleration.reuse.image_cache",
         "ImageLibrary": "image_library",
-        "SharedImagesCache": "acceleration.shared_images",
+        "SharedImagesCache": "acceleration.reuse.shared_images",
         "compose": "composition",
         "export_llava": "export",
         "migration": "",

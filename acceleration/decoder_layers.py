@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attention.text_queries import TextQueries
 from .decoder_run import layers_of
-from .text_queries import TextQueries
-from .tiled_mlp import checkpointed_tile, tiles_of
+from .memory.tiled_mlp import checkpointed_tile, tiles_of
 
 
 class CompiledDecoderLayers:
@@ -17,8 +17,8 @@ class CompiledDecoderLayers:
     Layers of one kind share a graph, and so do batches of one shape, with any number of images (none, too) at any position
     and any labels; a second graph serves all other lengths. The vision tower, the projector and the loss are not compiled.
     In evaluation mode nothing is: every length and every layer's cache would be a graph of its own. Parameters keep their
-    names, and nothing of it is saved. A layer whose memory is reduced (tiled_mlp.py, text_queries.py) is compiled in parts:
-    attention, norms, and the MLP or a tile of it.
+    names, and nothing of it is saved. A layer whose memory is reduced (memory/tiled_mlp.py, attention/text_queries.py) is
+    compiled in parts: attention, norms, and the MLP or a tile of it.
 
     Sets `torch._dynamo.config.optimize_ddp` to False for the process: torch would cut graphs at the buckets of
     `DistributedDataParallel`, which does not work with gradient checkpointing. Gradients are sent between layers anyway.

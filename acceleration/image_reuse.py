@@ -17,15 +17,15 @@ from transformers import Cache, DynamicCache
 from ..cache_dsvl import cached_types
 from ..inputs_dsvl import check_num_tiles
 from ..masks_dsvl import AttentionMask, visibilities
-from .compiled_prefill import TEXT_MULTIPLE, TILES_ALONE, CompiledPrefill, own_options, run_images
+from .attention.gathered_mask import Slots
+from .attention.key_rotation import KeyRotation, probe_rotation, rotate_keys
 from .decoder_run import head_size, run_decoder
-from .fingerprint import fingerprint_of
-from .gathered_mask import Slots
-from .image_cache import ImageKVCache, changing_ropes, lengths_by_image
-from .key_rotation import KeyRotation, probe_rotation, rotate_keys
-from .shared_images import SharedImages, SharedPrompt, shares_images
-from .split_images import SplitImageKVCache, SplitPrefillMask
-from .text_prefill import (
+from .parallel.split_images import SplitImageKVCache, SplitPrefillMask
+from .reuse.compiled_prefill import TEXT_MULTIPLE, TILES_ALONE, CompiledPrefill, own_options, run_images
+from .reuse.fingerprint import fingerprint_of
+from .reuse.image_cache import ImageKVCache, changing_ropes, lengths_by_image
+from .reuse.shared_images import SharedImages, SharedPrompt, shares_images
+from .reuse.text_prefill import (
     CopiedImages,
     EarlierTokens,
     TextPrefillMask,

@@ -4,9 +4,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..masks_dsvl import AttentionMask, Visibility
-from .fused_mask import FusedMask
-from .gathered_mask import GatheredMask
-from .image_parallelism import split_mask
+from .attention.fused_mask import FusedMask
+from .attention.gathered_mask import GatheredMask
+from .parallel.image_parallelism import split_mask
 
 
 def build_mask(

@@ -24,8 +24,8 @@ from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsvl.acceleration import build_mask
-from dsvl.acceleration.gathered_mask import GatheredMask
-from dsvl.acceleration.kernel_choice import can_fuse, decision
+from dsvl.acceleration.attention.gathered_mask import GatheredMask
+from dsvl.acceleration.attention.kernel_choice import can_fuse, decision
 from dsvl.attention_dsvl import routed_name
 from dsvl.masks_dsvl import visibilities
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
 
 from dsvl import DSVLForConditionalGeneration
-from dsvl.acceleration.frozen_linear import PRECISIONS
+from dsvl.acceleration.memory.frozen_linear import PRECISIONS
 from dsvl.demo.conversations import KINDS
 from dsvl.demo.scoring import held_out_conversations, score
 from dsvl.demo.training import BATCH_SIZE, TrainingConversations, training_arguments

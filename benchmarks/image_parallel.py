@@ -31,8 +31,8 @@ from many_images import LEVERS, Row, build, gib, host_gib
 from models import Shape
 from torch import distributed
 
-from dsvl.acceleration.image_parallelism import image_parallel
-from dsvl.acceleration.split_images import assign_images
+from dsvl.acceleration.parallel.image_parallelism import image_parallel
+from dsvl.acceleration.parallel.split_images import assign_images
 from dsvl.training.distributed import destroy_process_groups
 
 DEFAULT_LEVERS = ("tiles", "queries", "offload")

@@ -173,7 +173,7 @@ def measure(row: Row, model: Any, shape: Shape, text: int, warm_up: bool) -> dic
 
 def host_gib(model: Any) -> float:
     """Main memory that the offloaded activations reserve."""
-    from dsvl.acceleration.activation_offloading import ActivationOffloading
+    from dsvl.acceleration.memory.activation_offloading import ActivationOffloading
 
     hooks = [getattr(hook, "__self__", None) for hook in model.model.language_model._forward_pre_hooks.values()]
     return sum(hook.nbytes for hook in hooks if isinstance(hook, ActivationOffloading)) / 2**30

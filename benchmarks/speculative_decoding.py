@@ -23,9 +23,9 @@ from measure import describe_device, device_type, write
 from tokenizers import ByteLevelBPETokenizer
 from transformers import CompileConfig, StaticCache
 
-from dsvl.acceleration.decode_steps import DecodeSteps
-from dsvl.acceleration.speculative_decoding import PromptLookup
-from dsvl.acceleration.static_steps import StaticSteps
+from dsvl.acceleration.decoding.decode_steps import DecodeSteps
+from dsvl.acceleration.decoding.speculative_decoding import PromptLookup
+from dsvl.acceleration.decoding.static_steps import StaticSteps
 from dsvl.demo.scoring import held_out_conversations, turn_prompts
 from dsvl.transformers_dsvl import CACHE
 from dsvl.utils.model_loading import load_checkpoint

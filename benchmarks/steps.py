@@ -10,7 +10,7 @@ from measure import Table, utilise
 from models import Shape, dsvl, inputs, llava, twin
 from torch.utils.checkpoint import checkpoint
 
-from dsvl.acceleration.frozen_linear import PRECISIONS
+from dsvl.acceleration.memory.frozen_linear import PRECISIONS
 from dsvl.training.frozen_precision import freeze_in_8_bits
 from dsvl.training.liger import use_liger
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..acceleration.image_cache import reuse_is_exact
-from ..acceleration.text_prefill import can_extend
+from ..acceleration.reuse.image_cache import reuse_is_exact
+from ..acceleration.reuse.text_prefill import can_extend
 from ..composition.chat_template import check_template_variables
 from ..data.messages import SOURCES, frame_keys
 from ..generation_dsvl import IMAGE_INPUTS

@@ -32,7 +32,7 @@ class _QueueStreamer(BaseStreamer):
 
 
 class _StopRequested(StoppingCriteria):
-    may_be_late = True  # see acceleration/decoding_loop.py
+    may_be_late = True  # see acceleration/decoding/decoding_loop.py
 
     def __init__(self, requested: threading.Event) -> None:
         self.requested = requested

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from ..acceleration.kernel_choice import decision
+from ..acceleration.attention.kernel_choice import decision
 
 # Decoders of every kind for which the kernels are compiled: heads of (channels, softcap).
 KINDS = {"heads of 64": (64, None), "heads of 128": (128, None), "heads of 256": (256, None), "256, softcap": (256, 50.0)}

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from .. import __file__ as package_file
+from ..acceleration.attention.kernel_choice import SETTING, VARIABLE, unsupported
+from ..acceleration.attention.kernel_timings import HEAD_DIMS, cache_file, driver_version, tuned
 from ..acceleration.decoder_run import head_size
-from ..acceleration.kernel_choice import SETTING, VARIABLE, unsupported
-from ..acceleration.kernel_timings import HEAD_DIMS, cache_file, driver_version, tuned
 from ..acceleration_dsvl import INTERFACE_VERSION, acceleration
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration

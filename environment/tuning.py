@@ -4,9 +4,9 @@ import sys
 
 import torch
 
-from ..acceleration.kernel_check import check_kernels
-from ..acceleration.kernel_choice import unsupported
-from ..acceleration.kernel_timings import HEAD_DIMS, cache_file, identity, tune
+from ..acceleration.attention.kernel_check import check_kernels
+from ..acceleration.attention.kernel_choice import unsupported
+from ..acceleration.attention.kernel_timings import HEAD_DIMS, cache_file, identity, tune
 
 
 def tune_devices() -> None:

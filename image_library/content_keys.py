@@ -13,7 +13,7 @@ from .memory_tier import as_buffer
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # The code that computes an image's keys and values, and how they are stored.
-CODE = ("*_dsvl.py", "acceleration/*.py", "image_library/*.py")
+CODE = ("*_dsvl.py", "acceleration/**/*.py", "image_library/*.py")
 
 
 def tile_keys(images: dict[str, torch.Tensor]) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..acceleration.applicability import takes_image_cache
 from ..acceleration.decoder_run import head_size
-from ..acceleration.image_cache import ImageKVCache
+from ..acceleration.reuse.applicability import takes_image_cache
+from ..acceleration.reuse.image_cache import ImageKVCache
 from ..generation_dsvl import IMAGE_INPUTS
 from ..transformers_dsvl import BaseModelOutputWithPooling, gathers_weights
 from .content_keys import adapter_state, code_version, is_random, tile_keys

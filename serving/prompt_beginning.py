@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ..acceleration.image_cache import reuse_is_exact
+from ..acceleration.reuse.image_cache import reuse_is_exact
 from ..chat.prompts import read_prompt
 from ..image_library.content_keys import adapter_state
 from ..transformers_dsvl import CACHE

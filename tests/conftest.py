@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, StaticCache
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLProcessor
-from dsvl.acceleration import static_steps as static_steps_module
-from dsvl.acceleration.static_steps import StaticSteps, run_step
+from dsvl.acceleration.decoding import static_steps as static_steps_module
+from dsvl.acceleration.decoding.static_steps import StaticSteps, run_step
 from dsvl.transformers_dsvl import CACHE
 
 # Where the code that tests compile is kept: not where users' is.

@@ -20,8 +20,8 @@ from layout_models import SIZES, layout_parts, noise
 from plain_kernels import use_plain_kernels
 from torch import distributed, nn
 
-from dsvl.acceleration import kernels
-from dsvl.acceleration.image_parallelism import image_parallel
+from dsvl.acceleration.attention import kernels
+from dsvl.acceleration.parallel.image_parallelism import image_parallel
 from dsvl.positions_dsvl import token_positions
 from dsvl.training.distributed import destroy_process_groups
 from dsvl.training.frozen_precision import freeze_in_8_bits

@@ -8,10 +8,10 @@ import sys
 
 import torch
 
-from dsvl.acceleration import kernel_check, kernels
-from dsvl.acceleration.kernel_check import TOLERANCE, definition
-from dsvl.acceleration.kernels import fused_attention
-from dsvl.acceleration.token_lists import TokenLists
+from dsvl.acceleration.attention import kernel_check, kernels
+from dsvl.acceleration.attention.kernel_check import TOLERANCE, definition
+from dsvl.acceleration.attention.kernels import fused_attention
+from dsvl.acceleration.attention.token_lists import TokenLists
 
 CAPABILITIES = [(8, 0), (9, 0), (8, 9), (10, 0)]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dsvl.acceleration import fused_mask, kernel_choice, kernels
+from dsvl.acceleration.attention import fused_mask, kernel_choice, kernels
 
 
 def use_plain_kernels(monkeypatch: Any) -> None:

@@ -1,8 +1,10 @@
 """The travelling core is complete without the package's acceleration, and finds it through one versioned interface."""
 
+import ast
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import dsvl
 from dsvl import acceleration
-from dsvl.acceleration.gathered_mask import GatheredMask
+from dsvl.acceleration.attention.gathered_mask import GatheredMask
 from dsvl.masks_dsvl import BranchMasks
 
 CASES = [(family, backend) for family in FAMILIES for backend in backends(family) if backend != "eager"]
@@ -80,6 +82,27 @@ def own_code(folder, name):
     model_class = get_class_from_dynamic_module("modeling_dsvl.DSVLForConditionalGeneration", str(checkpoint))
     assert model_class.__module__.startswith("transformers_modules.")
     return checkpoint, model_class
+
+
+FOLDERS = ("attention", "memory", "reuse", "parallel", "decoding")
+SHARED = {"decoder_run", "int8"}
+
+
+def test_folders_depend_on_each_other_in_one_direction():
+    """On those before them, and on the files that all of them share."""
+    root = Path(acceleration.__file__).parent
+    assert {path.parent.name for path in root.glob("*/__init__.py")} == set(FOLDERS)
+    for number, folder in enumerate(FOLDERS):
+        allowed = {*FOLDERS[:number], *SHARED}
+        for path in (root / folder).glob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            used = {
+                name
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom) and node.level == 2
+                for name in ([node.module.split(".")[0]] if node.module else [alias.name for alias in node.names])
+            }
+            assert used <= allowed, f"{folder}/{path.name} imports {used - allowed}"
 
 
 INPUTS = {"input_ids": torch.tensor([[5, 6, 7]])}

@@ -15,8 +15,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from dsvl.acceleration import gathered_mask, query_intervals
-from dsvl.acceleration.gathered_mask import settled
+from dsvl.acceleration.attention import gathered_mask, query_intervals
+from dsvl.acceleration.attention.gathered_mask import settled
 from dsvl.masks_dsvl import Visibility, visibilities
 from dsvl.positions_dsvl import documents_of_positions
 

@@ -15,7 +15,7 @@ from training_runs import make_checkpoint
 from transformers import StaticCache
 
 from dsvl import ImageLibrary
-from dsvl.acceleration.compiled_prefill import CompiledPrefill
+from dsvl.acceleration.reuse.compiled_prefill import CompiledPrefill
 from dsvl.chat import DSVLChat
 from dsvl.chat.terminal import Terminal
 from dsvl.cli import main

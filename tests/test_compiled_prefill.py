@@ -7,7 +7,7 @@ import torch
 from conftest import FAMILIES, IMAGE_ID, batch, random_images, tiny_model
 from transformers import Cache, DynamicCache, StaticCache
 
-from dsvl.acceleration import compiled_prefill
+from dsvl.acceleration.reuse import compiled_prefill
 from dsvl.cache_dsvl import cached_images, cached_positions, cached_types
 
 KINDS = ("dynamic", "static")

@@ -9,8 +9,8 @@ from conftest import FAMILIES, batch, tiny_model
 from test_decoding import Collector, endings
 from transformers import DynamicCache, StoppingCriteria
 
-from dsvl.acceleration import decode_steps, decoding_loop
-from dsvl.acceleration.decode_steps import DecodeSteps, StepMask
+from dsvl.acceleration.decoding import decode_steps, decoding_loop
+from dsvl.acceleration.decoding.decode_steps import DecodeSteps, StepMask
 from dsvl.cache_dsvl import cached_positions, cached_types
 from dsvl.masks_dsvl import DecodeMask
 

@@ -9,7 +9,7 @@ from conftest import PAD_ID, batch, run_uncompiled, tiny_model
 from transformers import CompileConfig, StaticCache, StopStringCriteria, TextStreamer
 
 from dsvl import DSVLForConditionalGeneration
-from dsvl.acceleration import decoding_loop
+from dsvl.acceleration.decoding import decoding_loop
 from dsvl.cache_dsvl import cached_types
 from dsvl.utils.quantization import quantization_config
 

@@ -10,7 +10,7 @@ from conftest import FAMILIES, batch, tiny_model
 from training_runs import make_checkpoint
 
 from dsvl import cli, masks_dsvl
-from dsvl.acceleration import kernel_choice, kernel_timings
+from dsvl.acceleration.attention import kernel_choice, kernel_timings
 from dsvl.environment import report, tuning
 from dsvl.environment.attention import attention_of
 

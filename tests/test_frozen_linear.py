@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dsvl.acceleration import frozen_linear
-from dsvl.acceleration.frozen_linear import (
+from dsvl.acceleration.memory import frozen_linear
+from dsvl.acceleration.memory.frozen_linear import (
     PRECISIONS,
     FrozenLinear,
     multiply,

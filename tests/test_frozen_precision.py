@@ -15,9 +15,9 @@ from torch import nn
 from training_runs import STEPS, losses, make_checkpoint, make_conversations, take_back, weights
 
 from dsvl import DSVLForConditionalGeneration
-from dsvl.acceleration import frozen_linear
-from dsvl.acceleration.activation_offloading import offload_activations
-from dsvl.acceleration.frozen_linear import PRECISIONS
+from dsvl.acceleration.memory import frozen_linear
+from dsvl.acceleration.memory.activation_offloading import offload_activations
+from dsvl.acceleration.memory.frozen_linear import PRECISIONS
 from dsvl.cli import main
 from dsvl.training import freeze_in_8_bits, lora_config, measure_errors, merge_adapters
 from dsvl.training.frozen_precision import describe_frozen_weights, describe_products, frozen_linears, saved_name
@@ -210,7 +210,7 @@ def test_with_compiled_layers_checkpointing_and_reduced_memory_it_is_the_same(wa
 
 
 def test_offloading_leaves_8_bit_weights_where_they_are(monkeypatch):
-    from dsvl.acceleration import activation_offloading
+    from dsvl.acceleration.memory import activation_offloading
 
     monkeypatch.setattr(activation_offloading, "MIN_BYTES", 1)
     model = model_of_four()

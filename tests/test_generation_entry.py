@@ -1,4 +1,4 @@
-"""`acceleration/generation_entry.py`: the decode loop gets what transformers' own `generate` would hand it."""
+"""`acceleration/decoding/generation_entry.py`: the decode loop gets what transformers' own `generate` would hand it."""
 
 import copy
 from typing import Any

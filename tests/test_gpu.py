@@ -7,11 +7,11 @@ from test_attention import packed
 from transformers import DynamicCache, StaticCache
 
 from dsvl import DSVLForConditionalGeneration, cli
-from dsvl.acceleration import kernel_choice, kernel_timings
-from dsvl.acceleration.frozen_linear import FrozenLinear, why_not_in_fp8
-from dsvl.acceleration.fused_mask import FusedMask
-from dsvl.acceleration.kernel_check import check_kernels
-from dsvl.acceleration.kernel_choice import can_fuse, unsupported
+from dsvl.acceleration.attention import kernel_choice, kernel_timings
+from dsvl.acceleration.attention.fused_mask import FusedMask
+from dsvl.acceleration.attention.kernel_check import check_kernels
+from dsvl.acceleration.attention.kernel_choice import can_fuse, unsupported
+from dsvl.acceleration.memory.frozen_linear import FrozenLinear, why_not_in_fp8
 from dsvl.image_library import ImageLibrary
 from dsvl.utils.cache_cropping import crop
 from dsvl.utils.quantization import quantization_config

@@ -161,7 +161,8 @@ import torch
 from torch import distributed
 sys.path.insert(0, sys.argv[1])
 from conftest import batch, tiny_model
-from dsvl.acceleration import image_parallel, split_attention
+from dsvl.acceleration import image_parallel
+from dsvl.acceleration.attention import split_attention
 
 rank = int(__import__("os").environ["LOCAL_RANK"])
 torch.cuda.set_device(rank)

@@ -1,6 +1,8 @@
 """The image library: the same answers as without it, from images that are encoded once."""
 
 import copy
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from conftest import FAMILIES, PER_IMAGE, batch, random_images, tiny_model
 from transformers import DynamicCache, StaticCache
 
-from dsvl.image_library import ImageLibrary
+from dsvl.image_library import ImageLibrary, content_keys
 
 SIZE = 2**26
 LAYOUTS = ("ttIItIttttt", "tItt", "tttttt", "ttIt")
@@ -299,3 +301,30 @@ def test_more_images_than_fit_are_encoded_as_without_a_library() -> None:
         without(model, **inputs, max_new_tokens=4, do_sample=False)
     )
     assert model.image_library.counts.bypassed == 1 and len(model.image_library.tiers.memory) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("masks_dsvl.py", True),
+        ("acceleration/image_reuse.py", True),
+        ("acceleration/attention/kernels.py", True),
+        ("acceleration/reuse/__init__.py", True),
+        ("image_library/library.py", True),
+        ("chat/conversation.py", False),
+    ],
+)
+def test_the_version_of_the_code_changes_with_each_file_that_computes_images(
+    name: str, counts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("acceleration", "chat", "image_library"):
+        shutil.copytree(content_keys.PACKAGE / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in content_keys.PACKAGE.glob("*_dsvl.py"):
+        shutil.copy(path, tmp_path)
+    before = content_keys.code_version()
+    monkeypatch.setattr(content_keys, "PACKAGE", tmp_path)
+    version = content_keys.code_version.__wrapped__  # not the one that is kept
+    assert version() == before
+    with (tmp_path / name).open("a", encoding="utf-8") as file:
+        file.write("# changed\n")
+    assert (version() != before) == counts

@@ -26,8 +26,8 @@ from training_runs import (
 )
 
 from dsvl.acceleration import check_image_parallel, image_parallel
-from dsvl.acceleration.split_batch import split_batch
-from dsvl.acceleration.split_images import assign_images
+from dsvl.acceleration.parallel.split_batch import split_batch
+from dsvl.acceleration.parallel.split_images import assign_images
 
 FOLDER = Path(__file__).parent
 # With this layout some batches have an image for one process alone, and one has none.

@@ -13,10 +13,10 @@ from plain_kernels import use_plain_kernels
 from training_runs import command, environment
 from transformers import LlamaConfig
 
-from dsvl.acceleration import kernel_check, kernel_choice, kernel_timings, kernels
-from dsvl.acceleration.kernel_check import check_kernels
-from dsvl.acceleration.kernel_choice import Heads, can_fuse, decision
-from dsvl.acceleration.kernel_timings import Shape, Times, cache_file, tune, tuned
+from dsvl.acceleration.attention import kernel_check, kernel_choice, kernel_timings, kernels
+from dsvl.acceleration.attention.kernel_check import check_kernels
+from dsvl.acceleration.attention.kernel_choice import Heads, can_fuse, decision
+from dsvl.acceleration.attention.kernel_timings import Shape, Times, cache_file, tune, tuned
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 SLOW = Times(64, (Shape(2048, 512, 2.0, 1.0),))
@@ -197,7 +197,7 @@ JOB = """
 import torch
 from torch import distributed
 from transformers import LlamaConfig
-from dsvl.acceleration import kernel_choice
+from dsvl.acceleration.attention import kernel_choice
 from dsvl.training.distributed import destroy_process_groups
 
 distributed.init_process_group("gloo")
@@ -295,4 +295,4 @@ def test_both_attentions_that_are_timed_are_the_same(small_tuning, monkeypatch):
 def test_the_heads_of_a_decoder():
     assert Heads.of(decoder()) == Heads(64, 2, 0.0)
     assert kernel_check.TOLERANCE.keys() >= set(kernels.DTYPES)
-    assert sys.modules["dsvl.acceleration.fused_mask"].can_fuse is can_fuse
+    assert sys.modules["dsvl.acceleration.attention.fused_mask"].can_fuse is can_fuse

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsvl.acceleration import kernels, launch_configs
-from dsvl.acceleration.token_lists import TokenLists
+from dsvl.acceleration.attention import kernels, launch_configs
+from dsvl.acceleration.attention.token_lists import TokenLists
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which compiles without a GPU"),

@@ -13,9 +13,9 @@ from kernel_layouts import TOLERANCE, relative_errors
 from plain_kernels import use_plain_kernels
 from torch.utils.checkpoint import checkpoint
 
-from dsvl.acceleration import kernels
-from dsvl.acceleration.launch_configs import has_tma, shared_memory
-from dsvl.acceleration.token_lists import TokenLists
+from dsvl.acceleration.attention import kernels
+from dsvl.acceleration.attention.launch_configs import has_tma, shared_memory
+from dsvl.acceleration.attention.token_lists import TokenLists
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

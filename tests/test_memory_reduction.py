@@ -11,9 +11,9 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsvl import DSVLForConditionalGeneration
-from dsvl.acceleration import activation_offloading
-from dsvl.acceleration.activation_offloading import offload_activations
-from dsvl.acceleration.tiled_mlp import tiles_of
+from dsvl.acceleration.memory import activation_offloading
+from dsvl.acceleration.memory.activation_offloading import offload_activations
+from dsvl.acceleration.memory.tiled_mlp import tiles_of
 from dsvl.training.adapters import lora_config
 from dsvl.training.arguments import parse
 

@@ -250,7 +250,7 @@ def test_rotation_in_parts_is_the_same(monkeypatch):
     cache = model.encode_images(random_images(2))
     rotation, positions = model.image_reuse.rotation(cache.device), torch.arange(2 * PER_IMAGE)
     whole = rotation(cache.keys, positions)
-    monkeypatch.setattr("dsvl.acceleration.key_rotation.ROTATED_AT_ONCE", 2 * cache.keys[0].numel())
+    monkeypatch.setattr("dsvl.acceleration.attention.key_rotation.ROTATED_AT_ONCE", 2 * cache.keys[0].numel())
     assert rotation(cache.keys, positions).equal(whole)
 
 

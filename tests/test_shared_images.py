@@ -12,9 +12,10 @@ from test_reuse import LAYOUTS, greedy
 from transformers import QuantizedCache
 
 from dsvl import DSVLModel, ImageKVCache, SharedImagesCache
-from dsvl.acceleration import image_states, shared_images
+from dsvl.acceleration.attention import image_states
 from dsvl.acceleration.int8 import dequantize, quantize
-from dsvl.acceleration.shared_images import SharedImagesLayer
+from dsvl.acceleration.reuse import shared_images
+from dsvl.acceleration.reuse.shared_images import SharedImagesLayer
 
 IMAGE_DETAILS = ("num_tiles", "pixel_attention_mask", "spatial_shapes")
 # How a KV cache comes to share images without rounding them.

@@ -9,9 +9,9 @@ from conftest import FAMILIES, batch, run_uncompiled, tiny_model
 from test_decoding import Collector
 from transformers import CompileConfig, DynamicCache, StaticCache, StoppingCriteria
 
-from dsvl.acceleration.decode_steps import DecodeSteps
-from dsvl.acceleration.speculative_decoding import PromptLookup
-from dsvl.acceleration.static_steps import StaticSteps
+from dsvl.acceleration.decoding.decode_steps import DecodeSteps
+from dsvl.acceleration.decoding.speculative_decoding import PromptLookup
+from dsvl.acceleration.decoding.static_steps import StaticSteps
 from dsvl.cache_dsvl import cached_types
 from dsvl.image_library import ImageLibrary
 

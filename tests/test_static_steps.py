@@ -8,8 +8,8 @@ from conftest import FAMILIES, batch, run_uncompiled, tiny_model
 from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from dsvl.acceleration.decode_steps import DecodeSteps
-from dsvl.acceleration.static_steps import StaticSteps
+from dsvl.acceleration.decoding.decode_steps import DecodeSteps
+from dsvl.acceleration.decoding.static_steps import StaticSteps
 from dsvl.cache_dsvl import cached_positions, cached_types
 from dsvl.transformers_dsvl import CACHE
 

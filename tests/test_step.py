@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsvl import modeling_dsvl
-from dsvl.acceleration import build_mask, fused_mask, gathered_mask, kernels
+from dsvl.acceleration import build_mask
+from dsvl.acceleration.attention import fused_mask, gathered_mask, kernels
 from dsvl.masks_dsvl import visibilities
 
 LAYOUTS = ("ttItttItttt", "tItttttItttt", "IttIttt")

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ..acceleration.activation_offloading import offload_activations
-from ..acceleration.tiled_mlp import tile_mlp
+from ..acceleration.memory.activation_offloading import offload_activations
+from ..acceleration.memory.tiled_mlp import tile_mlp
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS, no_init_weights

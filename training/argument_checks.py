@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..acceleration.frozen_linear import PRECISIONS
+from ..acceleration.memory.frozen_linear import PRECISIONS
 from ..utils.transformers_names import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from ..video_decoding_dsvl import VideoSampling
 from .deepspeed_config import zero_stage

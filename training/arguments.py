@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..acceleration.frozen_linear import PRECISIONS
+from ..acceleration.memory.frozen_linear import PRECISIONS
 from ..data.commands import MAX_BAD_SAMPLES_HELP
 from ..data.sample_errors import MAX_BAD_SAMPLES
 from ..utils.deprecation import RenamedFlag

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..acceleration.frozen_linear import FrozenLinear
+from ..acceleration.memory.frozen_linear import FrozenLinear
 from ..utils.atomic_files import write_atomically
 from .frozen_precision import frozen_linears, saved_name
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..acceleration.decoder_run import layers_of
-from ..acceleration.frozen_linear import FrozenLinear, why_not_in_fp8
+from ..acceleration.memory.frozen_linear import FrozenLinear, why_not_in_fp8
 from .adapter_targets import target_pattern
 from .adapters import LABELS, TOWERS
 from .plan import size
@@ -35,7 +35,7 @@ def freeze_in_8_bits(
 
     Args:
         model: a model with `model.language_model` and `model.vision_tower`, such as `DSVLForConditionalGeneration`.
-        precision: "fp8" or "int8", see `dsvl.acceleration.frozen_linear`.
+        precision: "fp8" or "int8", see `dsvl.acceleration.memory.frozen_linear`.
         keep: linear layers that keep their precision, by name or path as for `--lora-targets`, *optional*, defaults to the
             first and the last layer of the decoder. The output head always keeps it.
         source: directory or Hub name of the checkpoint that the model was loaded from; original weights are read from its

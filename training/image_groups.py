@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
 
-from ..acceleration.image_parallelism import check_image_parallel, image_parallel
+from ..acceleration.parallel.image_parallelism import check_image_parallel, image_parallel
 
 
 class ImageGroups:

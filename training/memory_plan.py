@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..acceleration.frozen_linear import PRECISIONS
+from ..acceleration.memory.frozen_linear import PRECISIONS
 from ..configuration_dsvl import DSVLConfig
 from ..transformers_dsvl import GradientCheckpointingLayer
 from .activation_memory import StepTracer

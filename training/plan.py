@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HFValidationError
 
-from ..acceleration.frozen_linear import PRECISIONS
-from ..acceleration.tiled_mlp import DEFAULT_TILE
+from ..acceleration.memory.frozen_linear import PRECISIONS
+from ..acceleration.memory.tiled_mlp import DEFAULT_TILE
 from ..configuration_dsvl import DSVLConfig
 from ..utils.deprecation import RenamedFlag
 from ..utils.local_paths import check_exists

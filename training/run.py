@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ..acceleration.kernel_choice import agree
+from ..acceleration.attention.kernel_choice import agree
 from ..configuration_dsvl import DSVLConfig
 from ..data.streaming import Stream
 from ..publishing.push import push_directory

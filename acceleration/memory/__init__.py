@@ -1,0 +1,1 @@
+"""Training in less memory: layers in tiles, checkpoints on the host, frozen layers in 8 bits."""
