@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from measure import device_name, device_type
 from torch import nn
-from torch._inductor import config as inductor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM
 
 from attention_quality.language import make_tokenizer, train_language_model
@@ -78,20 +77,17 @@ def deterministic() -> Iterator[None]:
     """Deterministic algorithms, so that one seed gives the same weights again on the same device with the same releases.
 
     An operation that has no deterministic algorithm raises a RuntimeError: with warnings alone, attention would choose
-    another one.
+    another one. From torch 2.10, compiled kernels are not chosen by their times then.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
     before, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
-    compiler = inductor.deterministic
     torch.use_deterministic_algorithms(True)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would be chosen, and is not deterministic
-    inductor.deterministic = True  # no kernel is chosen by its time
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        inductor.deterministic = compiler
 
 
 def weights_hash(*modules: nn.Module) -> str:
