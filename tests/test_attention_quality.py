@@ -602,7 +602,7 @@ def test_the_learning_rate_is_chosen_on_the_seed_that_is_not_reported(load):
 
 def test_the_plan_is_the_one_of_the_issue(load):
     plan = load("plan")
-    rates = {(mode, arm): 1e-3 for mode in plan.MODES for arm in load("arms").ARMS}
+    rates = {(mode, arm): rate for mode in plan.MODES for arm, rate in zip(plan.PRIMARY, (1e-3, 2e-3, 4e-3), strict=True)}
     runs = {name: plan.runs_of(stage, rates, {"causal": 2.0, "mmca": 1.0}) for name, stage in plan.STAGES.items()}
     primary = runs["primary"]
     assert len(primary) == 18 and {run.arm for run in primary} == {"causal", "mmca", "alpha"}
@@ -615,6 +615,8 @@ def test_the_plan_is_the_one_of_the_issue(load):
     for mode in ("lora", "full"):
         assert {(mode, 16384, arm, seed) for arm in plan.PRIMARY for seed in (0, 1)} <= explored
     assert {("frozen", 16384, arm, seed) for arm in load("arms").ARMS for seed in (0, 1)} <= explored
+    varied = {run.arm: run.learning_rate for run in runs["arms"]}
+    assert varied["bidirectional"] == 1e-3 and varied["mmca_upper"] == 2e-3 and varied["alpha_own_image"] == 4e-3
     names = [run.name for stage in runs.values() for run in stage]
     assert len(set(names)) == len(names)
 

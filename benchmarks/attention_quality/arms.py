@@ -124,6 +124,7 @@ class Arm:
         lower: those of the lower half.
         core: the `multimodal_attention` of the package that computes it; None for a `Form`.
         exact_reuse: whether an image's keys and values depend on the image alone.
+        varies: the arm of the primary comparison that it varies; it takes that one's learning rate.
     """
 
     about: str
@@ -131,6 +132,7 @@ class Arm:
     lower: Callable[[Tokens], Sets]
     core: str | None = None
     exact_reuse: bool = False
+    varies: str | None = None
 
 
 def _arm(about: str, sets: Callable[[Tokens], Sets], **more: Any) -> Arm:
@@ -143,15 +145,17 @@ ARMS = {
     "alpha": _arm(
         "text: one softmax over T(i) and I(i); image: its own value (D-Attn, arXiv 2502.01906)", alpha, exact_reuse=True
     ),
-    "bidirectional": _arm("as causal; image: also the later tokens of its image", bidirectional),
-    "mmca_own_image": _arm("as mmca; image: softmax over O(i), its whole image", mmca_own_image, exact_reuse=True),
-    "mmca_upper": Arm("mmca in the upper half of the layers, causal in the lower", mmca, causal),
-    "alpha_own_image": _arm(
-        "text: one softmax over T(i) and I(i); image: softmax over O(i)", alpha_own_image, exact_reuse=True
+    "bidirectional": _arm("as causal; image: also the later tokens of its image", bidirectional, varies="causal"),
+    "mmca_own_image": _arm(
+        "as mmca; image: softmax over O(i), its whole image", mmca_own_image, exact_reuse=True, varies="mmca"
     ),
-    "alpha_number": _arm("as alpha_own_image; image: also the token before its image, its number", alpha_number),
+    "mmca_upper": Arm("mmca in the upper half of the layers, causal in the lower", mmca, causal, varies="mmca"),
+    "alpha_own_image": _arm("as alpha; image: softmax over O(i)", alpha_own_image, exact_reuse=True, varies="alpha"),
+    "alpha_number": _arm(
+        "as alpha_own_image; image: also the token before its image, its number", alpha_number, varies="alpha"
+    ),
     "mmca_sees_text": _arm(
-        "as mmca; image: its own value + softmax over T(i), the direction of arXiv 2503.02597", mmca_sees_text
+        "as mmca; image: its own value + softmax over T(i), the direction of arXiv 2503.02597", mmca_sees_text, varies="mmca"
     ),
 }
 PRIMARY = ("causal", "mmca", "alpha")

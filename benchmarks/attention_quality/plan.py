@@ -86,7 +86,6 @@ STAGES = {
         ("causal", "mmca"), "frozen", (CONVERSATIONS,), PRIMARY_SEEDS, "the primary comparison at equal device time", True
     ),
     "data": Stage(PRIMARY, "frozen", (1024, 4096), EXPLORATORY_SEEDS, "exploratory: less data"),
-    "rates-arms": Stage(OTHERS, "frozen", (CONVERSATIONS,), (RATE_SEED,), "learning rates of the other arms"),
     "arms": Stage(OTHERS, "frozen", (CONVERSATIONS,), EXPLORATORY_SEEDS, "exploratory: the other arms"),
     "data-64k": Stage(PRIMARY, "frozen", (65536,), EXPLORATORY_SEEDS, "exploratory: more data"),
     "rates-lora": Stage(PRIMARY, "lora", (CONVERSATIONS,), (RATE_SEED,), "learning rates with LoRA"),
@@ -130,11 +129,11 @@ def runs_of(stage: Stage, rates: dict[tuple[str, str], float], step_times: dict[
             for arm in arms:
                 if stage.chooses_rates:
                     choices: Iterable[float] = LEARNING_RATES[stage.mode]
-                elif (stage.mode, arm) in rates:
-                    choices = [rates[stage.mode, arm]]
+                elif (stage.mode, tried := ARMS[arm].varies or arm) in rates:
+                    choices = [rates[stage.mode, tried]]
                 else:
                     raise ValueError(
-                        f"No learning rate of {arm!r} ({stage.mode}) was chosen: some of its runs on seed {RATE_SEED} are "
+                        f"No learning rate of {tried!r} ({stage.mode}) was chosen: some of its runs on seed {RATE_SEED} are "
                         "missing; run its stage of rates first."
                     )
                 runs += [Run(arm, stage.mode, conversations, seed, rate, share) for rate in choices]
