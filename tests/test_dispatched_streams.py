@@ -117,6 +117,7 @@ from datasets import load_dataset
 from transformers import AutoProcessor, Trainer, TrainingArguments
 from dsvl import DSVLForConditionalGeneration
 from dsvl.training import ConversationCollator, DSVLTrainer
+from dsvl.training.distributed import destroy_process_groups
 
 folder, data, kind, out = sys.argv[1:]
 kind = {"Trainer": Trainer, "DSVLTrainer": DSVLTrainer}[kind]
@@ -136,6 +137,7 @@ trainer.train()
 # A file for each: what two processes print may share a line.
 os.makedirs(out, exist_ok=True)
 Path(out, f"seen_{arguments.process_index}").write_text(str(seen))
+destroy_process_groups()
 """
 
 
