@@ -40,21 +40,22 @@ HOPPER: Configs = {
     128: {"fwd": BlockConfig(64, 64, 4, 3), "bwd_dq": BlockConfig(128, 64, 8, 3), "bwd_dkdv": BlockConfig(64, 64, 4, 2)},
     256: {"fwd": BlockConfig(64, 64, 8, 2), "bwd_dq": BlockConfig(64, 64, 8, 2), "bwd_dkdv": BlockConfig(64, 64, 8, 2)},
 }
-# The others were compiled, not measured: large blocks that spill 16 bytes a thread at most without a softcap.
+# The others were compiled, not measured: large blocks that spill 16 bytes a thread at most without a softcap, with any
+# number of query heads to a key-value head.
 # 10.x: accumulators are in tensor memory, which leaves registers.
 BLACKWELL: Configs = HOPPER | {
     128: {"fwd": BlockConfig(64, 64, 8, 2), "bwd_dq": BlockConfig(64, 64, 8, 2), "bwd_dkdv": BlockConfig(32, 64, 8, 2)},
-    256: {"fwd": BlockConfig(64, 64, 8, 2), "bwd_dq": BlockConfig(64, 64, 8, 2), "bwd_dkdv": BlockConfig(32, 64, 8, 2)},
+    256: {"fwd": BlockConfig(64, 64, 8, 2), "bwd_dq": BlockConfig(64, 64, 8, 2), "bwd_dkdv": BlockConfig(32, 32, 8, 2)},
 }
 # Loads by pointer in 99 KiB of shared memory.
 POINTERS: Configs = {
-    64: {"fwd": BlockConfig(64, 64, 4, 3), "bwd_dq": BlockConfig(64, 32, 4, 2), "bwd_dkdv": BlockConfig(32, 64, 4, 2)},
+    64: {"fwd": BlockConfig(64, 64, 4, 3), "bwd_dq": BlockConfig(64, 32, 4, 2), "bwd_dkdv": BlockConfig(64, 32, 4, 2)},
     128: {"fwd": BlockConfig(128, 32, 8, 2), "bwd_dq": BlockConfig(64, 64, 8, 2), "bwd_dkdv": BlockConfig(64, 64, 8, 2)},
     256: {"fwd": BlockConfig(64, 32, 8, 2), "bwd_dq": BlockConfig(32, 32, 8, 2), "bwd_dkdv": BlockConfig(32, 32, 8, 2)},
 }
 # Loads by pointer in 163 KiB.
 POINTERS_163: Configs = POINTERS | {
-    256: {"fwd": BlockConfig(64, 64, 8, 2), "bwd_dq": BlockConfig(64, 64, 8, 2), "bwd_dkdv": BlockConfig(64, 64, 8, 2)},
+    256: {"fwd": BlockConfig(64, 64, 8, 2), "bwd_dq": BlockConfig(64, 64, 8, 2), "bwd_dkdv": BlockConfig(64, 32, 8, 2)},
 }
 # float32, which gives correct results but is never chosen: sizes that fit into every shared memory.
 FLOAT32 = {"fwd": BlockConfig(64, 32, 4, 1), "bwd_dq": BlockConfig(64, 32, 4, 1), "bwd_dkdv": BlockConfig(32, 32, 4, 1)}
