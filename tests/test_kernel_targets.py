@@ -20,9 +20,8 @@ CAPABILITIES = [(8, 0), (8, 9), (9, 0), (10, 0)]
 LAUNCHED = ("_pack_kernel", "_fwd_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel")
 REGISTERS = 65536  # of a multiprocessor
 TENSOR_MEMORY = 512  # columns, Blackwell
-# Bytes that a thread may spill, 4 for a register. Hopper's configurations are the fastest that were measured. With heads
-# of 256, `_bwd_dkdv_kernel` spills 112 where 4 query heads share a key-value head.
-SPILLS, SPILLS_HOPPER, SPILLS_SOFTCAP = 16, 112, 352
+# Bytes that a thread may spill, 4 for a register. Hopper's configurations are the fastest that were measured.
+SPILLS, SPILLS_HOPPER, SPILLS_SOFTCAP = 16, 80, 352
 
 
 class Target:
@@ -122,7 +121,12 @@ def test_they_fit_into_every_architecture(capability, monkeypatch, tmp_path):
 @pytest.mark.parametrize("options", [(1, 0.0, False), (4, 0.0, True), (2, 50.0, True)])
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (80, torch.float16), (256, torch.bfloat16)])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_they_fit_with_windows_groups_and_softcaps(capability, head_dim, dtype, options, monkeypatch, tmp_path):
+def test_they_fit_with_windows_groups_and_softcaps(capability, head_dim, dtype, options, monkeypatch, tmp_path, request):
+    if (capability, head_dim, options[0]) == ((9, 0), 256, 4):
+        reason = (
+            "spills 112 bytes: Hopper's block of dK and dV was the fastest measured; one of (32, 64) spills none, not timed"
+        )
+        request.applymarker(pytest.mark.xfail(raises=AssertionError, strict=True, reason=reason))
     check(monkeypatch, tmp_path, capability, dtype, head_dim, *options)
 
 
