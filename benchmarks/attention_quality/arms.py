@@ -56,11 +56,9 @@ class Tokens:
     def own_heading(self) -> torch.Tensor:
         """The key of the token before the query's image, which the chat template writes and which holds the image's number:
         (batch, queries, keys)."""
-        first = self.is_image & (self.image != nn.functional.pad(self.image[:, :-1], (1, 0), value=-1))
-        # A key is a heading where the next token is an image's first; its image is that of the next token.
-        is_heading = nn.functional.pad(first[:, 1:], (0, 1))
-        of_image = nn.functional.pad(self.image[:, 1:], (0, 1), value=-1).masked_fill(~is_heading, -1)
-        return (self.image[:, :, None] == of_image[:, None]) & self.is_image[:, :, None]
+        following = nn.functional.pad(self.image[:, 1:], (0, 1), value=-1)
+        begun = torch.where(following != self.image, following, -1)  # the image that begins after a key
+        return (self.image[:, :, None] == begun[:, None]) & self.is_image[:, :, None]
 
     @property
     def from_image(self) -> torch.Tensor:
