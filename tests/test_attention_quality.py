@@ -639,7 +639,11 @@ def test_the_report_shows_every_arm_and_what_is_missing(load, tmp_path):
     assert "| mean | one image |" in text
     assert "Run `frozen-1024-mmca-seed0-rate0.001` failed: OutOfMemoryError: too large" in text
     assert "Stage `lora`, exploratory: LoRA: not begun." in text
-    assert (tmp_path / "curves.svg").read_text().startswith("<?xml") and (tmp_path / "data.svg").exists()
+    assert (tmp_path / "curves.svg").read_text().startswith("<?xml") and not (tmp_path / "data.svg").exists()
+    less = plan.as_json(plan.Run("causal", "frozen", 1024, 0, 1e-3))
+    save_records(plan, tmp_path, [made_up(plan, "causal", {"all": 0.3}, 0, rng, run=less)])
+    assert "## frozen, 1,024 conversations (exploratory)" in load("report").write_report(tmp_path, tmp_path)
+    assert (tmp_path / "data.svg").exists()
 
 
 def test_a_report_compares_runs_of_one_version(load, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 from measure import write
 from transformers.utils import logging
 
-from attention_quality.arms import ARMS
+from attention_quality.arms import ARMS, PRIMARY
 from attention_quality.parts import make_parts
 from attention_quality.plan import STAGES, path_of
 from attention_quality.runs import do_runs, do_side_by_side, missing_runs
@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     runs.add_argument("--only", nargs="+", help="names of runs of the stages (default: all)")
 
     timed = commands.add_parser("step-times", help="time a step of each arm, with nothing else on the device")
-    timed.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    timed.add_argument("--arms", nargs="+", choices=ARMS, default=list(PRIMARY))
     timed.add_argument("--rounds", type=int, default=20)
 
     report = commands.add_parser("report", help="table, curves and verdict")

@@ -223,7 +223,7 @@ def draw_data(records: Sequence[Record]) -> Figure:
 
 
 def write_report(folder: Path, out: Path) -> str:
-    """Write `report.md`, `curves.svg` and `data.svg`; returns the text.
+    """Write `report.md`, `curves.svg` and, with several numbers of conversations, `data.svg`; returns the text.
 
     Args:
         folder: of the results.
@@ -265,7 +265,9 @@ def write_report(folder: Path, out: Path) -> str:
     text = "\n".join(lines)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(text)
-    drawn: dict[str, Any] = {"curves.svg": draw_curves, "data.svg": draw_data}
+    drawn: dict[str, Any] = {"curves.svg": draw_curves}
+    if len({conversations for mode, conversations in groups if mode == "frozen"}) > 1:
+        drawn["data.svg"] = draw_data
     with pyplot.rc_context(LOOK):
         for name, draw in drawn.items():
             save(draw(records), first, out / name)
