@@ -234,8 +234,14 @@ def keys_by_definition(arm, layer, layers, i, types, image):
         return [[i]] if types[i] else [list(past)]
     if arm == "alpha_own_image":
         return [own_image] if types[i] else [list(past)]
-    if arm == "alpha_number":
-        return [[own_image[0] - 1, *own_image]] if types[i] else [list(past)]
+    if arm.startswith("block"):
+        if not types[i] and not (i + 1 < len(types) and types[i + 1]):
+            return [list(past)]
+        if not types[i]:
+            return [[i]]
+        number = own_image[0] - 1
+        own = {"block": range(own_image[0], i + 1), "block_number": [i], "block_bidirectional": own_image}[arm]
+        return [[number, *own]]
     if not types[i]:
         return [text, images]
     return {"mmca": [[i]], "mmca_own_image": [own_image], "mmca_sees_text": [text, [i]]}[arm]
@@ -276,34 +282,55 @@ ARMS = (
     "causal",
     "mmca",
     "alpha",
+    "block",
+    "block_number",
+    "mmca_title",
+    "block_bidirectional",
     "bidirectional",
     "mmca_own_image",
     "mmca_upper",
     "alpha_own_image",
-    "alpha_number",
     "mmca_sees_text",
 )
 
 
 def hidden_states(load, size, arm, inputs):
     model, _ = load("runs").compose_arm(shared(load, size, torch.float64), arm, seed=0)
+    if arm == "mmca_title":  # which begins as mmca
+        torch.nn.init.normal_(model.model.title.map.weight, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         return model, model(**inputs, use_cache=False, output_hidden_states=True)
+
+
+def with_titles_added(model, weight, inputs, image):
+    """The inputs as embeddings, those of an image's tokens with the mapped embedding of the token before the image."""
+    with torch.no_grad():
+        ids, table = inputs["input_ids"], model.get_input_embeddings().weight
+        features = iter(torch.cat(list(model.model.get_image_features(inputs["pixel_values"]).pooler_output)))
+        embeds, types = table[ids], ids == model.config.image_token_id
+        for row in range(len(ids)):
+            for i in types[row].nonzero().flatten().tolist():
+                first = min(j for j in range(len(ids[row])) if types[row, j] and image[row][j] == image[row][i])
+                embeds[row, i] = next(features) + weight @ table[ids[row, first - 1]]
+    return {"inputs_embeds": embeds, "mm_token_type_ids": types.long()}
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_an_arm_is_what_a_loop_over_queries_and_keys_gives(load, batch, arm):
     size, inputs = batch
     model, outputs = hidden_states(load, size, arm, inputs)
-    is_image = inputs["input_ids"] == model.config.image_token_id
+    ids = inputs["input_ids"]
+    is_image = ids == model.config.image_token_id
     assert is_image.sum(1).tolist() == [8, 8]
     image = [[int(count - 1) // 4 for count in row] for row in is_image.cumsum(-1)]
     by_loop, _ = load("runs").compose_arm(shared(load, size, torch.float64), "causal", seed=0)
-    Loop(arm, size.layers, is_image.tolist(), image)
+    Loop(arm.replace("_title", ""), size.layers, is_image.tolist(), image)
     by_loop.model.language_model.set_attn_implementation("plain_loop_of_arms")
+    if arm == "mmca_title":
+        inputs = with_titles_added(by_loop, model.model.title.map.weight, inputs, image)
     with torch.no_grad():
         expected = by_loop(**inputs, use_cache=False)
-    real = inputs["input_ids"] != 2  # a padded query is nobody's
+    real = ids != 2  # a padded query is nobody's
     torch.testing.assert_close(outputs.logits[real], expected.logits[real], rtol=0, atol=1e-9)
 
 
@@ -315,17 +342,35 @@ def test_the_arms_differ(load, batch):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_exact_reuse_is_said_of_the_arms_that_have_it(load, batch, arm):
-    """The states of the second image do not change with the text and the image before it exactly if reuse is exact."""
+def test_what_the_keys_of_an_image_depend_on(load, batch, arm):
+    """Whether the states of the second image change with the text and the image before it, and with its number."""
     size, inputs = batch
-    changed = {name: tensor.clone() for name, tensor in inputs.items()}
-    changed["input_ids"][:, 1] += 1
-    changed["pixel_values"][0] = changed["pixel_values"][2]
     model, one = hidden_states(load, size, arm, inputs)
-    _, other = hidden_states(load, size, arm, changed)
     second = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten()[4:]
-    apart = max(float((a - b)[0, second].abs().max()) for a, b in zip(one.hidden_states, other.hidden_states, strict=True))
-    assert (apart == 0) == load("arms").ARMS[arm].exact_reuse
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
+    before["input_ids"][:, 1] += 1
+    before["pixel_values"][0] = before["pixel_values"][2]
+    number = {name: tensor.clone() for name, tensor in inputs.items()}
+    number["input_ids"][0, second[0] - 1] += 1
+
+    def moved(changed):
+        other = hidden_states(load, size, arm, changed)[1].hidden_states
+        return max(float((a - b)[0, second].abs().max()) for a, b in zip(one.hidden_states, other, strict=True)) > 0
+
+    found = {(False, False): "the image alone", (False, True): "the image and its number", (True, True): "all before it"}
+    assert found[moved(before), moved(number)] == load("arms").ARMS[arm].depends_on
+
+
+def test_a_title_begins_as_the_model_without_it_and_is_trained(load, batch):
+    size, inputs = batch
+    without, _ = load("runs").compose_arm(shared(load, size, torch.float64), "mmca", seed=0)
+    for mode in ("frozen", "lora", "full"):
+        model, _ = load("runs").compose_arm(shared(load, size, torch.float64), "mmca_title", seed=0, mode=mode)
+        outputs = model(**inputs, labels=inputs["input_ids"], use_cache=False)
+        torch.testing.assert_close(outputs.logits, without(**inputs, use_cache=False).logits, rtol=0, atol=0)
+        outputs.loss.backward()
+        titles = {name: p for name, p in model.named_parameters() if "title" in name}
+        assert len(titles) == 1 and all(p.requires_grad and p.grad.abs().max() > 0 for p in titles.values())
 
 
 def test_a_form_trains_and_refuses_what_it_would_ignore(load, batch):
@@ -531,6 +576,25 @@ def test_mmca_does_not_pay_if_it_loses_or_nothing_differs_or_two_hop_suffers(loa
     assert rule.loses(verdict) is lost
 
 
+def test_the_form_with_numbers_is_the_best_or_the_first_of_equal_ones(load):
+    plan, rule, report = load("plan"), load("rule"), load("report")
+
+    def best(*accuracies):
+        rng, records = random.Random(0), made_up_experiment(plan, {"all": 0.4})
+        for arm, accuracy in zip(plan.NUMBERED, accuracies, strict=True):
+            records += [made_up(plan, arm, {"all": accuracy}, seed, rng) for seed in range(6)]
+        return rule.best_numbered(records), records
+
+    assert best(0.6, 0.7, 0.65)[0] == "block_number"
+    assert best(0.695, 0.7, 0.65)[0] == "block", "one point is a tie"
+    found, records = best(0.7, 0.6, 0.6)
+    assert found == "block" and rule.best_numbered(records[:-1]) is None
+    lines = "\n".join(report.verdicts(records, None))
+    assert "block pays in data: no.** block less causal" in lines
+    assert "block becomes the default: yes.** block less mmca" in lines
+    assert "form in which" not in "\n".join(report.verdicts(records[:-1], None))
+
+
 def test_a_small_gain_does_not_pay_however_certain(load, monkeypatch):
     plan, rule = load("plan"), load("rule")
     records = made_up_experiment(plan, {"all": 0.5}, {"all": 0.5})
@@ -602,7 +666,9 @@ def test_the_learning_rate_is_chosen_on_the_seed_that_is_not_reported(load):
 
 def test_the_plan_is_the_one_of_the_issue(load):
     plan = load("plan")
-    rates = {(mode, arm): rate for mode in plan.MODES for arm, rate in zip(plan.PRIMARY, (1e-3, 2e-3, 4e-3), strict=True)}
+    arms = (*plan.PRIMARY, *plan.NUMBERED)
+    tried = zip(arms, (1e-3, 2e-3, 4e-3, 5e-3, 6e-3, 7e-3), strict=True)
+    rates = {(mode, arm): rate for arm, rate in tried for mode in plan.MODES}
     runs = {name: plan.runs_of(stage, rates, {"causal": 2.0, "mmca": 1.0}) for name, stage in plan.STAGES.items()}
     primary = runs["primary"]
     assert len(primary) == 18 and {run.arm for run in primary} == {"causal", "mmca", "alpha"}
@@ -617,6 +683,10 @@ def test_the_plan_is_the_one_of_the_issue(load):
     assert {("frozen", 16384, arm, seed) for arm in load("arms").ARMS for seed in (0, 1)} <= explored
     varied = {run.arm: run.learning_rate for run in runs["arms"]}
     assert varied["bidirectional"] == 1e-3 and varied["mmca_upper"] == 2e-3 and varied["alpha_own_image"] == 4e-3
+    assert varied["block_bidirectional"] == 5e-3
+    numbered = runs["number"]
+    assert len(numbered) == 18 and {run.seed for run in numbered} == {run.seed for run in primary}
+    assert len(runs["rates-number"]) == 12 and not any(run.is_reported for run in runs["rates-number"])
     names = [run.name for stage in runs.values() for run in stage]
     assert len(set(names)) == len(names)
 
@@ -651,6 +721,10 @@ def test_a_report_compares_runs_of_one_version(load, tmp_path):
     save_records(plan, tmp_path, made_up_experiment(plan, {"all": 0.8}, code="other"))
     with pytest.raises(ValueError, match="2 values of 'code'"):
         load("report").write_report(tmp_path, tmp_path)
+    earlier = [record | {"code": plan.EARLIER_CODE[0]} for record in made_up_experiment(plan, {"all": 0.8}, seeds=3)]
+    now = [record | {"code": plan.code_hash()} for record in made_up_experiment(plan, {"all": 0.8})[6:]]
+    save_records(plan, tmp_path / "added", earlier + now)
+    assert "**MMCA pays in data: yes.**" in load("report").write_report(tmp_path / "added", tmp_path)
     with pytest.raises(ValueError, match="holds no reported run"):
         load("report").write_report(tmp_path / "empty", tmp_path)
 

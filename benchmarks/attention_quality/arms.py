@@ -17,6 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 Sets = list[torch.Tensor]  # boolean (batch, queries, keys) each: the keys of a softmax
 
+# What an image's keys and values depend on. With the first two they can be reused exactly.
+IMAGE_ALONE, AND_NUMBER, EVERYTHING = "the image alone", "the image and its number", "all before it"
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -53,12 +56,21 @@ class Tokens:
         return (self.image[:, :, None] == self.image[:, None]) & self.is_image[:, :, None]
 
     @property
-    def own_heading(self) -> torch.Tensor:
-        """The key of the token before the query's image, which the chat template writes and which holds the image's number:
-        (batch, queries, keys)."""
+    def block(self) -> torch.Tensor:
+        """The image of the token's block, -1 for other text: (batch, tokens). A block is an image and the token before it,
+        its heading, which the chat template writes and which holds the image's number."""
         following = nn.functional.pad(self.image[:, 1:], (0, 1), value=-1)
-        begun = torch.where(following != self.image, following, -1)  # the image that begins after a key
-        return (self.image[:, :, None] == begun[:, None]) & self.is_image[:, :, None]
+        return torch.where(self.is_image, self.image, following)
+
+    @property
+    def own_block(self) -> torch.Tensor:
+        """The keys of the query's block, later ones too: (batch, queries, keys)."""
+        return (self.block[:, :, None] == self.block[:, None]) & self.from_block
+
+    @property
+    def from_block(self) -> torch.Tensor:
+        """(batch, queries, 1)"""
+        return self.block[:, :, None] >= 0
 
     @property
     def from_image(self) -> torch.Tensor:
@@ -102,8 +114,18 @@ def alpha_own_image(tokens: Tokens) -> Sets:
     return [torch.where(tokens.from_image, tokens.own_image, tokens.past)]
 
 
-def alpha_number(tokens: Tokens) -> Sets:
-    return [torch.where(tokens.from_image, tokens.own_image | tokens.own_heading, tokens.past)]
+def block(tokens: Tokens) -> Sets:
+    return [torch.where(tokens.from_block, tokens.past & tokens.own_block, tokens.past)]
+
+
+def block_number(tokens: Tokens) -> Sets:
+    number = tokens.own_block & ~tokens.to_image
+    return [torch.where(tokens.from_block, tokens.own | number, tokens.past)]
+
+
+def block_bidirectional(tokens: Tokens) -> Sets:
+    from_heading = tokens.from_block & ~tokens.from_image
+    return [torch.where(from_heading, tokens.own, torch.where(tokens.from_image, tokens.own_block, tokens.past))]
 
 
 def mmca_sees_text(tokens: Tokens) -> Sets:
@@ -121,16 +143,18 @@ class Arm:
         upper: the sets of the upper half of the layers.
         lower: those of the lower half.
         core: the `multimodal_attention` of the package that computes it; None for a `Form`.
-        exact_reuse: whether an image's keys and values depend on the image alone.
-        varies: the arm of the primary comparison that it varies; it takes that one's learning rate.
+        depends_on: what an image's keys and values depend on, besides the weights.
+        varies: the arm that it varies; it takes that one's learning rate.
+        has_title: whether an image's embeddings also hold its number (`Title`).
     """
 
     about: str
     upper: Callable[[Tokens], Sets]
     lower: Callable[[Tokens], Sets]
     core: str | None = None
-    exact_reuse: bool = False
+    depends_on: str = EVERYTHING
     varies: str | None = None
+    has_title: bool = False
 
 
 def _arm(about: str, sets: Callable[[Tokens], Sets], **more: Any) -> Arm:
@@ -139,24 +163,39 @@ def _arm(about: str, sets: Callable[[Tokens], Sets], **more: Any) -> Arm:
 
 ARMS = {
     "causal": _arm("every query: one softmax over T(i) and I(i)", causal, core="causal"),
-    "mmca": _arm("text: softmax over T(i) + softmax over I(i); image: its own value", mmca, core="mmca", exact_reuse=True),
+    "mmca": _arm(
+        "text: softmax over T(i) + softmax over I(i); image: its own value", mmca, core="mmca", depends_on=IMAGE_ALONE
+    ),
     "alpha": _arm(
-        "text: one softmax over T(i) and I(i); image: its own value (D-Attn, arXiv 2502.01906)", alpha, exact_reuse=True
+        "text: one softmax over T(i) and I(i); image: its own value (D-Attn, arXiv 2502.01906)",
+        alpha,
+        depends_on=IMAGE_ALONE,
+    ),
+    "block": _arm("as causal; block: what is before it in its block", block, depends_on=AND_NUMBER),
+    "block_number": _arm("as alpha; block: itself and its number", block_number, depends_on=AND_NUMBER),
+    "mmca_title": _arm(
+        "as mmca; image: its embeddings are added to a trained linear map of its number's",
+        mmca,
+        core="mmca",
+        depends_on=AND_NUMBER,
+        has_title=True,
+    ),
+    "block_bidirectional": _arm(
+        "as block; image: also the later tokens of its image", block_bidirectional, depends_on=AND_NUMBER, varies="block"
     ),
     "bidirectional": _arm("as causal; image: also the later tokens of its image", bidirectional, varies="causal"),
     "mmca_own_image": _arm(
-        "as mmca; image: softmax over O(i), its whole image", mmca_own_image, exact_reuse=True, varies="mmca"
+        "as mmca; image: softmax over O(i), its whole image", mmca_own_image, depends_on=IMAGE_ALONE, varies="mmca"
     ),
     "mmca_upper": Arm("mmca in the upper half of the layers, causal in the lower", mmca, causal, varies="mmca"),
-    "alpha_own_image": _arm("as alpha; image: softmax over O(i)", alpha_own_image, exact_reuse=True, varies="alpha"),
-    "alpha_number": _arm(
-        "as alpha_own_image; image: also the token before its image, its number", alpha_number, varies="alpha"
-    ),
+    "alpha_own_image": _arm("as alpha; image: softmax over O(i)", alpha_own_image, depends_on=IMAGE_ALONE, varies="alpha"),
     "mmca_sees_text": _arm(
         "as mmca; image: its own value + softmax over T(i), the direction of arXiv 2503.02597", mmca_sees_text, varies="mmca"
     ),
 }
 PRIMARY = ("causal", "mmca", "alpha")
+# Forms in which an image knows its number. On a tie the first is preferred.
+NUMBERED = ("block", "block_number", "mmca_title")
 
 
 class Form:
@@ -218,6 +257,46 @@ class Form:
             )
             outputs.append(torch.where(has_keys, one, 0))
         return sum(outputs[1:], start=outputs[0]).transpose(1, 2).contiguous(), None
+
+
+class Title(nn.Module):
+    """Adds a trained linear map of the embedding of an image's heading, its number, to the embeddings of its tokens.
+
+    Args:
+        model: a `DSVLForConditionalGeneration`, of which it becomes a part.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        embeddings = model.get_input_embeddings().weight
+        self.config = model.config
+        self.map = nn.Linear(embeddings.shape[1], embeddings.shape[1], bias=False).to(embeddings)
+        nn.init.zeros_(self.map.weight)  # it begins as the model without it
+        self.headings: tuple[torch.Tensor, torch.Tensor] | None = None
+        model.model.register_forward_pre_hook(self.find_headings, with_kwargs=True)
+        model.model.language_model.register_forward_pre_hook(self.add_headings, with_kwargs=True)
+        model.model.title = self
+
+    def find_headings(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each forward call of the model: the id of the heading of each token's image."""
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            raise ValueError("Titles are read from input_ids, but the call has none; pass input_ids by keyword.")
+        is_image = ids == self.config.image_token_id
+        image = Tokens.of(is_image, self.config.image_seq_length).image
+        starts = is_image & (image != nn.functional.pad(image[:, :-1], (1, 0), value=-1))
+        index = torch.arange(ids.shape[1], device=ids.device)
+        heading = torch.where(starts, index - 1, 0).cummax(-1).values
+        self.headings = is_image, ids.gather(1, heading)
+
+    def add_headings(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before each forward call of the decoder."""
+        assert self.headings is not None
+        (is_image, headings), embeds = self.headings, kwargs["inputs_embeds"]
+        titles = self.map(module.get_input_embeddings()(headings)).to(embeds.dtype)
+        return args, kwargs | {"inputs_embeds": embeds + titles * is_image[..., None]}
 
 
 def _masked(keys: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:

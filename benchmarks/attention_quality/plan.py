@@ -1,12 +1,14 @@
 """Which runs there are, and with which learning rate. Fixed before the first full run; README.md says why."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from attention_quality.arms import ARMS, PRIMARY
+from attention_quality.arms import ARMS, NUMBERED, PRIMARY
 
 MODES = ("frozen", "lora", "full")
 CONVERSATIONS = 16384  # of the primary comparison
@@ -18,13 +20,19 @@ LEARNING_RATES = {
     "lora": (3e-4, 1e-3, 3e-3),
     "full": (1e-4, 3e-4, 1e-3),
 }
-OTHERS = tuple(arm for arm in ARMS if arm not in PRIMARY)
+OTHERS = tuple(arm for arm in ARMS if arm not in (*PRIMARY, *NUMBERED))
+TRAINED = (*PRIMARY, "block")  # compared where the decoder is trained too
 
 # The tasks, which count equally; "distractors" is the mean over its numbers of images.
 TASKS = ("attribute", "which", "two_hop", "print", "distractors")
 ALONE = "alone"  # an attribute of the only image: reported beside the tasks, as it takes no choice between images
 
 Record = dict[str, Any]
+
+# What a run's result depends on.
+SOURCES = ("arms.py", "language.py", "parts.py", "plan.py", "runs.py", "scenes.py", "sizes.py", "tower.py")
+# Hashes of earlier code in which arms or stages were missing, but none was another one: its runs compare with new ones.
+EARLIER_CODE = ("933a227e3cdad223",)
 
 
 @dataclass(frozen=True)
@@ -85,13 +93,15 @@ STAGES = {
     "compute": Stage(
         ("causal", "mmca"), "frozen", (CONVERSATIONS,), PRIMARY_SEEDS, "the primary comparison at equal device time", True
     ),
+    "rates-number": Stage(NUMBERED, "frozen", (CONVERSATIONS,), (RATE_SEED,), "learning rates of forms with numbers"),
+    "number": Stage(NUMBERED, "frozen", (CONVERSATIONS,), PRIMARY_SEEDS, "forms with numbers"),
     "data": Stage(PRIMARY, "frozen", (1024, 4096), EXPLORATORY_SEEDS, "exploratory: less data"),
     "arms": Stage(OTHERS, "frozen", (CONVERSATIONS,), EXPLORATORY_SEEDS, "exploratory: the other arms"),
     "data-64k": Stage(PRIMARY, "frozen", (65536,), EXPLORATORY_SEEDS, "exploratory: more data"),
-    "rates-lora": Stage(PRIMARY, "lora", (CONVERSATIONS,), (RATE_SEED,), "learning rates with LoRA"),
-    "lora": Stage(PRIMARY, "lora", (CONVERSATIONS,), EXPLORATORY_SEEDS, "exploratory: LoRA"),
-    "rates-full": Stage(PRIMARY, "full", (CONVERSATIONS,), (RATE_SEED,), "learning rates of full training"),
-    "full": Stage(PRIMARY, "full", (CONVERSATIONS,), EXPLORATORY_SEEDS, "exploratory: full training"),
+    "rates-lora": Stage(TRAINED, "lora", (CONVERSATIONS,), (RATE_SEED,), "learning rates with LoRA"),
+    "lora": Stage(TRAINED, "lora", (CONVERSATIONS,), EXPLORATORY_SEEDS, "exploratory: LoRA"),
+    "rates-full": Stage(TRAINED, "full", (CONVERSATIONS,), (RATE_SEED,), "learning rates of full training"),
+    "full": Stage(TRAINED, "full", (CONVERSATIONS,), EXPLORATORY_SEEDS, "exploratory: full training"),
 }
 
 
@@ -192,6 +202,19 @@ def read_step_times(folder: Path) -> dict[str, float] | None:
     if not path.exists():
         return None
     return {arm: figures["ms"] for arm, figures in json.loads(path.read_text())["results"]["arms"].items()}
+
+
+@cache
+def code_hash() -> str:
+    """Of the files that a run's result depends on."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
+
+
+def comparable(record: Record) -> Record:
+    """The hash of the data, and that of the code: of `EARLIER_CODE` this code's."""
+    code = code_hash() if record["code"] in EARLIER_CODE else record["code"]
+    return {"generator": record["generator"], "code": code}
 
 
 def as_json(run: Run) -> Record:

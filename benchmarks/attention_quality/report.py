@@ -1,5 +1,6 @@
 """The report: a table of every arm with intervals, learning curves, and what the rule says."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from attention_quality.plan import (
     Run,
     accuracies,
     chosen_rates,
+    comparable,
     equal_time,
     mean_accuracy,
     mean_of_items,
@@ -32,6 +34,7 @@ from attention_quality.plan import (
 )
 from attention_quality.rule import (
     Verdict,
+    best_numbered,
     by_seed,
     compute_verdict,
     data_verdict,
@@ -41,8 +44,12 @@ from attention_quality.rule import (
     points,
 )
 
-# Causal and mmca as in the other plots.
-STYLES = dict(zip(ARMS, [PALETTE[0], PALETTE[2], PALETTE[1], *PALETTE[3:]], strict=True))
+# Causal and mmca as in the other plots; arms beyond the palette are dashed.
+_MARKS = (PALETTE[0], PALETTE[2], PALETTE[1], *PALETTE[3:])
+STYLES: dict[str, dict[str, Any]] = {
+    arm: {"color": colour, "marker": marker, "linestyle": "-" if index < len(_MARKS) else "--"}
+    for index, (arm, (colour, marker)) in enumerate(zip(ARMS, itertools.cycle(_MARKS), strict=False))
+}
 LOOK = {"svg.hashsalt": "dsvl", "figure.constrained_layout.use": True, "figure.facecolor": "white", "font.size": 9}
 
 
@@ -53,7 +60,7 @@ def check_alike(records: Sequence[Record]) -> None:
         ValueError: if there are some.
     """
     for key in ("generator", "code", "size"):
-        found = sorted({record[key] for record in records})
+        found = sorted({(record | comparable(record))[key] for record in records})
         if len(found) > 1:
             raise ValueError(
                 f"The results have {len(found)} values of {key!r} ({', '.join(found)}); a report compares one, so move "
@@ -170,6 +177,11 @@ def verdicts(
     if of_mmca.pays is False and gap is not None and gap.low <= 0 <= gap.high and not loses(of_mmca):
         lines.append("The two do not differ beyond noise: speed and exact reuse cost no quality here.")
     lines += verdict_lines("By the same rule, the alpha merge pays in data", data_verdict(records, "alpha", conversations))
+    best = best_numbered(records, conversations)
+    if best is not None:
+        lines.append(f"**The best form in which an image knows its number: {best}.**")
+        lines += verdict_lines(f"{best} pays in data", data_verdict(records, best, conversations))
+        lines += verdict_lines(f"{best} becomes the default", data_verdict(records, best, conversations, base="mmca"))
     return lines
 
 
@@ -180,7 +192,7 @@ def draw_curves(records: Sequence[Record]) -> Figure:
     lines = -(-len(groups) // columns)
     figure, grid = pyplot.subplots(lines, columns, figsize=(max(6.5, 1.2 + 3.0 * columns), 1.4 + 2.6 * lines), squeeze=False)
     for axes, (mode, conversations) in zip(grid.flat, groups, strict=False):
-        for arm, (colour, marker) in STYLES.items():
+        for arm, style in STYLES.items():
             curves = [
                 {point["step"]: mean_accuracy(point["items"]) for point in record["curve"]}
                 for record in by_seed(records, arm, mode, conversations).values()
@@ -189,8 +201,9 @@ def draw_curves(records: Sequence[Record]) -> Figure:
                 continue
             steps = list(curves[0])
             values = [[100 * curve[step] for curve in curves] for step in steps]
-            axes.plot(steps, list(map(mean, values)), label=arm, color=colour, marker=marker, markersize=4)
-            axes.fill_between(steps, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, linewidth=0)
+            axes.plot(steps, list(map(mean, values)), label=arm, markersize=4, **style)
+            low, high = (list(map(end, values)) for end in (min, max))
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set_title(f"{mode}, {conversations:,} conversations")
         axes.set_xlabel("steps")
         axes.set_ylim(0, 100)
@@ -206,14 +219,14 @@ def draw_data(records: Sequence[Record]) -> Figure:
     """Mean accuracy over the number of conversations, with the projector and the embeddings trained."""
     figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
     sizes = sorted(conversations for mode, conversations in groups_of(records) if mode == "frozen")
-    for arm, (colour, marker) in STYLES.items():
+    for arm, style in STYLES.items():
         found = {size: by_seed(records, arm, "frozen", size) for size in sizes}
         values = {size: [100 * mean_accuracy(one["items"]) for one in runs.values()] for size, runs in found.items() if runs}
         if not values:
             continue
-        axes.plot(list(values), [mean(one) for one in values.values()], label=arm, color=colour, marker=marker)
+        axes.plot(list(values), [mean(one) for one in values.values()], label=arm, **style)
         low, high = ([end(one) for one in values.values()] for end in (min, max))
-        axes.fill_between(list(values), low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(list(values), low, high, color=style["color"], alpha=0.15, linewidth=0)
     ticks_at(axes, [float(size) for size in sizes])
     axes.set_ylim(0, 100)
     axes.set_xlabel("conversations")

@@ -1,6 +1,5 @@
 """Runs: each trains one arm from the shared parts, measures it on held-out items, and writes a file of its own."""
 
-import hashlib
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from measure import device_name, device_type
 from trained_tasks import as_pixels, fit
 from transformers import set_seed
 
-from attention_quality.arms import ARMS, Form
+from attention_quality.arms import ARMS, Form, Title
 from attention_quality.language import Encoder, answers_right, padded, text_perplexity
 from attention_quality.parts import SharedParts, load_parts, read_record
 from attention_quality.plan import (
@@ -29,6 +28,8 @@ from attention_quality.plan import (
     Run,
     as_json,
     chosen_rates,
+    code_hash,
+    comparable,
     mean_accuracy,
     path_of,
     read_records,
@@ -49,8 +50,6 @@ from dsvl.training.adapters import lora_config
 
 LORA_RANK = 16
 EVALUATED_TOKENS = 65536  # of a batch of items
-# What a run's result depends on.
-SOURCES = ("arms.py", "language.py", "parts.py", "plan.py", "runs.py", "scenes.py", "sizes.py", "tower.py")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -91,6 +90,8 @@ def compose_arm(parts: SharedParts, arm: str, seed: int, mode: str = "frozen") -
         from peft import get_peft_model
 
         model = get_peft_model(model, lora_config(model, LORA_RANK))
+    if ARMS[arm].has_title:
+        Title(model.get_base_model() if mode == "lora" else model)
     return model, processor
 
 
@@ -254,13 +255,6 @@ def fingerprints(parts_record: Record) -> Record:
     return {"generator": generator_hash(size.world), "code": code_hash(), "parts": parts_record["weights"]}
 
 
-@cache
-def code_hash() -> str:
-    """Of the files that a run's result depends on."""
-    folder = Path(__file__).parent
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Many runs
 
@@ -293,7 +287,7 @@ def do_runs(runs: Sequence[Run], parts: Path, results: Path, deadline: float = f
     """
     mark, failed = fingerprints(read_record(parts)), 0
     for record in read_records(results):
-        if different := [key for key in ("generator", "code") if record[key] != mark[key]]:
+        if different := [key for key, value in comparable(record).items() if value != mark[key]]:
             raise ValueError(
                 f"{results} holds runs of another {' and '.join(different)}, such as {Run(**record['run']).name}; results "
                 "of several versions do not compare, so pass another --results."
