@@ -17,7 +17,7 @@ from training_runs import STEPS, losses, make_checkpoint, make_conversations, ta
 from dsvl import DSVLForConditionalGeneration
 from dsvl.acceleration.memory import frozen_linear
 from dsvl.acceleration.memory.activation_offloading import offload_activations
-from dsvl.acceleration.memory.frozen_linear import PRECISIONS
+from dsvl.acceleration.memory.frozen_linear import PRECISIONS, FrozenLinear
 from dsvl.cli import main
 from dsvl.training import freeze_in_8_bits, lora_config, measure_errors, merge_adapters
 from dsvl.training.frozen_precision import describe_frozen_weights, describe_products, frozen_linears, saved_name
@@ -454,6 +454,98 @@ def test_the_reported_errors_are_those_of_the_products(skip_queries):
         measure_errors(original, inputs)
 
 
+# -- sharded -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def layers_of_two_widths():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 16)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_sharded_weight_computes_what_a_whole_one_does(group, precision, dtype):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
+
+    plain = layers_of_two_widths().to(dtype)
+    whole = torch.nn.Sequential(*(FrozenLinear(layer, precision) for layer in plain))
+    sharded = torch.nn.Sequential(*(FrozenLinear(layer, precision, sharded=True) for layer in plain))
+    sharded.append(torch.nn.Linear(16, 16))  # trained, in float32
+    for layer, other in zip(sharded[:2], whole, strict=True):
+        assert torch.equal(layer.numbers, other.numbers) and layer.weight.dtype == torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
+    last = torch.nn.Linear(16, 16)
+    last.load_state_dict(sharded[2].state_dict())
+    fully_shard(sharded, mp_policy=policy)
+    assert all(isinstance(layer.weight, DTensor) and not layer.weight.requires_grad for layer in sharded[:2])
+    one, other = (torch.randn(5, 48, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_() for _ in "ab")
+    output, expected = sharded(one), last.to(dtype)(whole(other))
+    assert torch.equal(output, expected)
+    output.float().pow(2).sum().backward()
+    expected.float().pow(2).sum().backward()
+    assert torch.equal(one.grad, other.grad)
+    state = sharded.state_dict()
+    assert all(torch.equal(state[f"{index}.weight"], layer.weight) for index, layer in enumerate(plain))
+
+
+def test_two_processes_hold_half_of_a_weight_each():
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        layer = FrozenLinear(layers_of_two_widths()[0], "fp8", sharded=True)
+        numbers = layer.numbers.clone()
+        fully_shard(layer)
+        part = layer.weight.to_local()
+        assert part.nbytes == 16 * 48 and torch.equal(part.view(torch.uint8), numbers[:16])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_casts_of_a_model_leave_sharded_numbers_alone():
+    layer = FrozenLinear(layers_of_two_widths()[0], "fp8", sharded=True)
+    numbers = layer.numbers.clone()
+    for cast in (layer.float, layer.half, lambda: layer.to(torch.float64), lambda: layer.to("cpu")):
+        cast()
+        assert torch.equal(layer.numbers, numbers) and not layer.weight.requires_grad
+        assert layer.weight_scale.dtype == torch.float32
+    with pytest.raises(ValueError, match="A layer of 3 inputs cannot be sharded in 8 bits"):
+        FrozenLinear(torch.nn.Linear(3, 2).requires_grad_(False), "fp8", sharded=True)
+
+
+def test_a_sharded_model_is_loaded_with_its_own_frozen_weights_alone(group, folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from torch.distributed.fsdp import fully_shard
+
+    from dsvl.training.fsdp import load_full_state
+
+    model = DSVLForConditionalGeneration.from_pretrained(folder / "model")
+    model.set_trainable()
+    assert freeze_in_8_bits(model, "fp8", ["none"], source=str(folder / "model"), sharded=True) > 10
+    fully_shard(model)
+    state = load_file(folder / "model" / "model.safetensors")
+    name = "model.multi_modal_projector.linear.weight"
+    name = name if name in state else next(key for key in state if "projector" in key and key.endswith("weight"))
+    state[name] = state[name] + 1
+    save_file(state, tmp_path / "model.safetensors")
+    load_full_state(model, tmp_path)
+    assert torch.equal(dict(model.named_parameters())[name].full_tensor(), state[name])
+    frozen = next(key for key in state if key.endswith("q_proj.weight"))
+    state[frozen] = state[frozen] + 1
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="q_proj.weight differs from the frozen weight"):
+        load_full_state(model, tmp_path)
+
+
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
@@ -463,8 +555,7 @@ def test_the_reported_errors_are_those_of_the_products(skip_queries):
         ("--frozen-precision fp4", "--frozen-precision fp4 is unknown; choose from fp8, int8"),
         ("--frozen-precision-keep q_proj", "--frozen-precision-keep without --frozen-precision; pass both"),
         ("--frozen-precision-report", "--frozen-precision-report without --frozen-precision; pass both"),
-        ("--frozen-precision fp8 --deepspeed zero3", "with ZeRO-3: 8-bit weights are whole in every process; choose"),
-        ("--frozen-precision fp8 --fsdp", "with --fsdp: 8-bit weights are whole in every process; drop it"),
+        ("--frozen-precision fp8 --deepspeed zero3", "with ZeRO-3, which does not partition 8-bit weights; choose --fsdp"),
         ("--frozen-precision fp8 --lora-rank 4 --dora", "with --dora, which reads the norms of the original weights"),
         ("--frozen-precision fp8 --lora-rank 4 --qlora", "with --qlora, which keeps frozen weights in 4 bits"),
         (
@@ -504,12 +595,29 @@ def test_the_plan_counts_8_bit_weights(folder, capsys):
     assert weight[0] < 0.8 * weight[1]
     for options, message in (
         ({"frozen_precision": "fp8", "deepspeed": "zero3"}, "frozen_precision='fp8' with deepspeed='zero3'"),
-        ({"frozen_precision": "fp8", "fsdp": True}, "frozen_precision='fp8' with fsdp=True"),
         ({"frozen_precision": "fp4"}, "frozen_precision='fp4' is unknown"),
         ({"frozen_keep": ["none"]}, "frozen_keep without frozen_precision"),
     ):
         with pytest.raises(ValueError, match=message):
             Planner(llama_7b(), **options)
+
+
+def test_the_plan_shards_8_bit_weights():
+    from test_plan import llama_7b
+
+    options = dict(micro_batch=2, sequence_length=4096, images=8, activation_checkpointing=True, dtype="bfloat16")
+    sharded = {
+        precision: plan(llama_7b(), fsdp=True, world_size=4, frozen_precision=precision, **options).forward_backward
+        for precision in (None, *PRECISIONS)
+    }
+    linear = 30 * (4 * 4096**2 + 3 * 4096 * 11008) + 24 * (4 * 1024**2 + 2 * 1024 * 4096)
+    layer = 4 * 4096**2 + 3 * 4096 * 11008
+    for precision in PRECISIONS:
+        assert sharded[None].weights - sharded[precision].weights == pytest.approx(linear / 4, rel=0.001)
+        assert sharded[precision].buffers == sharded[None].buffers, "the largest layer is the first, in 16 bits"
+        options |= dict(frozen_keep=["none"])
+        every = plan(llama_7b(), fsdp=True, world_size=4, frozen_precision=precision, **options).forward_backward
+        assert sharded[None].buffers - every.buffers == pytest.approx(3 * layer, rel=0.001)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -115,6 +115,7 @@ def test_a_single_process_has_nothing_to_shard(folder, tmp_path, monkeypatch):
         parse(["--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--output", str(tmp_path), "--fsdp"])
 
 
+FROZEN = ["--frozen-precision-keep", "none", "--frozen-precision"]
 EVERYTHING = ["--train", "projector", "embeddings", "vision", "language", "head"]
 SETUPS = {
     "all parts": EVERYTHING,
@@ -130,6 +131,9 @@ SETUPS = {
     ],
     "compiled layers": [*EVERYTHING, "--compile-decoder-layers"],
     "sgd": [*EVERYTHING, "--optim", "sgd"],
+    "fp8": [*FROZEN, "fp8", "--activation-checkpointing"],
+    "fp8, compiled layers": [*FROZEN, "fp8", "--compile-decoder-layers"],
+    "int8, adapters": [*FROZEN, "int8", "--lora-rank", "4", "--lora-vision"],
 }
 SAME_ALONE = {"--fsdp-config": 2, "--tiled-mlp": 2, "--skip-image-queries": 1, "--offload-activations": 1}
 

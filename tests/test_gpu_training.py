@@ -98,6 +98,7 @@ SHARDED = {
     "checkpointed": ["--bf16", "--activation-checkpointing", "--gradient-accumulation-steps", "2"],
     "compiled": ["--bf16", "--compile-decoder-layers"],
     "adapters": ["--bf16", "--lora-rank", "8", "--lora-vision"],
+    "fp8": ["--bf16", *FROZEN, "fp8", "--compile-decoder-layers", "--activation-checkpointing"],
     "kept": ["--bf16", "--fsdp-config", '{"reshard_after_forward": false}'],
 }
 

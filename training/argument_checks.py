@@ -88,9 +88,8 @@ def _check_frozen_precision(values: dict[str, Any], stage: int | None) -> None:
         raise ValueError(f"{flag} with --qlora, which keeps frozen weights in 4 bits; drop one of them.")
     if values["dora"]:
         raise ValueError(f"{flag} with --dora, which reads the norms of the original weights; drop one of them.")
-    if stage == 3 or values.get("fsdp"):
-        sharding, remedy = ("--fsdp", "drop it") if values.get("fsdp") else ("ZeRO-3", "choose --deepspeed zero2")
-        raise ValueError(f"{flag} with {sharding}: 8-bit weights are whole in every process; {remedy}.")
+    if stage == 3:
+        raise ValueError(f"{flag} with ZeRO-3, which does not partition 8-bit weights; choose --fsdp, or --deepspeed zero2.")
     if {"language", "vision"} <= set(values["train"]):
         raise ValueError(f"{flag} with --train {' '.join(values['train'])}: no linear layer is frozen; drop one of them.")
     if values.get("frozen_precision_report") and values.get("streaming"):

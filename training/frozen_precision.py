@@ -16,6 +16,7 @@ from .plan import size
 from .source_weights import SourceWeights
 
 KEEP_NONE = "none"  # the value of --frozen-precision-keep for no layer
+SCALE_BYTES = 4  # of each output channel
 ROUTERS = ("gate", "router")  # small layers of mixtures of experts, which choose between experts
 
 
@@ -25,6 +26,7 @@ def freeze_in_8_bits(
     keep: Sequence[str] | None = None,
     source: str | None = None,
     in_fp8: bool | None = None,
+    sharded: bool = False,
 ) -> int:
     """Keep the frozen linear layers of decoder and vision tower in 8 bits, in place.
 
@@ -40,7 +42,8 @@ def freeze_in_8_bits(
             first and the last layer of the decoder. The output head always keeps it.
         source: directory or Hub name of the checkpoint that the model was loaded from; original weights are read from its
             files, *optional*, defaults to None: they are kept in main memory.
-        in_fp8: see `FrozenLinear`, *optional*.
+        in_fp8, sharded: see `FrozenLinear`, *optional*. Layers with an odd number of inputs are not sharded in 8 bits, and
+            keep their precision.
 
     Returns:
         The number of layers in 8 bits.
@@ -55,6 +58,8 @@ def freeze_in_8_bits(
             "trained in full; omit the precision."
         )
     kept = _kept(model, list(layers), keep)
+    if sharded:
+        kept |= {name for name, layer in layers.items() if layer.in_features % 2}
     files = None if source is None else SourceWeights(source)
     for name, layer in layers.items():
         if name in kept:
@@ -64,7 +69,7 @@ def freeze_in_8_bits(
             files.check(f"{saved_name(name)}.weight", layer.weight.detach())
             original = partial(files.get, f"{saved_name(name)}.weight")
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, FrozenLinear(layer, precision, original, in_fp8))
+        setattr(model.get_submodule(parent), own, FrozenLinear(layer, precision, original, in_fp8, sharded))
     if files is not None:
         _save_originals(model, files)
     buffers = {f"{name}.{buffer}" for name, one in frozen_linears(model) for buffer, _ in one.named_buffers()}
@@ -97,8 +102,8 @@ def describe_frozen_weights(model: nn.Module) -> str | None:
         parts += [f"{count} of {total} linear layers of the {label}"] if total else []
     first = next(iter(in_8_bits.values()))
     dtype = str(first.dtype).removeprefix("torch.")
-    before = sum(layer.weight.numel() for layer in in_8_bits.values()) * first.dtype.itemsize
-    now = sum(buffer.nbytes for layer in in_8_bits.values() for buffer in layer.buffers())
+    before = sum(layer.out_features * layer.in_features for layer in in_8_bits.values()) * first.dtype.itemsize
+    now = sum(layer.out_features * (layer.in_features + SCALE_BYTES) for layer in in_8_bits.values())
     names = [*_grouped(others, list(in_8_bits)), "the output head"]
     saved = f"{size(now)} instead of {size(before)}"
     return f"{first.precision} in {' and '.join(parts)} ({saved}); {dtype} in {' and '.join(names)}"

@@ -170,12 +170,12 @@ def load_full_state(model: torch.nn.Module, checkpoint: Path) -> None:
         checkpoint: directory of safetensors files.
 
     Raises:
-        ValueError: if a weight is missing in the files, or has another shape.
+        ValueError: if a weight is missing in the files, has another shape, or is frozen in 8 bits and another one.
     """
     from safetensors import safe_open
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    weights = _saved_names(model)
+    weights, own = _saved_names(model), dict(model.named_parameters())
     missing = set(weights)
     is_adapted = hasattr(model, "peft_config")
     for path in sorted(checkpoint.glob("adapter_model*.safetensors" if is_adapted else "model*.safetensors")):
@@ -188,6 +188,14 @@ def load_full_state(model: torch.nn.Module, checkpoint: Path) -> None:
                         f"{path}: {name} has the shape {tuple(whole.shape)}, but {tuple(weight.shape)} in the model; pass a "
                         "checkpoint of this model."
                     )
+                if isinstance(own.get(name), DTensor) and not isinstance(weight, DTensor):
+                    # The state of a frozen weight that is rounded here is the original (training/frozen_precision.py).
+                    if not torch.equal(whole, weight):
+                        raise ValueError(
+                            f"{path}: {name} differs from the frozen weight that this model has in lower precision; resume "
+                            "with the model that this run began with (--model)."
+                        )
+                    continue
                 if isinstance(weight, DTensor):  # of which every process has read the whole: nothing is communicated
                     whole = whole.to(weight.device_mesh.device_type, weight.dtype)
                     shard = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)

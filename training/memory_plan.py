@@ -149,10 +149,10 @@ class Planner:
             frozen_keep,
         )
         modules, parameters = self.tracer.model.modules(), list(self.tracer.model.parameters())
-        layers = [_count(one) for one in self.tracer.model.modules() if isinstance(one, GradientCheckpointingLayer)]
+        blocks = [one for one in self.tracer.model.modules() if isinstance(one, GradientCheckpointingLayer)]
+        layers = list(map(_count, blocks))
         embeddings = _count(self.tracer.model.get_input_embeddings())
-        in_8_bits = [layer for _, layer in frozen_linears(self.tracer.model)]
-        self._in_8_bits = sum(layer.weight.numel() for layer in in_8_bits)
+        self._in_8_bits = sum(layer.weight.numel() for _, layer in frozen_linears(self.tracer.model))
         self.sizes = ModelSizes(
             parameters=tuple(p.numel() for p in parameters),
             trained=tuple(p.numel() for p in parameters if p.requires_grad),
@@ -161,7 +161,10 @@ class Planner:
             unlayered=sum(p.numel() for p in parameters) - sum(layers) - embeddings,
             hidden=config.text_config.hidden_size,
             element=torch_dtype.itemsize,
-            in_8_bits=sum(buffer.nbytes for layer in in_8_bits for buffer in layer.buffers()),
+            in_8_bits=_bytes_in_8_bits(self.tracer.model),
+            largest_layer_bytes=max(
+                (torch_dtype.itemsize * _count(one) + _bytes_in_8_bits(one) for one in blocks), default=0
+            ),
         )
 
     def changed(self, **options: Any) -> "Planner":
@@ -255,11 +258,10 @@ class Planner:
             raise ValueError("frozen_keep without frozen_precision; pass both.")
         if self.frozen_precision is not None:
             _one_of("frozen_precision", self.frozen_precision, PRECISIONS)
-            if self.fsdp or self.deepspeed in ("zero3", "zero3-offload"):
-                sharding = "fsdp=True" if self.fsdp else f"deepspeed={self.deepspeed!r}"
+            if self.deepspeed in ("zero3", "zero3-offload"):
                 raise ValueError(
-                    f"frozen_precision={self.frozen_precision!r} with {sharding}: 8-bit weights are whole on every GPU; "
-                    "drop one of them."
+                    f"frozen_precision={self.frozen_precision!r} with deepspeed={self.deepspeed!r}, which does not "
+                    "partition 8-bit weights; pass fsdp=True or deepspeed='zero2'."
                 )
         for part in train:
             _one_of("train", part, tuple(PARTS))
@@ -317,6 +319,10 @@ def usable(gpu_memory: float) -> int:
 
 def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes_in_8_bits(module: torch.nn.Module) -> int:
+    return sum(buffer.nbytes for _, layer in frozen_linears(module) for buffer in layer.buffers())
 
 
 def _dtype_name(dtype: Any) -> str | None:

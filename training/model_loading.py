@@ -95,7 +95,11 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
         _set_trainable(model, model_arguments)
     if model_arguments.frozen_precision is not None:
         freeze_in_8_bits(
-            model, model_arguments.frozen_precision, model_arguments.frozen_precision_keep, source=model_arguments.model
+            model,
+            model_arguments.frozen_precision,
+            model_arguments.frozen_precision_keep,
+            source=model_arguments.model,
+            sharded=bool(arguments.fsdp),
         )
     base = model.get_base_model() if model_arguments.lora_rank > 0 else model
     base.reduce_memory(

@@ -31,6 +31,8 @@ from ..int8 import dequantize
 from ..int8 import quantize as quantize_to_int8
 
 PRECISIONS = ("fp8", "int8")
+NUMBERS = {"fp8": torch.uint8, "int8": torch.int8}  # dtypes of 8-bit numbers, E4M3 as bytes
+STORAGE = torch.bfloat16  # of a sharded weight, whose elements are two numbers each
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -240,8 +242,9 @@ def why_not_in_fp8() -> str | None:
 class FrozenLinear(nn.Linear):
     """A frozen `nn.Linear` with an 8-bit weight.
 
-    `weight` is a buffer of 8-bit numbers. The state dict holds the original weight instead, so that what is saved is what
-    was loaded. A state dict is only loaded if its weight is rounded to the same numbers: a frozen weight does not change.
+    `weight` is a buffer of 8-bit numbers, or a parameter of which FSDP gives every process a part. The state dict holds the
+    original weight instead, so that what is saved is what was loaded. A state dict is only loaded if its weight is rounded
+    to the same numbers: a frozen weight does not change.
 
     Args:
         linear: the layer; its bias is shared.
@@ -249,11 +252,14 @@ class FrozenLinear(nn.Linear):
         original: returns the original weight for the state dict, *optional*, defaults to None: it is kept in main memory.
         in_fp8: whether products run on FP8 tensor cores, *optional*, defaults to where they can (`why_not_in_fp8`). Layers
             with a size that is no multiple of 16 do not.
+        sharded: whether the weight is a parameter, for FSDP, *optional*, defaults to False. Two numbers are then one element
+            of bfloat16, as FSDP rounds other dtypes to its own, and takes no integers before torch 2.13.
 
     Raises:
-        ValueError: for another precision, or a layer that is trained.
+        ValueError: for another precision, a layer that is trained, or an odd number of inputs of a sharded one.
     """
 
+    weight: Any
     weight_scale: torch.Tensor
 
     def __init__(
@@ -262,13 +268,19 @@ class FrozenLinear(nn.Linear):
         precision: str,
         original: Callable[[], torch.Tensor] | None = None,
         in_fp8: bool | None = None,
+        sharded: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # without weights of its own
         if any(parameter.requires_grad for parameter in linear.parameters()):
             raise ValueError("A layer that is trained cannot be kept in 8 bits; freeze it with requires_grad_(False).")
         self.in_features, self.out_features, self.precision = linear.in_features, linear.out_features, precision
+        if sharded and linear.in_features % 2:
+            raise ValueError(f"A layer of {linear.in_features} inputs cannot be sharded in 8 bits; keep its precision.")
         numbers, scales = quantize_weight(linear.weight, precision)
-        self.register_buffer("weight", numbers)
+        if sharded:
+            self.weight = nn.Parameter(numbers.view(STORAGE), requires_grad=False)
+        else:
+            self.register_buffer("weight", numbers)
         self.register_buffer("weight_scale", scales, persistent=False)
         self.bias = linear.bias
         self.dtype = linear.weight.dtype  # in which weights are rounded to 8 bits
@@ -287,19 +299,26 @@ class FrozenLinear(nn.Linear):
         kind = input.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
-        output = _Product.apply(input, self.weight, self.weight_scale, self.in_fp8)
+        output = _Product.apply(input, self.numbers, self.weight_scale, self.in_fp8)
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """The 8-bit numbers, (out_features, in_features), int8 or uint8."""
+        return self.weight.view(NUMBERS[self.precision])
 
     def extra_repr(self) -> str:
         """The sizes and the precision."""
         return f"{super().extra_repr()}, precision={self.precision}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FrozenLinear":
-        """As in `nn.Module`, but the scales stay float32."""
-        scales = self.weight_scale
+        """As in `nn.Module`, but the scales stay float32, and the numbers what they are."""
+        scales, numbers = self.weight_scale, self.weight.data
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != scales.dtype:
             self.weight_scale = scales.to(self.weight_scale.device)
+        if self.weight.dtype != numbers.dtype:  # a sharded weight, whose bytes are no floating point numbers
+            self.weight.data = numbers.to(self.weight.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -329,10 +348,10 @@ class FrozenLinear(nn.Linear):
 
     def _is_own(self, weight: torch.Tensor) -> bool:
         """Whether a weight is rounded to the numbers of this layer."""
-        if weight.shape != self.weight.shape:
+        if weight.shape != (self.out_features, self.in_features):
             return False
         numbers, scales = quantize_weight(weight.to(self.weight.device, self.dtype), self.precision)
-        return torch.equal(numbers, self.weight) and torch.equal(scales, self.weight_scale)
+        return torch.equal(numbers, self.numbers) and torch.equal(scales, self.weight_scale)
 
 
 __all__ = ["PRECISIONS", "FrozenLinear", "multiply", "multiply_gradient", "quantize_weight", "round_rows", "why_not_in_fp8"]
