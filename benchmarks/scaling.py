@@ -1,7 +1,7 @@
 """Training steps over several GPUs: DDP, ZeRO-1, 2 and 3, and FSDP2, with compiled layers, Liger's kernels and LoRA.
 
     python benchmarks/scaling.py --processes 1 2 4 [--shape 7b] [--rows ddp+compiled zero3 fsdp] [--out scaling.json]
-    python benchmarks/scaling.py --processes 2 --shape 70b --rows zero3+leaf+prefetch fsdp --checkpointing
+    python benchmarks/scaling.py --processes 2 --shape 70b --rows zero3+leaf+prefetch fsdp fsdp+fp8+compiled --checkpointing
     python benchmarks/scaling.py --processes 2 --rows zero2 zero3 --profile profiles    # what bounds a step
     python benchmarks/scaling.py --processes 1 2 --shape tiny    # without GPUs: gloo, float32
 
@@ -13,6 +13,7 @@ each number of processes in processes of its own, started by torchrun. A row is 
     +compiled     compiled decoder layers; zero3 needs +leaf, with which weights are gathered before a layer is entered
     +liger        Liger's kernels in the decoder
     +kept         fsdp: weights stay gathered between forward and backward
+    +fp8, +int8   frozen linear layers in 8 bits, but for the decoder's first and last layer; not zero3
 
 What ZeRO-3 gathers when, as variants of `zero3` (DeepSpeed 0.19: runtime/zero/partitioned_param_coordinator.py):
 
@@ -57,11 +58,14 @@ from models import LORA_RANK, Shape, inputs, with_adapters
 from steps import TINY
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLQwenVisionConfig
+from dsvl.acceleration.memory.frozen_linear import NUMBERS, PRECISIONS
 from dsvl.training.deepspeed_config import zero_configuration
 from dsvl.training.distributed import destroy_process_groups
+from dsvl.training.frozen_precision import freeze_in_8_bits, frozen_linears
 from dsvl.training.fsdp import layer_classes, shard_with_accelerate
 from dsvl.training.memory_plan import plan
 from dsvl.training.model_loading import train_in_float32
+from dsvl.training.trainer import count_parameters
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ ZERO3_VARIANTS: dict[str, dict[str, Any]] = {
     "serial": {"overlap_comm": False},
     "hpz": {},
 }
-VARIANTS = ("compiled", "liger", "kept", *ZERO3_VARIANTS)
+VARIANTS = ("compiled", "liger", "kept", *PRECISIONS, *ZERO3_VARIANTS)
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,16 @@ class Row:
                 raise ValueError(f"{name!r}: +{variant} is a variant of zero3; drop it.")
         if "kept" in variants and row.method != "fsdp":
             raise ValueError(f"{name!r}: +kept is a variant of fsdp; drop it.")
+        if row.precision is not None and row.method == "zero3":
+            raise ValueError(f"{name!r}: ZeRO-3 does not partition 8-bit weights; take fsdp+{row.precision}.")
         if "compiled" in variants and row.method == "zero3" and "leaf" not in variants:
             raise ValueError(f"{name!r}: weights would be gathered inside of compiled layers; add +leaf.")
         return row
+
+    @property
+    def precision(self) -> str | None:
+        """That of frozen linear layers, if they are in 8 bits."""
+        return next((variant for variant in self.variants if variant in PRECISIONS), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,10 +210,12 @@ def build(name: str, row: Row, shape: Shape, checkpointing: bool, device: torch.
         use_liger(model)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    if "compiled" in row.variants:
-        compile_layers(model, row)
     if row.lora:
         model = with_adapters(model)
+    if row.precision is not None:
+        freeze_in_8_bits(model, row.precision, sharded=row.method == "fsdp")
+    if "compiled" in row.variants:
+        compile_layers(model.get_base_model() if row.lora else model, row)
     return model
 
 
@@ -223,8 +236,18 @@ def fill(model: torch.nn.Module, device: torch.device) -> None:
         return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
     model._apply(there)
+    in_8_bits = {f"{name}.weight": layer for name, layer in frozen_linears(model)}
     with torch.no_grad():
+        for layer in in_8_bits.values():
+            numbers = layer.weight.to_local().view(NUMBERS[layer.precision])
+            if layer.precision == "fp8":  # of both signs, without the two codes that are no numbers
+                numbers.random_(0, 112).bitwise_or_(128 * torch.randint_like(numbers, 2))
+            else:
+                numbers.random_(-127, 128)
+            layer.weight_scale.fill_(2.0**-11 if layer.precision == "fp8" else 2.0**-12)  # about 0.02, as the others
         for name, parameter in model.named_parameters():
+            if name in in_8_bits:
+                continue
             if "norm" in name or "lora_B" in name:
                 parameter.fill_(float("lora_B" not in name))
             else:
@@ -324,6 +347,7 @@ def planned_gib(name: str, row: Row, shape: Shape, checkpointing: bool, supervis
         images=shape.images,
         lora_rank=LORA_RANK if row.lora else 0,
         activation_checkpointing=checkpointing,
+        frozen_precision=row.precision,
         supervised_share=supervised / (shape.batch * (shape.tokens - shape.images * shape.per_image)),
         dtype=str(dtype).removeprefix("torch."),
         mixed_precision=dtype != torch.float32,
@@ -348,7 +372,7 @@ def measure(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     began = time.perf_counter()
     batch = inputs(shape, str(device), dtype)
     model = build(options.shape, row, shape, options.checkpointing, device, dtype)
-    count = [int(getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    _, count = count_parameters(model)
     run = training_step(options.shape, row, model, shape, batch, device, dtype)
     built = time.perf_counter() - began
     losses = [run() for _ in range(WARM_UP)]
@@ -377,7 +401,7 @@ def measure(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         "tokens_per_second": 1000 * world * shape.batch * shape.tokens / ms,
         "peak_gib": peak,
         "planned_gib": planned_gib(options.shape, row, shape, options.checkpointing, supervised, dtype),
-        "parameters": sum(count),
+        "parameters": count,
         "losses": [first, last],
         "build_seconds": built,
         "device": device_name(),

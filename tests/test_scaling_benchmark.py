@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from training_runs import environment
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -31,6 +32,7 @@ def test_rows_are_read_by_their_names(scaling):
         ("ddp+fast", r"'ddp\+fast' is not a row; expected"),
         ("zero2+leaf", r"\+leaf is a variant of zero3; drop it"),
         ("zero3+kept", r"\+kept is a variant of fsdp; drop it"),
+        ("zero3+fp8", r"does not partition 8-bit weights; take fsdp\+fp8"),
         ("zero3+compiled", r"gathered inside of compiled layers; add \+leaf"),
     ],
 )
@@ -100,20 +102,45 @@ def test_collectives_are_told_from_kernels_that_compute(scaling, name, kind):
     assert scaling.collective(name) == kind
 
 
+@pytest.mark.parametrize("row", ["fsdp", "fsdp+fp8", "fsdp+int8"])
+def test_a_model_built_without_values_gets_random_ones_of_about_the_same_size(scaling, tmp_path, monkeypatch, row):
+    from torch.distributed.fsdp import fully_shard
+
+    monkeypatch.setattr(scaling, "BIG", ("tiny",))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        row, cpu = scaling.Row.parse(row), torch.device("cpu")
+        model = scaling.build("tiny", row, scaling.SHAPES["tiny"], False, cpu, torch.float32)
+        assert model.model.language_model.layers[1].mlp.up_proj.weight.is_meta
+        fully_shard(model)
+        scaling.fill(model, cpu)
+        layer = model.model.language_model.layers[1].mlp.up_proj
+        model.unshard()
+        assert 0.01 < layer(torch.eye(layer.in_features)).std() < 0.04
+        model.reshard()
+        loss = model(**scaling.inputs(scaling.SHAPES["tiny"], "cpu", torch.float32), use_cache=False).loss
+        loss.backward()
+        assert loss.isfinite() and model.get_input_embeddings().weight.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.slow
 def test_it_runs_with_one_and_two_processes(tmp_path):
     pytest.importorskip("deepspeed")
-    rows = ["ddp", "zero2", "zero3", "fsdp", "zero3+leaf+prefetch", "lora/fsdp", "lora/zero3"]
+    rows = ["ddp", "zero2", "zero3", "fsdp", "zero3+leaf+prefetch", "lora/fsdp", "lora/zero3", "ddp+fp8", "fsdp+fp8"]
     command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--shape", "tiny", "--processes", "1", "2", "--rounds", "2"]
     command += ["--budget", "1800", "--profile", str(tmp_path / "traces"), "--out", str(tmp_path / "scaling.json")]
     done = subprocess.run([*command, "--rows", *rows], env=environment(), capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     results = {(one["row"], one["processes"]): one for one in json.loads((tmp_path / "scaling.json").read_text())["results"]}
-    assert len(results) == 14
+    assert len(results) == 18
     # Every method trains the same model on the same batch: without adapters, the losses are those of DDP.
     for (row, processes), one in results.items():
         if not row.startswith("lora/"):
-            assert one["losses"] == pytest.approx(results["ddp", processes]["losses"], abs=1e-4), row
+            same = "ddp+fp8" if row.endswith("+fp8") else "ddp"
+            assert one["losses"] == pytest.approx(results[same, processes]["losses"], abs=1e-4), row
+            assert one["parameters"] == results["ddp", processes]["parameters"]
         assert one["profile"]["idle"] < 1 and (tmp_path / "traces").is_dir()
     for row in ("zero3", "fsdp"):
         assert results[row, 2]["profile"]["calls_of_collectives"]["allgather"] > 0

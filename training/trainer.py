@@ -472,6 +472,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     def size(parameter: torch.Tensor) -> int:
         return int(getattr(parameter, "ds_numel", parameter.numel()))
 
-    parameters = list(model.parameters())
-    in_8_bits = sum(layer.weight.numel() for _, layer in frozen_linears(model))
-    return sum(size(p) for p in parameters if p.requires_grad), sum(map(size, parameters)) + in_8_bits
+    in_8_bits = [layer for _, layer in frozen_linears(model)]
+    numbers = {id(layer.weight) for layer in in_8_bits}  # parameters where they are sharded, else buffers
+    parameters = [parameter for parameter in model.parameters() if id(parameter) not in numbers]
+    trained = sum(size(parameter) for parameter in parameters if parameter.requires_grad)
+    return trained, sum(map(size, parameters)) + sum(layer.out_features * layer.in_features for layer in in_8_bits)
