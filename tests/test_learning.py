@@ -274,12 +274,20 @@ def test_a_run_logs_what_it_trains_and_skips(folder, tmp_path, caplog):
     assert "Parameters: 30,912 of 155,488 are trained (19.88%)." in said
     assert "Data: 10 conversations, 10 turns, 4 images, 1,226 tokens, 81 trained." in said
     assert "Optimizer: 0.000 GiB in each of 1 processes (not partitioned)." in said
+    assert "Attention: under 'mmca' a decoder whose layers are frozen hardly tells the images" in said
     assert "line 4: is not JSON" in said and "line 5: the last message is the user's" in said
     assert "2 of 20 samples are broken and were skipped" in said
     assert "2 samples of" in said and "lost turns beyond the maximum length" in said
     card = (output / "README.md").read_text()
     assert "| broken.jsonl | 18 |" in card and "| learning rate | 0.01 |" in card
     assert "last logged training loss" in card
+
+
+@pytest.mark.parametrize("trained", [["--lora-rank", "2"], ["--train", "projector", "language"]])
+def test_a_decoder_that_is_trained_may_tell_images_apart(folder, tmp_path, caplog, trained):
+    with caplog.at_level(logging.INFO, logger="dsvl"):
+        train(folder, tmp_path / "output", *trained, "--max-steps", "1")
+    assert "Parameters: " in caplog.text and "Attention: " not in caplog.text
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 1])

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ..acceleration.attention.kernel_choice import agree
+from ..acceleration.decoder_run import layers_of
 from ..configuration_dsvl import DSVLConfig
 from ..data.streaming import Stream
 from ..publishing.push import push_directory
@@ -331,7 +332,8 @@ def open_feature_cache(
 
 
 def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str]:
-    """The lines that are logged before training: parameters, optimizer memory, 8-bit weights and image parallelism."""
+    """The lines that are logged before training: parameters, optimizer memory, what frozen layers do not learn under MMCA,
+    8-bit weights and image parallelism."""
     trained, total = count_parameters(trainer.model)
     stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
     # AdamW's two moments in float32; for 16-bit weights DeepSpeed also keeps a float32 copy.
@@ -344,6 +346,13 @@ def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str
         f"Optimizer: {trained * bytes_per_weight / share / 2**30:.3f} GiB in each of {arguments.world_size} processes "
         f"({where}).",
     ]
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    decoder = [parameter for layer in layers_of(model.model.language_model) for parameter in layer.parameters()]
+    if model.config.multimodal_attention == "mmca" and not any(parameter.requires_grad for parameter in decoder):
+        lines.append(
+            "Attention: under 'mmca' a decoder whose layers are frozen hardly tells the images of a conversation apart; for "
+            "conversations of several images compose with --multimodal-attention causal (docs/concepts/which-attention.md)."
+        )
     frozen = describe_frozen_weights(trainer.model)
     if frozen is not None:
         lines.append(f"Frozen weights: {frozen}. Products: {describe_products(trainer.model)}.")
