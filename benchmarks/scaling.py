@@ -190,7 +190,8 @@ def build(name: str, row: Row, shape: Shape, checkpointing: bool, device: torch.
     """The model of a row with random weights: on the device, in partitions, or without values for FSDP to shard."""
     context: Any = nullcontext()
     where: Any = device
-    if row.method == "zero3":
+    # ZeRO-3 partitions other models when it is initialized: transformers cannot initialize weights in partitions.
+    if row.method == "zero3" and name in BIG:
         import deepspeed
 
         context = deepspeed.zero.Init(config_dict_or_path=zero_config(row, shape, dtype), dtype=dtype)
