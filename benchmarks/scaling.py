@@ -130,6 +130,8 @@ class Row:
                 raise ValueError(f"{name!r}: +{variant} is a variant of zero3; drop it.")
         if "kept" in variants and row.method != "fsdp":
             raise ValueError(f"{name!r}: +kept is a variant of fsdp; drop it.")
+        if set(PRECISIONS) <= set(variants):
+            raise ValueError(f"{name!r}: layers are in one of {' and '.join(PRECISIONS)}; drop the other.")
         if row.precision is not None and row.method == "zero3":
             raise ValueError(f"{name!r}: ZeRO-3 does not partition 8-bit weights; take fsdp+{row.precision}.")
         if "compiled" in variants and row.method == "zero3" and "leaf" not in variants:

@@ -589,6 +589,7 @@ def test_the_form_with_numbers_is_the_best_or_the_first_of_equal_ones(load):
     assert best(0.695, 0.7, 0.65)[0] == "block", "one point is a tie"
     found, records = best(0.7, 0.6, 0.6)
     assert found == "block" and rule.best_numbered(records[:-1]) is None
+    assert rule.best_numbered([*records[:-1], records[-1] | {"parts": "others"}]) is None
     lines = "\n".join(report.verdicts(records, None))
     assert "block pays in data: no.** block less causal" in lines
     assert "block becomes the default: yes.** block less mmca" in lines
@@ -705,7 +706,7 @@ def test_the_report_shows_every_arm_and_what_is_missing(load, tmp_path):
     text = load("report").write_report(tmp_path, tmp_path)
     assert "**MMCA pays in data: yes.**" in text and "**MMCA pays in compute: not decided.**" in text
     rows = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")]
-    assert {"causal", "mmca", "bidirectional"} <= set(rows)
+    assert {"causal", "mmca", "bidirectional", "guess: all images read, none told apart"} <= set(rows)
     assert "| mean | one image |" in text
     assert "Run `frozen-1024-mmca-seed0-rate0.001` failed: OutOfMemoryError: too large" in text
     assert "Stage `lora`, exploratory: LoRA: not begun." in text
@@ -721,12 +722,38 @@ def test_a_report_compares_runs_of_one_version(load, tmp_path):
     save_records(plan, tmp_path, made_up_experiment(plan, {"all": 0.8}, code="other"))
     with pytest.raises(ValueError, match="2 values of 'code'"):
         load("report").write_report(tmp_path, tmp_path)
-    earlier = [record | {"code": plan.EARLIER_CODE[0]} for record in made_up_experiment(plan, {"all": 0.8}, seeds=3)]
-    now = [record | {"code": plan.code_hash()} for record in made_up_experiment(plan, {"all": 0.8})[6:]]
+    before, after = next(iter(load("versions").SAME_CODE.items()))
+    earlier = [record | {"code": before} for record in made_up_experiment(plan, {"all": 0.8}, seeds=3)]
+    now = [record | {"code": after} for record in made_up_experiment(plan, {"all": 0.8})[6:]]
     save_records(plan, tmp_path / "added", earlier + now)
     assert "**MMCA pays in data: yes.**" in load("report").write_report(tmp_path / "added", tmp_path)
     with pytest.raises(ValueError, match="holds no reported run"):
         load("report").write_report(tmp_path / "empty", tmp_path)
+
+
+def test_the_results_are_those_of_this_code(load):
+    """If a change of the code means other runs, it needs another folder; if it does not, `versions.py` has to say so."""
+    plan, versions = load("plan"), load("versions")
+    records = plan.read_records(FOLDER / "results" / "h200" / "attention_quality")
+    assert len(records) >= 36 and {versions.comparable(record)["code"] for record in records} == {plan.code_hash()}
+
+
+def test_a_guess_knows_all_images_but_not_which_is_which(load):
+    scenes, guess = load("scenes"), load("guess")
+    red, blue = (scenes.Thing(0, colour, "circle", "small") for colour in ("red", "blue"))
+    square = scenes.Thing(1, "blue", "square", "large")
+    told = [scenes.Scene((red, square), "12", 5), scenes.Scene((blue,), "34", 5), scenes.Scene((red,), "12", 5)]
+
+    def chance(kind, words, *answer):
+        return guess.chance(scenes.Question(kind, tuple(words.split("|")), ("(image 1)", *answer), (0,)), told)
+
+    assert chance("attribute", "what|colour|is|the|circle|in|(image 1)|?", "red") == 2 / 3
+    assert chance("attribute", "what|size|is|the|blue|one|in|(image 1)|?", "large") == 1 / 2
+    assert chance("which", "which|image|shows|a|blue|square|?") == 1 / 3
+    assert chance("print", "which|number|is|printed|in|(image 1)|?", "1", "2") == 2 / 3
+    # Red circles, of the first and the third image; another image has a circle of another colour: the second.
+    words = "in|(image 2)|,|what|colour|is|the|shape|that|is|red|in|(image 1)|?"
+    assert chance("two_hop", words, "blue") == 1
 
 
 def test_the_readme_states_the_rule_of_the_code(load):

@@ -494,6 +494,11 @@ def test_a_sharded_weight_computes_what_a_whole_one_does(group, precision, dtype
     assert torch.equal(one.grad, other.grad)
     state = sharded.state_dict()
     assert all(torch.equal(state[f"{index}.weight"], layer.weight) for index, layer in enumerate(plain))
+    sharded.load_state_dict(state)
+    with pytest.raises(ValueError, match="0.weight differs from the frozen weight"):
+        sharded.load_state_dict(state | {"0.weight": state["0.weight"] + 1})
+    with pytest.raises(ValueError, match="A sharded 8-bit weight cannot be cast"):
+        sharded.half()
 
 
 def test_two_processes_hold_half_of_a_weight_each():
@@ -565,6 +570,10 @@ def test_a_sharded_model_is_loaded_with_its_own_frozen_weights_alone(group, fold
         (
             "--frozen-precision int8 --frozen-precision-report --streaming --max-steps 2",
             "--frozen-precision-report with --streaming, whose samples are read once",
+        ),
+        (
+            "--frozen-precision int8 --frozen-precision-report --fsdp",
+            "--frozen-precision-report with --fsdp: it measures before the model is sharded",
         ),
         (
             "--frozen-precision int8 --frozen-precision-keep x_proj",

@@ -196,6 +196,18 @@ def test_sixteen_bits_multiply_in_them_and_sum_in_float32(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_frozen_weights_in_8_bits_are_saved_to_the_byte(folder, tmp_path):
+    """In bf16, with a source in float32: all frozen weights keep its dtype."""
+    output, source = tmp_path / "output", weights(folder / "model")
+    train(folder, output, "--fsdp", "--bf16", "--frozen-precision-keep", "none", "--frozen-precision", "fp8")
+    for path in (output, output / "checkpoint-4"):
+        saved = weights(path)
+        assert saved.keys() == source.keys()
+        changed = {name for name, one in saved.items() if one.dtype != source[name].dtype or not one.equal(source[name])}
+        assert changed and all("embed_tokens" in name or "projector" in name for name in changed)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_shards(folder, tmp_path):
     output = tmp_path / "output"
     train(folder, output, "--fsdp")

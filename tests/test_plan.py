@@ -383,6 +383,10 @@ def test_fsdp_shards_everything_in_float32_where_it_is_trained():
     assert forward.weights == step.weights == 2 * 250 + 4 * (10 + 38 + 13)
     assert forward.gradients == step.gradients == 4 * 61
     assert forward.optimizer == step.optimizer == 8 * 61
+    # Of frozen weights in 8 bits a share, and those outside of layers gathered too.
+    in_8_bits = replace(sizes, in_8_bits=1001, largest_layer_bytes=900, unlayered_in_8_bits=70)
+    assert fsdp_states(in_8_bits, TRACE, world_size=4)[0].weights == forward.weights + 251
+    assert fsdp_states(in_8_bits, TRACE, world_size=4)[0].buffers == 2 * 300 + 70 + 3 * 900 + 4 * 240
     # Three layers and what stays gathered, in 16 bits; whole gradients of at most what is trained, in float32.
     assert forward.buffers == 2 * (300 + 3 * 400) + 4 * 240
     assert (step.buffers, forward.activations, step.activations) == (0, 5000, 0)

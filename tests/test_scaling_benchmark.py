@@ -32,6 +32,7 @@ def test_rows_are_read_by_their_names(scaling):
         ("ddp+fast", r"'ddp\+fast' is not a row; expected"),
         ("zero2+leaf", r"\+leaf is a variant of zero3; drop it"),
         ("zero3+kept", r"\+kept is a variant of fsdp; drop it"),
+        ("fsdp+fp8+int8", "layers are in one of fp8 and int8; drop the other"),
         ("zero3+fp8", r"does not partition 8-bit weights; take fsdp\+fp8"),
         ("zero3+compiled", r"gathered inside of compiled layers; add \+leaf"),
     ],

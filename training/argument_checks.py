@@ -90,6 +90,11 @@ def _check_frozen_precision(values: dict[str, Any], stage: int | None) -> None:
         raise ValueError(f"{flag} with --dora, which reads the norms of the original weights; drop one of them.")
     if stage == 3:
         raise ValueError(f"{flag} with ZeRO-3, which does not partition 8-bit weights; choose --fsdp, or --deepspeed zero2.")
+    if values.get("frozen_precision_report") and values.get("fsdp"):
+        raise ValueError(
+            "--frozen-precision-report with --fsdp: it measures before the model is sharded, on one device; write the "
+            "report in a run of a few steps without --fsdp, and drop it here."
+        )
     if {"language", "vision"} <= set(values["train"]):
         raise ValueError(f"{flag} with --train {' '.join(values['train'])}: no linear layer is frozen; drop one of them.")
     if values.get("frozen_precision_report") and values.get("streaming"):

@@ -165,6 +165,7 @@ class Planner:
             largest_layer_bytes=max(
                 (torch_dtype.itemsize * _count(one) + _bytes_in_8_bits(one) for one in blocks), default=0
             ),
+            unlayered_in_8_bits=_bytes_in_8_bits(self.tracer.model) - sum(map(_bytes_in_8_bits, blocks)),
         )
 
     def changed(self, **options: Any) -> "Planner":

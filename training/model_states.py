@@ -49,7 +49,8 @@ class ModelSizes:
         largest_layer: parameters of the largest layer of decoder or tower, for FSDP.
         unlayered: parameters outside of these layers and of the embeddings, for FSDP.
         in_8_bits: bytes of frozen weights in 8 bits and of their scales, which are not among `parameters`.
-        largest_layer_bytes: weights in 8 bits included, for FSDP; 0 if there are none.
+        largest_layer_bytes: of the largest layer, weights in 8 bits included, for FSDP; 0: computed from `largest_layer`.
+        unlayered_in_8_bits: those of `in_8_bits` outside of the layers, for FSDP.
     """
 
     parameters: tuple[int, ...]
@@ -61,6 +62,7 @@ class ModelSizes:
     unlayered: int = 0
     in_8_bits: int = 0
     largest_layer_bytes: int = 0
+    unlayered_in_8_bits: int = 0
 
 
 def model_states(
@@ -227,10 +229,14 @@ def fsdp_states(sizes: ModelSizes, trace: "ActivationMemory", world_size: int) -
     element, trained = sizes.element, _partitioned(sizes.trained, world_size)
     own = 4  # shards of trainable weights, their gradients and AdamW's states are float32
     weights = element * (_partitioned(sizes.parameters, world_size) - trained) + own * trained
-    weights += math.ceil(sizes.in_8_bits / world_size)  # but for the scales, which are whole on every GPU
+    weights += math.ceil(sizes.in_8_bits / world_size)  # neglecting that scales are whole on every GPU
     # The root and the head stay gathered (reshard_after_forward=False); of the layers, the current one, the next, and the
     # output of the next one's all-gather, from which it is copied (foreach_all_gather_copy_out).
-    gathered = element * sizes.unlayered + 3 * (sizes.largest_layer_bytes or element * sizes.largest_layer)
+    gathered = (
+        element * sizes.unlayered
+        + sizes.unlayered_in_8_bits
+        + 3 * (sizes.largest_layer_bytes or element * sizes.largest_layer)
+    )
     # The whole gradients of the largest unit that is trained, as they are reduced (foreach_reduce): copied, in float32.
     reduced = own * min(max(sizes.largest_layer, sizes.unlayered, max(sizes.trained)), sum(sizes.trained))
     states = 2 * own * trained

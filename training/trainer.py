@@ -109,7 +109,8 @@ class DSVLTrainer(Trainer):
 
         Args:
             output_dir: see `Trainer.save_model`.
-            dtype: under FSDP, the dtype of all floating point weights, *optional*, defaults to their own.
+            dtype: under FSDP, the dtype of all floating point weights, *optional*, defaults to their own. With layers in 8
+                bits, frozen weights are saved as they were loaded.
         """
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
@@ -117,7 +118,13 @@ class DSVLTrainer(Trainer):
         # PEFT saves what is trained.
         state = full_state(self.model, trained_only=hasattr(self.model, "peft_config"))
         if dtype is not None:
-            state = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in state.items()}
+            originals = set()
+            if any(frozen_linears(self.model)):
+                originals = {name for name, one in self.model.named_parameters() if not one.requires_grad}
+            state = {
+                name: weight.to(dtype) if weight.is_floating_point() and name not in originals else weight
+                for name, weight in state.items()
+            }
         self._save(output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -303,6 +303,11 @@ class FrozenLinear(nn.Linear):
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds a part of the weight, a DTensor; during a forward pass it is whole."""
+        return hasattr(self.weight, "to_local")
+
+    @property
     def numbers(self) -> torch.Tensor:
         """The 8-bit numbers, (out_features, in_features), int8 or uint8."""
         return self.weight.view(NUMBERS[self.precision])
@@ -312,11 +317,17 @@ class FrozenLinear(nn.Linear):
         return f"{super().extra_repr()}, precision={self.precision}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FrozenLinear":
-        """As in `nn.Module`, but the scales stay float32, and the numbers what they are."""
+        """As in `nn.Module`, but the scales stay float32, and the numbers what they are.
+
+        Raises:
+            ValueError: for a cast of a weight that FSDP has sharded, which is lost then.
+        """
         scales, numbers = self.weight_scale, self.weight.data
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != scales.dtype:
             self.weight_scale = scales.to(self.weight_scale.device)
+        if self.is_sharded and self.weight.to_local().dtype != STORAGE:
+            raise ValueError("A sharded 8-bit weight cannot be cast to another dtype; cast the model before it is sharded.")
         if self.weight.dtype != numbers.dtype:  # a sharded weight, whose bytes are no floating point numbers
             self.weight.data = numbers.to(self.weight.device)
         return self
@@ -347,9 +358,12 @@ class FrozenLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _is_own(self, weight: torch.Tensor) -> bool:
-        """Whether a weight is rounded to the numbers of this layer."""
+        """Whether a weight is rounded to the numbers of this layer; of a sharded one, whether it is the original."""
         if weight.shape != (self.out_features, self.in_features):
             return False
+        if self.is_sharded:
+            original = self.original()
+            return torch.equal(weight.to(original), original)
         numbers, scales = quantize_weight(weight.to(self.weight.device, self.dtype), self.precision)
         return torch.equal(numbers, self.numbers) and torch.equal(scales, self.weight_scale)
 

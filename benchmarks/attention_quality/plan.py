@@ -31,8 +31,6 @@ Record = dict[str, Any]
 
 # What a run's result depends on.
 SOURCES = ("arms.py", "language.py", "parts.py", "plan.py", "runs.py", "scenes.py", "sizes.py", "tower.py")
-# Hashes of earlier code in which arms or stages were missing, but none was another one: its runs compare with new ones.
-EARLIER_CODE = ("933a227e3cdad223",)
 
 
 @dataclass(frozen=True)
@@ -209,12 +207,6 @@ def code_hash() -> str:
     """Of the files that a run's result depends on."""
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
-
-
-def comparable(record: Record) -> Record:
-    """The hash of the data, and that of the code: of `EARLIER_CODE` this code's."""
-    code = code_hash() if record["code"] in EARLIER_CODE else record["code"]
-    return {"generator": record["generator"], "code": code}
 
 
 def as_json(run: Run) -> Record:

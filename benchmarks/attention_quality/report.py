@@ -13,6 +13,7 @@ from plots import PALETTE, finish, save, ticks_at
 from trained_tasks import markdown
 
 from attention_quality.arms import ARMS
+from attention_quality.guess import guesses
 from attention_quality.plan import (
     ALONE,
     CONVERSATIONS,
@@ -24,7 +25,6 @@ from attention_quality.plan import (
     Run,
     accuracies,
     chosen_rates,
-    comparable,
     equal_time,
     mean_accuracy,
     mean_of_items,
@@ -43,6 +43,7 @@ from attention_quality.rule import (
     paired_seeds,
     points,
 )
+from attention_quality.versions import comparable
 
 # Causal and mmca as in the other plots; arms beyond the palette are dashed.
 _MARKS = (PALETTE[0], PALETTE[2], PALETTE[1], *PALETTE[3:])
@@ -50,6 +51,7 @@ STYLES: dict[str, dict[str, Any]] = {
     arm: {"color": colour, "marker": marker, "linestyle": "-" if index < len(_MARKS) else "--"}
     for index, (arm, (colour, marker)) in enumerate(zip(ARMS, itertools.cycle(_MARKS), strict=False))
 }
+GUESS = "guess: all images read, none told apart"  # guess.py
 LOOK = {"svg.hashsalt": "dsvl", "figure.constrained_layout.use": True, "figure.facecolor": "white", "font.size": 9}
 
 
@@ -100,8 +102,15 @@ def table(records: Sequence[Record], mode: str, conversations: int, step_times: 
                 step_text(arm, step_times if mode == "frozen" else None),  # which were measured in this mode
             ]
         )
+    guess = guesses(records[0]["size"])
+    of_tasks_guessed = [*(guess[task] for task in TASKS[:-1]), _of_distractors(guess)]
+    rows.append([GUESS, "-", "-", *of_tasks_guessed, mean(of_tasks_guessed), guess[ALONE], "-", "-", "-"])
     head = ["arm", "seeds", "learning rate", *(task.replace("_", "-") for task in TASKS), "mean", "one image"]
     return markdown([*head, "points less causal (95 %)", "perplexity of text", "ms per step"], rows)
+
+
+def _of_distractors(values: dict[str, float]) -> float:
+    return mean(value for key, value in values.items() if key.startswith("distractors_"))
 
 
 def step_text(arm: str, step_times: dict[str, float] | None) -> str:
@@ -121,6 +130,8 @@ def distractor_table(records: Sequence[Record], conversations: int = CONVERSATIO
             items = [record["items"] for record in found.values()]
             keys = [key for key in items[0] if key.startswith("distractors_")]
             rows.append([arm, *(mean(mean_of_items(one[key]) for one in items) for key in keys)])
+    guess = guesses(records[0]["size"])
+    rows.append([GUESS, *(guess[key] for key in keys)])
     return markdown(["arm", *(f"1 of {key.removeprefix('distractors_')}" for key in keys)], rows)
 
 
@@ -270,9 +281,13 @@ def write_report(folder: Path, out: Path) -> str:
     lines += ["## Gaps", "", *(f"- {line}" for line in gaps_in(records, folder, step_times)), ""]
     parts = sorted({record["parts"] for record in records})
     first = records[0]
+
+    def every(key: str) -> str:
+        return " and ".join(sorted({record[key] for record in records}))
+
     lines += [
-        f"Data generator {first['generator']}, code {first['code']}, size {first['size']}, parts {', '.join(parts)}; "
-        f"{first['device']}, torch {first['torch']}, transformers {first['transformers']}; {len(records)} runs.",
+        f"Data generator {first['generator']}, code {every('code')}, size {first['size']}, parts {', '.join(parts)}; "
+        f"{every('device')}, torch {every('torch')}, transformers {every('transformers')}; {len(records)} runs.",
         "",
     ]
     text = "\n".join(lines)

@@ -151,13 +151,11 @@ def data_verdict(
 
 def best_numbered(records: Sequence[Record], conversations: int = CONVERSATIONS) -> str | None:
     """Of the forms in which an image knows its number, the first that is at most `TIE` below the best, by the mean over the
-    tasks; None until all of them have enough seeds."""
-    means: dict[str, float] = {}
-    for arm in NUMBERED:
-        found = by_seed(records, arm, "frozen", conversations)
-        if len(found) < SEEDS:
-            return None
-        means[arm] = float(np.mean([mean_accuracy(record["items"]) for record in found.values()]))
+    tasks; None until all of them have enough seeds, those of a seed with the same parts."""
+    runs = {arm: by_seed(records, arm, "frozen", conversations) for arm in NUMBERED}
+    if any(len(paired_seeds(found, runs[NUMBERED[0]])[0]) < SEEDS for found in runs.values()):
+        return None
+    means = {arm: float(np.mean([mean_accuracy(one["items"]) for one in found.values()])) for arm, found in runs.items()}
     return next(arm for arm in NUMBERED if means[arm] >= max(means.values()) - TIE)
 
 

@@ -29,7 +29,6 @@ from attention_quality.plan import (
     as_json,
     chosen_rates,
     code_hash,
-    comparable,
     mean_accuracy,
     path_of,
     read_records,
@@ -45,6 +44,7 @@ from attention_quality.scenes import (
     training_conversation,
 )
 from attention_quality.sizes import SIZES_OF_EXPERIMENT, Size
+from attention_quality.versions import comparable
 from dsvl import compose
 from dsvl.training.adapters import lora_config
 
