@@ -17,7 +17,6 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ..acceleration.attention.kernel_choice import agree
-from ..acceleration.decoder_run import layers_of
 from ..configuration_dsvl import DSVLConfig
 from ..data.streaming import Stream
 from ..publishing.push import push_directory
@@ -347,7 +346,8 @@ def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str
         f"({where}).",
     ]
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    decoder = [parameter for layer in layers_of(model.model.language_model) for parameter in layer.parameters()]
+    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    decoder = [one for one in model.model.language_model.parameters() if id(one) not in embeddings]
     if model.config.multimodal_attention == "mmca" and not any(parameter.requires_grad for parameter in decoder):
         lines.append(
             "Attention: under 'mmca' a decoder whose layers are frozen hardly tells the images of a conversation apart; for "
