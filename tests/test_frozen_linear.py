@@ -166,16 +166,21 @@ def test_compiled_and_checkpointed_it_computes_the_same(way, precision):
         assert torch.equal(one, other)
 
 
+# "aot_eager" keeps what is computed in the forward pass; the other partitions graphs as "inductor", without its code.
+@pytest.mark.parametrize(
+    ("sharded", "backend"),
+    [(False, "aot_eager"), (False, "aot_eager_decomp_partition"), (True, "aot_eager_decomp_partition")],
+)
 @pytest.mark.parametrize(("precision", "in_fp8"), [("fp8", True), ("fp8", False), ("int8", False)])
-def test_a_compiled_layer_keeps_no_other_weight_for_its_backward(precision, in_fp8):
+def test_a_compiled_layer_keeps_no_other_weight_for_its_backward(precision, in_fp8, sharded, backend):
     """The compiler's partitioner would keep a dequantized weight of each layer, if it saw one."""
     layers = [linear(dtype=torch.bfloat16, bias=False), linear(64, 96, dtype=torch.bfloat16, bias=False)]
-    layers = nn.Sequential(*(FrozenLinear(layer, precision, in_fp8=in_fp8) for layer in layers))
-    compiled, saved = torch.compile(layers, backend="aot_eager", fullgraph=True), []
+    layers = nn.Sequential(*(FrozenLinear(layer, precision, in_fp8=in_fp8, sharded=sharded) for layer in layers))
+    compiled, saved = torch.compile(layers, backend=backend, fullgraph=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         compiled(torch.randn(5, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
     assert saved
-    assert {tensor.data_ptr() for tensor in saved} <= {buffer.data_ptr() for buffer in layers.buffers()}
+    assert {tensor.data_ptr() for tensor in saved} <= {one.data_ptr() for one in (*layers.buffers(), *layers.parameters())}
 
 
 @pytest.mark.parametrize(("precision", "in_fp8"), [("fp8", True), ("fp8", False), ("int8", False)])

@@ -310,7 +310,8 @@ class FrozenLinear(nn.Linear):
     @property
     def numbers(self) -> torch.Tensor:
         """The 8-bit numbers, (out_features, in_features), int8 or uint8."""
-        return self.weight.view(NUMBERS[self.precision])
+        numbers = NUMBERS[self.precision]
+        return self.weight if self.weight.dtype == numbers else self.weight.view(numbers)
 
     def extra_repr(self) -> str:
         """The sizes and the precision."""
