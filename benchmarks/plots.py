@@ -61,6 +61,12 @@ def style(name: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker}
 
 
+def style_of(index: int) -> dict[str, Any]:
+    """Colour, marker and line of a row by its number; rows beyond the palette are dashed."""
+    colour, marker = PALETTE[index % len(PALETTE)]
+    return {"color": colour, "marker": marker, "linestyle": "-" if index < len(PALETTE) else "--"}
+
+
 def line(axes: Axes, name: str, points: dict[float, dict[str, float]], key: str = "ms", **drawn: Any) -> None:
     """Draw a row's figures over the varied value, without skipped ones."""
     measured = {x: figures for x, figures in points.items() if key in figures}
@@ -238,9 +244,7 @@ def draw_decoding(record: dict[str, Any]) -> Figure:
         ways.setdefault(way.rstrip(","), {})[float(batch)] = figures
     figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
     for index, (way, points) in enumerate(ways.items()):
-        colour, marker = PALETTE[index % len(PALETTE)]
-        repeated = index >= len(PALETTE)
-        line(axes, way, points, "tokens_per_s", color=colour, marker=marker, linestyle="--" if repeated else "-")
+        line(axes, way, points, "tokens_per_s", **style_of(index))
     ticks_at(axes, sorted({batch for points in ways.values() for batch in points}))
     logarithmic(axes)
     axes.set_xlabel(AXES["batch"])

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from dsvl.positions_dsvl import image_starts
+
 Sets = list[torch.Tensor]  # boolean (batch, queries, keys) each: the keys of a softmax
 
 # What an image's keys and values depend on. With the first two they can be reused exactly.
@@ -283,8 +285,7 @@ class Title(nn.Module):
         if ids is None:
             raise ValueError("Titles are read from input_ids, but the call has none; pass input_ids by keyword.")
         is_image = ids == self.config.image_token_id
-        image = Tokens.of(is_image, self.config.image_seq_length).image
-        starts = is_image & (image != nn.functional.pad(image[:, :-1], (1, 0), value=-1))
+        starts = image_starts(is_image, self.config.image_seq_length)
         index = torch.arange(ids.shape[1], device=ids.device)
         heading = torch.where(starts, index - 1, 0).cummax(-1).values
         self.headings = is_image, ids.gather(1, heading)

@@ -4,22 +4,20 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
-from attention_quality.plan import ALONE
+from attention_quality.plan import item_sets
 from attention_quality.scenes import Question, Scene, Thing, held_out_conversation
 from attention_quality.sizes import SIZES_OF_EXPERIMENT
 
 
 @cache
 def guesses(size_name: str) -> dict[str, float]:
-    """Task -> mean probability that the guess is right, over the held-out items of a size; `ALONE` has one image.
+    """The mean probability that the guess is right, over the held-out items of a size, by the keys of `item_sets`.
 
     Args:
         size_name: of `SIZES_OF_EXPERIMENT`.
     """
     size, found = SIZES_OF_EXPERIMENT[size_name], {}
-    asked = [(task, task, size.asked_images, size.items) for task in ("attribute", "which", "two_hop", "print")]
-    asked += [(f"distractors_{images}", "distractors", images, size.distractor_items) for images in size.distractors]
-    for key, task, images, count in [*asked, (ALONE, ALONE, 1, size.items)]:
+    for key, task, images, count in item_sets(size, size.items, size.distractor_items):
         items = [held_out_conversation(size.world, task, images, index) for index in range(count)]
         found[key] = sum(chance(item.questions[0], item.scenes) for item in items) / count
     return found

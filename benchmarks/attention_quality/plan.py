@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from attention_quality.arms import ARMS, NUMBERED, PRIMARY
+from attention_quality.scenes import IMAGE_KINDS
+from attention_quality.sizes import Size
 
 MODES = ("frozen", "lora", "full")
 CONVERSATIONS = 16384  # of the primary comparison
@@ -153,11 +155,22 @@ def mean_of_items(bits: str) -> float:
     return bits.count("1") / len(bits)
 
 
-def accuracies(items: dict[str, str]) -> dict[str, float]:
-    """Accuracy of each task, from the items of a run: task -> "1" or "0" for each item."""
-    values = {task: mean_of_items(bits) for task, bits in items.items()}
-    distractors = [value for task, value in values.items() if task.startswith("distractors_")]
+def item_sets(size: Size, count: int, count_distractors: int) -> list[tuple[str, str, int, int]]:
+    """The held-out items of each task: the key of their results, the task, the images of an item, and how many items."""
+    sets = [(task, task, size.asked_images, count) for task in IMAGE_KINDS]
+    distractors = [(f"{TASKS[-1]}_{images}", TASKS[-1], images, count_distractors) for images in size.distractors]
+    return [*sets, (ALONE, ALONE, 1, count), *distractors]
+
+
+def by_task(values: dict[str, float]) -> dict[str, float]:
+    """The value of each task, from those of `item_sets`: the last is the mean over its numbers of images."""
+    distractors = [value for key, value in values.items() if key.startswith(f"{TASKS[-1]}_")]
     return {task: values[task] for task in TASKS[:-1]} | {TASKS[-1]: sum(distractors) / len(distractors)}
+
+
+def accuracies(items: dict[str, str]) -> dict[str, float]:
+    """Accuracy of each task, from the items of a run: key -> "1" or "0" for each item."""
+    return by_task({key: mean_of_items(bits) for key, bits in items.items()})
 
 
 def mean_accuracy(items: dict[str, str]) -> float:

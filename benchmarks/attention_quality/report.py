@@ -1,6 +1,5 @@
 """The report: a table of every arm with intervals, learning curves, and what the rule says."""
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.figure import Figure
-from plots import PALETTE, finish, save, ticks_at
+from plots import finish, save, style_of, ticks_at
 from trained_tasks import markdown
 
 from attention_quality.arms import ARMS
@@ -24,6 +23,7 @@ from attention_quality.plan import (
     Record,
     Run,
     accuracies,
+    by_task,
     chosen_rates,
     equal_time,
     mean_accuracy,
@@ -45,12 +45,8 @@ from attention_quality.rule import (
 )
 from attention_quality.versions import comparable
 
-# Causal and mmca as in the other plots; arms beyond the palette are dashed.
-_MARKS = (PALETTE[0], PALETTE[2], PALETTE[1], *PALETTE[3:])
-STYLES: dict[str, dict[str, Any]] = {
-    arm: {"color": colour, "marker": marker, "linestyle": "-" if index < len(_MARKS) else "--"}
-    for index, (arm, (colour, marker)) in enumerate(zip(ARMS, itertools.cycle(_MARKS), strict=False))
-}
+# Causal and mmca as in the other plots.
+STYLES = dict(zip(ARMS, map(style_of, (0, 2, 1, *range(3, len(ARMS)))), strict=True))
 GUESS = "guess: all images read, none told apart"  # guess.py
 LOOK = {"svg.hashsalt": "dsvl", "figure.constrained_layout.use": True, "figure.facecolor": "white", "font.size": 9}
 
@@ -103,14 +99,10 @@ def table(records: Sequence[Record], mode: str, conversations: int, step_times: 
             ]
         )
     guess = guesses(records[0]["size"])
-    of_tasks_guessed = [*(guess[task] for task in TASKS[:-1]), _of_distractors(guess)]
-    rows.append([GUESS, "-", "-", *of_tasks_guessed, mean(of_tasks_guessed), guess[ALONE], "-", "-", "-"])
+    of_guess = by_task(guess)
+    rows.append([GUESS, "-", "-", *of_guess.values(), mean(of_guess.values()), guess[ALONE], "-", "-", "-"])
     head = ["arm", "seeds", "learning rate", *(task.replace("_", "-") for task in TASKS), "mean", "one image"]
     return markdown([*head, "points less causal (95 %)", "perplexity of text", "ms per step"], rows)
-
-
-def _of_distractors(values: dict[str, float]) -> float:
-    return mean(value for key, value in values.items() if key.startswith("distractors_"))
 
 
 def step_text(arm: str, step_times: dict[str, float] | None) -> str:

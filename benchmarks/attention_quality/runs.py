@@ -22,13 +22,13 @@ from attention_quality.arms import ARMS, Form, Title
 from attention_quality.language import Encoder, answers_right, padded, text_perplexity
 from attention_quality.parts import SharedParts, load_parts, read_record
 from attention_quality.plan import (
-    ALONE,
     STAGES,
     Record,
     Run,
     as_json,
     chosen_rates,
     code_hash,
+    item_sets,
     mean_accuracy,
     path_of,
     read_records,
@@ -36,7 +36,6 @@ from attention_quality.plan import (
     runs_of,
 )
 from attention_quality.scenes import (
-    IMAGE_KINDS,
     Conversation,
     Sprites,
     generator_hash,
@@ -180,13 +179,10 @@ def measure_items(model: Any, batches: Batches, size_name: str, on_curve: bool =
     count, count_distractors = (
         (size.curve_items, max(4, size.distractor_items // 8)) if on_curve else (size.items, size.distractor_items)
     )
-    tasks = [(task, size.asked_images, count) for task in IMAGE_KINDS]
-    tasks += [(ALONE, 1, count), *(("distractors", images, count_distractors) for images in size.distractors)]
-    items = {}
-    for task, images, number in tasks:
-        key = f"{task}_{images}" if task == "distractors" else task
-        items[key] = batches.right(model, held_out_items(size_name, task, images, number))
-    return items
+    return {
+        key: batches.right(model, held_out_items(size_name, task, images, number))
+        for key, task, images, number in item_sets(size, count, count_distractors)
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
