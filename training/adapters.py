@@ -14,6 +14,11 @@ TOWERS = {"language": "model.language_model", "vision": "model.vision_tower"}
 LABELS = {"language": "decoder", "vision": "vision tower"}
 
 
+def base_model(model: Any) -> Any:
+    """The model itself, or the one within PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def lora_config(
     model: DSVLForConditionalGeneration,
     rank: int,

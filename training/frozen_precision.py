@@ -11,12 +11,11 @@ from torch import nn
 from ..acceleration.decoder_run import layers_of
 from ..acceleration.memory.frozen_linear import FrozenLinear, why_not_in_fp8
 from .adapter_targets import target_pattern
-from .adapters import LABELS, TOWERS
+from .adapters import LABELS, TOWERS, base_model
 from .plan import size
 from .source_weights import SourceWeights
 
 KEEP_NONE = "none"  # the value of --frozen-precision-keep for no layer
-SCALE_BYTES = 4  # of each output channel
 ROUTERS = ("gate", "router")  # small layers of mixtures of experts, which choose between experts
 
 
@@ -103,7 +102,7 @@ def describe_frozen_weights(model: nn.Module) -> str | None:
     first = next(iter(in_8_bits.values()))
     dtype = str(first.dtype).removeprefix("torch.")
     before = sum(layer.out_features * layer.in_features for layer in in_8_bits.values()) * first.dtype.itemsize
-    now = sum(layer.out_features * (layer.in_features + SCALE_BYTES) for layer in in_8_bits.values())
+    now = sum(layer.nbytes for layer in in_8_bits.values())
     names = [*_grouped(others, list(in_8_bits)), "the output head"]
     saved = f"{size(now)} instead of {size(before)}"
     return f"{first.precision} in {' and '.join(parts)} ({saved}); {dtype} in {' and '.join(names)}"
@@ -153,8 +152,7 @@ def saved_name(name: str) -> str:
 
 def _kept(model: Any, names: list[str], keep: Sequence[str] | None) -> set[str]:
     if keep is None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        last = len(layers_of(base.model.language_model)) - 1
+        last = len(layers_of(base_model(model).model.language_model)) - 1
         ends = tuple(f"{TOWERS['language']}.layers.{number}." for number in (0, last))
         return {name for name in names if saved_name(name).startswith(ends)}
     if not keep or list(keep) == [KEEP_NONE]:

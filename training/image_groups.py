@@ -7,6 +7,7 @@ import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
 
 from ..acceleration.parallel.image_parallelism import check_image_parallel, image_parallel
+from .adapters import base_model
 
 
 class ImageGroups:
@@ -39,7 +40,7 @@ class ImageGroups:
     def check(self, model: Any) -> None:
         """Refuse a model whose images cannot be spread in training; see `check_image_parallel`."""
         if self.size > 1:
-            check_image_parallel(model.get_base_model() if hasattr(model, "get_base_model") else model)
+            check_image_parallel(base_model(model))
 
     def share(self, loader: Any) -> Any:
         """Let a data loader of accelerate read the batches of the group, not of the process.

@@ -150,7 +150,8 @@ class Planner:
         )
         modules, parameters = self.tracer.model.modules(), list(self.tracer.model.parameters())
         blocks = [one for one in self.tracer.model.modules() if isinstance(one, GradientCheckpointingLayer)]
-        layers = list(map(_count, blocks))
+        layers, in_blocks = list(map(_count, blocks)), list(map(_bytes_in_8_bits, blocks))
+        in_8_bits = _bytes_in_8_bits(self.tracer.model)
         embeddings = _count(self.tracer.model.get_input_embeddings())
         self._in_8_bits = sum(layer.weight.numel() for _, layer in frozen_linears(self.tracer.model))
         self.sizes = ModelSizes(
@@ -161,11 +162,11 @@ class Planner:
             unlayered=sum(p.numel() for p in parameters) - sum(layers) - embeddings,
             hidden=config.text_config.hidden_size,
             element=torch_dtype.itemsize,
-            in_8_bits=_bytes_in_8_bits(self.tracer.model),
+            in_8_bits=in_8_bits,
             largest_layer_bytes=max(
-                (torch_dtype.itemsize * _count(one) + _bytes_in_8_bits(one) for one in blocks), default=0
+                (torch_dtype.itemsize * numel + nbytes for numel, nbytes in zip(layers, in_blocks, strict=True)), default=0
             ),
-            unlayered_in_8_bits=_bytes_in_8_bits(self.tracer.model) - sum(map(_bytes_in_8_bits, blocks)),
+            unlayered_in_8_bits=in_8_bits - sum(in_blocks),
         )
 
     def changed(self, **options: Any) -> "Planner":
@@ -323,7 +324,7 @@ def _count(module: torch.nn.Module) -> int:
 
 
 def _bytes_in_8_bits(module: torch.nn.Module) -> int:
-    return sum(buffer.nbytes for _, layer in frozen_linears(module) for buffer in layer.buffers())
+    return sum(layer.nbytes for _, layer in frozen_linears(module))
 
 
 def _dtype_name(dtype: Any) -> str | None:

@@ -14,7 +14,7 @@ from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..transformers_dsvl import is_deepspeed_zero3_enabled, no_init_weights
 from ..utils.quantization import quantization_config
 from ..utils.transformers_names import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from .adapters import lora_config
+from .adapters import base_model, lora_config
 from .arguments import DSVLTrainingArguments, ModelArguments
 from .frozen_precision import freeze_in_8_bits
 from .liger import use_liger
@@ -101,7 +101,7 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
             source=model_arguments.model,
             sharded=bool(arguments.fsdp),
         )
-    base = model.get_base_model() if model_arguments.lora_rank > 0 else model
+    base = base_model(model)
     base.reduce_memory(
         mlp_tile=model_arguments.tiled_mlp,
         offload=model_arguments.offload_activations,

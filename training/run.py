@@ -21,6 +21,7 @@ from ..configuration_dsvl import DSVLConfig
 from ..data.streaming import Stream
 from ..publishing.push import push_directory
 from ..utils.transformers_names import TRAINER_STATE_NAME
+from .adapters import base_model
 from .arguments import DataArguments, DSVLTrainingArguments, ModelArguments
 from .batch_division import BatchDivision, describe_resuming, with_division
 from .checkpoints import CompleteCheckpoints, checkpoints, has_optimizer_states, send_checkpoint, why_incomplete
@@ -345,7 +346,7 @@ def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str
         f"Optimizer: {trained * bytes_per_weight / share / 2**30:.3f} GiB in each of {arguments.world_size} processes "
         f"({where}).",
     ]
-    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    model = base_model(trainer.model)
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     decoder = [one for one in model.model.language_model.parameters() if id(one) not in embeddings]
     if model.config.multimodal_attention == "mmca" and not any(parameter.requires_grad for parameter in decoder):

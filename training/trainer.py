@@ -20,6 +20,7 @@ from ..hub_card import render_card
 from ..publishing.push import push_directory
 from ..transformers_dsvl import installed_release
 from ..utils.transformers_names import SCHEDULER_NAME, EvalLoopOutput, get_parameter_names
+from .adapters import base_model
 from .checkpoints import send_checkpoint
 from .evaluation import exact_match
 from .frozen_precision import frozen_linears
@@ -206,7 +207,7 @@ class DSVLTrainer(Trainer):
         if factor == 0:
             yield
             return
-        model = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        model = base_model(self.model)
         plain = model.loss_function
         model.loss_function = smoothed_loss(factor)
         try:

@@ -313,6 +313,11 @@ class FrozenLinear(nn.Linear):
         numbers = NUMBERS[self.precision]
         return self.weight if self.weight.dtype == numbers else self.weight.view(numbers)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers and of their scales, in all processes together where the numbers are sharded."""
+        return self.out_features * self.in_features + self.weight_scale.nbytes
+
     def extra_repr(self) -> str:
         """The sizes and the precision."""
         return f"{super().extra_repr()}, precision={self.precision}"
