@@ -248,3 +248,11 @@ def server(parts: Any) -> Any:
 
     with served(*parts) as one:
         yield one
+
+
+@pytest.fixture
+def single_group(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()

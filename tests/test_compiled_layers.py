@@ -154,19 +154,15 @@ def test_adapters_learn_the_same():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @torch._dynamo.config.patch(optimize_ddp=True)
-def test_data_parallel_training_keeps_the_graph_whole(checkpointing, tmp_path):
+def test_data_parallel_training_keeps_the_graph_whole(checkpointing, single_group):
     """However small DDP's buckets are."""
     model, compiled = pair("llama", "language_model", "lm_head")
     if checkpointing:
         compiled.activation_checkpointing_enable({"use_reentrant": False})
     compiled.compile_decoder_layers(backend="aot_eager", fullgraph=True)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=0.005)
-        inputs = labelled(IMAGE_STARTS[0], 0)
-        wrapped(**inputs, use_cache=False).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = torch.nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=0.005)
+    inputs = labelled(IMAGE_STARTS[0], 0)
+    wrapped(**inputs, use_cache=False).loss.backward()
     for name, gradient in step(model, inputs)[1].items():
         torch.testing.assert_close(compiled.get_parameter(name).grad, gradient, atol=1e-7, rtol=1e-6, msg=name)
     assert graphs() == 1

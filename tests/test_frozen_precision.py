@@ -457,13 +457,6 @@ def test_the_reported_errors_are_those_of_the_products(skip_queries):
 # -- sharded -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def layers_of_two_widths():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 16)).requires_grad_(False)
@@ -471,7 +464,7 @@ def layers_of_two_widths():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_sharded_weight_computes_what_a_whole_one_does(group, precision, dtype):
+def test_a_sharded_weight_computes_what_a_whole_one_does(single_group, precision, dtype):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -527,8 +520,7 @@ def test_casts_of_a_model_leave_sharded_numbers_alone():
         FrozenLinear(torch.nn.Linear(3, 2).requires_grad_(False), "fp8", sharded=True)
 
 
-def test_a_sharded_model_is_loaded_with_its_own_frozen_weights_alone(group, folder, tmp_path):
-    from safetensors.torch import load_file, save_file
+def test_a_sharded_model_is_loaded_with_its_own_frozen_weights_alone(single_group, folder, tmp_path):
     from torch.distributed.fsdp import fully_shard
 
     from dsvl.training.fsdp import load_full_state

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import IMAGE_ID, batch, tiny_model
-from torch import distributed
 from training_runs import (
     BATCH,
     IN_ORDER,
@@ -188,13 +187,6 @@ def test_reversed_images_are_refused():
     model.config.reversed_images = True
     with pytest.raises(ValueError, match="reversed_images=True"):
         check_image_parallel(model)
-
-
-@pytest.fixture
-def single_group(tmp_path):
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield distributed.group.WORLD
-    distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

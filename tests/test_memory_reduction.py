@@ -246,16 +246,12 @@ def test_prompts_are_answered_the_same():
     assert reduced.eval().generate(**inputs, **how).equal(model.eval().generate(**inputs, **how))
 
 
-def test_data_parallel_training(tmp_path):
+def test_data_parallel_training(single_group):
     """Every gradient is complete once, though several tiles contribute to it."""
     model, reduced = pair(checkpointing="non-reentrant")
     inputs = labelled(IMAGE_STARTS[0], 0)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(reduced, bucket_cap_mb=0.005)
-        wrapped(**inputs, use_cache=False).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = torch.nn.parallel.DistributedDataParallel(reduced, bucket_cap_mb=0.005)
+    wrapped(**inputs, use_cache=False).loss.backward()
     for name, gradient in step(model, inputs)[1].items():
         torch.testing.assert_close(reduced.get_parameter(name).grad, gradient, atol=1e-7, rtol=1e-6, msg=name)
 

@@ -104,26 +104,22 @@ def test_collectives_are_told_from_kernels_that_compute(scaling, name, kind):
 
 
 @pytest.mark.parametrize("row", ["fsdp", "fsdp+fp8", "fsdp+int8"])
-def test_a_model_built_without_values_gets_random_ones_of_about_the_same_size(scaling, tmp_path, monkeypatch, row):
+def test_a_model_built_without_values_gets_random_ones_of_about_the_same_size(scaling, single_group, monkeypatch, row):
     from torch.distributed.fsdp import fully_shard
 
     monkeypatch.setattr(scaling, "BIG", ("tiny",))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        row, cpu = scaling.Row.parse(row), torch.device("cpu")
-        model = scaling.build("tiny", row, scaling.SHAPES["tiny"], False, cpu, torch.float32)
-        assert model.model.language_model.layers[1].mlp.up_proj.weight.is_meta
-        fully_shard(model)
-        scaling.fill(model, cpu)
-        layer = model.model.language_model.layers[1].mlp.up_proj
-        model.unshard()
-        assert 0.01 < layer(torch.eye(layer.in_features)).std() < 0.04
-        model.reshard()
-        loss = model(**scaling.inputs(scaling.SHAPES["tiny"], "cpu", torch.float32), use_cache=False).loss
-        loss.backward()
-        assert loss.isfinite() and model.get_input_embeddings().weight.grad is not None
-    finally:
-        torch.distributed.destroy_process_group()
+    row, cpu = scaling.Row.parse(row), torch.device("cpu")
+    model = scaling.build("tiny", row, scaling.SHAPES["tiny"], False, cpu, torch.float32)
+    assert model.model.language_model.layers[1].mlp.up_proj.weight.is_meta
+    fully_shard(model)
+    scaling.fill(model, cpu)
+    layer = model.model.language_model.layers[1].mlp.up_proj
+    model.unshard()
+    assert 0.01 < layer(torch.eye(layer.in_features)).std() < 0.04
+    model.reshard()
+    loss = model(**scaling.inputs(scaling.SHAPES["tiny"], "cpu", torch.float32), use_cache=False).loss
+    loss.backward()
+    assert loss.isfinite() and model.get_input_embeddings().weight.grad is not None
 
 
 @pytest.mark.slow
