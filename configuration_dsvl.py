@@ -180,6 +180,10 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         image_positions: `"token"` gives every token a rotary position of its own; under `"image"` all tokens of an image
             share one (each tile, where an image is several), and the next token has the next one, so that 500 images take
             500 positions. Which token sees which does not depend on it.
+        numbered_images: under `multimodal_attention="mmca"`, where an image's tokens do not see the text that numbers it,
+            how many images of a conversation know their number: the embeddings of their tokens are added to a trained
+            linear map of an embedding of the number (`DSVLImageNumbers`). Later images know none. 0 is MMCA as it was
+            published.
 
     Raises:
         ValueError: for a value that is not known, or values that do not go together.
@@ -209,6 +213,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         num_queries: int = 256,
         reversed_images: bool = False,
         image_positions: str = "token",
+        numbered_images: int = 0,
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config("vision_config", vision_config, _clip_vit_l_14())
@@ -227,6 +232,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         self.num_queries = num_queries
         self.reversed_images = reversed_images
         self.image_positions = image_positions
+        self.numbered_images = numbered_images
         self._check_tower_fields()
         self.image_size = getattr(self.vision_config, "image_size", None) if image_size is None else image_size
         self.num_prefix_tokens = _prefix_tokens(self.vision_config) if num_prefix_tokens is None else num_prefix_tokens
@@ -236,6 +242,7 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
             _whole(field, getattr(self, field), least=1)
         _whole("num_prefix_tokens", self.num_prefix_tokens, least=0)
         _whole("image_token_id", self.image_token_id, least=0)
+        _whole("numbered_images", self.numbered_images, least=0)
         if not isinstance(self.reversed_images, bool):
             raise ValueError(f"reversed_images={self.reversed_images!r} is not valid; pass True or False.")
         self._check()
@@ -325,6 +332,12 @@ class DSVLConfig(_InheritedConstructor, PreTrainedConfig):
         _one_of("multimodal_attention", self.multimodal_attention, MULTIMODAL_ATTENTIONS)
         _one_of("vision_feature_select_strategy", self.vision_feature_select_strategy, FEATURE_SELECT_STRATEGIES)
         self._check_image_positions()
+        if self.numbered_images and (self.multimodal_attention != "mmca" or self.reversed_images):
+            given = f"multimodal_attention={self.multimodal_attention!r}, reversed_images={self.reversed_images}"
+            raise ValueError(
+                f"numbered_images={self.numbered_images} with {given}: numbers are for images in reading order under "
+                "'mmca', whose tokens see no text; leave it at 0."
+            )
         self._check_vision()
         self._check_image_layout()
         self._check_text()

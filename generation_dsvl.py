@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .acceleration_dsvl import acceleration
 from .cache_dsvl import cached_types, known_positions, remember_types, whole_positions
 from .inputs_dsvl import PEFT_HINT, check_image_counts, check_num_tiles
 from .masks_dsvl import sequence_may_hold_images, step_codes
+from .positions_dsvl import by_tile, numbers_in_rows
 from .transformers_dsvl import (
     CACHE,
     CHUNKED_PREFILL_TAKES_IMAGES,
@@ -27,6 +29,14 @@ NO_IMAGE_CACHE = (
     "This way of decoding does not take an image KV cache; choose greedy search, sampling or beams, or pass pixel_values."
 )
 
+TILES_OF_WHICH_IMAGES = (
+    "image_layout='tiles' with numbered_images: how many images the tiles are is not known; pass num_tiles, as the "
+    "processor returns it, or image_numbers."
+)
+IMAGES_OF_CACHE = (
+    "numbered_images: how many images the cache holds is not known; pass image_numbers, or the whole conversation with all "
+    "its images."
+)
 
 # What the tower takes.
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -96,7 +106,10 @@ class DSVLGenerationMixin(GenerationMixin):
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.multimodal_attention != "mmca_reference":
             processors.append(NoImageToken(self.config.image_token_id))
-        run, fast = super().generate, getattr(acceleration(), "generate", None)  # package releases before 0.3 have none
+        run, fast = (
+            self._numbering(super().generate, input_ids),
+            getattr(acceleration(), "generate", None),
+        )  # package releases before 0.3 have none
         if fast is not None:
             return fast(self, run, inputs, *args, logits_processor=processors, **kwargs)
         return run(inputs, *args, logits_processor=processors, **kwargs)
@@ -124,8 +137,10 @@ class DSVLGenerationMixin(GenerationMixin):
         given = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
         images = {name: value for name, value in given.items() if value is not None}
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
-        tiles = kwargs.pop("num_tiles", None)
+        tiles, numbers = kwargs.pop("num_tiles", None), kwargs.pop("image_numbers", None)
         if "pixel_values" not in images:
+            if self.config.numbered_images:  # for images that come as something else
+                kwargs.update(num_tiles=tiles, image_numbers=numbers)
             if "spatial_shapes" in images and kwargs.get("image_features") is not None:
                 kwargs["spatial_shapes"] = images["spatial_shapes"]
             return
@@ -137,15 +152,18 @@ class DSVLGenerationMixin(GenerationMixin):
             lengths = self.config.tile_lengths(number, images.get("spatial_shapes"))
             if "spatial_shapes" not in images:
                 check_image_counts(is_image.sum(-1).tolist(), self.config.image_seq_length, whole_images=True)
-            new = is_image
+            new, numbers = is_image, self._image_numbers(is_image, lengths, tiles, numbers, kwargs)
             # A mask that is longer than the ids means that the ids are the new tokens alone, as in transformers.
             if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
                 new = is_image[:, int(cache.get_seq_length()) :]
                 kept = _new_images(is_image.sum(-1).tolist(), new.sum(-1).tolist(), lengths)
                 images = {name: value[kept] for name, value in images.items()} if kept else {}
+                numbers = None if numbers is None else numbers[kept]
             if self.config.reversed_images and images:
                 # transformers encodes them before the first step, and passes them on in the order of the image tokens.
                 images["pixel_values"] = self.model.reverse_images(images["pixel_values"], new, cache=cache)
+            if numbers is not None and images:
+                kwargs["image_numbers"] = numbers
         kwargs.update(images)
 
     def _project_image_features(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -176,8 +194,12 @@ class DSVLGenerationMixin(GenerationMixin):
         if "pixel_values" in kwargs and assistant is not None and hasattr(assistant, "get_image_features"):
             images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
             encoders: dict[str, Any] = {"image": self, "assistant": assistant}
+            numbers = {"image_numbers": kwargs.pop("image_numbers", None)}
             kwargs["mm_encoder_outputs"] = {
-                key: model.get_image_features(**images, return_dict=True) for key, model in encoders.items()
+                key: model.get_image_features(
+                    **images, **(numbers if getattr(model.config, "numbered_images", 0) else {}), return_dict=True
+                )
+                for key, model in encoders.items()
             }
         elif "assistant" in encoded:  # this model is the assistant
             kwargs["mm_encoder_outputs"] = {"image": encoded["assistant"]}
@@ -191,6 +213,72 @@ class DSVLGenerationMixin(GenerationMixin):
         if depends and "pixel_values" in kwargs:
             images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
+
+    def _image_numbers(
+        self,
+        is_image: torch.Tensor,
+        lengths: list[int],
+        tiles: torch.Tensor | None,
+        given: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """The number of each tile's image, (tiles,), in models with `numbered_images`.
+
+        Args:
+            is_image: (batch, tokens), of the whole conversation, or of the tokens after a cache.
+            lengths: of the tiles: of all of them, or of those after the cache.
+            tiles, given: the caller's `num_tiles` and `image_numbers`.
+            kwargs: of `generate`.
+
+        Raises:
+            ValueError: if they cannot be counted.
+        """
+        if not self.config.numbered_images or given is not None:
+            return None if given is None else by_tile(torch.as_tensor(given), tiles)
+        layout, tokens = self.config.image_layout, self.config.image_seq_length
+        if layout == "tiles" and tiles is None and lengths:
+            raise ValueError(TILES_OF_WHICH_IMAGES)
+        cache, mask, counts = kwargs.get(CACHE), kwargs.get("attention_mask"), is_image.sum(-1).tolist()
+        past, before = int(cache.get_seq_length()) if cache is not None else 0, None
+        is_whole = mask is None or mask.shape[1] == is_image.shape[1]
+        if past > 0 and not (is_whole and sum(counts) == sum(lengths)):  # the images after the cache alone
+            known = cached_types(cache)
+            earlier = [-1] if known is None else known[:, :past].sum(-1).tolist()
+            if any(earlier) and (known is None or layout in ("tiles", "native")):
+                raise ValueError(IMAGES_OF_CACHE)
+            before = [held // tokens for held in earlier]
+            if is_whole:
+                counts = is_image[:, past:].sum(-1).tolist()
+        sizes = lengths
+        if tiles is not None:
+            ends = [0, *tiles.cumsum(0).tolist()]
+            sizes = [sum(lengths[begin:end]) for begin, end in pairwise(ends)]
+        numbers = torch.tensor(numbers_in_rows(sizes, counts, before), dtype=torch.long)
+        return by_tile(numbers, tiles) if len(numbers) == len(sizes) else None  # or else `forward` says what does not fit
+
+    def _numbering(self, run: Callable, input_ids: torch.Tensor | None) -> Callable:
+        """`GenerationMixin.generate`, in models with `numbered_images` for images that hold their numbers: transformers
+        encodes images before the first step, and hands them on in several ways."""
+        if not self.config.numbered_images:
+            return run
+
+        def numbered_run(*args: Any, **kwargs: Any) -> Any:
+            tiles, numbers = kwargs.pop("num_tiles", None), kwargs.pop("image_numbers", None)
+            outputs = kwargs.get("mm_encoder_outputs") or {}
+            if images := {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}:
+                outputs = {"image": self.get_image_features(**images, return_dict=True)}
+            encoded = outputs.get("image")
+            if encoded is not None and encoded.pooler_output and getattr(encoded, "image_numbers", None) is None:
+                if not images and input_ids is not None:
+                    is_image, lengths = input_ids == self.config.image_token_id, list(map(len, encoded.pooler_output))
+                    numbers = self._image_numbers(is_image, lengths, tiles, numbers, kwargs)
+                if numbers is not None:
+                    outputs = outputs | {"image": self.model.number_images(encoded, numbers)}
+            if outputs:
+                kwargs["mm_encoder_outputs"] = outputs
+            return run(*args, **kwargs)
+
+        return numbered_run
 
     # -- what transformers calls -----------------------------------------------------------------------------------------
 

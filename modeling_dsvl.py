@@ -1,7 +1,7 @@
 """The DSVL model: a vision tower, a projector and a causal language model that attends by MMCA."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -15,7 +15,7 @@ from .acceleration_dsvl import acceleration, require_acceleration
 from .attention_dsvl import route_attention
 from .cache_dsvl import cached_types, known_positions, remember_types, whole_positions
 from .configuration_dsvl import DSVLConfig
-from .generation_dsvl import DSVLGenerationMixin
+from .generation_dsvl import IMAGES_OF_CACHE, TILES_OF_WHICH_IMAGES, DSVLGenerationMixin
 from .inputs_dsvl import (
     PEFT_HINT,
     AsyncHostCopy,
@@ -32,8 +32,8 @@ from .inputs_dsvl import (
     reversed_image_order,
 )
 from .masks_dsvl import build_masks, decoder_masks, masks_from_codes, sequence_may_hold_images
-from .positions_dsvl import documents_of_positions, image_positions, token_positions
-from .projectors_dsvl import PROJECTORS, DSVLResampler
+from .positions_dsvl import by_tile, documents_of_positions, image_positions, tile_numbers, token_positions
+from .projectors_dsvl import DSVLImageNumbers, DSVLResampler, make_projector
 from .transformers_dsvl import (
     CACHE,
     SDPA_SOFTCAPS,
@@ -53,6 +53,19 @@ LOGITS_AT_ONCE = 2**25
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Outputs
+
+
+@dataclass
+class DSVLImageOutput(BaseModelOutputWithPooling):
+    """Output of `get_image_features`.
+
+    Attributes:
+        last_hidden_state: the tower's features, (tiles, tower tokens, tower width).
+        pooler_output: for each tile the embeddings of its tokens, (tokens, decoder width).
+        image_numbers: (tiles,), the numbers that these embeddings hold; None if they hold none.
+    """
+
+    image_numbers: torch.Tensor | None = None
 
 
 class _ImageOutputs(EitherCacheName):
@@ -124,7 +137,7 @@ class DSVLPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, DSVLResampler):
+        if isinstance(module, (DSVLResampler, DSVLImageNumbers)):
             module.init_weights()
 
     def _default_compile_config(self) -> CompileConfig:
@@ -160,7 +173,7 @@ class DSVLModel(DSVLPreTrainedModel):
     def __init__(self, config: DSVLConfig) -> None:
         super().__init__(config)
         self.vision_tower = make_vision_tower(config.vision_config)
-        self.multi_modal_projector = PROJECTORS[config.projector_type](config)
+        self.multi_modal_projector = make_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self._known_keywords = keywords_of(self.language_model) | {"return_dict"}
         if config.multimodal_attention != "causal":
@@ -204,6 +217,7 @@ class DSVLModel(DSVLPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         num_tiles: torch.Tensor | None = None,
+        image_numbers: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         step_codes: torch.Tensor | dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
@@ -232,6 +246,9 @@ class DSVLModel(DSVLPreTrainedModel):
             pixel_attention_mask, spatial_shapes: of native images, see `get_image_features`; the latter also with
                 `image_features`.
             num_tiles: (images,), how many of the tiles each image has. It is compared with the number of tiles.
+            image_numbers: (images,), the number of each image in its conversation, from 1, for models with
+                `numbered_images`. They are counted by default, in each row or packed document; behind images in a cache,
+                where an image can have any number of tokens (`image_layout` "tiles" and "native"), they are needed.
             document_ids: (batch, tokens), of rows in which documents are packed: one integer for the tokens of a document,
                 which differs from its neighbours'. Documents do not see each other, and positions start anew in each.
                 Without them, attention mask and cache, under `image_positions="token"`, a document begins wherever
@@ -276,10 +293,12 @@ class DSVLModel(DSVLPreTrainedModel):
 
         # Scatter
         embedded = None
-        if images is not None and images.pooler_output:
-            embedded = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         lengths = [len(image) for image in images.pooler_output] if images is not None and images.pooler_output else []
         check_values = self._check_values(input_ids, is_image, types, lengths, num_tiles, whole_images=given is not None)
+        if images is not None and lengths:
+            if self.multi_modal_projector.image_numbers is not None and is_image is not None:
+                images = self._numbered(images, is_image, num_tiles, image_numbers, documents, types, cache)
+            embedded = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         if is_image is not None and embedded is not None:
             inputs_embeds = _scatter(inputs_embeds, is_image, embedded)
         if images is None and self._others_may_have_images(cache):
@@ -390,8 +409,9 @@ class DSVLModel(DSVLPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         num_tiles: torch.Tensor | None = None,
+        image_numbers: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
+    ) -> DSVLImageOutput:
         """Encode and project images. A tower without trainable parameters runs without a graph.
 
         Args:
@@ -399,7 +419,9 @@ class DSVLModel(DSVLPreTrainedModel):
                 (images, patches, 3 * patch_size ** 2).
             pixel_attention_mask: of native images, (images, patches), 0 where padded; by default from `spatial_shapes`.
             spatial_shapes: of native images, (images, 2), rows and columns of patches.
-            num_tiles: (images,), how many of the tiles each image has; not needed.
+            num_tiles: (images,), how many of the tiles each image has; needed beside `image_numbers` alone.
+            image_numbers: (images,), the numbers that their embeddings shall hold, of models with `numbered_images`. By
+                default they hold none, and `forward` adds those that it counts.
             kwargs: `output_hidden_states` and `output_attentions`, for the tower's; `return_dict`.
 
         Returns:
@@ -411,7 +433,8 @@ class DSVLModel(DSVLPreTrainedModel):
             TypeError: for another keyword.
             ValueError: for inputs of another image layout.
         """
-        return self.encode(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+        images = self.encode(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+        return images if image_numbers is None else self.number_images(images, by_tile(image_numbers, num_tiles))
 
     def encode(
         self,
@@ -419,22 +442,84 @@ class DSVLModel(DSVLPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """As `get_image_features`, for any `config.return_dict`."""
+    ) -> DSVLImageOutput:
+        """As `get_image_features` without numbers, for any `config.return_dict`."""
         tower = run_tower(self.vision_tower, self.config, pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
-        tower.pooler_output = self.project_features(tower.last_hidden_state, spatial_shapes).pooler_output
-        return tower
+        projected = self.project_features(tower.last_hidden_state, spatial_shapes)
+        projected.hidden_states, projected.attentions = tower.hidden_states, tower.attentions
+        return projected
 
-    def project_features(
-        self, image_features: torch.Tensor, spatial_shapes: torch.Tensor | None = None
-    ) -> BaseModelOutputWithPooling:
+    def project_features(self, image_features: torch.Tensor, spatial_shapes: torch.Tensor | None = None) -> DSVLImageOutput:
         """The second half of `get_image_features`, from the tower's features (tiles, tower tokens, tower width)."""
         grids = None if spatial_shapes is None else [tuple(shape) for shape in spatial_shapes.tolist()]
         projected = list(self.multi_modal_projector(image_features, grids))
         if grids is not None:  # without the padding to the longest
             lengths = self.config.tile_lengths(len(projected), spatial_shapes)
             projected = [tokens[:length] for tokens, length in zip(projected, lengths, strict=True)]
-        return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=projected)
+        return DSVLImageOutput(last_hidden_state=image_features, pooler_output=projected)
+
+    def number_images(self, images: BaseModelOutputWithPooling, numbers: torch.Tensor | Sequence[int]) -> DSVLImageOutput:
+        """Images whose embeddings hold their numbers as well, of a model with `numbered_images`.
+
+        Args:
+            images: of `encode` or `project_features`, without numbers.
+            numbers: of each tile's image, (tiles,), from 1; 0 for none.
+
+        Raises:
+            ValueError: if these are not as many, or the model numbers no images.
+        """
+        add: Any = self.multi_modal_projector.image_numbers
+        if add is None:
+            raise ValueError("image_numbers for a model of numbered_images=0, which has no embeddings of them; omit them.")
+        parts = list(images.pooler_output)
+        whole = torch.cat(parts)
+        is_native = self.config.image_layout == "native"  # else all tiles are alike, and chunks of them may come as one
+        tokens = self.config.image_seq_length
+        lengths = list(map(len, parts)) if is_native else [tokens] * (len(whole) // tokens)
+        numbers = torch.as_tensor(numbers, device=whole.device)
+        if len(numbers) != len(lengths):
+            raise ValueError(f"{len(numbers)} image_numbers for {len(lengths)} images or tiles; pass one for each image.")
+        added = add(numbers).to(whole.dtype)
+        if is_native:
+            added = added[torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(whole.device)]
+        else:
+            added = added.repeat_interleave(tokens, dim=0)
+        numbered = list((whole + added).split(list(map(len, parts))))
+        given = {name: getattr(images, name) for name in ("last_hidden_state", "hidden_states", "attentions")}
+        return DSVLImageOutput(pooler_output=numbered, image_numbers=numbers, **given)
+
+    def _numbered(
+        self,
+        images: BaseModelOutputWithPooling,
+        is_image: torch.Tensor,
+        num_tiles: torch.Tensor | None,
+        image_numbers: torch.Tensor | None,
+        documents: torch.Tensor | None,
+        types: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> BaseModelOutputWithPooling:
+        """The images of a forward call with their numbers, which are counted if they are not given.
+
+        Raises:
+            ValueError: if they cannot be counted.
+        """
+        if getattr(images, "image_numbers", None) is not None:
+            return images
+        if image_numbers is not None:
+            return self.number_images(images, by_tile(image_numbers, num_tiles))
+        past, layout = int(cache.get_seq_length()) if cache is not None else 0, self.config.image_layout
+        lengths = list(map(len, images.pooler_output))
+        if layout == "tiles" and num_tiles is None:
+            raise ValueError(TILES_OF_WHICH_IMAGES)
+        if past > 0:
+            whole = self._whole_token_types(is_image.shape[1], is_image, types, cache) == 1
+            if layout in ("tiles", "native") and bool(whole[:, :past].any()):
+                raise ValueError(IMAGES_OF_CACHE)
+            is_image, past = (is_image, 0) if layout in ("tiles", "native") else (whole, past)
+        tokens, is_native = self.config.image_seq_length, layout == "native"
+        tiles = len(lengths) if is_native else sum(lengths) // tokens
+        numbers = tile_numbers(is_image, tiles, tokens, lengths if is_native else None, num_tiles, documents, past)
+        return self.number_images(images, numbers)
 
     def unused_tower_parameters(self) -> list[str]:
         """Names of the tower's parameters that do not influence its features."""
@@ -451,9 +536,13 @@ class DSVLModel(DSVLPreTrainedModel):
         inputs = {name: value.to(tower.device) for name, value in blank_image(self.config).items()}
         if image_features is None:
             inputs["pixel_values"] = inputs["pixel_values"].to(tower.dtype)
-            return self.encode(**inputs).pooler_output[0].sum() * 0
-        features = image_features.new_zeros(1, *image_features.shape[1:])
-        return self.project_features(features, inputs.get("spatial_shapes")).pooler_output[0].sum() * 0
+            images = self.encode(**inputs)
+        else:
+            features = image_features.new_zeros(1, *image_features.shape[1:])
+            images = self.project_features(features, inputs.get("spatial_shapes"))
+        if self.multi_modal_projector.image_numbers is not None:
+            images = self.number_images(images, [0])
+        return images.pooler_output[0].sum() * 0
 
     def _others_may_have_images(self, cache: Cache | None) -> bool:
         """Whether a text-only batch must run the tower and the projector as well.
@@ -723,7 +812,12 @@ class DSVLModel(DSVLPreTrainedModel):
     def image_reuse(self) -> Any:
         """This model's `dsvl.acceleration.ImageReuse`."""
         if self._image_reuse is None:
-            self._image_reuse = require_acceleration("The reuse of images (encode_images, image_cache)").ImageReuse(self)
+            made = require_acceleration("The reuse of images (encode_images, image_cache)").ImageReuse
+            if self.config.numbered_images and not getattr(made, "takes_numbers", False):
+                raise ImportError(
+                    "The installed package dsvl is too old for numbered_images; update it: pip install -U dsvl"
+                )
+            self._image_reuse = made(self)
         return self._image_reuse
 
     def encode_images(self, pixel_values: torch.Tensor, chunk_size: int = 16, **options: Any) -> Any:
@@ -734,7 +828,8 @@ class DSVLModel(DSVLPreTrainedModel):
                 (images, patches, 3 * patch_size ** 2).
             chunk_size: tiles in one forward call.
             options: `pixel_attention_mask` and `spatial_shapes` of native images, see `get_image_features`; and `num_tiles`
-                (images,), how many tiles each image has, 1 by default: the cache is indexed by images. `quantize=True` and
+                (images,), how many tiles each image has, 1 by default: the cache is indexed by images. `image_numbers`
+                (images,), of models with `numbered_images`: 1, 2, ... by default. `quantize=True` and
                 `offload=True` give what `quantize()` and `offload()` of the cache give, without the whole cache on the
                 device before.
 
@@ -940,6 +1035,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         num_tiles: torch.Tensor | None = None,
+        image_numbers: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -988,6 +1084,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
             num_tiles=num_tiles,
+            image_numbers=image_numbers,
             document_ids=document_ids,
             **(kwargs | {"return_dict": True}),
         )
@@ -1069,4 +1166,4 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         )
 
 
-__all__ = ["DSVLForConditionalGeneration", "DSVLModel", "DSVLPreTrainedModel"]
+__all__ = ["DSVLForConditionalGeneration", "DSVLImageOutput", "DSVLModel", "DSVLPreTrainedModel"]

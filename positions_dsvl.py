@@ -43,6 +43,63 @@ def image_starts(
     return is_image & ((index - run) % tokens_per_image == 0)
 
 
+def tile_numbers(
+    is_image: torch.Tensor,
+    tiles: int,
+    tokens_per_image: int,
+    lengths: Sequence[int] | None = None,
+    num_tiles: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    past: int = 0,
+) -> torch.Tensor:
+    """The number of each tile's image in its row or document, from 1: (tiles,), int64. No shape depends on values.
+
+    Args:
+        is_image: (batch, tokens), True for image tokens.
+        tiles: how many tiles the batch has, after the first `past` tokens of its rows.
+        tokens_per_image, lengths: as in `image_starts`.
+        num_tiles: (images,), how many of the tiles each image has; one by default.
+        document_ids: (batch, tokens), of packed rows.
+        past: tokens of each row in the KV cache.
+    """
+    begins = starts = image_starts(is_image, tokens_per_image, lengths, document_ids)
+    if num_tiles is not None:
+        first = (num_tiles.cumsum(0) - num_tiles).to(starts.device)
+        table = starts.new_zeros(starts.numel() + 1).index_fill(0, first.clamp(max=starts.numel()), True)
+        tile = (starts.flatten().cumsum(0) - 1).clamp(min=0)
+        begins = starts & table[tile].view_as(starts)
+    counts = begins.cumsum(-1)
+    if document_ids is not None:
+        before = torch.where(document_starts(document_ids), counts - begins.long(), 0)
+        counts = counts - before.cummax(-1).values
+    index = (~starts[:, past:].flatten()).to(torch.uint8).argsort(stable=True)[:tiles]
+    return counts[:, past:].flatten()[index]
+
+
+def by_tile(image_numbers: torch.Tensor, num_tiles: torch.Tensor | None) -> torch.Tensor:
+    """The number of each tile's image, (tiles,), from those of the images."""
+    return image_numbers if num_tiles is None else image_numbers.repeat_interleave(num_tiles.to(image_numbers.device))
+
+
+def numbers_in_rows(sizes: Sequence[int], counts: Sequence[int], before: Sequence[int] | None = None) -> list[int]:
+    """The number of each image of a batch in its row, from 1.
+
+    Args:
+        sizes: the number of tokens of each image, in reading order.
+        counts: the number of image tokens of each row.
+        before: how many images each row has before these; none by default.
+    """
+    numbers: list[int] = []
+    images = iter(sizes)
+    for row, count in enumerate(counts):
+        number = 0 if before is None else before[row]
+        while count > 0:
+            count -= next(images, count)
+            number += 1
+            numbers.append(number)
+    return numbers
+
+
 def image_positions(
     token_types: torch.Tensor,
     tokens_per_image: int,
@@ -107,9 +164,12 @@ def documents_of_positions(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 __all__ = [
+    "by_tile",
     "document_starts",
     "documents_of_positions",
     "image_positions",
     "image_starts",
+    "numbers_in_rows",
+    "tile_numbers",
     "token_positions",
 ]

@@ -6,6 +6,7 @@ are their tokens; None if all tiles have the same square grid.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -172,6 +173,36 @@ class DSVLPerceiverProjector(DSVLResampler):
         return self.linear(self.layer_norm(super().forward(features, grids)))
 
 
+class DSVLImageNumbers(nn.Module):
+    """What is added to the embeddings of an image's tokens so that they hold the image's number: a linear map, zero at
+    first, of an embedding of the number. `dsvl.compose` makes these embeddings of the language model's own for the number.
+    """
+
+    def __init__(self, config: DSVLConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.embeddings = nn.Parameter(torch.empty(config.numbered_images, width))
+        self.weight = nn.Parameter(torch.empty(width, width))
+
+    def init_weights(self) -> None:
+        """The map begins at zero, so that a new model is one without numbers."""
+        init.normal_(self.embeddings, std=0.02)
+        init.zeros_(self.weight)
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Numbers (images,), from 1, to (images, decoder width); zero for numbers that have no embedding."""
+        known = (numbers >= 1) & (numbers <= len(self.embeddings))
+        rows = nn.functional.embedding((numbers - 1).clamp(0, len(self.embeddings) - 1), self.embeddings)
+        return nn.functional.linear(rows, self.weight) * known[:, None]
+
+
+def make_projector(config: DSVLConfig) -> Any:
+    """The projector of a model, a module; its `image_numbers` are None without `numbered_images`."""
+    projector: Any = PROJECTORS[config.projector_type](config)
+    projector.image_numbers = DSVLImageNumbers(config) if config.numbered_images else None
+    return projector
+
+
 def _clip_layer_config(vision: CLIPVisionConfig) -> CLIPVisionConfig:
     """The tower's own configuration if it is CLIP's; otherwise one of a CLIP layer of its width and heads."""
     if vision.model_type == CLIPVisionConfig.model_type:
@@ -193,9 +224,11 @@ PROJECTORS: dict[str, Callable[[DSVLConfig], nn.Module]] = {
 
 __all__ = [
     "PROJECTORS",
+    "DSVLImageNumbers",
     "DSVLLinearProjector",
     "DSVLMlpProjector",
     "DSVLPerceiverProjector",
     "DSVLResampler",
     "DSVLVitProjector",
+    "make_projector",
 ]

@@ -8,6 +8,7 @@ decoder's own function; `ImageReuse.prefill` runs the text of a prompt over them
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from transformers import Cache, DynamicCache
 from ..cache_dsvl import cached_types
 from ..inputs_dsvl import check_num_tiles
 from ..masks_dsvl import AttentionMask, visibilities
+from ..positions_dsvl import numbers_in_rows
+from ..transformers_dsvl import BaseModelOutputWithPooling
 from .attention.gathered_mask import Slots
 from .attention.key_rotation import KeyRotation, probe_rotation, rotate_keys
 from .decoder_run import head_size, run_decoder
@@ -39,6 +42,8 @@ from .reuse.text_prefill import (
 class ImageReuse:
     """Encodes images into an `ImageKVCache`, and runs prompts over it.
 
+    With `numbered_images` keys and values of an image also depend on its number, which the `ImageKVCache` records.
+
     Args:
         model: a `DSVLModel`.
 
@@ -47,6 +52,8 @@ class ImageReuse:
         compiled: the compiled functions, after `compile`.
         weight_changes: how often `fingerprint` found that weights may have changed, in whatever number of them.
     """
+
+    takes_numbers = True  # for the code of checkpoints, which older packages do not know
 
     def __init__(self, model: Any) -> None:
         # Weak, as the model holds this object: a model that is deleted frees its memory at once.
@@ -80,6 +87,7 @@ class ImageReuse:
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
+        image_numbers: torch.Tensor | Sequence[int] | None = None,
         quantize: bool = False,
         offload: bool = False,
     ) -> ImageKVCache:
@@ -91,6 +99,8 @@ class ImageReuse:
         check_num_tiles(sum(counts), number)
         if min(counts) < 1:
             raise ValueError(f"num_tiles={counts}, but every image has a tile; pass those that the processor returned.")
+        numbers = self.numbers_of(image_numbers, len(counts))
+        of_tiles = None if numbers is None else torch.tensor(numbers).repeat_interleave(torch.tensor(counts))
         self.rotation(pixel_values.device)  # which refuses models whose images cannot be reused
         decoder = self.model.language_model
         dtype = decoder.get_input_embeddings().weight.dtype
@@ -101,6 +111,9 @@ class ImageReuse:
         for start in range(0, number, chunk_size):
             chunk, of_native = slice(start, start + chunk_size), (pixel_attention_mask, spatial_shapes)
             encoded = self._encode_tiles(pixel_values[chunk], *(None if part is None else part[chunk] for part in of_native))
+            if of_tiles is not None:
+                images = BaseModelOutputWithPooling(pooler_output=encoded)
+                encoded = self.model.number_images(images, of_tiles[chunk]).pooler_output
             lengths += map(len, encoded)
             embeds = torch.cat(encoded).to(dtype)[None]  # one row, as each token attends to itself alone
             run = run_images if self.compiled is None else self.compiled.images
@@ -114,7 +127,25 @@ class ImageReuse:
                 whole[name][:, filled : filled + embeds.shape[1]].copy_(tensor)
             filled += embeds.shape[1]
         tile_lengths = lengths_by_image(lengths, counts)
-        return ImageKVCache(fingerprint=fingerprint, tile_lengths=tile_lengths, is_offloaded=offload, **whole)
+        others: dict[str, Any] = {**whole, "is_offloaded": offload, "numbers": numbers}
+        return ImageKVCache(fingerprint=fingerprint, tile_lengths=tile_lengths, **others)
+
+    def numbers_of(self, given: torch.Tensor | Sequence[int] | None, images: int) -> list[int] | None:
+        """The numbers of images, in models with `numbered_images`: 1, 2, ... by default.
+
+        Raises:
+            ValueError: if these are not as many as images, or the model has none.
+        """
+        if not getattr(self.model.config, "numbered_images", 0):  # older code has no field
+            if given is not None:
+                raise ValueError(
+                    "image_numbers for a model of numbered_images=0, which has no embeddings of them; omit them."
+                )
+            return None
+        numbers = list(range(1, images + 1)) if given is None else [int(number) for number in given]
+        if len(numbers) != images:
+            raise ValueError(f"{len(numbers)} image_numbers for {images} images; pass one for each image.")
+        return numbers
 
     def _encode_tiles(
         self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None, spatial_shapes: torch.Tensor | None
@@ -207,6 +238,9 @@ class ImageReuse:
         order: torch.Tensor | None = torch.zeros(len(row_counts), dtype=torch.long)
         if has_images:
             order = image_token_order(row_counts, image_cache.tile_lengths, row_copies)
+        if (all_images := image_cache if split is None else split).numbers is not None:
+            all_counts = image_counts if split is None else token_types.sum(-1).tolist()
+            check_numbers(all_images.numbers, all_images.tile_lengths, all_counts[::copies], past)
         if not all(ends_with_text):
             raise ValueError(
                 f"Row {ends_with_text.index(0)} of the prompts ends with an image or with padding, but an image KV cache "
@@ -364,6 +398,29 @@ class ImageReuse:
     def forget_fingerprint(self) -> None:
         """Compute the fingerprint again when it is next needed."""
         self._is_fresh = False
+
+
+def check_numbers(numbers: Sequence[int], tile_lengths: Sequence[Sequence[int]], counts: Sequence[int], past: int) -> None:
+    """Compare the numbers that encoded images hold with those that they have in prompts.
+
+    Args:
+        numbers, tile_lengths: of the images of all rows.
+        counts: the number of image tokens of each row.
+        past: tokens of each row in the KV cache; how many images these hold is not known.
+
+    Raises:
+        ValueError: if an image holds another number.
+    """
+    places = numbers_in_rows(list(map(sum, tile_lengths)), counts)
+    starts = [index for index, place in enumerate(places) if place == 1]
+    for start, end in pairwise([*starts, len(places)]):
+        own = numbers[start:end]
+        steps = [after - before for before, after in pairwise(own)]  # 0 between the tiles of an image
+        if (past == 0 and own[0] != 1) or not {0, 1}.issuperset(steps):
+            raise ValueError(
+                f"The images of a prompt hold the numbers {list(own)}, but the first image of a prompt is 1, the next 2; "
+                "pass these as image_numbers to encode_images."
+            )
 
 
 def _reserve_like(part: torch.Tensor, tokens: int, offload: bool) -> torch.Tensor:

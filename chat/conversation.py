@@ -184,7 +184,7 @@ class DSVLChat:
         if self._reads_again(cache, prompt, len(all_images)):
             cache = PromptCache(new_cache(self.model, static, self.context_length), static, self.context_length)
         held = len(cache.images)
-        inputs = self._model_inputs(prompt.ids, all_images[held:], cache)
+        inputs = self._model_inputs(prompt.ids, all_images, held, cache)
         tiles = sum(map(len, prompt.tile_lengths[held:]))
         stats = TurnStats(len(prompt.ids), len(cache.ids), len(all_images) - held, tiles, dropped)
 
@@ -281,7 +281,8 @@ class DSVLChat:
             )
         return messages, prompt, dropped
 
-    def _model_inputs(self, ids: list[int], new_images: list[Image.Image], cache: PromptCache) -> dict[str, Any]:
+    def _model_inputs(self, ids: list[int], all_images: list[Image.Image], held: int, cache: PromptCache) -> dict[str, Any]:
+        """The arguments of `generate`; the first `held` images are in the KV cache."""
         device = self.model.device
         input_ids = torch.tensor([ids], device=device)
         inputs = {
@@ -291,8 +292,10 @@ class DSVLChat:
             "past_key_values": cache.cache,
             "use_cache": True,
         }
-        if new_images:
+        if new_images := all_images[held:]:
             images = self.processor(images=new_images, return_tensors="pt")
+            if getattr(self.model.config, "numbered_images", 0):  # older code in a checkpoint has none
+                inputs["image_numbers"] = torch.arange(held, len(all_images)) + 1
             inputs |= {name: images[name].to(device) for name in (*IMAGE_INPUTS, "num_tiles") if name in images}
         return inputs
 

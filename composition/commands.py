@@ -37,6 +37,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "(default: image under mmca, unless the template is visualchat; else token)",
     )
     parser.add_argument(
+        "--numbered-images",
+        type=int,
+        metavar="N",
+        help="under mmca, how many images of a conversation know their number, so that questions can name them; 0 is the "
+        "published form (default: 1024, unless the template is visualchat)",
+    )
+    parser.add_argument(
         "--vision-feature-layer",
         type=int,
         nargs="+",
@@ -111,6 +118,7 @@ def _compose(arguments: argparse.Namespace) -> None:
         projector_type=arguments.projector_type,
         multimodal_attention=arguments.multimodal_attention,
         image_positions=arguments.image_positions,
+        numbered_images=arguments.numbered_images,
         vision_feature_layer=layers[0] if len(layers) == 1 else layers,
         vision_feature_select_strategy=arguments.vision_feature_select_strategy,
         image_layout=arguments.image_layout,

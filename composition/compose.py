@@ -1,5 +1,6 @@
 """Composing a vision tower, a language model and a tokenizer into a DSVL model and its processor."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .towers import (
     processed_size,
 )
 
+NUMBERED_IMAGES = 1024
 VOCABULARY_MULTIPLE = 64  # the embedding table is padded to a multiple of this, for tensor cores
 
 
@@ -31,6 +33,7 @@ def compose(
     projector_type: str = "linear",
     multimodal_attention: str = "mmca",
     image_positions: str | None = None,
+    numbered_images: int | None = None,
     vision_feature_layer: int | Sequence[int] = -1,
     vision_feature_select_strategy: str = "full",
     image_layout: str | None = None,
@@ -56,7 +59,7 @@ def compose(
             DINOv2, DINOv3, Qwen-VL's (by `dsvl migrate qwen-tower`), or another that returns a sequence of features.
         language: name or directory of a causal language model, or a loaded one.
         projector_type, multimodal_attention, vision_feature_layer, vision_feature_select_strategy: see `DSVLConfig`.
-        image_layout, image_positions: see `DSVLConfig`; their defaults are those of `image_defaults`.
+        image_layout, image_positions, numbered_images: see `DSVLConfig`; their defaults are those of `image_defaults`.
         max_tiles, max_image_tokens, downsample, num_queries: see `DSVLConfig`.
         tokenizer: *optional*, the language model's tokenizer; defaults to that of `language`.
         image_processor: *optional*, determines the image size; defaults to that of `vision`, or CLIP's with the tower's
@@ -89,8 +92,9 @@ def compose(
     if not is_native:
         image_size = processed_size(image_processor)
         num_prefix_tokens = count_prefix_tokens(tower, image_size)
-    layout, positions = image_defaults(tower.config, template_name, multimodal_attention)
+    layout, positions, numbered = image_defaults(tower.config, template_name, multimodal_attention)
     image_layout, image_positions = image_layout or layout, image_positions or positions
+    numbered_images = numbered if numbered_images is None else numbered_images
     decoder = _causal_lm(language, dtype)
     dtype = decoder.dtype
 
@@ -107,6 +111,7 @@ def compose(
         projector_type=projector_type,
         multimodal_attention=multimodal_attention,
         image_positions=image_positions,
+        numbered_images=numbered_images,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
@@ -132,6 +137,8 @@ def compose(
     projector = model.model.multi_modal_projector.to_empty(device=decoder.device)
     for module in projector.modules():
         model.model._init_weights(module)
+    if numbered_images:
+        _embed_numbers(projector.get_parameter("image_numbers.embeddings"), tokenizer, decoder.get_input_embeddings())
     projector.to(dtype)
     model.tie_weights()
 
@@ -150,13 +157,15 @@ def compose(
     return model.eval(), processor
 
 
-def image_defaults(tower: PreTrainedConfig, template_name: str, multimodal_attention: str) -> tuple[str, str]:
-    """The image layout and the image positions of newly composed models.
+def image_defaults(tower: PreTrainedConfig, template_name: str, multimodal_attention: str) -> tuple[str, str, int]:
+    """The image layout, the image positions and the number of numbered images of newly composed models.
 
     Under `"mmca"`, where an image token costs the decoder its linear layers alone: `"tiles"`, with which a model read small
     print that it could not read with `"crop"` and `"pad"`, and `"image"`, with which it found one image among 512 more
-    surely than with `"token"` (docs/benchmarks.md). With other attention, and with the chat template `"visualchat"`, whose
-    prompts are DeepSpeed-VisualChat's: `"crop"` and `"token"`. Towers that take images of any size: `"native"`.
+    surely than with `"token"` (docs/benchmarks.md); and 1,024 numbered images, with which a frozen language model tells
+    images apart, as it does not without (docs/concepts/which-attention.md). With other attention, and with the chat template
+    `"visualchat"`, whose prompts are DeepSpeed-VisualChat's: `"crop"`, `"token"` and none. Towers that take images of any
+    size: `"native"`.
 
     Args:
         tower: configuration of the vision tower.
@@ -165,7 +174,24 @@ def image_defaults(tower: PreTrainedConfig, template_name: str, multimodal_atten
     """
     many = multimodal_attention == "mmca" and template_name != VISUALCHAT
     layout = "native" if tower.model_type in NATIVE_TOWERS else "tiles" if many else "crop"
-    return layout, "image" if many else "token"
+    return layout, "image" if many else "token", NUMBERED_IMAGES if many else 0
+
+
+@torch.no_grad()
+def _embed_numbers(embeddings: torch.Tensor, tokenizer: Any, table: nn.Module) -> None:
+    """Make the embeddings of numbers, (numbers, hidden), of a language model's own: means over the tokens of a number, in
+    which an earlier digit counts half as much as the next, so that 12 is not 21.
+
+    Numbers are tokenized behind the word that stands before them in prompts. Where that gives all the same tokens, they are
+    left as they are.
+    """
+    ids = tokenizer([f"Image {number}" for number in range(1, len(embeddings) + 1)], add_special_tokens=False)["input_ids"]
+    shared = len(os.path.commonprefix(ids))
+    for row, own in zip(embeddings, (one[shared:] for one in ids), strict=True):
+        if own:
+            weights = 0.5 ** torch.arange(len(own) - 1, -1, -1, dtype=torch.float32)
+            tokens = table(torch.tensor(own, device=next(table.parameters()).device)).float().to(row.device)
+            row.copy_((weights / weights.sum()).to(row.device) @ tokens)
 
 
 def _causal_lm(language: str | Path | PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedModel:

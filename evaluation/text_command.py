@@ -73,6 +73,7 @@ def evaluate_text(arguments: argparse.Namespace) -> None:
             image_processor=processor.image_processor,
             multimodal_attention=config.multimodal_attention,
             image_positions=config.image_positions,
+            numbered_images=config.numbered_images,
         )
         scores["composed"] = score(composed, "composed")
     result = {

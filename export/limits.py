@@ -22,6 +22,7 @@ FIELDS = {
     "num_queries",  # of the perceiver, which is refused
     "reversed_images",
     "image_positions",
+    "numbered_images",  # under "mmca" alone, which is refused
 }
 
 

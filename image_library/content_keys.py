@@ -43,6 +43,16 @@ def tile_keys(images: dict[str, torch.Tensor]) -> list[str]:
     return keys
 
 
+def numbered_key(key: str, number: int) -> str:
+    """The key of what holds an image's number as well."""
+    return f"{key}-{number}"
+
+
+def number_of(key: str) -> int:
+    """The number in a `numbered_key`."""
+    return int(key.rpartition("-")[2])
+
+
 @cache
 def code_version() -> str:
     """A hash of the package's code that computes images, and of the releases of torch and transformers."""
@@ -89,4 +99,12 @@ def preprocessing_version(processor: Any, *limits: Any) -> str:
     return hashlib.sha256(repr([settings, repr(processor.layout), limits]).encode()).hexdigest()
 
 
-__all__ = ["adapter_state", "code_version", "is_random", "preprocessing_version", "tile_keys"]
+__all__ = [
+    "adapter_state",
+    "code_version",
+    "is_random",
+    "number_of",
+    "numbered_key",
+    "preprocessing_version",
+    "tile_keys",
+]

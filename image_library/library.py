@@ -15,7 +15,7 @@ from ..acceleration.reuse.applicability import takes_image_cache
 from ..acceleration.reuse.image_cache import ImageKVCache
 from ..generation_dsvl import IMAGE_INPUTS
 from ..transformers_dsvl import BaseModelOutputWithPooling, gathers_weights
-from .content_keys import adapter_state, code_version, is_random, tile_keys
+from .content_keys import adapter_state, code_version, is_random, number_of, numbered_key, tile_keys
 from .memory_tier import Lease, Tensors
 from .tiers import ImageTiers
 
@@ -31,6 +31,7 @@ class LibraryImage:
     Attributes:
         keys: of its tiles.
         lengths: the number of tokens of each tile.
+        number: of the image in its prompt, from 1.
         inputs: the model inputs of the image, `pixel_values` among them; None if all tiles are leased.
         leases: of its tiles.
         weights: the state of the weights that the leases belong to.
@@ -38,6 +39,7 @@ class LibraryImage:
 
     keys: list[str]
     lengths: list[int]
+    number: int
     inputs: dict[str, torch.Tensor] | None
     leases: list[Lease] = field(default_factory=list)
     weights: int = -1
@@ -67,7 +69,8 @@ class ImageLibrary:
     values of an image, before rotation, depend on the image alone, so they are exact in every conversation and at every
     place. Where that is not so (`"causal"`, say), the library keeps the projected features of the vision tower.
 
-    Entries are found by the SHA-256 of an image's pixels as the model gets them. They hold nothing of texts. The least
+    Entries are found by the SHA-256 of an image's pixels as the model gets them; in models with `numbered_images` keys and
+    values also by the image's number in the prompt, which they hold. They hold nothing of texts. The least
     recently used are dropped first, in each tier on its own: on the GPU, in main memory, on disk. What is on the GPU is in
     main memory too. When weights change, everything in memory is dropped, and other weights' files are not read.
 
@@ -108,6 +111,7 @@ class ImageLibrary:
         self.counts = LibraryCounts()
         self.last_encoded: list[bool] = []  # by the only thread that generates
         self.features_because = _why_not_keys(model)
+        self._holds_numbers = self.features_because is None and bool(getattr(model.config, "numbered_images", 0))
         self._sources: OrderedDict[str, tuple[list[str], list[int]]] = OrderedDict()
         self._lock = RLock()  # of counts, sources and the state of the weights
         self._weights: tuple[Any, int, str] | None = None
@@ -143,8 +147,10 @@ class ImageLibrary:
         if kwargs.get("assistant_model") is not None or gathers_weights(model) or (model.training and is_random(model)):
             return
         lengths = model.config.tile_lengths(len(images["pixel_values"]), images.get("spatial_shapes"))
-        keys = tile_keys(images)
         as_keys = self.features_because is None and takes_image_cache(model, input_ids, lengths, kwargs)
+        keys, numbers = tile_keys(images), kwargs.get("image_numbers")
+        if as_keys and numbers is not None:
+            keys = list(map(numbered_key, keys, numbers.tolist()))
         unique = dict(zip(keys, lengths, strict=True))
         if sum(unique.values()) * self.token_bytes(model, as_keys) > self.tiers.memory.limit:
             with self._lock:
@@ -167,11 +173,12 @@ class ImageLibrary:
         size = sum(map(sum, lengths)) * self.token_bytes(model)
         return size <= self.tiers.memory.limit and model.config.image_token_id not in ids[-2:]
 
-    def find(self, source: str) -> LibraryImage | None:
+    def find(self, source: str, number: int = 1) -> LibraryImage | None:
         """An image that `image` has seen under this name, if the library keeps all of it.
 
         Args:
             source: identifies the image file and how it is preprocessed, such as a hash of both.
+            number: of the image in its prompt.
         """
         with self._lock:
             known = self._sources.get(source)
@@ -179,15 +186,22 @@ class ImageLibrary:
                 return None
             self._sources.move_to_end(source)
         keys, lengths = known
-        return self._leased(LibraryImage(keys, lengths, None))
+        return self._leased(LibraryImage(self._entries(keys, number), lengths, number, None))
 
-    def image(self, inputs: dict[str, torch.Tensor], lengths: Sequence[int], source: str | None = None) -> LibraryImage:
+    def _entries(self, keys: list[str], number: int) -> list[str]:
+        """The keys under which an image's tiles are kept."""
+        return [numbered_key(key, number) for key in keys] if self._holds_numbers else keys
+
+    def image(
+        self, inputs: dict[str, torch.Tensor], lengths: Sequence[int], source: str | None = None, number: int = 1
+    ) -> LibraryImage:
         """An image for `generation_inputs`, from its model inputs.
 
         Args:
             inputs: `pixel_values` and what comes with it, as the processor makes them of one image.
             lengths: the number of tokens of each of its tiles.
             source (*optional*): the name by which `find` knows it from now on.
+            number: of the image in its prompt.
         """
         keys = tile_keys({name: inputs[name] for name in IMAGE_INPUTS if name in inputs})
         if source is not None:
@@ -195,7 +209,7 @@ class ImageLibrary:
                 self._sources[source] = keys, list(lengths)
                 while len(self._sources) > MAX_SOURCES:
                     self._sources.popitem(last=False)
-        image = LibraryImage(keys, list(lengths), inputs)
+        image = LibraryImage(self._entries(keys, number), list(lengths), number, inputs)
         return self._leased(image) or image
 
     def generation_inputs(self, model: Any, images: Sequence[LibraryImage]) -> dict[str, Any]:
@@ -230,6 +244,8 @@ class ImageLibrary:
         for image in images:
             if image.inputs is not None and self._leased(image) is not None:
                 image.inputs = None
+        if "mm_encoder_outputs" in made and getattr(model.config, "numbered_images", 0) > 0:
+            made["image_numbers"] = torch.tensor([image.number for image in images for _ in image.keys])
         return made
 
     def add(self, model: Any, inputs: dict[str, torch.Tensor], lengths: Sequence[int], source: str | None = None) -> bool:
@@ -323,7 +339,7 @@ class ImageLibrary:
         if missing:
             chosen = torch.tensor([indices[key] for key in missing])
             own = {name: part[chosen.to(part.device)].to(_device(model)) for name, part in pixels.items()}
-            encoded = self._encode(model, own, as_keys)
+            encoded = self._encode(model, own, as_keys, self._numbers(missing) if as_keys else None)
             for key, tensors in zip(missing, encoded, strict=True):
                 # Copies, as these are parts of larger tensors.
                 found[key] = {
@@ -339,12 +355,19 @@ class ImageLibrary:
         if not as_keys:
             features = [part["features"].to(_device(model)) for part in parts]
             return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
-        return {"image_cache": _joined(model, parts)}
+        return {"image_cache": _joined(model, parts, self._numbers(keys))}
 
-    def _encode(self, model: Any, pixels: dict[str, torch.Tensor], as_keys: bool) -> list[Tensors]:
-        """What each tile becomes. The tensors are parts of larger ones."""
+    def _numbers(self, keys: Sequence[str]) -> list[int] | None:
+        """The numbers that entries hold, None if they hold none."""
+        return list(map(number_of, keys)) if self._holds_numbers else None
+
+    def _encode(
+        self, model: Any, pixels: dict[str, torch.Tensor], as_keys: bool, numbers: list[int] | None
+    ) -> list[Tensors]:
+        """What each tile becomes, with its image's number where there are numbers. The tensors are parts of larger ones."""
         if as_keys:
-            cache = model.encode_images(**pixels, chunk_size=CHUNK, quantize=self.quantize)
+            own = {} if numbers is None else {"image_numbers": numbers}  # older code does not know it
+            cache = model.encode_images(**pixels, chunk_size=CHUNK, quantize=self.quantize, **own)
             return [one.tensors for one in cache]
         made: list[Tensors] = []
         with torch.no_grad():
@@ -390,7 +413,7 @@ def _directory_name(weights: str, model: Any) -> str:
     return hashlib.sha256(f"{weights} {code_version()} {dtype}".encode()).hexdigest()[:32]
 
 
-def _joined(model: Any, parts: list[Tensors]) -> ImageKVCache:
+def _joined(model: Any, parts: list[Tensors], numbers: list[int] | None) -> ImageKVCache:
     """One image KV cache of many tiles on the model's device and in its type."""
     device, fingerprint = _device(model), model.model.image_reuse.fingerprint()
     lengths = [part["keys"].shape[1] for part in parts]
@@ -400,7 +423,8 @@ def _joined(model: Any, parts: list[Tensors]) -> ImageKVCache:
         for part, tokens in zip(parts, whole[name].split(lengths, dim=1), strict=True):
             tokens.copy_(part[name], non_blocking=True)
     scales = whole.get("key_scales"), whole.get("value_scales")
-    cache = ImageKVCache(whole["keys"], whole["values"], fingerprint, [[length] for length in lengths], *scales)
+    of_tiles = [[length] for length in lengths]
+    cache = ImageKVCache(whole["keys"], whole["values"], fingerprint, of_tiles, *scales, numbers=numbers)
     return cache.to(model.get_input_embeddings().weight.dtype)
 
 

@@ -157,7 +157,7 @@ class ChatCompletions(ChatCompletionHandler):
         for number, (part, own) in enumerate(zip(parts, lengths, strict=True), 1):
             data = image_file(part, number)
             source = None if data is None else self.source_of(data)
-            known = None if source is None else self.library.find(source)
+            known = None if source is None else self.library.find(source, number)
             sources.append(source)
             found.append(known if known is not None and known.lengths == own else None)
         return found, sources
@@ -236,7 +236,7 @@ class ChatCompletions(ChatCompletionHandler):
             else:
                 made = await run(self.preparing, self.preprocess_image, part, number, own)
                 if library is not None and takes_library:
-                    made = await run(self.preparing, library.image, made, own, source)
+                    made = await run(self.preparing, library.image, made, own, source, number)
             inputs.append(made)
         if takes_library:
             return {LIBRARY_IMAGES: inputs} if inputs else {}

@@ -136,7 +136,7 @@ def composed_config(arguments: argparse.Namespace) -> DSVLConfig:
         with torch.device("meta"), no_init_weights():
             prefix = count_prefix_tokens(AutoModel.from_config(copy.deepcopy(tower)), image_size)
     template_name, _ = choose_chat_template(arguments.chat_template, AutoTokenizer.from_pretrained(arguments.language))
-    layout, positions = image_defaults(tower, template_name, arguments.multimodal_attention)
+    layout, positions, numbered = image_defaults(tower, template_name, arguments.multimodal_attention)
     text.vocab_size += NEW_TOKENS
     text.vocab_size += -text.vocab_size % VOCABULARY_MULTIPLE
     return DSVLConfig(
@@ -145,6 +145,7 @@ def composed_config(arguments: argparse.Namespace) -> DSVLConfig:
         projector_type=arguments.projector_type,
         multimodal_attention=arguments.multimodal_attention,
         image_positions=arguments.image_positions or positions,
+        numbered_images=numbered if arguments.numbered_images is None else arguments.numbered_images,
         image_token_id=text.vocab_size - 1,
         vision_feature_layer=arguments.vision_feature_layer,
         vision_feature_select_strategy=arguments.vision_feature_select_strategy,

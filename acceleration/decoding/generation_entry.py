@@ -144,9 +144,11 @@ def _encode_new_images(model: Any, inputs: torch.Tensor | None, kwargs: dict[str
     lengths = model.config.tile_lengths(len(pixels), images.get("spatial_shapes"))
     input_ids = kwargs.get("input_ids") if inputs is None else inputs
     if int(cache.get_seq_length()) > 0 and takes_image_cache(model, input_ids, lengths, kwargs):
+        if getattr(model.config, "numbered_images", 0):  # older code has no field
+            images["image_numbers"] = kwargs.pop("image_numbers", None)
         kwargs["image_cache"] = model.encode_images(**images)
         for name in images:
-            del kwargs[name]
+            kwargs.pop(name, None)
 
 
 def _prepared_for(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> _Prepared | None:

@@ -168,6 +168,7 @@ def _encoding_over(model: Any, group: Any, encode_images: Any) -> Any:
         number, shapes, num_tiles = len(pixel_values), options.get("spatial_shapes"), options.pop("num_tiles", None)
         lengths = model.config.tile_lengths(number, shapes)
         tile_lengths = lengths_by_image(lengths, None if num_tiles is None else [int(tiles) for tiles in num_tiles])
+        numbers = model.model.image_reuse.numbers_of(options.pop("image_numbers", None), len(tile_lengths))
         owners = assign_images([list(map(sum, tile_lengths))], distributed.get_world_size(group))
         rank = distributed.get_rank(group)
         own = [image for image, owner in enumerate(owners) if owner == rank]
@@ -177,8 +178,9 @@ def _encoding_over(model: Any, group: Any, encode_images: Any) -> Any:
             images = {key: value[tiles] for key, value in options.items() if key in PER_IMAGE and value is not None}
             others = {key: value for key, value in options.items() if key not in PER_IMAGE}
             counts = [len(tile_lengths[image]) for image in own]
+            others["image_numbers"] = numbers and [numbers[image] for image in own]
             encoded = encode_images(pixel_values[tiles], chunk_size, num_tiles=counts, **images, **others)
-        return SplitImageKVCache(encoded, tile_lengths, owners, group)
+        return SplitImageKVCache(encoded, tile_lengths, owners, group, numbers)
 
     return split_encode
 
@@ -195,6 +197,9 @@ def _generation_over(model: Any, group: Any, generate: Any) -> Any:
             raise ValueError(f"generate over several processes got {unknown[0]}; pass pixel_values or an image_cache.")
         if pixels is not None:
             images = {name: kwargs.pop(name) for name in (*PER_IMAGE, "num_tiles") if kwargs.get(name) is not None}
+            if getattr(model.config, "numbered_images", 0):  # older code has no field
+                ids = kwargs["input_ids"] if inputs is None else inputs
+                images["image_numbers"] = _numbers(model, ids, pixels, images, kwargs)
             kwargs["image_cache"] = model.encode_images(pixels, **images)
         first = distributed.get_global_rank(group, 0)
         processors = LogitsProcessorList([*(logits_processor or []), ScoresOfFirst(group)])
@@ -209,6 +214,19 @@ def _generation_over(model: Any, group: Any, generate: Any) -> Any:
         return generate(inputs, *args, logits_processor=processors, **kwargs)
 
     return split_generate
+
+
+def _numbers(
+    model: Any, ids: torch.Tensor, pixels: torch.Tensor, images: dict[str, torch.Tensor], kwargs: dict[str, Any]
+) -> list[int]:
+    """The number of each image of a batch of prompts, as `generate` counts them."""
+    given, tiles = kwargs.pop("image_numbers", None), images.get("num_tiles")
+    lengths = model.config.tile_lengths(len(pixels), images.get("spatial_shapes"))
+    numbers = model._image_numbers(ids == model.config.image_token_id, lengths, tiles, given, kwargs)
+    if numbers is None:  # `prefill` says what does not fit
+        return list(range(1, 1 + (len(pixels) if tiles is None else len(tiles))))
+    firsts = slice(None) if tiles is None else (tiles.cumsum(0) - tiles).cpu()
+    return numbers[firsts].tolist()
 
 
 class ScoresOfFirst(LogitsProcessor):

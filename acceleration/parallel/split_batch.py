@@ -11,7 +11,7 @@ from torch import distributed, nn
 from ...generation_dsvl import IMAGE_INPUTS
 from ...inputs_dsvl import check_document_ids, check_image_counts, check_labels, check_sequence
 from ...masks_dsvl import visibilities
-from ...positions_dsvl import documents_of_positions, token_positions
+from ...positions_dsvl import documents_of_positions, tile_numbers, token_positions
 from ...transformers_dsvl import BaseModelOutputWithPooling
 from ...vision_dsvl import blank_image
 from ..reuse.image_cache import lengths_by_image
@@ -115,6 +115,15 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
     inputs = _own_images(config, given, own_tiles, len(lengths))
     if num_tiles is not None:
         inputs["num_tiles"] = num_tiles[own] if own else num_tiles.new_ones(1)
+    document_ids = _documents(config, given, ids)
+    if getattr(config, "numbered_images", 0):  # older code has no field
+        numbers = given.get("image_numbers")
+        if numbers is None:
+            per_tile = lengths if config.image_layout == "native" else None
+            first_tiles = list(accumulate(map(len, tile_lengths), initial=0))[:-1]
+            all_tiles = is_image, len(lengths), config.image_seq_length, per_tile, num_tiles, document_ids
+            numbers = tile_numbers(*all_tiles)[first_tiles]
+        inputs["image_numbers"] = numbers[own] if own else numbers.new_zeros(1)
 
     # Its tokens
     owned = torch.zeros(len(lengths), dtype=torch.bool)
@@ -141,7 +150,6 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
     if blank:
         inputs["input_ids"][0, kept : kept + blank] = config.image_token_id  # hidden from all queries
     inputs["attention_mask"] = (is_text | is_own).long()
-    document_ids = _documents(config, given, ids)
     inputs["position_ids"] = gathered(_positions(model, given, is_image, lengths), 0)
     if targets is not None:
         inputs["shift_labels"] = gathered(targets, -100)
@@ -171,6 +179,7 @@ def _check_inputs(given: dict[str, Any]) -> torch.Tensor:
         "shift_labels",
         "logits_to_keep",
         "num_tiles",
+        "image_numbers",
         *PER_IMAGE,
         "use_cache",
         "output_attentions",

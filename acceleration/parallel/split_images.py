@@ -67,12 +67,19 @@ class SplitImageKVCache:
         tile_lengths: for each image of all processes, the number of tokens of each of its tiles.
         owners: the process of each image.
         group: the process group.
+        numbers (*optional*): of all images, see `ImageKVCache`.
     """
 
     def __init__(
-        self, own: ImageKVCache | None, tile_lengths: Sequence[Sequence[int]], owners: Sequence[int], group: Any
+        self,
+        own: ImageKVCache | None,
+        tile_lengths: Sequence[Sequence[int]],
+        owners: Sequence[int],
+        group: Any,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         self.own, self.group = own, group
+        self.numbers = None if numbers is None else tuple(numbers)
         self.tile_lengths, self.owners = tuple(map(tuple, tile_lengths)), tuple(owners)
 
     def __len__(self) -> int:
@@ -90,11 +97,12 @@ class SplitImageKVCache:
         kept = [place[number] for number in chosen if number in place]
         own = self.own[kept] if self.own is not None and kept else None
         lengths, owners = [self.tile_lengths[number] for number in chosen], [self.owners[number] for number in chosen]
-        return SplitImageKVCache(own, lengths, owners, self.group)
+        held = self.numbers and [self.numbers[number] for number in chosen]
+        return SplitImageKVCache(own, lengths, owners, self.group, held)
 
     def _changed(self, change: Callable[[ImageKVCache], ImageKVCache]) -> "SplitImageKVCache":
         own = None if self.own is None else change(self.own)
-        return SplitImageKVCache(own, self.tile_lengths, self.owners, self.group)
+        return SplitImageKVCache(own, self.tile_lengths, self.owners, self.group, self.numbers)
 
     def to(self, *args: Any, **kwargs: Any) -> "SplitImageKVCache":
         """See `ImageKVCache.to`."""

@@ -66,9 +66,11 @@ class ImageKVCache:
             one tile and length, and keys and values have five dimensions.
         key_scales, value_scales (*optional*): (layers, image tokens, key-value heads), of 8-bit keys and values.
         is_offloaded (*optional*, defaults to `False`): whether they stay on the host while the model is on another device.
+        numbers (*optional*): for each image, its number in its conversation, which it holds, from a model with
+            `numbered_images`.
 
     Raises:
-        ValueError: if the lengths do not sum to the tokens.
+        ValueError: if the lengths do not sum to the tokens, or there are not as many numbers as images.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class ImageKVCache:
         key_scales: torch.Tensor | None = None,
         value_scales: torch.Tensor | None = None,
         is_offloaded: bool = False,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         if keys.ndim == 5:
             tile_lengths = [[keys.shape[2]]] * keys.shape[1]
@@ -92,6 +95,9 @@ class ImageKVCache:
             )
         self.keys, self.values, self.fingerprint, self.tile_lengths = keys, values, fingerprint, lengths
         self.key_scales, self.value_scales, self.is_offloaded = key_scales, value_scales, is_offloaded
+        self.numbers = None if numbers is None else tuple(map(int, numbers))
+        if self.numbers is not None and len(self.numbers) != len(lengths):
+            raise ValueError(f"{len(self.numbers)} numbers for {len(lengths)} images; pass one for each.")
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -107,7 +113,11 @@ class ImageKVCache:
 
     def _changed(self, change: Callable[[torch.Tensor], torch.Tensor], **others: Any) -> "ImageKVCache":
         """The same change of all tensors, and of other arguments."""
-        arguments: dict[str, Any] = {"tile_lengths": self.tile_lengths, "is_offloaded": self.is_offloaded}
+        arguments: dict[str, Any] = {
+            "tile_lengths": self.tile_lengths,
+            "is_offloaded": self.is_offloaded,
+            "numbers": self.numbers,
+        }
         arguments |= {name: change(tensor) for name, tensor in self.tensors.items()} | others
         return ImageKVCache(fingerprint=self.fingerprint, **arguments)
 
@@ -133,12 +143,13 @@ class ImageKVCache:
             chosen = [numbers[int(number)] for number in images]
         ends = list(accumulate(map(sum, self.tile_lengths), initial=0))
         lengths = [self.tile_lengths[number] for number in chosen]
+        others = {"tile_lengths": lengths, "numbers": self.numbers and [self.numbers[number] for number in chosen]}
         first = chosen[0] if chosen else 0
         if list(chosen) == list(range(first, first + len(chosen))):  # neighbours: a view
             tokens = slice(ends[first], ends[first + len(chosen)])
-            return self._changed(lambda tensor: tensor[:, tokens], tile_lengths=lengths)
+            return self._changed(lambda tensor: tensor[:, tokens], **others)
         index = torch.cat([torch.arange(ends[number], ends[number + 1]) for number in chosen]).to(self.device)
-        return self._changed(lambda tensor: tensor[:, index], tile_lengths=lengths)
+        return self._changed(lambda tensor: tensor[:, index], **others)
 
     @property
     def num_tiles(self) -> list[int]:
@@ -190,7 +201,8 @@ class ImageKVCache:
             dequantize(moved.tensors[name], moved.tensors.get(scales), wanted.dtype)
             for name, scales in (("keys", "key_scales"), ("values", "value_scales"))
         )
-        return ImageKVCache(keys, values, self.fingerprint, self.tile_lengths, is_offloaded=moved.is_offloaded)
+        others: dict[str, Any] = {"is_offloaded": moved.is_offloaded, "numbers": self.numbers}
+        return ImageKVCache(keys, values, self.fingerprint, self.tile_lengths, **others)
 
     def quantize(self) -> "ImageKVCache":
         """The same images in 8 bits: integers, with a scale for each token and key-value head.
@@ -209,7 +221,8 @@ class ImageKVCache:
                     f"The {name} of the images hold infinities or NaN, which 8 bits cannot; check the model's dtype "
                     "(float16 overflows where bfloat16 does not) and its weights."
                 )
-        changed = ImageKVCache(keys, values, self.fingerprint, self.tile_lengths, key_scales, value_scales)
+        arguments = keys, values, self.fingerprint, self.tile_lengths, key_scales, value_scales
+        changed = ImageKVCache(*arguments, numbers=self.numbers)
         return changed.offload() if self.is_offloaded else changed
 
     def offload(self) -> "ImageKVCache":
@@ -239,12 +252,15 @@ class ImageKVCache:
             name: torch.cat([cache.tensors[name] for cache in caches], 1) for name in caches[0].tensors
         }
         lengths = [image for cache in caches for image in cache.tile_lengths]
-        made = cls(fingerprint=caches[0].fingerprint, tile_lengths=lengths, **joined)
+        numbers = [number for cache in caches for number in cache.numbers or ()] or None
+        made = cls(fingerprint=caches[0].fingerprint, tile_lengths=lengths, numbers=numbers, **joined)
         return made.offload() if all(cache.is_offloaded for cache in caches) else made
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint, "tile_lengths": json.dumps(self.tile_lengths)}
+        if self.numbers is not None:
+            metadata["numbers"] = json.dumps(self.numbers)
         save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, path, metadata)
 
     @classmethod
@@ -281,7 +297,8 @@ class ImageKVCache:
             lengths = _read_lengths(metadata.get("tile_lengths"), keys.shape[1])
             if lengths is None:
                 raise ValueError(f"{str(path)!r} does not tell its images' tokens apart; {remedy}")
-        return cls(fingerprint=metadata["fingerprint"], tile_lengths=lengths, **tensors)
+        numbers = json.loads(metadata["numbers"]) if "numbers" in metadata else None
+        return cls(fingerprint=metadata["fingerprint"], tile_lengths=lengths, numbers=numbers, **tensors)
 
 
 _PLAIN, _SCALES = {"keys", "values"}, {"key_scales", "value_scales"}

@@ -19,9 +19,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from ...configuration_dsvl import DSVLConfig
-from ...positions_dsvl import image_positions
+from ...positions_dsvl import image_positions, numbers_in_rows
 from ...processing_dsvl import IMAGE_TOKEN
-from ...projectors_dsvl import PROJECTORS
+from ...projectors_dsvl import make_projector
 from ...vision_dsvl import make_vision_tower, run_tower
 from .attention import route_attention
 from .processing import DSVLDummyInputs, DSVLMultiModalProcessor, DSVLProcessingInfo
@@ -68,7 +68,7 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
         with self._mark_tower_model(vllm_config, "image"):  # type: ignore[operator]
             # `AutoModel` makes a tower in the data type of its configuration.
             self.vision_tower = make_vision_tower(config.vision_config).to(dtype).eval()
-            self.multi_modal_projector = PROJECTORS[config.projector_type](config)
+            self.multi_modal_projector = make_projector(config)
         decoder = maybe_prefix(prefix, "language_model")
         with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language_model = init_vllm_registered_model(
@@ -107,19 +107,29 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
         return [torch.cat(tiles[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
-        """Under `image_positions="image"`, the positions of a prompt, (3, tokens) of equal rows, and what is added to the
-        number of a token that follows."""
+        """The positions of a prompt, (3, tokens), and what is added to the number of a token that follows.
+
+        The rows are equal, but for image tokens in a model with `numbered_images`: there the second and third are the number
+        of the image, as the embeddings of images that vLLM keeps are for any place in any prompt."""
         ids = torch.tensor(input_tokens)
         lengths: list[int] = []
+        sizes: list[int] = []
         for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
             embedded = feature.mm_position.get_num_embeds()
+            sizes.append(embedded)
             tile = embedded if self.config.image_layout == "native" else self.config.image_seq_length
             lengths += [tile] * (embedded // tile)
         is_image = (ids == self.config.image_token_id).long()
         if sum(lengths) != is_image.sum():
             raise ValueError(f"{int(is_image.sum())} image tokens in the prompt for images of {sum(lengths)} tokens.")
-        positions = image_positions(is_image[None], self.config.image_seq_length, lengths)[0]
-        return positions.expand(3, -1).contiguous(), int(positions[-1]) + 1 - len(ids)
+        positions = torch.arange(len(ids))
+        if self.config.image_positions == "image":
+            positions = image_positions(is_image[None], self.config.image_seq_length, lengths)[0]
+        rows = positions.repeat(3, 1)
+        if self.config.numbered_images:
+            numbers = torch.tensor(numbers_in_rows(sizes, [sum(sizes)])).repeat_interleave(torch.tensor(sizes))
+            rows[1:, is_image == 1] = numbers
+        return rows, int(positions[-1]) + 1 - len(ids)
 
     def forward(
         self,
@@ -129,8 +139,9 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | IntermediateTensors:
-        if positions.ndim == 2:  # equal rows
-            positions = positions[0]
+        numbers = positions
+        if positions.ndim == 2:  # rows of `get_mrope_input_positions`
+            positions, numbers = positions[0], positions[1]
         if intermediate_tensors is not None:
             inputs_embeds = None
         is_image = None
@@ -143,6 +154,9 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
                 torch.eq(input_ids, self.config.image_token_id, out=is_image)
             else:
                 raise ValueError("vLLM passed no input_ids, without which image tokens cannot be told from text.")
+        if inputs_embeds is not None and is_image is not None and self.config.numbered_images:
+            added = self.multi_modal_projector.image_numbers(numbers.masked_fill(~is_image, 0))
+            inputs_embeds = inputs_embeds + added.to(inputs_embeds.dtype)
         ids = None if inputs_embeds is not None else input_ids
         output = self.language_model.model(ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
         if is_image is not None and isinstance(output, IntermediateTensors):

@@ -61,7 +61,7 @@ class DSVLSettings(VerifyAndUpdateConfig):
                 f"--tokenizer {model_config.tokenizer} does not go with a DSVL checkpoint, whose own one knows "
                 f"{IMAGE_TOKEN}; omit it."
             )
-        if config.image_positions == "image":
+        if config.image_positions == "image" or config.numbered_images:
             # By which vLLM computes positions for a whole prompt, by `get_mrope_input_positions`. The decoder's own rotary
             # layers read the text configuration and know nothing of it.
             config.mrope_section = [1, 1, 1]
