@@ -150,7 +150,8 @@ def main(argv: list[str] | None = None) -> None:
                 alone = alone or (None if options.only_all else figures)
             distributed.barrier()
     if rank == 0 and options.out:
-        record = {"device": device, "torch": torch.__version__, "options": vars(options), "shape": asdict(shape)}
+        used = {key: value for key, value in vars(options).items() if key != "out"}
+        record = {"device": device, "torch": torch.__version__, "options": used, "shape": asdict(shape)}
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         Path(options.out).write_text(json.dumps(record | {"results": results}, indent=1) + "\n", encoding="utf-8")
     destroy_process_groups()

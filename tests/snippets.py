@@ -215,7 +215,10 @@ def check_command(words: list[str]) -> None:
     elif program == "python":
         assert (ROOT / words[1]).is_file(), words
     elif program in LAUNCHERS:
-        assert "dsvl.training" in words or words[-1].endswith(".py"), words  # a file that the page shows
+        scripts = [word for word in words if word.startswith("benchmarks/")]
+        assert all((ROOT / script).is_file() for script in scripts), words
+        # The last is a file that the page shows.
+        assert "dsvl.training" in words or scripts or words[-1].endswith(".py"), words
     elif program == "dsvl":
         assert words[1] in COMMANDS or words[1] == "COMMAND", words
     else:

@@ -32,6 +32,7 @@ MODULES = {
 DEVICES = {
     "h100": ("Figures of an NVIDIA H100", "bench-gpu"),
     "h200": ("Figures of an NVIDIA H200", "bench-gpu"),
+    "h200-x2": ("Figures of two NVIDIA H200", "bench-gpu"),
     "cpu": ("Figures of a CPU", "bench|bench-serving"),
 }
 COLUMNS = {  # a key of a result -> its column
@@ -245,7 +246,8 @@ def figures_page(device: str) -> str:
     lines = [
         f"# {title}",
         "",
-        "Times are medians; the range is in parentheses. Speed is relative to the first row of a group.",
+        "Times are medians, with the range in parentheses, unless a section says otherwise."
+        " Speed is relative to the first row of a group.",
         "",
     ]
     for path in sorted((ROOT / "benchmarks" / "results" / device).glob("*.json")):
@@ -258,7 +260,11 @@ def figures_page(device: str) -> str:
         plot = path.with_suffix(".svg")
         if plot.exists():
             lines += [f"![{path.stem}](../../../benchmarks/results/{device}/{plot.name})", ""]
-        lines += _figures_table(list(_results(held["results"]))) + [""]
+        found = held["results"]
+        if isinstance(found, list):  # of image_parallel.py
+            lines += ["Times are those of the fastest timed step.", ""]
+            found = {f"{row['tokens']:,} tokens, processes: {row['processes']}": row for row in found}
+        lines += _figures_table(list(_results(found))) + [""]
     return "\n".join(lines)
 
 
