@@ -268,7 +268,7 @@ class DSVLGenerationMixin(GenerationMixin):
             if images := {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}:
                 outputs = {"image": self.get_image_features(**images, return_dict=True)}
             encoded = outputs.get("image")
-            if encoded is not None and encoded.pooler_output and getattr(encoded, "image_numbers", None) is None:
+            if encoded is not None and encoded.pooler_output and not self.model.holds_numbers(encoded):
                 if not images and input_ids is not None:
                     is_image, lengths = input_ids == self.config.image_token_id, list(map(len, encoded.pooler_output))
                     numbers = self._image_numbers(is_image, lengths, tiles, numbers, kwargs)

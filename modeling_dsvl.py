@@ -56,16 +56,9 @@ LOGITS_AT_ONCE = 2**25
 
 
 @dataclass
-class DSVLImageOutput(BaseModelOutputWithPooling):
-    """Output of `get_image_features`.
-
-    Attributes:
-        last_hidden_state: the tower's features, (tiles, tower tokens, tower width).
-        pooler_output: for each tile the embeddings of its tokens, (tokens, decoder width).
-        image_numbers: (tiles,), the numbers that these embeddings hold; None if they hold none.
-    """
-
-    image_numbers: torch.Tensor | None = None
+class DSVLNumberedImages(BaseModelOutputWithPooling):
+    """Output of `get_image_features` for given `image_numbers`, which its embeddings hold. (The class tells it: transformers
+    makes others of it for the chunks of a prompt.)"""
 
 
 class _ImageOutputs(EitherCacheName):
@@ -411,7 +404,7 @@ class DSVLModel(DSVLPreTrainedModel):
         num_tiles: torch.Tensor | None = None,
         image_numbers: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> DSVLImageOutput:
+    ) -> BaseModelOutputWithPooling:
         """Encode and project images. A tower without trainable parameters runs without a graph.
 
         Args:
@@ -442,23 +435,24 @@ class DSVLModel(DSVLPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> DSVLImageOutput:
+    ) -> BaseModelOutputWithPooling:
         """As `get_image_features` without numbers, for any `config.return_dict`."""
         tower = run_tower(self.vision_tower, self.config, pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
-        projected = self.project_features(tower.last_hidden_state, spatial_shapes)
-        projected.hidden_states, projected.attentions = tower.hidden_states, tower.attentions
-        return projected
+        tower.pooler_output = self.project_features(tower.last_hidden_state, spatial_shapes).pooler_output
+        return tower
 
-    def project_features(self, image_features: torch.Tensor, spatial_shapes: torch.Tensor | None = None) -> DSVLImageOutput:
+    def project_features(
+        self, image_features: torch.Tensor, spatial_shapes: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
         """The second half of `get_image_features`, from the tower's features (tiles, tower tokens, tower width)."""
         grids = None if spatial_shapes is None else [tuple(shape) for shape in spatial_shapes.tolist()]
         projected = list(self.multi_modal_projector(image_features, grids))
         if grids is not None:  # without the padding to the longest
             lengths = self.config.tile_lengths(len(projected), spatial_shapes)
             projected = [tokens[:length] for tokens, length in zip(projected, lengths, strict=True)]
-        return DSVLImageOutput(last_hidden_state=image_features, pooler_output=projected)
+        return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=projected)
 
-    def number_images(self, images: BaseModelOutputWithPooling, numbers: torch.Tensor | Sequence[int]) -> DSVLImageOutput:
+    def number_images(self, images: BaseModelOutputWithPooling, numbers: torch.Tensor | Sequence[int]) -> DSVLNumberedImages:
         """Images whose embeddings hold their numbers as well, of a model with `numbered_images`.
 
         Args:
@@ -486,7 +480,11 @@ class DSVLModel(DSVLPreTrainedModel):
             added = added.repeat_interleave(tokens, dim=0)
         numbered = list((whole + added).split(list(map(len, parts))))
         given = {name: getattr(images, name) for name in ("last_hidden_state", "hidden_states", "attentions")}
-        return DSVLImageOutput(pooler_output=numbered, image_numbers=numbers, **given)
+        return DSVLNumberedImages(pooler_output=numbered, **given)
+
+    def holds_numbers(self, images: BaseModelOutputWithPooling) -> bool:
+        """Whether embeddings of images hold the images' numbers, after `number_images`."""
+        return isinstance(images, DSVLNumberedImages)
 
     def _numbered(
         self,
@@ -503,7 +501,7 @@ class DSVLModel(DSVLPreTrainedModel):
         Raises:
             ValueError: if they cannot be counted.
         """
-        if getattr(images, "image_numbers", None) is not None:
+        if self.holds_numbers(images):
             return images
         if image_numbers is not None:
             return self.number_images(images, by_tile(image_numbers, num_tiles))
@@ -1166,4 +1164,4 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         )
 
 
-__all__ = ["DSVLForConditionalGeneration", "DSVLImageOutput", "DSVLModel", "DSVLPreTrainedModel"]
+__all__ = ["DSVLForConditionalGeneration", "DSVLModel", "DSVLNumberedImages", "DSVLPreTrainedModel"]

@@ -80,6 +80,7 @@ def tiny_model(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     image_positions: str = "token",
+    numbered_images: int = 0,
     **text_overrides: Any,
 ) -> DSVLForConditionalGeneration:
     """A random model in evaluation mode; the same seed gives the same weights under every attention."""
@@ -92,13 +93,25 @@ def tiny_model(
         multimodal_attention=attention,
         image_token_id=IMAGE_ID,
         image_positions=image_positions,
+        numbered_images=numbered_images,
     )
     torch.manual_seed(seed)
-    model = DSVLForConditionalGeneration(config).to(dtype).eval()
+    model = number_images(DSVLForConditionalGeneration(config).to(dtype).eval())
     # The tower keeps sdpa: transformers' eager attention takes its softmax in float32 and would blur the comparison.
     if backend is not None:
         model.set_attn_implementation({"text_config": backend})
     model.generation_config.eos_token_id = None  # random models may say it at once
+    return model
+
+
+def number_images(model: Any) -> Any:
+    """The model with random numbers of images, where it has `numbered_images`, as if they were trained: a new map is zero."""
+    numbers = model.model.multi_modal_projector.image_numbers
+    if numbers is not None:
+        generator = torch.Generator().manual_seed(9)
+        for parameter in numbers.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.copy_(drawn / parameter.shape[1] ** 0.5 if parameter is numbers.weight else drawn)
     return model
 
 

@@ -108,6 +108,16 @@ def packed_rows() -> tuple[Any, Inputs]:
 
 
 @case
+def numbered_images() -> tuple[Any, Inputs]:
+    return trained(tiny_model("llama", numbered_images=2)), labelled(batch("ttIttIIItt", "ttItttt", "tttt"))
+
+
+@case
+def numbered_images_of_packed_rows() -> tuple[Any, Inputs]:
+    return trained(tiny_model("llama", numbered_images=4)), packed(("ttItt", "IItItt", "ttt"), ("tttt", "IttIt"))
+
+
+@case
 def packed_rows_in_windows() -> tuple[Any, Inputs]:
     return trained(tiny_model("mistral")), packed(("ttItttt", "IItItttttt"), ("tttt", "IttItttttttttIttt"))
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import FAMILIES, REFERENCE, tiny_tower_config
+from conftest import FAMILIES, REFERENCE, number_images, tiny_tower_config
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, Siglip2ImageProcessor, Siglip2VisionConfig
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLProcessor
 
 SIDE, PATCH, NATIVE_PATCH = 28, 14, 4
+NUMBERED = 9  # images of a conversation that know their number, as in composed models
 # Fields of the configuration; native images have a tower of their own.
 CASES: dict[str, dict[str, Any]] = {
     "crop": {},
@@ -48,6 +49,8 @@ def layout_config(case: str, vocabulary: int, image_token_id: int, family: str =
     text = FAMILIES[family]()
     text.vocab_size, text.max_position_embeddings = vocabulary, 4096
     values = CASES[case] | fields
+    if values.get("multimodal_attention", "mmca") == "mmca" and not values.get("reversed_images"):
+        values = {"numbered_images": NUMBERED} | values
     tower = native_tower_config() if values.get("image_layout") == "native" else tiny_tower_config()
     return DSVLConfig(tower, text, image_token_id=image_token_id, **values)
 
@@ -65,11 +68,11 @@ def layout_processor(case: str, config: DSVLConfig | None = None, **arguments: A
 
 
 def layout_parts(case: str, family: str = "llama", dtype: torch.dtype = torch.float64, **fields: Any) -> tuple[Any, Any]:
-    """A random model in evaluation mode, whose answers do not end by themselves, and its processor."""
+    """A random model in evaluation mode, whose answers do not end by themselves, and its processor. Images are numbered."""
     processor = layout_processor(case)
     config = layout_config(case, len(processor.tokenizer), processor.image_token_id, family, **fields)
     torch.manual_seed(0)
-    model = DSVLForConditionalGeneration(config).to(dtype).eval()
+    model = number_images(DSVLForConditionalGeneration(config).to(dtype).eval())
     model.generation_config.eos_token_id = None
     return model, layout_processor(case, config)
 

@@ -422,7 +422,7 @@ def test_batches_beams_and_image_caches_answer_as_each_alone(case):
     batch = model_inputs(processor, conversations())
     options = {"max_new_tokens": 5, "do_sample": False}
     names = [n for n in ("pixel_values", "pixel_attention_mask", "spatial_shapes", "num_tiles") if n in batch]
-    cache = model.encode_images(**{name: batch[name] for name in names})
+    cache = model.encode_images(**{name: batch[name] for name in names}, image_numbers=[1, 2, 1, 1, 2, 3])
     assert len(cache) == 6 and sum(map(len, cache.tile_lengths)) == len(batch["pixel_values"])
     for beams in (1, 2):
         together = model.generate(**batch, **options, num_beams=beams)[:, -5:]
@@ -445,7 +445,7 @@ def test_image_caches_serve_models_whose_images_share_positions(case):
     made = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
     inputs = dict(made, pixel_values=made["pixel_values"].double())
     names = [n for n in ("pixel_values", "pixel_attention_mask", "spatial_shapes", "num_tiles") if n in inputs]
-    cache = model.encode_images(**{name: inputs[name] for name in names})
+    cache = model.encode_images(**{name: inputs[name] for name in names}, image_numbers=[1, 2, 3, 1])
     text = {name: value for name, value in inputs.items() if name not in names}
     for beams in (1, 2):
         options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
@@ -474,13 +474,17 @@ def test_an_image_cache_is_taken_apart_by_images(case, tmp_path):
         cache[torch.tensor([0, 1, 2])],
         cache.to(torch.float64),
     ):
-        assert same.tile_lengths == cache.tile_lengths and same.keys.equal(cache.keys) and same.values.equal(cache.values)
-    # Other orders are other prompts.
+        assert same.tile_lengths == cache.tile_lengths and same.numbers == cache.numbers == (1, 2, 3)
+        assert same.keys.equal(cache.keys) and same.values.equal(cache.values)
+    # Other orders are other prompts, and other numbers.
     order = [2, 0]
     turned = model_inputs(processor, [question([noise(SIZES[number], number) for number in order])])
     expected = model.generate(**turned, max_new_tokens=4, do_sample=False)
     text = {name: value for name, value in turned.items() if name not in names}
-    assert model.generate(**text, image_cache=cache[order], max_new_tokens=4, do_sample=False).equal(expected)
+    with pytest.raises(ValueError, match=r"hold the numbers \[3, 1\], but the first image of a prompt is 1"):
+        model.generate(**text, image_cache=cache[order], max_new_tokens=4)
+    numbered = model.encode_images(**{name: one[name] for name in names}, image_numbers=[2, 3, 1])[order]
+    assert model.generate(**text, image_cache=numbered, max_new_tokens=4, do_sample=False).equal(expected)
     with pytest.raises(ValueError, match="but there are 3 images of .* tokens in the image KV cache"):
         model.generate(**text, image_cache=cache, max_new_tokens=4)
     if "num_tiles" in one:

@@ -71,7 +71,7 @@ def test_images_of_any_size_and_positions(case, image_positions, way):
     sizes = [[SIZES[1], SIZES[2]], [SIZES[0]]]
     inputs = model_inputs(processor, [question([noise(size, n) for n, size in enumerate(row)]) for row in sizes])
     pixels = {name: inputs[name] for name in ("pixel_values", *IMAGE_DETAILS) if name in inputs}
-    images = model.encode_images(**pixels)
+    images = model.encode_images(**pixels, image_numbers=[1, 2, 1])
     assert len(images) == 3
     text = {name: value for name, value in inputs.items() if name not in pixels}
     first, expected = answer(model, text, **of_kind(model, images, way)), answer(model, dict(inputs))
