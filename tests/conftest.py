@@ -105,7 +105,7 @@ def tiny_model(
 
 
 def number_images(model: Any) -> Any:
-    """The model with random numbers of images, where it has `numbered_images`, as if they were trained: a new map is zero."""
+    """The model, its `numbered_images` with random weights, as if they were trained: a new map is zero."""
     numbers = model.model.multi_modal_projector.image_numbers
     if numbers is not None:
         generator = torch.Generator().manual_seed(9)

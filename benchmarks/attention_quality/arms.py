@@ -7,6 +7,7 @@ with `multimodal_attention="causal"` runs transformers' attention interface, and
 Let T(i) and I(i) be the text and the image keys up to query i, O(i) the tokens of the image of query i.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from attention_quality.scenes import heading
 from dsvl.positions_dsvl import image_starts
 
 Sets = list[torch.Tensor]  # boolean (batch, queries, keys) each: the keys of a softmax
@@ -148,6 +150,7 @@ class Arm:
         depends_on: what an image's keys and values depend on, besides the weights.
         varies: the arm that it varies; it takes that one's learning rate.
         has_title: whether an image's embeddings also hold its number (`Title`).
+        is_numbered: whether they hold it by the package's `numbered_images`.
     """
 
     about: str
@@ -157,6 +160,7 @@ class Arm:
     depends_on: str = EVERYTHING
     varies: str | None = None
     has_title: bool = False
+    is_numbered: bool = False
 
 
 def _arm(about: str, sets: Callable[[Tokens], Sets], **more: Any) -> Arm:
@@ -182,6 +186,14 @@ ARMS = {
         depends_on=AND_NUMBER,
         has_title=True,
     ),
+    "mmca_numbered": _arm(
+        "as mmca_title, by the package's numbered_images: numbers have embeddings of their own, at first their headings'",
+        mmca,
+        core="mmca",
+        depends_on=AND_NUMBER,
+        varies="mmca_title",
+        is_numbered=True,
+    ),
     "block_bidirectional": _arm(
         "as block; image: also the later tokens of its image", block_bidirectional, depends_on=AND_NUMBER, varies="block"
     ),
@@ -198,6 +210,7 @@ ARMS = {
 PRIMARY = ("causal", "mmca", "alpha")
 # Forms in which an image knows its number. On a tie the first is preferred.
 NUMBERED = ("block", "block_number", "mmca_title")
+PACKAGE = "mmca_numbered"  # what became of the one that was chosen
 
 
 class Form:
@@ -298,6 +311,20 @@ class Title(nn.Module):
         (is_image, headings), embeds = self.headings, kwargs["inputs_embeds"]
         titles = self.map(module.get_input_embeddings()(headings)).to(embeds.dtype)
         return args, kwargs | {"inputs_embeds": embeds + titles * is_image[..., None]}
+
+
+def heading_ids(tokenizer: Any) -> list[int]:
+    """The tokens of all headings, in their order."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[word] for word in itertools.takewhile(vocabulary.__contains__, map(heading, itertools.count(1)))]
+
+
+@torch.no_grad()
+def name_numbers(model: Any, tokenizer: Any) -> None:
+    """Let the package's embeddings of numbers begin as those of the headings, which are single words in this vocabulary as
+    the package's own choice, the numbers, are in others."""
+    numbers = model.model.multi_modal_projector.image_numbers.embeddings
+    numbers.copy_(model.get_input_embeddings().weight[torch.tensor(heading_ids(tokenizer))])
 
 
 def _masked(keys: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:

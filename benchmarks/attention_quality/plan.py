@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from attention_quality.arms import ARMS, NUMBERED, PRIMARY
+from attention_quality.arms import ARMS, NUMBERED, PACKAGE, PRIMARY
 from attention_quality.scenes import IMAGE_KINDS
 from attention_quality.sizes import Size
 
@@ -22,8 +22,8 @@ LEARNING_RATES = {
     "lora": (3e-4, 1e-3, 3e-3),
     "full": (1e-4, 3e-4, 1e-3),
 }
-OTHERS = tuple(arm for arm in ARMS if arm not in (*PRIMARY, *NUMBERED))
-TRAINED = (*PRIMARY, "block")  # compared where the decoder is trained too
+OTHERS = tuple(arm for arm in ARMS if arm not in (*PRIMARY, *NUMBERED, PACKAGE))
+TRAINED = (*PRIMARY, "mmca_title")  # compared where the decoder is trained too
 
 # The tasks, which count equally; "distractors" is the mean over its numbers of images.
 TASKS = ("attribute", "which", "two_hop", "print", "distractors")
@@ -95,6 +95,7 @@ STAGES = {
     ),
     "rates-number": Stage(NUMBERED, "frozen", (CONVERSATIONS,), (RATE_SEED,), "learning rates of forms with numbers"),
     "number": Stage(NUMBERED, "frozen", (CONVERSATIONS,), PRIMARY_SEEDS, "forms with numbers"),
+    "package": Stage((PACKAGE,), "frozen", (CONVERSATIONS,), PRIMARY_SEEDS, "exploratory: the package's numbered images"),
     "data": Stage(PRIMARY, "frozen", (1024, 4096), EXPLORATORY_SEEDS, "exploratory: less data"),
     "arms": Stage(OTHERS, "frozen", (CONVERSATIONS,), EXPLORATORY_SEEDS, "exploratory: the other arms"),
     "data-64k": Stage(PRIMARY, "frozen", (65536,), EXPLORATORY_SEEDS, "exploratory: more data"),

@@ -18,7 +18,7 @@ from measure import device_name, device_type
 from trained_tasks import as_pixels, fit
 from transformers import set_seed
 
-from attention_quality.arms import ARMS, Form, Title
+from attention_quality.arms import ARMS, Form, Title, heading_ids, name_numbers
 from attention_quality.language import Encoder, answers_right, padded, text_perplexity
 from attention_quality.parts import SharedParts, load_parts, read_record
 from attention_quality.plan import (
@@ -75,8 +75,11 @@ def compose_arm(parts: SharedParts, arm: str, seed: int, mode: str = "frozen") -
         multimodal_attention=core or "causal",
         image_positions="image",  # so that 64 images take no more positions than their texts do
         vision_feature_select_strategy="default",
+        numbered_images=len(heading_ids(parts.tokenizer)) if ARMS[arm].is_numbered else 0,
         number_after=True,  # for all arms, as image tokens do not see the number before them in some
     )
+    if ARMS[arm].is_numbered:
+        name_numbers(model, processor.tokenizer)
     model.set_attn_implementation("sdpa")
     model.to(device_type())
     if core is None:
