@@ -1,4 +1,4 @@
-"""Exact reuse of images: the keys and values that a decoder computes for an image, put into any prompt at any position.
+"""Exact reuse of images: the keys and values that a decoder computes for an image, put into other prompts at any position.
 
 Under `"mmca"` an image token attends to itself alone, so its path through the decoder depends on its image only, and with
 `numbered_images` on the number of the image, which its embedding holds. Positions enter as the rotation of its keys, which

@@ -1,4 +1,4 @@
-"""`ImageKVCache`: the keys and values of images, which any prompt may use; see acceleration/image_reuse.py."""
+"""`ImageKVCache`: the keys and values of images, which any prompt may use (under their numbers); see image_reuse.py."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
