@@ -83,7 +83,8 @@ class DSVLGenerationMixin(GenerationMixin):
         Args:
             image_cache: the `ImageKVCache` of `encode_images`, with the images in the order of their tokens, instead of
                 `pixel_values`: only the text of the prompt is computed. For greedy search, sampling and beams; every prompt
-                ends with text. With a `cache` of earlier turns, those of the new tokens alone.
+                ends with text. With a `cache` of earlier turns, those of the new tokens alone. With `numbered_images` they
+                hold the numbers that they have in their prompts.
         """
         if "picture_cache" in kwargs:
             warnings.warn("picture_cache is deprecated; pass image_cache.", DeprecationWarning, stacklevel=3)

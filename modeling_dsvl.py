@@ -238,7 +238,8 @@ class DSVLModel(DSVLPreTrainedModel):
                 images an empty one.
             pixel_attention_mask, spatial_shapes: of native images, see `get_image_features`; the latter also with
                 `image_features`.
-            num_tiles: (images,), how many of the tiles each image has. It is compared with the number of tiles.
+            num_tiles: (images,), how many of the tiles each image has. It is compared with the number of tiles. With
+                `image_layout="tiles"` and `numbered_images` it is needed, as images are counted by it.
             image_numbers: (images,), the number of each image in its conversation, from 1, for models with
                 `numbered_images`. They are counted by default, in each row or packed document; behind images in a cache,
                 where an image can have any number of tokens (`image_layout` "tiles" and "native"), they are needed.
@@ -988,7 +989,7 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         """Choose the trained parts, and freeze the rest. The default is DeepSpeed-VisualChat's: projector and embeddings.
 
         Args:
-            projector: the projector.
+            projector: the projector, and with `numbered_images` what adds the numbers (`DSVLImageNumbers`).
             embeddings: the decoder's token embeddings (and a head that is tied to them).
             vision_tower: the vision tower, except parameters that do not influence its features. A frozen tower runs
                 without a graph.

@@ -1,9 +1,10 @@
-"""Exact reuse of images: the keys and values that a decoder computes for an image, put into any prompt at any position.
+"""Exact reuse of images: the keys and values that a decoder computes for an image, put into other prompts at any position.
 
-Under `"mmca"` an image token attends to itself alone, so its path through the decoder depends on its image only. Positions
-enter as the rotation of its keys, which can be applied later. `ImageReuse.encode` runs the unmodified decoder over image
-tokens at position 0, where the rotation is the identity; `KeyRotation` rotates the keys to where they are used, by the
-decoder's own function; `ImageReuse.prefill` runs the text of a prompt over them.
+Under `"mmca"` an image token attends to itself alone, so its path through the decoder depends on its image only, and with
+`numbered_images` on the number of the image, which its embedding holds. Positions enter as the rotation of its keys, which
+can be applied later. `ImageReuse.encode` runs the unmodified decoder over image tokens at position 0, where the rotation is
+the identity; `KeyRotation` rotates the keys to where they are used, by the decoder's own function; `ImageReuse.prefill` runs
+the text of a prompt over them.
 """
 
 import weakref
@@ -42,7 +43,7 @@ from .reuse.text_prefill import (
 class ImageReuse:
     """Encodes images into an `ImageKVCache`, and runs prompts over it.
 
-    With `numbered_images` keys and values of an image also depend on its number, which the `ImageKVCache` records.
+    With `numbered_images`, keys and values of an image also depend on its number, which the `ImageKVCache` records.
 
     Args:
         model: a `DSVLModel`.
@@ -176,8 +177,9 @@ class ImageReuse:
             input_ids: (batch, tokens), as the processor makes them, with the image tokens in the order of `image_cache`;
                 every row ends with text. With a KV cache of earlier turns, those of the whole conversation, or the new ones
                 with the attention mask of all.
-            image_cache: the images of all rows; those of the new tokens alone, if the KV cache holds some. Images that are
-                spread over processes need an empty, dynamic KV cache.
+            image_cache: the images of all rows; those of the new tokens alone, if the KV cache holds some. With
+                `numbered_images` they hold the numbers that they have in their rows. Images that are spread over processes
+                need an empty, dynamic KV cache.
             cache: an empty KV cache of any kind; a dynamic one by default. Or a dynamic or static one without sliding
                 windows that this model has filled with the tokens before.
             attention_mask: (batch, tokens), 0 where padded, on the left.
@@ -189,8 +191,8 @@ class ImageReuse:
             The last hidden state of every row's last token, (batch, 1, hidden), and the cache.
 
         Raises:
-            ValueError: if image tokens and images do not match, the KV cache holds tokens and is of another kind, or the
-                image KV cache belongs to another model.
+            ValueError: if image tokens and images do not match, images hold other numbers than in the prompt, the KV cache
+                holds tokens and is of another kind, or the image KV cache belongs to another model.
         """
         decoder = self.model.language_model
         config = decoder.config

@@ -66,13 +66,14 @@ class ImageLibrary:
     """Keeps the keys and values that a decoder computes for images, and puts them into prompts in their place.
 
     Assign it to `model.image_library`: `generate` then asks it for images before it encodes any. Under `"mmca"` keys and
-    values of an image, before rotation, depend on the image alone, so they are exact in every conversation and at every
-    place. Where that is not so (`"causal"`, say), the library keeps the projected features of the vision tower.
+    values of an image, before rotation, depend on the image alone, and in models with `numbered_images` on its number in the
+    conversation; so they are exact in every conversation and at every position (where the image has this number). Where that
+    is not so (`"causal"`, say), the library keeps the projected features of the vision tower.
 
-    Entries are found by the SHA-256 of an image's pixels as the model gets them; in models with `numbered_images` keys and
-    values also by the image's number in the prompt, which they hold. They hold nothing of texts. The least
-    recently used are dropped first, in each tier on its own: on the GPU, in main memory, on disk. What is on the GPU is in
-    main memory too. When weights change, everything in memory is dropped, and other weights' files are not read.
+    Entries are found by the SHA-256 of an image's pixels as the model gets them; in models with `numbered_images`, keys and
+    values also by the image's number, so an image is encoded once for each number that it gets. They hold nothing of texts.
+    The least recently used are dropped first, in each tier on its own: on the GPU, in main memory, on disk. What is on the
+    GPU is in main memory too. When weights change, everything in memory is dropped, and other weights' files are not read.
 
     Args:
         model: a `DSVLForConditionalGeneration`.

@@ -43,7 +43,7 @@ def preload(
     max_pixels: int,
     formats: tuple[str, ...],
 ) -> tuple[int, int]:
-    """Encode image files, with a progress bar.
+    """Encode image files, with a progress bar. In models with `numbered_images`, each as the first image of a conversation.
 
     Args:
         library: where to.

@@ -60,7 +60,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         nargs="+",
         action="extend",
         metavar="IMAGES",
-        help="image files and directories to compute before the start",
+        help="image files and directories to compute before the start; with numbered images, each as the first image of a "
+        "conversation",
     )
     add_compile_argument(add_loading_arguments(parser))
     parser.set_defaults(run=_serve)

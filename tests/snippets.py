@@ -114,7 +114,9 @@ class Reader:
         torch.save(ReferenceCase("B_baseline_mmca_on").weights, folder / "output/epoch-5/pytorch_model.bin")
         for name, image in zip(("one.jpg", "two.jpg"), photographs, strict=False):
             image.save(folder / name)
-        model, processor = dsvl.compose(folder / "openai/clip-vit-large-patch14", folder / "Qwen/Qwen3-0.6B")
+        # As it is by default with the chat template that the real one has.
+        parts = folder / "openai/clip-vit-large-patch14", folder / "Qwen/Qwen3-0.6B"
+        model, processor = dsvl.compose(*parts, numbered_images=1024)
         for name in ("my-model", "my-tuned-model", "my-old-model"):
             dsvl.save_checkpoint(model, processor, folder / name)
         make_conversations(folder)

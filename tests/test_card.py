@@ -154,6 +154,15 @@ def test_the_metadata_is_read_back_and_the_example_runs(attention, training, tmp
     assert 'name = "me/x"\n' in at_repository(text, "me/x")
 
 
+@pytest.mark.parametrize("image_positions", ["token", "image"])
+def test_it_says_how_many_images_are_numbered(config, image_positions):
+    plain = {"multimodal_attention": "mmca", "image_positions": image_positions}
+    text = render_card(type(config).from_dict(config.to_dict() | plain | {"numbered_images": 1024}), ["a/b"])
+    assert "The embeddings of the tokens of the first 1,024 images of a conversation also hold the image's number" in text
+    assert "\n\n\n" not in text and "(`numbered_images=1024`)." in text
+    assert "numbered_images" not in render_card(type(config).from_dict(config.to_dict() | plain), ["a/b"])
+
+
 def test_directories_of_this_machine_are_not_named(config, tmp_path):
     content = render_card(config, ["openai/clip-vit-large-patch14", str(tmp_path)])
     assert str(tmp_path) not in content and ModelCard(content).data.base_model == ["openai/clip-vit-large-patch14"]

@@ -9,6 +9,7 @@ from reference_data import ReferenceCase
 from training_runs import BATCH, STEPS, furthest, losses, make_checkpoint, make_conversations, weights
 from transformers import AutoProcessor
 
+import dsvl
 from dsvl import DSVLForConditionalGeneration
 from dsvl.cli import main
 from dsvl.training import ConversationCollator, lora_config, merge_adapters
@@ -274,7 +275,8 @@ def test_a_run_logs_what_it_trains_and_skips(folder, tmp_path, caplog):
     assert "Parameters: 30,912 of 155,488 are trained (19.88%)." in said
     assert "Data: 10 conversations, 10 turns, 4 images, 1,226 tokens, 81 trained." in said
     assert "Optimizer: 0.000 GiB in each of 1 processes (not partitioned)." in said
-    assert "Attention: under 'mmca' a decoder whose layers are frozen hardly tells the images" in said
+    assert "Attention: under 'mmca' without numbered images a decoder whose layers are frozen hardly tells" in said
+    assert "compose again with --numbered-images 1024, or with --multimodal-attention causal" in said
     assert "line 4: is not JSON" in said and "line 5: the last message is the user's" in said
     assert "2 of 20 samples are broken and were skipped" in said
     assert "2 samples of" in said and "lost turns beyond the maximum length" in said
@@ -287,6 +289,15 @@ def test_a_run_logs_what_it_trains_and_skips(folder, tmp_path, caplog):
 def test_a_decoder_that_is_trained_may_tell_images_apart(folder, tmp_path, caplog, trained):
     with caplog.at_level(logging.INFO, logger="dsvl"):
         train(folder, tmp_path / "output", *trained, "--max-steps", "1")
+    assert "Parameters: " in caplog.text and "Attention: " not in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"numbered_images": 8}, {"multimodal_attention": "causal"}], ids=["numbered", "causal"])
+def test_a_frozen_decoder_may_tell_images_apart_by_their_numbers(folder, tmp_path, caplog, options):
+    model, processor = dsvl.compose(folder / "tower", folder / "llama", **options)
+    dsvl.save_checkpoint(model, processor, tmp_path / "model")
+    with caplog.at_level(logging.INFO, logger="dsvl"):
+        train(folder, tmp_path / "output", "--max-steps", "1", model=tmp_path / "model")
     assert "Parameters: " in caplog.text and "Attention: " not in caplog.text
 
 

@@ -332,8 +332,8 @@ def open_feature_cache(
 
 
 def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str]:
-    """The lines that are logged before training: parameters, optimizer memory, what frozen layers do not learn under MMCA,
-    8-bit weights and image parallelism."""
+    """The lines that are logged before training: parameters, optimizer memory, what frozen layers do not learn under plain
+    MMCA, 8-bit weights and image parallelism."""
     trained, total = count_parameters(trainer.model)
     stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
     # AdamW's two moments in float32; for 16-bit weights DeepSpeed also keeps a float32 copy.
@@ -349,10 +349,12 @@ def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str
     model = base_model(trainer.model)
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     decoder = [one for one in model.model.language_model.parameters() if id(one) not in embeddings]
-    if model.config.multimodal_attention == "mmca" and not any(parameter.requires_grad for parameter in decoder):
+    is_plain = model.config.multimodal_attention == "mmca" and model.config.numbered_images == 0
+    if is_plain and not any(parameter.requires_grad for parameter in decoder):
         lines.append(
-            "Attention: under 'mmca' a decoder whose layers are frozen hardly tells the images of a conversation apart; for "
-            "conversations of several images compose with --multimodal-attention causal (docs/concepts/which-attention.md)."
+            "Attention: under 'mmca' without numbered images a decoder whose layers are frozen hardly tells the images of a "
+            "conversation apart; for conversations of several images compose again with --numbered-images 1024, or with "
+            "--multimodal-attention causal (docs/concepts/which-attention.md)."
         )
     frozen = describe_frozen_weights(trainer.model)
     if frozen is not None:

@@ -1,4 +1,4 @@
-"""`ImageKVCache`: the keys and values of images, which any prompt may use; see acceleration/image_reuse.py."""
+"""`ImageKVCache`: the keys and values of images, which any prompt may use (under their numbers); see image_reuse.py."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -54,9 +54,11 @@ class ImageKVCache:
     """The keys and values of images in every layer of one model's decoder, before rotation.
 
     `cache[2]`, `cache[1:3]` and `cache[[2, 0, 0]]` are caches of these images in this order, each with all its tiles;
-    `ImageKVCache.cat` joins several. An image token takes 2 x layers x key-value heads x head_dim numbers: with LLaMA-7B and
-    16 bits 512 KiB (128.5 MiB for the 257 tokens of CLIP ViT-L/14), with 8 key-value heads a quarter of it. `quantize`
-    halves it, and `offload` keeps it in the main memory of the host.
+    `ImageKVCache.cat` joins several. Images keep the `numbers` that they were encoded with.
+
+    An image token takes 2 x layers x key-value heads x head_dim numbers: with LLaMA-7B and 16 bits 512 KiB (128.5 MiB for
+    the 257 tokens of CLIP ViT-L/14), with 8 key-value heads a quarter of it. `quantize` halves it, and `offload` keeps it in
+    the main memory of the host.
 
     Args:
         keys, values: (layers, image tokens, key-value heads, head_dim), in the model's dtype: the tokens of all tiles of all
@@ -66,8 +68,8 @@ class ImageKVCache:
             one tile and length, and keys and values have five dimensions.
         key_scales, value_scales (*optional*): (layers, image tokens, key-value heads), of 8-bit keys and values.
         is_offloaded (*optional*, defaults to `False`): whether they stay on the host while the model is on another device.
-        numbers (*optional*): for each image, its number in its conversation, which it holds, from a model with
-            `numbered_images`.
+        numbers (*optional*): for each image of a model with `numbered_images`, the number in its conversation that its keys
+            and values hold.
 
     Raises:
         ValueError: if the lengths do not sum to the tokens, or there are not as many numbers as images.
