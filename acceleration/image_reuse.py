@@ -242,7 +242,9 @@ class ImageReuse:
             order = image_token_order(row_counts, image_cache.tile_lengths, row_copies)
         if (all_images := image_cache if split is None else split).numbers is not None:
             all_counts = image_counts if split is None else token_types.sum(-1).tolist()
-            check_numbers(all_images.numbers, all_images.tile_lengths, all_counts[::copies], past)
+            # Tiles may come one by one, each with the number of its image.
+            steps = {0, 1} if self.model.config.image_layout == "tiles" else {1}
+            check_numbers(all_images.numbers, all_images.tile_lengths, all_counts[::copies], past, steps)
         if not all(ends_with_text):
             raise ValueError(
                 f"Row {ends_with_text.index(0)} of the prompts ends with an image or with padding, but an image KV cache "
@@ -402,13 +404,16 @@ class ImageReuse:
         self._is_fresh = False
 
 
-def check_numbers(numbers: Sequence[int], tile_lengths: Sequence[Sequence[int]], counts: Sequence[int], past: int) -> None:
+def check_numbers(
+    numbers: Sequence[int], tile_lengths: Sequence[Sequence[int]], counts: Sequence[int], past: int, steps: set[int]
+) -> None:
     """Compare the numbers that encoded images hold with those that they have in prompts.
 
     Args:
         numbers, tile_lengths: of the images of all rows.
         counts: the number of image tokens of each row.
         past: tokens of each row in the KV cache; how many images these hold is not known.
+        steps: by which numbers may grow from one to the next.
 
     Raises:
         ValueError: if an image holds another number.
@@ -417,8 +422,7 @@ def check_numbers(numbers: Sequence[int], tile_lengths: Sequence[Sequence[int]],
     starts = [index for index, place in enumerate(places) if place == 1]
     for start, end in pairwise([*starts, len(places)]):
         own = numbers[start:end]
-        steps = [after - before for before, after in pairwise(own)]  # 0 between the tiles of an image
-        if (past == 0 and own[0] != 1) or not {0, 1}.issuperset(steps):
+        if (past == 0 and own[0] != 1) or not steps.issuperset(after - before for before, after in pairwise(own)):
             raise ValueError(
                 f"The images of a prompt hold the numbers {list(own)}, but the first image of a prompt is 1, the next 2; "
                 "pass these as image_numbers to encode_images."

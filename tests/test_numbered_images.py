@@ -224,6 +224,8 @@ def test_encoded_images_hold_numbers_and_prompts_compare_them() -> None:
     assert model.generate(**inputs, image_cache=cache, **GREEDY).equal(expected)
     with pytest.raises(ValueError, match=r"hold the numbers \[3\], but the first image of a prompt is 1"):
         model.generate(**inputs, image_cache=model.encode_images(pixels), **GREEDY)
+    with pytest.raises(ValueError, match=r"hold the numbers \[1, 1\]"):
+        model.generate(**inputs, image_cache=cache[[0, 0, 2]], **GREEDY)
     with pytest.raises(ValueError, match=r"hold the numbers \[2, 1\]"):
         model.generate(**inputs, image_cache=cache[[1, 0, 2]], **GREEDY)
     with pytest.raises(ValueError, match="2 image_numbers for 3 images; pass one for each image"):
