@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from .acceleration_dsvl import acceleration
 from .cache_dsvl import cached_types, known_positions, remember_types, whole_positions
 from .inputs_dsvl import PEFT_HINT, check_image_counts, check_num_tiles
 from .masks_dsvl import sequence_may_hold_images, step_codes
-from .positions_dsvl import by_tile, numbers_in_rows
+from .positions_dsvl import by_tile
+from .projectors_dsvl import NumberedImages
 from .transformers_dsvl import (
     CACHE,
     CHUNKED_PREFILL_TAKES_IMAGES,
@@ -29,14 +29,6 @@ NO_IMAGE_CACHE = (
     "This way of decoding does not take an image KV cache; choose greedy search, sampling or beams, or pass pixel_values."
 )
 
-TILES_OF_WHICH_IMAGES = (
-    "image_layout='tiles' with numbered_images: how many images the tiles are is not known; pass num_tiles, as the "
-    "processor returns it, or image_numbers."
-)
-IMAGES_OF_CACHE = (
-    "numbered_images: how many images the cache holds is not known; pass image_numbers, or the whole conversation with all "
-    "its images."
-)
 
 # What the tower takes.
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -236,26 +228,12 @@ class DSVLGenerationMixin(GenerationMixin):
         """
         if not self.config.numbered_images or given is not None:
             return None if given is None else by_tile(torch.as_tensor(given), tiles)
-        layout, tokens = self.config.image_layout, self.config.image_seq_length
-        if layout == "tiles" and tiles is None and lengths:
-            raise ValueError(TILES_OF_WHICH_IMAGES)
-        cache, mask, counts = kwargs.get(CACHE), kwargs.get("attention_mask"), is_image.sum(-1).tolist()
-        past, before = int(cache.get_seq_length()) if cache is not None else 0, None
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         is_whole = mask is None or mask.shape[1] == is_image.shape[1]
-        if past > 0 and not (is_whole and sum(counts) == sum(lengths)):  # the images after the cache alone
-            known = cached_types(cache)
-            earlier = [-1] if known is None else known[:, :past].sum(-1).tolist()
-            if any(earlier) and (known is None or layout in ("tiles", "native")):
-                raise ValueError(IMAGES_OF_CACHE)
-            before = [held // tokens for held in earlier]
-            if is_whole:
-                counts = is_image[:, past:].sum(-1).tolist()
-        sizes = lengths
-        if tiles is not None:
-            ends = [0, *tiles.cumsum(0).tolist()]
-            sizes = [sum(lengths[begin:end]) for begin, end in pairwise(ends)]
-        numbers = torch.tensor(numbers_in_rows(sizes, counts, before), dtype=torch.long)
-        return by_tile(numbers, tiles) if len(numbers) == len(sizes) else None  # or else `forward` says what does not fit
+        if cache is not None and not (is_whole and int(is_image.sum()) == sum(lengths)):  # the images after the cache alone
+            new = is_image[:, int(cache.get_seq_length()) :] if is_whole else is_image
+            return self.model.tile_numbers(new, lengths, tiles, cache=cache)
+        return self.model.tile_numbers(is_image, lengths, tiles)
 
     def _numbering(self, run: Callable, input_ids: torch.Tensor | None) -> Callable:
         """`GenerationMixin.generate`, in models with `numbered_images` for images that hold their numbers: transformers
@@ -269,7 +247,7 @@ class DSVLGenerationMixin(GenerationMixin):
             if images := {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}:
                 outputs = {"image": self.get_image_features(**images, return_dict=True)}
             encoded = outputs.get("image")
-            if encoded is not None and encoded.pooler_output and not self.model.holds_numbers(encoded):
+            if encoded is not None and encoded.pooler_output and not isinstance(encoded, NumberedImages):
                 if not images and input_ids is not None:
                     is_image, lengths = input_ids == self.config.image_token_id, list(map(len, encoded.pooler_output))
                     numbers = self._image_numbers(is_image, lengths, tiles, numbers, kwargs)

@@ -15,7 +15,7 @@ from .acceleration_dsvl import acceleration, require_acceleration
 from .attention_dsvl import route_attention
 from .cache_dsvl import cached_types, known_positions, remember_types, whole_positions
 from .configuration_dsvl import DSVLConfig
-from .generation_dsvl import IMAGES_OF_CACHE, TILES_OF_WHICH_IMAGES, DSVLGenerationMixin
+from .generation_dsvl import DSVLGenerationMixin
 from .inputs_dsvl import (
     PEFT_HINT,
     AsyncHostCopy,
@@ -33,7 +33,7 @@ from .inputs_dsvl import (
 )
 from .masks_dsvl import build_masks, decoder_masks, masks_from_codes, sequence_may_hold_images
 from .positions_dsvl import by_tile, documents_of_positions, image_positions, tile_numbers, token_positions
-from .projectors_dsvl import DSVLImageNumbers, DSVLResampler, make_projector
+from .projectors_dsvl import DSVLImageNumbers, DSVLResampler, NumberedImages, make_projector
 from .transformers_dsvl import (
     CACHE,
     SDPA_SOFTCAPS,
@@ -53,12 +53,6 @@ LOGITS_AT_ONCE = 2**25
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Outputs
-
-
-@dataclass
-class DSVLNumberedImages(BaseModelOutputWithPooling):
-    """Output of `get_image_features` for given `image_numbers`, which its embeddings hold. (The class tells it: transformers
-    makes others of it for the chunks of a prompt.)"""
 
 
 class _ImageOutputs(EitherCacheName):
@@ -290,8 +284,13 @@ class DSVLModel(DSVLPreTrainedModel):
         lengths = [len(image) for image in images.pooler_output] if images is not None and images.pooler_output else []
         check_values = self._check_values(input_ids, is_image, types, lengths, num_tiles, whole_images=given is not None)
         if images is not None and lengths:
-            if self.multi_modal_projector.image_numbers is not None and is_image is not None:
-                images = self._numbered(images, is_image, num_tiles, image_numbers, documents, types, cache)
+            holds_none = self.config.numbered_images > 0 and not isinstance(images, NumberedImages)
+            if holds_none and is_image is not None:
+                if image_numbers is None:
+                    numbers = self.tile_numbers(is_image, lengths, num_tiles, documents, types, cache)
+                else:
+                    numbers = by_tile(image_numbers, num_tiles)
+                images = self.number_images(images, numbers)
             embedded = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         if is_image is not None and embedded is not None:
             inputs_embeds = _scatter(inputs_embeds, is_image, embedded)
@@ -453,7 +452,7 @@ class DSVLModel(DSVLPreTrainedModel):
             projected = [tokens[:length] for tokens, length in zip(projected, lengths, strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=projected)
 
-    def number_images(self, images: BaseModelOutputWithPooling, numbers: torch.Tensor | Sequence[int]) -> DSVLNumberedImages:
+    def number_images(self, images: BaseModelOutputWithPooling, numbers: torch.Tensor | Sequence[int]) -> NumberedImages:
         """Images whose embeddings hold their numbers as well, of a model with `numbered_images`.
 
         Args:
@@ -481,44 +480,48 @@ class DSVLModel(DSVLPreTrainedModel):
             added = added.repeat_interleave(tokens, dim=0)
         numbered = list((whole + added).split(list(map(len, parts))))
         given = {name: getattr(images, name) for name in ("last_hidden_state", "hidden_states", "attentions")}
-        return DSVLNumberedImages(pooler_output=numbered, **given)
+        return NumberedImages(pooler_output=numbered, **given)
 
-    def holds_numbers(self, images: BaseModelOutputWithPooling) -> bool:
-        """Whether embeddings of images hold the images' numbers, after `number_images`."""
-        return isinstance(images, DSVLNumberedImages)
-
-    def _numbered(
+    def tile_numbers(
         self,
-        images: BaseModelOutputWithPooling,
         is_image: torch.Tensor,
-        num_tiles: torch.Tensor | None,
-        image_numbers: torch.Tensor | None,
-        documents: torch.Tensor | None,
-        types: torch.Tensor | None,
-        cache: Cache | None,
-    ) -> BaseModelOutputWithPooling:
-        """The images of a forward call with their numbers, which are counted if they are not given.
+        lengths: list[int],
+        num_tiles: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        types: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """The number of each tile's image in its row, or packed document: (tiles,), from 1.
+
+        Args:
+            is_image: (batch, new tokens), True for image tokens.
+            lengths: how many tokens each tile of the new tokens has; several tiles may come as one.
+            num_tiles: (images,), how many of the tiles each image has.
+            document_ids: (batch or 1, new tokens), of packed rows.
+            types: `mm_token_type_ids` of the whole sequence; by default the cache knows those of its tokens.
+            cache: the KV cache before the new tokens.
 
         Raises:
-            ValueError: if they cannot be counted.
+            ValueError: if images cannot be counted.
         """
-        if self.holds_numbers(images):
-            return images
-        if image_numbers is not None:
-            return self.number_images(images, by_tile(image_numbers, num_tiles))
         past, layout = int(cache.get_seq_length()) if cache is not None else 0, self.config.image_layout
-        lengths = list(map(len, images.pooler_output))
         if layout == "tiles" and num_tiles is None:
-            raise ValueError(TILES_OF_WHICH_IMAGES)
+            raise ValueError(
+                "image_layout='tiles' with numbered_images: how many images the tiles are is not known; pass num_tiles, as "
+                "the processor returns it, or image_numbers."
+            )
+        varies, is_native = layout in ("tiles", "native"), layout == "native"
         if past > 0:
             whole = self._whole_token_types(is_image.shape[1], is_image, types, cache) == 1
-            if layout in ("tiles", "native") and bool(whole[:, :past].any()):
-                raise ValueError(IMAGES_OF_CACHE)
-            is_image, past = (is_image, 0) if layout in ("tiles", "native") else (whole, past)
-        tokens, is_native = self.config.image_seq_length, layout == "native"
+            if varies and bool(whole[:, :past].any()):
+                raise ValueError(
+                    "numbered_images: how many images the cache holds is not known; pass image_numbers, or the whole "
+                    "conversation with all its images."
+                )
+            is_image, past = (is_image, 0) if varies else (whole, past)
+        tokens = self.config.image_seq_length
         tiles = len(lengths) if is_native else sum(lengths) // tokens
-        numbers = tile_numbers(is_image, tiles, tokens, lengths if is_native else None, num_tiles, documents, past)
-        return self.number_images(images, numbers)
+        return tile_numbers(is_image, tiles, tokens, lengths if is_native else None, num_tiles, document_ids, past)
 
     def unused_tower_parameters(self) -> list[str]:
         """Names of the tower's parameters that do not influence its features."""
@@ -1165,4 +1168,4 @@ class DSVLForConditionalGeneration(DSVLPreTrainedModel, DSVLGenerationMixin):
         )
 
 
-__all__ = ["DSVLForConditionalGeneration", "DSVLModel", "DSVLNumberedImages", "DSVLPreTrainedModel"]
+__all__ = ["DSVLForConditionalGeneration", "DSVLModel", "DSVLPreTrainedModel"]

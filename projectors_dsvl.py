@@ -6,6 +6,7 @@ are their tokens; None if all tiles have the same square grid.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import CLIPVisionConfig
 
 from .configuration_dsvl import DSVLConfig
-from .transformers_dsvl import CLIPEncoderLayer, init
+from .transformers_dsvl import BaseModelOutputWithPooling, CLIPEncoderLayer, init
 
 Grids = Sequence[tuple[int, int]]
 
@@ -196,6 +197,12 @@ class DSVLImageNumbers(nn.Module):
         return nn.functional.linear(rows, self.weight) * known[:, None]
 
 
+@dataclass
+class NumberedImages(BaseModelOutputWithPooling):
+    """The output of `get_image_features` for images whose embeddings hold their numbers. Its class tells it, as transformers
+    makes others of it for the chunks of a prompt."""
+
+
 def make_projector(config: DSVLConfig) -> Any:
     """The projector of a model, a module; its `image_numbers` are None without `numbered_images`."""
     projector: Any = PROJECTORS[config.projector_type](config)
@@ -230,5 +237,6 @@ __all__ = [
     "DSVLPerceiverProjector",
     "DSVLResampler",
     "DSVLVitProjector",
+    "NumberedImages",
     "make_projector",
 ]

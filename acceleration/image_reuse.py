@@ -19,7 +19,6 @@ from transformers import Cache, DynamicCache
 from ..cache_dsvl import cached_types
 from ..inputs_dsvl import check_num_tiles
 from ..masks_dsvl import AttentionMask, visibilities
-from ..positions_dsvl import numbers_in_rows
 from ..transformers_dsvl import BaseModelOutputWithPooling
 from .attention.gathered_mask import Slots
 from .attention.key_rotation import KeyRotation, probe_rotation, rotate_keys
@@ -418,13 +417,17 @@ def check_numbers(
     Raises:
         ValueError: if an image holds another number.
     """
-    places = numbers_in_rows(list(map(sum, tile_lengths)), counts)
-    starts = [index for index, place in enumerate(places) if place == 1]
-    for start, end in pairwise([*starts, len(places)]):
-        own = numbers[start:end]
-        if (past == 0 and own[0] != 1) or not steps.issuperset(after - before for before, after in pairwise(own)):
+    images = iter(zip(numbers, map(sum, tile_lengths), strict=True))
+    for count in counts:
+        own: list[int] = []
+        while count > 0:
+            number, tokens = next(images)
+            own.append(number)
+            count -= tokens
+        grows = all(after - before in steps for before, after in pairwise(own))
+        if not grows or (past == 0 and own and own[0] != 1):
             raise ValueError(
-                f"The images of a prompt hold the numbers {list(own)}, but the first image of a prompt is 1, the next 2; "
+                f"The images of a prompt hold the numbers {own}, but the first image of a prompt is 1, the next 2; "
                 "pass these as image_numbers to encode_images."
             )
 

@@ -11,7 +11,7 @@ from torch import distributed, nn
 from ...generation_dsvl import IMAGE_INPUTS
 from ...inputs_dsvl import check_document_ids, check_image_counts, check_labels, check_sequence
 from ...masks_dsvl import visibilities
-from ...positions_dsvl import documents_of_positions, tile_numbers, token_positions
+from ...positions_dsvl import documents_of_positions, token_positions
 from ...transformers_dsvl import BaseModelOutputWithPooling
 from ...vision_dsvl import blank_image
 from ..reuse.image_cache import lengths_by_image
@@ -119,10 +119,8 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
     if getattr(config, "numbered_images", 0):  # older code has no field
         numbers = given.get("image_numbers")
         if numbers is None:
-            per_tile = lengths if config.image_layout == "native" else None
-            first_tiles = list(accumulate(map(len, tile_lengths), initial=0))[:-1]
-            all_tiles = is_image, len(lengths), config.image_seq_length, per_tile, num_tiles, document_ids
-            numbers = tile_numbers(*all_tiles)[first_tiles]
+            firsts = list(accumulate(map(len, tile_lengths), initial=0))[:-1]
+            numbers = model.model.tile_numbers(is_image, lengths, num_tiles, document_ids)[firsts]
         inputs["image_numbers"] = numbers[own] if own else numbers.new_zeros(1)
 
     # Its tokens
