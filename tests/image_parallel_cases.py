@@ -307,6 +307,13 @@ def from_cache(model: Any, inputs: Inputs, change: Callable[[Any], Any] = lambda
     return torch.cat([answers.flatten(), greedy(model, chosen, image_cache=cache[[2, 0]]).flatten()])
 
 
+def numbered_from_cache(model: Any, inputs: Inputs) -> torch.Tensor:
+    """As `from_cache`, over images that hold numbers."""
+    inputs = dict(inputs)
+    cache = model.encode_images(inputs.pop("pixel_values"), chunk_size=2, image_numbers=[1, 2, 3, 1, 1])
+    return greedy(model, inputs, image_cache=cache[[3, 1, 2, 0, 4]])
+
+
 UNEVEN_PROMPTS = batch("ttIttIItt", "ttttttItttt", "tttIt")
 GENERATIONS |= {
     "greedy": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, greedy),
@@ -316,6 +323,8 @@ GENERATIONS |= {
     "shared positions": (lambda: tiny_model("gemma3_text", image_positions="image"), UNEVEN_PROMPTS, greedy),
     "beams": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, lambda *args: greedy(*args, num_beams=3)),
     "sampling": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, sampled),
+    "numbered": (lambda: tiny_model("llama", numbered_images=4), UNEVEN_PROMPTS, greedy),
+    "numbered, encoded once": (lambda: tiny_model("llama", numbered_images=4), UNEVEN_PROMPTS, numbered_from_cache),
     "encoded once": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, from_cache),
     "on the host": (
         lambda: tiny_model("llama"),

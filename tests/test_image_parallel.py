@@ -40,6 +40,7 @@ CASES = [
     "uneven_rows",
     "padded_on_the_right",
     "one_image_for_all",
+    "numbered_images",
     "text_alone",
     "packed_rows",
     "packed_rows_in_windows",
@@ -91,7 +92,7 @@ FAST_CASES = [
     "native_images",
     "fused_kernels_in_windows",
 ]
-FAST_GENERATIONS = ["greedy", "beams", "sampling", "encoded once"]
+FAST_GENERATIONS = ["greedy", "beams", "sampling", "encoded once", "numbered", "numbered, encoded once"]
 
 
 @pytest.fixture(scope="module")
