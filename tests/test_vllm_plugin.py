@@ -23,6 +23,7 @@ from vllm_plugin_models import (
     data_url,
     log_probabilities,
     model_inputs,
+    noise,
     plain_entry_point,
     reference,
     requests,
@@ -40,11 +41,21 @@ CHUNKS = {"max_num_batched_tokens": 48}  # shorter than most prompts, and than s
 # (width, height) of images that Pillow's releases resize alike: the environments have different ones.
 SQUARES, TILES = ((SIZE, SIZE),), ((56, 28), (28, 28), (56, 56), (40, 30))
 NATIVE, SMALL_NATIVE = ((24, 24), (32, 16), (72, 8), (16, 16)), ((16, 12), (12, 16), (24, 8), (12, 12))
-# Every decoder, projector, tower, layout and kind of positions: the arguments of `checkpoint`, and sizes of images.
+NUMBERED = 3  # of up to four images in a prompt
+# Every decoder, projector, tower, layout and kind of positions, with and without numbers of images: the arguments of
+# `checkpoint`, and sizes of images.
 MODELS: dict[str, tuple[dict[str, Any], Any]] = {
     "llama": (dict(decoder="llama", projector_type="linear"), SQUARES),
-    "llama, native": (
-        dict(decoder="llama", tower="native", image_layout="native", max_image_tokens=12, image_positions="image"),
+    "llama, numbered": (dict(decoder="llama", numbered_images=NUMBERED), SQUARES),
+    "llama, native, numbered": (
+        dict(
+            decoder="llama",
+            tower="native",
+            image_layout="native",
+            max_image_tokens=12,
+            image_positions="image",
+            numbered_images=NUMBERED,
+        ),
         SMALL_NATIVE,
     ),
     "llama, native, perceiver": (
@@ -68,13 +79,27 @@ MODELS: dict[str, tuple[dict[str, Any], Any]] = {
         dict(decoder="qwen2", tower="siglip", image_layout="tiles", max_tiles=4, downsample=2, number_after=True),
         TILES,
     ),
-    "qwen3, shared positions": (
-        dict(decoder="qwen3", tower="dinov2", projector_type="perceiver", num_queries=9, image_positions="image"),
+    "qwen3, shared positions, numbered": (
+        dict(
+            decoder="qwen3",
+            tower="dinov2",
+            projector_type="perceiver",
+            num_queries=9,
+            image_positions="image",
+            numbered_images=NUMBERED,
+        ),
         SQUARES,
     ),
     "mistral, pad": (dict(decoder="mistral", projector_type="vit", vision_feature_layer=-1, image_layout="pad"), TILES),
-    "gemma2, tiles, shared positions": (
-        dict(decoder="gemma2", tower="siglip", image_layout="tiles", max_tiles=4, image_positions="image"),
+    "gemma2, tiles, shared positions, numbered": (
+        dict(
+            decoder="gemma2",
+            tower="siglip",
+            image_layout="tiles",
+            max_tiles=4,
+            image_positions="image",
+            numbered_images=NUMBERED,
+        ),
         TILES,
     ),
     "gemma3": (dict(decoder="gemma3_text", tower="dinov2_with_registers"), SQUARES),
@@ -123,11 +148,27 @@ def assert_equal(answers: list[dict[str, Any]], expected: list[dict[str, Any]]) 
     assert difference([one["logprobs"] for one in answers], [one["logprobs"] for one in expected]) < TOLERANCE
 
 
+def assert_far(other: Any, processor: Any, asked: list[Any], expected: list[dict[str, Any]]) -> None:
+    """Another model finds answers to questions about images much more, or less, likely."""
+    for messages, one in zip(asked, expected, strict=True):
+        inputs = model_inputs(processor, messages)
+        if "pixel_values" in inputs:
+            theirs = log_probabilities(other, inputs, torch.tensor(one["ids"]))
+            assert difference([theirs], [one["logprobs"]]) > 100 * TOLERANCE
+
+
 def other_attention(folder: Path) -> Any:
     """The model of a checkpoint with "causal" instead of "mmca", or the reverse."""
     config = dsvl.DSVLConfig.from_pretrained(folder)
     config.multimodal_attention = "causal" if config.multimodal_attention == "mmca" else "mmca"
     return dsvl.DSVLForConditionalGeneration.from_pretrained(folder, config=config).eval()
+
+
+def without_numbers(folder: Path) -> Any:
+    """The model of a checkpoint, whose images hold no number."""
+    model = dsvl.DSVLForConditionalGeneration.from_pretrained(folder).eval()
+    torch.nn.init.zeros_(model.model.multi_modal_projector.image_numbers.weight)
+    return model
 
 
 def difference(ours: list[list[float]], theirs: list[list[float]]) -> float:
@@ -148,13 +189,10 @@ def test_answers_and_log_probabilities_are_those_of_generate(name: str, tmp_path
     for step in steps:
         assert_equal(found[step], expected)
     assert all(one["cached"] >= len(one["prompt_ids"]) - 32 for one in found["again"])
-    # What the other attention answers is far away, where a prompt has images: this test can fail.
-    other = other_attention(tmp_path / "model")
-    for messages, one in zip(asked, expected, strict=True):
-        inputs = model_inputs(processor, messages)
-        theirs = log_probabilities(other, inputs, torch.tensor(one["ids"]))
-        if "pixel_values" in inputs:
-            assert difference([theirs], [one["logprobs"]]) > 100 * TOLERANCE
+    # Answers of the other attention, or to images without numbers, are far away, where a prompt has images: this can fail.
+    assert_far(other_attention(tmp_path / "model"), processor, asked, expected)
+    if model.config.numbered_images:
+        assert_far(without_numbers(tmp_path / "model"), processor, asked, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -163,9 +201,10 @@ def test_answers_and_log_probabilities_are_those_of_generate(name: str, tmp_path
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """A LLaMA with tiles: what it answers here, and a function that asks vLLM."""
+    """A LLaMA with tiles and numbered images: what it answers here, and a function that asks vLLM."""
     folder = tmp_path_factory.mktemp("served")
-    model, processor = checkpoint(folder / "model", projector_type="linear", image_layout="tiles", max_tiles=2)
+    options: dict[str, Any] = {"image_layout": "tiles", "max_tiles": 2, "numbered_images": NUMBERED}
+    model, processor = checkpoint(folder / "model", projector_type="linear", **options)
     asked = requests(sizes=TILES)
     expected = [reference(model, processor, one) for one in asked]
 
@@ -176,6 +215,29 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
     ask.model, ask.processor, ask.asked, ask.expected, ask.folder = model, processor, asked, expected, folder  # type: ignore[attr-defined]
     return ask
+
+
+def test_an_image_that_vllm_knows_gets_its_number_in_each_prompt(served: Any) -> None:
+    """vLLM runs the tower once for an image. A step has 8 tokens, fewer than an image, and the last three conversations
+    begin as the first."""
+    engine, (width, height) = {"max_num_batched_tokens": 8}, TILES[0]
+    first, second = ({"type": "image_url", "image_url": {"url": data_url(one)}} for one in noise(2, width, height))
+    text = {"type": "text", "text": "what colour is the cup?"}
+    beginning = [{"role": "user", "content": [first, text, second, text]}, {"role": "assistant", "content": "red"}]
+    asked = [
+        beginning[:1],
+        [{"role": "user", "content": [second, text, first, text]}],
+        [{"role": "user", "content": [second, second, first, first, text]}],
+        *([*beginning, {"role": "user", "content": [image, text]}] for image in (first, second)),
+        [{"role": "user", "content": [first, text, first, text]}],
+    ]
+    expected = [reference(served.model, served.processor, one) for one in asked]
+    wanted = job(served.folder / "model", served.model, served.processor, asked, ["chat", "again"], engine=engine)
+    found = answers_of_vllm(served.folder, wanted)
+    for step in ("chat", "again"):
+        assert_equal(found[step], expected)
+    assert all(one["cached"] > 0 for one in found["chat"][3:])
+    assert_far(without_numbers(served.folder / "model"), served.processor, asked, expected)
 
 
 @pytest.mark.parametrize(

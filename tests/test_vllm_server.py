@@ -75,7 +75,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("vllm_server")
     model, processor = compose_for_export(
-        "clip", "llama", text={"max_position_embeddings": 2048}, multimodal_attention="mmca"
+        "clip", "llama", text={"max_position_embeddings": 2048}, multimodal_attention="mmca", numbered_images=2
     )
     # Answers do not end by themselves, and have no bytes, which are decoded differently token by token.
     bytes_of_text = [index for word, index in processor.tokenizer.get_vocab().items() if word[:3] == "<0x"]

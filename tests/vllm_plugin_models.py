@@ -75,6 +75,12 @@ def requests(count: int = 8, sizes: tuple[tuple[int, int], ...] = ((SIZE, SIZE),
     return made
 
 
+def noise(count: int, width: int, height: int) -> list[Image.Image]:
+    """Images of random pixels."""
+    pixels = np.random.default_rng(1).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in pixels]
+
+
 def data_url(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
     held = io.BytesIO()
     image.save(held, kind, **options)

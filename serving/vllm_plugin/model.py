@@ -19,7 +19,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from ...configuration_dsvl import DSVLConfig
-from ...positions_dsvl import image_positions, numbers_in_rows
+from ...positions_dsvl import image_positions
 from ...processing_dsvl import IMAGE_TOKEN
 from ...projectors_dsvl import make_projector
 from ...vision_dsvl import make_vision_tower, run_tower
@@ -107,10 +107,12 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
         return [torch.cat(tiles[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
-        """The positions of a prompt, (3, tokens), and what is added to the number of a token that follows.
+        """The positions of a prompt, (3, tokens), and what is added to the index of a token that follows.
 
         The rows are equal, but for image tokens in a model with `numbered_images`: there the second and third are the number
-        of the image, as the embeddings of images that vLLM keeps are for any place in any prompt."""
+        of the image. The embeddings that vLLM caches hold no number, so that they fit any place in any prompt, and
+        `forward`, which adds the number, is told nothing else about a token's image.
+        """
         ids = torch.tensor(input_tokens)
         lengths: list[int] = []
         sizes: list[int] = []
@@ -127,8 +129,8 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
             positions = image_positions(is_image[None], self.config.image_seq_length, lengths)[0]
         rows = positions.repeat(3, 1)
         if self.config.numbered_images:
-            numbers = torch.tensor(numbers_in_rows(sizes, [sum(sizes)])).repeat_interleave(torch.tensor(sizes))
-            rows[1:, is_image == 1] = numbers
+            numbers = torch.arange(1, len(sizes) + 1)
+            rows[1:, is_image == 1] = numbers.repeat_interleave(torch.tensor(sizes, dtype=torch.long))
         return rows, int(positions[-1]) + 1 - len(ids)
 
     def forward(
@@ -139,7 +141,7 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | IntermediateTensors:
-        numbers = positions
+        numbers = None
         if positions.ndim == 2:  # rows of `get_mrope_input_positions`
             positions, numbers = positions[0], positions[1]
         if intermediate_tensors is not None:
@@ -155,6 +157,9 @@ class DSVLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, Su
             else:
                 raise ValueError("vLLM passed no input_ids, without which image tokens cannot be told from text.")
         if inputs_embeds is not None and is_image is not None and self.config.numbered_images:
+            if numbers is None:
+                raise ValueError("vLLM passed positions without the numbers of images, which numbered_images needs.")
+            # vLLM pads positions with those of an earlier step; a number of an image counts at image tokens alone.
             added = self.multi_modal_projector.image_numbers(numbers.masked_fill(~is_image, 0))
             inputs_embeds = inputs_embeds + added.to(inputs_embeds.dtype)
         ids = None if inputs_embeds is not None else input_ids
