@@ -81,25 +81,6 @@ def by_tile(image_numbers: torch.Tensor, num_tiles: torch.Tensor | None) -> torc
     return image_numbers if num_tiles is None else image_numbers.repeat_interleave(num_tiles.to(image_numbers.device))
 
 
-def numbers_in_rows(sizes: Sequence[int], counts: Sequence[int], before: Sequence[int] | None = None) -> list[int]:
-    """The number of each image of a batch in its row, from 1.
-
-    Args:
-        sizes: the number of tokens of each image, in reading order.
-        counts: the number of image tokens of each row.
-        before: how many images each row has before these; none by default.
-    """
-    numbers: list[int] = []
-    images = iter(sizes)
-    for row, count in enumerate(counts):
-        number = 0 if before is None else before[row]
-        while count > 0:
-            count -= next(images, count)
-            number += 1
-            numbers.append(number)
-    return numbers
-
-
 def image_positions(
     token_types: torch.Tensor,
     tokens_per_image: int,
@@ -169,7 +150,6 @@ __all__ = [
     "documents_of_positions",
     "image_positions",
     "image_starts",
-    "numbers_in_rows",
     "tile_numbers",
     "token_positions",
 ]
