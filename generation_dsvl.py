@@ -99,10 +99,8 @@ class DSVLGenerationMixin(GenerationMixin):
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.multimodal_attention != "mmca_reference":
             processors.append(NoImageToken(self.config.image_token_id))
-        run, fast = (
-            self._numbering(super().generate, input_ids),
-            getattr(acceleration(), "generate", None),
-        )  # package releases before 0.3 have none
+        run = self._numbering(super().generate, input_ids)
+        fast = getattr(acceleration(), "generate", None)  # package releases before 0.3 have none
         if fast is not None:
             return fast(self, run, inputs, *args, logits_processor=processors, **kwargs)
         return run(inputs, *args, logits_processor=processors, **kwargs)
@@ -226,8 +224,10 @@ class DSVLGenerationMixin(GenerationMixin):
         Raises:
             ValueError: if they cannot be counted.
         """
-        if not self.config.numbered_images or given is not None:
-            return None if given is None else by_tile(torch.as_tensor(given), tiles)
+        if given is not None:
+            return by_tile(torch.as_tensor(given), tiles)
+        if not self.config.numbered_images or not lengths:
+            return None
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         is_whole = mask is None or mask.shape[1] == is_image.shape[1]
         if cache is not None and not (is_whole and int(is_image.sum()) == sum(lengths)):  # the images after the cache alone

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import save_tiny_llama, tiny_tower_config
+from conftest import number_images, save_tiny_llama, tiny_tower_config
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPVisionModel, Siglip2VisionConfig, Siglip2VisionModel
@@ -35,8 +35,8 @@ def make_checkpoint(folder: Path, name: str = "model", **llama: Any) -> Path:
     side = {"height": 28, "width": 28}
     CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=side).save_pretrained(folder / "tower")
     save_tiny_llama(folder / "llama", **llama)
-    model, processor = dsvl.compose(folder / "tower", folder / "llama")
-    return dsvl.save_checkpoint(model, processor, folder / name)
+    model, processor = dsvl.compose(folder / "tower", folder / "llama", numbered_images=4)
+    return dsvl.save_checkpoint(number_images(model), processor, folder / name)
 
 
 # Arguments of `compose`.
