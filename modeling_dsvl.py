@@ -1,7 +1,7 @@
 """The DSVL model: a vision tower, a projector and a causal language model that attends by MMCA."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -452,7 +452,7 @@ class DSVLModel(DSVLPreTrainedModel):
             projected = [tokens[:length] for tokens, length in zip(projected, lengths, strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=projected)
 
-    def number_images(self, images: BaseModelOutputWithPooling, numbers: torch.Tensor | Sequence[int]) -> NumberedImages:
+    def number_images(self, images: BaseModelOutputWithPooling, numbers: torch.Tensor) -> NumberedImages:
         """Images whose embeddings hold their numbers as well, of a model with `numbered_images`.
 
         Args:
@@ -470,10 +470,9 @@ class DSVLModel(DSVLPreTrainedModel):
         is_native = self.config.image_layout == "native"  # else all tiles are alike, and chunks of them may come as one
         tokens = self.config.image_seq_length
         lengths = list(map(len, parts)) if is_native else [tokens] * (len(whole) // tokens)
-        numbers = torch.as_tensor(numbers, device=whole.device)
         if len(numbers) != len(lengths):
             raise ValueError(f"{len(numbers)} image_numbers for {len(lengths)} images or tiles; pass one for each image.")
-        added = add(numbers).to(whole.dtype)
+        added = add(numbers.to(whole.device)).to(whole.dtype)
         if is_native:
             added = added[torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(whole.device)]
         else:
@@ -543,7 +542,7 @@ class DSVLModel(DSVLPreTrainedModel):
             features = image_features.new_zeros(1, *image_features.shape[1:])
             images = self.project_features(features, inputs.get("spatial_shapes"))
         if self.multi_modal_projector.image_numbers is not None:
-            images = self.number_images(images, [0])
+            images = self.number_images(images, torch.zeros(1, dtype=torch.long, device=images.pooler_output[0].device))
         return images.pooler_output[0].sum() * 0
 
     def _others_may_have_images(self, cache: Cache | None) -> bool:

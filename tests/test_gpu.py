@@ -235,7 +235,7 @@ def test_a_static_cache_step_waits_for_nothing():
 def test_a_training_step_waits_for_nothing(family, is_packed, compiled, positions):
     """On the GPU itself, where the fused kernels apply; tests/test_step.py tells it without one."""
     torch._dynamo.reset()
-    wide = {"hidden_size": 128, "head_dim": 32, "image_positions": positions}
+    wide = {"hidden_size": 128, "head_dim": 32, "image_positions": positions, "numbered_images": 3 * (positions == "image")}
     model = tiny_model(family, dtype=torch.bfloat16, **wide).set_trainable().cuda().train()
     if not can_fuse(model.config.text_config, torch.bfloat16, model.device):
         pytest.skip("the fused kernels do not apply")

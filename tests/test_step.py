@@ -124,7 +124,9 @@ def test_what_waits_is_noticed(wait):
 )
 def test_a_step_waits_for_nothing(family, positions, rows, checkpointing, device, monkeypatch):
     """Images in every sample, padding, a label here and there; and what the host does ask for comes when it is done."""
-    model = tiny_model(family, dtype=torch.bfloat16, image_positions=positions).set_trainable().train().to(device)
+    numbered = 2 if positions == "image" else 0  # as composed models have them
+    model = tiny_model(family, dtype=torch.bfloat16, image_positions=positions, numbered_images=numbered)
+    model = model.set_trainable().train().to(device)
     if checkpointing:
         model.activation_checkpointing_enable(checkpointing)
     inputs = batch(*LAYOUTS, side="right", dtype=torch.bfloat16)
