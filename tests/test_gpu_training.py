@@ -11,6 +11,7 @@ import torch
 from training_runs import BATCH, STEPS, losses, make_checkpoint, make_conversations, take_back
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]  # on a port of its own, so that tests run side by side
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def folder(tmp_path_factory):
 
 
 def train(folder, output, *flags, processes=1, batch=4):
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+    launcher = [*TORCHRUN, f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [
         sys.executable,
         *launcher,
@@ -122,7 +123,7 @@ def test_shards_on_two_gpus_learn_and_resume(folder, tmp_path, setup):
 def test_two_gpus_that_split_the_decoder_answer_as_one(folder):
     """On the GPUs; tests/test_tensor_parallel.py tells it without them."""
     script = Path(__file__).with_name("tensor_parallel_answers.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script, folder, "cuda"]
+    command = [sys.executable, *TORCHRUN, "--nproc-per-node=2", script, folder, "cuda"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(2):
