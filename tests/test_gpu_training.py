@@ -206,7 +206,7 @@ distributed.destroy_process_group()
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_fused_kernels_of_two_gpus_give_the_gradients_of_one(tmp_path):
     (tmp_path / "split.py").write_text(SPLIT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launcher = [sys.executable, *TORCHRUN, "--nproc-per-node=2"]
     environment = {key: value for key, value in os.environ.items() if key != "RANK"}
     done = subprocess.run(
         [*launcher, str(tmp_path / "split.py"), str(Path(__file__).parent)], env=environment, capture_output=True, text=True
