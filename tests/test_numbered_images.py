@@ -197,6 +197,28 @@ def test_every_way_to_decode_numbers_images(case: str, how: dict[str, Any]) -> N
     assert not other.equal(made)  # so that the comparison above could fail
 
 
+@torch.no_grad()
+@every_case
+def test_prompts_of_embeddings_number_images(case: str) -> None:
+    model, processor = shared_parts(case)
+    inputs = model_inputs(processor, [question([noise(size, i) for i, size in enumerate(SIZES[1:3])])])
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    for told in ({}, {"image_numbers": torch.tensor([4, 2])}):
+        expected = model.generate(**inputs, **told, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+        others = {name: value for name, value in inputs.items() if name != "input_ids"}
+        assert model.generate(inputs_embeds=embeds, **others, **told, **GREEDY).equal(expected)
+        del others["mm_token_type_ids"]  # the embedding of the image token tells them, too
+        assert model.generate(inputs_embeds=embeds, **others, **told, **GREEDY).equal(expected)
+
+
+@torch.no_grad()
+def test_numbers_for_a_model_without_numbers_are_refused() -> None:
+    model, inputs = tiny_model(), batch("ttItIt")
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="image_numbers for a model of numbered_images=0"):
+            call(**inputs, image_numbers=torch.tensor([1, 2]))
+
+
 @pytest.mark.parametrize("positions", ["token", "image"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "images encoded behind the cache"])
 def test_turns_of_a_chat_answer_as_from_scratch(positions: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
