@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CLIPVisionModel, DynamicCache, StaticCac
 
 import dsvl
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
+from dsvl.acceleration.reuse.fingerprint import fingerprint_of
 from dsvl.acceleration.reuse.image_cache import ImageKVCache
 from dsvl.chat import DSVLChat
 from dsvl.composition.compose import NUMBERED_IMAGES
@@ -258,6 +259,54 @@ def test_encoded_images_hold_numbers_and_prompts_compare_them() -> None:
         tiny_model().get_image_features(pixels, image_numbers=torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="1 numbers for 3 images"):
         ImageKVCache(cache.keys, cache.values, cache.fingerprint, cache.tile_lengths, numbers=[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["crop", "tiles", "native"])
+def test_encoded_images_go_on_from_the_numbers_in_the_cache(case: str) -> None:
+    model, processor = shared_parts(case)
+    images = [noise(size, i) for i, size in enumerate(SIZES[1:3])]
+    first = question(images[:1])
+    messages = [*first, {"role": "assistant", "content": "Yes"}, *question(images[1:], "And this?")]
+    opening, whole = model_inputs(processor, [first]), model_inputs(processor, [messages])
+    assert whole["input_ids"][:, : opening["input_ids"].shape[1]].equal(opening["input_ids"])
+    expected = model.generate(**whole, **GREEDY)
+    prompt = {"input_ids": whole["input_ids"], "attention_mask": whole["attention_mask"]}
+    names = ("pixel_values", "spatial_shapes", "pixel_attention_mask", "num_tiles")
+    new = {name: value for name, value in processor(images=images[1:], return_tensors="pt").items() if name in names}
+    new["pixel_values"] = new["pixel_values"].double()
+
+    def answer(number: int) -> torch.Tensor:
+        cache = DynamicCache(config=model.config.text_config)
+        model(**opening, past_key_values=cache)
+        encoded = model.encode_images(**new, image_numbers=[number])
+        return model.generate(**prompt, image_cache=encoded, past_key_values=cache, **GREEDY)
+
+    assert answer(2).equal(expected)
+    for wrong in [1] if case in ("tiles", "native") else [1, 3]:  # whose images can have any number of tokens
+        with pytest.raises(ValueError, match=rf"hold the numbers \[{wrong}\], but .* those in the KV cache too"):
+            answer(wrong)
+
+
+def test_tiles_are_not_encoded_as_images() -> None:
+    model, processor = shared_parts("tiles")
+    inputs = model_inputs(processor, [question([noise(SIZES[1], 1)])])
+    with pytest.raises(ValueError, match="how many images the tiles are is not known; pass num_tiles"):
+        model.encode_images(inputs["pixel_values"])
+    tiles = inputs["num_tiles"].tolist()
+    assert model.encode_images(inputs["pixel_values"], num_tiles=tiles).numbers == (1,)
+    one_by_one = model.encode_images(inputs["pixel_values"], image_numbers=[1] * sum(tiles))
+    assert one_by_one.numbers == (1,) * sum(tiles)
+
+
+def test_caches_of_before_images_had_numbers_stay_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    fingerprint = model.model.image_reuse.fingerprint()
+    fields = model.config.to_dict()
+    del fields["numbered_images"]
+    monkeypatch.setattr(model.config, "to_dict", lambda: fields)
+    assert fingerprint_of(model.model)[0] == fingerprint
+    assert fingerprint_of(tiny_model(numbered_images=2).model)[0] != fingerprint
 
 
 def test_whatever_is_done_to_encoded_images_they_keep_their_numbers(tmp_path: Any) -> None:
