@@ -26,6 +26,7 @@ from .inputs_dsvl import (
     check_position_order,
     check_sequence,
     check_takes_positions,
+    check_tiles_are_told,
     check_token_types,
     check_type_values,
     gather_unique_rows,
@@ -504,11 +505,7 @@ class DSVLModel(DSVLPreTrainedModel):
             ValueError: if images cannot be counted.
         """
         past, layout = int(cache.get_seq_length()) if cache is not None else 0, self.config.image_layout
-        if layout == "tiles" and num_tiles is None:
-            raise ValueError(
-                "image_layout='tiles' with numbered_images: how many images the tiles are is not known; pass num_tiles, as "
-                "the processor returns it, or image_numbers."
-            )
+        check_tiles_are_told(layout, num_tiles)
         varies, is_native = layout in ("tiles", "native"), layout == "native"
         if past > 0:
             whole = self._whole_token_types(is_image.shape[1], is_image, types, cache) == 1

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from ..cache_dsvl import cached_types
-from ..inputs_dsvl import check_num_tiles
+from ..inputs_dsvl import check_num_tiles, check_tiles_are_told
 from ..masks_dsvl import AttentionMask, visibilities
 from ..transformers_dsvl import BaseModelOutputWithPooling
 from .attention.gathered_mask import Slots
@@ -147,11 +147,8 @@ class ImageReuse:
                     "image_numbers for a model of numbered_images=0, which has no embeddings of them; omit them."
                 )
             return None
-        if given is None and num_tiles is None and self.model.config.image_layout == "tiles":
-            raise ValueError(
-                "image_layout='tiles' with numbered_images: how many images the tiles are is not known; pass num_tiles, as "
-                "the processor returns it, or image_numbers."
-            )
+        if given is None:
+            check_tiles_are_told(self.model.config.image_layout, num_tiles)
         numbers = list(range(1, images + 1)) if given is None else [int(number) for number in given]
         if len(numbers) != images:
             raise ValueError(f"{len(numbers)} image_numbers for {images} images; pass one for each image.")

@@ -6,6 +6,7 @@ them in every image layout.
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import IMAGE_ID, PER_IMAGE, batch, number_images, random_images, rows, save_tiny_llama, tiny_model
@@ -362,6 +363,24 @@ def test_numbers_are_trained_with_the_projector_and_text_alone_gives_them_gradie
     assert not numbers.weight.grad.any() and not numbers.embeddings.grad.any()
     model.set_trainable(projector=False)
     assert not any(parameter.requires_grad for parameter in numbers.parameters())
+
+
+@torch.no_grad()
+def test_adapters_have_numbers_of_their_own_and_merge_them() -> None:
+    model, inputs = tiny_model(numbered_images=4), batch("ttItItt")
+    before = model(**inputs).logits
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
+    ).eval()
+    numbers = dict(adapted.named_parameters())
+    names = [name for name in numbers if "image_numbers" in name and numbers[name].requires_grad]
+    assert [name.rpartition(".")[2] for name in names] == ["embeddings", "weight"]
+    numbers[names[1]].mul_(2)
+    changed = adapted(**inputs).logits
+    assert (changed - before).abs().max() > 1e-3
+    with adapted.disable_adapter():
+        assert adapted(**inputs).logits.equal(before)
+    torch.testing.assert_close(adapted.merge_and_unload()(**inputs).logits, changed)
 
 
 # -- configuration and composition -----------------------------------------------------------------------------------------
