@@ -129,9 +129,12 @@ class DSVLGenerationMixin(GenerationMixin):
         images = {name: value for name, value in given.items() if value is not None}
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         tiles, numbers = kwargs.pop("num_tiles", None), kwargs.pop("image_numbers", None)
+        if self.config.numbered_images and ("pixel_values" not in images or input_ids is None):
+            # `_numbering` counts images that come as something else, or with embeddings of the prompt.
+            counted = any(kwargs.get(name) is not None for name in ("image_features", "mm_encoder_outputs", "inputs_embeds"))
+            told = {"num_tiles": tiles, "image_numbers": numbers} if counted else {}
+            kwargs.update({name: value for name, value in told.items() if value is not None})
         if "pixel_values" not in images:
-            if self.config.numbered_images:  # for images that come as something else
-                kwargs.update(num_tiles=tiles, image_numbers=numbers)
             if "spatial_shapes" in images and kwargs.get("image_features") is not None:
                 kwargs["spatial_shapes"] = images["spatial_shapes"]
             return
@@ -225,7 +228,7 @@ class DSVLGenerationMixin(GenerationMixin):
             ValueError: if they cannot be counted.
         """
         if given is not None:
-            return by_tile(torch.as_tensor(given), tiles)
+            return by_tile(given, tiles)
         if not self.config.numbered_images or not lengths:
             return None
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
@@ -246,11 +249,11 @@ class DSVLGenerationMixin(GenerationMixin):
             outputs = kwargs.get("mm_encoder_outputs") or {}
             if images := {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}:
                 outputs = {"image": self.get_image_features(**images, return_dict=True)}
-            encoded = outputs.get("image")
+            encoded, embeds = outputs.get("image"), kwargs.get("inputs_embeds")
             if encoded is not None and encoded.pooler_output and not isinstance(encoded, NumberedImages):
-                if not images and input_ids is not None:
-                    is_image, lengths = input_ids == self.config.image_token_id, list(map(len, encoded.pooler_output))
-                    numbers = self._image_numbers(is_image, lengths, tiles, numbers, kwargs)
+                if input_ids is not None or embeds is not None:
+                    is_image = self.model.image_tokens(input_ids, embeds, kwargs.get("mm_token_type_ids"), has_images=True)
+                    numbers = self._image_numbers(is_image, list(map(len, encoded.pooler_output)), tiles, numbers, kwargs)
                 if numbers is not None:
                     outputs = outputs | {"image": self.model.number_images(encoded, numbers)}
             if outputs:

@@ -195,6 +195,19 @@ def check_image_counts(
         )
 
 
+def check_tiles_are_told(image_layout: str, num_tiles: Any) -> None:
+    """Refuse to count images whose tiles cannot be told from them.
+
+    Raises:
+        ValueError: under `image_layout="tiles"` without `num_tiles`.
+    """
+    if image_layout == "tiles" and num_tiles is None:
+        raise ValueError(
+            "image_layout='tiles' with numbered_images: how many images the tiles are is not known; pass num_tiles, as "
+            "the processor returns it, or image_numbers."
+        )
+
+
 def check_num_tiles(named: int, given: int) -> None:
     """Compare the sum of `num_tiles` with the number of tiles that came with it.
 
@@ -321,6 +334,7 @@ __all__ = [
     "check_image_counts",
     "check_labels",
     "check_num_tiles",
+    "check_tiles_are_told",
     "check_position_order",
     "check_sequence",
     "check_takes_positions",

@@ -26,6 +26,7 @@ from .inputs_dsvl import (
     check_position_order,
     check_sequence,
     check_takes_positions,
+    check_tiles_are_told,
     check_token_types,
     check_type_values,
     gather_unique_rows,
@@ -284,8 +285,8 @@ class DSVLModel(DSVLPreTrainedModel):
         lengths = [len(image) for image in images.pooler_output] if images is not None and images.pooler_output else []
         check_values = self._check_values(input_ids, is_image, types, lengths, num_tiles, whole_images=given is not None)
         if images is not None and lengths:
-            holds_none = self.config.numbered_images > 0 and not isinstance(images, NumberedImages)
-            if holds_none and is_image is not None:
+            wants_numbers = self.config.numbered_images > 0 or image_numbers is not None  # which other models refuse
+            if wants_numbers and is_image is not None and not isinstance(images, NumberedImages):
                 if image_numbers is None:
                     numbers = self.tile_numbers(is_image, lengths, num_tiles, documents, types, cache)
                 else:
@@ -472,7 +473,7 @@ class DSVLModel(DSVLPreTrainedModel):
         lengths = list(map(len, parts)) if is_native else [tokens] * (len(whole) // tokens)
         if len(numbers) != len(lengths):
             raise ValueError(f"{len(numbers)} image_numbers for {len(lengths)} images or tiles; pass one for each image.")
-        added = add(numbers.to(whole.device)).to(whole.dtype)
+        added = add(numbers.to(whole.device)).to(whole)
         if is_native:
             added = added[torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(whole.device)]
         else:
@@ -504,11 +505,7 @@ class DSVLModel(DSVLPreTrainedModel):
             ValueError: if images cannot be counted.
         """
         past, layout = int(cache.get_seq_length()) if cache is not None else 0, self.config.image_layout
-        if layout == "tiles" and num_tiles is None:
-            raise ValueError(
-                "image_layout='tiles' with numbered_images: how many images the tiles are is not known; pass num_tiles, as "
-                "the processor returns it, or image_numbers."
-            )
+        check_tiles_are_told(layout, num_tiles)
         varies, is_native = layout in ("tiles", "native"), layout == "native"
         if past > 0:
             whole = self._whole_token_types(is_image.shape[1], is_image, types, cache) == 1

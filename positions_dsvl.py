@@ -76,9 +76,10 @@ def tile_numbers(
     return counts[:, past:].flatten()[index]
 
 
-def by_tile(image_numbers: torch.Tensor, num_tiles: torch.Tensor | None) -> torch.Tensor:
+def by_tile(image_numbers: torch.Tensor | Sequence[int], num_tiles: torch.Tensor | None) -> torch.Tensor:
     """The number of each tile's image, (tiles,), from those of the images."""
-    return image_numbers if num_tiles is None else image_numbers.repeat_interleave(num_tiles.to(image_numbers.device))
+    numbers = torch.as_tensor(image_numbers)
+    return numbers if num_tiles is None else numbers.repeat_interleave(num_tiles.to(numbers.device))
 
 
 def image_positions(

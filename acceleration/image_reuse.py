@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from ..cache_dsvl import cached_types
-from ..inputs_dsvl import check_num_tiles
+from ..inputs_dsvl import check_num_tiles, check_tiles_are_told
 from ..masks_dsvl import AttentionMask, visibilities
 from ..transformers_dsvl import BaseModelOutputWithPooling
 from .attention.gathered_mask import Slots
@@ -99,7 +99,7 @@ class ImageReuse:
         check_num_tiles(sum(counts), number)
         if min(counts) < 1:
             raise ValueError(f"num_tiles={counts}, but every image has a tile; pass those that the processor returned.")
-        numbers = self.numbers_of(image_numbers, len(counts))
+        numbers = self.numbers_of(image_numbers, len(counts), num_tiles)
         of_tiles = None if numbers is None else torch.tensor(numbers).repeat_interleave(torch.tensor(counts))
         self.rotation(pixel_values.device)  # which refuses models whose images cannot be reused
         decoder = self.model.language_model
@@ -130,11 +130,16 @@ class ImageReuse:
         others: dict[str, Any] = {**whole, "is_offloaded": offload, "numbers": numbers}
         return ImageKVCache(fingerprint=fingerprint, tile_lengths=tile_lengths, **others)
 
-    def numbers_of(self, given: torch.Tensor | Sequence[int] | None, images: int) -> list[int] | None:
+    def numbers_of(
+        self,
+        given: torch.Tensor | Sequence[int] | None,
+        images: int,
+        num_tiles: torch.Tensor | Sequence[int] | None,
+    ) -> list[int] | None:
         """The numbers of images, in models with `numbered_images`: 1, 2, ... by default.
 
         Raises:
-            ValueError: if these are not as many as images, or the model has none.
+            ValueError: if these are not as many as images, the model has none, or tiles cannot be told from images.
         """
         if not getattr(self.model.config, "numbered_images", 0):  # older code has no field
             if given is not None:
@@ -142,6 +147,8 @@ class ImageReuse:
                     "image_numbers for a model of numbered_images=0, which has no embeddings of them; omit them."
                 )
             return None
+        if given is None:
+            check_tiles_are_told(self.model.config.image_layout, num_tiles)
         numbers = list(range(1, images + 1)) if given is None else [int(number) for number in given]
         if len(numbers) != images:
             raise ValueError(f"{len(numbers)} image_numbers for {images} images; pass one for each image.")
@@ -225,8 +232,11 @@ class ImageReuse:
         position_ids = position_ids[:, -tokens:].to(device).expand(batch, tokens)
 
         # Everything that the host needs, in one device-to-host copy.
-        figures = torch.stack([is_image.sum(-1), is_text.sum(-1), is_text[:, -1].long()]).tolist()
-        image_counts, text_counts, ends_with_text = figures
+        figures = [is_image.sum(-1), is_text.sum(-1), is_text[:, -1].long()]
+        all_images = image_cache if split is None else split
+        if all_images.numbers is not None and past > 0 and (held := cached_types(cache)) is not None:
+            figures.append((held[:, :past] == 1).sum(-1).to(device))
+        image_counts, text_counts, ends_with_text, *cached_counts = torch.stack(figures).tolist()
         shared = shares_images(cache, image_cache, self.model, is_split=split is not None)
         if shared and past > 0:
             raise ValueError(
@@ -239,11 +249,11 @@ class ImageReuse:
         order: torch.Tensor | None = torch.zeros(len(row_counts), dtype=torch.long)
         if has_images:
             order = image_token_order(row_counts, image_cache.tile_lengths, row_copies)
-        if (all_images := image_cache if split is None else split).numbers is not None:
+        if all_images.numbers is not None:
             all_counts = image_counts if split is None else token_types.sum(-1).tolist()
-            # Tiles may come one by one, each with the number of its image.
-            steps = {0, 1} if self.model.config.image_layout == "tiles" else {1}
-            check_numbers(all_images.numbers, all_images.tile_lengths, all_counts[::copies], past, steps)
+            cached = cached_counts[0] if cached_counts else [0] * batch
+            counts = list(zip(cached[::copies], all_counts[::copies], strict=True))
+            check_numbers(all_images.numbers, all_images.tile_lengths, counts, self.model.config)
         if not all(ends_with_text):
             raise ValueError(
                 f"Row {ends_with_text.index(0)} of the prompts ends with an image or with padding, but an image KV cache "
@@ -404,31 +414,34 @@ class ImageReuse:
 
 
 def check_numbers(
-    numbers: Sequence[int], tile_lengths: Sequence[Sequence[int]], counts: Sequence[int], past: int, steps: set[int]
+    numbers: Sequence[int], tile_lengths: Sequence[Sequence[int]], counts: Sequence[tuple[int, int]], config: Any
 ) -> None:
     """Compare the numbers that encoded images hold with those that they have in prompts.
 
     Args:
         numbers, tile_lengths: of the images of all rows.
-        counts: the number of image tokens of each row.
-        past: tokens of each row in the KV cache; how many images these hold is not known.
-        steps: by which numbers may grow from one to the next.
+        counts: the image tokens of each row: in the KV cache, and after it.
+        config: the model's. Where its images can have any number of tokens, how many the KV cache holds is not known.
 
     Raises:
         ValueError: if an image holds another number.
     """
+    # Tiles may come one by one, each with the number of its image.
+    steps = {0, 1} if config.image_layout == "tiles" else {1}
+    varies = config.image_layout in ("tiles", "native")
     images = iter(zip(numbers, map(sum, tile_lengths), strict=True))
-    for count in counts:
+    for cached, count in counts:
         own: list[int] = []
         while count > 0:
             number, tokens = next(images)
             own.append(number)
             count -= tokens
         grows = all(after - before in steps for before, after in pairwise(own))
-        if not grows or (past == 0 and own and own[0] != 1):
+        begins = not own or (own[0] > 1 if varies and cached else own[0] == cached // config.image_seq_length + 1)
+        if not grows or not begins:
             raise ValueError(
-                f"The images of a prompt hold the numbers {own}, but the first image of a prompt is 1, the next 2; "
-                "pass these as image_numbers to encode_images."
+                f"The images of a prompt hold the numbers {own}, but the first image of a prompt is 1, the next 2, those in "
+                "the KV cache too; pass these as image_numbers to encode_images."
             )
 
 

@@ -108,6 +108,21 @@ def test_the_loop_gets_what_transformers_would_hand_it(
                 assert one[name] == value, name
 
 
+@pytest.mark.parametrize("numbered_images", [0, 3])
+def test_prompts_of_text_and_over_image_caches_begin_here(numbered_images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny_model(numbered_images=numbered_images), batch("ttItt")
+    images = model.encode_images(inputs.pop("pixel_values"))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("left to transformers")
+
+    monkeypatch.setattr(GenerationMixin, "generate", refuse)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    model.generate(**inputs, image_cache=images, num_tiles=torch.ones(1, dtype=torch.long), **options)
+    text = torch.tensor([[3, 4, 5]])
+    model.generate(text, attention_mask=torch.ones_like(text), **options)
+
+
 @pytest.mark.parametrize("positions", ["token", "image"])
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_later_turns_are_handed_on_alike(kind: Any, positions: str, monkeypatch: pytest.MonkeyPatch) -> None:

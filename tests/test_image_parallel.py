@@ -41,6 +41,7 @@ CASES = [
     "padded_on_the_right",
     "one_image_for_all",
     "numbered_images",
+    "numbered_images_of_packed_rows",
     "text_alone",
     "packed_rows",
     "packed_rows_in_windows",
@@ -72,6 +73,8 @@ GENERATIONS = [
     "beams",
     "sampling",
     "encoded once",
+    "numbered",
+    "numbered, encoded once",
     "on the host",
 ]
 
@@ -79,6 +82,7 @@ GENERATIONS = [
 # What three processes measure in the fast tests; two measure everything in the slow ones.
 FAST_CASES = [
     "uneven_rows",
+    "numbered_images_of_packed_rows",
     "one_image_for_all",
     "text_alone",
     "packed_rows_in_windows",
@@ -220,6 +224,15 @@ def test_a_process_takes_the_tokens_of_its_images(single_group):
     assert split.tokens.positions[0].tolist() == list(range(13))
     assert split.tokens.is_image.sum() == (inputs["input_ids"] == IMAGE_ID).sum() == 10
     assert split.tokens.positions[1, 0] == 12  # padding on the left is not run
+
+
+@torch.no_grad()
+def test_images_that_hold_numbers_get_no_others(single_group):
+    model, inputs = tiny_model(numbered_images=4), batch("ttItIt")
+    images = model.get_image_features(inputs.pop("pixel_values"), image_numbers=torch.tensor([3, 1]))
+    split = split_batch(model, inputs | {"mm_encoder_outputs": {"image": images}}, single_group)
+    made = model(**split.inputs).image_outputs.pooler_output
+    assert len(made) == 2 and all(one.equal(same) for one, same in zip(made, images.pooler_output, strict=True))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

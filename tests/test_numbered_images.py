@@ -6,6 +6,7 @@ them in every image layout.
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import IMAGE_ID, PER_IMAGE, batch, number_images, random_images, rows, save_tiny_llama, tiny_model
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, CLIPVisionModel, DynamicCache, StaticCac
 
 import dsvl
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
+from dsvl.acceleration.reuse.fingerprint import fingerprint_of
 from dsvl.acceleration.reuse.image_cache import ImageKVCache
 from dsvl.chat import DSVLChat
 from dsvl.composition.compose import NUMBERED_IMAGES
@@ -197,6 +199,28 @@ def test_every_way_to_decode_numbers_images(case: str, how: dict[str, Any]) -> N
     assert not other.equal(made)  # so that the comparison above could fail
 
 
+@torch.no_grad()
+@every_case
+def test_prompts_of_embeddings_number_images(case: str) -> None:
+    model, processor = shared_parts(case)
+    inputs = model_inputs(processor, [question([noise(size, i) for i, size in enumerate(SIZES[1:3])])])
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    for told in ({}, {"image_numbers": torch.tensor([4, 2])}):
+        expected = model.generate(**inputs, **told, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+        others = {name: value for name, value in inputs.items() if name != "input_ids"}
+        assert model.generate(inputs_embeds=embeds, **others, **told, **GREEDY).equal(expected)
+        del others["mm_token_type_ids"]  # the embedding of the image token tells them, too
+        assert model.generate(inputs_embeds=embeds, **others, **told, **GREEDY).equal(expected)
+
+
+@torch.no_grad()
+def test_numbers_for_a_model_without_numbers_are_refused() -> None:
+    model, inputs = tiny_model(), batch("ttItIt")
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="image_numbers for a model of numbered_images=0"):
+            call(**inputs, image_numbers=torch.tensor([1, 2]))
+
+
 @pytest.mark.parametrize("positions", ["token", "image"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "images encoded behind the cache"])
 def test_turns_of_a_chat_answer_as_from_scratch(positions: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +260,54 @@ def test_encoded_images_hold_numbers_and_prompts_compare_them() -> None:
         tiny_model().get_image_features(pixels, image_numbers=torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="1 numbers for 3 images"):
         ImageKVCache(cache.keys, cache.values, cache.fingerprint, cache.tile_lengths, numbers=[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["crop", "tiles", "native"])
+def test_encoded_images_go_on_from_the_numbers_in_the_cache(case: str) -> None:
+    model, processor = shared_parts(case)
+    images = [noise(size, i) for i, size in enumerate(SIZES[1:3])]
+    first = question(images[:1])
+    messages = [*first, {"role": "assistant", "content": "Yes"}, *question(images[1:], "And this?")]
+    opening, whole = model_inputs(processor, [first]), model_inputs(processor, [messages])
+    assert whole["input_ids"][:, : opening["input_ids"].shape[1]].equal(opening["input_ids"])
+    expected = model.generate(**whole, **GREEDY)
+    prompt = {"input_ids": whole["input_ids"], "attention_mask": whole["attention_mask"]}
+    names = ("pixel_values", "spatial_shapes", "pixel_attention_mask", "num_tiles")
+    new = {name: value for name, value in processor(images=images[1:], return_tensors="pt").items() if name in names}
+    new["pixel_values"] = new["pixel_values"].double()
+
+    def answer(number: int) -> torch.Tensor:
+        cache = DynamicCache(config=model.config.text_config)
+        model(**opening, past_key_values=cache)
+        encoded = model.encode_images(**new, image_numbers=[number])
+        return model.generate(**prompt, image_cache=encoded, past_key_values=cache, **GREEDY)
+
+    assert answer(2).equal(expected)
+    for wrong in [1] if case in ("tiles", "native") else [1, 3]:  # whose images can have any number of tokens
+        with pytest.raises(ValueError, match=rf"hold the numbers \[{wrong}\], but .* those in the KV cache too"):
+            answer(wrong)
+
+
+def test_tiles_are_not_encoded_as_images() -> None:
+    model, processor = shared_parts("tiles")
+    inputs = model_inputs(processor, [question([noise(SIZES[1], 1)])])
+    with pytest.raises(ValueError, match="how many images the tiles are is not known; pass num_tiles"):
+        model.encode_images(inputs["pixel_values"])
+    tiles = inputs["num_tiles"].tolist()
+    assert model.encode_images(inputs["pixel_values"], num_tiles=tiles).numbers == (1,)
+    one_by_one = model.encode_images(inputs["pixel_values"], image_numbers=[1] * sum(tiles))
+    assert one_by_one.numbers == (1,) * sum(tiles)
+
+
+def test_caches_of_before_images_had_numbers_stay_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    fingerprint = model.model.image_reuse.fingerprint()
+    fields = model.config.to_dict()
+    del fields["numbered_images"]
+    monkeypatch.setattr(model.config, "to_dict", lambda: fields)
+    assert fingerprint_of(model.model)[0] == fingerprint
+    assert fingerprint_of(tiny_model(numbered_images=2).model)[0] != fingerprint
 
 
 def test_whatever_is_done_to_encoded_images_they_keep_their_numbers(tmp_path: Any) -> None:
@@ -291,6 +363,24 @@ def test_numbers_are_trained_with_the_projector_and_text_alone_gives_them_gradie
     assert not numbers.weight.grad.any() and not numbers.embeddings.grad.any()
     model.set_trainable(projector=False)
     assert not any(parameter.requires_grad for parameter in numbers.parameters())
+
+
+@torch.no_grad()
+def test_adapters_have_numbers_of_their_own_and_merge_them() -> None:
+    model, inputs = tiny_model(numbered_images=4), batch("ttItItt")
+    before = model(**inputs).logits
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
+    ).eval()
+    numbers = dict(adapted.named_parameters())
+    names = [name for name in numbers if "image_numbers" in name and numbers[name].requires_grad]
+    assert [name.rpartition(".")[2] for name in names] == ["embeddings", "weight"]
+    numbers[names[1]].mul_(2)
+    changed = adapted(**inputs).logits
+    assert (changed - before).abs().max() > 1e-3
+    with adapted.disable_adapter():
+        assert adapted(**inputs).logits.equal(before)
+    torch.testing.assert_close(adapted.merge_and_unload()(**inputs).logits, changed)
 
 
 # -- configuration and composition -----------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def _encoding_over(model: Any, group: Any, encode_images: Any) -> Any:
         number, shapes, num_tiles = len(pixel_values), options.get("spatial_shapes"), options.pop("num_tiles", None)
         lengths = model.config.tile_lengths(number, shapes)
         tile_lengths = lengths_by_image(lengths, None if num_tiles is None else [int(tiles) for tiles in num_tiles])
-        numbers = model.model.image_reuse.numbers_of(options.pop("image_numbers", None), len(tile_lengths))
+        numbers = model.model.image_reuse.numbers_of(options.pop("image_numbers", None), len(tile_lengths), num_tiles)
         owners = assign_images([list(map(sum, tile_lengths))], distributed.get_world_size(group))
         rank = distributed.get_rank(group)
         own = [image for image, owner in enumerate(owners) if owner == rank]

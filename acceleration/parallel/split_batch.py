@@ -241,9 +241,10 @@ def _own_images(config: Any, given: dict[str, Any], own: list[int], tiles: int) 
         ValueError: if the number of images is neither that of the batch nor that of this process.
     """
     if "mm_encoder_outputs" in given:
-        encoded = given["mm_encoder_outputs"]["image"].pooler_output
+        whole = given["mm_encoder_outputs"]["image"]
+        encoded = whole.pooler_output
         images = [encoded[tile] for tile in own] or [torch.zeros_like(encoded[0])]
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=images)}}
+        return {"mm_encoder_outputs": {"image": type(whole)(pooler_output=images)}}  # the class tells who holds numbers
     name = next((name for name in IMAGES if name in given), None)
     found = 0 if name is None else len(given[name])
     if found not in (tiles, len(own)) or name is None:

@@ -22,6 +22,7 @@ _IGNORED_KEYS = (
     "max_image_tokens",
     "max_tiles",
     "num_queries",
+    "numbered_images",
     "transformers_version",
     "use_cache",
     "vocab_size",
