@@ -104,14 +104,15 @@ def tiny_model(
     return model
 
 
-def number_images(model: Any) -> Any:
-    """The model, its `numbered_images` with random weights, as if they were trained: a new map is zero."""
+def number_images(model: Any, size: float = 1.0) -> Any:
+    """The model, its `numbered_images` with random weights, as if they were trained: a new map is zero. What they add to
+    embeddings is of about this size."""
     numbers = model.model.multi_modal_projector.image_numbers
     if numbers is not None:
         generator = torch.Generator().manual_seed(9)
         for parameter in numbers.parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data.copy_(drawn / parameter.shape[1] ** 0.5 if parameter is numbers.weight else drawn)
+            parameter.data.copy_(drawn * size / parameter.shape[1] ** 0.5 if parameter is numbers.weight else drawn)
     return model
 
 

@@ -36,7 +36,8 @@ def make_checkpoint(folder: Path, name: str = "model", **llama: Any) -> Path:
     CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=side).save_pretrained(folder / "tower")
     save_tiny_llama(folder / "llama", **llama)
     model, processor = dsvl.compose(folder / "tower", folder / "llama", numbered_images=4)
-    return dsvl.save_checkpoint(number_images(model), processor, folder / name)
+    size = model.config.text_config.initializer_range  # that of other embeddings
+    return dsvl.save_checkpoint(number_images(model, size), processor, folder / name)
 
 
 # Arguments of `compose`.
