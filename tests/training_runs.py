@@ -28,14 +28,14 @@ LAYOUT = "ppttpppp" * 3
 IN_ORDER = ["--train-sampling-strategy", "sequential"]
 
 
-def make_checkpoint(folder: Path, name: str = "model", **llama: Any) -> Path:
+def make_checkpoint(folder: Path, name: str = "model", numbered_images: int = 0, **llama: Any) -> Path:
     """Compose a tiny random model with the reference's tokenizer; an image of 28 pixels has 5 tokens."""
     torch.manual_seed(0)
     CLIPVisionModel(tiny_tower_config()).save_pretrained(folder / "tower")
     side = {"height": 28, "width": 28}
     CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=side).save_pretrained(folder / "tower")
     save_tiny_llama(folder / "llama", **llama)
-    model, processor = dsvl.compose(folder / "tower", folder / "llama", numbered_images=4)
+    model, processor = dsvl.compose(folder / "tower", folder / "llama", numbered_images=numbered_images)
     size = model.config.text_config.initializer_range  # that of other embeddings
     return dsvl.save_checkpoint(number_images(model, size), processor, folder / name)
 
@@ -87,8 +87,8 @@ def make_conversations(folder: Path, name: str = "data.jsonl", layout: str = "pp
 
 
 def make_training(folder: Path, layout: str = LAYOUT) -> Path:
-    """A checkpoint, training data and held-out data, in a folder; see `make_conversations`."""
-    make_checkpoint(folder)
+    """A checkpoint with numbered images, training data and held-out data, in a folder; see `make_conversations`."""
+    make_checkpoint(folder, numbered_images=4)
     make_conversations(folder, layout=layout)
     make_conversations(folder, "held_out.jsonl", layout="ptppt")
     return folder
