@@ -31,10 +31,7 @@ def image_starts(
         if is_image.is_cuda:
             starts = starts.pin_memory()
         starts = starts.to(is_image.device, non_blocking=True)
-        # Lengths that do not fit the image tokens are refused later.
-        table = is_image.new_zeros(is_image.numel() + 1).index_fill(0, starts.clamp(max=is_image.numel()), True)
-        index = (is_image.flatten().cumsum(0) - 1).clamp(min=0)
-        return is_image & table[index].view_as(is_image)
+        return _chosen(is_image, starts)  # lengths that do not fit the image tokens are refused later
     goes_on = nn.functional.pad(is_image[:, :-1], (1, 0), value=False)
     if document_ids is not None:
         goes_on = goes_on & ~document_starts(document_ids)
@@ -64,14 +61,8 @@ def tile_numbers(
     """
     begins = starts = image_starts(is_image, tokens_per_image, lengths, document_ids)
     if num_tiles is not None:
-        first = (num_tiles.cumsum(0) - num_tiles).to(starts.device)
-        table = starts.new_zeros(starts.numel() + 1).index_fill(0, first.clamp(max=starts.numel()), True)
-        tile = (starts.flatten().cumsum(0) - 1).clamp(min=0)
-        begins = starts & table[tile].view_as(starts)
-    counts = begins.cumsum(-1)
-    if document_ids is not None:
-        before = torch.where(document_starts(document_ids), counts - begins.long(), 0)
-        counts = counts - before.cummax(-1).values
+        begins = _chosen(starts, (num_tiles.cumsum(0) - num_tiles).to(starts.device))
+    counts = _counted(begins, document_ids)
     index = (~starts[:, past:].flatten()).to(torch.uint8).argsort(stable=True)[:tiles]
     return counts[:, past:].flatten()[index]
 
@@ -112,13 +103,26 @@ def image_positions(
     advances = ~is_image[:, past:] | starts
     if padding is not None:
         advances = advances & padding[:, past:total].to(advances.device, torch.bool)
-    counts = advances.cumsum(-1)
-    if document_ids is not None:
-        before = torch.where(document_starts(document_ids), counts - advances.long(), 0)
-        counts = counts - before.cummax(-1).values
-    elif cached is not None and past > 0:
+    counts = _counted(advances, document_ids)
+    if document_ids is None and cached is not None and past > 0:
         counts = counts + cached.amax(-1, keepdim=True).to(counts.device) + 1
     return (counts - 1).clamp(min=0)
+
+
+def _chosen(marks: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Of the marked tokens, (batch, tokens) bool, those with these numbers among all of them, in reading order from 0."""
+    table = marks.new_zeros(marks.numel() + 1).index_fill(0, numbers.clamp(max=marks.numel()), True)
+    index = (marks.flatten().cumsum(0) - 1).clamp(min=0)
+    return marks & table[index].view_as(marks)
+
+
+def _counted(marks: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """How many tokens of a row, or of its document, are marked up to each: (batch, tokens), int64."""
+    counts = marks.cumsum(-1)
+    if document_ids is None:
+        return counts
+    before = torch.where(document_starts(document_ids), counts - marks.long(), 0)
+    return counts - before.cummax(-1).values
 
 
 def document_starts(document_ids: torch.Tensor) -> torch.Tensor:

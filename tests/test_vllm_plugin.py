@@ -42,34 +42,16 @@ CHUNKS = {"max_num_batched_tokens": 48}  # shorter than most prompts, and than s
 SQUARES, TILES = ((SIZE, SIZE),), ((56, 28), (28, 28), (56, 56), (40, 30))
 NATIVE, SMALL_NATIVE = ((24, 24), (32, 16), (72, 8), (16, 16)), ((16, 12), (12, 16), (24, 8), (12, 12))
 NUMBERED = 3  # of up to four images in a prompt
+LLAMA_NATIVE: dict[str, Any] = dict(
+    decoder="llama", tower="native", image_layout="native", max_image_tokens=12, image_positions="image"
+)
 # Every decoder, projector, tower, layout and kind of positions, with and without numbers of images: the arguments of
 # `checkpoint`, and sizes of images.
 MODELS: dict[str, tuple[dict[str, Any], Any]] = {
     "llama": (dict(decoder="llama", projector_type="linear"), SQUARES),
     "llama, numbered": (dict(decoder="llama", numbered_images=NUMBERED), SQUARES),
-    "llama, native, numbered": (
-        dict(
-            decoder="llama",
-            tower="native",
-            image_layout="native",
-            max_image_tokens=12,
-            image_positions="image",
-            numbered_images=NUMBERED,
-        ),
-        SMALL_NATIVE,
-    ),
-    "llama, native, perceiver": (
-        dict(
-            decoder="llama",
-            tower="native",
-            image_layout="native",
-            max_image_tokens=12,
-            projector_type="perceiver",
-            num_queries=4,
-            image_positions="image",
-        ),
-        SMALL_NATIVE,
-    ),
+    "llama, native, numbered": (dict(LLAMA_NATIVE, numbered_images=NUMBERED), SMALL_NATIVE),
+    "llama, native, perceiver": (dict(LLAMA_NATIVE, projector_type="perceiver", num_queries=4), SMALL_NATIVE),
     "llama, Qwen-VL's tower": (dict(decoder="llama", tower="qwen", projector_type="linear"), SQUARES),
     "llama, DINOv3": (
         dict(decoder="llama", tower="dinov3", projector_type="linear", vision_feature_layer=[0, -1]),
