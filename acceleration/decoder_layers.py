@@ -1,5 +1,6 @@
 """Decoder layers compiled for training: one graph for all of them, which serves the next batch too."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .attention.text_queries import TextQueries
 from .decoder_run import layers_of
+from .memory.frozen_linear import FrozenLinear
 from .memory.tiled_mlp import checkpointed_tile, tiles_of
 
 
@@ -25,31 +27,42 @@ class CompiledDecoderLayers:
 
     Args:
         decoder: the language model.
+        tower: the vision tower.
         options: of `torch.compile`.
 
     Raises:
         ValueError: if the decoder does not keep its layers in a list `layers`.
     """
 
-    def __init__(self, decoder: PreTrainedModel, options: dict[str, Any]) -> None:
+    def __init__(self, decoder: PreTrainedModel, tower: PreTrainedModel, options: dict[str, Any]) -> None:
         layers_of(decoder)
         torch._dynamo.config.optimize_ddp = False
-        self.decoder, self.options = decoder, options
+        self.decoder, self.tower, self.options = decoder, tower, options
 
     def switch(self, training: bool) -> None:
         """Use the compiled layers in training mode, the others in evaluation mode."""
+        parts = list(parts_in_8_bits(self.tower))
         for layer in layers_of(self.decoder):
             tiles = tiles_of(layer)
             if tiles is not None:
                 tiles.tile = torch.compile(checkpointed_tile, **self.options) if training else checkpointed_tile
-            parts = compiled_parts(layer)
-            if parts != [layer]:
+            own = compiled_parts(layer)
+            if own != [layer]:
                 layer._compiled_call_impl = None
-            for module in parts:
-                if not training:
-                    module._compiled_call_impl = None
-                elif module._compiled_call_impl is None:
-                    module.compile(**self.options)
+            parts += own
+        for module in parts:
+            if not training:
+                module._compiled_call_impl = None
+            elif module._compiled_call_impl is None:
+                module.compile(**self.options)
+
+
+def parts_in_8_bits(tower: nn.Module) -> Iterator[nn.Module]:
+    """The modules that hold linear layers in 8 bits: attention and MLP of each layer. Not whole layers, whose outputs
+    transformers collects by hooks that a graph would not run."""
+    for module in tower.modules():
+        if any(isinstance(child, FrozenLinear) for child in module.children()):
+            yield module
 
 
 def compiled_parts(layer: nn.Module) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from measure import Table, utilise
 from models import Shape, dsvl, inputs, llava, twin
 from torch.utils.checkpoint import checkpoint
 
+from dsvl.acceleration.decoder_layers import parts_in_8_bits
 from dsvl.acceleration.memory.frozen_linear import PRECISIONS
 from dsvl.training.frozen_precision import freeze_in_8_bits
 from dsvl.training.liger import use_liger
@@ -71,13 +72,13 @@ def supervised_step(model: Any, batch: dict[str, torch.Tensor]) -> Step:
 
 
 def compiled(model: Any, compiler: str) -> Any:
-    """A second model with the same weights, whose decoder layers are compiled."""
+    """A second model with the same weights, whose decoder layers are compiled, and what is in 8 bits in its tower."""
     fast = twin(model)
     if hasattr(fast, "compile_decoder_layers"):
         fast.compile_decoder_layers(backend=compiler)
     else:
-        for layer in fast.model.language_model.layers:
-            layer.compile(backend=compiler)
+        for module in (*fast.model.language_model.layers, *parts_in_8_bits(fast.model.vision_tower)):
+            module.compile(backend=compiler)
     return fast
 
 

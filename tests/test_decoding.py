@@ -168,6 +168,29 @@ def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path: Path, static_s
     assert got.equal(expected)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_single_row_is_in_memory_before_it_is_multiplied(rows: int) -> None:
+    """Otherwise the compiler computes it again for each output channel, as it writes products of one row itself."""
+    inputs = batch(*[LAYOUTS[1]] * rows, dtype=torch.float32)
+    factors: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        products = graph.graph.find_nodes(op="call_function", target=torch.nn.functional.linear)
+        factors.extend(str(node.args[0].target) for node in products)
+        return graph.forward
+
+    model = tiny_model(dtype=torch.float32)
+    config = CompileConfig(fullgraph=True, backend=look, mode="default")  # type: ignore[arg-type]
+    config._compile_all_devices = True  # transformers compiles on accelerators alone, unless told so
+    options = {"max_new_tokens": 4, "do_sample": False}
+    got = model.generate(**inputs, **options, cache_implementation="static", compile_config=config)
+    assert got.equal(model.generate(**inputs, **options))
+    linear = [one for one in model.model.language_model.modules() if isinstance(one, torch.nn.Linear)]
+    assert len(factors) == len(linear) + 1  # and the head
+    assert (set(factors) == {"as_strided"}) == (rows == 1)
+    assert rows == 1 or "as_strided" not in factors
+
+
 def test_on_a_gpu_products_of_one_row_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.compile` knows these options, and a step compiled without any gets them; elsewhere it is transformers' way."""
     model = tiny_model()

@@ -66,7 +66,7 @@ class StepMask(AttentionMask):
         batch, heads, queries, head_dim = query.shape
         keys = key.shape[2]
         key, value = key.reshape(-1, keys, head_dim), value.reshape(-1, keys, value.shape[-1])
-        rows = _stored(query.reshape(len(key), -1, head_dim))  # the query heads of each key-value head
+        rows = stored(query.reshape(len(key), -1, head_dim))  # the query heads of each key-value head
         scores = torch.bmm(rows, key.transpose(1, 2)).view(batch, 1, heads * queries, keys)
         bias = self.bias[..., :keys]
         if queries > 1:
@@ -78,12 +78,12 @@ class StepMask(AttentionMask):
             weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         if self.sees is not None:
             weights = weights * (self.sees if queries == 1 else self.sees[:, :, None])
-        weights = _stored(weights.sum(1).to(query.dtype).view(len(key), -1, keys))
+        weights = stored(weights.sum(1).to(query.dtype).view(len(key), -1, keys))
         output = torch.bmm(weights, value).view(batch, heads, queries, -1)
         return output.transpose(1, 2) if queries > 1 else output.view(batch, 1, heads, -1), None
 
 
-def _stored(factor: torch.Tensor) -> torch.Tensor:
+def stored(factor: torch.Tensor) -> torch.Tensor:
     """A factor of a product, in memory before it.
 
     The compiler writes products of few rows itself, and computes a factor that is not in memory once for each element of

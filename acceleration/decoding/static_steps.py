@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import CompileConfig, StaticCache
 
 from ...cache_dsvl import cached_images, cached_positions, cached_types, remember_types
@@ -20,7 +21,7 @@ from ...modeling_dsvl import scale_logits
 from ...transformers_dsvl import CACHE
 from ...utils.transformers_names import StaticLayer
 from ..decoder_run import layer_types
-from .decode_steps import StepMask, takes_plain_steps
+from .decode_steps import StepMask, stored, takes_plain_steps
 
 
 class StaticSteps:
@@ -138,15 +139,25 @@ def run_step(
             "attention_mask": by_layer_type(dict.fromkeys(types, placeholder)),
             "multimodal_masks": dict.fromkeys(types, StepMask(bias, sees).for_queries(length, tokens.shape[1])),
         }
-    hidden = decoder(
-        inputs_embeds=model.get_input_embeddings()(tokens),
-        position_ids=offset + index,
-        **mask,
-        **{CACHE: cache},
-        use_cache=True,
-        return_dict=True,
-    ).last_hidden_state
-    return scale_logits(model.lm_head(hidden), model.config.text_config)
+    with StoredInputs():
+        hidden = decoder(
+            inputs_embeds=model.get_input_embeddings()(tokens),
+            position_ids=offset + index,
+            **mask,
+            **{CACHE: cache},
+            use_cache=True,
+            return_dict=True,
+        ).last_hidden_state
+        return scale_logits(model.lm_head(hidden), model.config.text_config)
+
+
+class StoredInputs(TorchFunctionMode):
+    """Keeps the input of a linear layer of one row in memory; see `stored`."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is nn.functional.linear and args[0].numel() == args[0].shape[-1]:
+            args = (stored(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 @lru_cache
