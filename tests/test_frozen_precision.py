@@ -209,6 +209,23 @@ def test_with_compiled_layers_checkpointing_and_reduced_memory_it_is_the_same(wa
         assert (gradients - expected_gradients).norm() < 1e-6 * expected_gradients.norm()
 
 
+def test_attention_and_mlps_of_a_tower_in_8_bits_are_compiled_while_it_serves_training():
+    model = model_of_four(vision_feature_layer=[-2, -1])
+    freeze_in_8_bits(model, "fp8")
+    changed = copy.deepcopy(model)
+    torch._dynamo.reset()
+    changed.compile_decoder_layers(backend="aot_eager", fullgraph=True)
+    parts = [module for module in changed.model.vision_tower.modules() if module._compiled_call_impl is not None]
+    assert sorted(type(part).__name__ for part in parts) == ["CLIPAttention"] * 2 + ["CLIPMLP"] * 2
+    for layouts in (("ttIttIttttttt", "ttt"), ("tttttttttttttttt", "Itt")):
+        inputs = labelled(*layouts)
+        (loss, gradients), (expected, expected_gradients) = step(changed, inputs), step(model, inputs)
+        assert loss == pytest.approx(expected, rel=1e-6)
+        assert (gradients - expected_gradients).norm() < 1e-6 * expected_gradients.norm()
+    changed.eval()
+    assert all(module._compiled_call_impl is None for module in changed.modules())
+
+
 def test_offloading_leaves_8_bit_weights_where_they_are(monkeypatch):
     from dsvl.acceleration.memory import activation_offloading
 
