@@ -20,7 +20,7 @@ def forward(query, key, value, lists, scaling, softcap, save):
     packed = [_pack(x, index) for x, index in ((query, lists.queries), (key, lists.keys), (value, lists.keys))]
     values = packed[2][:, :, : lists.keys.shape[1]].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores, visible, _ = _scores(*packed[:2], lists, scaling, softcap)
-    out, branch_out, lse = kernels.empty_outputs(query, lists.rows if save else 0)
+    out, saved_q, branch_out, lse = kernels.empty_outputs(query, lists.rows if save else 0)
     lse = lse.to(torch.promote_types(query.dtype, lse.dtype))  # float64 stays float64
     attended = torch.zeros_like(scores @ values)
     for branch, seen in enumerate(visible):
@@ -34,11 +34,16 @@ def forward(query, key, value, lists, scaling, softcap, save):
             lse[branch, :, saved] = branch_lse[sample, :, :queries] / math.log(2)
     own = values.gather(2, _own_keys(lists).expand_as(attended))
     out.copy_(_unpack(torch.where(_is_text(lists), attended, own), lists.queries, out.transpose(1, 2).shape).transpose(1, 2))
-    return out, *packed, branch_out, lse
+    for sample, (queries, _, _, begin) in enumerate(lists.counts.tolist() if save else []):
+        saved_q[0, :, begin : begin + queries] = packed[0][sample, :, :queries]
+    return out, saved_q, *packed[1:], branch_out, lse
 
 
 def backward(out_gradient, saved, lists, scaling, softcap):
-    query, key, value, branch_out, lse = saved
+    saved_q, key, value, branch_out, lse = saved
+    query = saved_q.new_zeros(len(key), saved_q.shape[1], lists.queries.shape[1], saved_q.shape[3])
+    for sample, (queries, _, _, begin) in enumerate(lists.counts.tolist()):
+        query[sample, :, :queries] = saved_q[0, :, begin : begin + queries]
     group_size, seqlen_q, seqlen_k = query.shape[1] // key.shape[1], lists.queries.shape[1], lists.keys.shape[1]
     scores, visible, dcap = _scores(query, key, lists, scaling, softcap)
     do = _pack(out_gradient.transpose(1, 2), lists.queries)[:, :, :seqlen_q]
@@ -57,7 +62,7 @@ def backward(out_gradient, saved, lists, scaling, softcap):
         ds, total_p = ds + p * (dp - (do * outputs).sum(-1, keepdim=True)), total_p + p
     ds = ds * is_text * dcap * scaling
     dq = ds @ keys
-    dk = ds.transpose(-1, -2) @ query[:, :, :seqlen_q]
+    dk = ds.transpose(-1, -2) @ query
     dv = (total_p * is_text).transpose(-1, -2) @ do
     # The output of another query is its own value. Own keys are consecutive.
     own_query = lists.keys.long() - lists.own_key[:, :1].long()

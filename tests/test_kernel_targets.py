@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsvl.acceleration.attention import kernels, launch_configs
-from dsvl.acceleration.attention.token_lists import TokenLists
+from dsvl.acceleration.attention.token_lists import ALIGNMENT, TokenLists
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which compiles without a GPU"),
@@ -146,10 +146,12 @@ def test_a_capability_that_is_not_known_gets_the_least_shared_memory():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("block_d", [16, 64, 128, 256])
 def test_rows_that_a_kernel_reads_were_written(capability, block_d):
-    """A block of the dK/dV kernel reads what whole blocks of the others wrote; packed tensors end with a block."""
+    """A block of the dK/dV kernel reads what whole blocks of the others wrote. Packed tensors end with a block, and so do
+    the samples of what is saved."""
     packed = torch.empty(1, 1, 128, block_d, dtype=torch.bfloat16)
     sizes = {name: launch_configs.block_config(name, packed, capability) for name in ("fwd", "bwd_dq", "bwd_dkdv")}
     for writer in ("fwd", "bwd_dq"):
         assert sizes[writer].block_m % sizes["bwd_dkdv"].block_m == 0
     for one in sizes.values():
         assert kernels.PACK_BLOCK % one.block_m == 0 == kernels.PACK_BLOCK % one.block_n
+        assert ALIGNMENT % one.block_m == 0

@@ -120,6 +120,20 @@ def test_the_custom_operator_has_the_gradients_of_the_autograd_function(monkeypa
             assert ours.equal(theirs)
 
 
+def test_text_queries_alone_are_kept_for_the_backward_pass(monkeypatch):
+    use_plain_kernels(monkeypatch)
+    is_image = torch.arange(1000).expand(2, -1) % 100 >= 10  # 100 text queries in each of two rows
+    lists = TokenLists.build(~is_image, ~is_image, is_image, torch.arange(1000), rows=200)
+    assert lists.rows == 512
+    query, key = torch.randn(2, 4, 1000, 8, requires_grad=True), torch.randn(2, 2, 1000, 8)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
+        kernels.fused_attention(query, key, key, lists, 0.3, 0.0)
+    queries, keys, values, outputs, sums = kept
+    assert (queries, outputs, sums) == ((1, 4, 512, 16), (2, 512, 4, 8), (2, 4, 512))
+    assert keys == values == (2, 2, 1024, 16)
+
+
 @pytest.mark.parametrize(
     ("query", "key", "value", "message"),
     [

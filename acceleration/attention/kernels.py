@@ -50,14 +50,14 @@ DTYPES = (torch.bfloat16, torch.float16)
 #   Counts                (batch, 4): text queries, text keys, image keys, first row of the sample in the saved tensors
 #   branch                0: text keys, 1: image keys
 #   total_q               rows of the saved tensors, which hold the text queries of all samples one after the other
-#   seqlen_q_rounded, seqlen_k_rounded    rows of packed tensors for each head, multiples of PACK_BLOCK
+#   seqlen_k_rounded      rows of packed keys and values for each head, a multiple of PACK_BLOCK
 #   BLOCK_D               HEAD_DIM rounded up to a power of two
 #   WINDOWED              whether intervals of keys may start after the first key of a list
 #
 # Scores, m_i and lse are in units of log2, for exp2. The factor 1.4426950408889634 is log2(e).
 
 # Lengths change with every batch. Triton would compile a kernel again for a length that is 1 or a multiple of 16.
-_LENGTHS = ["seqlen_q", "seqlen_k", "total_q", "seqlen_q_rounded", "seqlen_k_rounded"]
+_LENGTHS = ["seqlen_q", "seqlen_k", "total_q", "seqlen_k_rounded"]
 
 
 def jit(function: Callable, **options: Any) -> Any:
@@ -96,6 +96,14 @@ def _load_block(x, row, start, num_rows, BLOCK: tl.constexpr, BLOCK_D: tl.conste
         rows = tl.arange(0, BLOCK)
         ptrs = x + row.to(tl.int64) * BLOCK_D + (start + rows[:, None]) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         return tl.load(ptrs, mask=(rows < num_rows)[:, None], other=0.0)
+
+
+@jit
+def _store_block(x, row, start, rows, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write whole rows row + start to row + start + BLOCK of a packed tensor, as they are read."""
+    offs_m = start + tl.arange(0, BLOCK)
+    ptrs = x + row.to(tl.int64) * BLOCK_D + offs_m[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(ptrs, rows.to(x.dtype.element_ty))
 
 
 @jit
@@ -216,7 +224,7 @@ def _fwd_inner(
 def _fwd_kernel(
     Q, packed_k, packed_v, V, Out, PackedQ, BranchOut, Lse, QIndex, Counts, KRanges, OwnKey,
     stride_qb, stride_qh, stride_qm, stride_vb, stride_vh, stride_vn, sm_scale, softcap,
-    num_heads, seqlen_q, total_q, seqlen_q_rounded, seqlen_k_rounded, GROUP_SIZE: tl.constexpr,
+    num_heads, seqlen_q, total_q, seqlen_k_rounded, GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr,
@@ -238,13 +246,13 @@ def _fwd_kernel(
         return
     Q += off_b.to(tl.int64) * stride_qb + off_h.to(tl.int64) * stride_qh
     q = _load_rows(Q, idx_m, stride_qm, HEAD_DIM, BLOCK_D, is_text)
+    start_saved = tl.load(Counts + off_b * 4 + 3)
+    offs_saved = start_saved + offs_m
     if SAVE:
-        PackedQ += (off_b * num_heads + off_h).to(tl.int64) * seqlen_q_rounded * BLOCK_D
-        _store_rows(PackedQ, offs_m, BLOCK_D, q, BLOCK_D, BLOCK_D, offs_m < seqlen_q_rounded)
+        _store_block(PackedQ, off_h * total_q + start_saved, start_m * BLOCK_M, q, BLOCK_M, BLOCK_D)
     row_k = (off_b * (num_heads // GROUP_SIZE) + off_hk) * seqlen_k_rounded
     out = tl.zeros([BLOCK_M, BLOCK_D], dtype=Out.dtype.element_ty)
     rows, num_others = tl.arange(0, BLOCK_M), tl.minimum(BLOCK_M, num_text_q - start_m * BLOCK_M) - 1
-    offs_saved = tl.load(Counts + off_b * 4 + 3) + offs_m
     for branch in tl.static_range(2):
         Lo = KRanges + (off_b * 4 + 2 * branch) * seqlen_q + start_m * BLOCK_M
         range_lo, range_hi, lo, full_lo, full_hi, hi = _load_ranges(
@@ -316,7 +324,7 @@ def _bwd_dq_inner(
 def _bwd_dq_kernel(
     packed_q, packed_k, packed_v, DO, PackedDO, DQ, BranchOut, Lse, Delta, QIndex, Counts, KRanges,
     stride_dob, stride_doh, stride_dom, stride_dqb, stride_dqh, stride_dqm, sm_scale, softcap,
-    num_heads, seqlen_q, total_q, seqlen_q_rounded, seqlen_k_rounded, GROUP_SIZE: tl.constexpr,
+    num_heads, seqlen_q, total_q, seqlen_k_rounded, GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     USE_SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -331,14 +339,14 @@ def _bwd_dq_kernel(
     DQ += off_b.to(tl.int64) * stride_dqb + off_h.to(tl.int64) * stride_dqh
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if start_m * BLOCK_M < num_text_q:
-        row_q = (off_b * num_heads + off_h) * seqlen_q_rounded
+        start_saved = tl.load(Counts + off_b * 4 + 3)
+        row_q = off_h * total_q + start_saved
         q = _load_block(packed_q, row_q, start_m * BLOCK_M, num_text_q - start_m * BLOCK_M, BLOCK_M, BLOCK_D, TMA)
         do_base = DO + off_b.to(tl.int64) * stride_dob + off_h.to(tl.int64) * stride_doh
         do = _load_rows(do_base, idx_m, stride_dom, HEAD_DIM, BLOCK_D, is_text)
-        packed_base = PackedDO + row_q.to(tl.int64) * BLOCK_D
-        _store_rows(packed_base, offs_m, BLOCK_D, do, BLOCK_D, BLOCK_D, offs_m < seqlen_q_rounded)
+        _store_block(PackedDO, row_q, start_m * BLOCK_M, do, BLOCK_M, BLOCK_D)
         row_k = (off_b * (num_heads // GROUP_SIZE) + off_hk) * seqlen_k_rounded
-        offs_saved = tl.load(Counts + off_b * 4 + 3) + offs_m
+        offs_saved = start_saved + offs_m
         text_out = BranchOut + off_h.to(tl.int64) * HEAD_DIM
         image_out = BranchOut + (off_h.to(tl.int64) + total_q * num_heads) * HEAD_DIM
         deltas = (
@@ -395,7 +403,7 @@ def _bwd_dkdv_kernel(
     packed_q, packed_k, packed_v, packed_do, DO, DK, DV, Lse, Delta,
     KIndex, Counts, QRanges, OwnKey, stride_dob, stride_doh, stride_dom,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, sm_scale, softcap,
-    num_heads, seqlen_q, seqlen_k, seqlen_q_rounded, seqlen_k_rounded, total_q, GROUP_SIZE: tl.constexpr,
+    num_heads, seqlen_q, seqlen_k, seqlen_k_rounded, total_q, GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     USE_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -432,7 +440,7 @@ def _bwd_dkdv_kernel(
     for off_g in range(0, GROUP_SIZE):
         off_h = off_hk * GROUP_SIZE + off_g
         dk, dv = _bwd_dkdv_inner(
-            dk, dv, k, v, packed_q, packed_do, Lse, Delta, (off_b * num_heads + off_h) * seqlen_q_rounded,
+            dk, dv, k, v, packed_q, packed_do, Lse, Delta, off_h * total_q + start_saved,
             branch * num_heads + off_h, start_saved, range_lo, range_hi, lo, full_lo, full_hi, hi, sm_scale, softcap,
             total_q, BLOCK_D, USE_SOFTCAP, BLOCK_M, PRECISION, TMA,
         )  # fmt: skip
@@ -466,7 +474,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
 
 
-# Rows that a program of _pack_kernel writes. The length of packed tensors is a multiple of it; no block is larger.
+# Rows that a program of _pack_kernel writes. The length of packed keys and values is a multiple of it; no block is larger.
 PACK_BLOCK = 128
 
 
@@ -483,24 +491,30 @@ def _pack(x: torch.Tensor, lists: TokenLists) -> torch.Tensor:
     return packed
 
 
-def empty_packed(x: torch.Tensor, needed: bool = True) -> torch.Tensor:
-    """Allocate the packed form of (batch, heads, seqlen, head_dim); of length 0 if not `needed`."""
+def block_width(head_dim: int) -> int:
+    """BLOCK_D."""
+    return max(1 << (head_dim - 1).bit_length(), 16)
+
+
+def empty_packed(x: torch.Tensor) -> torch.Tensor:
+    """Allocate the packed form of keys or values (batch, kv heads, seqlen_k, head_dim)."""
     batch, heads, seqlen, head_dim = x.shape
-    seqlen_rounded = -(-seqlen // PACK_BLOCK) * PACK_BLOCK if needed else 0
-    return x.new_empty(batch, heads, seqlen_rounded, max(1 << (head_dim - 1).bit_length(), 16))
+    return x.new_empty(batch, heads, -(-seqlen // PACK_BLOCK) * PACK_BLOCK, block_width(head_dim))
 
 
-def empty_outputs(query: torch.Tensor, total_q: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def empty_outputs(query: torch.Tensor, total_q: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Allocate what the forward pass returns, with `total_q` rows of what it saves.
 
     Returns:
         out: (batch, seqlen_q, heads, head_dim)
+        packed_q: (1, heads, total_q, BLOCK_D), the text queries.
         branch_out: (2, total_q, heads, head_dim), output of each branch for the text queries.
         lse: (2, heads, total_q) float32, log-sum-exp of each branch for the text queries.
     """
     batch, num_heads, seqlen_q, head_dim = query.shape
     return (
         query.new_empty(batch, seqlen_q, num_heads, head_dim),
+        query.new_empty(1, num_heads, total_q, block_width(head_dim)),
         query.new_empty(2, total_q, num_heads, head_dim),
         query.new_empty(2, num_heads, total_q, dtype=torch.float32),
     )
@@ -577,15 +591,15 @@ def launch_forward(
     _check_arguments(query, key, value, lists)
     query, value = _contiguous_last_dim(query), _contiguous_last_dim(value)
     batch, num_heads, seqlen_q, head_dim = query.shape
-    packed_q, packed_k, packed_v = empty_packed(query, save), _pack(key, lists), _pack(value, lists)
+    packed_k, packed_v = _pack(key, lists), _pack(value, lists)
     capability = device_capability(query.device)
     config, tma = block_config("fwd", packed_k, capability), has_tma(capability)
     total_q = lists.rows if save else 0
-    out, branch_out, lse = empty_outputs(query, total_q)
+    out, packed_q, branch_out, lse = empty_outputs(query, total_q)
     _fwd_kernel[(triton.cdiv(seqlen_q, config.block_m), batch * num_heads)](
         query, _row_blocks(packed_k, config.block_n, tma), _row_blocks(packed_v, config.block_n, tma), value, out, packed_q,
         branch_out, lse, lists.queries, lists.counts, lists.key_ranges, lists.own_key, *_strides(query), *_strides(value),
-        scaling, softcap, num_heads, seqlen_q, total_q, packed_q.shape[2], packed_k.shape[2],
+        scaling, softcap, num_heads, seqlen_q, total_q, packed_k.shape[2],
         GROUP_SIZE=num_heads // key.shape[1], HEAD_DIM=head_dim, BLOCK_D=packed_k.shape[3], USE_SOFTCAP=softcap > 0,
         WINDOWED=lists.windowed, SAVE=save, PRECISION=_precision(query.dtype), TMA=tma, **config.options,
     )  # fmt: skip
@@ -609,7 +623,7 @@ def launch_backward(
     do = _contiguous_last_dim(out_gradient.transpose(1, 2))
     batch, num_heads, seqlen_q, head_dim = do.shape
     num_kv_heads, seqlen_k = packed_k.shape[1], lists.keys.shape[1]
-    total_q, rounded = lists.rows, (packed_q.shape[2], packed_k.shape[2])
+    total_q, seqlen_k_rounded = lists.rows, packed_k.shape[2]
     delta, packed_do = torch.empty_like(lse), torch.empty_like(packed_q)
     dq, dk, dv = empty_gradients(out_gradient, packed_k, seqlen_k)
     capability = device_capability(do.device)
@@ -623,7 +637,7 @@ def launch_backward(
         _row_blocks(packed_q, config.block_m, tma), _row_blocks(packed_k, config.block_n, tma),
         _row_blocks(packed_v, config.block_n, tma), do, packed_do, dq, branch_out, lse, delta, lists.queries,
         lists.counts, lists.key_ranges, *_strides(do), *_strides(dq), scaling, softcap, num_heads, seqlen_q, total_q,
-        *rounded, WINDOWED=lists.windowed, **constants, **config.options,
+        seqlen_k_rounded, WINDOWED=lists.windowed, **constants, **config.options,
     )  # fmt: skip
     config = block_config("bwd_dkdv", packed_q, capability)
     # One program more than there are blocks of keys: the last block of text keys may be partial.
@@ -632,7 +646,7 @@ def launch_backward(
         _row_blocks(packed_v, config.block_n, tma), _row_blocks(packed_do, config.block_m, tma), do, dk, dv,
         _lse_blocks(lse, config.block_m, tma), _lse_blocks(delta, config.block_m, tma), lists.keys, lists.counts,
         lists.query_ranges, lists.own_key, *_strides(do), *_strides(dk), *_strides(dv), scaling, softcap, num_heads,
-        seqlen_q, seqlen_k, *rounded, total_q, **constants, **config.options,
+        seqlen_q, seqlen_k, seqlen_k_rounded, total_q, **constants, **config.options,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -676,8 +690,8 @@ def mmca(
 @mmca.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: Any, *options: Any) -> Any:
     save = options[-1]
-    out, branch_out, lse = empty_outputs(query, lists[-1].shape[0] if save else 0)
-    return out, empty_packed(query, save), empty_packed(key), empty_packed(value), branch_out, lse
+    out, packed_q, branch_out, lse = empty_outputs(query, lists[-1].shape[0] if save else 0)
+    return out, packed_q, empty_packed(key), empty_packed(value), branch_out, lse
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::mmca_backward", mutates_args=())

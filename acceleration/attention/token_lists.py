@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Rows of a sample begin at a multiple of 4 float32 values (16 bytes), so that they are read in aligned blocks.
-ALIGNMENT = 4
+# Rows of a sample begin at a multiple of the rows of any block, so that a block never reaches into the rows of the next.
+ALIGNMENT = 128
 
 
 @dataclass
