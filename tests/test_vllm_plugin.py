@@ -397,6 +397,17 @@ def test_images_are_read_as_here(served: Any) -> None:
         assert_equal(found[step], expected)
 
 
+def test_an_engine_without_images_answers_text(served: Any) -> None:
+    """vLLM then loads no tower, and hands the decoder ids instead of embeddings."""
+    asked = [[{"role": "user", "content": text}] for text in ("what colour is the cup?", "hello")]
+    expected = [reference(served.model, served.processor, one) for one in asked]
+    engine = CHUNKS | {"limit_mm_per_prompt": {"image": 0}}
+    wanted = job(served.folder / "model", served.model, served.processor, asked, ["chat", "texts"], engine=engine)
+    found = answers_of_vllm(served.folder, wanted)
+    for step in ("chat", "texts"):
+        assert_equal(found[step], expected)
+
+
 def test_the_kernel_of_gpus_computes_mmca_in_an_interpreter(tmp_path: Path) -> None:
     """vLLM's Triton kernel, which a CPU's engine does not use: prefill and decode in a paged cache, heads of 64 and 128."""
     benchmark = TESTS.parent / "benchmarks" / "padded_heads.py"

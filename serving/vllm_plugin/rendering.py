@@ -119,17 +119,17 @@ class DSVLRenderer(HfRenderer):
         return await super().render_messages_async(messages, _as_parts(params))
 
     def _tokenize_prompt(self, prompt: Any, params: Any) -> Any:
-        processor = self.get_mm_processor().info.get_hf_processor()
-        layout = processor.layout
+        images = _images(prompt)
+        # An engine that takes no images has no processor.
+        layout = self.get_mm_processor().info.get_hf_processor().layout if images else None
         if layout is not None and layout.name == "tiles":
-            images = _images(prompt)
             pieces = prompt["prompt"].split(IMAGE_TOKEN)
             if any(image is None for image in images):
                 raise VLLMValidationError(
                     "An image is given by its UUID alone, but with image_layout='tiles' the texts of its tiles follow its "
                     "size; pass the image."
                 )
-            if len(pieces) == len(images) + 1 and images:  # otherwise it is refused later
+            if len(pieces) == len(images) + 1:  # otherwise it is refused later
                 sizes = [image_size(getattr(image, "media", image)) for image in images]
                 texts = [layout.text(IMAGE_TOKEN, *layout.grid(height, width)) for width, height in sizes]
                 whole = pieces[0] + "".join(text + piece for text, piece in zip(texts, pieces[1:], strict=True))
