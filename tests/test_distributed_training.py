@@ -12,6 +12,8 @@ from training_runs import (
     STEPS,
     furthest,
     losses,
+    make_checkpoint,
+    make_conversations,
     make_layout_checkpoint,
     make_training,
     run,
@@ -190,6 +192,22 @@ def test_two_processes_equal_one_with_images_of_different_lengths(folder, tmp_pa
     take_back(tmp_path / "two")
     run(*base, "--output", tmp_path / "two", BATCH, 2, *ZERO[stage], processes=2)
     assert furthest(weights(tmp_path / "two"), final) == 0
+
+
+@pytest.mark.slow
+def test_zero3_reads_a_checkpoint_into_main_memory_once(tmp_path, monkeypatch):
+    """The processes map its files, so that they share the pages, and copy what they keep."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # gathered weights are in main memory here, and given back
+    heads = dict(num_attention_heads=8, num_key_value_heads=8)
+    make_checkpoint(tmp_path, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, **heads)
+    make_conversations(tmp_path, layout="tt")
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert size > 600e6
+    flags = ["--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "output", BATCH, 1]
+    script = str(Path(__file__).with_name("loading_memory.py"))
+    run(tmp_path, *flags, "--max-steps", "1", *ZERO["zero3"], processes=2, module=script)
+    copied = sum(int((tmp_path / rank).read_text()) for rank in "01")
+    assert 0.95 * size < copied < 1.1 * size  # their partitions, in main memory here too
 
 
 @pytest.mark.slow
