@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -272,6 +273,7 @@ def test_a_run_logs_what_it_trains_and_skips(folder, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="dsvl"):
         output = train(folder, tmp_path / "output", *flags)
     said = caplog.text
+    assert re.search(r"Model: loaded in 0:00:\d\d\.", said)
     assert "Parameters: 30,912 of 155,488 are trained (19.88%)." in said
     assert "Data: 10 conversations, 10 turns, 4 images, 1,226 tokens, 81 trained." in said
     assert "Optimizer: 0.000 GiB in each of 1 processes (not partitioned)." in said

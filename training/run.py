@@ -1,6 +1,7 @@
 """Runs a training from its arguments to a complete checkpoint."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from .frozen_precision import describe_frozen_weights, describe_products
 from .hosts import Hosts
 from .model_card import training_facts
 from .model_loading import load_checkpoint_tower, load_model, precision
-from .progress_callbacks import TrainingLines, TrainingProgress
+from .progress_callbacks import TrainingLines, TrainingProgress, duration
 from .repartition import check_states
 from .resumption import (
     LAST,
@@ -200,7 +201,9 @@ def train_model(
     packing = data_arguments.packing
     train_data = pack_data(conversations, collator, data_arguments, seed) if packing else conversations
     logger.info("Data: %s.", describe_data(train_data, collator))
+    started = time.monotonic()
     model = load_model(model_arguments, arguments)
+    logger.info("Model: loaded in %s.", duration(time.monotonic() - started))
     if model.config.multimodal_attention == "mmca":
         agree(model.config.text_config, precision(arguments), arguments.device)
 
