@@ -70,6 +70,13 @@ def test_two_processes_equal_one_where_one_of_them_has_no_images(folder, tmp_pat
     trained, before = loaded.model.multi_modal_projector.linear.weight, composed.model.multi_modal_projector.linear.weight
     assert not torch.equal(trained, before)
 
+    learning = {name for name in composed.state_dict() if "multi_modal_projector" in name or "embed_tokens" in name}
+    states = list((output / "checkpoint-2").glob("global_step2/*model_states.pt"))
+    assert len(states) == {"ddp": 0, "zero3": 2}.get(stage, 1)
+    for file in states:  # of what is frozen, the weights of the composed model are those of the run
+        state = torch.load(file, weights_only=False)
+        assert set(state["module"]) == learning and state["frozen_param_fragments"] is None
+
     final, kept = weights(output), losses(output)
     take_back(output)
     resumed = train_by_two(folder, output, *ZERO[stage], *flags, *evaluate)
@@ -124,14 +131,15 @@ def test_many_images_in_less_memory_train_the_same_in_two_processes(folder, tmp_
     assert_as_alone(output, alone(*flags))
 
 
-def test_what_zero_to_fp32_makes_of_partitions_is_what_was_saved(folder, tmp_path):
+def test_what_zero_to_fp32_makes_of_partitions_is_what_was_trained(folder, tmp_path):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     output = tmp_path / "output"
     train_by_two(folder, output, "--deepspeed", "zero3")
     consolidated = weights(output / "checkpoint-4")
     gathered = get_fp32_state_dict_from_zero_checkpoint(str(output / "checkpoint-4"))
-    assert furthest({key: gathered[key] for key in gathered}, consolidated) == 0
+    assert set(gathered) == {name for name in consolidated if "multi_modal_projector" in name or "embed_tokens" in name}
+    assert furthest({key: gathered[key] for key in gathered}, {key: consolidated[key] for key in gathered}) == 0
     assert furthest(weights(output), consolidated) == 0
 
 

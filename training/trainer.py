@@ -22,6 +22,7 @@ from ..transformers_dsvl import installed_release
 from ..utils.transformers_names import SCHEDULER_NAME, EvalLoopOutput, get_parameter_names
 from .adapters import base_model
 from .checkpoints import send_checkpoint
+from .deepspeed_states import loading_what_is_trained, saving_what_is_trained
 from .evaluation import exact_match
 from .frozen_precision import frozen_linears
 from .fsdp import full_state, layer_classes, load_full_state, shard_with_accelerate
@@ -131,9 +132,12 @@ class DSVLTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As in `Trainer`; under FSDP without a second copy of the weights, and every process writes its states."""
+        """As in `Trainer`, without a second copy of the weights: under DeepSpeed of trained ones alone, under FSDP of none.
+        Under FSDP every process writes its states."""
         if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
+            deepspeed = saving_what_is_trained(self.model_wrapped) if self.is_deepspeed_enabled else contextlib.nullcontext()
+            with deepspeed:
+                super()._save_optimizer_and_scheduler(output_dir)
             return
         save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
@@ -336,8 +340,13 @@ class DSVLTrainer(Trainer):
         with self._loadable(self.state.best_model_checkpoint):
             super()._load_best_model()
 
-    def _loadable(self, checkpoint: str | None) -> contextlib.AbstractContextManager[None]:
-        return loadable(self, checkpoint) if self.is_deepspeed_enabled else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _loadable(self, checkpoint: str | None) -> Iterator[None]:
+        if not self.is_deepspeed_enabled:
+            yield
+            return
+        with loading_what_is_trained(), loadable(self, checkpoint):
+            yield
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in `Trainer`, but learning rate, decay and betas are taken from the arguments, not from the checkpoint."""
