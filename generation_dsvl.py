@@ -11,9 +11,8 @@ from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcess
 
 from .acceleration_dsvl import acceleration
 from .cache_dsvl import cached_types, known_positions, remember_types, whole_positions
-from .inputs_dsvl import PEFT_HINT, check_image_counts, check_num_tiles
+from .inputs_dsvl import PEFT_HINT, by_tile, check_image_counts, check_image_numbers, check_num_tiles
 from .masks_dsvl import sequence_may_hold_images, step_codes
-from .positions_dsvl import by_tile
 from .projectors_dsvl import NumberedImages
 from .transformers_dsvl import (
     CACHE,
@@ -116,11 +115,12 @@ class DSVLGenerationMixin(GenerationMixin):
     def _check_image_cache(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         if kwargs.get("assistant_model") is not None:
             raise ValueError(NO_IMAGE_CACHE)
-        given = [k for k in ("pixel_values", "image_features", "mm_encoder_outputs") if kwargs.get(k) is not None]
+        others = "pixel_values", "image_features", "mm_encoder_outputs", "image_numbers"
+        given = [name for name in others if kwargs.get(name) is not None]
         if given or input_ids is None:
             raise ValueError(
                 f"image_cache goes with input_ids alone, but {', '.join(given) or 'no input_ids'} came with it; it must "
-                "hold all images of the prompts (ImageKVCache.cat joins several)."
+                "hold all images of the prompts (ImageKVCache.cat joins several), under their numbers."
             )
 
     def _take_new_images(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -147,6 +147,8 @@ class DSVLGenerationMixin(GenerationMixin):
             if "spatial_shapes" not in images:
                 check_image_counts(is_image.sum(-1).tolist(), self.config.image_seq_length, whole_images=True)
             new, numbers = is_image, self._image_numbers(is_image, lengths, tiles, numbers, kwargs)
+            if numbers is not None:
+                check_image_numbers(len(numbers), number, self._numbered_images(kwargs))
             # A mask that is longer than the ids means that the ids are the new tokens alone, as in transformers.
             if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
                 new = is_image[:, int(cache.get_seq_length()) :]
@@ -227,9 +229,10 @@ class DSVLGenerationMixin(GenerationMixin):
         Raises:
             ValueError: if they cannot be counted.
         """
+        numbered_images = self._numbered_images(kwargs)
         if given is not None:
-            return by_tile(given, tiles)
-        if not self.config.numbered_images or not lengths:
+            return by_tile(given, tiles, numbered_images)
+        if not numbered_images or not lengths:
             return None
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         is_whole = mask is None or mask.shape[1] == is_image.shape[1]
@@ -237,6 +240,11 @@ class DSVLGenerationMixin(GenerationMixin):
             new = is_image[:, int(cache.get_seq_length()) :] if is_whole else is_image
             return self.model.tile_numbers(new, lengths, tiles, cache=cache)
         return self.model.tile_numbers(is_image, lengths, tiles)
+
+    def _numbered_images(self, kwargs: dict[str, Any]) -> int:
+        """The `numbered_images` of this model, or of its assistant model, which gets the same images."""
+        assistant = getattr(kwargs.get("assistant_model"), "config", None)
+        return self.config.numbered_images or getattr(assistant, "numbered_images", 0)
 
     def _numbering(self, run: Callable, input_ids: torch.Tensor | None) -> Callable:
         """`GenerationMixin.generate`, in models with `numbered_images` for images that hold their numbers: transformers

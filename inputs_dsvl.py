@@ -6,6 +6,7 @@ checked after the decoder's kernels are queued, so that nothing waits for the de
 
 import inspect
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -208,6 +209,41 @@ def check_tiles_are_told(image_layout: str, num_tiles: Any) -> None:
         )
 
 
+def check_image_numbers(numbers: int, images: int, numbered_images: int) -> None:
+    """Refuse `image_numbers` of a model without `numbered_images`, or of other images.
+
+    Args:
+        numbers: how many were passed.
+        images: how many images they are for, or tiles.
+        numbered_images: of the configuration.
+
+    Raises:
+        ValueError: if the model has none, or these are not as many.
+    """
+    if not numbered_images:
+        raise ValueError("image_numbers for a model of numbered_images=0, which has no embeddings of them; omit them.")
+    if numbers != images:
+        raise ValueError(f"{numbers} image_numbers for {images} images or tiles; pass one for each image.")
+
+
+def by_tile(
+    image_numbers: torch.Tensor | Sequence[int], num_tiles: torch.Tensor | None, numbered_images: int
+) -> torch.Tensor:
+    """The number of each tile's image, (tiles,), from the `image_numbers` of a call.
+
+    Args:
+        numbered_images: of the configuration.
+
+    Raises:
+        ValueError: if these are not as many as the images of `num_tiles`, or the model has none.
+    """
+    numbers = torch.as_tensor(image_numbers)
+    if num_tiles is None:
+        return numbers
+    check_image_numbers(len(numbers), len(num_tiles), numbered_images)
+    return numbers.repeat_interleave(num_tiles.to(numbers.device))
+
+
 def check_num_tiles(named: int, given: int) -> None:
     """Compare the sum of `num_tiles` with the number of tiles that came with it.
 
@@ -330,8 +366,10 @@ def gather_unique_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 __all__ = [
     "PEFT_HINT",
     "AsyncHostCopy",
+    "by_tile",
     "check_document_ids",
     "check_image_counts",
+    "check_image_numbers",
     "check_labels",
     "check_num_tiles",
     "check_tiles_are_told",

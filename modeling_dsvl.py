@@ -19,8 +19,10 @@ from .generation_dsvl import DSVLGenerationMixin
 from .inputs_dsvl import (
     PEFT_HINT,
     AsyncHostCopy,
+    by_tile,
     check_document_ids,
     check_image_counts,
+    check_image_numbers,
     check_labels,
     check_num_tiles,
     check_position_order,
@@ -33,7 +35,7 @@ from .inputs_dsvl import (
     reversed_image_order,
 )
 from .masks_dsvl import build_masks, decoder_masks, masks_from_codes, sequence_may_hold_images
-from .positions_dsvl import by_tile, documents_of_positions, image_positions, tile_numbers, token_positions
+from .positions_dsvl import documents_of_positions, image_positions, tile_numbers, token_positions
 from .projectors_dsvl import DSVLImageNumbers, DSVLResampler, NumberedImages, make_projector
 from .transformers_dsvl import (
     CACHE,
@@ -227,7 +229,7 @@ class DSVLModel(DSVLPreTrainedModel):
                 sequence. Derived from `input_ids` by default; required with `inputs_embeds` that contain their images
                 already, unless `multimodal_attention` is "causal".
             mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`, in the order of the image
-                tokens.
+                tokens. Those with `image_numbers` keep theirs.
             image_features: `get_image_features(...).last_hidden_state`, computed earlier by a frozen tower, (tiles, tower
                 tokens, tower width), instead of `pixel_values`. Processes that train together all pass it, one without
                 images an empty one.
@@ -290,7 +292,7 @@ class DSVLModel(DSVLPreTrainedModel):
                 if image_numbers is None:
                     numbers = self.tile_numbers(is_image, lengths, num_tiles, documents, types, cache)
                 else:
-                    numbers = by_tile(image_numbers, num_tiles)
+                    numbers = by_tile(image_numbers, num_tiles, self.config.numbered_images)
                 images = self.number_images(images, numbers)
             embedded = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         if is_image is not None and embedded is not None:
@@ -428,7 +430,9 @@ class DSVLModel(DSVLPreTrainedModel):
             ValueError: for inputs of another image layout.
         """
         images = self.encode(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
-        return images if image_numbers is None else self.number_images(images, by_tile(image_numbers, num_tiles))
+        if image_numbers is None:
+            return images
+        return self.number_images(images, by_tile(image_numbers, num_tiles, self.config.numbered_images))
 
     def encode(
         self,
@@ -463,16 +467,13 @@ class DSVLModel(DSVLPreTrainedModel):
         Raises:
             ValueError: if these are not as many, or the model numbers no images.
         """
-        add: Any = self.multi_modal_projector.image_numbers
-        if add is None:
-            raise ValueError("image_numbers for a model of numbered_images=0, which has no embeddings of them; omit them.")
         parts = list(images.pooler_output)
         whole = torch.cat(parts)
         is_native = self.config.image_layout == "native"  # else all tiles are alike, and chunks of them may come as one
         tokens = self.config.image_seq_length
         lengths = list(map(len, parts)) if is_native else [tokens] * (len(whole) // tokens)
-        if len(numbers) != len(lengths):
-            raise ValueError(f"{len(numbers)} image_numbers for {len(lengths)} images or tiles; pass one for each image.")
+        check_image_numbers(len(numbers), len(lengths), self.config.numbered_images)
+        add: Any = self.multi_modal_projector.image_numbers
         added = add(numbers.to(whole.device)).to(whole)
         if is_native:
             added = added[torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(whole.device)]

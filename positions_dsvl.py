@@ -67,12 +67,6 @@ def tile_numbers(
     return counts[:, past:].flatten()[index]
 
 
-def by_tile(image_numbers: torch.Tensor | Sequence[int], num_tiles: torch.Tensor | None) -> torch.Tensor:
-    """The number of each tile's image, (tiles,), from those of the images."""
-    numbers = torch.as_tensor(image_numbers)
-    return numbers if num_tiles is None else numbers.repeat_interleave(num_tiles.to(numbers.device))
-
-
 def image_positions(
     token_types: torch.Tensor,
     tokens_per_image: int,
@@ -150,7 +144,6 @@ def documents_of_positions(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 __all__ = [
-    "by_tile",
     "document_starts",
     "documents_of_positions",
     "image_positions",

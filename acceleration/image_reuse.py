@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from ..cache_dsvl import cached_types
-from ..inputs_dsvl import check_num_tiles, check_tiles_are_told
+from ..inputs_dsvl import check_image_numbers, check_num_tiles, check_tiles_are_told
 from ..masks_dsvl import AttentionMask, visibilities
 from ..transformers_dsvl import BaseModelOutputWithPooling
 from .attention.gathered_mask import Slots
@@ -141,18 +141,14 @@ class ImageReuse:
         Raises:
             ValueError: if these are not as many as images, the model has none, or tiles cannot be told from images.
         """
-        if not getattr(self.model.config, "numbered_images", 0):  # older code has no field
-            if given is not None:
-                raise ValueError(
-                    "image_numbers for a model of numbered_images=0, which has no embeddings of them; omit them."
-                )
+        numbered_images = getattr(self.model.config, "numbered_images", 0)  # older code has no field
+        if given is not None:
+            check_image_numbers(len(given), images, numbered_images)
+            return [int(number) for number in given]
+        if not numbered_images:
             return None
-        if given is None:
-            check_tiles_are_told(self.model.config.image_layout, num_tiles)
-        numbers = list(range(1, images + 1)) if given is None else [int(number) for number in given]
-        if len(numbers) != images:
-            raise ValueError(f"{len(numbers)} image_numbers for {images} images; pass one for each image.")
-        return numbers
+        check_tiles_are_told(self.model.config.image_layout, num_tiles)
+        return list(range(1, images + 1))
 
     def _encode_tiles(
         self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None, spatial_shapes: torch.Tensor | None
@@ -426,17 +422,18 @@ def check_numbers(
     Raises:
         ValueError: if an image holds another number.
     """
-    # Tiles may come one by one, each with the number of its image.
-    steps = {0, 1} if config.image_layout == "tiles" else {1}
-    varies = config.image_layout in ("tiles", "native")
-    images = iter(zip(numbers, map(sum, tile_lengths), strict=True))
+    is_tiled, varies = config.image_layout == "tiles", config.image_layout in ("tiles", "native")
+    images = iter(zip(numbers, tile_lengths, strict=True))
     for cached, count in counts:
         own: list[int] = []
+        alone: list[bool] = []  # single tiles may be parts of an image that come one by one, each with its number
         while count > 0:
-            number, tokens = next(images)
+            number, lengths = next(images)
             own.append(number)
-            count -= tokens
-        grows = all(after - before in steps for before, after in pairwise(own))
+            alone.append(is_tiled and len(lengths) == 1)
+            count -= sum(lengths)
+        follows = zip(pairwise(own), pairwise(alone), strict=True)
+        grows = all(after - before in ({0, 1} if all(tiles) else {1}) for (before, after), tiles in follows)
         begins = not own or (own[0] > 1 if varies and cached else own[0] == cached // config.image_seq_length + 1)
         if not grows or not begins:
             raise ValueError(

@@ -80,7 +80,7 @@ def compare_servers(options: argparse.Namespace) -> dict[str, Any]:
 
 def fill(library: ImageLibrary, model: Any, number: int, images: torch.Tensor) -> list[Any]:
     """Let a library hold so many images: what it keeps of one, under other keys."""
-    made = library.image({"pixel_values": images}, [model.config.image_seq_length])
+    made = library.image({"pixel_values": images}, [model.config.image_seq_length], 1)
     library.generation_inputs(model, [made])
     tensors, kind = made.leases[0].tensors, library.tiers.memory.names()[0].split("-")[0]
     found = []

@@ -48,11 +48,6 @@ def numbered_key(key: str, number: int) -> str:
     return f"{key}-{number}"
 
 
-def number_of(key: str) -> int:
-    """The number in a `numbered_key`."""
-    return int(key.rpartition("-")[2])
-
-
 @cache
 def code_version() -> str:
     """A hash of the package's code that computes images, and of the releases of torch and transformers."""
@@ -103,7 +98,6 @@ __all__ = [
     "adapter_state",
     "code_version",
     "is_random",
-    "number_of",
     "numbered_key",
     "preprocessing_version",
     "tile_keys",

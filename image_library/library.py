@@ -15,7 +15,7 @@ from ..acceleration.reuse.applicability import takes_image_cache
 from ..acceleration.reuse.image_cache import ImageKVCache
 from ..generation_dsvl import IMAGE_INPUTS
 from ..transformers_dsvl import BaseModelOutputWithPooling, gathers_weights
-from .content_keys import adapter_state, code_version, is_random, number_of, numbered_key, tile_keys
+from .content_keys import adapter_state, code_version, is_random, numbered_key, tile_keys
 from .memory_tier import Lease, Tensors
 from .tiers import ImageTiers
 
@@ -149,15 +149,20 @@ class ImageLibrary:
             return
         lengths = model.config.tile_lengths(len(images["pixel_values"]), images.get("spatial_shapes"))
         as_keys = self.features_because is None and takes_image_cache(model, input_ids, lengths, kwargs)
-        keys, numbers = tile_keys(images), kwargs.get("image_numbers")
-        if as_keys and numbers is not None:
-            keys = list(map(numbered_key, keys, numbers.tolist()))
+        keys = tile_keys(images)
+        numbers: list[int] | None = None
+        if as_keys and self._holds_numbers:
+            numbers = kwargs["image_numbers"].tolist()
+            keys = list(map(numbered_key, keys, numbers))
         unique = dict(zip(keys, lengths, strict=True))
         if sum(unique.values()) * self.token_bytes(model, as_keys) > self.tiers.memory.limit:
             with self._lock:
                 self.counts.bypassed += 1
             return
-        made = self._collect(model, keys, {}, images, as_keys)
+        made = self._collect(model, keys, numbers, {}, images, as_keys)
+        if numbers is not None:
+            made["image_cache"].numbers = None  # they are those of the call: nothing to compare
+            del kwargs["image_numbers"]
         for name in images:
             del kwargs[name]
         kwargs.update(made)
@@ -174,7 +179,7 @@ class ImageLibrary:
         size = sum(map(sum, lengths)) * self.token_bytes(model)
         return size <= self.tiers.memory.limit and model.config.image_token_id not in ids[-2:]
 
-    def find(self, source: str, number: int = 1) -> LibraryImage | None:
+    def find(self, source: str, number: int) -> LibraryImage | None:
         """An image that `image` has seen under this name, if the library keeps all of it.
 
         Args:
@@ -194,15 +199,15 @@ class ImageLibrary:
         return [numbered_key(key, number) for key in keys] if self._holds_numbers else keys
 
     def image(
-        self, inputs: dict[str, torch.Tensor], lengths: Sequence[int], source: str | None = None, number: int = 1
+        self, inputs: dict[str, torch.Tensor], lengths: Sequence[int], number: int, source: str | None = None
     ) -> LibraryImage:
         """An image for `generation_inputs`, from its model inputs.
 
         Args:
             inputs: `pixel_values` and what comes with it, as the processor makes them of one image.
             lengths: the number of tokens of each of its tiles.
-            source (*optional*): the name by which `find` knows it from now on.
             number: of the image in its prompt.
+            source (*optional*): the name by which `find` knows it from now on.
         """
         keys = tile_keys({name: inputs[name] for name in IMAGE_INPUTS if name in inputs})
         if source is not None:
@@ -241,21 +246,23 @@ class ImageLibrary:
         keys = [key for image in images for key in image.keys]
         missing = [key for key in dict.fromkeys(keys) if key in pixels]
         given = {name: torch.cat([pixels[key][name] for key in missing]) for name in (pixels[missing[0]] if missing else ())}
-        made = self._collect(model, keys, leases, given, self.features_because is None, missing)
+        numbers = [image.number for image in images for _ in image.keys]
+        held = numbers if self._holds_numbers else None
+        made = self._collect(model, keys, held, leases, given, self.features_because is None, missing)
         for image in images:
             if image.inputs is not None and self._leased(image) is not None:
                 image.inputs = None
         if "mm_encoder_outputs" in made and getattr(model.config, "numbered_images", 0) > 0:
-            made["image_numbers"] = torch.tensor([image.number for image in images for _ in image.keys])
+            made["image_numbers"] = torch.tensor(numbers)
         return made
 
     def add(self, model: Any, inputs: dict[str, torch.Tensor], lengths: Sequence[int], source: str | None = None) -> bool:
-        """Encode an image, if the library does not have it. The arguments are those of `image`.
+        """Encode an image as the first of a prompt, if the library does not have it. The arguments are those of `image`.
 
         Returns:
             Whether the library keeps it.
         """
-        image = self.image(inputs, lengths, source)
+        image = self.image(inputs, lengths, 1, source)
         if image.inputs is None:
             return True
         self.generation_inputs(model, [image])
@@ -312,6 +319,7 @@ class ImageLibrary:
         self,
         model: Any,
         keys: list[str],
+        numbers: list[int] | None,
         leases: dict[str, Lease],
         pixels: dict[str, torch.Tensor],
         as_keys: bool,
@@ -321,6 +329,7 @@ class ImageLibrary:
 
         Args:
             keys: of all tiles, repeated ones too.
+            numbers: of their images, if the entries hold them.
             leases: of some tiles.
             pixels: of the tiles `pixel_keys`; of all tiles, by default.
             as_keys: whether as keys and values.
@@ -340,7 +349,9 @@ class ImageLibrary:
         if missing:
             chosen = torch.tensor([indices[key] for key in missing])
             own = {name: part[chosen.to(part.device)].to(_device(model)) for name, part in pixels.items()}
-            encoded = self._encode(model, own, as_keys, self._numbers(missing) if as_keys else None)
+            number_of = dict(zip(keys, numbers or (), strict=False))
+            own_numbers = None if numbers is None else [number_of[key] for key in missing]
+            encoded = self._encode(model, own, as_keys, own_numbers)
             for key, tensors in zip(missing, encoded, strict=True):
                 # Copies, as these are parts of larger tensors.
                 found[key] = {
@@ -356,11 +367,7 @@ class ImageLibrary:
         if not as_keys:
             features = [part["features"].to(_device(model)) for part in parts]
             return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
-        return {"image_cache": _joined(model, parts, self._numbers(keys))}
-
-    def _numbers(self, keys: Sequence[str]) -> list[int] | None:
-        """The numbers that entries hold, None if they hold none."""
-        return list(map(number_of, keys)) if self._holds_numbers else None
+        return {"image_cache": _joined(model, parts, numbers)}
 
     def _encode(
         self, model: Any, pixels: dict[str, torch.Tensor], as_keys: bool, numbers: list[int] | None

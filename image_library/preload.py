@@ -82,7 +82,7 @@ def preload(
             f"These files cannot be preloaded: {'; '.join(unreadable[:NAMED])}{more}. Remove them, or pass others."
         )
     library.tiers.flush()
-    return sum(library.find(source) is not None for source in sources), len(sources)
+    return sum(library.find(source, 1) is not None for source in sources), len(sources)
 
 
 def _is_hidden(path: Path) -> bool:

@@ -236,7 +236,7 @@ class ChatCompletions(ChatCompletionHandler):
             else:
                 made = await run(self.preparing, self.preprocess_image, part, number, own)
                 if library is not None and takes_library:
-                    made = await run(self.preparing, library.image, made, own, source, number)
+                    made = await run(self.preparing, library.image, made, own, number, source)
             inputs.append(made)
         if takes_library:
             return {LIBRARY_IMAGES: inputs} if inputs else {}

@@ -324,6 +324,11 @@ GENERATIONS |= {
     "beams": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, lambda *args: greedy(*args, num_beams=3)),
     "sampling": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, sampled),
     "numbered": (lambda: tiny_model("llama", numbered_images=4), UNEVEN_PROMPTS, greedy),
+    "numbered otherwise": (
+        lambda: tiny_model("llama", numbered_images=4),
+        UNEVEN_PROMPTS,
+        lambda *args: greedy(*args, image_numbers=torch.tensor([3, 1, 3, 2, 4])),
+    ),
     "numbered, encoded once": (lambda: tiny_model("llama", numbered_images=4), UNEVEN_PROMPTS, numbered_from_cache),
     "encoded once": (lambda: tiny_model("llama"), UNEVEN_PROMPTS, from_cache),
     "on the host": (

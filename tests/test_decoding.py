@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import PAD_ID, batch, run_uncompiled, tiny_model
+from torch import nn
 from transformers import CompileConfig, StaticCache, StopStringCriteria, TextStreamer
 
 from dsvl import DSVLForConditionalGeneration
 from dsvl.acceleration.decoding import decoding_loop
+from dsvl.acceleration.decoding.static_steps import StoredInputs
 from dsvl.cache_dsvl import cached_types
 from dsvl.utils.quantization import quantization_config
 
@@ -199,3 +201,9 @@ def test_on_a_gpu_products_of_one_row_are_tuned(monkeypatch: pytest.MonkeyPatch)
     assert model._default_compile_config().options == {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     model.get_compiled_call(None)
     assert model._last_compile_config == model._default_compile_config()
+
+
+def test_steps_take_linear_layers_that_are_called_by_keywords() -> None:
+    row, weight = torch.randn(1, 4), torch.randn(3, 4)
+    with StoredInputs():
+        assert nn.functional.linear(input=row, weight=weight).equal(row @ weight.t())

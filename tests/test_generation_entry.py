@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from dsvl import acceleration
+from dsvl.image_library import ImageLibrary
 
 LAYOUTS = {"one": ("ttIttIttt",), "padded": ("ttIttIttt", "tIt")}
 OPTIONS = {
@@ -121,6 +122,8 @@ def test_prompts_of_text_and_over_image_caches_begin_here(numbered_images: int, 
     model.generate(**inputs, image_cache=images, num_tiles=torch.ones(1, dtype=torch.long), **options)
     text = torch.tensor([[3, 4, 5]])
     model.generate(text, attention_mask=torch.ones_like(text), **options)
+    model.image_library = ImageLibrary(model, 2**24)
+    model.generate(**batch("ttItt"), **options)
 
 
 @pytest.mark.parametrize("positions", ["token", "image"])

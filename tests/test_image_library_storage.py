@@ -218,7 +218,7 @@ def test_many_threads(tmp_path: Path) -> None:
         generator, found = random.Random(seed), 0
         while not stop.is_set():
             number = generator.randrange(8)
-            image = library.find(str(number))
+            image = library.find(str(number), 1)
             if image is not None:
                 found += 1
                 tensors = image.leases[0].tensors
@@ -230,7 +230,7 @@ def test_many_threads(tmp_path: Path) -> None:
         readers = [pool.submit(read, seed) for seed in range(8)]
         for number in range(30):
             chosen = [random.Random(number).randrange(8) for _ in range(3)]
-            made = [library.image({"pixel_values": images[index : index + 1]}, [5]) for index in chosen]
+            made = [library.image({"pixel_values": images[index : index + 1]}, [5], 1) for index in chosen]
             cache = library.generation_inputs(model, made)["image_cache"]
             torch.testing.assert_close(cache.keys, exact[chosen].keys)
             assert library.tiers.memory.bytes <= 4 * size

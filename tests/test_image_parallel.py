@@ -74,6 +74,7 @@ GENERATIONS = [
     "sampling",
     "encoded once",
     "numbered",
+    "numbered otherwise",
     "numbered, encoded once",
     "on the host",
 ]
@@ -96,7 +97,15 @@ FAST_CASES = [
     "native_images",
     "fused_kernels_in_windows",
 ]
-FAST_GENERATIONS = ["greedy", "beams", "sampling", "encoded once", "numbered", "numbered, encoded once"]
+FAST_GENERATIONS = [
+    "greedy",
+    "beams",
+    "sampling",
+    "encoded once",
+    "numbered",
+    "numbered otherwise",
+    "numbered, encoded once",
+]
 
 
 @pytest.fixture(scope="module")

@@ -213,6 +213,55 @@ def test_prompts_of_embeddings_number_images(case: str) -> None:
         assert model.generate(inputs_embeds=embeds, **others, **told, **GREEDY).equal(expected)
 
 
+@pytest.mark.parametrize("case", ["crop", "tiles", "native"])
+def test_numbers_of_a_call_hold_over_a_library_and_compiled_turns(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, processor), (fast, _) = shared_parts(case), layout_parts(case)
+    images = [noise(size, i) for i, size in enumerate(SIZES[1:3])]
+    inputs, told = model_inputs(processor, [question(images)]), {"image_numbers": torch.tensor([4, 2])}
+    expected = model.generate(**inputs, **told, **GREEDY)
+    assert not expected.equal(model.generate(**inputs, **GREEDY))
+    fast.image_library = ImageLibrary(fast, 2**24)
+    for _ in range(2):
+        assert fast.generate(**inputs, **told, **GREEDY).equal(expected)
+    fast.image_library = None
+    # Behind a KV cache, new images are encoded first after `compile_text_prefill`.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    fast.compile_text_prefill()
+    first = question(images[:1])
+    messages = [*first, {"role": "assistant", "content": "Yes"}, *question(images[1:], "And this?")]
+    opening, whole = model_inputs(processor, [first]), model_inputs(processor, [messages])
+    answers = []
+    for one in (model, fast):
+        cache = DynamicCache(config=one.config.text_config)
+        with torch.no_grad():
+            one(**opening, past_key_values=cache)
+        answers.append(one.generate(**whole, **told, past_key_values=cache, **GREEDY))
+    assert answers[0].equal(answers[1])
+
+
+@pytest.mark.parametrize("case", ["crop", "tiles", "native"])
+def test_image_numbers_are_compared_with_the_images(case: str) -> None:
+    model, processor = shared_parts(case)
+    inputs = model_inputs(processor, [question([noise(size, i) for i, size in enumerate(SIZES[1:3])])])
+    for numbers in ([1], [1, 2, 3]):
+        told = {"image_numbers": torch.tensor(numbers)}
+        cache = DynamicCache(config=model.config.text_config)
+        for call in (model, model.generate):
+            for others in ({}, {"past_key_values": cache}):
+                with pytest.raises(ValueError, match=f"{len(numbers)} image_numbers for 2 images or tiles; pass one"):
+                    call(**inputs, **told, **others)
+
+
+@pytest.mark.parametrize("case", ["crop", "tiles", "native"])
+@pytest.mark.parametrize("numbered", ["assistant", "model"])
+def test_one_of_model_and_assistant_may_number_images(case: str, numbered: str) -> None:
+    (one, processor), (other, _) = shared_parts(case), layout_parts(case, numbered_images=0)
+    model, assistant = (one, other) if numbered == "model" else (other, one)
+    inputs = model_inputs(processor, [question([noise(size, i) for i, size in enumerate(SIZES[1:3])])])
+    expected = model.generate(**inputs, **GREEDY)
+    assert model.generate(**inputs, **GREEDY, assistant_model=assistant).equal(expected)
+
+
 @torch.no_grad()
 def test_numbers_for_a_model_without_numbers_are_refused() -> None:
     model, inputs = tiny_model(), batch("ttItIt")
@@ -252,12 +301,14 @@ def test_encoded_images_hold_numbers_and_prompts_compare_them() -> None:
         model.generate(**inputs, image_cache=cache[[0, 0, 2]], **GREEDY)
     with pytest.raises(ValueError, match=r"hold the numbers \[2, 1\]"):
         model.generate(**inputs, image_cache=cache[[1, 0, 2]], **GREEDY)
-    with pytest.raises(ValueError, match="2 image_numbers for 3 images; pass one for each image"):
+    with pytest.raises(ValueError, match="2 image_numbers for 3 images or tiles; pass one for each image"):
         model.encode_images(pixels, image_numbers=[1, 2])
     with pytest.raises(ValueError, match="image_numbers for a model of numbered_images=0"):
         tiny_model().encode_images(pixels, image_numbers=[1, 2, 3])
     with pytest.raises(ValueError, match="image_numbers for a model of numbered_images=0"):
         tiny_model().get_image_features(pixels, image_numbers=torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="input_ids alone, but image_numbers came with it"):
+        model.generate(**inputs, image_cache=cache, image_numbers=torch.tensor([1, 2, 1]), **GREEDY)
     with pytest.raises(ValueError, match="1 numbers for 3 images"):
         ImageKVCache(cache.keys, cache.values, cache.fingerprint, cache.tile_lengths, numbers=[1])
 
@@ -296,8 +347,19 @@ def test_tiles_are_not_encoded_as_images() -> None:
         model.encode_images(inputs["pixel_values"])
     tiles = inputs["num_tiles"].tolist()
     assert model.encode_images(inputs["pixel_values"], num_tiles=tiles).numbers == (1,)
-    one_by_one = model.encode_images(inputs["pixel_values"], image_numbers=[1] * sum(tiles))
+    pixels = inputs.pop("pixel_values")
+    one_by_one = model.encode_images(pixels, image_numbers=[1] * sum(tiles))
     assert one_by_one.numbers == (1,) * sum(tiles)
+    expected = model.generate(**inputs, pixel_values=pixels, **GREEDY)
+    assert model.generate(**inputs, image_cache=one_by_one, **GREEDY).equal(expected)
+
+
+def test_an_image_of_several_tiles_does_not_come_twice_under_a_number() -> None:
+    model, processor = shared_parts("tiles")
+    inputs = model_inputs(processor, [question([noise(SIZES[1], 1)] * 2)])
+    cache = model.encode_images(inputs.pop("pixel_values"), num_tiles=inputs["num_tiles"])
+    with pytest.raises(ValueError, match=r"hold the numbers \[1, 1\]"):
+        model.generate(**inputs, image_cache=cache[[0, 0]], **GREEDY)
 
 
 def test_caches_of_before_images_had_numbers_stay_valid(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,17 @@ def test_a_static_cache_that_is_filled_to_its_end(monkeypatch: pytest.MonkeyPatc
     assert [size for one, size in steps if one is model] == [7] * 5 + [1] * 4
 
 
+@pytest.mark.parametrize("drafts", ["lookup", "model"])
+def test_a_static_cache_without_compiled_steps_is_filled_to_its_end(drafts: str) -> None:
+    """As on a CPU."""
+    model, inputs = tiny_model(), batch(LAYOUT)
+    how = {"prompt_lookup_num_tokens": 4} if drafts == "lookup" else {"assistant_model": draft_model(2)}
+    for tokens in range(2, 12):
+        options = OPTIONS | {"max_new_tokens": tokens}
+        expected = model.generate(**inputs, **options)
+        assert model.generate(**inputs, **options, **how, cache_implementation="static").equal(expected)
+
+
 @pytest.mark.parametrize(
     "options", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"do_sample": True, "top_k": 1}]
 )

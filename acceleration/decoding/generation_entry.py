@@ -147,6 +147,7 @@ def _encode_new_images(model: Any, inputs: torch.Tensor | None, kwargs: dict[str
         if getattr(model.config, "numbered_images", 0):  # older code has no field
             images["image_numbers"] = kwargs.pop("image_numbers", None)
         kwargs["image_cache"] = model.encode_images(**images)
+        kwargs["image_cache"].numbers = None  # they are those of the call: nothing to compare
         for name in images:
             kwargs.pop(name, None)
 

@@ -89,8 +89,8 @@ def decode_speculatively(
     Args:
         model: a `DSVLForConditionalGeneration`.
         run: its `GenerationMixin._assisted_decoding`, for cases in which this loop does not apply (outputs with scores,
-            drafts of other kinds, sampling with a draft model, synchronized GPUs, sliding windows). With an image KV cache
-            or an earlier turn those are decoded without drafts.
+            drafts of other kinds, sampling with a draft model, synchronized GPUs, sliding windows). With an image KV cache,
+            an earlier turn or a static KV cache those are decoded without drafts.
         input_ids, ...: the arguments of `GenerationMixin._assisted_decoding`.
     """
     cache: Any = model_kwargs.get(CACHE)
@@ -112,9 +112,11 @@ def decode_speculatively(
         assistant_tokenizer is None and can_draft(assistant_model, generation_config, model_kwargs)
     )
     if not makes_drafts or not (is_static or (applies and can_step(model, model_kwargs))):
-        # `run` does not take an image KV cache, and gives wrong tokens after a KV cache that is not empty (transformers
-        # 5.24).
-        is_untaken = model_kwargs.get("image_cache") is not None or (cache is not None and int(cache.get_seq_length()) > 0)
+        # `run` does not take an image KV cache, gives wrong tokens after a KV cache that is not empty, and writes its last
+        # drafts behind the end of a static one (transformers 5.24).
+        is_untaken = model_kwargs.get("image_cache") is not None or (
+            cache is not None and (cache.is_compileable or int(cache.get_seq_length()) > 0)
+        )
         if is_untaken and len(input_ids) == 1:
             options = dict(synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
             return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **options)

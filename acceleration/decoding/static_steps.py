@@ -7,6 +7,7 @@ inputs.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -139,7 +140,8 @@ def run_step(
             "attention_mask": by_layer_type(dict.fromkeys(types, placeholder)),
             "multimodal_masks": dict.fromkeys(types, StepMask(bias, sees).for_queries(length, tokens.shape[1])),
         }
-    with StoredInputs():
+    # Entered for one row alone, as not every call is traced within such a mode.
+    with StoredInputs() if tokens.numel() == 1 else nullcontext():
         hidden = decoder(
             inputs_embeds=model.get_input_embeddings()(tokens),
             position_ids=offset + index,
@@ -155,7 +157,7 @@ class StoredInputs(TorchFunctionMode):
     """Keeps the input of a linear layer of one row in memory; see `stored`."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is nn.functional.linear and args[0].numel() == args[0].shape[-1]:
+        if func is nn.functional.linear and args and args[0].numel() == args[0].shape[-1]:
             args = (stored(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 
@@ -194,4 +196,4 @@ def can_step_static(model: Any, model_kwargs: dict[str, Any]) -> bool:
     )
 
 
-__all__ = ["StaticSteps", "can_step_static", "compiled_step", "run_step"]
+__all__ = ["StaticSteps", "StoredInputs", "can_step_static", "compiled_step", "run_step"]

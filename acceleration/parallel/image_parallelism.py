@@ -201,6 +201,7 @@ def _generation_over(model: Any, group: Any, generate: Any) -> Any:
                 ids = kwargs["input_ids"] if inputs is None else inputs
                 images["image_numbers"] = _numbers(model, ids, pixels, images, kwargs)
             kwargs["image_cache"] = model.encode_images(pixels, **images)
+            kwargs["image_cache"].numbers = None  # they are those of the call: nothing to compare
         first = distributed.get_global_rank(group, 0)
         processors = LogitsProcessorList([*(logits_processor or []), ScoresOfFirst(group)])
         device = model.device
