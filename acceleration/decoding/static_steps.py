@@ -154,10 +154,10 @@ def run_step(
 
 
 class StoredInputs(TorchFunctionMode):
-    """Keeps the input of a linear layer of one row in memory; see `stored`."""
+    """Keeps the inputs of linear layers in memory, for steps of one row; see `stored`."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is nn.functional.linear and args and args[0].numel() == args[0].shape[-1]:
+        if func is nn.functional.linear and args:
             args = (stored(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 
