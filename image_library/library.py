@@ -349,8 +349,10 @@ class ImageLibrary:
         if missing:
             chosen = torch.tensor([indices[key] for key in missing])
             own = {name: part[chosen.to(part.device)].to(_device(model)) for name, part in pixels.items()}
-            number_of = dict(zip(keys, numbers or (), strict=False))
-            own_numbers = None if numbers is None else [number_of[key] for key in missing]
+            own_numbers: list[int] | None = None
+            if numbers is not None:
+                number_of = dict(zip(keys, numbers, strict=True))
+                own_numbers = [number_of[key] for key in missing]
             encoded = self._encode(model, own, as_keys, own_numbers)
             for key, tensors in zip(missing, encoded, strict=True):
                 # Copies, as these are parts of larger tensors.
