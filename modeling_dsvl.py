@@ -789,7 +789,7 @@ class DSVLModel(DSVLPreTrainedModel):
             ValueError: if the decoder does not keep its layers in a list `layers`.
         """
         module = require_acceleration("compile_decoder_layers")
-        self._compiled_layers = module.CompiledDecoderLayers(self.language_model, self.vision_tower, options)
+        self._compiled_layers = module.CompiledDecoderLayers(self.language_model, options)
         self._compiled_layers.switch(self.training)
 
     def reduce_memory(self, **options: Any) -> None:

@@ -27,21 +27,21 @@ class CompiledDecoderLayers:
 
     Args:
         decoder: the language model.
-        tower: the vision tower.
         options: of `torch.compile`.
 
     Raises:
         ValueError: if the decoder does not keep its layers in a list `layers`.
     """
 
-    def __init__(self, decoder: PreTrainedModel, tower: PreTrainedModel, options: dict[str, Any]) -> None:
+    def __init__(self, decoder: PreTrainedModel, options: dict[str, Any]) -> None:
         layers_of(decoder)
         torch._dynamo.config.optimize_ddp = False
-        self.decoder, self.tower, self.options = decoder, tower, options
+        self.decoder, self.options = decoder, options
+        self.others: list[nn.Module] = []  # modules that are not the decoder's
 
     def switch(self, training: bool) -> None:
         """Use the compiled layers in training mode, the others in evaluation mode."""
-        parts = list(parts_in_8_bits(self.tower))
+        parts = list(self.others)
         for layer in layers_of(self.decoder):
             tiles = tiles_of(layer)
             if tiles is not None:
@@ -55,6 +55,18 @@ class CompiledDecoderLayers:
                 module._compiled_call_impl = None
             elif module._compiled_call_impl is None:
                 module.compile(**self.options)
+
+
+def compile_8_bit_tower(model: Any) -> None:
+    """Also compile what is in 8 bits in the vision tower of a model whose decoder layers are compiled, in training mode: the
+    host would take longer over each rounding than a GPU.
+
+    Args:
+        model: a `DSVLForConditionalGeneration`.
+    """
+    compiled = model.model._compiled_layers
+    compiled.others = list(parts_in_8_bits(model.model.vision_tower))
+    compiled.switch(model.training)
 
 
 def parts_in_8_bits(tower: nn.Module) -> Iterator[nn.Module]:
@@ -74,4 +86,4 @@ def compiled_parts(layer: nn.Module) -> list[nn.Module]:
     return [module for module in layer.children() if tiles is None or module is not tiles.mlp]
 
 
-__all__ = ["CompiledDecoderLayers"]
+__all__ = ["CompiledDecoderLayers", "compile_8_bit_tower", "parts_in_8_bits"]

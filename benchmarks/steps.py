@@ -10,7 +10,7 @@ from measure import Table, utilise
 from models import Shape, dsvl, inputs, llava, twin
 from torch.utils.checkpoint import checkpoint
 
-from dsvl.acceleration.decoder_layers import parts_in_8_bits
+from dsvl.acceleration.decoder_layers import compile_8_bit_tower, parts_in_8_bits
 from dsvl.acceleration.memory.frozen_linear import PRECISIONS
 from dsvl.training.frozen_precision import freeze_in_8_bits
 from dsvl.training.liger import use_liger
@@ -76,6 +76,7 @@ def compiled(model: Any, compiler: str) -> Any:
     fast = twin(model)
     if hasattr(fast, "compile_decoder_layers"):
         fast.compile_decoder_layers(backend=compiler)
+        compile_8_bit_tower(fast)
     else:
         for module in (*fast.model.language_model.layers, *parts_in_8_bits(fast.model.vision_tower)):
             module.compile(backend=compiler)

@@ -4,6 +4,7 @@ import ast
 import shutil
 import sys
 import warnings
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,13 @@ def test_a_checkpoints_own_code_is_accelerated_too(tmp_path, monkeypatch):
     assert interface.acceleration() is acceleration
     pixels = torch.zeros(1, 3, model.config.image_size, model.config.image_size)
     assert len(model.encode_images(pixels)) == 1
+
+
+def test_the_interface_is_called_as_checkpoints_of_all_releases_call_it():
+    """Of this version of the interface; see acceleration_dsvl.py."""
+    made = acceleration.CompiledDecoderLayers(tiny_model().model.language_model, {})
+    made.switch(False)
+    assert list(signature(acceleration.CompiledDecoderLayers).parameters) == ["decoder", "options"]
 
 
 def test_two_versions_of_the_core_work_in_one_process(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from torch import nn
 from training_runs import STEPS, losses, make_checkpoint, make_conversations, take_back, weights
 
 from dsvl import DSVLForConditionalGeneration
+from dsvl.acceleration.decoder_layers import compile_8_bit_tower
 from dsvl.acceleration.memory import frozen_linear
 from dsvl.acceleration.memory.activation_offloading import offload_activations
 from dsvl.acceleration.memory.frozen_linear import PRECISIONS, FrozenLinear
@@ -215,6 +216,7 @@ def test_attention_and_mlps_of_a_tower_in_8_bits_are_compiled_while_it_serves_tr
     changed = copy.deepcopy(model)
     torch._dynamo.reset()
     changed.compile_decoder_layers(backend="aot_eager", fullgraph=True)
+    compile_8_bit_tower(changed)
     parts = [module for module in changed.model.vision_tower.modules() if module._compiled_call_impl is not None]
     assert sorted(type(part).__name__ for part in parts) == ["CLIPAttention"] * 2 + ["CLIPMLP"] * 2
     for layouts in (("ttIttIttttttt", "ttt"), ("tttttttttttttttt", "Itt")):

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModel, set_seed
 from transformers.utils import logging
 
+from ..acceleration.decoder_layers import compile_8_bit_tower
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..transformers_dsvl import is_deepspeed_zero3_enabled, no_init_weights
@@ -109,6 +110,7 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
     )
     if model_arguments.compile_decoder_layers:
         base.compile_decoder_layers()
+        compile_8_bit_tower(base)
     if arguments.deepspeed is None:
         train_in_float32(model, dtype, casts_embeddings="language" not in model_arguments.train)
     return model
