@@ -31,8 +31,8 @@ def freeze_in_8_bits(
 
     Call it after the trained parts were chosen and adapters were added, and before `reduce_memory`,
     `compile_decoder_layers` and `dsvl.acceleration.decoder_layers.compile_8_bit_tower`. The model's state dict keeps the
-    original weights, see `FrozenLinear`; with a `source`, all frozen weights in it have the dtype of the source. Routers, and
-    layers that other modules compute (in `nn.MultiheadAttention`), keep their precision.
+    original weights, see `FrozenLinear`; with a `source`, all frozen weights in it have the dtype of the source. Routers,
+    and layers that other modules compute (in `nn.MultiheadAttention`), keep their precision.
 
     Args:
         model: a model with `model.language_model` and `model.vision_tower`, such as `DSVLForConditionalGeneration`.
