@@ -20,7 +20,8 @@ class CompiledDecoderLayers:
     and any labels; a second graph serves all other lengths. The vision tower, the projector and the loss are not compiled.
     In evaluation mode nothing is: every length and every layer's cache would be a graph of its own. Parameters keep their
     names, and nothing of it is saved. A layer whose memory is reduced (memory/tiled_mlp.py, attention/text_queries.py) is
-    compiled in parts: attention, norms, and the MLP or a tile of it.
+    compiled in parts: attention, norms, and the MLP or a tile of it. Under ZeRO-3, layers must be gathered at once
+    (`deepspeed.utils.set_z3_leaf_modules`), as `dsvl train` has it.
 
     Sets `torch._dynamo.config.optimize_ddp` to False for the process: torch would cut graphs at the buckets of
     `DistributedDataParallel`, which does not work with gradient checkpointing. Gradients are sent between layers anyway.
@@ -48,13 +49,35 @@ class CompiledDecoderLayers:
                 tiles.tile = torch.compile(checkpointed_tile, **self.options) if training else checkpointed_tile
             own = compiled_parts(layer)
             if own != [layer]:
-                layer._compiled_call_impl = None
+                _use_as_written(layer)
             parts += own
         for module in parts:
-            if not training:
-                module._compiled_call_impl = None
-            elif module._compiled_call_impl is None:
-                module.compile(**self.options)
+            if training:
+                _compile(module, self.options)
+            else:
+                _use_as_written(module)
+
+
+def _compile(module: nn.Module, options: dict[str, Any]) -> None:
+    if _gathered_at_once(module):
+        if "forward" not in module.__dict__:
+            module.forward = torch.compile(module.forward, **options)  # type: ignore[method-assign]
+    elif module._compiled_call_impl is None:
+        module.compile(**options)
+
+
+def _use_as_written(module: nn.Module) -> None:
+    if _gathered_at_once(module):
+        module.__dict__.pop("forward", None)
+    module._compiled_call_impl = None
+
+
+def _gathered_at_once(module: nn.Module) -> bool:
+    """Whether ZeRO-3 gathers all weights of a module before it is entered, by hooks, which are left out of its graph.
+
+    What `deepspeed.utils.z3_leaf_module` returns, which this does not import.
+    """
+    return getattr(module, "_z3_leaf", False)
 
 
 def compile_8_bit_tower(model: Any) -> None:

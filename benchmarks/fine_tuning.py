@@ -58,6 +58,7 @@ ROWS = (
     "zero2/dsvl+liger+every4",
     "zero3/llava",
     "zero3/dsvl",
+    "zero3/dsvl+compiled",
     "zero3/dsvl+liger+every4",
     "lora/zero2/llava",
     "lora/zero2/dsvl",
@@ -149,6 +150,10 @@ def build(row: Row, shape: Shape, backend: str) -> torch.nn.Module:
         # On the whole model, as Trainer does. Llava's frozen tower then has an autograd graph and is recomputed too; DSVL's
         # never has one.
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=row.checkpoint_every)
+    if row.model == "dsvl" and row.zero_stage == 3:
+        from dsvl.training.zero3 import gather_layer_by_layer
+
+        gather_layer_by_layer(model)
     if row.compiled:
         model.compile_decoder_layers()
     if row.lora:

@@ -1,7 +1,7 @@
 """Training steps over several GPUs: DDP, ZeRO-1, 2 and 3, and FSDP2, with compiled layers, Liger's kernels and LoRA.
 
     python benchmarks/scaling.py --processes 1 2 4 [--shape 7b] [--rows ddp+compiled zero3 fsdp] [--out scaling.json]
-    python benchmarks/scaling.py --processes 2 --shape 70b --rows zero3+leaf+prefetch fsdp fsdp+fp8+compiled --checkpointing
+    python benchmarks/scaling.py --processes 2 --shape 70b --rows zero3+prefetch fsdp fsdp+fp8+compiled --checkpointing
     python benchmarks/scaling.py --processes 2 --rows zero2 zero3 --profile profiles    # what bounds a step
     python benchmarks/scaling.py --processes 1 2 --shape tiny    # without GPUs: gloo, float32
 
@@ -10,14 +10,14 @@ trained, tower and decoder are frozen; with `lora/` adapters are trained as well
 each number of processes in processes of its own, started by torchrun. A row is `[lora/]METHOD[+VARIANT ...]`:
 
     ddp, zero1, zero2, zero3, fsdp    how the processes share the training, set up as `dsvl train` does
-    +compiled     compiled decoder layers; zero3 needs +leaf, with which weights are gathered before a layer is entered
+    +compiled     compiled decoder layers
     +liger        Liger's kernels in the decoder
     +kept         fsdp: weights stay gathered between forward and backward
     +fp8, +int8   frozen linear layers in 8 bits, but for the decoder's first and last layer; not zero3
 
 What ZeRO-3 gathers when, as variants of `zero3` (DeepSpeed 0.19: runtime/zero/partitioned_param_coordinator.py):
 
-    +leaf         a decoder or tower layer is gathered at once (`set_z3_leaf_modules`), not linear layer by linear layer: the
+    +single       linear layers are gathered one by one, as DeepSpeed does by itself, not whole decoder and tower layers: the
                   host waits for the third last gather at each module (`__max_ongoing_fetch_events`)
     +prefetch     two decoder layers are gathered in advance; "auto" is less than one linear layer of 7B
     +release      a weight is released after each use (`stage3_max_reuse_distance` 0); 10^9 keeps the last 500 million
@@ -66,6 +66,7 @@ from dsvl.training.fsdp import layer_classes, shard_with_accelerate
 from dsvl.training.memory_plan import plan
 from dsvl.training.model_loading import train_in_float32
 from dsvl.training.trainer import count_parameters
+from dsvl.training.zero3 import gather_layer_by_layer
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,13 @@ SHAPES = {
 }
 BIG = ("30b", "70b")  # too large for one GPU: built in parts
 QWEN_TOWER = ("70b",)
-ROWS = ("ddp", "ddp+compiled", "zero1", "zero2", "zero2+compiled", "zero3", "zero3+leaf+prefetch", "fsdp", "fsdp+compiled")
+ROWS = ("ddp", "ddp+compiled", "zero1", "zero2", "zero2+compiled", "zero3", "zero3+compiled", "fsdp", "fsdp+compiled")
 LEARNING_RATE = 1e-3  # large enough to change the loss in a few steps
 WARM_UP = 3  # steps: compilation, optimizer states, ZeRO-3's trace of its weights
 
-# Settings of `zero_optimization`, by variant; "leaf" and "prefetch" depend on the model.
+# Settings of `zero_optimization`, by variant; "prefetch" depends on the model, and "single" is none.
 ZERO3_VARIANTS: dict[str, dict[str, Any]] = {
-    "leaf": {},
+    "single": {},
     "prefetch": {},
     "release": {"stage3_max_reuse_distance": 0},
     "live": {"stage3_max_live_parameters": 4 * 10**9},
@@ -134,8 +135,8 @@ class Row:
             raise ValueError(f"{name!r}: layers are in one of {' and '.join(PRECISIONS)}; drop the other.")
         if row.precision is not None and row.method == "zero3":
             raise ValueError(f"{name!r}: ZeRO-3 does not partition 8-bit weights; take fsdp+{row.precision}.")
-        if "compiled" in variants and row.method == "zero3" and "leaf" not in variants:
-            raise ValueError(f"{name!r}: weights would be gathered inside of compiled layers; add +leaf.")
+        if {"compiled", "single"} <= set(variants):
+            raise ValueError(f"{name!r}: weights would be gathered inside of compiled layers; drop +single.")
         return row
 
     @property
@@ -174,9 +175,6 @@ def zero_config(row: Row, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
         zero["stage3_prefetch_bucket_size"] = int(2 * layer)
     if "hpz" in row.variants:
         zero["zero_hpz_partition_size"] = int(os.environ["LOCAL_WORLD_SIZE"])
-    if "leaf" in row.variants:
-        # Not the classes themselves: DeepSpeed takes names, and compiled layers keep theirs.
-        zero["leaf_module"] = {"classes": ["LlamaDecoderLayer", "CLIPEncoderLayer", "DSVLQwenVisionLayer"]}
     return config | {
         "train_micro_batch_size_per_gpu": shape.batch,
         "train_batch_size": shape.batch * dist.get_world_size(),
@@ -217,19 +215,11 @@ def build(name: str, row: Row, shape: Shape, checkpointing: bool, device: torch.
         model = with_adapters(model)
     if row.precision is not None:
         freeze_in_8_bits(model, row.precision, sharded=row.method == "fsdp")
+    if row.method == "zero3" and "single" not in row.variants:
+        gather_layer_by_layer(model)
     if "compiled" in row.variants:
-        compile_layers(model.get_base_model() if row.lora else model, row)
+        (model.get_base_model() if row.lora else model).compile_decoder_layers()
     return model
-
-
-def compile_layers(model: Any, row: Row) -> None:
-    """Compile the decoder's layers; under ZeRO-3 without DeepSpeed's hooks, which gather the weights before."""
-    model.compile_decoder_layers()  # whose masks are those for compiled layers
-    if row.method != "zero3":
-        return
-    for layer in model.model.language_model.layers:
-        layer._compiled_call_impl = None
-        layer.forward = torch.compile(layer.forward)
 
 
 def fill(model: torch.nn.Module, device: torch.device) -> None:

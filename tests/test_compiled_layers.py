@@ -1,6 +1,8 @@
 """A decoder whose layers are compiled trains as it does otherwise, by one graph for every kind of layer."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +234,18 @@ def test_generated_code_agrees_as_well(way, monkeypatch):
             for name, gradient in gradients.items():
                 torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
     assert graphs() == 4
+
+
+def test_under_zero3_layers_share_a_graph_that_keeps_no_weights(tmp_path):
+    pytest.importorskip("deepspeed")
+    script, found = str(Path(__file__).with_name("compiled_zero3.py")), {}
+    for way in ("plain", "compiled"):
+        run(way, tmp_path / way, processes=2, module=script)
+        found[way] = json.loads((tmp_path / way).read_text())
+    assert found["compiled"]["losses"] == pytest.approx(found["plain"]["losses"], abs=1e-5)
+    assert (found["plain"]["graphs"], found["compiled"]["graphs"]) == (0, 1)
+    assert found["compiled"]["losses"][-1] < found["compiled"]["losses"][0]
+    assert found["compiled"]["left"] < 0.2 * found["compiled"]["weights"]  # gathered weights would be as many as weights
 
 
 @pytest.mark.slow

@@ -131,6 +131,18 @@ def test_many_images_in_less_memory_train_the_same_in_two_processes(folder, tmp_
     assert_as_alone(output, alone(*flags))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("reduced", [[], ["--tiled-mlp", "8", "--skip-image-queries"]], ids=" ".join)
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_compiled_layers_train_the_same_under_zero3(folder, tmp_path, alone, checkpointing, reduced):
+    """With an evaluation, which is not compiled, after every second step."""
+    output = tmp_path / "output"
+    flags = [*IN_ORDER, "--compile-decoder-layers", "--activation-checkpointing", checkpointing, *reduced]
+    evaluate = ["--eval-data", folder / "held_out.jsonl", "--eval-exact-match", "--eval-max-new-tokens", "3"]
+    train_by_two(folder, output, *ZERO["zero3"], *flags, *evaluate)
+    assert_as_alone(output, alone(*IN_ORDER))
+
+
 def test_what_zero_to_fp32_makes_of_partitions_is_what_was_trained(folder, tmp_path):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

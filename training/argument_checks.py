@@ -40,7 +40,7 @@ def check_options(values: dict[str, Any]) -> None:
     if stage is not None and values.get("torch_compile"):
         raise ValueError("--torch-compile with --deepspeed: their hooks are not compatible; choose one of them.")
     if values.get("compile_decoder_layers"):
-        _check_compilation(values, stage)
+        _check_compilation(values)
     _check_memory_reduction(values)
     if values.get("image_parallel", 1) != 1:
         _check_image_parallel(values)
@@ -62,15 +62,10 @@ def check_options(values: dict[str, Any]) -> None:
     _check_reports(values.get("report_to"))
 
 
-def _check_compilation(values: dict[str, Any], stage: int | None) -> None:
+def _check_compilation(values: dict[str, Any]) -> None:
     if values.get("torch_compile") or values.get("torch_compile_backend") or values.get("torch_compile_mode"):
         raise ValueError(
             "--compile-decoder-layers with --torch-compile: the layers would be compiled twice; choose one of them."
-        )
-    if stage == 3:
-        raise ValueError(
-            "--compile-decoder-layers with ZeRO-3: it gathers weights inside the layers, which breaks the graph; choose "
-            "--deepspeed zero2."
         )
 
 

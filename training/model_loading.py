@@ -1,8 +1,6 @@
 """Loads the model to train, or its vision tower alone."""
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,12 +12,12 @@ from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..transformers_dsvl import is_deepspeed_zero3_enabled, no_init_weights
 from ..utils.quantization import quantization_config
-from ..utils.transformers_names import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from .adapters import base_model, lora_config
 from .arguments import DSVLTrainingArguments, ModelArguments
 from .frozen_precision import freeze_in_8_bits
 from .liger import use_liger
 from .trainable_parts import PARTS
+from .zero3 import gather_layer_by_layer, without_zero3
 
 
 def precision(arguments: DSVLTrainingArguments) -> torch.dtype:
@@ -82,7 +80,7 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
     model = DSVLForConditionalGeneration.from_pretrained(model_arguments.model, **options)
     model.config.text_config.use_cache = False
     if is_deepspeed_zero3_enabled():
-        _gather_attention_pooling(model)
+        gather_layer_by_layer(model)
     if arguments.use_liger_kernel:
         use_liger(model)
         arguments.use_liger_kernel = False  # the Trainer would look for kernels of the model type "dsvl"
@@ -131,34 +129,6 @@ def train_in_float32(model: Any, dtype: torch.dtype, casts_embeddings: bool) -> 
             parameter.data = parameter.data.float()
     if casts_embeddings:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))
-
-
-def _gather_attention_pooling(model: torch.nn.Module) -> None:
-    """Have ZeRO-3 gather weights that torch's attention, in the pooling head of SigLIP's towers, reads from its child.
-
-    DeepSpeed notices this by itself in a forward pass of its engine, but not in `generate`.
-    """
-    import deepspeed
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.MultiheadAttention):
-            for parameter in module.out_proj.parameters():
-                deepspeed.zero.register_external_parameter(module, parameter)
-
-
-@contextlib.contextmanager
-def without_zero3() -> Iterator[None]:
-    """Load weights unpartitioned while ZeRO-3 is enabled."""
-    from ..utils.transformers_names import _hf_deepspeed_config_weak_ref as zero3_config
-
-    kept = zero3_config() if is_deepspeed_zero3_enabled() else None
-    if kept is not None:
-        unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if kept is not None:
-            set_hf_deepspeed_config(kept)
 
 
 def load_checkpoint_tower(name: str, config: DSVLConfig, dtype: torch.dtype) -> Any:

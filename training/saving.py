@@ -15,9 +15,10 @@ from .arguments import ModelArguments
 from .checkpoints import RECORD
 from .fingerprint import STAGE_FACTS
 from .hosts import Hosts
-from .model_loading import precision, without_zero3
+from .model_loading import precision
 from .plot import PLOT, plot_training
 from .trainer import DSVLTrainer
+from .zero3 import without_zero3
 
 logger = logging.getLogger(__name__)
 

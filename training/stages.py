@@ -38,7 +38,7 @@ from .fingerprint import (
     take_fingerprint,
 )
 from .hosts import Hosts
-from .model_loading import check_model_arguments, without_zero3
+from .model_loading import check_model_arguments
 from .recipe import Recipe, compose_arguments, naming_stage
 from .resumption import (
     LAST,
@@ -53,6 +53,7 @@ from .resumption import (
 from .run import check_model, finished_run, interruption_message, open_run_data, train_model
 from .saving import StageOfRun, share_model
 from .watchdog import watching
+from .zero3 import without_zero3
 
 logger = logging.getLogger(__name__)
 
