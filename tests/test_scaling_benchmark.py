@@ -143,3 +143,22 @@ def test_it_runs_with_one_and_two_processes(tmp_path):
     for row in ("zero3", "fsdp"):
         assert results[row, 2]["profile"]["calls_of_collectives"]["allgather"] > 0
     assert "100.0%" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_checkpoint_from_disk_through_an_interrupted_training_and_back(tmp_path):
+    pytest.importorskip("deepspeed")
+    commands = {"make": [], "start": [], "end": ["--delete-source"], "check": []}
+    for command, flags in commands.items():
+        script = [sys.executable, str(BENCHMARKS / "large_checkpoint.py"), command, str(tmp_path / "large"), *flags]
+        done = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "large" / "large_checkpoint.json").read_text())
+    assert not list((tmp_path / "large" / "model").glob("*.safetensors"))
+    assert (found["start"]["resumed"], found["end"]["resumed"]) == (False, True)
+    assert 0 < found["start"]["host_gib_until_loaded"] <= found["start"]["host_gib"] and found["start"]["load_seconds"] >= 0
+    assert len(found["start"]["step_seconds"]) == len(found["end"]["step_seconds"]) == 2
+    assert 0 < found["start"]["optimizer_states_gib"] < found["start"]["checkpoint_gib"] / 2
+    assert found["check"]["same_names"]
+    assert all("multi_modal_projector" in name or "embed_tokens" in name for name in found["check"]["changed"])
+    assert 0 < len(found["check"]["changed"]) < found["check"]["weights"]
