@@ -370,6 +370,15 @@ def test_zero_3_partitions_the_weights_too():
     assert cpu == 0
 
 
+def test_zero_3_gathers_a_layer_and_copies_it_out_of_one_tensor():
+    def buffers(**sizes):
+        large = replace(SIZES, parameters=(10**9, 10**9), **sizes)
+        return model_states(large, TRACE, "zero3", world_size=4)[0].buffers
+
+    assert buffers(largest_layer=10**8) - buffers(largest_layer=0) == 2 * (2 * 10**8 - SIZES.largest_module)
+    assert buffers(largest_layer=10**8, largest_module=3 * 10**8) - buffers(largest_module=3 * 10**8) == 0
+
+
 def test_offloading_moves_everything_but_the_work_to_main_memory():
     forward, _, cpu = model_states(SIZES, TRACE, "zero3-offload", world_size=4)
     assert (forward.weights, forward.gradients, forward.optimizer) == (2 * (40 + 50), 0, 0)

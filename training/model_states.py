@@ -46,7 +46,7 @@ class ModelSizes:
         largest_module: largest sum of the parameters that one module holds itself.
         hidden: hidden size of the decoder, from which transformers computes DeepSpeed's "auto" bucket sizes.
         element: bytes per weight.
-        largest_layer: parameters of the largest layer of decoder or tower, for FSDP.
+        largest_layer: parameters of the largest layer of decoder or tower, for ZeRO-3 and FSDP.
         unlayered: parameters outside of these layers and of the embeddings, for FSDP.
         in_8_bits: bytes of frozen weights in 8 bits and of their scales, which are not among `parameters`.
         largest_layer_bytes: of the largest layer, weights in 8 bits included, for FSDP; 0: computed from `largest_layer`.
@@ -183,8 +183,9 @@ def _zero_3(
     persistent = sum(numel for numel in sizes.parameters if numel <= persistence_threshold)
     # Whole parameters that are gathered at the same time. Parameters that are used again within max_reuse_distance are not
     # released (__params_to_release): between forward and backward these are the last layers, counted in both directions.
-    # Then the current module, and the prefetched ones, which are copied out of one tensor (AllGatherCoalescedHandle.wait).
-    gathered = MAX_REUSE_DISTANCE // 2 + sizes.largest_module + 2 * prefetch
+    # Then the current layer, or another module, and the prefetched weights; layers and these are copied out of one tensor
+    # (AllGatherCoalescedHandle.wait).
+    gathered = MAX_REUSE_DISTANCE // 2 + max(sizes.largest_module, 2 * sizes.largest_layer) + 2 * prefetch
     gathered = element * min(gathered, sum(sizes.parameters) - persistent)
     # The bucket (_setup_for_real_optimizer) and flattened copies for two concurrent reductions (reduce_scatter_coalesced).
     buckets = 3 * element * bucket
