@@ -103,9 +103,13 @@ def test_evaluations_of_two_processes_equal_those_of_one(folder, tmp_path, stage
         assert second == pytest.approx(first, abs=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_adapters_train_the_same_in_two_processes(folder, tmp_path, alone, stage):
-    flags = [*IN_ORDER, "--lora-rank", "4", "--lora-vision"]
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [("zero2", []), ("zero3", []), ("zero3", ["--train"])],  # nothing before the first layers that have adapters
+    ids=["zero2", "zero3", "zero3, adapters alone"],
+)
+def test_adapters_train_the_same_in_two_processes(folder, tmp_path, alone, stage, more):
+    flags = [*IN_ORDER, "--lora-rank", "4", "--lora-vision", *more]
     output = tmp_path / "output"
     train_by_two(folder, output, *ZERO[stage], *flags)
     assert_as_alone(output, alone(*flags))

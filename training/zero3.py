@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..transformers_dsvl import is_deepspeed_zero3_enabled
@@ -21,13 +23,26 @@ def gather_layer_by_layer(model: nn.Module) -> None:
     """
     import deepspeed
 
-    deepspeed.utils.set_z3_leaf_modules(model, layer_classes(model))
+    for layer in deepspeed.utils.set_z3_leaf_modules(model, layer_classes(model)):
+        layer.register_forward_pre_hook(_let_inputs_have_gradients)
     # torch's attention, in the pooling head of SigLIP's towers, reads weights of its child. In a forward pass of its engine
     # DeepSpeed notices this by itself, but not in `generate`.
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             for parameter in module.out_proj.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def _let_inputs_have_gradients(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Let a layer that is trained compute the gradients of its inputs, though nothing before it is trained.
+
+    DeepSpeed reduces the gradients of its weights in a full backward hook (runtime/zero/stage3.py), which torch calls before
+    these are computed if no input has a gradient.
+    """
+    states = inputs[0]
+    if not torch.is_grad_enabled() or states.requires_grad or not any(p.requires_grad for p in layer.parameters()):
+        return None
+    return (states.detach().requires_grad_(), *inputs[1:])
 
 
 @contextlib.contextmanager
