@@ -53,6 +53,7 @@ SETUPS = {
     "adapters": ["--bf16", "--lora-rank", "8", "--lora-vision"],
     "zero2": ["--bf16", "--deepspeed", "zero2"],
     "zero3": ["--bf16", "--deepspeed", "zero3", "--activation-checkpointing", "true"],
+    "zero3, compiled": ["--bf16", "--deepspeed", "zero3", "--compile-decoder-layers"],
     "zero3 with adapters": ["--bf16", "--deepspeed", "zero3", "--lora-rank", "8"],
     "fp8, compiled": ["--bf16", *FROZEN, "fp8", "--compile-decoder-layers", "--activation-checkpointing", "true"],
     "fp8 with adapters and zero2": ["--bf16", *FROZEN, "fp8", "--lora-rank", "8", "--lora-vision", "--deepspeed", "zero2"],
@@ -78,12 +79,13 @@ def test_a_run_learns_and_resumes(folder, tmp_path, setup):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3", "zero3-offload", "fsdp"])
+@pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3", "zero3 compiled", "zero3-offload", "fsdp"])
 def test_two_gpus_learn_as_one(folder, tmp_path, setup):
     if "zero" in setup:
         pytest.importorskip("deepspeed")
     train(folder, tmp_path / "one")
-    flags = ["--deepspeed", setup] if "zero" in setup else ["--fsdp"] if setup == "fsdp" else []
+    flags = ["--deepspeed", setup.split()[0]] if "zero" in setup else ["--fsdp"] if setup == "fsdp" else []
+    flags += ["--compile-decoder-layers"] if "compiled" in setup else []
     train(folder, tmp_path / "two", *flags, processes=2, batch=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
