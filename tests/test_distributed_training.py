@@ -105,8 +105,12 @@ def test_evaluations_of_two_processes_equal_those_of_one(folder, tmp_path, stage
 
 @pytest.mark.parametrize(
     ("stage", "more"),
-    [("zero2", []), ("zero3", []), ("zero3", ["--train"])],  # nothing before the first layers that have adapters
-    ids=["zero2", "zero3", "zero3, adapters alone"],
+    [
+        pytest.param("zero2", [], id="zero2"),
+        pytest.param("zero3", [], id="zero3"),
+        # Nothing before the first layers that have adapters is trained.
+        pytest.param("zero3", ["--train"], id="zero3, adapters alone", marks=pytest.mark.slow),
+    ],
 )
 def test_adapters_train_the_same_in_two_processes(folder, tmp_path, alone, stage, more):
     flags = [*IN_ORDER, "--lora-rank", "4", "--lora-vision", *more]
