@@ -478,14 +478,13 @@ def test_answers_over_many_images(load, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def small_servers(load, monkeypatch):
-    """The servers of `benchmarks/servers.py` with a tiny model, in processes that find this package."""
+    """The servers of `benchmarks/servers.py` with a tiny model."""
     servers = load("servers")
     shape = replace(servers.SHAPE, layers=1, hidden=64, intermediate=64, heads=2, key_value_heads=1)
     shape = replace(shape, vision_layers=2, vision_hidden=32, vision_intermediate=32, vision_heads=2, image_size=28)
     save_models = servers.save_models
     for name in ("serving", "soak"):
         monkeypatch.setattr(load(name), "save_models", lambda folder: save_models(folder, shape))
-    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     return servers
 
 
