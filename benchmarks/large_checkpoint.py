@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -34,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from measure import device_name
+from measure import device_name, memory_of_processes
 from models import Shape
 from PIL import Image
 from safetensors import safe_open
@@ -46,13 +46,8 @@ import dsvl
 from dsvl.demo.tiny_models import train_tokenizer
 from dsvl.transformers_dsvl import no_init_weights
 
-MODEL, DATA, OUTPUT, DIGESTS, FIGURES = (
-    "model",
-    "data/conversations.jsonl",
-    "output",
-    "digests.json",
-    "large_checkpoint.json",
-)
+MODEL, DATA, OUTPUT = "model", "data/conversations.jsonl", "output"  # in the folder
+DIGESTS, FIGURES = "digests.json", "large_checkpoint.json"
 SAVED_AT, STEPS = 3, 6
 SAMPLES = 16
 WORDS = "a red ball lies beside the green box and the blue cup"
@@ -168,27 +163,10 @@ class Watch:
 
     def _run(self) -> None:
         while not self._over.wait(0.2):
-            self.host = max(self.host, sum(map(proportional_bytes, family(self.process))) / 2**30)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended
+                self.host = max(self.host, memory_of_processes(self.process, ["Pss"]) / 2**30)
             if self.gpu is not None:
                 self.gpu = max(self.gpu, used_gib())
-
-
-def family(process: int) -> list[int]:
-    """A process and all that it started."""
-    found = [process]
-    for member in found:
-        for file in Path(f"/proc/{member}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # it ended
-                found += map(int, file.read_text().split())
-    return found
-
-
-def proportional_bytes(process: int) -> int:
-    try:
-        text = Path(f"/proc/{process}/smaps_rollup").read_text()
-    except OSError:  # it ended
-        return 0
-    return 1024 * sum(int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+) kB", text, re.M))
 
 
 def used_gib() -> float:
@@ -243,8 +221,10 @@ def train(folder: Path, options: argparse.Namespace, kill_at: str | None, delete
                 steps.append(time.monotonic())
             if kill_at is not None and line.startswith(kill_at):
                 killed = True
-                for member in family(process.pid):  # torchrun's processes are groups of their own
-                    os.kill(member, signal.SIGKILL)
+                torchrun = psutil.Process(process.pid)
+                for member in (torchrun, *torchrun.children(recursive=True)):
+                    with contextlib.suppress(psutil.NoSuchProcess):  # it ended
+                        member.kill()
     if (process.wait() == 0) == (kill_at is not None) or killed != (kill_at is not None):
         raise RuntimeError(f"The training ended with status {process.returncode}:\n{''.join(lines[-40:])}")
     return result | {

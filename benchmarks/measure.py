@@ -1,6 +1,7 @@
 """Interleaved timing of alternatives in one process, on a CPU or an NVIDIA GPU, and writing the results."""
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from flops import peak_tflops
@@ -35,6 +37,21 @@ def _processor() -> str:
     known = Path("/proc/cpuinfo")
     names = [line for line in known.read_text().splitlines() if line.startswith("model name")] if known.exists() else []
     return names[0].partition(":")[2].strip() if names else "CPU"
+
+
+def memory_of_processes(process: int, kinds: Sequence[str]) -> int:
+    """Bytes of main memory of a process and all that it started; what they share counts once.
+
+    Args:
+        process: its number.
+        kinds: fields of /proc/PID/smaps_rollup, such as "Pss" for all pages, or "Pss_Anon" for those of no file.
+    """
+    total, fields = 0, tuple(f"{kind}:" for kind in kinds)
+    for one in (parent := psutil.Process(process), *parent.children(recursive=True)):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it ended
+            lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
+            total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith(fields))
+    return total
 
 
 def synchronize() -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 import torch
+from measure import memory_of_processes
 from models import Shape
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM
@@ -112,12 +112,7 @@ class Server:
 
         Pages of files, such as libraries, are not counted: their share changes when an unrelated process opens them too.
         """
-        total = 0
-        for one in (parent := psutil.Process(self.process.pid), *parent.children(recursive=True)):
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
-                total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
-        return total / 1024
+        return memory_of_processes(self.process.pid, ["Pss_Anon", "Pss_Shmem"]) / 2**20
 
     def held(self) -> float:
         """What the server says that it still works on: requests, and for vLLM the used share of its KV cache."""

@@ -142,7 +142,8 @@ def shard_with_accelerate(accelerator: Accelerator, plugin: FullyShardedDataPara
 
 
 def layer_classes(model: torch.nn.Module) -> list[str]:
-    """The names of the classes of layers that a model has, in the decoder and the vision tower: each is sharded alone."""
+    """The names of the classes of layers that a model has, in the decoder and the vision tower. FSDP shards, and ZeRO-3
+    gathers, each of them alone."""
     return sorted({type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)})
 
 
