@@ -73,7 +73,7 @@ def _use_as_written(module: nn.Module) -> None:
 
 
 def _gathered_at_once(module: nn.Module) -> bool:
-    """Whether ZeRO-3 gathers all weights of a module before it is entered, by hooks, which are left out of its graph.
+    """Whether ZeRO-3 gathers all weights of a module before it is entered, by hooks, which its graph skips.
 
     What `deepspeed.utils.z3_leaf_module` returns, which this does not import.
     """
