@@ -4,7 +4,7 @@ The files that travel with a checkpoint look for this package at first use, thro
 describes. Nothing here changes a result, except for rounding.
 
 Each folder imports from those before it alone: attention, memory, reuse, parallel, decoding. The files beside them are what
-all folders use (`decoder_run`, `int8`), and what joins several (`masks`, `decoder_layers`, `image_reuse`).
+all folders use (`decoder_run`, `int8`, `operators`), and what joins several (`masks`, `decoder_layers`, `image_reuse`).
 """
 
 from .decoder_layers import CompiledDecoderLayers

@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import PAD_ID, batch, run_uncompiled, tiny_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import CompileConfig, StaticCache, StopStringCriteria, TextStreamer
 
 from dsvl import DSVLForConditionalGeneration
-from dsvl.acceleration.decoding import decoding_loop
-from dsvl.acceleration.decoding.static_steps import StoredInputs
+from dsvl.acceleration.decoding import decoding_loop, row_product
+from dsvl.acceleration.decoding import static_steps as static_steps_module
+from dsvl.acceleration.decoding.row_product import OneRow
 from dsvl.cache_dsvl import cached_types
 from dsvl.utils.quantization import quantization_config
 
@@ -193,6 +195,43 @@ def test_a_single_row_is_in_memory_before_it_is_multiplied(rows: int) -> None:
     assert rows == 1 or "as_strided" not in factors
 
 
+@pytest.mark.parametrize("kind", [None, "int8", "fp8"])
+def test_a_step_of_one_row_has_the_kernel_s_products(
+    tmp_path: Path, static_steps: list[int], kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the kernel's definition in its place. The weights are those of the decoder and the head, in 8 bits or not."""
+    read: list[torch.dtype] = []
+
+    def launch(row: torch.Tensor, weight: Any, scales: Any, bias: Any, kernel: Any) -> torch.Tensor:
+        if not isinstance(row, FakeTensor):  # while the step is traced
+            read.append(weight.dtype)
+        plain = weight.to(row.dtype) if scales is None else weight.to(row.dtype) * scales.reshape(-1, 1)
+        return nn.functional.linear(row, plain, bias)
+
+    monkeypatch.setattr(row_product, "launch_row_product", launch)
+    monkeypatch.setattr(row_product, "LEAST_FEATURES", 1)
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
+    monkeypatch.setattr(static_steps_module, "has_row_products", lambda device, dtype: True)
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
+    options: dict[str, Any] = {"device_map": {"": "cpu"}}
+    if kind is not None:
+        pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+        options["quantization_config"] = quantization_config(kind, torch.float32)
+    model = DSVLForConditionalGeneration.from_pretrained(tmp_path, **options)
+    inputs = batch(LAYOUTS[0], dtype=torch.float32)
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    compile_config = CompileConfig(fullgraph=True, backend="eager", mode="default")
+    compile_config._compile_all_devices = True  # transformers compiles on accelerators alone, unless told so
+    got = model.generate(
+        **inputs, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=compile_config
+    )
+    assert got.equal(expected)
+    assert static_steps == [1] * 11
+    layers = model.config.text_config.num_hidden_layers
+    numbers = {None: torch.float32, "int8": torch.int8, "fp8": row_product.E4M3}[kind]
+    assert read == ([numbers] * 7 * layers + [torch.float32]) * 11
+
+
 def test_on_a_gpu_products_of_one_row_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.compile` knows these options, and a step compiled without any gets them; elsewhere it is transformers' way."""
     model = tiny_model()
@@ -205,5 +244,5 @@ def test_on_a_gpu_products_of_one_row_are_tuned(monkeypatch: pytest.MonkeyPatch)
 
 def test_steps_take_linear_layers_that_are_called_by_keywords() -> None:
     row, weight = torch.randn(1, 4), torch.randn(3, 4)
-    with StoredInputs():
+    with OneRow(in_kernel=False):
         assert nn.functional.linear(input=row, weight=weight).equal(row @ weight.t())

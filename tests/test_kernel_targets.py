@@ -11,6 +11,8 @@ import torch
 
 from dsvl.acceleration.attention import kernels, launch_configs
 from dsvl.acceleration.attention.token_lists import ALIGNMENT, TokenLists
+from dsvl.acceleration.decoding import row_product
+from dsvl.acceleration.decoding.row_product import E4M3
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which compiles without a GPU"),
@@ -115,6 +117,27 @@ def check(monkeypatch: Any, folder: Path, capability: tuple[int, int], dtype: to
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_they_fit_into_every_architecture(capability, monkeypatch, tmp_path):
     check(monkeypatch, tmp_path, capability, torch.bfloat16, 128, 1, 0.0, False)
+
+
+@pytest.mark.parametrize("in_features", [4096, 11008])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8, E4M3])
+@pytest.mark.parametrize("capability", CAPABILITIES[1:])
+def test_products_of_one_row_fit_into_every_architecture(capability, kind, in_features, monkeypatch, tmp_path):
+    from triton.runtime import driver
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    row, weight = torch.zeros(1, in_features, dtype=torch.bfloat16), torch.zeros(16, in_features, dtype=kind)
+    scales = None if kind == torch.bfloat16 else torch.ones(16)
+    launch = Launch(row_product._row_product_kernel)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_active", Target(capability))
+        row_product.launch_row_product(row, weight, scales, None, launch)
+    used = resources(launch.compiled, tmp_path)
+    assert used["REG"] * 32 * launch.compiled.metadata.num_warps <= REGISTERS
+    assert used["STACK"] == used["LOCAL"] == 0
+    wide = re.findall(r"ld\.global\S*\.v4\.b32", launch.compiled.asm["ptx"])
+    rows = row_product.block_config(in_features, weight.element_size())["BLOCK_N"]
+    assert len(wide) >= rows * in_features * weight.element_size() // (16 * 32 * launch.compiled.metadata.num_warps)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import row_products
 import torch
 from conftest import FAMILIES, IMAGE_ID, batch, tiny_model
 from kernel_layouts import TOLERANCE, relative_errors
@@ -14,10 +15,20 @@ from plain_kernels import use_plain_kernels
 from torch.utils.checkpoint import checkpoint
 
 from dsvl.acceleration.attention import kernels
+from dsvl.acceleration.attention.kernels import DTYPES
 from dsvl.acceleration.attention.launch_configs import has_tma, shared_memory
 from dsvl.acceleration.attention.token_lists import TokenLists
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+needs_interpreter = pytest.mark.skipif(
+    find_spec("triton") is None or torch.cuda.is_available(),
+    reason="needs Triton, whose interpreter runs the kernels on a CPU; a GPU runs them itself",
+)
+
+
+def run_in_interpreter(script: str, *arguments: str) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments], env=environment, check=True)
 
 
 @needs_gpu
@@ -59,12 +70,23 @@ def test_the_blocks_of_other_architectures_agree_on_this_gpu(capability, head_di
         assert all(error < TOLERANCE[torch.bfloat16] for error in errors), (seed, errors)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, whose interpreter runs the kernels on a CPU")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
+@needs_interpreter
 def test_random_layouts_agree_in_the_interpreter():
-    script = Path(__file__).with_name("kernel_layouts.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, script, "30"], env=environment, check=True)
+    run_in_interpreter("kernel_layouts.py", "30")
+
+
+@needs_gpu
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", row_products.KINDS)
+@pytest.mark.parametrize("shape", [*row_products.SHAPES, (4096, 4096), (11008, 4096), (4096, 11008), (128256, 4096)])
+def test_products_of_one_row_agree_with_the_definition(shape, kind, dtype, has_bias):
+    assert row_products.relative_error(shape, kind, dtype, has_bias, "cuda") < torch.finfo(dtype).eps
+
+
+@needs_interpreter
+def test_products_of_one_row_agree_in_the_interpreter():
+    run_in_interpreter("row_products.py")
 
 
 def padded():

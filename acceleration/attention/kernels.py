@@ -21,12 +21,12 @@ other attention. launch_configs.py has the block sizes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from ..operators import operator_namespace
 from .launch_configs import block_config, device_capability, has_tma
 from .token_lists import TokenLists
 
@@ -668,9 +668,8 @@ class _FusedAttention(torch.autograd.Function):
             return *launch_backward(gradient, ctx.saved_tensors, *ctx.options), None, None, None
 
 
-# The same as custom operators, which torch.compile does not trace. The namespace depends on the module name, so that two
-# copies of this file can be loaded in one process. The name is hashed, because operator names must be ASCII.
-_NAMESPACE = f"dsvl_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
+# The same as custom operators, which torch.compile does not trace.
+_NAMESPACE = operator_namespace(__name__)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::mmca", mutates_args=())

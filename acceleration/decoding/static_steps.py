@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import CompileConfig, StaticCache
 
 from ...cache_dsvl import cached_images, cached_positions, cached_types, remember_types
@@ -22,7 +21,8 @@ from ...modeling_dsvl import scale_logits
 from ...transformers_dsvl import CACHE
 from ...utils.transformers_names import StaticLayer
 from ..decoder_run import layer_types
-from .decode_steps import StepMask, stored, takes_plain_steps
+from .decode_steps import StepMask, takes_plain_steps
+from .row_product import OneRow, has_row_products
 
 
 class StaticSteps:
@@ -40,6 +40,7 @@ class StaticSteps:
         self._model, self._cache = model, model_kwargs[CACHE]
         self._compiled = compiled_step(_hashable((compile_config or model._default_compile_config()).to_dict()))
         device, capacity = model.get_input_embeddings().weight.device, int(self._cache.layers[0].keys.shape[2])
+        self._in_kernel = has_row_products(device, model.dtype)
         self.capacity, self.held = capacity, int(self._cache.get_seq_length())
         self._length = torch.tensor(self.held, device=device)
         # Positions go on by one for each token.
@@ -70,7 +71,8 @@ class StaticSteps:
             Logits, (batch, new tokens, vocabulary). On a GPU the next step overwrites them.
         """
         logits = self._compiled(
-            self._model, self._cache, tokens, self._length, self._offset, self._seen, self._bias, self._sees
+            *(self._model, self._cache, tokens, self._length, self._offset, self._seen, self._bias, self._sees),
+            self._in_kernel,
         )
         self._go_to(self.held + tokens.shape[1])
         return logits
@@ -118,6 +120,7 @@ def run_step(
     seen: torch.Tensor | None,
     bias: torch.Tensor | None,
     sees: torch.Tensor | None,
+    in_kernel: bool,
 ) -> torch.Tensor:
     """The function that is compiled: logits of (batch, new tokens).
 
@@ -127,6 +130,7 @@ def run_step(
         seen: (batch, capacity), False where padded.
         bias: (batch, 2, 1, capacity), see `StepMask`, without the mask of later keys.
         sees: see `StepMask`.
+        in_kernel: see `OneRow`.
     """
     for layer in cache.layers:  # which may have run further in the step before
         layer.cumulative_length.copy_(length)
@@ -141,7 +145,7 @@ def run_step(
             "multimodal_masks": dict.fromkeys(types, StepMask(bias, sees).for_queries(length, tokens.shape[1])),
         }
     # Entered for one row alone, as not every call is traced within such a mode.
-    with StoredInputs() if tokens.numel() == 1 else nullcontext():
+    with OneRow(in_kernel) if tokens.numel() == 1 else nullcontext():
         hidden = decoder(
             inputs_embeds=model.get_input_embeddings()(tokens),
             position_ids=offset + index,
@@ -151,15 +155,6 @@ def run_step(
             return_dict=True,
         ).last_hidden_state
         return scale_logits(model.lm_head(hidden), model.config.text_config)
-
-
-class StoredInputs(TorchFunctionMode):
-    """Keeps the inputs of linear layers in memory, for steps of one row; see `stored`."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is nn.functional.linear and args:
-            args = (stored(args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
 
 
 @lru_cache
@@ -196,4 +191,4 @@ def can_step_static(model: Any, model_kwargs: dict[str, Any]) -> bool:
     )
 
 
-__all__ = ["StaticSteps", "StoredInputs", "can_step_static", "compiled_step", "run_step"]
+__all__ = ["StaticSteps", "can_step_static", "compiled_step", "run_step"]

@@ -20,7 +20,6 @@ are not rounded. (`torch._int_mm` returns int32 numbers, which a second pass ove
 """
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch import nn
 
 from ..int8 import dequantize
 from ..int8 import quantize as quantize_to_int8
+from ..operators import operator_namespace
 
 PRECISIONS = ("fp8", "int8")
 NUMBERS = {"fp8": torch.uint8, "int8": torch.int8}  # dtypes of 8-bit numbers, E4M3 as bytes
@@ -163,8 +163,8 @@ def _gradient(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) ->
 
 # In a compiled graph these products are single operations. The compiler would keep the dequantized weight of each layer from
 # forward to backward, as it does not recompute operands of products; and Triton has no E4M3 numbers before compute
-# capability 8.9. As in attention/kernels.py, the namespace lets two copies of this file be loaded in one process.
-_NAMESPACE = f"dsvl_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
+# capability 8.9.
+_NAMESPACE = operator_namespace(__name__)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::frozen_product", mutates_args=())
