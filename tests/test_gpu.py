@@ -11,6 +11,8 @@ from dsvl.acceleration.attention import kernel_choice, kernel_timings
 from dsvl.acceleration.attention.fused_mask import FusedMask
 from dsvl.acceleration.attention.kernel_check import check_kernels
 from dsvl.acceleration.attention.kernel_choice import can_fuse, unsupported
+from dsvl.acceleration.decoding import row_product
+from dsvl.acceleration.decoding import static_steps as static_steps_module
 from dsvl.acceleration.memory.frozen_linear import FrozenLinear, why_not_in_fp8
 from dsvl.image_library import ImageLibrary
 from dsvl.utils.cache_cropping import crop
@@ -137,6 +139,29 @@ def test_compiled_speculative_decoding_gives_the_tokens_of_greedy_search(drafts,
     images = model.encode_images(inputs.pop("pixel_values"))
     if drafts == "prompt lookup":
         assert model.generate(**inputs, image_cache=images, **options, **how, cache_implementation="static").equal(expected)
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "fp8"])
+def test_the_kernel_for_one_row_gives_the_logits_of_the_compiler_s_products(tmp_path, kind, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(row_product, "LEAST_FEATURES", 1)
+    tiny_model(dtype=torch.bfloat16, hidden_size=128, head_dim=32).save_pretrained(tmp_path)
+    options = {"dtype": torch.bfloat16, "device_map": {"": "cuda"}}
+    if kind is not None:
+        pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+        options["quantization_config"] = quantization_config(kind, torch.bfloat16)
+    model = DSVLForConditionalGeneration.from_pretrained(tmp_path, **options)
+    inputs = on_gpu(batch("ttItttIIttttttIttt", dtype=torch.bfloat16))
+    how = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": "static", "eos_token_id": None}
+    launched, results = [], []
+    launch = row_product.launch_row_product
+    monkeypatch.setattr(row_product, "launch_row_product", lambda *args: (launched.append(1), launch(*args))[1])
+    for in_kernel in (False, True):
+        monkeypatch.setattr(static_steps_module, "has_row_products", lambda *args, here=in_kernel: here)
+        out = model.generate(**inputs, **how, return_dict_in_generate=True, output_logits=True)
+        results.append(out.logits[1].float())  # of the one step
+        assert bool(launched) == in_kernel
+    torch.testing.assert_close(*results, atol=0.02 * results[0].abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
