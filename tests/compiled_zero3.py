@@ -1,18 +1,22 @@
 """Steps under ZeRO-3, with compiled layers or without: what the forward pass leaves in main memory.
 
-torchrun tests/compiled_zero3.py compiled|plain FILE    # writes the losses, and the bytes of the weights and of what is left
+torchrun tests/compiled_zero3.py compiled|plain FILE [checkpointing]
+
+writes the losses, the bytes of the weights and of what is left, and for each graph how many of torch's own linear layers it
+has. `MALLOC_MMAP_THRESHOLD_` must be small, so that memory that is freed is returned.
 """
 
 import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 from conftest import batch, tiny_model
 from loading_memory import memory
-from torch._dynamo.utils import counters
+from torch._dynamo import lookup_backend
 
 from dsvl.training.deepspeed_config import zero_configuration
 from dsvl.training.zero3 import gather_layer_by_layer
@@ -20,14 +24,24 @@ from dsvl.training.zero3 import gather_layer_by_layer
 STEPS = 3
 
 if __name__ == "__main__":
-    way, file = sys.argv[1:]
+    way, file, *checkpointing = sys.argv[1:]
     deepspeed.init_distributed("gloo")
     wide = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12}
     model = tiny_model("llama", dtype=torch.float32, **wide).set_trainable().train()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     gather_layer_by_layer(model)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    linear_layers = []
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs = [one for one in graph.modules() if isinstance(one, torch.fx.GraphModule)]  # a checkpoint is one of them
+        found = [one.graph.find_nodes(op="call_function", target=torch._C._nn.linear) for one in graphs]
+        linear_layers.append(sum(map(len, found)))
+        return lookup_backend("aot_eager")(graph, inputs)
+
     if way == "compiled":
-        model.compile_decoder_layers(backend="aot_eager", fullgraph=True)
+        model.compile_decoder_layers(backend=compile_graph, fullgraph=True)
     config = json.loads(zero_configuration("zero3").read_text())
     keep_nothing = {"stage3_max_live_parameters": 10**7, "stage3_max_reuse_distance": 0}
     keep_nothing |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 10**6}
@@ -47,6 +61,6 @@ if __name__ == "__main__":
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    found = {"losses": losses, "weights": weights, "left": left, "graphs": counters["stats"]["unique_graphs"]}
+    found = {"losses": losses, "weights": weights, "left": left, "linear_layers": linear_layers}
     if torch.distributed.get_rank() == 0:
         Path(file).write_text(json.dumps(found))

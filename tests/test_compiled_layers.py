@@ -236,16 +236,19 @@ def test_generated_code_agrees_as_well(way, monkeypatch):
     assert graphs() == 4
 
 
-def test_under_zero3_layers_share_a_graph_that_keeps_no_weights(tmp_path):
+@pytest.mark.parametrize("checkpointing", [(), ("checkpointing",)])
+def test_under_zero3_layers_share_a_graph_that_keeps_no_weights(checkpointing, tmp_path, monkeypatch):
+    """The graph has torch's own linear layers: guards on DeepSpeed's would differ from layer to layer."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     pytest.importorskip("deepspeed")
     script, found = str(Path(__file__).with_name("compiled_zero3.py")), {}
     for way in ("plain", "compiled"):
-        run(way, tmp_path / way, processes=2, module=script)
+        run(way, tmp_path / way, *checkpointing, processes=2, module=script)
         found[way] = json.loads((tmp_path / way).read_text())
     assert found["compiled"]["losses"] == pytest.approx(found["plain"]["losses"], abs=1e-5)
-    assert (found["plain"]["graphs"], found["compiled"]["graphs"]) == (0, 1)
+    assert (found["plain"]["linear_layers"], found["compiled"]["linear_layers"]) == ([], [7])
     assert found["compiled"]["losses"][-1] < found["compiled"]["losses"][0]
-    assert found["compiled"]["left"] < 0.2 * found["compiled"]["weights"]  # gathered weights would be as many as weights
+    assert found["compiled"]["left"] < 0.05 * found["compiled"]["weights"]  # gathered weights would be as many as weights
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """ZeRO-3: which weights are gathered together, and loading without partitions."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,22 @@ def gather_layer_by_layer(model: nn.Module) -> None:
         if isinstance(module, nn.MultiheadAttention):
             for parameter in module.out_proj.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
+    _trace_plain_linear_layers()
+
+
+@functools.cache
+def _trace_plain_linear_layers() -> None:
+    """Have `torch.compile` trace linear layers as torch's own, where DeepSpeed has its own function for them.
+
+    That function asks in its backward pass whether a weight is partitioned, in a graph by guards on numbers that differ in
+    every layer: with torch 2.11 each would be a graph of its own, up to the limit. Of a graph for a whole layer the weights
+    are inputs, which it does not keep from forward to backward pass.
+    """
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    @torch.compiler.substitute_in_graph(zero3_linear_wrap)
+    def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch._C._nn.linear(input, weight, bias)
 
 
 def _let_inputs_have_gradients(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
