@@ -199,7 +199,7 @@ def test_a_single_row_is_in_memory_before_it_is_multiplied(rows: int) -> None:
 def test_a_step_of_one_row_has_the_kernel_s_products(
     tmp_path: Path, static_steps: list[int], kind: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the kernel's definition in its place. The weights are those of the decoder and the head, in 8 bits or not."""
+    """With the kernel's definition in its place: the decoder's layers in 8 bits, or those with long rows."""
     read: list[torch.dtype] = []
 
     def launch(row: torch.Tensor, weight: Any, scales: Any, bias: Any, kernel: Any) -> torch.Tensor:
@@ -210,6 +210,7 @@ def test_a_step_of_one_row_has_the_kernel_s_products(
 
     monkeypatch.setattr(row_product, "launch_row_product", launch)
     monkeypatch.setattr(row_product, "LEAST_FEATURES", 1)
+    monkeypatch.setattr(row_product, "LONG_ROW", 32)  # of an MLP's second layer alone, as in large models
     monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
     monkeypatch.setattr(static_steps_module, "has_row_products", lambda device, dtype: True)
     tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
@@ -228,8 +229,8 @@ def test_a_step_of_one_row_has_the_kernel_s_products(
     assert got.equal(expected)
     assert static_steps == [1] * 11
     layers = model.config.text_config.num_hidden_layers
-    numbers = {None: torch.float32, "int8": torch.int8, "fp8": row_product.E4M3}[kind]
-    assert read == ([numbers] * 7 * layers + [torch.float32]) * 11
+    numbers = {None: [torch.float32], "int8": [torch.int8] * 7, "fp8": [row_product.E4M3] * 7}[kind]
+    assert read == numbers * layers * 11
 
 
 def test_on_a_gpu_products_of_one_row_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:

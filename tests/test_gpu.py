@@ -145,6 +145,7 @@ def test_compiled_speculative_decoding_gives_the_tokens_of_greedy_search(drafts,
 def test_the_kernel_for_one_row_gives_the_logits_of_the_compiler_s_products(tmp_path, kind, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(row_product, "LEAST_FEATURES", 1)
+    monkeypatch.setattr(row_product, "LONG_ROW", 1)
     tiny_model(dtype=torch.bfloat16, hidden_size=128, head_dim=32).save_pretrained(tmp_path)
     options = {"dtype": torch.bfloat16, "device_map": {"": "cuda"}}
     if kind is not None:

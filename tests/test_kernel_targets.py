@@ -134,9 +134,9 @@ def test_products_of_one_row_fit_into_every_architecture(capability, kind, in_fe
         row_product.launch_row_product(row, weight, scales, None, launch)
     used = resources(launch.compiled, tmp_path)
     assert used["REG"] * 32 * launch.compiled.metadata.num_warps <= REGISTERS
-    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["STACK"] <= SPILLS and used["LOCAL"] == 0
     wide = re.findall(r"ld\.global\S*\.v4\.b32", launch.compiled.asm["ptx"])
-    rows = row_product.block_config(in_features, weight.element_size())["BLOCK_N"]
+    rows = row_product.block_config(weight.element_size())["BLOCK_N"]
     assert len(wide) >= rows * in_features * weight.element_size() // (16 * 32 * launch.compiled.metadata.num_warps)
 
 
