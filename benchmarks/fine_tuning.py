@@ -161,7 +161,7 @@ def build(row: Row, shape: Shape, backend: str) -> torch.nn.Module:
     return model
 
 
-def zero_config(stage: int, shape: Shape) -> dict[str, Any]:
+def zero_config(stage: int, shape: Shape, prefetch: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": True,
@@ -169,7 +169,7 @@ def zero_config(stage: int, shape: Shape) -> dict[str, Any]:
         "reduce_bucket_size": shape.hidden**2,
     }
     if stage == 3:
-        zero["stage3_prefetch_bucket_size"] = int(0.9 * shape.hidden**2)
+        zero["stage3_prefetch_bucket_size"] = prefetch
         zero["stage3_param_persistence_threshold"] = 10 * shape.hidden
     return {
         "train_micro_batch_size_per_gpu": shape.batch,
@@ -208,7 +208,12 @@ def training_step(row: Row, model: torch.nn.Module, shape: Shape, batch: dict) -
     init_process_group()
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config(row.zero_stage, shape))
+    from dsvl.training.zero3 import weights_to_prefetch
+
+    # As `dsvl train` has it, and for Llava transformers.
+    prefetch = weights_to_prefetch(model) if row.model == "dsvl" else int(0.9 * shape.hidden**2)
+    config = zero_config(row.zero_stage, shape, prefetch)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def by_engine() -> torch.Tensor:
         loss = engine(**batch, use_cache=False).loss

@@ -1,7 +1,7 @@
 """Training steps over several GPUs: DDP, ZeRO-1, 2 and 3, and FSDP2, with compiled layers, Liger's kernels and LoRA.
 
     python benchmarks/scaling.py --processes 1 2 4 [--shape 7b] [--rows ddp+compiled zero3 fsdp] [--out scaling.json]
-    python benchmarks/scaling.py --processes 2 --shape 70b --rows zero3+prefetch fsdp fsdp+fp8+compiled --checkpointing
+    python benchmarks/scaling.py --processes 2 --shape 70b --rows zero3 fsdp fsdp+fp8+compiled --checkpointing
     python benchmarks/scaling.py --processes 2 --rows zero2 zero3 --profile profiles    # what bounds a step
     python benchmarks/scaling.py --processes 1 2 --shape tiny    # without GPUs: gloo, float32
 
@@ -19,7 +19,7 @@ What ZeRO-3 gathers when, as variants of `zero3` (DeepSpeed 0.19: runtime/zero/p
 
     +single       linear layers are gathered one by one, as DeepSpeed does by itself, not whole decoder and tower layers: the
                   host waits for the third last gather at each module (`__max_ongoing_fetch_events`)
-    +prefetch     two decoder layers are gathered in advance; "auto" is less than one linear layer of 7B
+    +auto         fewer weights than one linear layer has are gathered in advance, transformers' "auto", not two layers
     +release      a weight is released after each use (`stage3_max_reuse_distance` 0); 10^9 keeps the last 500 million
     +live         up to 4 * 10^9 weights may be gathered (`stage3_max_live_parameters`); near 10^9 nothing is prefetched
     +allreduce    weights are gathered by an all-reduce, into the layout that they are used in
@@ -59,7 +59,7 @@ from steps import TINY
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLQwenVisionConfig
 from dsvl.acceleration.memory.frozen_linear import NUMBERS, PRECISIONS
-from dsvl.training.deepspeed_config import zero_configuration
+from dsvl.training.deepspeed_config import PREFETCHED_LAYERS, zero_configuration
 from dsvl.training.distributed import destroy_process_groups
 from dsvl.training.frozen_precision import freeze_in_8_bits, frozen_linears
 from dsvl.training.fsdp import layer_classes, shard_with_accelerate
@@ -93,10 +93,10 @@ ROWS = ("ddp", "ddp+compiled", "zero1", "zero2", "zero2+compiled", "zero3", "zer
 LEARNING_RATE = 1e-3  # large enough to change the loss in a few steps
 WARM_UP = 3  # steps: compilation, optimizer states, ZeRO-3's trace of its weights
 
-# Settings of `zero_optimization`, by variant; "prefetch" depends on the model, and "single" is none.
+# Settings of `zero_optimization`, by variant; "auto" and "hpz" depend on the run, and "single" is none.
 ZERO3_VARIANTS: dict[str, dict[str, Any]] = {
     "single": {},
-    "prefetch": {},
+    "auto": {},
     "release": {"stage3_max_reuse_distance": 0},
     "live": {"stage3_max_live_parameters": 4 * 10**9},
     "allreduce": {"stage3_use_all_reduce_for_fetch_params": True},
@@ -157,22 +157,22 @@ def configuration(name: str, shape: Shape) -> DSVLConfig:
 
 
 def zero_config(row: Row, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration: the package's, with the values of transformers for "auto", and the row's variants."""
+    """DeepSpeed's configuration: the package's, with the values of `dsvl train` for "auto", and the row's variants."""
     config = json.loads(zero_configuration(row.method).read_text(encoding="utf-8"))
     zero = config["zero_optimization"]
-    # transformers/integrations/deepspeed.py
+    layer = 2 * shape.hidden**2 * (1 + (shape.key_value_heads or shape.heads) / shape.heads)
+    layer += 3 * shape.hidden * shape.intermediate + 2 * shape.hidden
+    # transformers/integrations/deepspeed.py, but for the weights that are gathered in advance
     automatic = {
         "reduce_bucket_size": shape.hidden**2,
-        "stage3_prefetch_bucket_size": int(0.9 * shape.hidden**2),
+        "stage3_prefetch_bucket_size": PREFETCHED_LAYERS * int(layer),
         "stage3_param_persistence_threshold": 10 * shape.hidden,
     }
     zero |= {name: automatic[name] for name in automatic if zero.get(name) == "auto"}
-    layer = 2 * shape.hidden**2 * (1 + (shape.key_value_heads or shape.heads) / shape.heads)
-    layer += 3 * shape.hidden * shape.intermediate
     for variant in row.variants:
         zero |= ZERO3_VARIANTS.get(variant, {})
-    if "prefetch" in row.variants:
-        zero["stage3_prefetch_bucket_size"] = int(2 * layer)
+    if "auto" in row.variants:
+        zero["stage3_prefetch_bucket_size"] = int(0.9 * shape.hidden**2)
     if "hpz" in row.variants:
         zero["zero_hpz_partition_size"] = int(os.environ["LOCAL_WORLD_SIZE"])
     return config | {

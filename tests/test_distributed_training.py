@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ from training_runs import (
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dsvl.training
+from dsvl.training import model_loading
+from dsvl.training.arguments import parse
+from dsvl.training.deepspeed_config import zero_configuration
+from dsvl.training.model_loading import load_model
 
 pytest.importorskip("deepspeed")
 
@@ -253,3 +258,18 @@ def test_packs_of_tiles_train_and_resume(folder, tmp_path, layout, streaming):
     assert "Resuming from" in run(*base).stderr
     assert losses(tmp_path / "output") == kept and len(kept) == 4
     assert furthest(weights(tmp_path / "output"), final) == 0
+
+
+@pytest.mark.parametrize("own", [None, 10])
+def test_zero3_gathers_two_layers_in_advance(own, folder, tmp_path, monkeypatch):
+    """Unless the configuration has a number of its own."""
+    monkeypatch.setattr(model_loading, "is_deepspeed_zero3_enabled", lambda: True)
+    configuration = json.loads(zero_configuration("zero3").read_text())
+    zero = configuration["zero_optimization"]
+    zero["stage3_prefetch_bucket_size"] = own or zero["stage3_prefetch_bucket_size"]
+    argv = ["--model", str(folder / "model"), "--data", "x", "--output", str(tmp_path / "x"), "--use-cpu"]
+    model_arguments, _, arguments = parse(argv)
+    arguments.hf_deepspeed_config = SimpleNamespace(config=configuration)
+    layers = load_model(model_arguments, arguments).model.language_model.layers
+    two = sum(parameter.numel() for layer in layers[:2] for parameter in layer.parameters())
+    assert zero["stage3_prefetch_bucket_size"] == (own or two)

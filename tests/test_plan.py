@@ -375,8 +375,11 @@ def test_zero_3_gathers_a_layer_and_copies_it_out_of_one_tensor():
         large = replace(SIZES, parameters=(10**9, 10**9), **sizes)
         return model_states(large, TRACE, "zero3", world_size=4)[0].buffers
 
-    assert buffers(largest_layer=10**8) - buffers(largest_layer=0) == 2 * (2 * 10**8 - SIZES.largest_module)
-    assert buffers(largest_layer=10**8, largest_module=3 * 10**8) - buffers(largest_module=3 * 10**8) == 0
+    # Two layers more are prefetched, and copied out too.
+    assert buffers(largest_layer=10**8) - buffers(largest_layer=0) == 2 * (2 * 10**8 - SIZES.largest_module + 4 * 10**8)
+    assert buffers(largest_layer=10**8, largest_module=3 * 10**8) - buffers(largest_module=3 * 10**8) == 2 * 4 * 10**8
+    # Near 10^9 live parameters, of which half may be kept for later, nothing is.
+    assert buffers(largest_layer=5 * 10**8) - buffers(largest_layer=0) == 2 * (2 * 5 * 10**8 - SIZES.largest_module)
 
 
 def test_offloading_moves_everything_but_the_work_to_main_memory():

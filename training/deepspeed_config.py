@@ -7,6 +7,9 @@ from typing import Any
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}  # NAME.json in this directory -> its ZeRO stage
 
 
+PREFETCHED_LAYERS = 2  # that ZeRO-3 gathers in advance, see zero3.py
+
+
 def zero_configuration(name: str) -> Path:
     """The path of a DeepSpeed configuration.
 

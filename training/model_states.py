@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .deepspeed_config import ZERO
+from .deepspeed_config import PREFETCHED_LAYERS, ZERO
 
 if TYPE_CHECKING:
     from .activation_memory import ActivationMemory
@@ -17,7 +17,7 @@ GIB, MIB = 2**30, 2**20
 DTYPES = ("bfloat16", "float16", "float32")  # of weights and activations
 
 # DeepSpeed's defaults of stage3_max_reuse_distance and sub_group_size, in elements (deepspeed/runtime/zero/config.py).
-MAX_REUSE_DISTANCE = SUB_GROUP_SIZE = 10**9
+MAX_LIVE_PARAMETERS = MAX_REUSE_DISTANCE = SUB_GROUP_SIZE = 10**9
 
 
 @dataclass(frozen=True)
@@ -177,14 +177,16 @@ def _zero_3(
 ) -> tuple[PhaseMemory, PhaseMemory, int]:
     """deepspeed/runtime/zero/stage3.py, partition_parameters.py and partitioned_param_coordinator.py."""
     element, hidden = sizes.element, sizes.hidden
-    # The "auto" values of transformers/integrations/deepspeed.py.
-    bucket, prefetch, persistence_threshold = hidden**2, int(0.9 * hidden**2), 10 * hidden
+    # The "auto" values of transformers/integrations/deepspeed.py, but for the weights that are gathered in advance.
+    bucket, persistence_threshold = hidden**2, 10 * hidden
 
     persistent = sum(numel for numel in sizes.parameters if numel <= persistence_threshold)
     # Whole parameters that are gathered at the same time. Parameters that are used again within max_reuse_distance are not
     # released (__params_to_release): between forward and backward these are the last layers, counted in both directions.
     # Then the current layer, or another module, and the prefetched weights; layers and these are copied out of one tensor
-    # (AllGatherCoalescedHandle.wait).
+    # (AllGatherCoalescedHandle.wait). Nothing is prefetched beyond MAX_LIVE_PARAMETERS in all (fetch_sub_module).
+    prefetch = MAX_LIVE_PARAMETERS - MAX_REUSE_DISTANCE // 2 - sizes.largest_layer
+    prefetch = max(0, min(PREFETCHED_LAYERS * sizes.largest_layer, prefetch))
     gathered = MAX_REUSE_DISTANCE // 2 + max(sizes.largest_module, 2 * sizes.largest_layer) + 2 * prefetch
     gathered = element * min(gathered, sum(sizes.parameters) - persistent)
     # The bucket (_setup_for_real_optimizer) and flattened copies for two concurrent reductions (reduce_scatter_coalesced).

@@ -8,9 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..transformers_dsvl import is_deepspeed_zero3_enabled
+from ..transformers_dsvl import GradientCheckpointingLayer, is_deepspeed_zero3_enabled
 from ..utils.transformers_names import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from .deepspeed_config import PREFETCHED_LAYERS
 from .fsdp import layer_classes
+
+
+def weights_to_prefetch(model: nn.Module) -> int:
+    """The number of weights that ZeRO-3 gathers in advance (`stage3_prefetch_bucket_size`): those of two of the largest
+    layers. transformers' "auto" is less than one linear layer (`0.9 * hidden_size ** 2`).
+
+    Args:
+        model: partitioned or not.
+    """
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    sizes = [sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in layers]
+    return PREFETCHED_LAYERS * max(sizes)
 
 
 def gather_layer_by_layer(model: nn.Module) -> None:
@@ -77,4 +90,4 @@ def without_zero3() -> Iterator[None]:
             set_hf_deepspeed_config(kept)
 
 
-__all__ = ["gather_layer_by_layer", "without_zero3"]
+__all__ = ["gather_layer_by_layer", "weights_to_prefetch", "without_zero3"]
