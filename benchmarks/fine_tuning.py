@@ -8,7 +8,7 @@ adapters are trained as well. The name of a row is
 `[lora/][zero2/|zero3/][checkpointing/]MODEL[+liger][+compiled][+everyN][+cached]`:
 
     lora           adapters at all linear layers of the decoder
-    zero2, zero3   DeepSpeed with one process and the bucket sizes that transformers sets for "auto"
+    zero2, zero3   DeepSpeed with one process and the sizes that `dsvl train`, for Llava transformers, sets for "auto"
     checkpointing  gradient checkpointing of all layers
     MODEL          llava (with sdpa) or dsvl (MMCA, with --attention-backend)
     +liger         Liger's kernels in the decoder, and for Llava its fused loss
