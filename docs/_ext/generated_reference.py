@@ -261,9 +261,12 @@ def figures_page(device: str) -> str:
         if plot.exists():
             lines += [f"![{path.stem}](../../../benchmarks/results/{device}/{plot.name})", ""]
         found = held["results"]
-        if isinstance(found, list):  # of image_parallel.py
-            lines += ["Times are those of the fastest timed step.", ""]
-            found = {f"{row['tokens']:,} tokens, processes: {row['processes']}": row for row in found}
+        if isinstance(found, list):
+            if "row" in found[0]:  # of scaling.py
+                found = {f"{row.pop('row')}, processes: {row.pop('processes')}": row for row in found}
+            else:  # of image_parallel.py
+                lines += ["Times are those of the fastest timed step.", ""]
+                found = {f"{row['tokens']:,} tokens, processes: {row['processes']}": row for row in found}
         lines += _figures_table(list(_results(found))) + [""]
     return "\n".join(lines)
 
@@ -302,5 +305,5 @@ def _figures_table(rows: list[tuple[tuple[str, ...], dict[str, Any]]]) -> list[s
 
 def _number(value: Any) -> str:
     if not isinstance(value, float):
-        return str(value)
+        return "" if value is None else str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
