@@ -25,7 +25,7 @@ from training_runs import (
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dsvl.training
-from dsvl.training import model_loading
+from dsvl.training import model_loading, zero3
 from dsvl.training.arguments import parse
 from dsvl.training.deepspeed_config import zero_configuration
 from dsvl.training.model_loading import load_model
@@ -269,7 +269,7 @@ def test_zero3_gathers_two_layers_in_advance(own, folder, tmp_path, monkeypatch)
     zero["stage3_prefetch_bucket_size"] = own or zero["stage3_prefetch_bucket_size"]
     argv = ["--model", str(folder / "model"), "--data", "x", "--output", str(tmp_path / "x"), "--use-cpu"]
     model_arguments, _, arguments = parse(argv)
-    arguments.hf_deepspeed_config = SimpleNamespace(config=configuration)
+    monkeypatch.setattr(zero3, "_zero3_configuration", lambda: SimpleNamespace(config=configuration))
     layers = load_model(model_arguments, arguments).model.language_model.layers
     two = sum(parameter.numel() for layer in layers[:2] for parameter in layer.parameters())
     assert zero["stage3_prefetch_bucket_size"] == (own or two)

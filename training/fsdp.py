@@ -141,10 +141,14 @@ def shard_with_accelerate(accelerator: Accelerator, plugin: FullyShardedDataPara
         )
 
 
+def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of a model, in the decoder and the vision tower."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def layer_classes(model: torch.nn.Module) -> list[str]:
-    """The names of the classes of layers that a model has, in the decoder and the vision tower. FSDP shards, and ZeRO-3
-    gathers, each of them alone."""
-    return sorted({type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)})
+    """The names of the classes of `layers`. FSDP shards, and ZeRO-3 gathers, each layer alone."""
+    return sorted({type(layer).__name__ for layer in layers(model)})
 
 
 def full_state(model: torch.nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from .arguments import DSVLTrainingArguments, ModelArguments
 from .frozen_precision import freeze_in_8_bits
 from .liger import use_liger
 from .trainable_parts import PARTS
-from .zero3 import gather_layer_by_layer, weights_to_prefetch, without_zero3
+from .zero3 import gather_layer_by_layer, prefetch_layers, without_zero3
 
 
 def precision(arguments: DSVLTrainingArguments) -> torch.dtype:
@@ -81,9 +81,7 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
     model.config.text_config.use_cache = False
     if is_deepspeed_zero3_enabled():
         gather_layer_by_layer(model)
-        zero = arguments.hf_deepspeed_config.config["zero_optimization"]
-        if zero.get("stage3_prefetch_bucket_size") == "auto":
-            zero["stage3_prefetch_bucket_size"] = weights_to_prefetch(model)
+        prefetch_layers(model)
     if arguments.use_liger_kernel:
         use_liger(model)
         arguments.use_liger_kernel = False  # the Trainer would look for kernels of the model type "dsvl"

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..transformers_dsvl import GradientCheckpointingLayer, is_deepspeed_zero3_enabled
+from ..transformers_dsvl import is_deepspeed_zero3_enabled
 from ..utils.transformers_names import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from .deepspeed_config import PREFETCHED_LAYERS
-from .fsdp import layer_classes
+from .fsdp import layer_classes, layers
 
 
 def weights_to_prefetch(model: nn.Module) -> int:
@@ -21,9 +21,15 @@ def weights_to_prefetch(model: nn.Module) -> int:
     Args:
         model: partitioned or not.
     """
-    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
-    sizes = [sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in layers]
-    return PREFETCHED_LAYERS * max(sizes)
+    return PREFETCHED_LAYERS * max(sum(getattr(p, "ds_numel", p.numel()) for p in one.parameters()) for one in layers(model))
+
+
+def prefetch_layers(model: nn.Module) -> None:
+    """Set `weights_to_prefetch` in transformers' DeepSpeed configuration, if it leaves their number to it ("auto")."""
+    configuration = _zero3_configuration()
+    zero = {} if configuration is None else configuration.config["zero_optimization"]
+    if zero.get("stage3_prefetch_bucket_size") == "auto":
+        zero["stage3_prefetch_bucket_size"] = weights_to_prefetch(model)
 
 
 def gather_layer_by_layer(model: nn.Module) -> None:
@@ -78,9 +84,7 @@ def _let_inputs_have_gradients(layer: nn.Module, inputs: tuple[Any, ...]) -> tup
 @contextlib.contextmanager
 def without_zero3() -> Iterator[None]:
     """Load weights unpartitioned while ZeRO-3 is enabled."""
-    from ..utils.transformers_names import _hf_deepspeed_config_weak_ref as zero3_config
-
-    kept = zero3_config() if is_deepspeed_zero3_enabled() else None
+    kept = _zero3_configuration()
     if kept is not None:
         unset_hf_deepspeed_config()
     try:
@@ -90,4 +94,11 @@ def without_zero3() -> Iterator[None]:
             set_hf_deepspeed_config(kept)
 
 
-__all__ = ["gather_layer_by_layer", "weights_to_prefetch", "without_zero3"]
+def _zero3_configuration() -> Any | None:
+    """transformers' DeepSpeed configuration of this process, if it is for ZeRO-3."""
+    from ..utils.transformers_names import _hf_deepspeed_config_weak_ref as configuration
+
+    return configuration() if is_deepspeed_zero3_enabled() else None
+
+
+__all__ = ["gather_layer_by_layer", "prefetch_layers", "weights_to_prefetch", "without_zero3"]
