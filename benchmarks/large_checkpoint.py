@@ -10,7 +10,8 @@ Each command adds its figures to /data/large/large_checkpoint.json:
     load_seconds             from disk into the partitions of all processes, by the log of `dsvl train`
     host_gib_until_loaded    main memory of all processes together until the model is loaded, files that are mapped included;
                              what several processes map counts once (proportional set size). The aim is 1.1 times `weights`
-    gpu_gib                  used memory of the fullest GPU by its driver: with the reserve of the allocator, and CUDA's own
+    gpu_gib                  used memory of the fullest GPU by its driver until the last step: with the reserve of the
+                             allocator, and CUDA's own
     step_seconds             of steps without a checkpoint between them
     optimizer_states_gib     of DeepSpeed's states in a checkpoint, of what is trained alone
 """
@@ -219,6 +220,7 @@ def train(folder: Path, options: argparse.Namespace, kill_at: str | None, delete
                         file.unlink()
             if line.startswith("step ") and "loss" in line:
                 steps.append(time.monotonic())
+                result["gpu_gib"] = watch.gpu
             if kill_at is not None and line.startswith(kill_at):
                 killed = True
                 torchrun = psutil.Process(process.pid)
@@ -229,7 +231,6 @@ def train(folder: Path, options: argparse.Namespace, kill_at: str | None, delete
         raise RuntimeError(f"The training ended with status {process.returncode}:\n{''.join(lines[-40:])}")
     return result | {
         "host_gib": watch.host,
-        "gpu_gib": watch.gpu,
         "seconds": time.monotonic() - began,
         # Of those without a checkpoint between them.
         "step_seconds": [later - earlier for earlier, later in itertools.pairwise(steps[:SAVED_AT])],
