@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import CompileConfig, StaticCache, StopStringCriteria, TextStreamer
 
 from dsvl import DSVLForConditionalGeneration
-from dsvl.acceleration.decoding import decoding_loop, row_product
+from dsvl.acceleration.decoding import decode_steps, decoding_loop, row_product, step_attention
 from dsvl.acceleration.decoding import static_steps as static_steps_module
 from dsvl.acceleration.decoding.row_product import OneRow
 from dsvl.cache_dsvl import cached_types
@@ -212,7 +212,8 @@ def test_a_step_of_one_row_has_the_kernel_s_products(
     monkeypatch.setattr(row_product, "LEAST_FEATURES", 1)
     monkeypatch.setattr(row_product, "LONG_ROW", 32)  # of an MLP's second layer alone, as in large models
     monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
-    monkeypatch.setattr(static_steps_module, "has_row_products", lambda device, dtype: True)
+    monkeypatch.setattr(static_steps_module, "has_step_kernels", lambda device, dtype: True)
+    monkeypatch.setattr(decode_steps, "has_step_attention", lambda *states: False)
     tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
     options: dict[str, Any] = {"device_map": {"": "cpu"}}
     if kind is not None:
@@ -231,6 +232,56 @@ def test_a_step_of_one_row_has_the_kernel_s_products(
     layers = model.config.text_config.num_hidden_layers
     numbers = {None: [torch.float32], "int8": [torch.int8] * 7, "fp8": [row_product.E4M3] * 7}[kind]
     assert read == numbers * layers * 11
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # one and two query heads for a key-value head; capped scores
+@pytest.mark.parametrize("layouts", [LAYOUTS[:1], LAYOUTS])
+def test_a_step_has_the_kernels_attention(
+    static_steps: list[int], family: str, layouts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the kernels' definition in their place: rows of several lengths, and with no image."""
+    launched: list[int] = []
+
+    def launch(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor,
+        sees: torch.Tensor | None,
+        last: torch.Tensor,
+        scaling: float,
+        softcap: float,
+        parts: int,
+        kernels: Any,
+    ) -> torch.Tensor:
+        if isinstance(query, FakeTensor):  # while the step is traced
+            return torch.empty_like(query)
+        launched.append(parts)
+        seen = int(last) + 1
+        group_size = query.shape[1] // key.shape[1]
+        key, value = (states[:, :, :seen].repeat_interleave(group_size, 1) for states in (key, value))
+        scores = torch.einsum("bhd,bhkd->bhk", query, key)[:, None] * scaling
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        weights = (scores + bias[..., :seen]).softmax(-1)
+        return torch.einsum("bshk,bhkd->bhd", weights if sees is None else weights * sees, value)
+
+    monkeypatch.setattr(step_attention, "launch_step_attention", launch)
+    monkeypatch.setattr(step_attention, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
+    monkeypatch.setattr(row_product, "LEAST_FEATURES", 2**30)
+    monkeypatch.setattr(static_steps_module, "has_step_kernels", lambda device, dtype: True)
+    model = tiny_model(family, dtype=torch.float32, **({} if family == "llama" else {"layer_types": ["full_attention"] * 4}))
+    inputs = batch(*layouts, dtype=torch.float32)
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    compile_config = CompileConfig(fullgraph=True, backend="eager", mode="default")
+    compile_config._compile_all_devices = True  # transformers compiles on accelerators alone, unless told so
+    got = model.generate(
+        **inputs, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=compile_config
+    )
+    assert got.equal(expected)
+    assert static_steps == [1] * 11
+    assert len(launched) == model.config.text_config.num_hidden_layers * 11
 
 
 def test_on_a_gpu_products_of_one_row_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:

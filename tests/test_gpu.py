@@ -11,7 +11,7 @@ from dsvl.acceleration.attention import kernel_choice, kernel_timings
 from dsvl.acceleration.attention.fused_mask import FusedMask
 from dsvl.acceleration.attention.kernel_check import check_kernels
 from dsvl.acceleration.attention.kernel_choice import can_fuse, unsupported
-from dsvl.acceleration.decoding import row_product
+from dsvl.acceleration.decoding import row_product, step_attention
 from dsvl.acceleration.decoding import static_steps as static_steps_module
 from dsvl.acceleration.memory.frozen_linear import FrozenLinear, why_not_in_fp8
 from dsvl.image_library import ImageLibrary
@@ -142,7 +142,7 @@ def test_compiled_speculative_decoding_gives_the_tokens_of_greedy_search(drafts,
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "fp8"])
-def test_the_kernel_for_one_row_gives_the_logits_of_the_compiler_s_products(tmp_path, kind, monkeypatch):
+def test_the_kernels_of_a_step_give_the_logits_of_the_compiler(tmp_path, kind, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(row_product, "LEAST_FEATURES", 1)
     monkeypatch.setattr(row_product, "LONG_ROW", 1)
@@ -154,14 +154,16 @@ def test_the_kernel_for_one_row_gives_the_logits_of_the_compiler_s_products(tmp_
     model = DSVLForConditionalGeneration.from_pretrained(tmp_path, **options)
     inputs = on_gpu(batch("ttItttIIttttttIttt", dtype=torch.float16))
     how = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": "static", "eos_token_id": None}
-    launched, results = [], []
+    launched, attended, results = [], [], []
     launch = row_product.launch_row_product
     monkeypatch.setattr(row_product, "launch_row_product", lambda *args: (launched.append(1), launch(*args))[1])
+    attend = step_attention.launch_step_attention
+    monkeypatch.setattr(step_attention, "launch_step_attention", lambda *args: (attended.append(1), attend(*args))[1])
     for in_kernel in (False, True):
-        monkeypatch.setattr(static_steps_module, "has_row_products", lambda *args, here=in_kernel: here)
+        monkeypatch.setattr(static_steps_module, "has_step_kernels", lambda *args, here=in_kernel: here)
         out = model.generate(**inputs, **how, return_dict_in_generate=True, output_logits=True)
         results.append(out.logits[1].float())  # of the one step
-        assert bool(launched) == in_kernel
+        assert bool(launched) == in_kernel == bool(attended)
     # The model's own error is 1.3 % in float16, and 5 % in bfloat16.
     torch.testing.assert_close(*results, atol=0.05 * results[0].abs().max().item(), rtol=0)
 

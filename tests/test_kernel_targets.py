@@ -11,7 +11,7 @@ import torch
 
 from dsvl.acceleration.attention import kernels, launch_configs
 from dsvl.acceleration.attention.token_lists import ALIGNMENT, TokenLists
-from dsvl.acceleration.decoding import row_product
+from dsvl.acceleration.decoding import row_product, step_attention
 from dsvl.acceleration.decoding.row_product import E4M3
 
 pytestmark = [
@@ -138,6 +138,27 @@ def test_products_of_one_row_fit_into_every_architecture(capability, kind, in_fe
     wide = re.findall(r"ld\.global\S*\.v4\.b32", launch.compiled.asm["ptx"])
     rows = row_product.block_config(weight.element_size())["BLOCK_N"]
     assert len(wide) >= rows * in_features * weight.element_size() // (16 * 32 * launch.compiled.metadata.num_warps)
+
+
+@pytest.mark.parametrize("group_size", [1, 8])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_attention_of_a_step_fits_into_every_architecture(capability, head_dim, group_size, monkeypatch, tmp_path):
+    from triton.runtime import driver
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    query = torch.zeros(1, 4 * group_size, head_dim, dtype=torch.bfloat16)
+    key, value = torch.zeros(2, 1, 4, 512, head_dim, dtype=torch.bfloat16)
+    bias, sees, last = torch.zeros(1, 2, 1, 512), torch.ones(1, 2, 1, 1), torch.tensor(300)
+    launches = Launch(step_attention._step_attention_kernel), Launch(step_attention._merge_parts_kernel)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_active", Target(capability))
+        step_attention.launch_step_attention(query, key, value, bias, sees, last, 0.1, 0.0, 8, launches)
+    for launch in launches:
+        used = resources(launch.compiled, tmp_path)
+        assert used["REG"] * 32 * launch.compiled.metadata.num_warps <= REGISTERS
+        assert launch.compiled.metadata.shared <= launch_configs.shared_memory(capability) * 1024
+        assert used["STACK"] <= SPILLS and used["LOCAL"] == 0, used
 
 
 @pytest.mark.slow

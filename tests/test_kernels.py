@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import row_products
+import step_attention
 import torch
 from conftest import FAMILIES, IMAGE_ID, batch, tiny_model
 from kernel_layouts import TOLERANCE, relative_errors
@@ -87,6 +88,19 @@ def test_products_of_one_row_agree_with_the_definition(shape, kind, dtype, has_b
 @needs_interpreter
 def test_products_of_one_row_agree_in_the_interpreter():
     run_in_interpreter("row_products.py")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+def test_the_attention_of_a_step_agrees_with_the_definition(head_dim, dtype):
+    for seed in range(20):
+        assert step_attention.relative_error(seed, dtype, "cuda", head_dim, 3000) < step_attention.tolerance(dtype)
+
+
+@needs_interpreter
+def test_the_attention_of_a_step_agrees_in_the_interpreter():
+    run_in_interpreter("step_attention.py", "12")
 
 
 def padded():

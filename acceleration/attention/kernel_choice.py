@@ -109,6 +109,20 @@ def refusal(text_config: Any, dtype: torch.dtype, device: torch.device, training
     return None
 
 
+def has_step_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a compiled decode step has kernels for its attention and linear layers on a device: on a GPU of the generation
+    that was measured, or where fused kernels are switched on.
+
+    Args:
+        device: device of the decoder.
+        dtype: dtype of its activations.
+    """
+    if unsupported(device) is not None or dtype not in DTYPES or SETTING == "off":
+        return False
+    capability = device_capability(device)
+    return capability[0] == MEASURED or (SETTING == "on" and capability >= (8, 9))  # those before have no E4M3
+
+
 def can_fuse(text_config: Any, dtype: torch.dtype, device: torch.device, training: bool = False) -> bool:
     """Whether the kernels compute a decoder's attention on a device; for the arguments see `refusal`.
 
@@ -192,6 +206,7 @@ __all__ = [
     "can_fuse",
     "decide",
     "decision",
+    "has_step_kernels",
     "refusal",
     "unsupported",
 ]

@@ -20,6 +20,7 @@ from ...utils.cache_cropping import crop
 from ...utils.transformers_names import DynamicLayer
 from ..decoder_run import layer_types
 from ..reuse.shared_images import shares_images
+from .step_attention import has_step_attention, step_attention
 
 RESERVED = 256  # tokens to come for which masks are reserved at once
 # What `generate` hands on to every step, or to the prefill only.
@@ -39,10 +40,12 @@ class StepMask(AttentionMask):
         bias: (batch, 2, queries or 1, reserved keys), added to the scores of the text and the image branch: 0 for a member,
             -inf for others; 0 everywhere in an image branch without a member.
         sees: (batch, 2, 1, 1), 0 for such a branch, else 1; None if there is none.
+        last: the index of the last key that is seen, for the kernels of a compiled step; None if all are.
     """
 
     bias: torch.Tensor
     sees: torch.Tensor | None
+    last: torch.Tensor | None = None
 
     def for_queries(self, first: int | torch.Tensor, count: int) -> "StepMask":
         """The mask of `count` queries, the first of which has this index among the keys: of later keys, none is seen."""
@@ -63,6 +66,12 @@ class StepMask(AttentionMask):
         softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        if self.last is not None and has_step_attention(query, key, value, dropout):
+            row, cap = query[:, :, 0].contiguous(), softcap or 0.0
+            return step_attention(row, key, value, self.bias, self.sees, self.last, scaling, cap)[:, None], None
+        if self.last is not None:
+            plain = self.for_queries(self.last, query.shape[2])
+            return plain.attend(backend, module, query, key, value, scaling=scaling, dropout=dropout, softcap=softcap)
         batch, heads, queries, head_dim = query.shape
         keys = key.shape[2]
         key, value = key.reshape(-1, keys, head_dim), value.reshape(-1, keys, value.shape[-1])

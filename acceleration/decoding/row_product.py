@@ -17,9 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..attention.kernel_choice import MEASURED, SETTING, unsupported
-from ..attention.kernels import DTYPES, jit, tl, triton
-from ..attention.launch_configs import device_capability
+from ..attention.kernels import jit, tl, triton
 from ..memory.frozen_linear import E4M3
 from ..operators import operator_namespace
 from .decode_steps import stored
@@ -130,7 +128,7 @@ class OneRow(TorchFunctionMode):
     """Linear layers of decode steps of one row: by the kernel, or with their input in memory, see `stored`.
 
     Args:
-        in_kernel: whether the kernel computes the layers that it can; for a device see `has_row_products`.
+        in_kernel: whether the kernel computes the layers that it can; for a device see `has_step_kernels`.
     """
 
     def __init__(self, in_kernel: bool) -> None:
@@ -174,13 +172,4 @@ def numbers_and_scales(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.
     return (numbers, scales) if is_known and is_large and numbers.is_contiguous() else None
 
 
-def has_row_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes the linear layers of a step on a device: on a GPU of the generation that was measured, or
-    where fused kernels are switched on."""
-    if unsupported(device) is not None or dtype not in DTYPES or SETTING == "off":
-        return False
-    capability = device_capability(device)
-    return capability[0] == MEASURED or (SETTING == "on" and capability >= (8, 9))  # those before have no E4M3
-
-
-__all__ = ["OneRow", "has_row_products", "launch_row_product", "numbers_and_scales", "row_product"]
+__all__ = ["OneRow", "launch_row_product", "numbers_and_scales", "row_product"]

@@ -20,9 +20,10 @@ from ...masks_dsvl import by_layer_type
 from ...modeling_dsvl import scale_logits
 from ...transformers_dsvl import CACHE
 from ...utils.transformers_names import StaticLayer
+from ..attention.kernel_choice import has_step_kernels
 from ..decoder_run import layer_types
 from .decode_steps import StepMask, takes_plain_steps
-from .row_product import OneRow, has_row_products
+from .row_product import OneRow
 
 
 class StaticSteps:
@@ -40,7 +41,7 @@ class StaticSteps:
         self._model, self._cache = model, model_kwargs[CACHE]
         self._compiled = compiled_step(_hashable((compile_config or model._default_compile_config()).to_dict()))
         device, capacity = model.get_input_embeddings().weight.device, int(self._cache.layers[0].keys.shape[2])
-        self._in_kernel = has_row_products(device, model.dtype)
+        self._in_kernel = has_step_kernels(device, model.dtype)
         self.capacity, self.held = capacity, int(self._cache.get_seq_length())
         self._length = torch.tensor(self.held, device=device)
         # Positions go on by one for each token.
@@ -130,7 +131,7 @@ def run_step(
         seen: (batch, capacity), False where padded.
         bias: (batch, 2, 1, capacity), see `StepMask`, without the mask of later keys.
         sees: see `StepMask`.
-        in_kernel: see `OneRow`.
+        in_kernel: whether kernels compute what they can, see `OneRow` and `StepMask`.
     """
     for layer in cache.layers:  # which may have run further in the step before
         layer.cumulative_length.copy_(length)
@@ -139,10 +140,13 @@ def run_step(
     mask: dict[str, Any] = {"attention_mask": seen}
     if bias is not None:
         types = layer_types(decoder)
+        step_mask = StepMask(bias, sees, length if in_kernel else None)
+        if not in_kernel:
+            step_mask = step_mask.for_queries(length, tokens.shape[1])
         placeholder = torch.zeros(len(bias), 1, 1, bias.shape[-1], dtype=torch.int8, device=tokens.device)
         mask = {
             "attention_mask": by_layer_type(dict.fromkeys(types, placeholder)),
-            "multimodal_masks": dict.fromkeys(types, StepMask(bias, sees).for_queries(length, tokens.shape[1])),
+            "multimodal_masks": dict.fromkeys(types, step_mask),
         }
     # Entered for one row alone, as not every call is traced within such a mode.
     with OneRow(in_kernel) if tokens.numel() == 1 else nullcontext():
