@@ -92,7 +92,7 @@ def test_two_gpus_learn_as_one(folder, tmp_path, setup):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_without_a_launcher_one_gpu_trains(folder, tmp_path):
-    assert "2 GPUs, but no launcher" in train(folder, tmp_path / "output").stderr
+    assert "2 GPUs but no launcher" in train(folder, tmp_path / "output").stderr
 
 
 SHARDED = {
@@ -171,7 +171,6 @@ from dsvl.acceleration.attention import split_attention
 rank = int(__import__("os").environ["LOCAL_RANK"])
 torch.cuda.set_device(rank)
 distributed.init_process_group("nccl")
-torch.set_default_device("cuda")
 for family, wide in (("llama", {"head_dim": 32, "hidden_size": 128}), ("mistral", {"head_dim": 32, "hidden_size": 128})):
     model = tiny_model(family, dtype=torch.bfloat16, **wide).cuda().train()
     model.set_trainable(vision_tower=True, language_model=True, lm_head=True)

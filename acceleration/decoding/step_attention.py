@@ -20,10 +20,9 @@ PARTS = 64  # of the keys, at most
 
 @jit
 def _step_attention_kernel(
-    Q, K, V, Bias, Last, Acc, Sums, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_bias,
-    sm_scale, softcap, num_heads, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PARTS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, USE_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    Q, K, V, Bias, Last, Acc, Sums, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_bias, num_heads,
+    SM_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    NUM_PARTS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Unnormalized outputs, row maxima and row sums of both branches over one part of the keys.
 
@@ -52,11 +51,10 @@ def _step_attention_kernel(
         v = _load_rows(V, offs_n, stride_vn, HEAD_DIM, BLOCK_D, mask_n)
         bias = tl.load(Bias[:, None] + offs_n[None, :], mask=mask_n[None, :], other=float("-inf"))
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if USE_SOFTCAP:
-            qk, qk_scale = _tanh_scores(qk, sm_scale, softcap), softcap * 1.4426950408889634
+        if SOFTCAP > 0:
+            qk = _tanh_scores(qk, SM_SCALE, SOFTCAP) * (SOFTCAP * 1.4426950408889634) + bias
         else:
-            qk_scale = sm_scale * 1.4426950408889634
-        qk = qk * qk_scale + bias
+            qk = qk * (SM_SCALE * 1.4426950408889634) + bias
         m_ij = tl.maximum(m_i, tl.max(qk, 1))
         m_finite = tl.where(m_ij == float("-inf"), 0.0, m_ij)  # a part may have no key of a branch
         p = tl.exp2(qk - m_finite[:, None])
@@ -130,15 +128,15 @@ def launch_step_attention(
     sums = query.new_empty((batch, heads, 2, parts, 2), dtype=torch.float32)
     attend, merge = kernels
     attend[(batch * kv_heads, parts)](
-        *(query, key, value, bias, last, acc, sums, *key.stride()[:3], *value.stride()[:3], bias.stride(1)),
-        *(scaling, softcap or 1.0, kv_heads),
+        *(query, key, value, bias, last, acc, sums, *key.stride()[:3], *value.stride()[:3], bias.stride(1), kv_heads),
+        SM_SCALE=scaling,  # known to the kernel: a compiled graph hands over such numbers as float64
+        SOFTCAP=softcap,
         GROUP_SIZE=group_size,
         HEAD_DIM=head_dim,
         NUM_PARTS=parts,
         BLOCK_G=max(8, 1 << (group_size - 1).bit_length()),  # products have 16 rows at least
         BLOCK_N=64 if block_d <= 128 else 32,
         BLOCK_D=block_d,
-        USE_SOFTCAP=softcap > 0,
         PRECISION="ieee",
         num_warps=4,
         num_stages=2,
