@@ -12,6 +12,7 @@ Each command adds its figures to /data/large/large_checkpoint.json:
                              what several processes map counts once (proportional set size). The aim is 1.1 times `weights`
     gpu_gib                  used memory of the fullest GPU by its driver until the last step: with the reserve of the
                              allocator, and CUDA's own
+    allocated_gib            of a whole run, by torch's allocator in the first process; planned_gib is by `dsvl plan`
     step_seconds             of steps without a checkpoint between them
     optimizer_states_gib     of DeepSpeed's states in a checkpoint, of what is trained alone
 """
@@ -45,6 +46,7 @@ from transformers import AutoModel, CLIPImageProcessor, LlamaForCausalLM
 
 import dsvl
 from dsvl.demo.tiny_models import train_tokenizer
+from dsvl.training.memory_plan import plan
 from dsvl.transformers_dsvl import no_init_weights
 
 MODEL, DATA, OUTPUT = "model", "data/conversations.jsonl", "output"  # in the folder
@@ -221,6 +223,8 @@ def train(folder: Path, options: argparse.Namespace, kill_at: str | None, delete
             if line.startswith("step ") and "loss" in line:
                 steps.append(time.monotonic())
                 result["gpu_gib"] = watch.gpu
+            if found := re.search(r"([\d.]+) GiB allocated at most", line):
+                result["allocated_gib"] = float(found[1])
             if kill_at is not None and line.startswith(kill_at):
                 killed = True
                 torchrun = psutil.Process(process.pid)
@@ -229,7 +233,20 @@ def train(folder: Path, options: argparse.Namespace, kill_at: str | None, delete
                         member.kill()
     if (process.wait() == 0) == (kill_at is not None) or killed != (kill_at is not None):
         raise RuntimeError(f"The training ended with status {process.returncode}:\n{''.join(lines[-40:])}")
+    on_gpu = torch.cuda.is_available()
+    planned = plan(
+        dsvl.DSVLConfig.from_pretrained(folder / MODEL),
+        micro_batch=made["batch"],
+        world_size=options.processes,
+        deepspeed="zero3",
+        sequence_length=made["tokens"],
+        images=made["images"],
+        activation_checkpointing=True,
+        dtype="bfloat16" if on_gpu else "float32",
+        mixed_precision=on_gpu,
+    )
     return result | {
+        "planned_gib": planned.total / 2**30,
         "host_gib": watch.host,
         "seconds": time.monotonic() - began,
         # Of those without a checkpoint between them.

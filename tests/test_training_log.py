@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+import torch
 from training_runs import make_checkpoint, make_conversations
 from transformers import TrainerState
 
@@ -62,14 +63,19 @@ def test_the_speed_is_that_of_tokens_without_padding(folder, tmp_path, monkeypat
     assert [entry["seconds_left"] for entry in logged] == [3, 2, 1, 0]
 
 
-def test_lines_of_other_logs():
+def test_lines_of_other_logs(monkeypatch):
     state = TrainerState(global_step=40, max_steps=1000)
     logs = {"loss": 1.23456, "learning_rate": 9.8e-5, "grad_norm": 1.0, "tokens_per_second": 1234.4, "seconds_left": 754.2}
     expected = "step 40/1,000 | loss 1.235 | learning rate 9.8e-05 | 1,234 tokens/s | 0:12:34 left"
     assert log_line(logs, state) == expected
     logs = {"eval_loss": 1.5, "eval_exact_match": 0.25, "eval_runtime": 2.0, "eval_samples_per_second": 1.0, "epoch": 1.0}
     assert log_line(logs, state) == "step 40/1,000 | eval_loss 1.5 | eval_exact_match 0.25"
-    assert log_line({"train_runtime": 90061.0, "train_loss": 2.0}, state) == "step 40/1,000 | mean loss 2 | 25:01:01 in all"
+    logs = {"train_runtime": 90061.0, "train_loss": 2.0}
+    for allocated in (None, 10 * 2**30):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=allocated is not None: on_gpu)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda allocated=allocated: allocated)
+        memory = "" if allocated is None else " | 10.0 GiB allocated at most"
+        assert log_line(logs, state) == f"step 40/1,000 | mean loss 2 | 25:01:01 in all{memory}"
     assert duration(59.6) == "0:01:00"
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 TIMES = ("_runtime", "_per_second", "_preparation_time")  # suffixes of an evaluation's timings
@@ -80,6 +81,8 @@ def log_line(logs: dict[str, float], state: TrainerState, title: str = "", evalu
             parts.append(f"{duration(logs['seconds_left'])} left")
     elif "train_runtime" in logs:
         parts += [f"mean loss {logs['train_loss']:.4g}", f"{duration(logs['train_runtime'])} in all"]
+        if torch.cuda.is_available():  # as `dsvl plan` counts, without what the allocator keeps for later
+            parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB allocated at most")
     else:
         metrics = {name: value for name, value in logs.items() if name != "epoch" and not name.endswith(TIMES)}
         parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
