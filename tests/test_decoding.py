@@ -195,6 +195,16 @@ def test_a_single_row_is_in_memory_before_it_is_multiplied(rows: int) -> None:
     assert rows == 1 or "as_strided" not in factors
 
 
+def compiled_steps_agree(model: Any, inputs: dict[str, torch.Tensor], static_steps: list[int]) -> None:
+    """Generate 12 tokens over a dynamic KV cache, and the same in 11 compiled steps."""
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    config = CompileConfig(fullgraph=True, backend="eager", mode="default")
+    config._compile_all_devices = True  # transformers compiles on accelerators alone, unless told so
+    got = model.generate(**inputs, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=config)
+    assert got.equal(expected)
+    assert static_steps == [1] * 11
+
+
 @pytest.mark.parametrize("kind", [None, "int8", "fp8"])
 def test_a_step_of_one_row_has_the_kernel_s_products(
     tmp_path: Path, static_steps: list[int], kind: str | None, monkeypatch: pytest.MonkeyPatch
@@ -221,14 +231,7 @@ def test_a_step_of_one_row_has_the_kernel_s_products(
         options["quantization_config"] = quantization_config(kind, torch.float32)
     model = DSVLForConditionalGeneration.from_pretrained(tmp_path, **options)
     inputs = batch(LAYOUTS[0], dtype=torch.float32)
-    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    compile_config = CompileConfig(fullgraph=True, backend="eager", mode="default")
-    compile_config._compile_all_devices = True  # transformers compiles on accelerators alone, unless told so
-    got = model.generate(
-        **inputs, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=compile_config
-    )
-    assert got.equal(expected)
-    assert static_steps == [1] * 11
+    compiled_steps_agree(model, inputs, static_steps)
     layers = model.config.text_config.num_hidden_layers
     numbers = {None: [torch.float32], "int8": [torch.int8] * 7, "fp8": [row_product.E4M3] * 7}[kind]
     assert read == numbers * layers * 11
@@ -242,18 +245,8 @@ def test_a_step_has_the_kernels_attention(
     """With the kernels' definition in their place: rows of several lengths, and with no image."""
     launched: list[int] = []
 
-    def launch(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bias: torch.Tensor,
-        sees: torch.Tensor | None,
-        last: torch.Tensor,
-        scaling: float,
-        softcap: float,
-        parts: int,
-        kernels: Any,
-    ) -> torch.Tensor:
+    def launch(*args: Any) -> torch.Tensor:
+        query, key, value, bias, sees, last, scaling, softcap, parts, _ = args
         if isinstance(query, FakeTensor):  # while the step is traced
             return torch.empty_like(query)
         launched.append(parts)
@@ -273,14 +266,7 @@ def test_a_step_has_the_kernels_attention(
     monkeypatch.setattr(static_steps_module, "has_step_kernels", lambda device, dtype: True)
     model = tiny_model(family, dtype=torch.float32, **({} if family == "llama" else {"layer_types": ["full_attention"] * 4}))
     inputs = batch(*layouts, dtype=torch.float32)
-    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    compile_config = CompileConfig(fullgraph=True, backend="eager", mode="default")
-    compile_config._compile_all_devices = True  # transformers compiles on accelerators alone, unless told so
-    got = model.generate(
-        **inputs, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=compile_config
-    )
-    assert got.equal(expected)
-    assert static_steps == [1] * 11
+    compiled_steps_agree(model, inputs, static_steps)
     assert len(launched) == model.config.text_config.num_hidden_layers * 11
 
 
