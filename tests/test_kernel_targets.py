@@ -136,6 +136,7 @@ def test_products_of_one_row_fit_into_every_architecture(capability, kind, in_fe
     used = resources(launch.compiled, tmp_path)
     assert used["REG"] * 32 * launch.compiled.metadata.num_warps <= REGISTERS
     assert used["STACK"] <= SPILLS and used["LOCAL"] == 0
+    assert not re.search(r"cvt\S*\.f(16|32)\.[su](8|16|32)\b", launch.compiled.asm["ptx"])  # slow conversions
     wide = re.findall(r"ld\.global\S*\.v4\.b32", launch.compiled.asm["ptx"])
     rows = row_product.block_config(weight.element_size())["BLOCK_N"]
     assert len(wide) >= rows * in_features * weight.element_size() // (16 * 32 * launch.compiled.metadata.num_warps)

@@ -56,6 +56,10 @@ def _row_product_kernel(
             row = tl.load(row_ptr + offs_k, mask=mask_k, other=0.0)
         if weight.dtype == tl.float8e4nv:
             weight = weight.to(tl.float16)  # exact, and one instruction for two numbers
+        elif weight.dtype == tl.int8:
+            # weight + 128 as the lowest bits of 2^23: logic and additions are four and eight times as fast as conversions.
+            bits = weight.to(tl.uint8, bitcast=True).to(tl.uint32) ^ 0x4B000080
+            weight = bits.to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128
         acc += weight.to(tl.float32) * row.to(tl.float32)[None, :]
     out = tl.sum(acc, axis=1)
     if HAS_SCALES:
