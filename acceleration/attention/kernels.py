@@ -71,7 +71,7 @@ def kernel(function: Callable) -> Any:
 
 
 @jit
-def _load_rows(ptr, index, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, mask):
+def load_rows(ptr, index, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, mask):
     """Rows `index` of a matrix of HEAD_DIM columns, as (len(index), BLOCK_D); zero where not `mask`."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + index[:, None].to(tl.int64) * stride + offs_d[None, :]
@@ -117,7 +117,7 @@ def _load_saved(x, row, start, num_rows, total_q, BLOCK_M: tl.constexpr, TMA: tl
 
 
 @jit
-def _tanh_scores(qk, sm_scale, softcap):
+def tanh_scores(qk, sm_scale, softcap):
     """tanh(qk * sm_scale / softcap), the capped scores of Gemma 2 before their multiplication by `softcap`."""
     return 2.0 / (1.0 + tl.exp2(qk * (sm_scale * (-2.0 * 1.4426950408889634) / softcap))) - 1.0
 
@@ -174,7 +174,7 @@ def _pack_kernel(
     mask_n = offs_n < num_k
     idx_n = tl.load(Index + off_b * seqlen_k + offs_n, mask=mask_n, other=0)
     X += off_b.to(tl.int64) * stride_xb + off_h.to(tl.int64) * stride_xh
-    x = _load_rows(X, idx_n, stride_xn, HEAD_DIM, BLOCK_D, mask_n)
+    x = load_rows(X, idx_n, stride_xn, HEAD_DIM, BLOCK_D, mask_n)
     Packed += (off_b * num_heads + off_h).to(tl.int64) * seqlen_k_rounded * BLOCK_D
     _store_rows(Packed, offs_n, BLOCK_D, x, BLOCK_D, BLOCK_D, offs_n < seqlen_k_rounded)
 
@@ -202,7 +202,7 @@ def _fwd_inner(
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         # m_i is scaled and qk is not: p then takes one fused multiply-add for each score.
         if USE_SOFTCAP:
-            qk, qk_scale = _tanh_scores(qk, sm_scale, softcap), softcap * 1.4426950408889634
+            qk, qk_scale = tanh_scores(qk, sm_scale, softcap), softcap * 1.4426950408889634
         else:
             qk_scale = sm_scale * 1.4426950408889634
         if (start_n < full_lo) | (start_n >= full_hi):
@@ -241,11 +241,11 @@ def _fwd_kernel(
     Out += (off_b.to(tl.int64) * seqlen_q * num_heads + off_h) * HEAD_DIM
     if start_m * BLOCK_M >= num_text_q:
         own_idx = tl.load(OwnKey + off_b * seqlen_q + idx_m, mask=mask_m, other=0)
-        own_v = _load_rows(V, own_idx, stride_vn, HEAD_DIM, BLOCK_D, mask_m)
+        own_v = load_rows(V, own_idx, stride_vn, HEAD_DIM, BLOCK_D, mask_m)
         _store_rows(Out, idx_m, num_heads * HEAD_DIM, own_v, HEAD_DIM, BLOCK_D, mask_m)
         return
     Q += off_b.to(tl.int64) * stride_qb + off_h.to(tl.int64) * stride_qh
-    q = _load_rows(Q, idx_m, stride_qm, HEAD_DIM, BLOCK_D, is_text)
+    q = load_rows(Q, idx_m, stride_qm, HEAD_DIM, BLOCK_D, is_text)
     start_saved = tl.load(Counts + off_b * 4 + 3)
     offs_saved = start_saved + offs_m
     if SAVE:
@@ -277,7 +277,7 @@ def _fwd_kernel(
             _store_rows(branch_out, offs_saved, num_heads * HEAD_DIM, acc, HEAD_DIM, BLOCK_D, is_text)
     if start_m * BLOCK_M + BLOCK_M > num_text_q:
         own_idx = tl.load(OwnKey + off_b * seqlen_q + idx_m, mask=mask_m, other=0)
-        own_v = _load_rows(V, own_idx, stride_vn, HEAD_DIM, BLOCK_D, mask_m & ~is_text)
+        own_v = load_rows(V, own_idx, stride_vn, HEAD_DIM, BLOCK_D, mask_m & ~is_text)
         out = tl.where(is_text[:, None], out, own_v)
     _store_rows(Out, idx_m, num_heads * HEAD_DIM, out, HEAD_DIM, BLOCK_D, mask_m)
 
@@ -285,7 +285,7 @@ def _fwd_kernel(
 @jit
 def _load_delta(do, BranchOut, index, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, mask):
     """delta = rowsum(dO * O) of one branch."""
-    o = _load_rows(BranchOut, index, stride, HEAD_DIM, BLOCK_D, mask)
+    o = load_rows(BranchOut, index, stride, HEAD_DIM, BLOCK_D, mask)
     return tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
 
 
@@ -293,7 +293,7 @@ def _load_delta(do, BranchOut, index, stride, HEAD_DIM: tl.constexpr, BLOCK_D: t
 def _recompute_p(qk, lse, sm_scale, softcap, USE_SOFTCAP: tl.constexpr):
     """p from unscaled scores and `lse`, which broadcasts against them; and the derivative of the cap."""
     if USE_SOFTCAP:
-        tanh = _tanh_scores(qk, sm_scale, softcap)
+        tanh = tanh_scores(qk, sm_scale, softcap)
         p, dcap = tl.exp2(tanh * (softcap * 1.4426950408889634) - lse), 1.0 - tanh * tanh
     else:
         p, dcap = tl.exp2(qk * (sm_scale * 1.4426950408889634) - lse), 1.0
@@ -343,7 +343,7 @@ def _bwd_dq_kernel(
         row_q = off_h * total_q + start_saved
         q = _load_block(packed_q, row_q, start_m * BLOCK_M, num_text_q - start_m * BLOCK_M, BLOCK_M, BLOCK_D, TMA)
         do_base = DO + off_b.to(tl.int64) * stride_dob + off_h.to(tl.int64) * stride_doh
-        do = _load_rows(do_base, idx_m, stride_dom, HEAD_DIM, BLOCK_D, is_text)
+        do = load_rows(do_base, idx_m, stride_dom, HEAD_DIM, BLOCK_D, is_text)
         _store_block(PackedDO, row_q, start_m * BLOCK_M, do, BLOCK_M, BLOCK_D)
         row_k = (off_b * (num_heads // GROUP_SIZE) + off_hk) * seqlen_k_rounded
         offs_saved = start_saved + offs_m
@@ -450,7 +450,7 @@ def _bwd_dkdv_kernel(
         for off_g in range(0, GROUP_SIZE):
             off_h = off_hk * GROUP_SIZE + off_g
             do = DO + off_b.to(tl.int64) * stride_dob + off_h.to(tl.int64) * stride_doh
-            dv += _load_rows(do, own_query, stride_dom, HEAD_DIM, BLOCK_D, is_own).to(tl.float32)
+            dv += load_rows(do, own_query, stride_dom, HEAD_DIM, BLOCK_D, is_own).to(tl.float32)
     DK += off_b.to(tl.int64) * stride_dkb + off_hk.to(tl.int64) * stride_dkh
     DV += off_b.to(tl.int64) * stride_dvb + off_hk.to(tl.int64) * stride_dvh
     _store_rows(DK, idx_n, stride_dkn, dk * sm_scale, HEAD_DIM, BLOCK_D, mask_n)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..attention.kernels import MAX_HEAD_DIM, _load_rows, _tanh_scores, jit, tl, triton
+from ..attention.kernels import MAX_HEAD_DIM, jit, load_rows, tanh_scores, tl, triton
 from ..operators import operator_namespace
 
 PARTS = 64  # of the keys, at most
@@ -33,7 +33,7 @@ def _step_attention_kernel(
     rows = tl.arange(0, 2 * BLOCK_G)
     branch, head = rows // BLOCK_G, rows % BLOCK_G
     is_head = head < GROUP_SIZE
-    q = _load_rows(Q + tl.program_id(0).to(tl.int64) * GROUP_SIZE * HEAD_DIM, head, HEAD_DIM, HEAD_DIM, BLOCK_D, is_head)
+    q = load_rows(Q + tl.program_id(0).to(tl.int64) * GROUP_SIZE * HEAD_DIM, head, HEAD_DIM, HEAD_DIM, BLOCK_D, is_head)
     K += off_b.to(tl.int64) * stride_kb + off_h.to(tl.int64) * stride_kh
     V += off_b.to(tl.int64) * stride_vb + off_h.to(tl.int64) * stride_vh
     Bias += (2 * off_b + branch).to(tl.int64) * stride_bias
@@ -47,12 +47,12 @@ def _step_attention_kernel(
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < hi
-        k = _load_rows(K, offs_n, stride_kn, HEAD_DIM, BLOCK_D, mask_n)
-        v = _load_rows(V, offs_n, stride_vn, HEAD_DIM, BLOCK_D, mask_n)
+        k = load_rows(K, offs_n, stride_kn, HEAD_DIM, BLOCK_D, mask_n)
+        v = load_rows(V, offs_n, stride_vn, HEAD_DIM, BLOCK_D, mask_n)
         bias = tl.load(Bias[:, None] + offs_n[None, :], mask=mask_n[None, :], other=float("-inf"))
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP > 0:
-            qk = _tanh_scores(qk, SM_SCALE, SOFTCAP) * (SOFTCAP * 1.4426950408889634) + bias
+            qk = tanh_scores(qk, SM_SCALE, SOFTCAP) * (SOFTCAP * 1.4426950408889634) + bias
         else:
             qk = qk * (SM_SCALE * 1.4426950408889634) + bias
         m_ij = tl.maximum(m_i, tl.max(qk, 1))
@@ -127,6 +127,7 @@ def launch_step_attention(
     acc = query.new_empty((batch, heads, 2, parts, head_dim), dtype=torch.float32)
     sums = query.new_empty((batch, heads, 2, parts, 2), dtype=torch.float32)
     attend, merge = kernels
+    # Of 18 block sizes that were timed on an H200, these are within 4 % of the fastest for 1 and 16 rows.
     attend[(batch * kv_heads, parts)](
         *(query, key, value, bias, last, acc, sums, *key.stride()[:3], *value.stride()[:3], bias.stride(1), kv_heads),
         SM_SCALE=scaling,  # known to the kernel: a compiled graph hands over such numbers as float64
