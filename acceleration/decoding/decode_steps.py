@@ -66,10 +66,10 @@ class StepMask(AttentionMask):
         softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        if self.last is not None and has_step_attention(query, key, value, dropout):
-            row, cap = query[:, :, 0].contiguous(), softcap or 0.0
-            return step_attention(row, key, value, self.bias, self.sees, self.last, scaling, cap)[:, None], None
         if self.last is not None:
+            if has_step_attention(query, key, value, dropout):
+                row, cap = query[:, :, 0].contiguous(), softcap or 0.0
+                return step_attention(row, key, value, self.bias, self.sees, self.last, scaling, cap)[:, None], None
             plain = self.for_queries(self.last, query.shape[2])
             return plain.attend(backend, module, query, key, value, scaling=scaling, dropout=dropout, softcap=softcap)
         batch, heads, queries, head_dim = query.shape

@@ -140,9 +140,8 @@ def run_step(
     mask: dict[str, Any] = {"attention_mask": seen}
     if bias is not None:
         types = layer_types(decoder)
-        step_mask = StepMask(bias, sees, length if in_kernel else None)
-        if not in_kernel:
-            step_mask = step_mask.for_queries(length, tokens.shape[1])
+        whole = StepMask(bias, sees, last=length)
+        step_mask = whole if in_kernel else whole.for_queries(length, tokens.shape[1])
         placeholder = torch.zeros(len(bias), 1, 1, bias.shape[-1], dtype=torch.int8, device=tokens.device)
         mask = {
             "attention_mask": by_layer_type(dict.fromkeys(types, placeholder)),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..attention.kernels import MAX_HEAD_DIM, jit, load_rows, tanh_scores, tl, triton
+from ..attention.kernels import MAX_HEAD_DIM, block_width, jit, load_rows, tanh_scores, tl, triton
 from ..operators import operator_namespace
 
 PARTS = 64  # of the keys, at most
@@ -122,7 +122,7 @@ def launch_step_attention(
     """
     batch, heads, head_dim = query.shape
     kv_heads, group_size = key.shape[1], heads // key.shape[1]
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    block_d = block_width(head_dim)
     out = torch.empty_like(query)
     acc = query.new_empty((batch, heads, 2, parts, head_dim), dtype=torch.float32)
     sums = query.new_empty((batch, heads, 2, parts, 2), dtype=torch.float32)
