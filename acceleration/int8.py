@@ -23,7 +23,8 @@ def quantize(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     numbers = torch.empty_like(states, dtype=torch.int8)
     scales = states.new_empty(states.shape[:-1], dtype=torch.promote_types(states.dtype, torch.float32))
     for part, part_numbers, part_scales in zip(states, numbers, scales, strict=True):
-        part_scales.copy_(part.abs().amax(-1)).div_(MAXIMUM)
+        # By the reciprocal, as a GPU divides by a number: so all devices make the same scales of a weight.
+        part_scales.copy_(part.abs().amax(-1)).mul_(1 / MAXIMUM)
         # Zeros have the scale 0, and divided by anything they stay zeros.
         divisors = part_scales.masked_fill(part_scales == 0, 1)[..., None]
         part_numbers.copy_((part / divisors).round_())
