@@ -4,8 +4,11 @@ import math
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from dsvl.acceleration.attention import fused_mask, kernel_choice, kernels
+from dsvl.acceleration.attention import few_queries, fused_mask, kernel_choice, kernels
+from dsvl.acceleration.decoding import row_product, static_steps
+from dsvl.acceleration.reuse import compiled_prefill
 
 
 def use_plain_kernels(monkeypatch: Any) -> None:
@@ -14,6 +17,49 @@ def use_plain_kernels(monkeypatch: Any) -> None:
     monkeypatch.setattr(kernel_choice, "can_fuse", lambda *args: True)  # where it is called by its module
     monkeypatch.setattr(kernels, "launch_forward", forward)
     monkeypatch.setattr(kernels, "launch_backward", backward)
+
+
+def use_plain_few_queries(monkeypatch: Any) -> list[int]:
+    """Let the kernels for few queries be chosen, and compute them with the function of this file.
+
+    Returns:
+        A list that gets the number of queries of each call.
+    """
+    launched: list[int] = []
+
+    def launch(*args: Any) -> torch.Tensor:
+        query = args[0]
+        if isinstance(query, FakeTensor):  # while a graph is traced
+            return query.new_empty(len(query), query.shape[2], query.shape[1], query.shape[3])
+        launched.append(query.shape[2])
+        return attend_few_queries(*args)
+
+    monkeypatch.setattr(few_queries, "launch_few_queries", launch)
+    monkeypatch.setattr(few_queries, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
+    monkeypatch.setattr(row_product, "LEAST_FEATURES", 2**30)
+    for module in (static_steps, compiled_prefill):
+        monkeypatch.setattr(module, "has_step_kernels", lambda device, dtype: True)
+    return launched
+
+
+def attend_few_queries(query, key, value, bias, sees, last, new, scaling, softcap, parts, _):
+    queries, read = query.shape[2], int(last.max()) + 1
+    hidden = torch.arange(read) > last[..., None]  # (batch or 1, queries, keys)
+    bias = bias[..., :read].double().masked_fill(hidden[:, None], -torch.inf)
+    key, value = key[:, :, :read], value[:, :, :read]
+    if new is not None:
+        later = torch.ones(queries, queries, dtype=torch.bool).triu(1)
+        bias = torch.cat([bias, new[2].double().masked_fill(later, -torch.inf)], -1)
+        key, value = torch.cat([key, new[0]], 2), torch.cat([value, new[1]], 2)
+    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
+    scores = query @ key.transpose(-1, -2) * scaling
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = (scores[:, None] + bias[:, :, None]).softmax(-1).nan_to_num()
+    if sees is not None:
+        weights = weights * sees[:, :, None]
+    return (weights.sum(1).to(value.dtype) @ value).transpose(1, 2).contiguous()
 
 
 def forward(query, key, value, lists, scaling, softcap, save):

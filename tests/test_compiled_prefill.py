@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, IMAGE_ID, batch, random_images, tiny_model
+from plain_kernels import use_plain_few_queries
 from transformers import Cache, DynamicCache, StaticCache
 
 from dsvl.acceleration.reuse import compiled_prefill
@@ -63,17 +64,20 @@ def assert_same_cache(got: Cache, expected: Cache, positions: bool) -> None:
             torch.testing.assert_close(one, two, **EXACT)
 
 
+@pytest.mark.parametrize("in_kernel", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("positions", ["token", "image"])
 @pytest.mark.parametrize("family", CAUSAL)
 def test_every_turn_is_the_ordinary_one(
-    family: str, positions: str, kind: str, plain: None, monkeypatch: pytest.MonkeyPatch
+    family: str, positions: str, kind: str, in_kernel: bool, plain: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A first turn over encoded images, new images in later turns, text alone, and a text of more than `FEW_QUERIES`."""
+    """A first turn over encoded images, new images in later turns, text alone, and a text of more than `FEW_QUERIES`; with
+    the kernels' definition in their place, or as it is on other devices."""
     if family == "gemma2":
         pytest.skip("softcapping, which sdpa does not take")
     model, fast = (tiny_model(family, backend="sdpa", image_positions=positions) for _ in range(2))
     fast.compile_text_prefill()
+    launched = use_plain_few_queries(monkeypatch) if in_kernel else []
     used = []
     run = fast.model.image_reuse.compiled.prefill
     monkeypatch.setattr(
@@ -100,13 +104,18 @@ def test_every_turn_is_the_ordinary_one(
     assert used == [images for images in shown if images or kind == "dynamic"], (
         "some turn was not computed by the compiled functions"
     )
+    assert any(queries > 1 for queries in launched) == in_kernel
 
 
+@pytest.mark.parametrize("in_kernel", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copies", [1, 2])
-def test_batches_with_padding_are_the_ordinary_prefill(kind: str, copies: int, plain: None) -> None:
+def test_batches_with_padding_are_the_ordinary_prefill(
+    kind: str, copies: int, in_kernel: bool, plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, fast = (tiny_model(backend="sdpa") for _ in range(2))
     fast.compile_text_prefill()
+    launched = use_plain_few_queries(monkeypatch) if in_kernel else []
     rows = ("ttItttIIttttttIttt", "tIt", "IIt", "ttttttttttttt")
     inputs = batch(*rows)
     pixels = inputs.pop("pixel_values")
@@ -120,6 +129,7 @@ def test_batches_with_padding_are_the_ordinary_prefill(kind: str, copies: int, p
     assert answers[1].equal(answers[0])
     types = [cached_types(cache)[:, : int(caches[0].get_seq_length())] for cache in caches]
     assert types[1].equal(types[0])
+    assert any(queries > 1 for queries in launched) == in_kernel
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])

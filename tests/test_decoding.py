@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import PAD_ID, batch, run_uncompiled, tiny_model
+from plain_kernels import use_plain_few_queries
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import CompileConfig, StaticCache, StopStringCriteria, TextStreamer
 
 from dsvl import DSVLForConditionalGeneration
-from dsvl.acceleration.decoding import decode_steps, decoding_loop, row_product, step_attention
+from dsvl.acceleration.decoding import decode_steps, decoding_loop, row_product
 from dsvl.acceleration.decoding import static_steps as static_steps_module
 from dsvl.acceleration.decoding.row_product import OneRow
 from dsvl.cache_dsvl import cached_types
@@ -223,7 +224,7 @@ def test_a_step_of_one_row_has_the_kernel_s_products(
     monkeypatch.setattr(row_product, "LONG_ROW", 32)  # of an MLP's second layer alone, as in large models
     monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
     monkeypatch.setattr(static_steps_module, "has_step_kernels", lambda device, dtype: True)
-    monkeypatch.setattr(decode_steps, "has_step_attention", lambda *states: False)
+    monkeypatch.setattr(decode_steps, "takes_few_queries", lambda *states: False)
     tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
     options: dict[str, Any] = {"device_map": {"": "cpu"}}
     if kind is not None:
@@ -243,31 +244,11 @@ def test_a_step_has_the_kernels_attention(
     static_steps: list[int], family: str, layouts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the kernels' definition in their place: rows of several lengths, and with no image."""
-    launched: list[int] = []
-
-    def launch(*args: Any) -> torch.Tensor:
-        query, key, value, bias, sees, last, scaling, softcap, parts, _ = args
-        if isinstance(query, FakeTensor):  # while the step is traced
-            return torch.empty_like(query)
-        launched.append(parts)
-        seen = int(last) + 1
-        group_size = query.shape[1] // key.shape[1]
-        key, value = (states[:, :, :seen].repeat_interleave(group_size, 1) for states in (key, value))
-        scores = torch.einsum("bhd,bhkd->bhk", query, key)[:, None] * scaling
-        if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
-        weights = (scores + bias[..., :seen]).softmax(-1)
-        return torch.einsum("bshk,bhkd->bhd", weights if sees is None else weights * sees, value)
-
-    monkeypatch.setattr(step_attention, "launch_step_attention", launch)
-    monkeypatch.setattr(step_attention, "multiprocessors", lambda device: 4)
-    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
-    monkeypatch.setattr(row_product, "LEAST_FEATURES", 2**30)
-    monkeypatch.setattr(static_steps_module, "has_step_kernels", lambda device, dtype: True)
+    launched = use_plain_few_queries(monkeypatch)
     model = tiny_model(family, dtype=torch.float32, **({} if family == "llama" else {"layer_types": ["full_attention"] * 4}))
     inputs = batch(*layouts, dtype=torch.float32)
     compiled_steps_agree(model, inputs, static_steps)
-    assert len(launched) == model.config.text_config.num_hidden_layers * 11
+    assert launched == [1] * model.config.text_config.num_hidden_layers * 11
 
 
 def test_on_a_gpu_products_of_one_row_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:

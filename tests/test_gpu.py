@@ -1,5 +1,7 @@
 """What a CPU cannot show: flex_attention's gradients and memory, compiled decoding, half precision on a GPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import FAMILIES, IMAGE_ID, batch, random_images, run_uncompiled, tiny_model
@@ -7,13 +9,13 @@ from test_attention import packed
 from transformers import DynamicCache, StaticCache
 
 from dsvl import DSVLForConditionalGeneration, cli
-from dsvl.acceleration.attention import kernel_choice, kernel_timings
+from dsvl.acceleration.attention import few_queries, kernel_choice, kernel_timings
 from dsvl.acceleration.attention.fused_mask import FusedMask
 from dsvl.acceleration.attention.kernel_check import check_kernels
 from dsvl.acceleration.attention.kernel_choice import can_fuse, unsupported
-from dsvl.acceleration.decoding import row_product, step_attention
+from dsvl.acceleration.decoding import row_product
 from dsvl.acceleration.decoding import static_steps as static_steps_module
-from dsvl.acceleration.memory.frozen_linear import FrozenLinear, why_not_in_fp8
+from dsvl.acceleration.memory.frozen_linear import FrozenLinear, quantize_weight, why_not_in_fp8
 from dsvl.image_library import ImageLibrary
 from dsvl.utils.cache_cropping import crop
 from dsvl.utils.quantization import quantization_config
@@ -165,8 +167,8 @@ def test_the_kernels_of_a_step_give_the_logits_of_the_compiler(tmp_path, kind, m
     monkeypatch.setattr(static_steps_module.StaticSteps, "__call__", keep)
     launch = row_product.launch_row_product
     monkeypatch.setattr(row_product, "launch_row_product", lambda *args: (launched.append(1), launch(*args))[1])
-    attend = step_attention.launch_step_attention
-    monkeypatch.setattr(step_attention, "launch_step_attention", lambda *args: (attended.append(1), attend(*args))[1])
+    attend = few_queries.launch_few_queries
+    monkeypatch.setattr(few_queries, "launch_few_queries", lambda *args: (attended.append(1), attend(*args))[1])
     for in_kernel in (False, True):
         monkeypatch.setattr(static_steps_module, "has_step_kernels", lambda *args, here=in_kernel: here)
         model.generate(**inputs, **how)
@@ -307,8 +309,6 @@ def test_the_decoding_loop_waits_for_nothing_but_earlier_steps(monkeypatch):
 
 def test_the_server_answers_as_the_model_does(tmp_path):
     pytest.importorskip("openai")
-    from concurrent.futures import ThreadPoolExecutor
-
     from model_server import (
         SENTENCES,
         alone,
@@ -530,6 +530,15 @@ def test_fp8_products_on_tensor_cores_are_those_of_the_same_rounded_numbers(out_
         for one, other in zip(found, made[0], strict=True):
             assert one.shape == other.shape and one.dtype == torch.bfloat16
             torch.testing.assert_close(one, other, rtol=0.02, atol=0.01 * other.abs().amax().item() if rows else 0)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_has_the_same_8_bit_numbers_as_on_a_cpu(dtype, precision):
+    """Saving compares the frozen weights with those of the original files."""
+    weight = (torch.randn(2048, 256) * torch.logspace(-6, 2, 2048)[:, None]).to(dtype)
+    for found, expected in zip(quantize_weight(weight.cuda(), precision), quantize_weight(weight, precision), strict=True):
+        assert found.cpu().equal(expected)
 
 
 @needs_fp8

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dsvl.acceleration.attention import kernels, launch_configs
+from dsvl.acceleration.attention import few_queries, kernels, launch_configs
 from dsvl.acceleration.attention.token_lists import ALIGNMENT, TokenLists
-from dsvl.acceleration.decoding import row_product, step_attention
+from dsvl.acceleration.decoding import row_product
 from dsvl.acceleration.decoding.row_product import E4M3
 
 pytestmark = [
@@ -142,20 +142,23 @@ def test_products_of_one_row_fit_into_every_architecture(capability, kind, in_fe
     assert len(wide) >= rows * in_features * weight.element_size() // (16 * 32 * launch.compiled.metadata.num_warps)
 
 
+@pytest.mark.parametrize("queries", [1, 64])  # of a decode step, and of a prompt's text
 @pytest.mark.parametrize("group_size", [1, 8])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_attention_of_a_step_fits_into_every_architecture(capability, head_dim, group_size, monkeypatch, tmp_path):
+def test_few_queries_fit_into_every_architecture(capability, head_dim, group_size, queries, monkeypatch, tmp_path):
     from triton.runtime import driver
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    query = torch.zeros(1, 4 * group_size, head_dim, dtype=torch.bfloat16)
+    query = torch.zeros(1, queries, 4 * group_size, head_dim, dtype=torch.bfloat16).transpose(1, 2)
     key, value = torch.zeros(2, 1, 4, 512, head_dim, dtype=torch.bfloat16)
-    bias, sees, last = torch.zeros(1, 2, 1, 512), torch.ones(1, 2, 1, 1), torch.tensor(300)
-    launches = Launch(step_attention._step_attention_kernel), Launch(step_attention._merge_parts_kernel)
+    bias, sees, last, new = torch.zeros(1, 2, 1, 512), torch.ones(1, 2, 1, 1), torch.full((1, queries), 300), None
+    if queries > 1:
+        new = (*torch.zeros(2, 1, 4, queries, head_dim, dtype=torch.bfloat16), torch.zeros(1, 2, 1, queries))
+    launches = Launch(few_queries._few_queries_kernel), Launch(few_queries._merge_parts_kernel)
     with monkeypatch.context() as patch:
         patch.setattr(driver, "_active", Target(capability))
-        step_attention.launch_step_attention(query, key, value, bias, sees, last, 0.1, 0.0, 8, launches)
+        few_queries.launch_few_queries(query, key, value, bias, sees, last, new, 0.1, 0.0, 8, launches)
     for launch in launches:
         assert not launch.floats  # a compiled graph hands them over as float64, and the kernel does not compile
         used = resources(launch.compiled, tmp_path)

@@ -6,9 +6,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import few_queries
 import pytest
 import row_products
-import step_attention
 import torch
 from conftest import FAMILIES, IMAGE_ID, batch, tiny_model
 from kernel_layouts import TOLERANCE, relative_errors
@@ -93,14 +93,16 @@ def test_products_of_one_row_agree_in_the_interpreter():
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
-def test_the_attention_of_a_step_agrees_with_the_definition(head_dim, dtype):
+@pytest.mark.parametrize(("most_queries", "has_new"), [(1, False), (12, False), (200, True)])
+def test_few_queries_over_a_cache_agree_with_the_definition(most_queries, has_new, head_dim, dtype):
     for seed in range(20):
-        assert step_attention.relative_error(seed, dtype, "cuda", head_dim, 3000) < step_attention.tolerance(dtype)
+        error = few_queries.relative_error(seed, dtype, "cuda", head_dim, 3000, most_queries, has_new)
+        assert error < few_queries.tolerance(dtype), seed
 
 
 @needs_interpreter
-def test_the_attention_of_a_step_agrees_in_the_interpreter():
-    run_in_interpreter("step_attention.py", "12")
+def test_few_queries_over_a_cache_agree_in_the_interpreter():
+    run_in_interpreter("few_queries.py", "12")
 
 
 def padded():

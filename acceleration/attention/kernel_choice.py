@@ -110,8 +110,8 @@ def refusal(text_config: Any, dtype: torch.dtype, device: torch.device, training
 
 
 def has_step_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a compiled decode step has kernels for its attention and linear layers on a device: on a GPU of the generation
-    that was measured, or where fused kernels are switched on.
+    """Whether decode steps, and compiled prompts of text over a KV cache, have kernels for their attention and linear layers
+    on a device: on a GPU of the generation that was measured, or where fused kernels are switched on.
 
     Args:
         device: device of the decoder.

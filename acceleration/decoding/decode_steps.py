@@ -18,9 +18,9 @@ from ...modeling_dsvl import scale_logits
 from ...transformers_dsvl import CACHE
 from ...utils.cache_cropping import crop
 from ...utils.transformers_names import DynamicLayer
+from ..attention.few_queries import few_queries, number_of_parts, takes_few_queries
 from ..decoder_run import layer_types
 from ..reuse.shared_images import shares_images
-from .step_attention import has_step_attention, step_attention
 
 RESERVED = 256  # tokens to come for which masks are reserved at once
 # What `generate` hands on to every step, or to the prefill only.
@@ -40,7 +40,7 @@ class StepMask(AttentionMask):
         bias: (batch, 2, queries or 1, reserved keys), added to the scores of the text and the image branch: 0 for a member,
             -inf for others; 0 everywhere in an image branch without a member.
         sees: (batch, 2, 1, 1), 0 for such a branch, else 1; None if there is none.
-        last: the index of the last key that is seen, for the kernels of a compiled step; None if all are.
+        last: (1, queries), the index of the last key that each query sees, for the kernels; None without them.
     """
 
     bias: torch.Tensor
@@ -67,10 +67,10 @@ class StepMask(AttentionMask):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         if self.last is not None:
-            if has_step_attention(query, key, value, dropout):
-                row, cap = query[:, :, 0].contiguous(), softcap or 0.0
-                return step_attention(row, key, value, self.bias, self.sees, self.last, scaling, cap)[:, None], None
-            plain = self.for_queries(self.last, query.shape[2])
+            if takes_few_queries(query, key, value, dropout):
+                seen, options = (self.bias, self.sees, self.last), (scaling, softcap or 0.0, number_of_parts(key))
+                return few_queries(query, key, value, *seen, None, None, None, *options), None
+            plain = self.for_queries(self.last[0, 0], query.shape[2])
             return plain.attend(backend, module, query, key, value, scaling=scaling, dropout=dropout, softcap=softcap)
         batch, heads, queries, head_dim = query.shape
         keys = key.shape[2]

@@ -19,7 +19,7 @@ from ...transformers_dsvl import CACHE
 from ...utils.cache_cropping import can_crop, crop
 from ...utils.transformers_names import BaseStreamer
 from .decode_steps import DecodeSteps, can_step
-from .static_steps import StaticSteps, can_step_static
+from .static_steps import StaticSteps, can_step_static, compiled_run
 from .text_turns import prefill_text
 
 
@@ -98,8 +98,10 @@ def sample(
                     pending.is_last()  # which streams its tokens
                 break
             if steps is None:
-                compile_config = generation_config.compile_config
-                steps = StaticSteps(model, model_kwargs, compile_config) if is_static else DecodeSteps(model, model_kwargs)
+                if is_static:
+                    steps = StaticSteps(model, model_kwargs, compiled_run(model, generation_config.compile_config))
+                else:
+                    steps = DecodeSteps(model, model_kwargs)
             logits = steps(tokens[:, None])[:, -1]
     if is_late:
         input_ids = input_ids[:, :-1]

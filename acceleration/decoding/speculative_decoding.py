@@ -20,7 +20,7 @@ from ...utils.cache_cropping import can_crop
 from ...utils.transformers_names import BaseStreamer
 from .decode_steps import DecodeSteps, can_step
 from .draft_model import DraftModel, can_draft
-from .static_steps import StaticSteps, can_step_static
+from .static_steps import StaticSteps, can_step_static, compiled_run
 
 
 class Drafts(Protocol):
@@ -170,8 +170,10 @@ def decode_speculatively(
             if is_last:
                 break
             if steps is None:
-                compile_config = generation_config.compile_config
-                steps = StaticSteps(model, model_kwargs, compile_config) if is_static else DecodeSteps(model, model_kwargs)
+                if is_static:
+                    steps = StaticSteps(model, model_kwargs, compiled_run(model, generation_config.compile_config))
+                else:
+                    steps = DecodeSteps(model, model_kwargs)
             draft = drafts.propose(sequence, min(drafts.longest, longest - len(sequence) - 1))
             padding = 0
             if isinstance(steps, StaticSteps) and draft:

@@ -27,19 +27,18 @@ from .row_product import OneRow
 
 
 class StaticSteps:
-    """The compiled steps of a generation after its prefill.
+    """The steps of a generation after its prefill, over a KV cache of fixed shape.
 
     After every step the KV cache knows the modality of its tokens, and their positions where images share them.
 
     Args:
         model: a `DSVLForConditionalGeneration`.
         model_kwargs: the arguments that `generate` keeps, after the prefill, of a generation for which `can_step_static`.
-        compile_config: how to compile; *optional*, defaults to the model's way.
+        run: runs `run_step`, as what `compiled_run` returns.
     """
 
-    def __init__(self, model: Any, model_kwargs: dict[str, Any], compile_config: CompileConfig | None) -> None:
-        self._model, self._cache = model, model_kwargs[CACHE]
-        self._compiled = compiled_step(_hashable((compile_config or model._default_compile_config()).to_dict()))
+    def __init__(self, model: Any, model_kwargs: dict[str, Any], run: Callable) -> None:
+        self._model, self._cache, self._run = model, model_kwargs[CACHE], run
         device, capacity = model.get_input_embeddings().weight.device, int(self._cache.layers[0].keys.shape[2])
         self._in_kernel = has_step_kernels(device, model.dtype)
         self.capacity, self.held = capacity, int(self._cache.get_seq_length())
@@ -71,7 +70,7 @@ class StaticSteps:
         Returns:
             Logits, (batch, new tokens, vocabulary). On a GPU the next step overwrites them.
         """
-        logits = self._compiled(
+        logits = self._run(
             *(self._model, self._cache, tokens, self._length, self._offset, self._seen, self._bias, self._sees),
             self._in_kernel,
         )
@@ -123,7 +122,7 @@ def run_step(
     sees: torch.Tensor | None,
     in_kernel: bool,
 ) -> torch.Tensor:
-    """The function that is compiled: logits of (batch, new tokens).
+    """The function that is compiled, or recorded: logits of (batch, new tokens).
 
     Args:
         length: the number of tokens in the cache.
@@ -140,7 +139,7 @@ def run_step(
     mask: dict[str, Any] = {"attention_mask": seen}
     if bias is not None:
         types = layer_types(decoder)
-        whole = StepMask(bias, sees, last=length)
+        whole = StepMask(bias, sees, last=index[None])
         step_mask = whole if in_kernel else whole.for_queries(length, tokens.shape[1])
         placeholder = torch.zeros(len(bias), 1, 1, bias.shape[-1], dtype=torch.int8, device=tokens.device)
         mask = {
@@ -158,6 +157,11 @@ def run_step(
             return_dict=True,
         ).last_hidden_state
         return scale_logits(model.lm_head(hidden), model.config.text_config)
+
+
+def compiled_run(model: Any, compile_config: CompileConfig | None) -> Callable:
+    """`run_step` as compiled by a configuration; None is the model's way."""
+    return compiled_step(_hashable((compile_config or model._default_compile_config()).to_dict()))
 
 
 @lru_cache
@@ -194,4 +198,4 @@ def can_step_static(model: Any, model_kwargs: dict[str, Any]) -> bool:
     )
 
 
-__all__ = ["StaticSteps", "can_step_static", "compiled_step", "run_step"]
+__all__ = ["StaticSteps", "can_step_static", "compiled_run", "run_step"]

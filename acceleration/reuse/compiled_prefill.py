@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from ...cache_dsvl import cached_types
 from ...masks_dsvl import HIDDEN, IMAGE, TEXT, AttentionMask, attention_scores, visibilities, weighted_values, with_keys
 from ...transformers_dsvl import ALL_ATTENTION_FUNCTIONS
+from ..attention.few_queries import few_queries, takes_few_queries
 from ..attention.gathered_mask import Slots
+from ..attention.kernel_choice import has_step_kernels
 from ..attention.key_rotation import KeyRotation
 from ..decoder_run import OwnValueMask, layer_types, layers_of, run_decoder
 from .cache_slots import CacheSlots, slots_of
@@ -23,6 +25,9 @@ from .image_cache import ImageKVCache
 
 TEXT_MULTIPLE = 32  # the text of a prompt is padded to a multiple of it
 FEW_QUERIES = 256  # up to so many, plain products with all slots take less time than two calls of sdpa
+PARTS = (
+    4  # into which the kernels divide the slots, as their number is unknown to a graph; of 32 heads and 64 tokens of text
+)
 TILES_ALONE = 4  # up to so many tiles go through the compiled tower, one by one
 
 
@@ -34,6 +39,7 @@ class TextOverCacheMask(AttentionMask):
         keys, values: for each layer, the slots of a KV cache, (batch, key-value heads, slots, head_dim).
         text, image: (batch, queries, slots), True where a query sees a text or an image token of the cache.
         own: (batch, queries, queries), the same of the new tokens; every query sees itself.
+        in_kernel: `bias`, `last` and `new_bias` of `launch_few_queries`, if kernels compute it; else None.
     """
 
     keys: Sequence[torch.Tensor]
@@ -41,6 +47,7 @@ class TextOverCacheMask(AttentionMask):
     text: torch.Tensor
     image: torch.Tensor
     own: torch.Tensor
+    in_kernel: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def build(
@@ -50,14 +57,24 @@ class TextOverCacheMask(AttentionMask):
         kinds: torch.Tensor,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
+        has_kernels: bool,
     ) -> "TextOverCacheMask":
         """From the slots (batch, text) of the text tokens in the cache, whether each is one, and the modality of all slots
-        (batch, slots), `HIDDEN` where a slot is empty, padded, or of this text."""
+        (batch, slots), `HIDDEN` where a slot is empty, padded, or of this text; and whether kernels may compute it."""
         slots = torch.arange(kinds.shape[1], device=kinds.device)
         seen, kinds = slots <= index[..., None], kinds[:, None]
         own = (index[:, None] <= index[..., None]) & filled[:, None]
         itself = torch.arange(index.shape[1], device=index.device)
-        return cls(keys, values, seen & (kinds == TEXT), seen & (kinds == IMAGE), own | (itself == itself[:, None]))
+        in_kernel = None
+        if has_kernels:
+            of_cache, of_text = ((kinds == TEXT, kinds == IMAGE), (filled[:, None], torch.zeros_like(filled[:, None])))
+            bias, new_bias = (
+                torch.zeros(one.shape, device=one.device).masked_fill(~one, -torch.inf)
+                for one in (torch.stack(members, 1) for members in (of_cache, of_text))
+            )
+            in_kernel = bias, index, new_bias
+        text, image = seen & (kinds == TEXT), seen & (kinds == IMAGE)
+        return cls(keys, values, text, image, own | (itself == itself[:, None]), in_kernel)
 
     def attend(
         self,
@@ -81,6 +98,10 @@ class TextOverCacheMask(AttentionMask):
             attend = ALL_ATTENTION_FUNCTIONS[backend]
             of_images = attend(module, query, cached_keys, cached_values, image, **options)[0]
             return attend(module, query, keys, values, text, **options)[0] + torch.where(sees_image, of_images, 0), None
+        if self.in_kernel is not None and takes_few_queries(query, cached_keys, cached_values, dropout):
+            bias, last, new_bias = self.in_kernel
+            states = query, cached_keys, cached_values, bias, None, last, key, value, new_bias
+            return few_queries(*states, scaling, softcap or 0.0, PARTS), None
         # Both branches share the products with the cache: no slot is of both.
         text, image, own = (mask[:, None, None] for mask in (self.text, self.image, self.own))
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -108,18 +129,19 @@ def run_text(
     kinds: torch.Tensor,
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
+    has_kernels: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the text of prompts over a KV cache, which does not change.
 
     Args:
         input_ids, position_ids: of the text, (batch, text).
-        index, filled, kinds, keys, values: see `TextOverCacheMask`.
+        index, filled, kinds, keys, values, has_kernels: see `TextOverCacheMask`.
 
     Returns:
         The last hidden state, (batch, text, hidden), and the keys and values of the text (layers, batch, text, key-value
         heads, head_dim).
     """
-    mask = TextOverCacheMask.build(index, filled, kinds, keys, values)
+    mask = TextOverCacheMask.build(index, filled, kinds, keys, values, has_kernels)
     embeds = decoder.get_input_embeddings()(input_ids)
     return run_decoder(decoder, embeds, position_ids, dict.fromkeys(layer_types(decoder), mask))[:3]
 
@@ -304,7 +326,8 @@ class CompiledPrefill:
         """As the function `run_text`."""
         keys, values = inputs[-2:]
         form = keys[0].shape[0] == 1, keys[0].is_contiguous(), inputs[0].shape[1] > FEW_QUERIES
-        return self._text(decoder, *inputs, form=form, states=(*keys, *values), lengths=(0, 2))
+        has_kernels = has_step_kernels(keys[0].device, keys[0].dtype)
+        return self._text(decoder, *inputs, has_kernels, form=form, states=(*keys, *values), lengths=(0, 2))
 
 
 __all__ = ["TEXT_MULTIPLE", "TILES_ALONE", "CompiledPrefill", "TextOverCacheMask", "own_options", "run_text"]
