@@ -13,7 +13,7 @@ from dsvl.acceleration.attention import few_queries, kernel_choice, kernel_timin
 from dsvl.acceleration.attention.fused_mask import FusedMask
 from dsvl.acceleration.attention.kernel_check import check_kernels
 from dsvl.acceleration.attention.kernel_choice import can_fuse, unsupported
-from dsvl.acceleration.decoding import row_product
+from dsvl.acceleration.decoding import decoding_loop, recorded_steps, row_product
 from dsvl.acceleration.decoding import static_steps as static_steps_module
 from dsvl.acceleration.memory.frozen_linear import FrozenLinear, quantize_weight, why_not_in_fp8
 from dsvl.image_library import ImageLibrary
@@ -305,6 +305,64 @@ def test_the_decoding_loop_waits_for_nothing_but_earlier_steps(monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert got.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False))
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """The recordings of decode steps, as many as there are."""
+    made = []
+    record = recorded_steps.record
+    monkeypatch.setattr(recorded_steps, "record", lambda *args: (made.append(1), record(*args))[1])
+    return made
+
+
+@pytest.mark.parametrize("attention", ["mmca", "causal"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_steps_give_the_tokens_of_plain_ones(family, attention, recordings, monkeypatch):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    monkeypatch.setattr(recorded_steps, "RESERVED", 8)
+    model = tiny_model(family, attention, dtype=torch.float32).cuda()
+    for layouts in (LAYOUTS[:3], LAYOUTS[-1:]):
+        inputs = on_gpu(batch(*layouts, dtype=torch.float32))
+        how = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+        caches = [DynamicCache(config=model.config.text_config) for _ in range(2)]
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding_loop, "can_record", lambda *args: False)
+            expected = model.generate(**inputs, **how, past_key_values=caches[0])
+        assert model.generate(**inputs, **how, past_key_values=caches[1]).equal(expected)
+        for layer, other in zip(caches[1].layers, caches[0].layers, strict=True):
+            torch.testing.assert_close(layer.keys, other.keys, atol=2e-3, rtol=2e-3)
+    has_windows = any(layer.is_sliding for layer in caches[0].layers)
+    assert len(recordings) == (0 if has_windows else 6)
+
+
+def test_steps_that_wait_for_the_gpu_are_not_recorded(recordings, monkeypatch, caplog):
+    model = tiny_model(dtype=torch.float32).cuda()
+    inputs = on_gpu(batch("ttItttIIttt", dtype=torch.float32))
+    how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **how)
+    mlp = type(model.model.language_model.layers[0].mlp)
+    forward = mlp.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp, "forward", lambda self, states: forward(self, states * (states.sum().item() ** 0)))
+        assert model.generate(**inputs, **how).equal(expected)
+    assert caplog.text.count("Decode steps are not recorded") == 1
+    assert model.generate(**inputs, **how).equal(expected)  # nothing is left of the recording that failed
+    assert len(recordings) == 3 and caplog.text.count("Decode steps are not recorded") == 1
+
+
+def test_threads_record_beside_each_other(recordings):
+    model = tiny_model(dtype=torch.float32).cuda()
+    prompts = [on_gpu(batch("ttItttIIttt", dtype=torch.float32, seed=seed)) for seed in range(4)]
+
+    def answer(inputs):
+        return model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
+
+    expected = [answer(inputs) for inputs in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        for got, alone in zip(threads.map(answer, prompts), expected, strict=True):
+            assert got.equal(alone)
+    assert len(recordings) == 8
 
 
 def test_the_server_answers_as_the_model_does(tmp_path):

@@ -1,7 +1,7 @@
 """The loop of greedy search and sampling, whose steps cost the host less than those of transformers.
 
-With a dynamic KV cache the steps are those of `DecodeSteps`. With a static one they are compiled: those of `StaticSteps`, or
-of transformers where layers have windows.
+With a dynamic KV cache the steps are those of `RecordedSteps` on a GPU, and else of `DecodeSteps`. With a static one they
+are compiled: those of `StaticSteps`, or of transformers where layers have windows.
 
 After every token transformers asks the device whether the answer ends, and waits. Until the host has prepared and queued
 the next step, the device idles: with a static cache and a compiled step, a third of the time. On a GPU the next step is
@@ -19,6 +19,7 @@ from ...transformers_dsvl import CACHE
 from ...utils.cache_cropping import can_crop, crop
 from ...utils.transformers_names import BaseStreamer
 from .decode_steps import DecodeSteps, can_step
+from .recorded_steps import RecordedSteps, can_record
 from .static_steps import StaticSteps, can_step_static, compiled_run
 from .text_turns import prefill_text
 
@@ -98,8 +99,11 @@ def sample(
                     pending.is_last()  # which streams its tokens
                 break
             if steps is None:
+                more = stopping_criteria.max_length - input_ids.shape[1]
                 if is_static:
                     steps = StaticSteps(model, model_kwargs, compiled_run(model, generation_config.compile_config))
+                elif can_record(model, model_kwargs, more):
+                    steps = RecordedSteps(model, model_kwargs, more)
                 else:
                     steps = DecodeSteps(model, model_kwargs)
             logits = steps(tokens[:, None])[:, -1]

@@ -1,0 +1,168 @@
+"""Recorded decode steps over a dynamic KV cache give what plain ones give. What a GPU records is emulated here: a recording
+is a function that computes in the same memory again."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, batch, run_uncompiled, tiny_model
+from test_decoding import Collector, endings
+from transformers import DynamicCache
+
+from dsvl.acceleration.decoding import decoding_loop, recorded_steps
+from dsvl.acceleration.decoding.recorded_steps import can_record
+from dsvl.acceleration.decoding.static_steps import run_step
+from dsvl.cache_dsvl import cached_positions, cached_types
+from dsvl.transformers_dsvl import CACHE
+from dsvl.utils.transformers_names import DynamicLayer
+
+# A row without an image, padded rows, an image at the end of what is seen first.
+LAYOUTS = ("ttItttIIttttttIttt", "tttItt", "tttt")
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Decode steps as on a GPU; the replays of each recording."""
+    made: list[int] = []
+
+    def record(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], None], torch.Tensor]:
+        output = run().fill_(torch.nan)
+        number = len(made)
+        made.append(0)
+
+        def replay() -> None:
+            made[number] += 1
+            output.copy_(run())
+
+        return replay, output
+
+    monkeypatch.setattr(recorded_steps, "record", record)
+    monkeypatch.setattr(recorded_steps, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(decoding_loop, "waits", lambda tokens: True)
+    return made
+
+
+def both_ways(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> tuple[Any, Any]:
+    """The results of `run` by plain steps and by recorded ones."""
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding_loop, "can_record", lambda *args: False)
+        expected = run()
+    return expected, run()
+
+
+@pytest.mark.parametrize("positions", ["token", "image"])
+@pytest.mark.parametrize("attention", ["mmca", "causal"])
+@pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[:1], ("tttt", "tt")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_tokens_in_every_decoder(
+    monkeypatch: pytest.MonkeyPatch, replays: list[int], family: str, layouts: tuple, attention: str, positions: str
+) -> None:
+    """Also where the room is filled, and made anew."""
+    if family == "gemma2" and (attention == "causal" or "I" not in "".join(layouts)):
+        pytest.skip("transformers' eager attention returns NaN where padding is longer than a window")
+    monkeypatch.setattr(recorded_steps, "RESERVED", 8)
+    model, inputs = tiny_model(family, attention, image_positions=positions), batch(*layouts)
+    caches: list[DynamicCache] = []
+
+    def run() -> torch.Tensor:
+        caches.append(DynamicCache(config=model.config.text_config))
+        options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None)
+        return model.generate(**inputs, past_key_values=caches[-1], **options)
+
+    expected, got = both_ways(monkeypatch, run)
+    assert got.equal(expected)
+    has_windows = any(layer.is_sliding for layer in caches[0].layers)
+    assert replays == ([] if has_windows else [6, 6, 1])  # of 19 steps
+    for known in (cached_types, cached_positions):
+        one, other = map(known, caches)
+        assert (one is None) == (other is None)
+        assert one is None or one.equal(other.to(one.dtype))
+    for layer, other in zip(caches[0].layers, caches[1].layers, strict=True):
+        torch.testing.assert_close(other.keys, layer.keys)
+        torch.testing.assert_close(other.values, layer.values)
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 2.0}, {"repetition_penalty": 1.5}, {}])
+@pytest.mark.parametrize("layouts", [LAYOUTS, ("tttt", "tt"), ("tItt",)])
+def test_answers_that_end_and_the_next_turn(
+    monkeypatch: pytest.MonkeyPatch, replays: list[int], options: dict, layouts: tuple[str, ...]
+) -> None:
+    model, inputs = tiny_model(), batch(*layouts)
+    options = {"do_sample": False} | options
+    torch.manual_seed(0)
+    eos = endings(model, inputs, **options)
+    replays.clear()
+
+    def run() -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        streamer = Collector() if len(layouts) == 1 else None
+        cache = DynamicCache(config=model.config.text_config)
+        how = options | {"past_key_values": cache}
+        made = model.generate(**inputs, max_new_tokens=40, eos_token_id=eos, streamer=streamer, **how)
+        held = int(cache.get_seq_length())
+        more = torch.cat([made, torch.full((len(made), 2), 5)], dim=1)
+        new = more.shape[1] - inputs["input_ids"].shape[1]
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
+        answer = model.generate(input_ids=more, attention_mask=mask, max_new_tokens=8, eos_token_id=None, **how)
+        return made, held, streamer and streamer.tokens, answer, cached_types(cache)
+
+    expected, got = both_ways(monkeypatch, run)
+    assert got[0].equal(expected[0]) and got[0].shape[1] < inputs["input_ids"].shape[1] + 40
+    assert got[1] == expected[1] == got[0].shape[1] - 1
+    assert got[2] == expected[2]
+    assert got[3].equal(expected[3]) and got[4].equal(expected[4])
+    assert len(replays) == 2 and all(replays)
+
+
+def test_steps_that_cannot_be_recorded_stay_plain(
+    monkeypatch: pytest.MonkeyPatch, replays: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    def record(*args: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recorded_steps, "record", record)
+    model, inputs = tiny_model(), batch(*LAYOUTS)
+    with caplog.at_level(logging.WARNING):
+        expected, got = both_ways(
+            monkeypatch, lambda: model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        )
+    assert got.equal(expected)
+    assert caplog.text.count("Decode steps are not recorded, and slower: operation not permitted") == 1
+
+
+def test_a_step_is_run_three_times_before_it_is_replayed(monkeypatch: pytest.MonkeyPatch, replays: list[int]) -> None:
+    model, inputs = tiny_model(), batch(*LAYOUTS)
+    calls: list[int] = []
+    monkeypatch.setattr(recorded_steps, "run_step", lambda *args: (calls.append(1), run_step(*args))[1])
+    model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert replays == [17] and len(calls) == 2 + 1 + 17  # the emulation runs it to replay it
+
+
+class OtherLayer(DynamicLayer):
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        return super().update(*args, **kwargs)
+
+
+@pytest.mark.parametrize("case", ["plain", "few", "training", "autocast", "hook", "cpu", "cache", "backend"])
+def test_what_is_recorded(monkeypatch: pytest.MonkeyPatch, replays: list[int], case: str) -> None:
+    model = tiny_model(backend="flex_attention" if case == "backend" else "sdpa")
+    cache = DynamicCache(config=model.config.text_config)
+    if case == "training":
+        model.train()
+    elif case == "hook":
+        model.model.language_model.layers[1].mlp.register_forward_hook(lambda *args: None)
+    elif case == "cpu":
+        monkeypatch.setattr(recorded_steps, "on_gpu", lambda tensor: tensor.is_cuda)
+    elif case == "cache":
+        cache.layers[0] = OtherLayer()
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        assert can_record(model, {CACHE: cache}, 5 if case == "few" else 6) == (case == "plain")
+
+
+def test_a_static_cache_is_not_recorded(monkeypatch: pytest.MonkeyPatch, replays: list[int]) -> None:
+    model, inputs = tiny_model(), batch(*LAYOUTS)
+    run_uncompiled(monkeypatch, model)
+    model.generate(**inputs, max_new_tokens=12, do_sample=False, cache_implementation="static")
+    assert not replays
