@@ -84,6 +84,18 @@ def run_decoder(
     return hidden, *stacked, [states.device for states in keys]
 
 
+def stored(factor: torch.Tensor) -> torch.Tensor:
+    """A factor of a product, in memory before it.
+
+    The compiler writes some products itself, and computes a factor that is not in memory once for each element of the
+    product: the rotation of a query again for each key, or a cosine again for each head and layer.
+    """
+    if not torch.compiler.is_compiling():
+        return factor
+    factor = factor.contiguous()
+    return factor.as_strided(factor.shape, factor.stride())
+
+
 def layers_of(decoder: PreTrainedModel) -> nn.ModuleList:
     """The layers of a decoder.
 
@@ -104,4 +116,4 @@ def layer_types(decoder: PreTrainedModel) -> list[str | None]:
     return getattr(decoder.config, "layer_types", None) or [None] * decoder.config.num_hidden_layers
 
 
-__all__ = ["OwnValueMask", "head_size", "layer_types", "layers_of", "run_decoder"]
+__all__ = ["OwnValueMask", "head_size", "layer_types", "layers_of", "run_decoder", "stored"]

@@ -24,6 +24,7 @@ from .attention.gathered_mask import Slots
 from .attention.key_rotation import KeyRotation, probe_rotation, rotate_keys
 from .decoder_run import head_size, run_decoder
 from .parallel.split_images import SplitImageKVCache, SplitPrefillMask
+from .recording import let_compiled_functions_record
 from .reuse.compiled_prefill import TEXT_MULTIPLE, TILES_ALONE, CompiledPrefill, own_options, run_images
 from .reuse.fingerprint import fingerprint_of
 from .reuse.image_cache import ImageKVCache, changing_ropes, lengths_by_image
@@ -296,6 +297,7 @@ class ImageReuse:
         }
         # What reads images layer by layer is not part of a graph that is compiled for all layers.
         run = run_decoder if shared or past > 0 else self.run_decoder
+        let_compiled_functions_record(device)
         hidden, text_keys, text_values, devices = run(decoder, embeds, position_ids.gather(1, text.index), masks)
         images.fill(cache, text_keys, text_values, devices)
         earlier_types = None if earlier is None else earlier.types

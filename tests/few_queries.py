@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from dsvl.acceleration.attention.few_queries import launch_few_queries
+from dsvl.acceleration.attention.few_queries import address_table, launch_few_queries
 
 SCALING = 0.3
 
@@ -17,14 +17,14 @@ def relative_error(
     head_dim: int,
     longest: int = 300,
     most_queries: int = 1,
-    has_new: bool = False,
+    has_table: bool = False,
 ) -> float:
     """The largest error of an output on a random layout, over the largest output.
 
     Args:
         longest: of the cache.
         most_queries: of a row.
-        has_new: whether the keys of the queries themselves are beside the cache.
+        has_table: whether the keys of the queries' own tokens are beside the cache.
     """
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     batch, kv_heads, group_size = draw.choice([1, 3]), draw.choice([1, 2]), draw.choice([1, 4, 9])
@@ -33,7 +33,7 @@ def relative_error(
     # Text, image and hidden tokens; a row may have no image.
     types = torch.randint(-1, 2, (batch, capacity), generator=generator)
     types[0] = types[0].masked_fill(types[0] == 1, draw.choice([1, 0]))
-    if has_new:  # some tokens are missing in a row, at its beginning; each has another place in the cache, which is hidden
+    if has_table:  # some tokens are missing in a row, at its beginning; each has another place in the cache, which is hidden
         last = torch.rand(batch, capacity, generator=generator).argsort(-1)[:, :queries].sort(-1).values
         types = types.scatter(1, last, -1)
         filled = torch.arange(queries) >= torch.tensor([draw.randrange(queries) for _ in range(batch)])[:, None]
@@ -45,7 +45,7 @@ def relative_error(
     members = torch.stack([types == 0, types == 1], 1)
     sees = members.any(-1, keepdim=True)
     hidden = torch.zeros(members.shape).masked_fill(~members, -torch.inf)
-    bias = hidden if has_new else hidden.masked_fill(~sees, 0)
+    bias = hidden if has_table else hidden.masked_fill(~sees, 0)
     query = torch.randn(batch, queries, kv_heads * group_size, head_dim, generator=generator).to(dtype).transpose(1, 2)
     # As a cache that holds more heads' channels, and values side by side with keys.
     both = torch.randn(2, batch, kv_heads, capacity, head_dim + 8, generator=generator).to(dtype)
@@ -58,7 +58,7 @@ def relative_error(
     seen = torch.arange(capacity) <= last[..., None]  # (batch or 1, queries, keys)
     visible = torch.zeros(batch, 2, queries, capacity).masked_fill(~seen[:, None], -torch.inf) + hidden[:, :, None]
     keys, values = both[..., :head_dim].nan_to_num().double()
-    if has_new:
+    if has_table:
         causal = torch.ones(queries, queries).tril() == 0
         visible = torch.cat([visible, (new_bias + torch.zeros(1, 2, queries, 1)).masked_fill(causal, -torch.inf)], -1)
         keys, values = torch.cat([keys, new[0].double()], 2), torch.cat([values, new[1].double()], 2)
@@ -69,13 +69,14 @@ def relative_error(
     weights = (scores[:, None] + visible[:, :, None]).softmax(-1).nan_to_num()  # 0 where no key is seen
     expected = (weights.sum(1) @ values).transpose(1, 2)
 
-    def moved(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(one.to(device) for one in tensors)
-
-    in_cache = None if has_new or bool(sees.all()) else sees[:, :, None].float().to(device)
-    own = moved(*new, new_bias) if has_new else None
-    states = moved(query, key, value, bias[:, :, None])
-    got = launch_few_queries(*states, in_cache, last.to(device), own, SCALING, softcap, parts)
+    query, key, value, bias, last = (one.to(device) for one in (query, key, value, bias[:, :, None], last))
+    if has_table:
+        table = address_table([key], [value], bias)
+        own = (*new.to(device), new_bias.to(device))
+        got = launch_few_queries(query, *own, None, last, table[0], SCALING, softcap, parts)
+    else:
+        in_cache = None if bool(sees.all()) else sees[:, :, None].float().to(device)
+        got = launch_few_queries(query, key, value, bias, in_cache, last, None, SCALING, softcap, parts)
     assert got.dtype == dtype and got.shape == expected.shape
     return ((got.cpu().double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
 

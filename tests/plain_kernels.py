@@ -1,5 +1,6 @@
 """The fused kernels in plain PyTorch, from the same token lists, for tests without an NVIDIA GPU."""
 
+import ctypes
 import math
 from typing import Any
 
@@ -43,23 +44,37 @@ def use_plain_few_queries(monkeypatch: Any) -> list[int]:
     return launched
 
 
-def attend_few_queries(query, key, value, bias, sees, last, new, scaling, softcap, parts, _):
+def attend_few_queries(query, key, value, bias, sees, last, table, scaling, softcap, parts, _):
     queries, read = query.shape[2], int(last.max()) + 1
+    cached_key, cached_value, cached_bias = key[:, :, :read], value[:, :, :read], bias[..., :read]
+    if table is not None:
+        where, strides = table.tolist()[:3], table.tolist()[3:]
+        shape = (*key.shape[:2], read, key.shape[3])
+        cached_key = _at(where[0], shape, (*strides[:3], 1), key.dtype)
+        cached_value = _at(where[1], shape, (*strides[3:6], 1), key.dtype)
+        cached_bias = _at(where[2], (len(key), 2, 1, read), (2 * strides[6], strides[6], 0, 1), bias.dtype)
     hidden = torch.arange(read) > last[..., None]  # (batch or 1, queries, keys)
-    bias = bias[..., :read].double().masked_fill(hidden[:, None], -torch.inf)
-    key, value = key[:, :, :read], value[:, :, :read]
-    if new is not None:
+    bias_of = cached_bias.double().masked_fill(hidden[:, None], -torch.inf)
+    if table is not None:
         later = torch.ones(queries, queries, dtype=torch.bool).triu(1)
-        bias = torch.cat([bias, new[2].double().masked_fill(later, -torch.inf)], -1)
-        key, value = torch.cat([key, new[0]], 2), torch.cat([value, new[1]], 2)
-    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
-    scores = query @ key.transpose(-1, -2) * scaling
+        bias_of = torch.cat([bias_of, bias.double().masked_fill(later, -torch.inf)], -1)
+        cached_key, cached_value = torch.cat([cached_key, key], 2), torch.cat([cached_value, value], 2)
+    group_size = query.shape[1] // key.shape[1]
+    keys, values = (states.repeat_interleave(group_size, 1) for states in (cached_key, cached_value))
+    scores = query @ keys.transpose(-1, -2) * scaling
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = (scores[:, None] + bias[:, :, None]).softmax(-1).nan_to_num()
+    weights = (scores[:, None] + bias_of[:, :, None]).softmax(-1).nan_to_num()
     if sees is not None:
         weights = weights * sees[:, :, None]
-    return (weights.sum(1).to(value.dtype) @ value).transpose(1, 2).contiguous()
+    return (weights.sum(1).to(values.dtype) @ values).transpose(1, 2).contiguous()
+
+
+def _at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor at an address in main memory."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = (ctypes.c_byte * (elements * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides).clone()
 
 
 def forward(query, key, value, lists, scaling, softcap, save):

@@ -86,7 +86,7 @@ def own_code(folder, name):
 
 
 FOLDERS = ("attention", "memory", "reuse", "parallel", "decoding")
-SHARED = {"decoder_run", "int8", "operators"}
+SHARED = {"decoder_run", "int8", "operators", "recording"}
 
 
 def test_folders_depend_on_each_other_in_one_direction():

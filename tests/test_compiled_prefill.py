@@ -201,7 +201,7 @@ def test_options_reach_every_function(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", compile)
     model = tiny_model(backend="sdpa")
     model.compile_text_prefill(options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
-    expected = {"run_text", "run_images", "place_images", "encode_tile", "run_decoder", "rotate_keys"}
+    expected = {"run_text", "run_text_by_address", "run_images", "place_images", "encode_tile", "run_decoder", "rotate_keys"}
     assert {name for name, one in given.items() if one is not None} == expected
 
 

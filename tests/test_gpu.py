@@ -307,6 +307,29 @@ def test_the_decoding_loop_waits_for_nothing_but_earlier_steps(monkeypatch):
     assert got.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False))
 
 
+def test_compiled_functions_run_in_any_thread():
+    """Steps over a static cache, and the text of prompts, are CUDA graphs."""
+    torch._dynamo.reset()
+    model, fast = (
+        tiny_model(backend="sdpa", dtype=torch.bfloat16, hidden_size=128, initializer_range=0.1).cuda() for _ in range(2)
+    )
+    fast.compile_text_prefill()
+    inputs = on_gpu(batch("ttIttIttt" + "t" * 40, dtype=torch.bfloat16))
+    pixels = inputs.pop("pixel_values")
+    images = fast.encode_images(pixels)
+    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+
+    def answer(_):
+        return fast.generate(**inputs, image_cache=images, **how)
+
+    with ThreadPoolExecutor(1) as thread:
+        answers = [answer(0), answer(0), *thread.map(answer, range(5))]
+    logits = model(**inputs, pixel_values=pixels).logits[0, -1]
+    first = answers[0][0, inputs["input_ids"].shape[1]]
+    assert logits.max() - logits[first] < 0.05 * logits.std()
+    assert all(one.equal(answers[0]) for one in answers)
+
+
 @pytest.fixture
 def recordings(monkeypatch):
     """The recordings of decode steps, as many as there are."""

@@ -152,13 +152,17 @@ def test_few_queries_fit_into_every_architecture(capability, head_dim, group_siz
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     query = torch.zeros(1, queries, 4 * group_size, head_dim, dtype=torch.bfloat16).transpose(1, 2)
     key, value = torch.zeros(2, 1, 4, 512, head_dim, dtype=torch.bfloat16)
-    bias, sees, last, new = torch.zeros(1, 2, 1, 512), torch.ones(1, 2, 1, 1), torch.full((1, queries), 300), None
+    bias, sees, last, table = torch.zeros(1, 2, 1, 512), torch.ones(1, 2, 1, 1), torch.full((1, queries), 300), None
     if queries > 1:
-        new = (*torch.zeros(2, 1, 4, queries, head_dim, dtype=torch.bfloat16), torch.zeros(1, 2, 1, queries))
+        table = few_queries.address_table([key], [value], bias)[0]
+        key, value = torch.zeros(2, 1, queries, 4, head_dim, dtype=torch.bfloat16).transpose(2, 3)
+        bias = torch.zeros(1, 2, 1, queries)
     launches = Launch(few_queries._few_queries_kernel), Launch(few_queries._merge_parts_kernel)
     with monkeypatch.context() as patch:
         patch.setattr(driver, "_active", Target(capability))
-        few_queries.launch_few_queries(query, key, value, bias, sees, last, new, 0.1, 0.0, 8, launches)
+        few_queries.launch_few_queries(query, key, value, bias, sees, last, table, 0.1, 0.0, 8, launches)
+    wide = re.findall(r"cp\.async\.cg\.shared\.global \[.*?\], \[.*?\], 0x10", launches[0].compiled.asm["ptx"])
+    assert len(wide) >= 4  # keys and values, by 16 bytes
     for launch in launches:
         assert not launch.floats  # a compiled graph hands them over as float64, and the kernel does not compile
         used = resources(launch.compiled, tmp_path)

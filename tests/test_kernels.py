@@ -93,10 +93,10 @@ def test_products_of_one_row_agree_in_the_interpreter():
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
-@pytest.mark.parametrize(("most_queries", "has_new"), [(1, False), (12, False), (200, True)])
-def test_few_queries_over_a_cache_agree_with_the_definition(most_queries, has_new, head_dim, dtype):
+@pytest.mark.parametrize(("most_queries", "has_table"), [(1, False), (12, False), (200, True)])
+def test_few_queries_over_a_cache_agree_with_the_definition(most_queries, has_table, head_dim, dtype):
     for seed in range(20):
-        error = few_queries.relative_error(seed, dtype, "cuda", head_dim, 3000, most_queries, has_new)
+        error = few_queries.relative_error(seed, dtype, "cuda", head_dim, 3000, most_queries, has_table)
         assert error < few_queries.tolerance(dtype), seed
 
 

@@ -315,8 +315,9 @@ def test_on_a_gpu_the_decoder_alone_is_recorded(options, decoder, keys, monkeypa
     monkeypatch.setattr(torch, "compile", lambda function, **given: asked.update({function.__name__: given}))
     model.compile_text_prefill(**options)
     assert (asked.pop("run_decoder"), asked.pop("rotate_keys")) == (decoder, keys)
-    # Under sdpa nothing is recorded, unless asked for: the launches hide behind the products, and a graph copies its inputs.
+    # Under sdpa the text alone is recorded, unless asked for: a graph copies its inputs, but reads a KV cache where it is.
     assert asked.pop("encode_tile") == options | {"dynamic": False}
+    assert asked.pop("run_text_by_address") == {"dynamic": True} | (options or {"mode": "reduce-overhead"})
     assert {"run_text", "run_images"} < asked.keys()
     assert all(given == {"dynamic": True} | options for given in asked.values())
 

@@ -4,11 +4,13 @@ The first reads each key and value once, up to the last one that a query sees, a
 MMCA are rows of one block of queries. A program has a block of queries of one key-value head and a part of the keys, as few
 queries are too few programs for a GPU (Flash-Decoding; Dao, Haziza, Massa and Sizov, 2023). The second merges the parts.
 
-The keys of the queries themselves are in the cache already, as in a decode step, or given beside it.
+The keys of the queries' own tokens are in the cache already, as in a decode step, or given beside it. Then a table of
+addresses says where the cache is: a CUDA graph reads the same memory in each run, and every cache has its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,20 +20,20 @@ from ..operators import operator_namespace
 from .kernels import MAX_HEAD_DIM, block_width, jit, load_rows, tanh_scores, tl, triton
 
 PARTS = 64  # of the keys, at most
+ALIGNMENT = 16  # bytes that are loaded at once
 
 
 @jit
 def _few_queries_kernel(
-    Q, K, V, Bias, Last, NewK, NewV, NewBias, Acc, Sums,
+    Q, K, V, Bias, Last, Table, Acc, Sums,
     stride_qb, stride_qh, stride_qt, stride_last, num_heads, num_queries,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_bias,
-    stride_nkb, stride_nkh, stride_nkn, stride_nvb, stride_nvh, stride_nvn, stride_new_bias,
     SM_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    NUM_PARTS: tl.constexpr, HAS_NEW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    NUM_PARTS: tl.constexpr, HAS_TABLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Unnormalized outputs, row maxima and row sums of both branches over one part of the keys; behind the parts of the
-    cache, over the new keys.
+    cache, if Table says where it is, over the queries' own keys.
 
     Names are those of kernels.py. Rows are queries of a key-value head, those of a query head together: BLOCK_R for the text
     keys, then as many for the image keys. num_heads counts key-value heads.
@@ -50,16 +52,32 @@ def _few_queries_kernel(
     part = tl.cdiv(tl.cdiv(num_seen, NUM_PARTS), BLOCK_N) * BLOCK_N
     lo = part_id * part
     hi = tl.minimum(lo + part, num_seen)
-    if HAS_NEW:
-        is_new = part_id == NUM_PARTS
-        K, V, Bias = tl.where(is_new, NewK, K), tl.where(is_new, NewV, V), tl.where(is_new, NewBias, Bias)
-        stride_kb, stride_vb = tl.where(is_new, stride_nkb, stride_kb), tl.where(is_new, stride_nvb, stride_vb)
-        stride_kh, stride_vh = tl.where(is_new, stride_nkh, stride_kh), tl.where(is_new, stride_nvh, stride_vh)
-        stride_kn, stride_vn = tl.where(is_new, stride_nkn, stride_kn), tl.where(is_new, stride_nvn, stride_vn)
-        stride_bias = tl.where(is_new, stride_new_bias, stride_bias)
+    if HAS_TABLE:
+        is_own = part_id == NUM_PARTS
+        K = tl.where(is_own, K, tl.load(Table).to(tl.pointer_type(K.dtype.element_ty)))
+        V = tl.where(is_own, V, tl.load(Table + 1).to(tl.pointer_type(V.dtype.element_ty)))
+        Bias = tl.where(is_own, Bias, tl.load(Table + 2).to(tl.pointer_type(Bias.dtype.element_ty)))
+        stride_kb, stride_vb = (
+            tl.where(is_own, stride_kb, tl.load(Table + 3)),
+            tl.where(is_own, stride_vb, tl.load(Table + 6)),
+        )
+        stride_kh, stride_vh = (
+            tl.where(is_own, stride_kh, tl.load(Table + 4)),
+            tl.where(is_own, stride_vh, tl.load(Table + 7)),
+        )
+        stride_kn, stride_vn = (
+            tl.where(is_own, stride_kn, tl.load(Table + 5)),
+            tl.where(is_own, stride_vn, tl.load(Table + 8)),
+        )
+        stride_bias = tl.where(is_own, stride_bias, tl.load(Table + 9))
+        # Else the compiler would load channels one by one.
+        K, V = tl.multiple_of(K, 16), tl.multiple_of(V, 16)
+        stride_kb, stride_vb = tl.multiple_of(stride_kb, 8), tl.multiple_of(stride_vb, 8)
+        stride_kh, stride_vh = tl.multiple_of(stride_kh, 8), tl.multiple_of(stride_vh, 8)
+        stride_kn, stride_vn = tl.multiple_of(stride_kn, 8), tl.multiple_of(stride_vn, 8)
         # Each query sees its own key, and those before.
-        last = tl.where(is_new, token, last)
-        lo, hi = tl.where(is_new, 0, lo), tl.where(is_new, num_queries, hi)
+        last = tl.where(is_own, token, last)
+        lo, hi = tl.where(is_own, 0, lo), tl.where(is_own, num_queries, hi)
     K += off_b.to(tl.int64) * stride_kb + off_h.to(tl.int64) * stride_kh
     V += off_b.to(tl.int64) * stride_vb + off_h.to(tl.int64) * stride_vh
     Bias += 2 * off_b.to(tl.int64) * stride_bias
@@ -89,7 +107,7 @@ def _few_queries_kernel(
         m_i = m_ij
     # (batch, heads, queries, branches, parts) rows of HEAD_DIM numbers, and of two
     saved = (tl.program_id(0).to(tl.int64) * GROUP_SIZE * num_queries + row) * 2 + branch
-    saved = saved * (NUM_PARTS + HAS_NEW) + part_id
+    saved = saved * (NUM_PARTS + HAS_TABLE) + part_id
     offs_d = tl.arange(0, BLOCK_D)
     tl.store(Acc + saved[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=is_row[:, None] & (offs_d < HEAD_DIM)[None, :])
     tl.store(Sums + 2 * saved, m_i, mask=is_row)
@@ -130,24 +148,25 @@ def launch_few_queries(
     bias: torch.Tensor,
     sees: torch.Tensor | None,
     last: torch.Tensor,
-    new: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    table: torch.Tensor | None,
     scaling: float,
     softcap: float,
     parts: int,
     kernels: tuple[Any, Any] = (_few_queries_kernel, _merge_parts_kernel),
 ) -> torch.Tensor:
-    """The attention of text queries over a KV cache, and over new keys.
+    """The attention of text queries over a KV cache.
 
     Args:
         query: (batch, heads, queries, head_dim), bfloat16 or float16. Channels of queries, keys and values are contiguous.
-        key, value: of the cache, (batch, key-value heads, keys, head_dim), in the query's dtype.
+        key, value: (batch, key-value heads, keys, head_dim), in the query's dtype.
         bias: (batch, 2, 1, keys or more), float32, contiguous: of the text and the image branch, 0 for a member and -inf for
             others.
         sees: (batch, 2, 1, 1), float32, contiguous, 0 for a branch whose output is 0, else 1; `None` if there is none.
-        last: (batch or 1, queries), integers, the index of the last key that each query sees. Of those behind the largest,
-            none is read.
-        new: keys and values of the queries' own tokens, (batch, key-value heads, queries, head_dim), of which a query sees
-            its own and those before; and their bias, (batch, 2, 1, queries), as above. `None` if the cache holds them.
+        last: (batch or 1, queries), integers, the index of the last key in the cache that each query sees. Of those behind
+            the largest, none is read.
+        table: where the cache is, a row of an `address_table`. Then `key`, `value` and `bias` are those of the queries' own
+            tokens, which are not in the cache, and of which each query sees its own and those before. `None` if `key`,
+            `value` and `bias` are of the cache.
         scaling, softcap: of the scores; a softcap of 0 is none.
         parts: into how many the keys are divided.
         kernels (*optional*): the kernels as they are launched in a compiled graph.
@@ -160,24 +179,23 @@ def launch_few_queries(
     block_d = block_width(head_dim)
     # Products have 16 rows at least; a number of queries that a graph does not know is taken as large.
     block_r = min(32, max(8, 1 << (group_size * queries - 1).bit_length())) if isinstance(queries, int) else 32
-    new_key, new_value, new_bias = (key, value, bias) if new is None else new
-    all_parts = parts + (new is not None)
+    all_parts = parts + (table is not None)
     out = query.new_empty((batch, queries, heads, head_dim))
     acc = query.new_empty((batch, heads, queries, 2, all_parts, head_dim), dtype=torch.float32)
     sums = query.new_empty((batch, heads, queries, 2, all_parts, 2), dtype=torch.float32)
     attend, merge = kernels
-    # Of 18 block sizes that were timed on an H200 for one query, these are within 4 % of the fastest for 1 and 16 rows.
+    # Of 18 block sizes that were timed on an H200 for one query, these are within 4 % of the fastest for 1 and 16 rows; of
+    # 72 for 64 queries over 2,176 keys, too.
     attend[(batch * kv_heads, all_parts, (group_size * queries + block_r - 1) // block_r)](
-        *(query, key, value, bias, last, new_key, new_value, new_bias, acc, sums),
+        *(query, key, value, bias, last, last if table is None else table, acc, sums),
         *(*query.stride()[:3], last.stride(0) if len(last) > 1 else 0, kv_heads, queries),
         *(*key.stride()[:3], *value.stride()[:3], bias.stride(1)),
-        *(*new_key.stride()[:3], *new_value.stride()[:3], new_bias.stride(1)),
         SM_SCALE=scaling,  # known to the kernel: a compiled graph hands over such numbers as float64
         SOFTCAP=softcap,
         GROUP_SIZE=group_size,
         HEAD_DIM=head_dim,
         NUM_PARTS=parts,
-        HAS_NEW=new is not None,
+        HAS_TABLE=table is not None,
         BLOCK_R=block_r,
         BLOCK_N=64 if block_d <= 128 else 32,
         BLOCK_D=block_d,
@@ -222,19 +240,14 @@ def few_queries(
     bias: torch.Tensor,
     sees: torch.Tensor | None,
     last: torch.Tensor,
-    new_key: torch.Tensor | None,
-    new_value: torch.Tensor | None,
-    new_bias: torch.Tensor | None,
+    table: torch.Tensor | None,
     scaling: float,
     softcap: float,
     parts: int,
 ) -> torch.Tensor:
     """See `launch_few_queries`."""
     kernels = tuple(map(torch.library.wrap_triton, (_few_queries_kernel, _merge_parts_kernel)))
-    new = None
-    if new_key is not None and new_value is not None and new_bias is not None:
-        new = new_key, new_value, new_bias
-    return launch_few_queries(query, key, value, bias, sees, last, new, scaling, softcap, parts, kernels)
+    return launch_few_queries(query, key, value, bias, sees, last, table, scaling, softcap, parts, kernels)
 
 
 @few_queries.register_fake
@@ -260,4 +273,28 @@ def takes_few_queries(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     )
 
 
-__all__ = ["few_queries", "launch_few_queries", "number_of_parts", "takes_few_queries"]
+def address_table(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], bias: torch.Tensor) -> torch.Tensor | None:
+    """Where a KV cache is, for a graph that is recorded once for caches at any place and of any length.
+
+    Args:
+        keys, values: of each layer, (batch, key-value heads, keys, head_dim). They must exist until the graph has run.
+        bias: of all layers, see `launch_few_queries`; likewise.
+
+    Returns:
+        (layers, 10), int64, a row for each layer: the addresses of keys, values and bias; the strides of a sample, a head
+        and a token of keys, and of values; and of a branch of the bias. None where the kernels cannot read so.
+    """
+    rows = [
+        (key.data_ptr(), value.data_ptr(), bias.data_ptr(), *key.stride()[:3], *value.stride()[:3], bias.stride(1))
+        for key, value in zip(keys, values, strict=True)
+    ]
+    first, bytes_each = keys[0], keys[0].element_size()
+    is_aligned = all(
+        part % ALIGNMENT == 0 for row in rows for part in (*row[:2], *(stride * bytes_each for stride in row[3:9]))
+    )
+    if not is_aligned or first.stride(3) != 1 or first.shape != values[0].shape or first.shape[3] > MAX_HEAD_DIM:
+        return None
+    return torch.tensor(rows).to(first.device, non_blocking=True)
+
+
+__all__ = ["address_table", "few_queries", "launch_few_queries", "number_of_parts", "takes_few_queries"]

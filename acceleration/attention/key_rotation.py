@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...attention_dsvl import attention_modules
-from ..decoder_run import OwnValueMask, layer_types, run_decoder
+from ..decoder_run import OwnValueMask, layer_types, run_decoder, stored
 
 # Elements of keys that are rotated at once. A rotation takes about four times their memory while it runs.
 ROTATED_AT_ONCE = 400_000_000
@@ -82,7 +82,7 @@ class KeyRotation:
         cos, sin = cosine_and_sine(self.decoder, position_ids[None], dtype, kind if self.per_type else None)
         if scaling != 1:
             cos, sin = (cos / scaling).to(keys_dtype), (sin / scaling).to(keys_dtype)
-        return Turn(self._apply, cos, sin)
+        return Turn(self._apply, stored(cos), stored(sin))
 
     @cached_property
     def _apply(self) -> Callable:

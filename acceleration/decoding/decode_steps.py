@@ -19,7 +19,7 @@ from ...transformers_dsvl import CACHE
 from ...utils.cache_cropping import crop
 from ...utils.transformers_names import DynamicLayer
 from ..attention.few_queries import few_queries, number_of_parts, takes_few_queries
-from ..decoder_run import layer_types
+from ..decoder_run import layer_types, stored
 from ..reuse.shared_images import shares_images
 
 RESERVED = 256  # tokens to come for which masks are reserved at once
@@ -69,7 +69,7 @@ class StepMask(AttentionMask):
         if self.last is not None:
             if takes_few_queries(query, key, value, dropout):
                 seen, options = (self.bias, self.sees, self.last), (scaling, softcap or 0.0, number_of_parts(key))
-                return few_queries(query, key, value, *seen, None, None, None, *options), None
+                return few_queries(query, key, value, *seen, None, *options), None
             plain = self.for_queries(self.last[0, 0], query.shape[2])
             return plain.attend(backend, module, query, key, value, scaling=scaling, dropout=dropout, softcap=softcap)
         batch, heads, queries, head_dim = query.shape
@@ -90,18 +90,6 @@ class StepMask(AttentionMask):
         weights = stored(weights.sum(1).to(query.dtype).view(len(key), -1, keys))
         output = torch.bmm(weights, value).view(batch, heads, queries, -1)
         return output.transpose(1, 2) if queries > 1 else output.view(batch, 1, heads, -1), None
-
-
-def stored(factor: torch.Tensor) -> torch.Tensor:
-    """A factor of a product, in memory before it.
-
-    The compiler writes products of few rows itself, and computes a factor that is not in memory once for each element of
-    the product: the rotation of a query again for each key.
-    """
-    if not torch.compiler.is_compiling():
-        return factor
-    factor = factor.contiguous()
-    return factor.as_strided(factor.shape, factor.stride())
 
 
 class DecodeSteps:

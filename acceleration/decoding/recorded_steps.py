@@ -6,9 +6,7 @@ holds the part of it that is filled. A recording belongs to one generation: it k
 """
 
 import logging
-import threading
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from transformers import Cache
 from ...cache_dsvl import cached_images, cached_positions, cached_types, remember_types
 from ...transformers_dsvl import CACHE
 from ...utils.transformers_names import DynamicLayer, StaticLayer
+from ..recording import record
 from .decode_steps import RESERVED, is_hooked
 from .static_steps import StaticSteps, run_step
 
@@ -114,41 +113,6 @@ class _RecordedRun:
         return self._logits
 
 
-_recording = threading.Lock()
-
-
-def record(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], None], torch.Tensor]:
-    """Record the kernels that a function starts on a GPU. None of them runs.
-
-    Unlike `torch.cuda.graph` it does not empty the allocator's cache, whose memory the next prompt needs.
-
-    Returns:
-        A function that runs the kernels, and the tensor that they write.
-
-    Raises:
-        RuntimeError: if the function waits for the GPU.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with _recording, torch.cuda.device(device):
-        current = torch.cuda.current_stream()
-        stream = _stream_beside(current)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on
-            try:
-                output = run()
-            finally:
-                graph.capture_end()
-        current.wait_stream(stream)
-    return graph.replay, output
-
-
-@lru_cache
-def _stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
-    """The stream on which is recorded what another replays: cuBLAS keeps memory for each."""
-    return torch.cuda.Stream()
-
-
 def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
@@ -176,4 +140,4 @@ def can_record(model: Any, model_kwargs: dict[str, Any], more: int) -> bool:
     )
 
 
-__all__ = ["RecordedSteps", "can_record", "record"]
+__all__ = ["RecordedSteps", "can_record"]

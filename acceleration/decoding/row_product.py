@@ -18,9 +18,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..attention.kernels import jit, tl, triton
+from ..decoder_run import stored
 from ..memory.frozen_linear import E4M3
 from ..operators import operator_namespace
-from .decode_steps import stored
 
 # Smaller layers, as of adapters, are left to the compiler, which merges them with what is around them.
 LEAST_FEATURES = 1024

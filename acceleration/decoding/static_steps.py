@@ -22,6 +22,7 @@ from ...transformers_dsvl import CACHE
 from ...utils.transformers_names import StaticLayer
 from ..attention.kernel_choice import has_step_kernels
 from ..decoder_run import layer_types
+from ..recording import let_compiled_functions_record
 from .decode_steps import StepMask, takes_plain_steps
 from .row_product import OneRow
 
@@ -161,6 +162,7 @@ def run_step(
 
 def compiled_run(model: Any, compile_config: CompileConfig | None) -> Callable:
     """`run_step` as compiled by a configuration; None is the model's way."""
+    let_compiled_functions_record(model.device)
     return compiled_step(_hashable((compile_config or model._default_compile_config()).to_dict()))
 
 

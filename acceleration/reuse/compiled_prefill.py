@@ -15,19 +15,18 @@ from transformers import PreTrainedModel
 from ...cache_dsvl import cached_types
 from ...masks_dsvl import HIDDEN, IMAGE, TEXT, AttentionMask, attention_scores, visibilities, weighted_values, with_keys
 from ...transformers_dsvl import ALL_ATTENTION_FUNCTIONS
-from ..attention.few_queries import few_queries, takes_few_queries
+from ..attention.few_queries import address_table, few_queries
 from ..attention.gathered_mask import Slots
 from ..attention.kernel_choice import has_step_kernels
 from ..attention.key_rotation import KeyRotation
 from ..decoder_run import OwnValueMask, layer_types, layers_of, run_decoder
+from ..recording import let_compiled_functions_record
 from .cache_slots import CacheSlots, slots_of
 from .image_cache import ImageKVCache
 
 TEXT_MULTIPLE = 32  # the text of a prompt is padded to a multiple of it
 FEW_QUERIES = 256  # up to so many, plain products with all slots take less time than two calls of sdpa
-PARTS = (
-    4  # into which the kernels divide the slots, as their number is unknown to a graph; of 32 heads and 64 tokens of text
-)
+PARTS = 4  # into which the kernels divide a KV cache, whose length a graph does not know
 TILES_ALONE = 4  # up to so many tiles go through the compiled tower, one by one
 
 
@@ -39,7 +38,6 @@ class TextOverCacheMask(AttentionMask):
         keys, values: for each layer, the slots of a KV cache, (batch, key-value heads, slots, head_dim).
         text, image: (batch, queries, slots), True where a query sees a text or an image token of the cache.
         own: (batch, queries, queries), the same of the new tokens; every query sees itself.
-        in_kernel: `bias`, `last` and `new_bias` of `launch_few_queries`, if kernels compute it; else None.
     """
 
     keys: Sequence[torch.Tensor]
@@ -47,7 +45,6 @@ class TextOverCacheMask(AttentionMask):
     text: torch.Tensor
     image: torch.Tensor
     own: torch.Tensor
-    in_kernel: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def build(
@@ -57,24 +54,14 @@ class TextOverCacheMask(AttentionMask):
         kinds: torch.Tensor,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
-        has_kernels: bool,
     ) -> "TextOverCacheMask":
         """From the slots (batch, text) of the text tokens in the cache, whether each is one, and the modality of all slots
-        (batch, slots), `HIDDEN` where a slot is empty, padded, or of this text; and whether kernels may compute it."""
+        (batch, slots), `HIDDEN` where a slot is empty, padded, or of this text."""
         slots = torch.arange(kinds.shape[1], device=kinds.device)
         seen, kinds = slots <= index[..., None], kinds[:, None]
         own = (index[:, None] <= index[..., None]) & filled[:, None]
         itself = torch.arange(index.shape[1], device=index.device)
-        in_kernel = None
-        if has_kernels:
-            of_cache, of_text = ((kinds == TEXT, kinds == IMAGE), (filled[:, None], torch.zeros_like(filled[:, None])))
-            bias, new_bias = (
-                torch.zeros(one.shape, device=one.device).masked_fill(~one, -torch.inf)
-                for one in (torch.stack(members, 1) for members in (of_cache, of_text))
-            )
-            in_kernel = bias, index, new_bias
-        text, image = seen & (kinds == TEXT), seen & (kinds == IMAGE)
-        return cls(keys, values, text, image, own | (itself == itself[:, None]), in_kernel)
+        return cls(keys, values, seen & (kinds == TEXT), seen & (kinds == IMAGE), own | (itself == itself[:, None]))
 
     def attend(
         self,
@@ -98,10 +85,6 @@ class TextOverCacheMask(AttentionMask):
             attend = ALL_ATTENTION_FUNCTIONS[backend]
             of_images = attend(module, query, cached_keys, cached_values, image, **options)[0]
             return attend(module, query, keys, values, text, **options)[0] + torch.where(sees_image, of_images, 0), None
-        if self.in_kernel is not None and takes_few_queries(query, cached_keys, cached_values, dropout):
-            bias, last, new_bias = self.in_kernel
-            states = query, cached_keys, cached_values, bias, None, last, key, value, new_bias
-            return few_queries(*states, scaling, softcap or 0.0, PARTS), None
         # Both branches share the products with the cache: no slot is of both.
         text, image, own = (mask[:, None, None] for mask in (self.text, self.image, self.own))
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -120,6 +103,34 @@ class TextOverCacheMask(AttentionMask):
         return output + weighted_values((new / text_l).to(query.dtype), value)[0], None
 
 
+@dataclass
+class TextByAddressMask(AttentionMask):
+    """As `TextOverCacheMask`, in kernels that read the KV cache where a table says it is.
+
+    Attributes:
+        table, last, own: the `table`, `last` and own `bias` of `launch_few_queries`, the table of all layers.
+    """
+
+    table: torch.Tensor
+    last: torch.Tensor
+    own: torch.Tensor
+
+    def attend(
+        self,
+        backend: str,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        seen = self.own, None, self.last, self.table[module.layer_idx]
+        return few_queries(query, key, value, *seen, scaling, softcap or 0.0, PARTS), None
+
+
 def run_text(
     decoder: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -129,19 +140,37 @@ def run_text(
     kinds: torch.Tensor,
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
-    has_kernels: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the text of prompts over a KV cache, which does not change.
 
     Args:
         input_ids, position_ids: of the text, (batch, text).
-        index, filled, kinds, keys, values, has_kernels: see `TextOverCacheMask`.
+        index, filled, kinds, keys, values: see `TextOverCacheMask`.
 
     Returns:
         The last hidden state, (batch, text, hidden), and the keys and values of the text (layers, batch, text, key-value
         heads, head_dim).
     """
-    mask = TextOverCacheMask.build(index, filled, kinds, keys, values, has_kernels)
+    return _run_text(decoder, input_ids, position_ids, TextOverCacheMask.build(index, filled, kinds, keys, values))
+
+
+def run_text_by_address(
+    decoder: PreTrainedModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    index: torch.Tensor,
+    filled: torch.Tensor,
+    table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `run_text`, over the KV cache of an `address_table`."""
+    own = torch.stack([filled, torch.zeros_like(filled)], 1)[:, :, None]
+    own_bias = torch.zeros(own.shape, device=own.device).masked_fill(~own, -torch.inf)
+    return _run_text(decoder, input_ids, position_ids, TextByAddressMask(table, index, own_bias))
+
+
+def _run_text(
+    decoder: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: AttentionMask
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     embeds = decoder.get_input_embeddings()(input_ids)
     return run_decoder(decoder, embeds, position_ids, dict.fromkeys(layer_types(decoder), mask))[:3]
 
@@ -244,6 +273,9 @@ class CompiledPrefill:
         options = {"dynamic": True} | options
         self.images, self.tile = _Compiled(run_images, options), _Compiled(encode_tile, options | {"dynamic": False})
         self._text, self._place = _Compiled(run_text, options), _Compiled(place_images, options)
+        # A GPU records a CUDA graph for each length of a text, a multiple of TEXT_MULTIPLE; its outputs are copied.
+        recorded = {} if options.keys() & {"mode", "options"} else {"mode": "reduce-overhead"}
+        self._text_by_address = _Compiled(run_text_by_address, options | recorded)
         config = model.config.text_config
         seen = visibilities(config, torch.empty((1, 2, 0), dtype=model.dtype, device=model.device), None, None)
         self.is_causal = all(one.is_causal and one.local_size is None for one in seen.values())
@@ -318,16 +350,32 @@ class CompiledPrefill:
         index, filled = text.index + past, text.filled
         of_text = input_ids.gather(1, text.index), position_ids.gather(1, text.index)
         is_text = torch.ones_like(index, dtype=torch.bool) if filled is None else filled
-        hidden, *states = self._run_text(decoder, *of_text, index, is_text, kinds, own.keys, own.values)
+        hidden, *states = self._run_text(decoder, (*of_text, index, is_text), kinds, own.keys, own.values)
         own.write(cache, index, filled, text_counts[0], *states)
         return hidden
 
-    def _run_text(self, decoder: PreTrainedModel, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _run_text(
+        self,
+        decoder: PreTrainedModel,
+        text: tuple[torch.Tensor, ...],
+        kinds: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As the function `run_text`."""
-        keys, values = inputs[-2:]
-        form = keys[0].shape[0] == 1, keys[0].is_contiguous(), inputs[0].shape[1] > FEW_QUERIES
-        has_kernels = has_step_kernels(keys[0].device, keys[0].dtype)
-        return self._text(decoder, *inputs, has_kernels, form=form, states=(*keys, *values), lengths=(0, 2))
+        is_single, is_long = len(kinds) == 1, text[0].shape[1] > FEW_QUERIES
+        device, dtype = keys[0].device, keys[0].dtype
+        # The decoder's own keys and queries, which the kernels get beside these, are of its dtype.
+        is_plain = dtype == decoder.dtype and not torch.is_autocast_enabled(device.type)
+        if is_plain and not is_long and has_step_kernels(device, dtype):
+            members = torch.stack([kinds == TEXT, kinds == IMAGE], 1)[:, :, None]
+            bias = torch.zeros(members.shape, device=device).masked_fill_(~members, -torch.inf)
+            table = address_table(keys, values, bias)
+            if table is not None:
+                let_compiled_functions_record(device)
+                return self._text_by_address(decoder, *text, table, form=is_single)
+        form = is_single, keys[0].is_contiguous(), is_long
+        return self._text(decoder, *text, kinds, keys, values, form=form, states=(*keys, *values), lengths=(0, 2))
 
 
 __all__ = ["TEXT_MULTIPLE", "TILES_ALONE", "CompiledPrefill", "TextOverCacheMask", "own_options", "run_text"]
