@@ -243,9 +243,10 @@ def few_queries(
     table: torch.Tensor | None,
     scaling: float,
     softcap: float,
-    parts: int,
+    parts: int | None,
 ) -> torch.Tensor:
-    """See `launch_few_queries`."""
+    """See `launch_few_queries`; without `parts`, those of `number_of_parts`."""
+    parts = number_of_parts(key) if parts is None else parts
     kernels = tuple(map(torch.library.wrap_triton, (_few_queries_kernel, _merge_parts_kernel)))
     return launch_few_queries(query, key, value, bias, sees, last, table, scaling, softcap, parts, kernels)
 
@@ -297,4 +298,4 @@ def address_table(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], 
     return torch.tensor(rows).to(first.device, non_blocking=True)
 
 
-__all__ = ["address_table", "few_queries", "launch_few_queries", "number_of_parts", "takes_few_queries"]
+__all__ = ["address_table", "few_queries", "launch_few_queries", "takes_few_queries"]

@@ -18,7 +18,7 @@ from ...modeling_dsvl import scale_logits
 from ...transformers_dsvl import CACHE
 from ...utils.cache_cropping import crop
 from ...utils.transformers_names import DynamicLayer
-from ..attention.few_queries import few_queries, number_of_parts, takes_few_queries
+from ..attention.few_queries import few_queries, takes_few_queries
 from ..decoder_run import layer_types, stored
 from ..reuse.shared_images import shares_images
 
@@ -68,8 +68,8 @@ class StepMask(AttentionMask):
     ) -> tuple[torch.Tensor, None]:
         if self.last is not None:
             if takes_few_queries(query, key, value, dropout):
-                seen, options = (self.bias, self.sees, self.last), (scaling, softcap or 0.0, number_of_parts(key))
-                return few_queries(query, key, value, *seen, None, *options), None
+                seen = self.bias, self.sees, self.last, None
+                return few_queries(query, key, value, *seen, scaling, softcap or 0.0, None), None
             plain = self.for_queries(self.last[0, 0], query.shape[2])
             return plain.attend(backend, module, query, key, value, scaling=scaling, dropout=dropout, softcap=softcap)
         batch, heads, queries, head_dim = query.shape
