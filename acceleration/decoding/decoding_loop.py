@@ -18,6 +18,7 @@ from ...inputs_dsvl import AsyncHostCopy
 from ...transformers_dsvl import CACHE
 from ...utils.cache_cropping import can_crop, crop
 from ...utils.transformers_names import BaseStreamer
+from ..recording import let_compiled_functions_record
 from .decode_steps import DecodeSteps, can_step
 from .recorded_steps import RecordedSteps, can_record
 from .static_steps import StaticSteps, can_step_static, compiled_run
@@ -50,7 +51,8 @@ def sample(
         and not synced_gpus
         and stopping_criteria.max_length is not None
     )
-    may_step_back = not getattr(cache, "_is_user_defined", False) or can_crop(cache)
+    is_kept = getattr(cache, "_is_user_defined", False)
+    may_step_back = not is_kept or can_crop(cache)
     is_compiled = applies and may_step_back and model._valid_auto_compile_criteria(model_kwargs, generation_config)
     is_static = is_compiled and can_step_static(model, model_kwargs)
     if not is_compiled and not (applies and can_step(model, model_kwargs)):
@@ -107,6 +109,8 @@ def sample(
                 else:
                     steps = DecodeSteps(model, model_kwargs)
             logits = steps(tokens[:, None])[:, -1]
+    if isinstance(steps, RecordedSteps) and is_kept:
+        steps.close()
     if is_late:
         input_ids = input_ids[:, :-1]
         if can_crop(cache):  # else only this call uses it
@@ -138,6 +142,7 @@ class _TransformersSteps:
         generation_config: GenerationConfig,
         input_ids: torch.Tensor,
     ) -> None:
+        let_compiled_functions_record(model.device)
         self._model, self._forward = model, model.get_compiled_call(generation_config.compile_config)
         self._kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         self._ids = input_ids

@@ -30,7 +30,7 @@ class RecordedSteps:
     """The steps of a generation after its prefill, one token of each row at a time.
 
     After every step the KV cache holds the keys and values of its tokens, and knows their modality and positions, as after
-    one of `DecodeSteps`.
+    one of `DecodeSteps`; until `close`, in memory for more tokens.
 
     Args:
         model: a `DSVLForConditionalGeneration`.
@@ -63,6 +63,11 @@ class RecordedSteps:
         logits = self._steps(tokens)
         self._show_filled()
         return logits
+
+    def close(self) -> None:
+        """Give back what is not filled, after the last step."""
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
     def _make_room(self) -> None:
         """Move the KV cache into memory that has room for the next tokens."""
