@@ -235,7 +235,7 @@ def peak_gib() -> float | None:
 
 def planned_gib(row: Row, shape: Shape, supervised: int) -> float | None:
     """The estimate of `dsvl plan`; None for rows that it does not support."""
-    if row.model != "dsvl" or row.liger or row.compiled or row.checkpoint_every > 1:
+    if row.model != "dsvl" or row.liger or row.checkpoint_every > 1:
         return None
     from dsvl import DSVLConfig
     from dsvl.training.memory_plan import plan
@@ -250,6 +250,7 @@ def planned_gib(row: Row, shape: Shape, supervised: int) -> float | None:
         images=shape.images,
         lora_rank=LORA_RANK if row.lora else 0,
         activation_checkpointing=row.checkpoint_every == 1,
+        compile_decoder_layers=row.compiled,
         supervised_share=supervised / text_tokens,
         dtype="bfloat16",
     )

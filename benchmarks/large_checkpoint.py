@@ -242,6 +242,7 @@ def train(folder: Path, options: argparse.Namespace, kill_at: str | None, delete
         sequence_length=made["tokens"],
         images=made["images"],
         activation_checkpointing=True,
+        compile_decoder_layers=on_gpu,
         dtype="bfloat16" if on_gpu else "float32",
         mixed_precision=on_gpu,
     )

@@ -327,7 +327,7 @@ def largest(value: float, device: torch.device) -> float:
 
 def planned_gib(name: str, row: Row, shape: Shape, checkpointing: bool, supervised: int, dtype: torch.dtype) -> float | None:
     """The estimate of `dsvl plan`; None for rows that it does not support."""
-    if {"compiled", "liger"} & set(row.variants):
+    if "liger" in row.variants:
         return None
     zero, sharded = (row.method, False) if row.method.startswith("zero") else (None, row.method == "fsdp")
     made = plan(
@@ -341,6 +341,7 @@ def planned_gib(name: str, row: Row, shape: Shape, checkpointing: bool, supervis
         lora_rank=LORA_RANK if row.lora else 0,
         activation_checkpointing=checkpointing,
         frozen_precision=row.precision,
+        compile_decoder_layers="compiled" in row.variants,
         supervised_share=supervised / (shape.batch * (shape.tokens - shape.images * shape.per_image)),
         dtype=str(dtype).removeprefix("torch."),
         mixed_precision=dtype != torch.float32,

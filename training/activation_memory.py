@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ..acceleration.decoder_layers import compile_8_bit_tower
 from ..acceleration.memory.activation_offloading import offload_activations
 from ..acceleration.memory.tiled_mlp import tile_mlp
+from ..acceleration.operators import operator_namespace
 from ..configuration_dsvl import DSVLConfig
 from ..modeling_dsvl import DSVLForConditionalGeneration
 from ..transformers_dsvl import ALL_ATTENTION_FUNCTIONS, no_init_weights
@@ -24,6 +26,8 @@ from .frozen_precision import freeze_in_8_bits
 from .trainable_parts import PARTS
 
 ALLOCATION = 512  # bytes; the CUDA caching allocator rounds requests up to a multiple of it (c10 kMinBlockSize)
+
+PARTITIONED = "aot_eager_decomp_partition"  # divides as Inductor does, and runs operation by operation, on any device
 
 _ATTENTION = "dsvl_memory_plan"
 
@@ -51,6 +55,11 @@ class AllocationCounter(TorchDispatchMode):
         # Storages are identified by address; references to `known` keep these addresses from being reused.
         self._known = list(known)
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Else the compiler would leave alone what runs in this mode."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -91,40 +100,70 @@ class AllocationCounter(TorchDispatchMode):
 # kernels. The memory of MMCA was measured within 2% of causal attention's, so "causal" is traced.
 
 
-class FlashMemory(torch.autograd.Function):
-    """Allocates what a flash attention kernel allocates, without computing anything.
+_NAMESPACE = operator_namespace(__name__)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::flash_memory", mutates_args=())
+def flash_memory(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocates what a flash attention kernel allocates, without computing anything: the output and the logsumexp.
 
     FlashAttention-2 (arXiv:2307.08691) saves the inputs, the output and the float32 logsumexp. Its backward allocates a
     float32 accumulator for the gradient of the queries and, for grouped-query attention, gradients of keys and values for
-    every query head.
+    every query head. An operator, as a compiler would compute other functions again in backward.
+
+    Args:
+        query, key, value: (batch, heads, tokens, head_dim); key and value may have fewer heads.
     """
+    return _flash_outputs(query, key, value)
 
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Inputs and output: (batch, heads, tokens, head_dim); key and value may have fewer heads."""
-        batch, heads, tokens, _ = query.shape
-        # The kernels' output has the layout (batch, tokens, heads, head_dim), so that transposing it needs no copy.
-        output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
-        logsumexp = query.new_empty(batch, heads, tokens, dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, logsumexp)
-        return output
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        query, key, value, _, _ = ctx.saved_tensors
-        scratch = [torch.empty_like(query, dtype=torch.float32)]
-        if key.shape[1] != query.shape[1]:
-            shape = (key.shape[0], query.shape[1], *key.shape[2:])
-            scratch += [key.new_empty(shape), value.new_empty(*shape[:-1], value.shape[-1])]
-        gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        del scratch
-        return gradients
+@torch.library.custom_op(f"{_NAMESPACE}::flash_memory_backward", mutates_args=())
+def flash_memory_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+) -> list[torch.Tensor]:
+    """The gradients of queries, keys and values, and what is allocated beside them."""
+    return _flash_gradients(gradient, query, key, value, output, logsumexp)
+
+
+@flash_memory.register_fake
+def _flash_outputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, tokens, _ = query.shape
+    # The kernels' output has the layout (batch, tokens, heads, head_dim), so that transposing it needs no copy.
+    output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+    return output, query.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+@flash_memory_backward.register_fake
+def _flash_gradients(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: torch.Tensor
+) -> list[torch.Tensor]:
+    scratch = [torch.empty_like(query, dtype=torch.float32)]
+    if key.shape[1] != query.shape[1]:
+        shape = (key.shape[0], query.shape[1], *key.shape[2:])
+        scratch += [key.new_empty(shape), value.new_empty(*shape[:-1], value.shape[-1])]
+    return [torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), *scratch]
+
+
+def _save_for_flash(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _flash_backward(ctx: Any, gradient: torch.Tensor, of_logsumexp: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(flash_memory_backward(gradient, *ctx.saved_tensors)[:3])
+
+
+flash_memory.register_autograd(_flash_backward, setup_context=_save_for_flash)
 
 
 def _attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    return FlashMemory.apply(query, key, value).transpose(1, 2), None
+    return flash_memory(query, key, value)[0].transpose(1, 2), None
 
 
 class _FlashSdpa(TorchFunctionMode):
@@ -132,7 +171,7 @@ class _FlashSdpa(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
-            return FlashMemory.apply(*args[:3])
+            return flash_memory(*args[:3])[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -181,6 +220,9 @@ class StepTracer:
         mlp_tile, offload: arguments of `reduce_memory`, *optional*.
         frozen_precision, frozen_keep: arguments of `freeze_in_8_bits`, *optional*, defaults to no 8-bit weight. Products are
             traced as they run on FP8 tensor cores.
+        compile_decoder_layers: trace the decoder's layers as torch.compile divides them into forward and backward,
+            *optional*, defaults to False. What a layer keeps is what a compiled one keeps; what exists while it runs is not
+            fused, and more than in a compiled one.
 
     Raises:
         ValueError: if a tied head is to be trained without the embeddings, or PEFT is needed and not installed.
@@ -198,6 +240,7 @@ class StepTracer:
         offload: bool = False,
         frozen_precision: str | None = None,
         frozen_keep: Sequence[str] | None = None,
+        compile_decoder_layers: bool = False,
     ) -> None:
         config = copy.deepcopy(config)
         config.multimodal_attention = "causal"
@@ -217,7 +260,11 @@ class StepTracer:
         if mlp_tile is not None:
             tile_mlp(decoder, mlp_tile)
         self.offloading = offload_activations(decoder, ["meta"]) if offload else None
-        self.model, self.dtype = model, dtype
+        if compile_decoder_layers:
+            model.compile_decoder_layers(backend=PARTITIONED, fullgraph=True)
+            if frozen_precision is not None:
+                compile_8_bit_tower(model)
+        self.model, self.dtype, self.is_compiled = model, dtype, compile_decoder_layers
 
     def trace(
         self, micro_batch: int, sequence_length: int, tiles: int, supervised: int, gradient_buffer: int | None = None
@@ -249,13 +296,20 @@ class StepTracer:
                 counter.hold(gradient_buffer - counter.gradients)
                 parameter.grad = None
 
-        if self.offloading is not None:
-            self.offloading.memory.blocks = 0
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        hooks = [parameter.register_post_accumulate_grad_hook(completed) for parameter in trainable]
+        # Every model and shape is compiled, however many there are.
+        limits = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
+        hooks = []
         try:
-            with planning_attention(), counter, _FlashSdpa():
-                self.forward(input_ids, placeholders, rows, images).backward()
+            with planning_attention(), limits, _FlashSdpa():
+                if self.is_compiled:  # what the compiler itself allocates does not count
+                    self.forward(input_ids, placeholders, rows, images).backward()
+                    model.zero_grad(set_to_none=True)
+                if self.offloading is not None:
+                    self.offloading.memory.blocks = 0
+                hooks = [parameter.register_post_accumulate_grad_hook(completed) for parameter in trainable]
+                with counter:
+                    self.forward(input_ids, placeholders, rows, images).backward()
         finally:
             for hook in hooks:
                 hook.remove()

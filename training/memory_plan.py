@@ -80,6 +80,8 @@ class Planner:
         frozen_precision: of frozen linear layers, "fp8" or "int8" (`--frozen-precision`), *optional*, defaults to None.
             Counted are 8-bit weights, and the transposed or dequantized one of a layer that is computed.
         frozen_keep: layers that it leaves as they are, *optional*, see `freeze_in_8_bits`.
+        compile_decoder_layers: compile the decoder's layers (`--compile-decoder-layers`), *optional*, defaults to False.
+            The compiler decides what a layer keeps for backward; its kernels need less beside that than is counted.
         gradient_accumulation: whether a step has several micro-batches, *optional*, defaults to False.
         supervised_share: fraction of the text tokens that have a label, *optional*, defaults to 0.25, which is typical of
             question-answer data. Logits are computed for these tokens only and dominate the memory of large vocabularies.
@@ -110,6 +112,7 @@ class Planner:
         offload_activations: bool = False,
         frozen_precision: str | None = None,
         frozen_keep: Sequence[str] | None = None,
+        compile_decoder_layers: bool = False,
         gradient_accumulation: bool = False,
         supervised_share: float = 0.25,
         dtype: str | None = None,
@@ -147,6 +150,7 @@ class Planner:
             offload_activations,
             frozen_precision,
             frozen_keep,
+            compile_decoder_layers,
         )
         modules, parameters = self.tracer.model.modules(), list(self.tracer.model.parameters())
         blocks = [one for one in self.tracer.model.modules() if isinstance(one, GradientCheckpointingLayer)]

@@ -32,6 +32,7 @@ DEFAULTS = {
     "offload_activations": False,
     "frozen_precision": None,
     "frozen_precision_keep": None,
+    "compile_decoder_layers": False,
     "gradient_accumulation": False,
 }
 
@@ -116,6 +117,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="LAYER",
         help="layers that --frozen-precision leaves as they are, or none (default: the decoder's first and last layer)",
     )
+    parser.add_argument("--compile-decoder-layers", action="store_true", default=None, help="compile the decoder's layers")
     parser.add_argument(
         "--gradient-accumulation",
         action="store_true",
@@ -165,6 +167,7 @@ def _run(arguments: argparse.Namespace) -> None:
         offload_activations=arguments.offload_activations,
         frozen_precision=arguments.frozen_precision,
         frozen_keep=arguments.frozen_precision_keep,
+        compile_decoder_layers=arguments.compile_decoder_layers,
         gradient_accumulation=arguments.gradient_accumulation,
         supervised_share=arguments.supervised_share,
         dtype=arguments.dtype,

@@ -102,6 +102,7 @@ def plan_stages(
                 offload_activations=values["offload_activations"],
                 frozen_precision=values["frozen_precision"],
                 frozen_keep=values["frozen_precision_keep"],
+                compile_decoder_layers=values["compile_decoder_layers"],
                 gradient_accumulation=values["gradient_accumulation_steps"] > 1,
                 supervised_share=supervised_share,
                 dtype="bfloat16" if values["bf16"] else "float16" if values["fp16"] else "float32",
