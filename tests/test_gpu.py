@@ -334,8 +334,8 @@ def test_compiled_functions_run_in_any_thread():
 def recordings(monkeypatch):
     """The recordings of decode steps, as many as there are."""
     made = []
-    record = recorded_steps.record
-    monkeypatch.setattr(recorded_steps, "record", lambda *args: (made.append(1), record(*args))[1])
+    record = recorded_steps.Recording
+    monkeypatch.setattr(recorded_steps, "Recording", lambda *args: (made.append(1), record(*args))[1])
     return made
 
 
@@ -356,22 +356,33 @@ def test_recorded_steps_give_the_tokens_of_plain_ones(family, attention, recordi
         for layer, other in zip(caches[1].layers, caches[0].layers, strict=True):
             torch.testing.assert_close(layer.keys, other.keys, atol=2e-3, rtol=2e-3)
     has_windows = any(layer.is_sliding for layer in caches[0].layers)
-    assert len(recordings) == (0 if has_windows else 6)
+    assert len(recordings) == (0 if has_windows else 4)
 
 
 def test_steps_that_wait_for_the_gpu_are_not_recorded(recordings, monkeypatch, caplog):
-    model = tiny_model(dtype=torch.float32).cuda()
+    model, other = (tiny_model(dtype=torch.float32).cuda() for _ in range(2))
     inputs = on_gpu(batch("ttItttIIttt", dtype=torch.float32))
     how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    expected = model.generate(**inputs, **how)
+    expected = other.generate(**inputs, **how)
     mlp = type(model.model.language_model.layers[0].mlp)
     forward = mlp.forward
     with monkeypatch.context() as patch:
         patch.setattr(mlp, "forward", lambda self, states: forward(self, states * (states.sum().item() ** 0)))
-        assert model.generate(**inputs, **how).equal(expected)
-    assert caplog.text.count("Decode steps are not recorded") == 1
-    assert model.generate(**inputs, **how).equal(expected)  # nothing is left of the recording that failed
-    assert len(recordings) == 3 and caplog.text.count("Decode steps are not recorded") == 1
+        for _ in range(2):
+            assert model.generate(**inputs, **how).equal(expected)
+    assert caplog.text.count("Decode steps of this model are not recorded") == 1
+    assert other.generate(**inputs, **how).equal(expected)
+    assert len(recordings) == 2  # those of the other model
+
+
+def test_recordings_use_the_same_memory_again(recordings):
+    model = tiny_model(dtype=torch.float32).cuda()
+    inputs = on_gpu(batch("ttItttIIttt", dtype=torch.float32))
+    reserved = []
+    for _ in range(20):
+        model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        reserved.append(torch.cuda.memory_reserved())
+    assert len(recordings) == 20 and reserved[-1] == reserved[3]
 
 
 def test_threads_record_beside_each_other(recordings):
@@ -379,13 +390,15 @@ def test_threads_record_beside_each_other(recordings):
     prompts = [on_gpu(batch("ttItttIIttt", dtype=torch.float32, seed=seed)) for seed in range(4)]
 
     def answer(inputs):
+        sampled = model.generate(**inputs, max_new_tokens=40, do_sample=True, eos_token_id=None)
+        assert sampled.shape[1] == inputs["input_ids"].shape[1] + 40
         return model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
 
     expected = [answer(inputs) for inputs in prompts]
     with ThreadPoolExecutor(4) as threads:
         for got, alone in zip(threads.map(answer, prompts), expected, strict=True):
             assert got.equal(alone)
-    assert len(recordings) == 8
+    assert len(recordings) == 16
 
 
 def test_the_server_answers_as_the_model_does(tmp_path):

@@ -2,6 +2,7 @@
 is a function that computes in the same memory again."""
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from dsvl.acceleration.decoding.recorded_steps import can_record
 from dsvl.acceleration.decoding.static_steps import run_step
 from dsvl.cache_dsvl import cached_positions, cached_types
 from dsvl.transformers_dsvl import CACHE
-from dsvl.utils.transformers_names import DynamicLayer
+from dsvl.utils.transformers_names import DynamicLayer, StaticLayer
 
 # A row without an image, padded rows, an image at the end of what is seen first.
 LAYOUTS = ("ttItttIIttttttIttt", "tttItt", "tttt")
@@ -27,18 +28,16 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Decode steps as on a GPU; the replays of each recording."""
     made: list[int] = []
 
-    def record(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], None], torch.Tensor]:
-        output = run().fill_(torch.nan)
-        number = len(made)
-        made.append(0)
+    class Emulation:
+        def __init__(self, run: Callable[[], torch.Tensor], device: torch.device) -> None:
+            self.run, self.output, self.number = run, run().fill_(torch.nan), len(made)
+            made.append(0)
 
-        def replay() -> None:
-            made[number] += 1
-            output.copy_(run())
+        def replay(self) -> None:
+            made[self.number] += 1
+            self.output.copy_(self.run())
 
-        return replay, output
-
-    monkeypatch.setattr(recorded_steps, "record", record)
+    monkeypatch.setattr(recorded_steps, "Recording", Emulation)
     monkeypatch.setattr(recorded_steps, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(decoding_loop, "waits", lambda tokens: True)
     return made
@@ -74,7 +73,7 @@ def test_the_same_tokens_in_every_decoder(
     expected, got = both_ways(monkeypatch, run)
     assert got.equal(expected)
     has_windows = any(layer.is_sliding for layer in caches[0].layers)
-    assert replays == ([] if has_windows else [6, 6, 1])  # of 19 steps
+    assert replays == ([] if has_windows else [6, 9])  # of 19 steps
     for known in (cached_types, cached_positions):
         one, other = map(known, caches)
         assert (one is None) == (other is None)
@@ -117,23 +116,105 @@ def test_answers_that_end_and_the_next_turn(
     assert len(replays) == 2 and all(replays)
 
 
-def test_steps_that_cannot_be_recorded_stay_plain(
-    monkeypatch: pytest.MonkeyPatch, replays: list[int], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("how", ["item", "nonzero", "mask", "unseen"])
+def test_steps_that_wait_for_the_gpu_stay_plain(
+    monkeypatch: pytest.MonkeyPatch, replays: list[int], caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    def record(*args: Any) -> Any:
+    """They are found before they are recorded, or when a recording fails; and told once for a model."""
+    model, inputs = tiny_model(), batch(*LAYOUTS)
+    mlp = type(model.model.language_model.layers[0].mlp)
+    forward = mlp.forward
+
+    def waiting(self: Any, states: torch.Tensor) -> torch.Tensor:
+        if how == "item":
+            states = states * float(states.sum().item() is not None)
+        elif how == "nonzero":
+            states = states + states.new_zeros(()) * len(states.nonzero())
+        elif how == "mask":
+            states = states + states.new_zeros(()) * len(states[states > 0])
+        return forward(self, states)
+
+    def fail(*args: Any) -> Any:
+        attempts.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(recorded_steps, "record", record)
+    attempts: list[int] = []
+    reason = "a layer waits for the GPU"
+    if how == "unseen":
+        monkeypatch.setattr(recorded_steps, "Recording", fail)
+        reason = "operation not permitted"
+    with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
+        patch.setattr(mlp, "forward", waiting)
+        for _ in range(2):
+            expected, got = both_ways(
+                monkeypatch, lambda: model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None)
+            )
+            assert got.equal(expected)
+    assert caplog.text.count(f"Decode steps of this model are not recorded, and slower: {reason}") == 1
+    assert not replays and len(attempts) == (how == "unseen")
+
+
+def test_one_layer_is_twice_in_memory(monkeypatch: pytest.MonkeyPatch, replays: list[int]) -> None:
+    """Where the room is made anew, and where it is given back."""
+    monkeypatch.setattr(recorded_steps, "RESERVED", 8)
     model, inputs = tiny_model(), batch(*LAYOUTS)
-    with caplog.at_level(logging.WARNING):
-        expected, got = both_ways(
-            monkeypatch, lambda: model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None)
-        )
-    assert got.equal(expected)
-    assert caplog.text.count("Decode steps are not recorded, and slower: operation not permitted") == 1
+    rooms: list[weakref.ref] = []
+    alive: list[int] = []
+    update, clone = StaticLayer.update, torch.Tensor.clone
+
+    def count() -> None:
+        alive.append(sum(one() is not None for one in rooms))
+
+    def updated(self: Any, *states: torch.Tensor, **options: Any) -> Any:
+        is_first = not self.is_initialized
+        made = update(self, *states, **options)
+        if is_first:
+            rooms.append(weakref.ref(self.keys))
+            count()
+        return made
+
+    def cloned(self: torch.Tensor, **options: Any) -> torch.Tensor:
+        made = clone(self, **options)
+        if self.ndim == 4:
+            count()
+        return made
+
+    monkeypatch.setattr(StaticLayer, "update", updated)
+    monkeypatch.setattr(torch.Tensor, "clone", cloned)
+    cache = DynamicCache(config=model.config.text_config)
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    layers = model.config.text_config.num_hidden_layers
+    assert len(rooms) == 2 * layers and max(alive) == layers + 1
+    assert not any(one() is not None for one in rooms)
 
 
-def test_a_step_is_run_three_times_before_it_is_replayed(monkeypatch: pytest.MonkeyPatch, replays: list[int]) -> None:
+def test_a_generation_that_fails_leaves_a_cache_that_goes_on(monkeypatch: pytest.MonkeyPatch, replays: list[int]) -> None:
+    model, inputs = tiny_model(), batch(LAYOUTS[0])
+    inputs.pop("mm_token_type_ids")
+
+    class Failing(Collector):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.tokens) == 8:
+                raise OSError("no reader")
+
+    def run() -> tuple[torch.Tensor, bool]:
+        cache = DynamicCache(config=model.config.text_config)
+        how = {"past_key_values": cache, "do_sample": False, "eos_token_id": None}
+        with pytest.raises(OSError, match="no reader"):
+            model.generate(**inputs, **how, max_new_tokens=20, streamer=Failing())
+        held = int(cache.get_seq_length())
+        ids = torch.nn.functional.pad(inputs["input_ids"], (0, held + 3 - inputs["input_ids"].shape[1]), value=5)
+        how |= {"attention_mask": torch.ones_like(ids)}
+        is_small = cache.layers[0].keys.untyped_storage().nbytes() == cache.layers[0].keys.nbytes
+        return model.generate(ids, **how, pixel_values=inputs["pixel_values"], max_new_tokens=5), is_small
+
+    expected, got = both_ways(monkeypatch, run)
+    assert got[0].equal(expected[0]) and got[1]
+    assert replays
+
+
+def test_two_steps_are_plain_and_the_third_is_recorded(monkeypatch: pytest.MonkeyPatch, replays: list[int]) -> None:
     model, inputs = tiny_model(), batch(*LAYOUTS)
     calls: list[int] = []
     monkeypatch.setattr(recorded_steps, "run_step", lambda *args: (calls.append(1), run_step(*args))[1])
@@ -146,20 +227,32 @@ class OtherLayer(DynamicLayer):
         return super().update(*args, **kwargs)
 
 
-@pytest.mark.parametrize("case", ["plain", "few", "training", "autocast", "hook", "cpu", "cache", "backend"])
+class OtherCache(DynamicCache):
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        return super().update(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "few", "training", "autocast", "hook", "every", "cpu", "layer", "cache", "backend"]
+)
 def test_what_is_recorded(monkeypatch: pytest.MonkeyPatch, replays: list[int], case: str) -> None:
     model = tiny_model(backend="flex_attention" if case == "backend" else "sdpa")
-    cache = DynamicCache(config=model.config.text_config)
+    cache = (OtherCache if case == "cache" else DynamicCache)(config=model.config.text_config)
     if case == "training":
         model.train()
     elif case == "hook":
         model.model.language_model.layers[1].mlp.register_forward_hook(lambda *args: None)
     elif case == "cpu":
         monkeypatch.setattr(recorded_steps, "on_gpu", lambda tensor: tensor.is_cuda)
-    elif case == "cache":
+    elif case == "layer":
         cache.layers[0] = OtherLayer()
-    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-        assert can_record(model, {CACHE: cache}, 5 if case == "few" else 6) == (case == "plain")
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *args: None) if case == "every" else None
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+            assert can_record(model, {CACHE: cache}, 5 if case == "few" else 6) == (case == "plain")
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def test_a_static_cache_is_not_recorded(monkeypatch: pytest.MonkeyPatch, replays: list[int]) -> None:

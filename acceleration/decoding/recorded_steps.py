@@ -6,17 +6,19 @@ holds the part of it that is filled. A recording belongs to one generation: it k
 """
 
 import logging
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import Cache
+from torch.nn.modules.module import _has_any_global_hook
+from transformers import Cache, DynamicCache
 
 from ...cache_dsvl import cached_images, cached_positions, cached_types, remember_types
 from ...transformers_dsvl import CACHE
 from ...utils.transformers_names import DynamicLayer, StaticLayer
-from ..recording import record
+from ..recording import Recording, WaitsForDevice
 from .decode_steps import RESERVED, is_hooked
 from .static_steps import StaticSteps, run_step
 
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 PLAIN_STEPS = 2  # before the recording: kernels are loaded, and prepared at their first use
 LEAST_STEPS = 6  # a recording takes about as long as two plain steps
+
+# Whether the host waits for the GPU in a step of a model.
+_WAITS: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 class RecordedSteps:
@@ -42,6 +47,7 @@ class RecordedSteps:
         self._model, self._cache = model, model_kwargs[CACHE]
         self._mask, self._position = model_kwargs.get("attention_mask"), model_kwargs["position_ids"][:, -1:]
         self._first, self._end = self.held, self.held + more
+        self._room: Any = None
         self._make_room()
 
     @property
@@ -66,16 +72,20 @@ class RecordedSteps:
 
     def close(self) -> None:
         """Give back what is not filled, after the last step."""
-        for layer in self._cache.layers:
+        for own, layer in zip(self._room.layers, self._cache.layers, strict=True):
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+            own.keys = own.values = None  # so that one layer is there twice at a time
 
     def _make_room(self) -> None:
         """Move the KV cache into memory that has room for the next tokens."""
-        held = self.held
-        self._room: Any = Cache(layers=[StaticLayer(min(held + RESERVED, self._end)) for _ in self._cache.layers])
-        for own, layer in zip(self._room.layers, self._cache.layers, strict=True):
+        held, before = self.held, self._room
+        capacity = held + RESERVED if self._end - held >= RESERVED + LEAST_STEPS else self._end
+        self._room = Cache(layers=[StaticLayer(capacity) for _ in self._cache.layers])
+        for number, (own, layer) in enumerate(zip(self._room.layers, self._cache.layers, strict=True)):
             own.update(layer.keys, layer.values)
-            layer.keys, layer.values = own.keys[:, :, :held], own.values[:, :, :held]  # one layer twice at a time
+            layer.keys, layer.values = own.keys[:, :, :held], own.values[:, :, :held]
+            if before is not None:
+                before.layers[number].keys = before.layers[number].values = None
         if (types := cached_types(self._cache)) is not None:
             remember_types(self._room, types, cached_images(self._cache), cached_positions(self._cache))
         mask = self._mask
@@ -98,24 +108,36 @@ class _RecordedRun:
 
     def __init__(self) -> None:
         self._calls = 0
-        self._replay: Callable[[], None] | None = None
+        self._recording: Recording | None = None
         self._inputs: tuple[torch.Tensor, torch.Tensor]
-        self._logits: torch.Tensor
 
     def __call__(self, model: Any, cache: Any, tokens: torch.Tensor, length: torch.Tensor, *fixed: Any) -> torch.Tensor:
         self._calls += 1
-        if self._calls == PLAIN_STEPS + 1:
+        if self._calls == PLAIN_STEPS + 1 and not _WAITS[model]:
             self._inputs = tokens.clone(), length.clone()
             try:
-                self._replay, self._logits = record(lambda: run_step(model, cache, *self._inputs, *fixed), tokens.device)
-            except RuntimeError as error:  # a quantized layer that waits for the GPU, say; a plain step raises what is wrong
-                logger.warning("Decode steps are not recorded, and slower: %s", error)
-        if self._replay is None:
-            return run_step(model, cache, tokens, length, *fixed)
+                self._recording = Recording(lambda: run_step(model, cache, *self._inputs, *fixed), tokens.device)
+            except RuntimeError as error:  # of a library that waits unseen, say; a plain step raises what is wrong
+                _does_wait(model, str(error))
+        if self._recording is None:
+            waits = WaitsForDevice() if self._calls == PLAIN_STEPS and model not in _WAITS else nullcontext()
+            with waits:
+                logits = run_step(model, cache, tokens, length, *fixed)
+            if isinstance(waits, WaitsForDevice):
+                _WAITS[model] = False
+                if waits.found:
+                    _does_wait(model, "a layer waits for the GPU")
+            return logits
         for own, given in zip(self._inputs, (tokens, length), strict=True):
             own.copy_(given)
-        self._replay()
-        return self._logits
+        self._recording.replay()
+        return self._recording.output
+
+
+def _does_wait(model: Any, reason: str) -> None:
+    """Do not record a model's steps from now on."""
+    _WAITS[model] = True
+    logger.warning("Decode steps of this model are not recorded, and slower: %s", reason)
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -131,16 +153,19 @@ def can_record(model: Any, model_kwargs: dict[str, Any], more: int) -> bool:
         model_kwargs: the arguments that `generate` keeps, after the prefill.
         more: how many steps there are at most.
     """
-    weight = model.get_input_embeddings().weight
+    weight, cache = model.get_input_embeddings().weight, model_kwargs[CACHE]
     parts = model.get_input_embeddings(), model.model.language_model, model.lm_head
     return (
         more >= LEAST_STEPS
         and on_gpu(weight)
+        and not _WAITS.get(model, False)
         and not model.training
         and not torch.is_autocast_enabled(weight.device.type)
         and model.config.text_config._attn_implementation in ("sdpa", "eager")
-        and all(getattr(type(layer), "update", None) is DynamicLayer.update for layer in model_kwargs[CACHE].layers)
+        and getattr(cache.update, "__func__", None) is DynamicCache.update
+        and all(getattr(type(layer), "update", None) is DynamicLayer.update for layer in cache.layers)
         and all(one.device == weight.device for part in parts for one in part.parameters())
+        and not _has_any_global_hook()
         and not any(is_hooked(module) for part in parts for module in part.modules())
     )
 

@@ -18,6 +18,7 @@ from ...generation_dsvl import NoImageToken
 from ...transformers_dsvl import CACHE
 from ...utils.cache_cropping import can_crop
 from ...utils.transformers_names import BaseStreamer
+from ..recording import recording
 from .decode_steps import DecodeSteps, can_step
 from .draft_model import DraftModel, can_draft
 from .static_steps import StaticSteps, can_step_static, compiled_run
@@ -153,7 +154,8 @@ def decode_speculatively(
         while True:
             scores = _processed(logits_processor, input_ids, draft, logits[0, : len(draft) + 1])
             if generation_config.do_sample:
-                chosen = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0].tolist()
+                with recording:
+                    chosen = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0].tolist()
             else:
                 chosen = scores.argmax(-1).tolist()
             is_last, start = False, len(sequence)

@@ -72,7 +72,8 @@ class StaticSteps:
             Logits, (batch, new tokens, vocabulary). On a GPU the next step overwrites them.
         """
         logits = self._run(
-            *(self._model, self._cache, tokens, self._length, self._offset, self._seen, self._bias, self._sees),
+            *(self._model, self._cache, tokens.to(self._length.device)),
+            *(self._length, self._offset, self._seen, self._bias, self._sees),
             self._in_kernel,
         )
         self._go_to(self.held + tokens.shape[1])

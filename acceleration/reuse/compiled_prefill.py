@@ -373,7 +373,7 @@ class CompiledPrefill:
             table = address_table(keys, values, bias)
             if table is not None:
                 let_compiled_functions_record(device)
-                return self._text_by_address(decoder, *text, table, form=is_single)
+                return self._text_by_address(decoder, *text, table, form=is_single, states=(table,))
         form = is_single, keys[0].is_contiguous(), is_long
         return self._text(decoder, *text, kinds, keys, values, form=form, states=(*keys, *values), lengths=(0, 2))
 
