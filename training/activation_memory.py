@@ -4,7 +4,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -297,8 +297,9 @@ class StepTracer:
                 parameter.grad = None
 
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Every model and shape is compiled, however many there are.
-        limits = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
+        limits: Any = nullcontext()
+        if self.is_compiled:  # every model and shape is, however many there are
+            limits = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
         hooks = []
         try:
             with planning_attention(), limits, _FlashSdpa():
