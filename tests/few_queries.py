@@ -15,9 +15,9 @@ def relative_error(
     dtype: torch.dtype,
     device: str,
     head_dim: int,
-    longest: int = 300,
-    most_queries: int = 1,
-    has_table: bool = False,
+    longest: int,
+    most_queries: int,
+    has_table: bool,
 ) -> float:
     """The largest error of an output on a random layout, over the largest output.
 

@@ -36,6 +36,16 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> tuple[
     return expected, got, len(steps)
 
 
+def assert_same_cache(cache: DynamicCache, expected: DynamicCache) -> None:
+    for known in (cached_types, cached_positions):
+        one, other = known(expected), known(cache)
+        assert (one is None) == (other is None)
+        assert one is None or one.equal(other.to(one.dtype))
+    for layer, other in zip(expected.layers, cache.layers, strict=True):
+        torch.testing.assert_close(other.keys, layer.keys)
+        torch.testing.assert_close(other.values, layer.values)
+
+
 @pytest.mark.parametrize("positions", ["token", "image"])
 @pytest.mark.parametrize("attention", ["mmca", "causal"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,12 +65,7 @@ def test_the_same_tokens_in_every_decoder(
     assert got.equal(expected)
     is_sliding = any(layer.is_sliding for layer in caches[0].layers)
     assert steps == (0 if is_sliding else 11)
-    for known in (cached_types, cached_positions):
-        one, other = map(known, caches)
-        assert (one is None) == (other is None)
-        assert one is None or one.equal(other.to(one.dtype))
-    for layer, other in zip(caches[0].layers, caches[1].layers, strict=True):
-        torch.testing.assert_close(other.keys, layer.keys)
+    assert_same_cache(caches[1], caches[0])
 
 
 @pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 2.0}, {"repetition_penalty": 1.5}, {}])

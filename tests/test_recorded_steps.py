@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, batch, run_uncompiled, tiny_model
+from test_decode_steps import assert_same_cache
 from test_decoding import Collector, endings
 from transformers import DynamicCache
 
 from dsvl.acceleration.decoding import decoding_loop, recorded_steps
 from dsvl.acceleration.decoding.recorded_steps import can_record
 from dsvl.acceleration.decoding.static_steps import run_step
-from dsvl.cache_dsvl import cached_positions, cached_types
+from dsvl.cache_dsvl import cached_types
 from dsvl.transformers_dsvl import CACHE
 from dsvl.utils.transformers_names import DynamicLayer, StaticLayer
 
@@ -74,14 +75,9 @@ def test_the_same_tokens_in_every_decoder(
     assert got.equal(expected)
     has_windows = any(layer.is_sliding for layer in caches[0].layers)
     assert replays == ([] if has_windows else [6, 9])  # of 19 steps
-    for known in (cached_types, cached_positions):
-        one, other = map(known, caches)
-        assert (one is None) == (other is None)
-        assert one is None or one.equal(other.to(one.dtype))
-    for layer, other in zip(caches[0].layers, caches[1].layers, strict=True):
-        torch.testing.assert_close(other.keys, layer.keys)
-        torch.testing.assert_close(other.values, layer.values)
-        assert has_windows or other.keys.untyped_storage().nbytes() == other.keys.nbytes  # no room is left
+    assert_same_cache(caches[1], caches[0])
+    for layer in caches[1].layers:
+        assert has_windows or layer.keys.untyped_storage().nbytes() == layer.keys.nbytes  # no room is left
 
 
 @pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 2.0}, {"repetition_penalty": 1.5}, {}])

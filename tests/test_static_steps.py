@@ -9,7 +9,7 @@ from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from dsvl.acceleration.decoding.decode_steps import DecodeSteps
-from dsvl.acceleration.decoding.static_steps import StaticSteps, compiled_run
+from dsvl.acceleration.decoding.static_steps import StaticSteps
 from dsvl.cache_dsvl import cached_positions, cached_types
 from dsvl.transformers_dsvl import CACHE
 
@@ -62,7 +62,7 @@ def steps_after_prefill(model: Any, inputs: dict[str, Any], static: bool) -> Any
         model(**inputs, position_ids=positions, **{CACHE: cache})
     kept = {CACHE: cache, "attention_mask": inputs["attention_mask"], "position_ids": positions}
     compile_config = CompileConfig(backend="eager", mode="default")
-    return StaticSteps(model, kept, compiled_run(model, compile_config)) if static else DecodeSteps(model, kept)
+    return StaticSteps.compiled(model, kept, compile_config) if static else DecodeSteps(model, kept)
 
 
 @pytest.mark.parametrize("positions", ["token", "image"])

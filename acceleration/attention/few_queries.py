@@ -274,6 +274,12 @@ def takes_few_queries(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     )
 
 
+def branch_bias(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """The `bias` of `launch_few_queries`, from which keys (batch, keys) are text and which are image tokens."""
+    members = torch.stack([text, image], 1)[:, :, None]
+    return torch.zeros(members.shape, device=members.device).masked_fill(~members, -torch.inf)
+
+
 def address_table(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], bias: torch.Tensor) -> torch.Tensor | None:
     """Where a KV cache is, for a graph that is recorded once for caches at any place and of any length.
 
@@ -298,4 +304,4 @@ def address_table(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], 
     return torch.tensor(rows).to(first.device, non_blocking=True)
 
 
-__all__ = ["address_table", "few_queries", "launch_few_queries", "takes_few_queries"]
+__all__ = ["address_table", "branch_bias", "few_queries", "launch_few_queries", "takes_few_queries"]

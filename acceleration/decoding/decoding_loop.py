@@ -9,6 +9,7 @@ queued first. The end of the answer is seen one step late, and that step is undo
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ...utils.transformers_names import BaseStreamer
 from ..recording import let_compiled_functions_record, recording
 from .decode_steps import DecodeSteps, can_step
 from .recorded_steps import RecordedSteps, can_record
-from .static_steps import StaticSteps, can_step_static, compiled_run
+from .static_steps import StaticSteps, can_step_static
 from .text_turns import prefill_text
 
 
@@ -74,46 +75,44 @@ def sample(
     if is_compiled and not is_static:
         steps = _TransformersSteps(model, outputs, model_kwargs, generation_config, input_ids)
     del outputs
-    try:
-        with model._optimize_model_for_decode():
-            while True:
-                # A copy: the next run of a CUDA graph overwrites its outputs, and the logits of a whole prompt may be large.
-                logits = logits.to(input_ids.device, torch.float32, copy=True)
-                scores = logits_processor(input_ids, logits)
-                if generation_config.do_sample:
-                    with recording:
-                        tokens = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
+    with model._optimize_model_for_decode(), ExitStack() as at_end:
+        while True:
+            # A copy: the next run of a CUDA graph overwrites its outputs, and the logits of a whole prompt may be large.
+            logits = logits.to(input_ids.device, torch.float32, copy=True)
+            scores = logits_processor(input_ids, logits)
+            if generation_config.do_sample:
+                with recording:
+                    tokens = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
+            else:
+                tokens = scores.argmax(-1)
+            if pads and pad_token is not None:
+                tokens = torch.where(unfinished, tokens, pad_token.to(tokens.device))
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+            unfinished = unfinished & ~stopping_criteria(input_ids, None)
+            step = StepResult(unfinished, tokens, streamer)
+            is_first = input_ids.shape[1] == first_length
+            # The first token is not delayed by a compilation.
+            if (is_first or not runs_ahead) and step.is_last():
+                break
+            if pending is not None and pending.is_last():
+                is_late = True
+                break
+            pending = step if runs_ahead and not is_first else None
+            if input_ids.shape[1] >= stopping_criteria.max_length:
+                if pending is not None:
+                    pending.is_last()  # which streams its tokens
+                break
+            if steps is None:
+                more = stopping_criteria.max_length - input_ids.shape[1]
+                if is_static:
+                    steps = StaticSteps.compiled(model, model_kwargs, generation_config.compile_config)
+                elif can_record(model, model_kwargs, more):
+                    steps = RecordedSteps(model, model_kwargs, more)
+                    if is_kept:
+                        at_end.callback(steps.close)
                 else:
-                    tokens = scores.argmax(-1)
-                if pads and pad_token is not None:
-                    tokens = torch.where(unfinished, tokens, pad_token.to(tokens.device))
-                input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
-                unfinished = unfinished & ~stopping_criteria(input_ids, None)
-                step = StepResult(unfinished, tokens, streamer)
-                is_first = input_ids.shape[1] == first_length
-                # The first token is not delayed by a compilation.
-                if (is_first or not runs_ahead) and step.is_last():
-                    break
-                if pending is not None and pending.is_last():
-                    is_late = True
-                    break
-                pending = step if runs_ahead and not is_first else None
-                if input_ids.shape[1] >= stopping_criteria.max_length:
-                    if pending is not None:
-                        pending.is_last()  # which streams its tokens
-                    break
-                if steps is None:
-                    more = stopping_criteria.max_length - input_ids.shape[1]
-                    if is_static:
-                        steps = StaticSteps(model, model_kwargs, compiled_run(model, generation_config.compile_config))
-                    elif can_record(model, model_kwargs, more):
-                        steps = RecordedSteps(model, model_kwargs, more)
-                    else:
-                        steps = DecodeSteps(model, model_kwargs)
-                logits = steps(tokens[:, None])[:, -1]
-    finally:
-        if isinstance(steps, RecordedSteps) and is_kept:
-            steps.close()
+                    steps = DecodeSteps(model, model_kwargs)
+            logits = steps(tokens[:, None])[:, -1]
     if is_late:
         input_ids = input_ids[:, :-1]
         if can_crop(cache):  # else only this call uses it

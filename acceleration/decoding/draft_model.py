@@ -8,7 +8,7 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCa
 from ...cache_dsvl import cached_positions
 from ...transformers_dsvl import CACHE
 from .decode_steps import DecodeSteps, takes_plain_steps
-from .static_steps import StaticSteps, compiled_run
+from .static_steps import StaticSteps
 
 
 class DraftModel:
@@ -98,7 +98,7 @@ class DraftModel:
             positions = torch.arange(self._ids.shape[1], device=self._ids.device)[None]
         kept = {CACHE: self._cache, "position_ids": positions}
         if self._is_static:
-            self._steps = StaticSteps(self._model, kept, compiled_run(self._model, self._compile_config))
+            self._steps = StaticSteps.compiled(self._model, kept, self._compile_config)
         else:
             self._steps = DecodeSteps(self._model, kept)
         return self._steps

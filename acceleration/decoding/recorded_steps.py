@@ -6,7 +6,6 @@ holds the part of it that is filled. A recording belongs to one generation: it k
 """
 
 import logging
-from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -120,13 +119,13 @@ class _RecordedRun:
             except RuntimeError as error:  # of a library that waits unseen, say; a plain step raises what is wrong
                 _does_wait(model, str(error))
         if self._recording is None:
-            waits = WaitsForDevice() if self._calls == PLAIN_STEPS and model not in _WAITS else nullcontext()
-            with waits:
+            if self._calls != PLAIN_STEPS or model in _WAITS:
+                return run_step(model, cache, tokens, length, *fixed)
+            with WaitsForDevice() as waits:
                 logits = run_step(model, cache, tokens, length, *fixed)
-            if isinstance(waits, WaitsForDevice):
-                _WAITS[model] = False
-                if waits.found:
-                    _does_wait(model, "a layer waits for the GPU")
+            _WAITS[model] = False
+            if waits.found:
+                _does_wait(model, "a layer waits for the GPU")
             return logits
         for own, given in zip(self._inputs, (tokens, length), strict=True):
             own.copy_(given)

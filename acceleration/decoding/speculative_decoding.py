@@ -21,7 +21,7 @@ from ...utils.transformers_names import BaseStreamer
 from ..recording import recording
 from .decode_steps import DecodeSteps, can_step
 from .draft_model import DraftModel, can_draft
-from .static_steps import StaticSteps, can_step_static, compiled_run
+from .static_steps import StaticSteps, can_step_static
 
 
 class Drafts(Protocol):
@@ -173,7 +173,7 @@ def decode_speculatively(
                 break
             if steps is None:
                 if is_static:
-                    steps = StaticSteps(model, model_kwargs, compiled_run(model, generation_config.compile_config))
+                    steps = StaticSteps.compiled(model, model_kwargs, generation_config.compile_config)
                 else:
                     steps = DecodeSteps(model, model_kwargs)
             draft = drafts.propose(sequence, min(drafts.longest, longest - len(sequence) - 1))

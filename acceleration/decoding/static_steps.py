@@ -35,7 +35,7 @@ class StaticSteps:
     Args:
         model: a `DSVLForConditionalGeneration`.
         model_kwargs: the arguments that `generate` keeps, after the prefill, of a generation for which `can_step_static`.
-        run: runs `run_step`, as what `compiled_run` returns.
+        run: `run_step`, or what runs it.
     """
 
     def __init__(self, model: Any, model_kwargs: dict[str, Any], run: Callable) -> None:
@@ -61,6 +61,14 @@ class StaticSteps:
         self._sees: torch.Tensor | None = None
         if model.config.multimodal_attention == "mmca":
             self._make_masks()
+
+    @classmethod
+    def compiled(cls, model: Any, model_kwargs: dict[str, Any], compile_config: CompileConfig | None) -> "StaticSteps":
+        """Steps that are compiled by a configuration; None is the model's way."""
+        let_compiled_functions_record(model.device)
+        return cls(
+            model, model_kwargs, compiled_step(_hashable((compile_config or model._default_compile_config()).to_dict()))
+        )
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run a step.
@@ -161,12 +169,6 @@ def run_step(
         return scale_logits(model.lm_head(hidden), model.config.text_config)
 
 
-def compiled_run(model: Any, compile_config: CompileConfig | None) -> Callable:
-    """`run_step` as compiled by a configuration; None is the model's way."""
-    let_compiled_functions_record(model.device)
-    return compiled_step(_hashable((compile_config or model._default_compile_config()).to_dict()))
-
-
 @lru_cache
 def compiled_step(options: tuple) -> Callable:
     """`run_step`, compiled with these options of `torch.compile`; one for all models, which the compiler tells apart."""
@@ -201,4 +203,4 @@ def can_step_static(model: Any, model_kwargs: dict[str, Any]) -> bool:
     )
 
 
-__all__ = ["StaticSteps", "can_step_static", "compiled_run", "run_step"]
+__all__ = ["StaticSteps", "can_step_static", "compiled_step", "run_step"]

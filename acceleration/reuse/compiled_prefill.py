@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ...cache_dsvl import cached_types
 from ...masks_dsvl import HIDDEN, IMAGE, TEXT, AttentionMask, attention_scores, visibilities, weighted_values, with_keys
 from ...transformers_dsvl import ALL_ATTENTION_FUNCTIONS
-from ..attention.few_queries import address_table, few_queries
+from ..attention.few_queries import address_table, branch_bias, few_queries
 from ..attention.gathered_mask import Slots
 from ..attention.kernel_choice import has_step_kernels
 from ..attention.key_rotation import KeyRotation
@@ -163,9 +163,8 @@ def run_text_by_address(
     table: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `run_text`, over the KV cache of an `address_table`."""
-    own = torch.stack([filled, torch.zeros_like(filled)], 1)[:, :, None]
-    own_bias = torch.zeros(own.shape, device=own.device).masked_fill(~own, -torch.inf)
-    return _run_text(decoder, input_ids, position_ids, TextByAddressMask(table, index, own_bias))
+    mask = TextByAddressMask(table, index, branch_bias(filled, torch.zeros_like(filled)))
+    return _run_text(decoder, input_ids, position_ids, mask)
 
 
 def _run_text(
@@ -368,8 +367,7 @@ class CompiledPrefill:
         # The decoder's own keys and queries, which the kernels get beside these, are of its dtype.
         is_plain = dtype == decoder.dtype and not torch.is_autocast_enabled(device.type)
         if is_plain and not is_long and has_step_kernels(device, dtype):
-            members = torch.stack([kinds == TEXT, kinds == IMAGE], 1)[:, :, None]
-            bias = torch.zeros(members.shape, device=device).masked_fill_(~members, -torch.inf)
+            bias = branch_bias(kinds == TEXT, kinds == IMAGE)
             table = address_table(keys, values, bias)
             if table is not None:
                 let_compiled_functions_record(device)
