@@ -1,9 +1,8 @@
-"""The command `dsvl`: how fast it starts, what its help shows, and what it says of mistakes."""
+"""The command `dsvl`: what it imports to start, what its help shows, and what it says of mistakes."""
 
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -43,12 +42,18 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _python(*arguments: str) -> "tuple[subprocess.CompletedProcess[str], float]":
-    """A fresh process, and the CPU seconds that it took."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=120)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def _python(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """A fresh process."""
+    return subprocess.run([sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def _imported(start: str, script: str) -> "tuple[set[str], subprocess.CompletedProcess[str]]":
+    """The modules that a script imports in a fresh process after `start`, and the process."""
+    said = "atexit.register(lambda: print('imported', *{*sys.modules} - before, file=sys.stderr))"
+    done = _python("-c", f"{start}\nimport atexit, sys\nbefore = {{*sys.modules}}\n{said}\n{script}")
+    lines = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("imported ")]
+    assert len(lines) == 1, done.stderr
+    return set(lines[0]), done
 
 
 def said(capsys: Any, *argv: str) -> tuple[int, str]:
@@ -67,11 +72,12 @@ def said(capsys: Any, *argv: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], [], ["chat", "--help"], ["evaluate", "--help"], ["env", "--help"], ["chta"]]
 )
-def test_what_needs_no_model_does_not_wait_for_torch(arguments: list[str]) -> None:
-    _, bare = _python("-c", "pass")
-    done, seconds = min((_python(*DSVL, *arguments) for _ in range(3)), key=lambda run: run[1])
+def test_what_needs_no_model_imports_python_s_own_modules_alone(arguments: list[str]) -> None:
+    """Torch and transformers take seconds."""
+    imported, done = _imported("", f"{SCRIPT}sys.argv = {['dsvl', *arguments]}; sys.exit(dsvl_command.main())")
     assert done.returncode == (2 if arguments == ["chta"] else 0)
-    assert seconds - bare < 0.5, done.stderr
+    others = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
+    assert "dsvl.cli" in imported and others == {"dsvl"}
     shown = done.stdout + done.stderr
     assert ("did you mean chat?" in shown) if arguments == ["chta"] else shown.startswith(("usage: dsvl", "dsvl "))
 
@@ -84,14 +90,19 @@ import dsvl; assert dsvl.DSVLConfig.__module__ == "dsvl.configuration_dsvl" and 
 from transformers import AutoConfig; assert type(AutoConfig.from_pretrained(checkpoint)) is dsvl.DSVLConfig
 sys.exit(status)
 """
-    done, _ = _python("-c", SCRIPT + script, "data", "list", str(checkpoint))
+    done = _python("-c", SCRIPT + script, "data", "list", str(checkpoint))
     assert done.returncode == 0 and "llava_conversations" in done.stdout, done.stderr
 
 
-def test_the_package_takes_no_longer_than_what_it_needs_of_transformers() -> None:
-    needed = "import torch; from transformers import PreTrainedModel, GenerationMixin, ProcessorMixin"
-    times = {code: min(_python("-c", code)[1] for _ in range(2)) for code in (needed, "import dsvl")}
-    assert times["import dsvl"] < 1.1 * times[needed]
+def test_the_package_imports_what_its_classes_need_of_transformers_alone() -> None:
+    imported, done = _imported("from transformers import GenerationMixin, PreTrainedModel, ProcessorMixin", "import dsvl")
+    packages = {name.partition(".")[0] for name in imported}
+    assert done.returncode == 0, done.stderr
+    assert packages - sys.stdlib_module_names <= {"dsvl", "transformers", "tokenizers", "PIL", "torchvision"}
+    own = {name.split(".")[1] for name in imported if name.startswith("dsvl.")}
+    assert {name for name in own if not name.endswith("_dsvl")} == {"utils"}
+    models = {name.split(".")[2] for name in imported if name.startswith("transformers.models.")}
+    assert models <= {"auto", "clip", "encoder_decoder", "llama"}, models
 
 
 def test_the_auto_classes_know_it_after_importing_it_alone() -> None:
@@ -105,7 +116,7 @@ for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
 assert PROCESSOR_MAPPING[dsvl.DSVLConfig] is dsvl.DSVLProcessor
 assert dsvl.migration.migrate_checkpoint and dsvl.save_checkpoint and dsvl.compose
 """
-    done, _ = _python("-c", script)
+    done = _python("-c", script)
     assert done.returncode == 0, done.stderr
     assert not done.stderr  # nor is there anything that nobody can act on
 
@@ -335,7 +346,7 @@ class Module:
 cli.import_module = lambda *arguments: Module
 sys.exit(cli.main(["data"]))
 """
-    done, _ = _python("-c", script)
+    done = _python("-c", script)
     assert done.returncode == 130, done.stderr
     assert done.stderr == "\ndsvl data: Interrupted. Converted data is kept; run the same command to resume.\n"
 
@@ -353,5 +364,5 @@ def test_other_warnings_are_not_hidden() -> None:
     script = "from dsvl.utils.third_party_output import silence_third_party_output as silence; silence();"
     script += "import logging, warnings;"
     script += "logging.getLogger('transformers.trainer').warning('a real one'); warnings.warn('ours', FutureWarning)"
-    done, _ = _python("-c", script)
+    done = _python("-c", script)
     assert "a real one" in done.stderr and "ours" in done.stderr
