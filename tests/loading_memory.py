@@ -1,13 +1,15 @@
-"""`dsvl.training` in a process that writes how many bytes of its own loading the model took at most: those of mapped files
-are shared by all processes, and not counted.
+"""`dsvl.training` in a process that writes how many bytes of its own it took at most: those of mapped files are shared by
+all processes, and not counted.
 
-torchrun tests/loading_memory.py FOLDER FLAGS ...    # writes FOLDER/RANK
+torchrun tests/loading_memory.py FOLDER FLAGS ...    # writes FOLDER/RANK: until the model is loaded, until the first step
 """
 
+import json
 import os
 import runpy
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,33 @@ def memory() -> int:
 
 
 if __name__ == "__main__":
+    from dsvl.training.trainer import DSVLTrainer
+
     file = Path(sys.argv.pop(1), os.environ["RANK"])
-    load = DSVLForConditionalGeneration.from_pretrained.__func__  # type: ignore[attr-defined]
+    load, step = DSVLForConditionalGeneration.from_pretrained.__func__, DSVLTrainer.training_step  # type: ignore[attr-defined]
+    found: list[int] = []
 
-    def measured(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        before, done = memory(), threading.Event()
-        found = [before]
+    def watch() -> None:
+        while True:
+            found.append(memory())
+            time.sleep(0.02)
 
-        def watch() -> None:
-            while not done.wait(0.02):
-                found.append(memory())
+    def write() -> None:
+        found.append(memory())
+        most = max(found) - found[0]
+        file.write_text(json.dumps([*json.loads(file.read_text()), most] if file.exists() else [most]))
 
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            return load(cls, *args, **kwargs)
-        finally:
-            done.set()
-            thread.join()
-            file.write_text(str(max(found) - before))
+    def loaded(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(memory())
+        threading.Thread(target=watch, daemon=True).start()
+        model = load(cls, *args, **kwargs)
+        write()
+        return model
 
-    DSVLForConditionalGeneration.from_pretrained = classmethod(measured)  # type: ignore[assignment]
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        write()
+        return step(*args, **kwargs)
+
+    DSVLForConditionalGeneration.from_pretrained = classmethod(loaded)  # type: ignore[assignment]
+    DSVLTrainer.training_step = stepped  # type: ignore[method-assign]
     runpy.run_module("dsvl.training", run_name="__main__")
