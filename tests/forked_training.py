@@ -2,7 +2,8 @@
 
     python forked_training.py RUNS.json
 
-RUNS.json is a list of {"processes": N, "port": PORT, "flags": [...], "log": FILE}.
+RUNS.json is a list of {"processes": N, "port": PORT, "flags": [...], "log": FILE, "long_text": N}; image parallelism deals
+out texts of so many tokens.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 
 import torch
 
+from dsvl.acceleration.parallel import split_batch
 from dsvl.cli import main
 from dsvl.training import commands  # noqa: F401  (imported before the processes are forked)
 
@@ -24,6 +26,7 @@ def work(rank: int, run: dict) -> None:
     if rank == 0:
         with open(run["log"], "w", encoding="utf-8") as log:
             os.dup2(log.fileno(), 2)
+    split_batch.LONG_TEXT = run["long_text"]
     sys.exit(main(["train", *run["flags"]]))
 
 

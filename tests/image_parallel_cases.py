@@ -21,12 +21,14 @@ from plain_kernels import use_plain_kernels
 from torch import distributed, nn
 
 from dsvl.acceleration.attention import kernels
+from dsvl.acceleration.parallel import split_batch
 from dsvl.acceleration.parallel.image_parallelism import image_parallel
 from dsvl.positions_dsvl import token_positions
 from dsvl.training.distributed import destroy_process_groups
 from dsvl.training.frozen_precision import freeze_in_8_bits
 
 Inputs = dict[str, Any]
+DEALT = ", text dealt out"  # after the name of a case
 CASES: dict[str, Callable[[], tuple[Any, Inputs]]] = {}
 
 
@@ -42,6 +44,7 @@ def trained(model: Any) -> Any:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):  # transformers' norms compute in float32
             module.forward = MethodType(float64_norm, module)
+    model.loss_function = float64_loss
     return model.train()
 
 
@@ -49,6 +52,11 @@ def float64_norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
     epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
     factor = 1 + norm.weight if "Gemma" in type(norm).__name__ else norm.weight
     return states * (states.square().mean(-1, keepdim=True) + epsilon).rsqrt() * factor
+
+
+def float64_loss(logits: torch.Tensor, shift_labels: torch.Tensor, num_items_in_batch: Any, **_: Any) -> torch.Tensor:
+    """As transformers' loss, which computes in float32."""
+    return nn.functional.cross_entropy(logits.flatten(0, -2), shift_labels.flatten(), reduction="sum") / num_items_in_batch
 
 
 def labelled(inputs: Inputs) -> Inputs:
@@ -100,6 +108,12 @@ def text_alone() -> tuple[Any, Inputs]:
     inputs = labelled(batch("tttttt", "ttt"))
     del inputs["pixel_values"]
     return trained(tiny_model("llama")), inputs
+
+
+@case
+def rows_of_few_texts() -> tuple[Any, Inputs]:
+    """Fewer than processes, and one without text."""
+    return trained(tiny_model("llama")), labelled(batch("tItt", "II", "ttttt"))
 
 
 @case
@@ -215,14 +229,16 @@ def cached_features() -> tuple[Any, Inputs]:
     return model, inputs | {"image_features": features}
 
 
-def of_layout(layout: str) -> tuple[Any, Inputs]:
-    """Three conversations with four, one and no images of different sizes."""
+def of_layout(layout: str, *counts: int) -> tuple[Any, Inputs]:
+    """Conversations with so many images of different sizes."""
     model, processor = layout_parts(layout)
-    images = [noise(size, seed) for seed, size in enumerate(SIZES)]
+    images = iter([noise(size, seed) for seed, size in enumerate(SIZES)])
     conversations = [
-        [{"type": "text", "text": "one"}, *({"type": "image", "image": image} for image in images[:4])],
-        [{"type": "image", "image": images[4]}],
-        [],
+        [
+            *({"type": "image", "image": next(images)} for _ in range(count)),
+            {"type": "text", "text": "one, two"[: 3 + count]},
+        ]
+        for count in counts
     ]
     inputs = processor.apply_chat_template(
         [
@@ -239,20 +255,31 @@ def of_layout(layout: str) -> tuple[Any, Inputs]:
     )
     labels = inputs["input_ids"].clone()
     labels[:, :-6] = -100
-    inputs["pixel_values"] = inputs["pixel_values"].double()
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].double()
     return trained(model), dict(inputs) | {"labels": labels}
 
 
 @case
 def images_of_tiles() -> tuple[Any, Inputs]:
-    return of_layout("tiles")
+    return of_layout("tiles", 4, 1, 0)
 
 
 @case
 def native_images() -> tuple[Any, Inputs]:
-    model, inputs = of_layout("native, downsample")
+    model, inputs = of_layout("native, downsample", 4, 1, 0)
     model.model.vision_tower.embeddings.position_embedding.requires_grad_(False)  # the tower resizes it in float32
     return model, inputs
+
+
+@case
+def text_alone_of_numbered_tiles() -> tuple[Any, Inputs]:
+    return of_layout("tiles", 0, 0)
+
+
+@case
+def text_alone_beside_a_native_tower() -> tuple[Any, Inputs]:
+    return of_layout("native, downsample", 0, 0)
 
 
 @case
@@ -367,9 +394,11 @@ class Patches:
             setattr(owner, name, value)
 
 
-def differences(name: str) -> dict[str, float]:
-    """The largest differences of a case between this process alone and all processes."""
+def differences(name: str, deals_text: bool) -> dict[str, float]:
+    """The largest differences of a case between this process alone and all processes, of which each runs the whole text, or
+    which share it."""
     model, inputs = CASES[name]()
+    split_batch.deals_text = lambda *counts: deals_text  # whatever its length
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     backend = base.model.language_model.config._attn_implementation
     if backend == "flex_attention":  # has no backward pass on a CPU, except for the one of image parallelism
@@ -417,7 +446,10 @@ def differences(name: str) -> dict[str, float]:
 def work(rank: int, processes: int, port: int, output: str, names: list[str]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.init_process_group("gloo", rank=rank, world_size=processes)
-    found = {name: differences(name) if name in CASES else has_same_answers(name) for name in names}
+    found: dict[str, Any] = {}
+    for name in names:
+        case, is_dealt = name.removesuffix(DEALT), name.endswith(DEALT)
+        found[name] = differences(case, is_dealt) if case in CASES else has_same_answers(name)
     if rank == 0:
         with open(output, "w", encoding="utf-8") as file:
             json.dump(found, file)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import IMAGE_ID, batch, tiny_model
+from image_parallel_cases import DEALT
 from training_runs import (
     BATCH,
     IN_ORDER,
@@ -25,7 +26,7 @@ from training_runs import (
 )
 
 from dsvl.acceleration import check_image_parallel, image_parallel
-from dsvl.acceleration.parallel.split_batch import split_batch
+from dsvl.acceleration.parallel import split_batch
 from dsvl.acceleration.parallel.split_images import assign_images
 
 FOLDER = Path(__file__).parent
@@ -42,7 +43,10 @@ CASES = [
     "one_image_for_all",
     "numbered_images",
     "numbered_images_of_packed_rows",
+    "rows_of_few_texts",
     "text_alone",
+    "text_alone_of_numbered_tiles",
+    "text_alone_beside_a_native_tower",
     "packed_rows",
     "packed_rows_in_windows",
     "documents_by_positions",
@@ -97,6 +101,23 @@ FAST_CASES = [
     "native_images",
     "fused_kernels_in_windows",
 ]
+FAST_DEALT_CASES = [
+    "uneven_rows",
+    "numbered_images_of_packed_rows",
+    "rows_of_few_texts",
+    "text_alone_of_numbered_tiles",
+    "text_alone_beside_a_native_tower",
+    "packed_rows_in_windows",
+    "two_layer_types_and_capped_scores",
+    "shared_positions",
+    "checkpointed",
+    "reduced_memory",
+    "adapters",
+    "cached_features",
+    "images_of_tiles",
+    "fused_kernels_in_windows",
+    "fused_kernels_packed",
+]
 FAST_GENERATIONS = [
     "greedy",
     "beams",
@@ -108,6 +129,10 @@ FAST_GENERATIONS = [
 ]
 
 
+MEASURED = {3: [*FAST_CASES, *(name + DEALT for name in FAST_DEALT_CASES), *FAST_GENERATIONS]}
+MEASURED[2] = [*CASES, *(name + DEALT for name in CASES), *GENERATIONS]
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """The differences of every case, by number of processes; each is measured once."""
@@ -116,16 +141,8 @@ def measured(tmp_path_factory):
     def get(processes):
         if processes not in made:
             output = tmp_path_factory.mktemp("cases") / "differences.json"
-            command = [
-                sys.executable,
-                FOLDER / "image_parallel_cases.py",
-                output,
-                processes,
-                free_port(),
-                *CASES,
-                *GENERATIONS,
-            ]
-            start(command, timeout=300)
+            script = FOLDER / "image_parallel_cases.py"
+            start([sys.executable, script, output, processes, free_port(), *MEASURED[processes]], timeout=300)
             made[processes] = json.loads(output.read_text())
         return made[processes]
 
@@ -154,6 +171,11 @@ def test_processes_have_the_loss_and_every_gradient_of_one(measured, name, proce
     assert (found["launched"] > 0) == name.startswith("fused")
 
 
+@pytest.mark.parametrize(("processes", "name"), by_processes(FAST_DEALT_CASES, CASES))
+def test_processes_that_share_the_text_too_have_the_loss_and_every_gradient_of_one(measured, name, processes):
+    test_processes_have_the_loss_and_every_gradient_of_one(measured, name + DEALT, processes)
+
+
 @pytest.mark.parametrize(("processes", "name"), by_processes(FAST_GENERATIONS, GENERATIONS))
 def test_processes_generate_the_answers_of_one(measured, name, processes):
     assert measured(processes)[name] is True
@@ -167,6 +189,13 @@ def test_the_images_of_every_row_are_balanced():
     # The largest first, and images of other rows decide between equal loads.
     assert assign_images([[1, 9, 4, 4], [3], [3]], 2) == [1, 0, 1, 1, 0, 1]
     assert assign_images([[2], [], [2, 2]], 3) == [0, 1, 2]
+
+
+def test_long_texts_are_shared_unless_there_are_more_image_tokens_for_each_process():
+    long = split_batch.LONG_TEXT
+    assert split_batch.deals_text(long, 0, 2) and split_batch.deals_text(long, 2 * long - 1, 2)
+    assert not split_batch.deals_text(long, 2 * long, 2) and split_batch.deals_text(long, 2 * long, 3)
+    assert not split_batch.deals_text(long - 1, 0, 2) and not split_batch.deals_text(long, 0, 1)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -217,7 +246,7 @@ def test_reversed_images_are_refused():
 def test_inputs_that_cannot_be_split_are_refused(single_group, changes, message):
     given = {name: value for name, value in (batch("ttIItt") | changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        split_batch(tiny_model(), given, single_group)
+        split_batch.split_batch(tiny_model(), given, single_group)
 
 
 def test_a_single_process_runs_the_model_as_it_is(single_group):
@@ -229,7 +258,7 @@ def test_a_single_process_runs_the_model_as_it_is(single_group):
 
 def test_a_process_takes_the_tokens_of_its_images(single_group):
     inputs = batch("ttIIt", "t")
-    split = split_batch(tiny_model(), inputs, single_group)
+    split = split_batch.split_batch(tiny_model(), inputs, single_group)
     assert split.tokens.positions[0].tolist() == list(range(13))
     assert split.tokens.is_image.sum() == (inputs["input_ids"] == IMAGE_ID).sum() == 10
     assert split.tokens.positions[1, 0] == 12  # padding on the left is not run
@@ -239,7 +268,7 @@ def test_a_process_takes_the_tokens_of_its_images(single_group):
 def test_images_that_hold_numbers_get_no_others(single_group):
     model, inputs = tiny_model(numbered_images=4), batch("ttItIt")
     images = model.get_image_features(inputs.pop("pixel_values"), image_numbers=torch.tensor([3, 1]))
-    split = split_batch(model, inputs | {"mm_encoder_outputs": {"image": images}}, single_group)
+    split = split_batch.split_batch(model, inputs | {"mm_encoder_outputs": {"image": images}}, single_group)
     made = model(**split.inputs).image_outputs.pooler_output
     assert len(made) == 2 and all(one.equal(same) for one, same in zip(made, images.pooler_output, strict=True))
 
@@ -258,9 +287,9 @@ def alone(folder):
     return runs_once(folder, partial(train, folder))
 
 
-def train(folder, output, *flags, batch_size=4, processes=1):
+def train(folder, output, *flags, batch_size=4, processes=1, **start):
     base = ["--model", folder / "model", "--data", folder / "data.jsonl", "--output", output, BATCH, batch_size, *STEPS]
-    return run(*base, *IN_ORDER, *flags, processes=processes)
+    return run(*base, *IN_ORDER, *flags, processes=processes, **start)
 
 
 def assert_as_alone(output, single):
@@ -295,7 +324,8 @@ def test_two_processes_train_and_resume_as_one(folder, tmp_path):
     base = ["--model", folder / "model", "--data", folder / "data.jsonl", BATCH, 4, *STEPS, *IN_ORDER]
     base += ["--eval-data", folder / "held_out.jsonl", *EVALUATE]
     resume = ["--resume-from", tmp_path / "two" / "checkpoint-2"]
-    runs = [("one", 1, []), ("two", 2, []), ("resumed", 2, resume)]
+    never = 10**9
+    runs = [("one", 1, [], never), ("two", 2, [], never), ("resumed", 2, resume, never), ("dealt", 2, [], 1)]
     parts = ["--image-parallel", "2"]
     made = [
         {
@@ -303,35 +333,38 @@ def test_two_processes_train_and_resume_as_one(folder, tmp_path):
             "port": free_port(),
             "flags": list(map(str, [*base, *flags, *(parts if processes > 1 else []), "--output", tmp_path / name])),
             "log": str(tmp_path / f"{name}.log"),
+            "long_text": long_text,
         }
-        for name, processes, flags in runs
+        for name, processes, flags, long_text in runs
     ]
     (tmp_path / "runs.json").write_text(json.dumps(made))
     start([sys.executable, FOLDER / "forked_training.py", tmp_path / "runs.json"], timeout=600)
     assert "Image parallelism: 1 group of 2 processes" in (tmp_path / "two.log").read_text()
-    assert_as_alone(tmp_path / "two", tmp_path / "one")
-    assert evaluations(tmp_path / "two") == [pytest.approx(one, abs=1e-5) for one in evaluations(tmp_path / "one")]
+    for name in ("two", "dealt"):
+        assert_as_alone(tmp_path / name, tmp_path / "one")
+        assert evaluations(tmp_path / name) == [pytest.approx(one, abs=1e-5) for one in evaluations(tmp_path / "one")]
     assert "Resuming from" in (tmp_path / "resumed.log").read_text()
     assert losses(tmp_path / "resumed") == losses(tmp_path / "two")
     assert furthest(weights(tmp_path / "resumed"), weights(tmp_path / "two")) == 0
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("program", ["-m dsvl.training", str(FOLDER / "dealt_text_training.py")], ids=["", "dealt"])
 @pytest.mark.parametrize("setup", SETUPS)
-def test_two_processes_train_as_one(folder, tmp_path, alone, setup):
-    """With evaluation, saving and resuming."""
+def test_two_processes_train_as_one(folder, tmp_path, alone, setup, program):
+    """With evaluation, saving and resuming; each runs the whole text, or they share it."""
     if "zero" in setup:
         pytest.importorskip("deepspeed")
     evaluate = ["--eval-data", folder / "held_out.jsonl", *EVALUATE]
     output, flags = tmp_path / "output", [*SETUPS[setup], *evaluate, "--image-parallel", "2"]
-    started = train(folder, output, *flags, processes=2)
+    started = train(folder, output, *flags, processes=2, module=program)
     assert "Image parallelism: 1 group of 2 processes" in started.stderr
     single = alone(*SHARED[setup], *evaluate)
     assert_as_alone(output, single)
     assert evaluations(output) == [pytest.approx(one, abs=1e-5) for one in evaluations(single)]
     final, kept = weights(output), losses(output)
     take_back(output)
-    assert "Resuming from" in train(folder, output, *flags, processes=2).stderr
+    assert "Resuming from" in train(folder, output, *flags, processes=2, module=program).stderr
     assert losses(output) == kept
     assert furthest(weights(output), final) == 0
 

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dsvl
 from dsvl import DSVLConfig, DSVLForConditionalGeneration
+from dsvl.acceleration.parallel.split_batch import LONG_TEXT
 from dsvl.cli import main
 from dsvl.configuration_dsvl import PROJECTOR_TYPES
 from dsvl.training.activation_memory import (
@@ -358,6 +359,15 @@ def test_image_parallelism_plans_the_process_with_most_images():
     assert split.text_tokens == whole.text_tokens == alone.text_tokens
     assert split.plan(1) == alone.plan(1)
     assert split.plan(1).total < whole.plan(1).total
+
+    long = dict(options, sequence_length=5 * per_image + LONG_TEXT)  # the text is shared too
+    shared, every = (Planner(small_config(), world_size=2, image_parallel=n, **long).plan(1) for n in (2, 1))
+    half = dict(options, sequence_length=3 * per_image + LONG_TEXT // 2, images=3)
+    alone = Planner(small_config(), world_size=2, **half).plan(1).forward_backward
+    assert shared.forward_backward.activations == alone.activations
+    exchanged = shared.forward_backward.buffers - alone.buffers
+    assert 0 < exchanged < every.forward_backward.activations
+    assert shared.total < every.total
     for wrong, message in ((3, "image_parallel=3 does not divide world_size=2"), (0, "image_parallel=0 is too small")):
         with pytest.raises(ValueError, match=message):
             Planner(small_config(), world_size=2, image_parallel=wrong, **options)

@@ -12,13 +12,23 @@ from typing import Any
 import torch
 
 from ..acceleration.memory.frozen_linear import PRECISIONS
+from ..acceleration.parallel.split_batch import deals_text
 from ..configuration_dsvl import DSVLConfig
 from ..transformers_dsvl import GradientCheckpointingLayer
 from .activation_memory import StepTracer
 from .adapters import LABELS
 from .deepspeed_config import ZERO
 from .frozen_precision import frozen_linears
-from .model_states import DTYPES, GIB, ModelSizes, PhaseMemory, arriving_gradients, fsdp_states, model_states
+from .model_states import (
+    DTYPES,
+    GIB,
+    ModelSizes,
+    PhaseMemory,
+    arriving_gradients,
+    dealt_text_buffers,
+    fsdp_states,
+    model_states,
+)
 from .trainable_parts import PARTS
 
 # GPU memory that is not available for the tensors of the plan.
@@ -63,7 +73,7 @@ class Planner:
     Args:
         config: configuration of the model.
         world_size: number of GPUs, *optional*, defaults to 1.
-        image_parallel: number of GPUs that share the images of a sample, *optional*, defaults to 1.
+        image_parallel: number of GPUs that share the images of a sample, and a long text, *optional*, defaults to 1.
         deepspeed: "zero1", "zero2", "zero3" or "zero3-offload", *optional*, defaults to None: plain data parallelism.
         fsdp: shard by FSDP2 (`--fsdp`) instead, *optional*, defaults to False.
         sequence_length: tokens per sample, image tokens included, *optional*, defaults to 2048.
@@ -127,9 +137,8 @@ class Planner:
         if not 1 <= self.tiles <= most:
             raise ValueError(f"tiles={tiles} of an image: with image_layout={config.image_layout!r} it has 1 to {most}.")
         self.text_tokens = sequence_length - images * self.tiles * config.image_seq_length
-        # The process with most images: it runs all text tokens, and the tokens of its images.
+        # Of the process with most images.
         self.image_parallel, self.own_images = image_parallel, -(-images // max(image_parallel, 1))
-        self.own_tokens = self.text_tokens + self.own_images * self.tiles * config.image_seq_length
         self.supervised_share = supervised_share
         self.activation_checkpointing, self.mixed_precision = activation_checkpointing, mixed_precision
         self.mlp_tile, self.offload_activations = mlp_tile, offload_activations
@@ -185,10 +194,20 @@ class Planner:
 
     def _plan(self, micro_batch: int) -> MemoryPlan:
         _at_least("micro_batch", micro_batch, 1)
-        supervised = max(round(micro_batch * self.text_tokens * self.supervised_share), 1)
+        config, text, exchanged = self._config, self.text_tokens, 0
+        per_image = self.tiles * config.image_seq_length
+        if deals_text(micro_batch * text, micro_batch * self.images * per_image, self.image_parallel):
+            layers = 1 if self.activation_checkpointing else config.text_config.num_hidden_layers
+            exchanged = dealt_text_buffers(config.text_config, micro_batch * text, layers, self.sizes.element)
+            text = -(-text // self.image_parallel)
+        supervised = max(round(micro_batch * text * self.supervised_share), 1)
         into = 0 if self.fsdp else arriving_gradients(self.sizes, self.deepspeed, self.world_size, self.accumulation)
         trace = self.tracer.trace(
-            micro_batch, self.own_tokens, self.own_images * self.tiles, supervised, gradient_buffer=into
+            micro_batch,
+            text + self.own_images * per_image,
+            self.own_images * self.tiles,
+            supervised,
+            gradient_buffer=into,
         )
         if self.fsdp:
             forward_backward, optimizer_step = fsdp_states(self.sizes, trace, self.world_size)
@@ -198,6 +217,7 @@ class Planner:
             forward_backward, optimizer_step, cpu = states
         if self.mixed_precision and not self.fsdp:
             forward_backward, optimizer_step = self._in_float32(forward_backward), self._in_float32(optimizer_step)
+        forward_backward = replace(forward_backward, buffers=forward_backward.buffers + exchanged)
         return MemoryPlan(
             sum(self.sizes.parameters) + self._in_8_bits,
             sum(self.sizes.trained),

@@ -6,7 +6,7 @@ Each formula names its source in torch 2.13, transformers 5.23 or DeepSpeed 0.19
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .deepspeed_config import PREFETCHED_LAYERS, ZERO
 
@@ -245,6 +245,24 @@ def fsdp_states(sizes: ModelSizes, trace: "ActivationMemory", world_size: int) -
     states = 2 * own * trained
     forward_backward = PhaseMemory(weights, own * trained, states, trace.peak, gathered + reduced)
     return forward_backward, PhaseMemory(weights, own * trained, states, 0, 0)
+
+
+def dealt_text_buffers(text_config: Any, text: int, layers: int, element: int) -> int:
+    """The bytes that image parallelism holds of the whole text where the processes share it (attention/split_attention.py).
+
+    Args:
+        text_config: the decoder's.
+        text: text tokens of the micro-batch, in all processes.
+        layers: of how many layers it is held at a time: 1 with activation checkpointing.
+        element: bytes per element of activations.
+    """
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    queries = text * text_config.num_attention_heads * head_dim
+    keys = text * (getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads) * head_dim
+    kept = element * (queries + 2 * keys)
+    # In the backward pass of a layer: the gradient, the merged output (float32), two of the kernels' rows, and the gradients
+    # of queries, keys and values.
+    return layers * kept + (4 * element + 4) * queries + 2 * element * keys
 
 
 def _partitioned(numels: Sequence[int], world_size: int) -> int:

@@ -12,9 +12,15 @@ own keys and values, and its part of the gradient of the queries. These parts ar
 The gradient of the loss with respect to text is the same in all processes of a group, and each computes it in full; an image
 is in one of them alone. The gradients of image keys and values are therefore multiplied by the size of the group: then the
 mean of the parameters' gradients over the processes (of DDP and ZeRO) is the gradient of a single process.
+
+Long texts are dealt out too (`dealt_text_attention`): of n processes, process r runs text tokens r, r + n, ... of each row,
+so that all have as many keys in sight. Each gathers the queries, keys and values of the whole text; its own queries see text
+keys, all queries see its images, and of the results over images it gets those of its own queries. Every token is then in one
+process alone, and no gradient is multiplied; instead the loss of a process, which is of its own tokens, is.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,13 +35,45 @@ from .token_lists import ALIGNMENT, TokenLists
 SCORES_AT_ONCE = 2**26
 
 
-def merge(output: torch.Tensor, lse: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_text(own: torch.Tensor, group: Any, dim: int) -> torch.Tensor:
+    """What belongs to the text tokens of all processes of a group, in the order of the text.
+
+    Args:
+        own: of this process's text tokens, along `dim`; all processes have as many slots.
+        group: the process group.
+        dim: the dimension of tokens.
+    """
+    size = distributed.get_world_size(group)
+    parts = own.new_empty(size * len(own), *own.shape[1:])
+    _collective("all_gather_single", "all_gather_into_tensor")(parts, own.contiguous(), group=group)
+    return parts.unflatten(0, (size, -1)).movedim(0, dim + 1).flatten(dim, dim + 1)
+
+
+def sum_of_text(whole: torch.Tensor, group: Any, dim: int) -> torch.Tensor:
+    """The sum over all processes of what each has for the whole text, at the text tokens of this process: the transpose of
+    `gather_text`."""
+    size = distributed.get_world_size(group)
+    parts = whole.unflatten(dim, (-1, size)).movedim(dim + 1, 0).contiguous()
+    own = torch.empty_like(parts[0])
+    _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, parts.flatten(0, 1), group=group)
+    return own
+
+
+def _collective(name: str, before: str) -> Callable[..., Any]:
+    """A function of `torch.distributed` by its name since torch 2.13, or by the one before."""
+    return getattr(distributed, name, None) or getattr(distributed, before)
+
+
+def merge(
+    output: torch.Tensor, lse: torch.Tensor, group: Any, deals_text: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention over the keys of all processes of a group.
 
     Args:
-        output: (..., head_dim), of this process's keys; 0 where it has none in sight.
-        lse: (...), the logarithm of the sum of exponentials; -inf there.
+        output: (batch, queries, heads, head_dim), of this process's keys; 0 where it has none in sight.
+        lse: (batch, queries, heads), the logarithm of the sum of exponentials; -inf there.
         group: the process group.
+        deals_text: whether to return the results of this process's text tokens alone, *optional*, defaults to False.
 
     Returns:
         The merged output and `lse`, in float32 at least.
@@ -46,7 +84,11 @@ def merge(output: torch.Tensor, lse: torch.Tensor, group: Any) -> tuple[torch.Te
     m = m.masked_fill(m == -torch.inf, 0)
     weight = (lse.to(dtype) - m).exp()[..., None]
     sums = torch.cat([output.to(dtype) * weight, weight], -1)
-    distributed.all_reduce(sums, group=group)
+    if deals_text:
+        sums = sum_of_text(sums, group, dim=1)
+        m = m[:, distributed.get_rank(group) :: distributed.get_world_size(group)]
+    else:
+        distributed.all_reduce(sums, group=group)
     total = sums[..., -1]
     return sums[..., :-1] / total.masked_fill(total == 0, 1)[..., None], m + total.log()
 
@@ -297,4 +339,84 @@ def branch_attention(
     return _BranchAttention.apply(query, key, value, branch, scaling, softcap, group)
 
 
-__all__ = ["BlockedBranch", "FusedBranch", "branch_attention", "merge"]
+class _DealtTextAttention(torch.autograd.Function):
+    """Both branches of text that is dealt out to the processes of a group; see the top of this file.
+
+    One function, so that the processes communicate in the same order in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        image_key: torch.Tensor,
+        image_value: torch.Tensor,
+        branches: tuple[BlockedBranch | FusedBranch, BlockedBranch | FusedBranch | None],
+        scaling: float,
+        softcap: float | None,
+        group: Any,
+    ) -> torch.Tensor:
+        of_text, of_images = branches
+        with torch.autocast(query.device.type, enabled=False):
+            keys, values = gather_text(key, group, dim=2), gather_text(value, group, dim=2)
+            text = of_text.forward(query, keys, values, scaling, softcap)
+            output, saved = text[0].to(query.dtype), [*text[:2], *text[2]]
+            if of_images is not None:
+                queries = gather_text(query, group, dim=2)
+                partial, lse, of_backward = of_images.forward(queries, image_key, image_value, scaling, softcap)
+                merged, lse = merge(partial, lse, group, deals_text=True)
+                output = output + merged.to(query.dtype)
+                saved += [merged, lse, *of_backward]
+        ctx.save_for_backward(*saved)
+        ctx.of_text = 2 + len(text[2])  # how many of them
+        ctx.options = branches, scaling, softcap, group, key.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
+        (of_text, of_images), scaling, softcap, group, dtype = ctx.options
+        tensors = ctx.saved_tensors  # once, as checkpoints demand
+        output, lse, *saved = tensors[: ctx.of_text]
+        d_query, d_keys, d_values = of_text.backward(gradient, output, lse, tuple(saved), scaling, softcap)
+        exact = torch.promote_types(dtype, torch.float32)
+        d_image_key = d_image_value = None
+        if of_images is not None:
+            merged, lse, *saved = tensors[ctx.of_text :]
+            whole = (gather_text(part, group, dim=1) for part in (gradient, merged, lse))
+            d_queries, d_image_key, d_image_value = of_images.backward(*whole, tuple(saved), scaling, softcap)
+            d_query = d_query.to(exact) + sum_of_text(d_queries.to(exact), group, dim=2)
+        d_key, d_value = (sum_of_text(part.to(exact), group, dim=2).to(dtype) for part in (d_keys, d_values))
+        return d_query.to(dtype), d_key, d_value, d_image_key, d_image_value, None, None, None, None
+
+
+def dealt_text_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    image_key: torch.Tensor,
+    image_value: torch.Tensor,
+    branches: tuple[BlockedBranch | FusedBranch, BlockedBranch | FusedBranch | None],
+    scaling: float,
+    softcap: float | None,
+    group: Any,
+) -> torch.Tensor:
+    """The text softmax plus the image softmax of this process's text tokens.
+
+    Args:
+        query: (batch, heads, queries, head_dim), of this process's text tokens; all processes have as many slots.
+        key, value: (batch, key-value heads, queries, head_dim), of the same tokens.
+        image_key, image_value: (batch, key-value heads, keys, head_dim), of this process.
+        branches: of this process's queries over the whole text, and of the whole text over this process's images; None if
+            no process has any.
+        scaling, softcap: of the scores.
+        group: the process group.
+
+    Returns:
+        (batch, queries, heads, head_dim).
+    """
+    return _DealtTextAttention.apply(query, key, value, image_key, image_value, branches, scaling, softcap, group)
+
+
+__all__ = ["BlockedBranch", "FusedBranch", "branch_attention", "dealt_text_attention", "merge"]

@@ -147,15 +147,18 @@ def _forward_over(model: Any, group: Any, forward: Any) -> Any:
                 "Image parallelism returns logits without gradients only, as each process has the image tokens of its own "
                 "images; pass labels, or call the model under torch.no_grad()."
             )
+        returns_dict = given.pop("return_dict", model.config.return_dict)
         batch = split_batch(model, given, group)
         token = _mask.set(batch.mask)
         try:
-            outputs = forward(**batch.inputs)
+            outputs = forward(**batch.inputs, return_dict=True)
         finally:
             _mask.reset(token)
-        if batch.mask is not None and isinstance(outputs, dict) and outputs.get("logits") is not None:
-            outputs["logits"] = batch.gather(outputs["logits"])
-        return outputs
+        if batch.deals_text and outputs.loss is not None:
+            outputs.loss = batch.whole_loss(outputs.loss)
+        if batch.mask is not None and outputs.logits is not None:
+            outputs.logits = batch.gather(outputs.logits)
+        return outputs if returns_dict else outputs.to_tuple()
 
     return split_forward
 

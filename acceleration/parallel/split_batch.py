@@ -1,4 +1,7 @@
-"""The part of a batch that one process of a group runs: all text tokens, and its own images; see image_parallelism.py."""
+"""The part of a batch that one process of a group runs: its own images, and all text tokens or its share of a long text.
+
+See image_parallelism.py.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +22,9 @@ from .split_images import assign_images, tiles_of_images
 from .split_mask import SplitMask, SplitTokens
 
 # What `forward` takes beside tokens and images; None of it depends on the length of the rows.
-_OTHERS = ("num_items_in_batch", "skip_logits", "return_dict")
+_OTHERS = ("num_items_in_batch", "skip_logits")
+# Text of fewer tokens is not dealt out: its tokens take less time than the communication.
+LONG_TEXT = 4096
 IMAGES = ("pixel_values", "image_features", "mm_encoder_outputs")
 PER_IMAGE = IMAGE_INPUTS[1:]  # beside the pixels
 
@@ -42,17 +47,44 @@ class SplitBatch:
     shape: tuple[int, int] = (0, 0)
     group: Any = None
 
+    @property
+    def deals_text(self) -> bool:
+        """Whether the text is dealt out to the processes, so that each has the loss of its own tokens."""
+        return self.mask is not None and self.mask.deals_text
+
+    def whole_loss(self, own: torch.Tensor) -> torch.Tensor:
+        """The loss of the batch, from the loss of this process's tokens divided by the number of all.
+
+        Its gradient is that of `own` times the number of processes, so that the mean of the gradients over the processes is
+        that of a single process.
+        """
+        whole = own.detach().clone()
+        distributed.all_reduce(whole, group=self.group)
+        return whole + distributed.get_world_size(self.group) * (own - own.detach())
+
     def gather(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits of the whole batch, (batch, tokens, vocabulary), from those of this process's tokens; 0 for padding."""
         assert self.tokens is not None
         is_own = self.tokens.is_image
-        if distributed.get_rank(self.group) == 0:
+        if self.deals_text or distributed.get_rank(self.group) == 0:
             is_own = is_own | self.tokens.is_text
         row, slot = is_own.nonzero(as_tuple=True)
         whole = logits.new_zeros(*self.shape, logits.shape[-1])
         whole[row, self.tokens.positions[row, slot]] = logits[row, slot]
         distributed.all_reduce(whole, group=self.group)
         return whole
+
+
+def deals_text(text: int, images: int, size: int) -> bool:
+    """Whether text is dealt out to the processes of a group: if it is long, and more than the image tokens of a process.
+
+    Each process runs all text tokens otherwise.
+
+    Args:
+        text, images: the number of text and of image tokens in the batch.
+        size: the number of processes.
+    """
+    return size > 1 and text >= LONG_TEXT and text * size > images
 
 
 def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
@@ -73,15 +105,15 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
     padding = given.get("attention_mask")
     real = torch.ones_like(is_image) if padding is None else padding.bool()
     targets = _targets(given, ids)
-    is_text = replicated = ~is_image & real
-    if targets is not None:  # padding in front of the first token may have its label
-        replicated = is_text | (~is_image & (targets != -100))
-    figures = [is_image.sum(-1), is_text.sum(-1), replicated.sum(-1)]
+    is_text = ~is_image & real
+    # Padding in front of the first token may have its label.
+    padded = torch.zeros_like(real) if targets is None else ~is_image & ~real & (targets != -100)
+    figures = [is_image.sum(-1), is_text.sum(-1), padded.sum(-1)]
     if targets is not None:
         figures.append(((targets != -100) & is_image).sum(-1))
     if (types := given.get("mm_token_type_ids")) is not None:
         figures.append(((types == 1) != is_image).sum(-1))
-    image_counts, text_counts, replicated_counts, *wrong = torch.stack(figures).tolist()  # the one copy to the host
+    image_counts, text_counts, padded_counts, *wrong = torch.stack(figures).tolist()  # the one copy to the host
     if types is not None and any(wrong.pop()):
         raise ValueError(
             f"mm_token_type_ids contradict input_ids, which hold {image_counts} image tokens (id {config.image_token_id}); "
@@ -93,9 +125,14 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
             "their hidden states; put text between an image and the answer, as chat templates do."
         )
     others = {name: given[name] for name in _OTHERS if name in given}
-    if sum(image_counts) == 0:
+    rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+    is_dealt = deals_text(sum(text_counts), sum(image_counts), size)
+    if sum(image_counts) == 0 and not is_dealt:
         plain = {name: value for name, value in given.items() if name not in ("labels", "shift_labels")}
         return SplitBatch(plain if targets is None else plain | {"shift_labels": targets})
+
+    if sum(image_counts) == 0:
+        given = {name: value for name, value in given.items() if name != "mm_encoder_outputs"} | _no_images(model, given)
 
     # Which process has which image
     shapes, num_tiles = given.get("spatial_shapes"), given.get("num_tiles")
@@ -108,8 +145,7 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
     check_image_counts(image_counts, config.image_seq_length, lengths, whole_images=True)
     tile_lengths = lengths_by_image(lengths, None if num_tiles is None else num_tiles.tolist())
     sizes = list(map(sum, tile_lengths))
-    owners = assign_images(_rows(sizes, image_counts), distributed.get_world_size(group))
-    rank = distributed.get_rank(group)
+    owners = assign_images(_rows(sizes, image_counts), size)
     own = [number for number, owner in enumerate(owners) if owner == rank]
     own_tiles = tiles_of_images(tile_lengths, own)
     inputs = _own_images(config, given, own_tiles, len(lengths))
@@ -124,19 +160,27 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
         inputs["image_numbers"] = numbers[own] if own else numbers.new_zeros(1)
 
     # Its tokens
+    all_text, text_slots = is_text, -(-max(text_counts) // size) if is_dealt else 0
+    if is_dealt:
+        is_text = is_text & ((is_text.cumsum(-1) - 1) % size == rank)
+        text_counts = [len(range(rank, count, size)) for count in text_counts]
+        if rank:  # the first process has the loss of padding
+            padded, padded_counts = torch.zeros_like(padded), [0] * len(padded_counts)
+        if targets is not None and "num_items_in_batch" not in others:
+            others["num_items_in_batch"] = (targets != -100).sum()
     owned = torch.zeros(len(lengths), dtype=torch.bool)
     owned[own_tiles] = True
-    owned = owned.repeat_interleave(torch.tensor(lengths)).to(ids.device, non_blocking=True)
+    owned = owned.repeat_interleave(torch.tensor(lengths, dtype=torch.long)).to(ids.device, non_blocking=True)
     own_image = torch.zeros_like(is_image).masked_scatter_(is_image, owned)
     own_counts = [
-        sum(size for size, owner in zip(row, of_row, strict=True) if owner == rank)
+        sum(tokens for tokens, owner in zip(row, of_row, strict=True) if owner == rank)
         for row, of_row in _paired(_rows(sizes, image_counts), owners)
     ]
-    own_lengths = [text + image for text, image in zip(replicated_counts, own_counts, strict=True)]
+    own_lengths = list(map(sum, zip(text_counts, padded_counts, own_counts, strict=True)))
     kept = max(own_lengths)
     blank = 0 if own else config.tile_lengths(1, inputs.get("spatial_shapes"))[0]
-    slots = max(kept + blank, 2)
-    order = (replicated | own_image).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :kept]
+    slots = max(kept + blank, text_slots, 2)
+    order = (is_text | padded | own_image).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :kept]
     order = nn.functional.pad(order, (0, slots - kept))
     filled = torch.arange(slots, device=ids.device) < torch.tensor(own_lengths, device=ids.device)[:, None]
 
@@ -157,11 +201,13 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
         is_image=is_own,
         text=text_counts,
         image=own_counts,
+        dealt=all_text if is_dealt else None,
+        dealt_slots=text_slots,
     )
     dtype = model.get_input_embeddings().weight.dtype
     whole = torch.empty((*ids.shape, 0), dtype=dtype, device=ids.device)
     visible = visibilities(decoder.config, whole, padding, None, document_ids)
-    mask = SplitMask.build(tokens, visible, decoder.config, dtype, model.training, group)
+    mask = SplitMask.build(tokens, visible, decoder.config, dtype, model.training, group, has_images=bool(lengths))
     return SplitBatch(inputs | others | {"use_cache": False}, mask, tokens, (ids.shape[0], ids.shape[1]), group)
 
 
@@ -261,6 +307,18 @@ def _own_images(config: Any, given: dict[str, Any], own: list[int], tiles: int) 
     if name == "image_features":
         blank.pop("pixel_attention_mask", None)
     return {name: pixels.to(like)} | {key: value.to(like.device) for key, value in blank.items() if key in parts}
+
+
+def _no_images(model: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What stands for the images of a batch that has none, so that tower and projector run: tensors of length 0."""
+    if any(name in given for name in ("pixel_values", "image_features")):
+        return {}
+    config, device = model.config, given["input_ids"].device
+    empty: dict[str, torch.Tensor] = {name: value[:0].to(device) for name, value in blank_image(config).items()}
+    empty["pixel_values"] = empty["pixel_values"].to(model.model.vision_tower.dtype)
+    if config.image_layout == "tiles":
+        empty["num_tiles"] = torch.zeros(0, dtype=torch.long, device=device)
+    return empty
 
 
 def _documents(config: Any, given: dict[str, Any], ids: torch.Tensor) -> torch.Tensor | None:
