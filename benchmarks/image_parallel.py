@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/image_parallel.py --tokens 65536 [--out image_parallel.json]
     torchrun --nproc-per-node 4 benchmarks/image_parallel.py --tokens 131072
     torchrun --nproc-per-node 4 benchmarks/image_parallel.py --tokens 1000000 --only-all     # does not fit one GPU
+    torchrun --nproc-per-node 4 benchmarks/image_parallel.py --tokens 131072 --text 65536    # the text is shared too
     torchrun --nproc-per-node 2 benchmarks/image_parallel.py --tiny                          # on CPUs, with gloo
 
 A step is forward, backward and the mean of the gradients over the processes (`dsvl train --image-parallel`), of a sample
@@ -32,6 +33,7 @@ from models import Shape
 from torch import distributed
 
 from dsvl.acceleration.parallel.image_parallelism import image_parallel
+from dsvl.acceleration.parallel.split_batch import deals_text
 from dsvl.acceleration.parallel.split_images import assign_images
 from dsvl.training.distributed import destroy_process_groups
 
@@ -106,7 +108,7 @@ def describe(figures: dict[str, Any], alone: dict[str, Any] | None) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens of a sample, at most (default: 65,536)")
-    parser.add_argument("--text", type=int, help="tokens of text, in all processes (default: 2,048)")
+    parser.add_argument("--text", type=int, help="tokens of text (default: 2,048)")
     parser.add_argument("--levers", nargs="*", choices=LEVERS, default=list(DEFAULT_LEVERS), help="see many_images.py")
     parser.add_argument("--only-all", action="store_true", help="do not measure one process alone, as it lacks the memory")
     parser.add_argument("--rounds", type=int, default=2, help="steps that are timed (default: 2)")
@@ -135,7 +137,9 @@ def main(argv: list[str] | None = None) -> None:
         if model is None or its.tokens > model.config.text_config.max_position_embeddings:
             model = build(Row("dsvl", frozenset(options.levers)), its, 16 if options.tiny else 8192)
         owners = assign_images([[its.per_image] * images], size)
-        most = text + max(owners.count(one) for one in range(size)) * its.per_image
+        is_dealt = deals_text(text, images * its.per_image, size, fuses=torch.cuda.is_available())
+        its_text = -(-text // size) if is_dealt else text
+        most = its_text + max(owners.count(one) for one in range(size)) * its.per_image
         alone = None
         for processes in (size,) if options.only_all else (1, size):
             is_split = processes > 1

@@ -1,4 +1,4 @@
-"""`dsvl.training` with image parallelism that deals out texts of any length to the processes.
+"""`dsvl.training` with image parallelism that deals out every text to the processes.
 
 torchrun tests/dealt_text_training.py FLAGS ...
 """
@@ -8,5 +8,5 @@ import runpy
 from dsvl.acceleration.parallel import split_batch
 
 if __name__ == "__main__":
-    split_batch.LONG_TEXT = 1
+    split_batch.deals_text = lambda *counts: True
     runpy.run_module("dsvl.training", run_name="__main__")

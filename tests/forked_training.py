@@ -2,8 +2,8 @@
 
     python forked_training.py RUNS.json
 
-RUNS.json is a list of {"processes": N, "port": PORT, "flags": [...], "log": FILE, "long_text": N}; image parallelism deals
-out texts of so many tokens.
+RUNS.json is a list of {"processes": N, "port": PORT, "flags": [...], "log": FILE, "deals_text": BOOL}, whether image
+parallelism deals out the text.
 """
 
 import json
@@ -26,7 +26,7 @@ def work(rank: int, run: dict) -> None:
     if rank == 0:
         with open(run["log"], "w", encoding="utf-8") as log:
             os.dup2(log.fileno(), 2)
-    split_batch.LONG_TEXT = run["long_text"]
+    split_batch.deals_text = lambda *counts: run["deals_text"]
     sys.exit(main(["train", *run["flags"]]))
 
 

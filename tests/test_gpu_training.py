@@ -167,6 +167,7 @@ sys.path.insert(0, sys.argv[1])
 from conftest import batch, tiny_model
 from dsvl.acceleration import image_parallel
 from dsvl.acceleration.attention import split_attention
+from dsvl.acceleration.parallel import split_batch
 
 rank = int(__import__("os").environ["LOCAL_RANK"])
 torch.cuda.set_device(rank)
@@ -190,16 +191,18 @@ for family, wide in (("llama", {"head_dim": 32, "hidden_size": 128}), ("mistral"
     alone = model(**inputs, labels=labels).loss
     alone.backward()
     expected = gradients()
-    with image_parallel(model):
-        loss = model(**inputs, labels=labels).loss
-    loss.backward()
-    mean = gradients()
-    distributed.all_reduce(mean)
-    mean /= distributed.get_world_size()
+    for is_dealt in (False, True):
+        split_batch.deals_text = lambda *counts: is_dealt
+        with image_parallel(model):
+            loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        mean = gradients()
+        distributed.all_reduce(mean)
+        mean /= distributed.get_world_size()
+        assert abs(loss - alone) < 0.02 * abs(alone), (is_dealt, loss, alone)
+        assert (mean - expected).norm() < 0.05 * expected.norm(), (is_dealt, (mean - expected).norm(), expected.norm())
     split_attention.FusedBranch.forward = forward
     assert bool(fused) == (torch.cuda.get_device_capability()[0] == 9), fused
-    assert abs(loss - alone) < 0.02 * abs(alone), (loss, alone)
-    assert (mean - expected).norm() < 0.05 * expected.norm(), ((mean - expected).norm(), expected.norm())
 distributed.destroy_process_group()
 """
 

@@ -192,10 +192,10 @@ def test_the_images_of_every_row_are_balanced():
 
 
 def test_long_texts_are_shared_unless_there_are_more_image_tokens_for_each_process():
-    long = split_batch.LONG_TEXT
-    assert split_batch.deals_text(long, 0, 2) and split_batch.deals_text(long, 2 * long - 1, 2)
-    assert not split_batch.deals_text(long, 2 * long, 2) and split_batch.deals_text(long, 2 * long, 3)
-    assert not split_batch.deals_text(long - 1, 0, 2) and not split_batch.deals_text(long, 0, 1)
+    deals, long = partial(split_batch.deals_text, fuses=True), split_batch.LONG_TEXT
+    assert deals(long, 0, 2) and deals(long, 2 * long - 1, 2) and deals(long, 2 * long, 3)
+    assert not deals(long, 2 * long, 2) and not deals(long - 1, 0, 2) and not deals(long, 0, 1)
+    assert not split_batch.deals_text(long, 0, 2, fuses=False)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -324,8 +324,7 @@ def test_two_processes_train_and_resume_as_one(folder, tmp_path):
     base = ["--model", folder / "model", "--data", folder / "data.jsonl", BATCH, 4, *STEPS, *IN_ORDER]
     base += ["--eval-data", folder / "held_out.jsonl", *EVALUATE]
     resume = ["--resume-from", tmp_path / "two" / "checkpoint-2"]
-    never = 10**9
-    runs = [("one", 1, [], never), ("two", 2, [], never), ("resumed", 2, resume, never), ("dealt", 2, [], 1)]
+    runs = [("one", 1, [], False), ("two", 2, [], False), ("resumed", 2, resume, False), ("dealt", 2, [], True)]
     parts = ["--image-parallel", "2"]
     made = [
         {
@@ -333,9 +332,9 @@ def test_two_processes_train_and_resume_as_one(folder, tmp_path):
             "port": free_port(),
             "flags": list(map(str, [*base, *flags, *(parts if processes > 1 else []), "--output", tmp_path / name])),
             "log": str(tmp_path / f"{name}.log"),
-            "long_text": long_text,
+            "deals_text": deals_text,
         }
-        for name, processes, flags, long_text in runs
+        for name, processes, flags, deals_text in runs
     ]
     (tmp_path / "runs.json").write_text(json.dumps(made))
     start([sys.executable, FOLDER / "forked_training.py", tmp_path / "runs.json"], timeout=600)

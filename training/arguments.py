@@ -224,8 +224,8 @@ class DSVLTrainingArguments(TrainingArguments):
     image_parallel: int = field(
         default=1,
         metadata={
-            "help": "spread the images of a batch over this number of processes, which read the same batches; for "
-            "mmca with many images"
+            "help": "spread the images of a batch, and long texts, over this number of processes, which read the same "
+            "batches; for mmca with many images"
         },
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})

@@ -196,7 +196,7 @@ class Planner:
         _at_least("micro_batch", micro_batch, 1)
         config, text, exchanged = self._config, self.text_tokens, 0
         per_image = self.tiles * config.image_seq_length
-        if deals_text(micro_batch * text, micro_batch * self.images * per_image, self.image_parallel):
+        if deals_text(micro_batch * text, micro_batch * self.images * per_image, self.image_parallel, fuses=True):
             layers = 1 if self.activation_checkpointing else config.text_config.num_hidden_layers
             exchanged = dealt_text_buffers(config.text_config, micro_batch * text, layers, self.sizes.element)
             text = -(-text // self.image_parallel)

@@ -367,7 +367,9 @@ def describe(trainer: DSVLTrainer, arguments: DSVLTrainingArguments) -> list[str
     if groups.size > 1:
         number = f"{groups.count} {'group' if groups.count == 1 else 'groups'} of {groups.size} processes"
         samples = trainer.get_total_train_batch_size(arguments)
-        lines.append(f"Image parallelism: {number}, which share the images of a batch; a step has {samples} samples.")
+        lines.append(
+            f"Image parallelism: {number}, which share the images and long texts of a batch; a step has {samples} samples."
+        )
     return lines
 
 

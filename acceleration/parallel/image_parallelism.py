@@ -3,7 +3,7 @@
 Under `"mmca"` an image token needs nothing but itself. Every process of a group gets the same batch and runs all text
 tokens, but only its own images: through the tower, the projector and the decoder, at their positions in the whole batch.
 Text queries see the images of all processes (attention/split_attention.py). Each layer sends text queries x heads x
-(head_dim + 1) numbers, whatever the number of images.
+(head_dim + 1) numbers, whatever the number of images. Of a long text (`split_batch.deals_text`) every process runs a share.
 """
 
 import contextlib
@@ -87,10 +87,11 @@ def check_image_parallel(model: Any, training: bool = True) -> None:
 def image_parallel(model: Any, group: Any = None) -> Iterator[None]:
     """Spread the images of a model's forward calls over the processes of a group.
 
-    All processes of the group call the model with the same inputs, of the whole batch, at the same time. Each runs all text
-    tokens and its own images. Losses are those of a single process. After `backward`, the mean of the gradients over the
-    processes of the group is the gradient of a single process: that is what `DistributedDataParallel` and DeepSpeed make of
-    them. With labels, `logits` are not returned (pass `skip_logits=False` in evaluation for those of all tokens).
+    All processes of the group call the model with the same inputs, of the whole batch, at the same time. Each runs its own
+    images, and all text tokens or, with the fused kernels, a share of a long text. Losses are those of a single process.
+    After `backward`, the mean of the gradients over the processes of the group is the gradient of a single process: that is
+    what `DistributedDataParallel` and DeepSpeed make of them. With labels, `logits` are not returned (pass
+    `skip_logits=False` in evaluation for those of all tokens).
 
     `generate` answers with the same tokens in all processes; each encodes its own images and keeps their keys and values.
     `encode_images` returns a `SplitImageKVCache`, for `generate(..., image_cache=...)`. Sampling takes the random numbers of

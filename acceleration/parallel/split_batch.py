@@ -17,6 +17,7 @@ from ...masks_dsvl import visibilities
 from ...positions_dsvl import documents_of_positions, token_positions
 from ...transformers_dsvl import BaseModelOutputWithPooling
 from ...vision_dsvl import blank_image
+from ..attention import kernel_choice
 from ..reuse.image_cache import lengths_by_image
 from .split_images import assign_images, tiles_of_images
 from .split_mask import SplitMask, SplitTokens
@@ -75,16 +76,18 @@ class SplitBatch:
         return whole
 
 
-def deals_text(text: int, images: int, size: int) -> bool:
+def deals_text(text: int, images: int, size: int, fuses: bool) -> bool:
     """Whether text is dealt out to the processes of a group: if it is long, and more than the image tokens of a process.
 
-    Each process runs all text tokens otherwise.
+    Otherwise, and without the fused kernels, each process runs all text tokens: for a share of the queries PyTorch's
+    attention would need a mask of all pairs.
 
     Args:
         text, images: the number of text and of image tokens in the batch.
         size: the number of processes.
+        fuses: whether the fused kernels compute the attention.
     """
-    return size > 1 and text >= LONG_TEXT and text * size > images
+    return fuses and size > 1 and text >= LONG_TEXT and text * size > images
 
 
 def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
@@ -126,7 +129,10 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
         )
     others = {name: given[name] for name in _OTHERS if name in given}
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
-    is_dealt = deals_text(sum(text_counts), sum(image_counts), size)
+    dtype, kind = model.get_input_embeddings().weight.dtype, ids.device.type
+    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    fuses = kernel_choice.can_fuse(decoder.config, computed, ids.device, model.training)
+    is_dealt = deals_text(sum(text_counts), sum(image_counts), size, fuses)
     if sum(image_counts) == 0 and not is_dealt:
         plain = {name: value for name, value in given.items() if name not in ("labels", "shift_labels")}
         return SplitBatch(plain if targets is None else plain | {"shift_labels": targets})
@@ -204,10 +210,9 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
         dealt=all_text if is_dealt else None,
         dealt_slots=text_slots,
     )
-    dtype = model.get_input_embeddings().weight.dtype
     whole = torch.empty((*ids.shape, 0), dtype=dtype, device=ids.device)
     visible = visibilities(decoder.config, whole, padding, None, document_ids)
-    mask = SplitMask.build(tokens, visible, decoder.config, dtype, model.training, group, has_images=bool(lengths))
+    mask = SplitMask.build(tokens, visible, decoder.config, computed, fuses, group, has_images=bool(lengths))
     return SplitBatch(inputs | others | {"use_cache": False}, mask, tokens, (ids.shape[0], ids.shape[1]), group)
 
 

@@ -8,7 +8,6 @@ from torch import distributed, nn
 
 from ...masks_dsvl import AttentionMask, Visibility, own_values
 from ...transformers_dsvl import ALL_ATTENTION_FUNCTIONS
-from ..attention import kernel_choice
 from ..attention.gathered_mask import gather_tokens
 from ..attention.query_intervals import query_intervals
 from ..attention.split_attention import BlockedBranch, FusedBranch, branch_attention, dealt_text_attention
@@ -68,7 +67,7 @@ class SplitMask(AttentionMask):
         visible: dict[str | None, Visibility],
         text_config: Any,
         dtype: torch.dtype,
-        training: bool,
+        fuses: bool,
         group: Any,
         has_images: bool = True,
     ) -> "SplitMask":
@@ -78,15 +77,12 @@ class SplitMask(AttentionMask):
             tokens: of this process.
             visible: for each layer type the visibility of the whole sequences, see `masks_dsvl.visibilities`.
             text_config: the decoder's.
-            dtype: of the embeddings.
-            training: whether the decoder trains.
+            dtype: of queries, keys and values.
+            fuses: whether the fused kernels compute them.
             group: the process group.
             has_images: whether any process has images, *optional*, defaults to True.
         """
         device, length = tokens.positions.device, tokens.positions.shape[1]
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        fuses = kernel_choice.can_fuse(text_config, dtype, device, training)
         softcapped = getattr(text_config, "attn_logit_softcapping", None) is not None
         text, image = (
             members.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :slots]
