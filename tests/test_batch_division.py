@@ -204,5 +204,5 @@ def test_optimizer_states_of_another_setup_are_refused(tmp_path):
         (sharded, None, False, "--fsdp"),
         (sharded, 2, False, "--fsdp"),
     ):
-        with pytest.raises(ValueError, match=f"no optimizer states for .*; pass {flags}"):
+        with pytest.raises(ValueError, match=f"the optimizer states of a run with .*; pass {flags}"):
             check_states(checkpoint, stage, fsdp)

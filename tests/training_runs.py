@@ -94,8 +94,14 @@ def make_training(folder: Path, layout: str = LAYOUT) -> Path:
     return folder
 
 
-def command(*flags: str, processes: int = 1, launcher: str = "torchrun", module: str = "-m dsvl.training") -> list[str]:
-    """The command line that starts a training."""
+def command(
+    *flags: str,
+    processes: int = 1,
+    launcher: str = "torchrun",
+    module: str = "-m dsvl.training",
+    always_launched: bool = False,
+) -> list[str]:
+    """The command line that starts a training; a single process needs no launcher."""
     bin_folder = Path(sys.executable).parent
     script = module.split()
     if launcher == "deepspeed":
@@ -112,7 +118,7 @@ def command(*flags: str, processes: int = 1, launcher: str = "torchrun", module:
         start = ["launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
         start += ["--dynamo_backend", "no", f"--main_process_port={free_port()}"]
         return [str(bin_folder / "accelerate"), *start, *script, *flags]
-    if processes == 1:
+    if processes == 1 and not always_launched:
         return [sys.executable, *script, *flags]
     return [str(bin_folder / "torchrun"), f"--nproc-per-node={processes}", f"--master-port={free_port()}", *script, *flags]
 

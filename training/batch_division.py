@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import DataArguments, DSVLTrainingArguments
+from .fsdp import SETTINGS
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,13 @@ def with_division(arguments: DSVLTrainingArguments, division: BatchDivision) -> 
     """The arguments with this division of the batch; DeepSpeed's configuration follows."""
     if division == BatchDivision.of(arguments):
         return arguments
-    return replace(  # type: ignore[call-arg]  # mypy does not see the fields of the base class
-        arguments,
-        per_device_train_batch_size=division.per_device,
-        gradient_accumulation_steps=division.accumulation,
-    )
+    changes: dict[str, Any] = {
+        "per_device_train_batch_size": division.per_device,
+        "gradient_accumulation_steps": division.accumulation,
+    }
+    if arguments.fsdp:  # transformers has added settings of its own
+        changes["fsdp_config"] = {name: value for name, value in (arguments.fsdp_config or {}).items() if name in SETTINGS}
+    return replace(arguments, **changes)
 
 
 def _check_order(

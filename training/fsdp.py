@@ -101,7 +101,7 @@ def check_fsdp(values: Mapping[str, Any]) -> None:
     if "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "--fsdp in a single process has nothing to shard; start several, for example by torchrun --nproc-per-node 2 -m "
-            "dsvl.training, or drop --fsdp."
+            "dsvl.training, or drop --fsdp. Only a run of several goes on in one, by torchrun --nproc-per-node 1."
         )
     if values.get("use_cpu") and torch.accelerator.is_available():
         raise ValueError(

@@ -42,7 +42,7 @@ def check_states(checkpoint: Path, stage: int | None, fsdp: bool = False) -> Non
     Raises:
         ValueError: if they are not, as they would not be loaded.
     """
-    requested = "--fsdp" if fsdp else "neither --deepspeed nor --fsdp" if stage is None else f"ZeRO-{stage}"
+    requested = "--fsdp" if fsdp else "neither --deepspeed nor --fsdp" if stage is None else f"--deepspeed zero{stage}"
     if any(checkpoint.glob("global_step*")):
         fits = stage is not None and not (partitions(checkpoint) and (stage == 3) != (_stage_of(checkpoint) == "zero3"))
         flags = f"--deepspeed {_stage_of(checkpoint)}"
@@ -51,9 +51,10 @@ def check_states(checkpoint: Path, stage: int | None, fsdp: bool = False) -> Non
     else:
         fits, flags = stage is None and not fsdp, "neither --deepspeed nor --fsdp"
     if not fits:
+        launcher = " (by torchrun, also in a single process: --nproc-per-node 1)" if flags == "--fsdp" else ""
         raise ValueError(
-            f"{checkpoint} has no optimizer states for {requested}; pass {flags}, as before, or start a new run from its "
-            f"weights: --model {checkpoint} and another --output."
+            f"{checkpoint} has the optimizer states of a run with {flags}, but this run has {requested}; pass "
+            f"{flags}{launcher}, as before, or start a new run from its weights: --model {checkpoint} and another --output."
         )
 
 
