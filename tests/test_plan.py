@@ -555,6 +555,9 @@ def checkpoint(tmp_path):
     return str(tmp_path)
 
 
+MIXED = {"mixed_precision": True}  # as the command plans
+
+
 def test_the_command_prints_a_table_and_the_largest_micro_batch(checkpoint, capsys):
     assert main(["plan", "--model", checkpoint, "--sequence-length", "64", "--gpu-memory", "2.2"]) == 0
     out = capsys.readouterr().out
@@ -569,7 +572,7 @@ def test_the_command_prints_a_table_and_the_largest_micro_batch(checkpoint, caps
     *_, verdict, last = out.splitlines()
     assert verdict.startswith("a micro-batch of 1 fits a GPU of 2.2 GiB, of which 92.16 MiB are usable")
     assert last.startswith("largest micro-batch for a GPU of 2.2 GiB: ")
-    assert int(last.rpartition(" ")[2]) == largest_micro_batch(small_config(), 2.2 * GIB, sequence_length=64)
+    assert int(last.rpartition(" ")[2]) == largest_micro_batch(small_config(), 2.2 * GIB, **MIXED, sequence_length=64)
 
 
 def test_the_former_flag_of_images_is_read_with_a_warning(checkpoint, capsys, caplog):
@@ -587,13 +590,39 @@ def test_the_command_says_what_to_do_where_nothing_fits(checkpoint, capsys):
     out = capsys.readouterr().out
     assert "main memory, for each GPU: " in out and "for each GPU: 0.00" not in out
     assert "a micro-batch of 1 does not fit a GPU of 1 GiB, of which 0.00 MiB are usable" in out
-    assert out.splitlines()[-1] == (
-        "not even a micro-batch of 1 fits a GPU of 1 GiB; try --activation-checkpointing or a shorter --sequence-length."
-    )
+    assert out.splitlines()[-1] == "not even a micro-batch of 1 fits a GPU of 1 GiB; try GPUs with more memory."
+    arguments[arguments.index("1")] = "2.2"
+    assert main([*arguments, "--sequence-length", "1000000"]) == 0
+    said = "fits a GPU of 2.2 GiB; try --activation-checkpointing or a shorter --sequence-length."
+    assert capsys.readouterr().out.splitlines()[-1].endswith(said)
+
+
+@pytest.mark.parametrize("memory", ["nan", "inf", "0", "-5"])
+def test_the_memory_of_a_gpu_is_a_positive_number(checkpoint, capsys, memory):
+    assert main(["plan", "--model", checkpoint, f"--gpu-memory={memory}"]) == 1
+    assert f"--gpu-memory {memory}: pass a positive number of GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image-parallel", "2", "--compile-decoder-layers"], "--image-parallel 2 with --compile-decoder-layers"),
+        (["--image-parallel", "2", "--fsdp"], "--image-parallel 2 with --fsdp"),
+        (["--fsdp", "--dtype", "float16"], "--fsdp with --fp16"),
+        (["--fsdp", "--deepspeed", "zero2"], "--fsdp with --deepspeed"),
+        (["--deepspeed", "zero3", "--frozen-precision", "int8"], "choose --fsdp, or --deepspeed zero2"),
+        (["--frozen-precision-keep", "layers.0"], "--frozen-precision-keep without --frozen-precision"),
+        (["--tiled-mlp", "0"], "--tiled-mlp 0: pass a positive number"),
+        (["--lora-rank", "4", "--train", "language"], "or pass --no-lora-language"),
+    ],
+)
+def test_the_command_refuses_what_training_refuses(checkpoint, capsys, flags, message):
+    assert main(["plan", "--model", checkpoint, "--world-size", "2", *flags]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_micro_batch_that_was_asked_for_may_not_fit(checkpoint, capsys):
-    largest = largest_micro_batch(small_config(), 2.2 * GIB, sequence_length=64)
+    largest = largest_micro_batch(small_config(), 2.2 * GIB, **MIXED, sequence_length=64)
     for micro_batch, verdict in ((largest, "fits"), (largest + 1, "does not fit")):
         arguments = ["plan", "--model", checkpoint, "--sequence-length", "64", "--gpu-memory", "2.2"]
         assert main([*arguments, "--micro-batch", str(micro_batch)]) == 0
@@ -625,14 +654,17 @@ def test_the_plan_rounds_like_the_allocator():
 # -- recipes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("accumulation", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_trainable_weights_are_float32_in_mixed_precision(world_size):
-    """Weights, gradients and both moments take 2 bytes more, DDP's buckets too, and autocast keeps a copy in 16 bits."""
-    options = dict(sequence_length=64, dtype="bfloat16", world_size=world_size)
+def test_trainable_weights_are_float32_in_mixed_precision(world_size, accumulation):
+    """Weights and both moments take 2 bytes more, DDP's buckets too, and autocast keeps a copy in 16 bits. Gradients take 2
+    bytes more where there are any."""
+    options = dict(sequence_length=64, dtype="bfloat16", world_size=world_size, gradient_accumulation=accumulation)
     plain, mixed = (plan(small_config(), mixed_precision=mixed, **options) for mixed in (False, True))
-    more = 4 * 2 + 2 + 2 * (world_size > 1)
+    more = 3 * 2 + 2 + 2 * (world_size > 1)
     for before, after in ((plain.forward_backward, mixed.forward_backward), (plain.optimizer_step, mixed.optimizer_step)):
-        assert after.total - before.total == more * plain.trained
+        assert after.total - before.total == more * plain.trained + before.gradients
+    assert (plain.forward_backward.gradients > 0) == accumulation
     zero = [plan(small_config(), deepspeed="zero2", mixed_precision=mixed, **options) for mixed in (False, True)]
     assert zero[0] == zero[1]  # DeepSpeed keeps its own copies
 
@@ -682,6 +714,16 @@ def test_every_stage_of_a_recipe_is_planned(checkpoint, recipe, capsys):
         assert row == [name, str(micro_batch), size(planner.plan(micro_batch).total), "yes", str(largest)]
         assert largest > micro_batch and planner.plan(largest + 1).total > usable(2.2 * GIB)
     assert "stage align: 64 tokens and 1 images a sample" in out and "stage full: 128 tokens" in out
+
+
+def test_the_remedies_of_a_stage_are_its_values(checkpoint, recipe, capsys):
+    flags = ["--model", checkpoint, "--gpu-memory", "2.2", "--stage", "align.max_length=1000000"]
+    assert main(["plan", recipe, *flags]) == 0
+    out = capsys.readouterr().out
+    assert "try --stage align.activation_checkpointing=true" in out and "--stage align.deepspeed=zero3 on more GPUs" in out
+    assert "or a smaller max_length (--stage align.max_length=N)" in out
+    flags += ["--stage", "align.activation_checkpointing=true", "--stage", "align.deepspeed=zero3"]
+    assert main(["plan", recipe, *flags]) == 0
 
 
 def test_one_value_of_a_stage_can_be_planned_differently(checkpoint, recipe, capsys):

@@ -267,7 +267,13 @@ class StepTracer:
         self.model, self.dtype, self.is_compiled = model, dtype, compile_decoder_layers
 
     def trace(
-        self, micro_batch: int, sequence_length: int, tiles: int, supervised: int, gradient_buffer: int | None = None
+        self,
+        micro_batch: int,
+        sequence_length: int,
+        tiles: int,
+        supervised: int,
+        gradient_buffer: int | None = None,
+        gradient_element: int | None = None,
     ) -> ActivationMemory:
         """Run forward and backward.
 
@@ -278,6 +284,7 @@ class StepTracer:
             supervised: tokens with a label in the micro-batch; logits are computed for these only.
             gradient_buffer: bytes of a buffer that is allocated when the first gradient is complete, and that gradients are
                 moved to; 0 if it exists before. *Optional*, defaults to None: gradients stay where backward allocated them.
+            gradient_element: bytes per element of gradients that stay, *optional*, defaults to that of the weights.
         """
         model, config = self.model, self.model.config
         with torch.device(model.device):
@@ -292,6 +299,8 @@ class StepTracer:
             assert parameter.grad is not None
             if gradient_buffer is None:
                 counter.is_gradient(parameter.grad)
+                if gradient_element is not None:
+                    counter.hold((gradient_element - parameter.grad.element_size()) * parameter.grad.numel())
             else:
                 counter.hold(gradient_buffer - counter.gradients)
                 parameter.grad = None

@@ -27,7 +27,7 @@ def check_options(values: dict[str, Any]) -> None:
     unknown = [part for part in values["train"] if part not in PARTS]
     if unknown:
         raise ValueError(f"--train {' '.join(unknown)}: no such part; choose from {', '.join(PARTS)}.")
-    check_adapters(values)
+    check_setup(values)
     if values["lora_rank"] == 0 and not values["train"]:
         raise ValueError("--train names nothing to train; name parts, or pass --lora-rank.")
     check_rated_parts(values.get("learning_rates") or {}, values["train"], adapters=values["lora_rank"] > 0)
@@ -36,14 +36,10 @@ def check_options(values: dict[str, Any]) -> None:
         raise ValueError("--qlora with ZeRO-3: 4-bit weights cannot be partitioned; choose --deepspeed zero2.")
     if values["qlora"] and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--qlora needs bitsandbytes, which is not installed; pip install bitsandbytes, or drop --qlora.")
-    _check_frozen_precision(values, stage)
     if stage is not None and values.get("torch_compile"):
         raise ValueError("--torch-compile with --deepspeed: their hooks are not compatible; choose one of them.")
     if values.get("compile_decoder_layers"):
         _check_compilation(values)
-    _check_memory_reduction(values)
-    if values.get("image_parallel", 1) != 1:
-        _check_image_parallel(values)
     held_out = values.get("eval_data") or values.get("eval_share")
     if values.get("early_stopping_patience") and not held_out:
         raise ValueError("--early-stopping-patience needs evaluations; pass --eval-data or --eval-share.")
@@ -60,6 +56,22 @@ def check_options(values: dict[str, Any]) -> None:
     _check_data_options(values)
     _check_device(values)
     _check_reports(values.get("report_to"))
+
+
+def check_setup(values: dict[str, Any]) -> None:
+    """Refuse adapters, 8-bit weights, and ways to save memory that do not go together, for `dsvl train` and `dsvl plan`.
+
+    Args:
+        values: name of the argument -> value; others are ignored.
+
+    Raises:
+        ValueError: naming the flags and the remedy.
+    """
+    check_adapters(values)
+    _check_frozen_precision(values, zero_stage(values.get("deepspeed")))
+    _check_memory_reduction(values)
+    if values.get("image_parallel", 1) != 1:
+        _check_image_parallel(values)
 
 
 def _check_compilation(values: dict[str, Any]) -> None:
@@ -79,9 +91,9 @@ def _check_frozen_precision(values: dict[str, Any], stage: int | None) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"--frozen-precision {precision} is unknown; choose from {', '.join(PRECISIONS)}.")
     flag = f"--frozen-precision {precision}"
-    if values["qlora"]:
+    if values.get("qlora"):
         raise ValueError(f"{flag} with --qlora, which keeps frozen weights in 4 bits; drop one of them.")
-    if values["dora"]:
+    if values.get("dora"):
         raise ValueError(f"{flag} with --dora, which reads the norms of the original weights; drop one of them.")
     if stage == 3:
         raise ValueError(f"{flag} with ZeRO-3, which does not partition 8-bit weights; choose --fsdp, or --deepspeed zero2.")
@@ -192,7 +204,8 @@ def check_adapters(values: dict[str, Any]) -> None:
         raise ValueError(f"{flags} without adapters; also pass --lora-rank (for example 16).")
     for part, flag in (("language", "lora_language"), ("vision", "lora_vision")):
         if adapters and part in values["train"] and values[flag]:
-            remedy = f"remove {part} from --train, or pass --{flag.replace('_', '-')} false"
+            own = "pass --no-lora-language" if part == "language" else "drop --lora-vision"
+            remedy = f"remove {part} from --train, or {own}"
             raise ValueError(f"--train {part} trains in full what --lora-rank freezes and adapts; {remedy}.")
     if adapters and not (values["lora_language"] or values["lora_vision"]):
         raise ValueError("--lora-rank with nothing to adapt; keep --lora-language on, or pass --lora-vision.")

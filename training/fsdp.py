@@ -62,11 +62,12 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def check_fsdp(values: Mapping[str, Any]) -> None:
+def check_fsdp(values: Mapping[str, Any], launched: bool = True) -> None:
     """Refuse what FSDP would train differently, or not at all.
 
     Args:
         values: arguments of `dsvl train`, name -> value; missing ones have their defaults.
+        launched: whether this is a process of the training, *optional*, defaults to True; else a plan of it.
 
     Raises:
         ValueError: naming the flags and the remedy.
@@ -93,6 +94,8 @@ def check_fsdp(values: Mapping[str, Any]) -> None:
             "--fsdp with --torch-compile: a graph of the whole model cannot gather its layers one by one; pass "
             "--compile-decoder-layers instead."
         )
+    if not launched:
+        return
     optimizer = getattr(values.get("optim"), "value", values.get("optim")) or OPTIMIZERS[0]
     if optimizer not in OPTIMIZERS:
         raise ValueError(

@@ -96,8 +96,8 @@ class Planner:
         supervised_share: fraction of the text tokens that have a label, *optional*, defaults to 0.25, which is typical of
             question-answer data. Logits are computed for these tokens only and dominate the memory of large vocabularies.
         dtype: dtype of weights and activations, without autocast, *optional*, defaults to the configuration's or bfloat16.
-        mixed_precision: whether trainable weights, their gradients and AdamW's states are float32, as `dsvl train --bf16`
-            keeps them without DeepSpeed, *optional*, defaults to False. With FSDP they always are.
+        mixed_precision: whether trainable weights, their gradients and AdamW's states are float32 with a `dtype` of 16 bits,
+            as `dsvl train --bf16` keeps them without DeepSpeed, *optional*, defaults to False. With FSDP they always are.
 
     Raises:
         ValueError: if a value is unknown or the values do not go together.
@@ -140,7 +140,7 @@ class Planner:
         # Of the process with most images.
         self.image_parallel, self.own_images = image_parallel, -(-images // max(image_parallel, 1))
         self.supervised_share = supervised_share
-        self.activation_checkpointing, self.mixed_precision = activation_checkpointing, mixed_precision
+        self.activation_checkpointing = activation_checkpointing
         self.mlp_tile, self.offload_activations = mlp_tile, offload_activations
         self.frozen_precision = frozen_precision
         self._plans: dict[int, MemoryPlan] = {}
@@ -148,6 +148,7 @@ class Planner:
         dtype = dtype or _dtype_name(config.dtype or config.text_config.dtype) or "bfloat16"
         _one_of("dtype", dtype, DTYPES)
         torch_dtype: torch.dtype = getattr(torch, dtype)
+        self.mixed_precision = mixed_precision and torch_dtype.itemsize < 4
         self.tracer = StepTracer(
             config,
             train,
@@ -208,6 +209,7 @@ class Planner:
             self.own_images * self.tiles,
             supervised,
             gradient_buffer=into,
+            gradient_element=4 if self.mixed_precision and self.deepspeed is None else None,
         )
         if self.fsdp:
             forward_backward, optimizer_step = fsdp_states(self.sizes, trace, self.world_size)
@@ -216,7 +218,8 @@ class Planner:
             states = model_states(self.sizes, trace, self.deepspeed, self.world_size, self.accumulation)
             forward_backward, optimizer_step, cpu = states
         if self.mixed_precision and not self.fsdp:
-            forward_backward, optimizer_step = self._in_float32(forward_backward), self._in_float32(optimizer_step)
+            forward_backward = self._in_float32(forward_backward, whole_gradients=self.accumulation)
+            optimizer_step = self._in_float32(optimizer_step, whole_gradients=True)
         forward_backward = replace(forward_backward, buffers=forward_backward.buffers + exchanged)
         return MemoryPlan(
             sum(self.sizes.parameters) + self._in_8_bits,
@@ -226,8 +229,12 @@ class Planner:
             cpu + trace.host,
         )
 
-    def _in_float32(self, phase: PhaseMemory) -> PhaseMemory:
-        """A phase with trainable weights in float32, which autocast also copies to 16 bits; DeepSpeed does without."""
+    def _in_float32(self, phase: PhaseMemory, whole_gradients: bool) -> PhaseMemory:
+        """A phase with trainable weights in float32, which autocast also copies to 16 bits; DeepSpeed does without.
+
+        Args:
+            whole_gradients: whether its gradients are of all trainable weights, and counted in 16 bits rather than traced.
+        """
         if self.deepspeed is not None:
             return phase
         element, trained = self.sizes.element, sum(self.sizes.trained)
@@ -235,7 +242,7 @@ class Planner:
         return replace(
             phase,
             weights=phase.weights + more + element * trained,
-            gradients=phase.gradients + more,
+            gradients=phase.gradients + (more if whole_gradients else 0),
             optimizer=phase.optimizer + 2 * more,
             buffers=phase.buffers + (more if self.world_size > 1 else 0),
         )
@@ -278,6 +285,11 @@ class Planner:
             )
         if self.deepspeed is not None:
             _one_of("deepspeed", self.deepspeed, tuple(ZERO))
+        for other, on in (("compile_decoder_layers", self._arguments["compile_decoder_layers"]), ("fsdp", self.fsdp)):
+            if self.image_parallel > 1 and on:
+                raise ValueError(
+                    f"image_parallel={self.image_parallel} with {other}=True, which dsvl train refuses; drop one."
+                )
         if self.deepspeed is not None and self.fsdp:
             raise ValueError(f"deepspeed={self.deepspeed!r} with fsdp=True: both shard the model; pass one of them.")
         if self.frozen_precision is None and self._arguments["frozen_keep"]:

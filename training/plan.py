@@ -1,6 +1,7 @@
 """`dsvl plan`: prints the GPU memory of training, computed from a model's configuration."""
 
 import argparse
+import math
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HFValidationError
@@ -135,9 +136,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from .argument_checks import check_adapters
+    from .argument_checks import check_setup
+    from .fsdp import check_fsdp
     from .memory_plan import Planner
 
+    if not (math.isfinite(arguments.gpu_memory) and arguments.gpu_memory > 0):
+        raise ValueError(f"--gpu-memory {arguments.gpu_memory:g}: pass a positive number of GiB, such as 80.")
     if arguments.recipe is not None:
         _run_recipe(arguments)
         return
@@ -148,7 +152,8 @@ def _run(arguments: argparse.Namespace) -> None:
     for name, value in DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    check_adapters(vars(arguments))
+    check_fsdp(vars(arguments) | {"fp16": arguments.dtype == "float16"}, launched=False)
+    check_setup(vars(arguments))
     lora = {name: getattr(arguments, f"lora_{name}") for name in LORA} if arguments.lora_rank else None
     planner = Planner(
         _load_config(arguments.model),
@@ -171,8 +176,9 @@ def _run(arguments: argparse.Namespace) -> None:
         gradient_accumulation=arguments.gradient_accumulation,
         supervised_share=arguments.supervised_share,
         dtype=arguments.dtype,
+        mixed_precision=True,  # as dsvl train --bf16 and --fp16
     )
-    _print_plan(planner, arguments.micro_batch, arguments.gpu_memory, "a shorter --sequence-length")
+    _print_plan(planner, arguments.micro_batch, arguments.gpu_memory)
 
 
 def _run_recipe(arguments: argparse.Namespace) -> None:
@@ -199,7 +205,7 @@ def _run_recipe(arguments: argparse.Namespace) -> None:
     rows = []
     for stage in stages:
         print(f"stage {stage.name}: {', '.join(stage.notes)}")
-        _print_plan(stage.planner, stage.micro_batch, arguments.gpu_memory, "a shorter max_length")
+        _print_plan(stage.planner, stage.micro_batch, arguments.gpu_memory, stage.name)
         print()
         total = stage.planner.plan(stage.micro_batch).total
         fits = "yes" if total <= usable(memory) else "no"
@@ -210,8 +216,8 @@ def _run_recipe(arguments: argparse.Namespace) -> None:
         print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _print_plan(planner: "Planner", micro_batch: int, gpu_memory: float, shorter: str) -> None:
-    """Print the table of a plan, whether it fits, and the largest micro-batch."""
+def _print_plan(planner: "Planner", micro_batch: int, gpu_memory: float, stage: str | None = None) -> None:
+    """Print the table of a plan, of a stage of a recipe if it is named, whether it fits, and the largest micro-batch."""
     from .memory_plan import usable
 
     made = planner.plan(micro_batch)
@@ -227,7 +233,7 @@ def _print_plan(planner: "Planner", micro_batch: int, gpu_memory: float, shorter
     if largest:
         print(f"largest micro-batch for {gpu}: {largest}")
     else:
-        print(f"not even a micro-batch of 1 fits {gpu}; {_remedies(planner, memory, shorter)}")
+        print(f"not even a micro-batch of 1 fits {gpu}; {_remedies(planner, memory, stage)}")
 
 
 def _load_config(name: str) -> DSVLConfig:
@@ -271,26 +277,37 @@ def _parameters(number: int) -> str:
     return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.2f} million"
 
 
-# What saves activations, in the order in which it is tried: flag, and option of `Planner`.
-SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--activation-checkpointing", {"activation_checkpointing": True}),
-    (f"--tiled-mlp {DEFAULT_TILE}", {"mlp_tile": DEFAULT_TILE}),
-    ("--offload-activations", {"offload_activations": True}),
+# What saves activations, in the order in which it is tried: argument of `dsvl train`, its value, and option of `Planner`.
+SAVINGS: tuple[tuple[str, Any, str], ...] = (
+    ("activation_checkpointing", True, "activation_checkpointing"),
+    ("tiled_mlp", DEFAULT_TILE, "mlp_tile"),
+    ("offload_activations", True, "offload_activations"),
 )
 
 
-def _remedies(planner: "Planner", memory: float, shorter: str) -> str:
-    """What to change: first the fewest flags of `SAVINGS` that make a micro-batch of 1 fit."""
+def _remedies(planner: "Planner", memory: float, stage: str | None) -> str:
+    """What to change: first the fewest of `SAVINGS` that make a micro-batch of 1 fit, if activations decide.
+
+    Args:
+        planner: the planner of a training that does not fit.
+        memory: of a GPU, in bytes.
+        stage: the stage of a recipe that is planned, whose arguments are values of `--stage`.
+    """
     from .memory_plan import usable
 
-    flags: list[str] = []
+    def flag(name: str, value: Any) -> str:
+        if stage is not None:
+            return f"--stage {stage}.{name}={str(value).lower()}"
+        return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+
+    remedies, flags = [], []
     options: dict[str, Any] = {}
-    remedies = []
-    for flag, option in SAVINGS:
-        if all(getattr(planner, name) for name in option):
+    activations_decide = planner.plan(1).optimizer_step.total <= usable(memory)
+    for name, value, option in SAVINGS if activations_decide else ():
+        if getattr(planner, option):
             continue
-        flags.append(flag)
-        options |= option
+        flags.append(flag(name, value))
+        options[option] = value
         needed = planner.changed(**options).plan(1)
         if needed.total <= usable(memory):
             host = f" and {size(needed.cpu)} of main memory" if needed.cpu else ""
@@ -301,8 +318,9 @@ def _remedies(planner: "Planner", memory: float, shorter: str) -> str:
     if planner.fsdp:
         remedies.append("more GPUs (--world-size)")
     elif planner.deepspeed not in ("zero3", "zero3-offload"):
-        remedies.append("--deepspeed zero3 on more GPUs (--world-size)")
-    if planner.deepspeed != "zero3-offload":
-        remedies.append("--deepspeed zero3-offload")
-    remedies.append(shorter)
+        remedies.append(f"{flag('deepspeed', 'zero3')} on more GPUs (--world-size)")
+    if planner.deepspeed != "zero3-offload" and not planner.fsdp:
+        remedies.append(flag("deepspeed", "zero3-offload"))
+    shorter = "a shorter --sequence-length" if stage is None else f"a smaller max_length (--stage {stage}.max_length=N)"
+    remedies.append(shorter if activations_decide else "GPUs with more memory")
     return "try " + ", ".join(remedies[:-1]) + (" or " if remedies[:-1] else "") + remedies[-1] + "."

@@ -106,7 +106,7 @@ def plan_stages(
                 gradient_accumulation=values["gradient_accumulation_steps"] > 1,
                 supervised_share=supervised_share,
                 dtype="bfloat16" if values["bf16"] else "float16" if values["fp16"] else "float32",
-                mixed_precision=bool(values["bf16"] or values["fp16"]),
+                mixed_precision=True,
             )
         yield StagePlan(stage, values["per_device_train_batch_size"], planner, tuple(notes))
 
