@@ -218,6 +218,22 @@ def test_two_steps_are_plain_and_the_third_is_recorded(monkeypatch: pytest.Monke
     assert replays == [17] and len(calls) == 2 + 1 + 17  # the emulation runs it to replay it
 
 
+def test_a_lack_of_memory_ends_the_recording_of_one_answer_alone(
+    monkeypatch: pytest.MonkeyPatch, replays: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, inputs = tiny_model(), batch(*LAYOUTS)
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None)
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded_steps, "Recording", fail)
+        first = model.generate(**inputs, **options)
+    assert "Decode steps of this answer are not recorded, and slower: CUDA out of memory." in caplog.text
+    assert model.generate(**inputs, **options).equal(first) and replays == [17]
+
+
 class OtherLayer(DynamicLayer):
     def update(self, *args: Any, **kwargs: Any) -> Any:
         return super().update(*args, **kwargs)

@@ -265,9 +265,9 @@ def test_one_graph_for_one_token_and_one_for_the_longest_draft() -> None:
     assert len(graphs) == 2
 
 
-def test_a_batch_is_refused_by_transformers() -> None:
+def test_a_batch_is_refused() -> None:
     model, inputs = tiny_model(), batch(LAYOUT, "tItt")
-    with pytest.raises(ValueError, match="only supported for batch_size = 1"):
+    with pytest.raises(ValueError, match="for a batch of 2 rows"):
         model.generate(**inputs, **OPTIONS, prompt_lookup_num_tokens=4)
 
 

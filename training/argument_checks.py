@@ -204,8 +204,8 @@ def check_adapters(values: dict[str, Any]) -> None:
         raise ValueError(f"{flags} without adapters; also pass --lora-rank (for example 16).")
     for part, flag in (("language", "lora_language"), ("vision", "lora_vision")):
         if adapters and part in values["train"] and values[flag]:
-            own = "pass --no-lora-language" if part == "language" else "drop --lora-vision"
-            remedy = f"remove {part} from --train, or {own}"
+            instead = "pass --no-lora-language" if part == "language" else "drop --lora-vision"
+            remedy = f"remove {part} from --train, or {instead}"
             raise ValueError(f"--train {part} trains in full what --lora-rank freezes and adapts; {remedy}.")
     if adapters and not (values["lora_language"] or values["lora_vision"]):
         raise ValueError("--lora-rank with nothing to adapt; keep --lora-language on, or pass --lora-vision.")

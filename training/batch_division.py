@@ -118,7 +118,8 @@ def with_division(arguments: DSVLTrainingArguments, division: BatchDivision) -> 
         "gradient_accumulation_steps": division.accumulation,
     }
     if arguments.fsdp:  # transformers has added settings of its own
-        changes["fsdp_config"] = {name: value for name, value in (arguments.fsdp_config or {}).items() if name in SETTINGS}
+        settings: Any = arguments.fsdp_config
+        changes["fsdp_config"] = {name: value for name, value in settings.items() if name in SETTINGS}
     return replace(arguments, **changes)
 
 

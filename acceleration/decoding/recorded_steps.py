@@ -116,6 +116,8 @@ class _RecordedRun:
             self._inputs = tokens.clone(), length.clone()
             try:
                 self._recording = Recording(lambda: run_step(model, cache, *self._inputs, *fixed), tokens.device)
+            except torch.OutOfMemoryError as error:  # another generation may find the memory
+                logger.warning("Decode steps of this answer are not recorded, and slower: %s", error)
             except RuntimeError as error:  # of a library that waits unseen, say; a plain step raises what is wrong
                 _does_wait(model, str(error))
         if self._recording is None:

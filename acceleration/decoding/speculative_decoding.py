@@ -93,12 +93,19 @@ def decode_speculatively(
             drafts of other kinds, sampling with a draft model, synchronized GPUs, sliding windows). With an image KV cache,
             an earlier turn or a static KV cache those are decoded without drafts.
         input_ids, ...: the arguments of `GenerationMixin._assisted_decoding`.
+
+    Raises:
+        ValueError: for a batch of several rows.
     """
+    if len(input_ids) > 1:
+        raise ValueError(
+            f"Drafts (prompt_lookup_num_tokens, assistant_model) for a batch of {len(input_ids)} rows: a step checks the "
+            "draft of one row; call generate for each row, or drop the drafts."
+        )
     cache: Any = model_kwargs.get(CACHE)
     applies = (
         not generation_config.return_dict_in_generate
         and not synced_gpus
-        and len(input_ids) == 1
         and stopping_criteria.max_length is not None
         and getattr(generation_config, "assistant_ensemble_weight", None) is None
         and cache is not None
@@ -118,7 +125,7 @@ def decode_speculatively(
         is_untaken = model_kwargs.get("image_cache") is not None or (
             cache is not None and (cache.is_compileable or int(cache.get_seq_length()) > 0)
         )
-        if is_untaken and len(input_ids) == 1:
+        if is_untaken:
             options = dict(synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
             return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **options)
         return run(
