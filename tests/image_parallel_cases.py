@@ -427,7 +427,7 @@ def differences(name: str, deals_text: bool) -> dict[str, float]:
     asked = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
     with torch.no_grad():
         with image_parallel(base):
-            split = base(**asked).logits
+            split = base(**asked, return_dict=False)[0]
         if backend == "flex_attention":
             base.set_attn_implementation({"text_config": "eager"})
         whole = base(**asked).logits
