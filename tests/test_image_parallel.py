@@ -101,21 +101,13 @@ FAST_CASES = [
     "native_images",
     "fused_kernels_in_windows",
 ]
+# What matters where the processes share the text, beside these.
 FAST_DEALT_CASES = [
-    "uneven_rows",
-    "numbered_images_of_packed_rows",
+    *FAST_CASES,
     "rows_of_few_texts",
     "text_alone_of_numbered_tiles",
     "text_alone_beside_a_native_tower",
-    "packed_rows_in_windows",
-    "two_layer_types_and_capped_scores",
-    "shared_positions",
-    "checkpointed",
-    "reduced_memory",
-    "adapters",
     "cached_features",
-    "images_of_tiles",
-    "fused_kernels_in_windows",
     "fused_kernels_packed",
 ]
 FAST_GENERATIONS = [
@@ -129,8 +121,12 @@ FAST_GENERATIONS = [
 ]
 
 
-MEASURED = {3: [*FAST_CASES, *(name + DEALT for name in FAST_DEALT_CASES), *FAST_GENERATIONS]}
-MEASURED[2] = [*CASES, *(name + DEALT for name in CASES), *GENERATIONS]
+# By number of processes: each runs the whole text, or they share it.
+SPREAD = {
+    3: [*FAST_CASES, *(name + DEALT for name in FAST_DEALT_CASES)],
+    2: [*CASES, *(name + DEALT for name in CASES)],
+}
+GENERATED = {3: FAST_GENERATIONS, 2: GENERATIONS}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +138,10 @@ def measured(tmp_path_factory):
         if processes not in made:
             output = tmp_path_factory.mktemp("cases") / "differences.json"
             script = FOLDER / "image_parallel_cases.py"
-            start([sys.executable, script, output, processes, free_port(), *MEASURED[processes]], timeout=300)
+            start(
+                [sys.executable, script, output, processes, free_port(), *SPREAD[processes], *GENERATED[processes]],
+                timeout=300,
+            )
             made[processes] = json.loads(output.read_text())
         return made[processes]
 
@@ -156,11 +155,11 @@ def start(command, timeout):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def by_processes(fast, all_of_them):
-    return [(3, name) for name in fast] + [pytest.param(2, name, marks=pytest.mark.slow) for name in all_of_them]
+def by_processes(names):
+    return [(3, name) for name in names[3]] + [pytest.param(2, name, marks=pytest.mark.slow) for name in names[2]]
 
 
-@pytest.mark.parametrize(("processes", "name"), by_processes(FAST_CASES, CASES))
+@pytest.mark.parametrize(("processes", "name"), by_processes(SPREAD))
 def test_processes_have_the_loss_and_every_gradient_of_one(measured, name, processes):
     found = measured(processes)[name]
     assert found["parameters"] > 20
@@ -171,12 +170,7 @@ def test_processes_have_the_loss_and_every_gradient_of_one(measured, name, proce
     assert (found["launched"] > 0) == name.startswith("fused")
 
 
-@pytest.mark.parametrize(("processes", "name"), by_processes(FAST_DEALT_CASES, CASES))
-def test_processes_that_share_the_text_too_have_the_loss_and_every_gradient_of_one(measured, name, processes):
-    test_processes_have_the_loss_and_every_gradient_of_one(measured, name + DEALT, processes)
-
-
-@pytest.mark.parametrize(("processes", "name"), by_processes(FAST_GENERATIONS, GENERATIONS))
+@pytest.mark.parametrize(("processes", "name"), by_processes(GENERATED))
 def test_processes_generate_the_answers_of_one(measured, name, processes):
     assert measured(processes)[name] is True
 

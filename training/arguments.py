@@ -24,7 +24,7 @@ from .argument_checks import check_options
 from .argument_parser import TrainParser
 from .deepspeed_config import ZERO, zero_configuration
 from .frozen_precision import KEEP_NONE
-from .fsdp import SETTINGS, check_fsdp, fsdp_config
+from .fsdp import SETTINGS, check_fsdp, check_processes, fsdp_config
 from .image_groups import check_divides
 from .learning_rates import RATED_PARTS, parse_learning_rates
 from .trainable_parts import PARTS
@@ -308,7 +308,10 @@ class DSVLTrainingArguments(TrainingArguments):
             self.deepspeed = str(zero_configuration(self.deepspeed))
         if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false", "1", "0"):  # as YAML files give it
             self.fsdp = self.fsdp.lower() in ("true", "1") or None  # type: ignore[assignment]
-        check_fsdp({one.name: getattr(self, one.name) for one in fields(self)})
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        check_fsdp(values)
+        if self.fsdp:
+            check_processes(values["use_cpu"])
         self.fsdp_config = fsdp_config(self.fsdp_config) if self.fsdp else None
         if not torch.accelerator.is_available():
             self.use_cpu = True

@@ -62,12 +62,11 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def check_fsdp(values: Mapping[str, Any], launched: bool = True) -> None:
+def check_fsdp(values: Mapping[str, Any]) -> None:
     """Refuse what FSDP would train differently, or not at all.
 
     Args:
         values: arguments of `dsvl train`, name -> value; missing ones have their defaults.
-        launched: whether this is a process of the training, *optional*, defaults to True; else a plan of it.
 
     Raises:
         ValueError: naming the flags and the remedy.
@@ -94,19 +93,25 @@ def check_fsdp(values: Mapping[str, Any], launched: bool = True) -> None:
             "--fsdp with --torch-compile: a graph of the whole model cannot gather its layers one by one; pass "
             "--compile-decoder-layers instead."
         )
-    if not launched:
-        return
     optimizer = getattr(values.get("optim"), "value", values.get("optim")) or OPTIMIZERS[0]
     if optimizer not in OPTIMIZERS:
         raise ValueError(
             f"--fsdp with --optim {optimizer}: it does not know sharded parameters; choose from {', '.join(OPTIMIZERS)}."
         )
+
+
+def check_processes(use_cpu: bool) -> None:
+    """Refuse `--fsdp` in a process that was started alone, and on CPUs beside GPUs.
+
+    Raises:
+        ValueError: naming the flags and the remedy.
+    """
     if "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "--fsdp in a single process has nothing to shard; start several, for example by torchrun --nproc-per-node 2 -m "
             "dsvl.training, or drop --fsdp. Only a run of several goes on in one, by torchrun --nproc-per-node 1."
         )
-    if values.get("use_cpu") and torch.accelerator.is_available():
+    if use_cpu and torch.accelerator.is_available():
         raise ValueError(
             "--fsdp with --use-cpu beside GPUs: torch would shard over these; hide them (CUDA_VISIBLE_DEVICES='')."
         )

@@ -148,7 +148,8 @@ class Planner:
         dtype = dtype or _dtype_name(config.dtype or config.text_config.dtype) or "bfloat16"
         _one_of("dtype", dtype, DTYPES)
         torch_dtype: torch.dtype = getattr(torch, dtype)
-        self.mixed_precision = mixed_precision and torch_dtype.itemsize < 4
+        # DeepSpeed and FSDP have copies and shards of their own.
+        self._keeps_float32 = mixed_precision and torch_dtype.itemsize < 4 and deepspeed is None and not fsdp
         self.tracer = StepTracer(
             config,
             train,
@@ -209,7 +210,7 @@ class Planner:
             self.own_images * self.tiles,
             supervised,
             gradient_buffer=into,
-            gradient_element=4 if self.mixed_precision and self.deepspeed is None else None,
+            gradient_element=4 if self._keeps_float32 else None,
         )
         if self.fsdp:
             forward_backward, optimizer_step = fsdp_states(self.sizes, trace, self.world_size)
@@ -217,7 +218,7 @@ class Planner:
         else:
             states = model_states(self.sizes, trace, self.deepspeed, self.world_size, self.accumulation)
             forward_backward, optimizer_step, cpu = states
-        if self.mixed_precision and not self.fsdp:
+        if self._keeps_float32:
             forward_backward = self._in_float32(forward_backward, whole_gradients=self.accumulation)
             optimizer_step = self._in_float32(optimizer_step, whole_gradients=True)
         forward_backward = replace(forward_backward, buffers=forward_backward.buffers + exchanged)
@@ -230,13 +231,11 @@ class Planner:
         )
 
     def _in_float32(self, phase: PhaseMemory, whole_gradients: bool) -> PhaseMemory:
-        """A phase with trainable weights in float32, which autocast also copies to 16 bits; DeepSpeed does without.
+        """A phase with trainable weights in float32, which autocast also copies to 16 bits.
 
         Args:
             whole_gradients: whether its gradients are of all trainable weights, and counted in 16 bits rather than traced.
         """
-        if self.deepspeed is not None:
-            return phase
         element, trained = self.sizes.element, sum(self.sizes.trained)
         more = (4 - element) * trained
         return replace(
@@ -285,10 +284,10 @@ class Planner:
             )
         if self.deepspeed is not None:
             _one_of("deepspeed", self.deepspeed, tuple(ZERO))
-        for other, on in (("compile_decoder_layers", self._arguments["compile_decoder_layers"]), ("fsdp", self.fsdp)):
-            if self.image_parallel > 1 and on:
+        for name in ("compile_decoder_layers", "fsdp"):
+            if self.image_parallel > 1 and self._arguments[name]:
                 raise ValueError(
-                    f"image_parallel={self.image_parallel} with {other}=True, which dsvl train refuses; drop one."
+                    f"image_parallel={self.image_parallel} with {name}=True, which dsvl train refuses; drop one."
                 )
         if self.deepspeed is not None and self.fsdp:
             raise ValueError(f"deepspeed={self.deepspeed!r} with fsdp=True: both shard the model; pass one of them.")

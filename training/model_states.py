@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..acceleration.attention.kernel_choice import Heads
 from .deepspeed_config import PREFETCHED_LAYERS, ZERO
 
 if TYPE_CHECKING:
@@ -256,9 +257,9 @@ def dealt_text_buffers(text_config: Any, text: int, layers: int, element: int) -
         layers: of how many layers it is held at a time: 1 with activation checkpointing.
         element: bytes per element of activations.
     """
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    queries = text * text_config.num_attention_heads * head_dim
-    keys = text * (getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads) * head_dim
+    heads = Heads.of(text_config)
+    queries = text * text_config.num_attention_heads * heads.head_dim
+    keys = queries // heads.group_size
     kept = element * (queries + 2 * keys)
     # In the backward pass of a layer: the gradient, the merged output (float32), two of the kernels' rows, and the gradients
     # of queries, keys and values.

@@ -152,7 +152,7 @@ def _run(arguments: argparse.Namespace) -> None:
     for name, value in DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    check_fsdp(vars(arguments) | {"fp16": arguments.dtype == "float16"}, launched=False)
+    check_fsdp(vars(arguments) | {"fp16": arguments.dtype == "float16"})
     check_setup(vars(arguments))
     lora = {name: getattr(arguments, f"lora_{name}") for name in LORA} if arguments.lora_rank else None
     planner = Planner(

@@ -42,7 +42,7 @@ def check_states(checkpoint: Path, stage: int | None, fsdp: bool = False) -> Non
     Raises:
         ValueError: if they are not, as they would not be loaded.
     """
-    requested = "--fsdp" if fsdp else "neither --deepspeed nor --fsdp" if stage is None else f"--deepspeed zero{stage}"
+    requested = "--fsdp" if fsdp else "neither --deepspeed nor --fsdp" if stage is None else f"ZeRO-{stage}"
     if any(checkpoint.glob("global_step*")):
         fits = stage is not None and not (partitions(checkpoint) and (stage == 3) != (_stage_of(checkpoint) == "zero3"))
         flags = f"--deepspeed {_stage_of(checkpoint)}"

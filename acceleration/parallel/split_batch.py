@@ -133,11 +133,10 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
     computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
     fuses = kernel_choice.can_fuse(decoder.config, computed, ids.device, model.training)
     is_dealt = deals_text(sum(text_counts), sum(image_counts), size, fuses)
-    if sum(image_counts) == 0 and not is_dealt:
-        plain = {name: value for name, value in given.items() if name not in ("labels", "shift_labels")}
-        return SplitBatch(plain if targets is None else plain | {"shift_labels": targets})
-
     if sum(image_counts) == 0:
+        if not is_dealt:
+            plain = {name: value for name, value in given.items() if name not in ("labels", "shift_labels")}
+            return SplitBatch(plain if targets is None else plain | {"shift_labels": targets})
         given = {name: value for name, value in given.items() if name != "mm_encoder_outputs"} | _no_images(model, given)
 
     # Which process has which image
@@ -212,7 +211,7 @@ def split_batch(model: Any, given: dict[str, Any], group: Any) -> SplitBatch:
     )
     whole = torch.empty((*ids.shape, 0), dtype=dtype, device=ids.device)
     visible = visibilities(decoder.config, whole, padding, None, document_ids)
-    mask = SplitMask.build(tokens, visible, decoder.config, computed, fuses, group, has_images=bool(lengths))
+    mask = SplitMask.build(tokens, visible, decoder.config, computed, fuses, group, bool(lengths))
     return SplitBatch(inputs | others | {"use_cache": False}, mask, tokens, (ids.shape[0], ids.shape[1]), group)
 
 

@@ -69,7 +69,7 @@ class SplitMask(AttentionMask):
         dtype: torch.dtype,
         fuses: bool,
         group: Any,
-        has_images: bool = True,
+        has_images: bool,
     ) -> "SplitMask":
         """For a forward call.
 
@@ -80,7 +80,7 @@ class SplitMask(AttentionMask):
             dtype: of queries, keys and values.
             fuses: whether the fused kernels compute them.
             group: the process group.
-            has_images: whether any process has images, *optional*, defaults to True.
+            has_images: whether any process has images.
         """
         device, length = tokens.positions.device, tokens.positions.shape[1]
         softcapped = getattr(text_config, "attn_logit_softcapping", None) is not None
