@@ -170,7 +170,7 @@ def zero_config(stage: int, shape: Shape, prefetch: int) -> dict[str, Any]:
     }
     if stage == 3:
         zero["stage3_prefetch_bucket_size"] = prefetch
-        zero["stage3_param_persistence_threshold"] = 10 * shape.hidden
+        zero["stage3_param_persistence_threshold"] = 0
     return {
         "train_micro_batch_size_per_gpu": shape.batch,
         "gradient_accumulation_steps": 1,

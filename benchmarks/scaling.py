@@ -17,8 +17,10 @@ each number of processes in processes of its own, started by torchrun. A row is 
 
 What ZeRO-3 gathers when, as variants of `zero3` (DeepSpeed 0.19: runtime/zero/partitioned_param_coordinator.py):
 
-    +single       linear layers are gathered one by one, as DeepSpeed does by itself, not whole decoder and tower layers: the
-                  host waits for the third last gather at each module (`__max_ongoing_fetch_events`)
+    +single       linear layers are gathered one by one, as DeepSpeed does by itself, not whole decoder layers and a whole
+                  tower: the host waits for the third last gather at each module (`__max_ongoing_fetch_events`)
+    +layers       the tower is gathered layer by layer, as the decoder
+    +persist      small weights stay everywhere, transformers' "auto": they are gathered one by one after each step
     +auto         fewer weights than one linear layer has are gathered in advance, transformers' "auto", not two layers
     +release      a weight is released after each use (`stage3_max_reuse_distance` 0); 10^9 keeps the last 500 million
     +live         up to 4 * 10^9 weights may be gathered (`stage3_max_live_parameters`); near 10^9 nothing is prefetched
@@ -93,9 +95,11 @@ ROWS = ("ddp", "ddp+compiled", "zero1", "zero2", "zero2+compiled", "zero3", "zer
 LEARNING_RATE = 1e-3  # large enough to change the loss in a few steps
 WARM_UP = 3  # steps: compilation, optimizer states, ZeRO-3's trace of its weights
 
-# Settings of `zero_optimization`, by variant; "auto" and "hpz" depend on the run, and "single" is none.
+# Settings of `zero_optimization`, by variant; some depend on the run, and "single" and "layers" are none.
 ZERO3_VARIANTS: dict[str, dict[str, Any]] = {
     "single": {},
+    "layers": {},
+    "persist": {},
     "auto": {},
     "release": {"stage3_max_reuse_distance": 0},
     "live": {"stage3_max_live_parameters": 4 * 10**9},
@@ -166,13 +170,14 @@ def zero_config(row: Row, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     automatic = {
         "reduce_bucket_size": shape.hidden**2,
         "stage3_prefetch_bucket_size": PREFETCHED_LAYERS * int(layer),
-        "stage3_param_persistence_threshold": 10 * shape.hidden,
     }
     zero |= {name: automatic[name] for name in automatic if zero.get(name) == "auto"}
     for variant in row.variants:
         zero |= ZERO3_VARIANTS.get(variant, {})
     if "auto" in row.variants:
         zero["stage3_prefetch_bucket_size"] = int(0.9 * shape.hidden**2)
+    if "persist" in row.variants:
+        zero["stage3_param_persistence_threshold"] = 10 * shape.hidden
     if "hpz" in row.variants:
         zero["zero_hpz_partition_size"] = int(os.environ["LOCAL_WORLD_SIZE"])
     return config | {
@@ -217,6 +222,8 @@ def build(name: str, row: Row, shape: Shape, checkpointing: bool, device: torch.
         freeze_in_8_bits(model, row.precision, sharded=row.method == "fsdp")
     if row.method == "zero3" and "single" not in row.variants:
         gather_layer_by_layer(model)
+        if "layers" in row.variants:
+            (model.get_base_model() if row.lora else model).model.vision_tower._z3_leaf = False
     if "compiled" in row.variants:
         (model.get_base_model() if row.lora else model).compile_decoder_layers()
     return model

@@ -26,6 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dsvl.training
 from dsvl.training import model_loading, zero3
+from dsvl.training.adapters import base_model
 from dsvl.training.arguments import parse
 from dsvl.training.deepspeed_config import zero_configuration
 from dsvl.training.model_loading import load_model
@@ -276,3 +277,17 @@ def test_zero3_gathers_two_layers_in_advance(own, folder, tmp_path, monkeypatch)
     layers = load_model(model_arguments, arguments).model.language_model.layers
     two = sum(parameter.numel() for layer in layers[:2] for parameter in layer.parameters())
     assert zero["stage3_prefetch_bucket_size"] == (own or two)
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2"]], ids=["", "lora"])
+@pytest.mark.parametrize("train", [["projector"], ["projector", "vision"]], ids="+".join)
+def test_zero3_gathers_a_frozen_tower_at_once(train, lora, folder, tmp_path, monkeypatch):
+    from deepspeed.utils import z3_leaf_module
+
+    monkeypatch.setattr(model_loading, "is_deepspeed_zero3_enabled", lambda: True)
+    argv = ["--model", str(folder / "model"), "--data", "x", "--output", str(tmp_path / "x"), "--use-cpu"]
+    model_arguments, _, arguments = parse([*argv, "--train", *train, *lora])
+    monkeypatch.setattr(zero3, "_zero3_configuration", lambda: None)
+    model = base_model(load_model(model_arguments, arguments)).model
+    assert z3_leaf_module(model.vision_tower) == ("vision" not in train)
+    assert all(map(z3_leaf_module, [*model.vision_tower.encoder.layers, *model.language_model.layers]))

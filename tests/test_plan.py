@@ -440,11 +440,10 @@ def test_accumulation_keeps_the_gradients_of_earlier_micro_batches(zero, there, 
 
 def test_zero_3_partitions_the_weights_too():
     forward, step, cpu = model_states(SIZES, TRACE, "zero3", world_size=4)
-    # Partitions of 250, 10, 38 and 13; 40 and 50 elements are few enough (10 x 10) to stay on every GPU as well.
-    assert forward.weights == 2 * (250 + 10 + 38 + 13) + 2 * (40 + 50)
+    assert forward.weights == 2 * (250 + 10 + 38 + 13)
     assert forward.gradients == 2 * (10 + 38 + 13)
     assert forward.optimizer == 12 * (10 + 38 + 13)
-    assert forward.buffers == 2 * (1000 + 150) + 3 * 2 * 100  # so small a model is gathered whole
+    assert forward.buffers == 2 * (1000 + 240) + 3 * 2 * 100  # so small a model is gathered whole
     assert step.buffers == 600 + (2 + 4) * 61
     assert cpu == 0
 
@@ -461,9 +460,19 @@ def test_zero_3_gathers_a_layer_and_copies_it_out_of_one_tensor():
     assert buffers(largest_layer=5 * 10**8) - buffers(largest_layer=0) == 2 * (2 * 5 * 10**8 - SIZES.largest_module)
 
 
+def test_zero_3_gathers_a_frozen_tower_at_once():
+    sizes = replace(SIZES, parameters=(10**9, 10**9), largest_layer=10**8)
+    alone = model_states(sizes, TRACE, "zero3", world_size=4)[0]
+    small, large = (
+        model_states(replace(sizes, frozen_tower=numel), TRACE, "zero3", world_size=4)[0] for numel in (10**8, 5 * 10**8)
+    )
+    assert small == alone  # before the decoder's layers keep anything
+    assert large == replace(alone, activations=0, buffers=2 * (2 * 5 * 10**8 + 2 * 2 * 10**8) + 600)
+
+
 def test_offloading_moves_everything_but_the_work_to_main_memory():
     forward, _, cpu = model_states(SIZES, TRACE, "zero3-offload", world_size=4)
-    assert (forward.weights, forward.gradients, forward.optimizer) == (2 * (40 + 50), 0, 0)
+    assert (forward.weights, forward.gradients, forward.optimizer) == (0, 0, 0)
     assert cpu == 2 * (250 + 61) + 2 * 61 + (12 + 4) * 61
 
 

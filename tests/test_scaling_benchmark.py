@@ -54,7 +54,7 @@ def test_every_variant_of_zero3_changes_its_settings_as_deepspeed_knows_them(sca
         return config.DeepSpeedZeroConfig(**made["zero_optimization"]).model_dump()
 
     plain = settings()
-    for variant in set(scaling.ZERO3_VARIANTS) - {"single"}:
+    for variant in set(scaling.ZERO3_VARIANTS) - {"single", "layers"}:
         changed = {name for name, value in settings(variant).items() if value != plain[name]}
         assert len(changed) == 1, (variant, changed)
     assert plain["prefetch_bucket_size"] == 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)  # two layers of LLaMA-7B

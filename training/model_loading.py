@@ -79,9 +79,6 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
         options["quantization_config"] = quantization_config("4bit", dtype)
     model = DSVLForConditionalGeneration.from_pretrained(model_arguments.model, **options)
     model.config.text_config.use_cache = False
-    if is_deepspeed_zero3_enabled():
-        gather_layer_by_layer(model)
-        prefetch_layers(model)
     if arguments.use_liger_kernel:
         use_liger(model)
         arguments.use_liger_kernel = False  # the Trainer would look for kernels of the model type "dsvl"
@@ -93,6 +90,9 @@ def load_model(model_arguments: ModelArguments, arguments: DSVLTrainingArguments
         model = get_peft_model(model, config, autocast_adapter_dtype=arguments.deepspeed is None)
     else:
         _set_trainable(model, model_arguments)
+    if is_deepspeed_zero3_enabled():
+        gather_layer_by_layer(model)
+        prefetch_layers(model)
     if model_arguments.frozen_precision is not None:
         freeze_in_8_bits(
             model,

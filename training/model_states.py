@@ -52,6 +52,7 @@ class ModelSizes:
         in_8_bits: bytes of frozen weights in 8 bits and of their scales, which are not among `parameters`.
         largest_layer_bytes: of the largest layer, weights in 8 bits included, for FSDP; 0: computed from `largest_layer`.
         unlayered_in_8_bits: those of `in_8_bits` outside of the layers, for FSDP.
+        frozen_tower: parameters of a frozen tower, for ZeRO-3.
     """
 
     parameters: tuple[int, ...]
@@ -64,6 +65,7 @@ class ModelSizes:
     in_8_bits: int = 0
     largest_layer_bytes: int = 0
     unlayered_in_8_bits: int = 0
+    frozen_tower: int = 0
 
 
 def model_states(
@@ -177,11 +179,7 @@ def _zero_3(
     sizes: ModelSizes, trace: "ActivationMemory", world_size: int, offload: bool
 ) -> tuple[PhaseMemory, PhaseMemory, int]:
     """deepspeed/runtime/zero/stage3.py, partition_parameters.py and partitioned_param_coordinator.py."""
-    element, hidden = sizes.element, sizes.hidden
-    # The "auto" values of transformers/integrations/deepspeed.py, but for the weights that are gathered in advance.
-    bucket, persistence_threshold = hidden**2, 10 * hidden
-
-    persistent = sum(numel for numel in sizes.parameters if numel <= persistence_threshold)
+    element = sizes.element
     # Whole parameters that are gathered at the same time. Parameters that are used again within max_reuse_distance are not
     # released (__params_to_release): between forward and backward these are the last layers, counted in both directions.
     # Then the current layer, or another module, and the prefetched weights; layers and these are copied out of one tensor
@@ -189,9 +187,12 @@ def _zero_3(
     prefetch = MAX_LIVE_PARAMETERS - MAX_REUSE_DISTANCE // 2 - sizes.largest_layer
     prefetch = max(0, min(PREFETCHED_LAYERS * sizes.largest_layer, prefetch))
     gathered = MAX_REUSE_DISTANCE // 2 + max(sizes.largest_module, 2 * sizes.largest_layer) + 2 * prefetch
-    gathered = element * min(gathered, sum(sizes.parameters) - persistent)
-    # The bucket (_setup_for_real_optimizer) and flattened copies for two concurrent reductions (reduce_scatter_coalesced).
-    buckets = 3 * element * bucket
+    gathered = element * min(gathered, sum(sizes.parameters))
+    # A frozen tower is gathered at once (zero3.py), and runs before the decoder. (Its own activations are neglected.)
+    tower = element * (2 * sizes.frozen_tower + 2 * prefetch)
+    # The bucket (_setup_for_real_optimizer) and flattened copies for two concurrent reductions (reduce_scatter_coalesced);
+    # reduce_bucket_size "auto": transformers/integrations/deepspeed.py.
+    buckets = 3 * element * sizes.hidden**2
 
     trained = _partitioned(sizes.trained, world_size)
     weights = element * _partitioned(sizes.parameters, world_size)
@@ -203,18 +204,19 @@ def _zero_3(
     converted = (element + (4 if element < 4 else 0)) * sub_group
     norm = 8 * math.ceil(max(sizes.trained) / world_size)
 
-    kept = element * persistent
+    phases = (trace.peak, gathered + buckets), (0, tower + buckets)
+    activations, buffers = max(phases, key=sum)
     if not offload:
         return (
-            PhaseMemory(weights + kept, gradients, optimizer, trace.peak, gathered + buckets),
-            PhaseMemory(weights + kept, gradients, optimizer, 0, buckets + max(converted, norm)),
+            PhaseMemory(weights, gradients, optimizer, activations, buffers),
+            PhaseMemory(weights, gradients, optimizer, 0, buckets + max(converted, norm)),
             0,
         )
     # initialize_optimizer_states also keeps a float32 gradient for every sub-group in main memory.
     cpu = weights + gradients + (12 + 4) * trained
     return (
-        PhaseMemory(kept, 0, 0, trace.peak, gathered + buckets),
-        PhaseMemory(kept, 0, 0, 0, buckets + norm),
+        PhaseMemory(0, 0, 0, activations, buffers),
+        PhaseMemory(0, 0, 0, 0, buckets + norm),
         cpu,
     )
 
