@@ -172,8 +172,9 @@ from dsvl.acceleration.parallel import split_batch
 rank = int(__import__("os").environ["LOCAL_RANK"])
 torch.cuda.set_device(rank)
 distributed.init_process_group("nccl")
-for family, wide in (("llama", {"head_dim": 32, "hidden_size": 128}), ("mistral", {"head_dim": 32, "hidden_size": 128})):
-    model = tiny_model(family, dtype=torch.bfloat16, **wide).cuda().train()
+for family in ("llama", "mistral"):
+    # Small weights: with those of the tests in float64, gradients in bfloat16 differ by four fifths from exact ones.
+    model = tiny_model(family, dtype=torch.bfloat16, head_dim=32, hidden_size=128, initializer_range=0.05).cuda().train()
     model.set_trainable(vision_tower=True, language_model=True, lm_head=True)
     inputs = {k: v.cuda() for k, v in batch("ttIttttIIttttttttt", "ttItt", "tttt", dtype=torch.bfloat16).items()}
     ids = inputs["input_ids"]
@@ -200,7 +201,7 @@ for family, wide in (("llama", {"head_dim": 32, "hidden_size": 128}), ("mistral"
         distributed.all_reduce(mean)
         mean /= distributed.get_world_size()
         assert abs(loss - alone) < 0.02 * abs(alone), (is_dealt, loss, alone)
-        assert (mean - expected).norm() < 0.05 * expected.norm(), (is_dealt, (mean - expected).norm(), expected.norm())
+        assert (mean - expected).norm() < 0.03 * expected.norm(), (is_dealt, (mean - expected).norm(), expected.norm())
     split_attention.FusedBranch.forward = forward
     assert bool(fused) == (torch.cuda.get_device_capability()[0] == 9), fused
 distributed.destroy_process_group()
