@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 # Held while something is recorded. Until it is, torch lets no thread draw random numbers on the GPU: who draws some in a
 # place where another thread may record holds it, too.
@@ -64,29 +63,30 @@ def _stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
 
 
 class WaitsForDevice(TorchDispatchMode):
-    """Finds out whether the host waits for a GPU in what runs within it: by operations whose results depend on values.
+    """Finds out whether the host waits for a GPU in what runs within it: by operations whose results depend on values, and
+    copies from or to main memory. (Other operations have results in main memory without a copy: attention its random state.)
 
     Attributes:
         found: whether it does.
     """
 
     TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+    COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_)
 
     def __init__(self) -> None:
         super().__init__()
         self.found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given, made = (
-            [one for one in tree_iter(part) if isinstance(one, torch.Tensor)] for part in ((args, kwargs), result)
-        )
+        kwargs = kwargs or {}
         if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put):  # by masks, or by numbers
-            depends = any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])
+            self.found |= any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])
+        elif func.overloadpacket in self.COPIES:
+            places = [one.device for one in args if isinstance(one, torch.Tensor)] + [kwargs.get("device") or args[0].device]
+            self.found |= len({place.type for place in places}) > 1
         else:
-            depends = any(tag in func.tags for tag in self.TAGS)
-        self.found |= depends or (any(one.is_cuda for one in given) and any(one.device.type == "cpu" for one in made))
-        return result
+            self.found |= any(tag in func.tags for tag in self.TAGS)
+        return func(*args, **kwargs)
 
 
 def let_compiled_functions_record(device: torch.device) -> None:

@@ -4,6 +4,7 @@ is a function that computes in the same memory again."""
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 from dsvl.acceleration.decoding import decoding_loop, recorded_steps
 from dsvl.acceleration.decoding.recorded_steps import can_record
 from dsvl.acceleration.decoding.static_steps import run_step
+from dsvl.acceleration.recording import WaitsForDevice
 from dsvl.cache_dsvl import cached_types
 from dsvl.transformers_dsvl import CACHE
 from dsvl.utils.transformers_names import DynamicLayer, StaticLayer
@@ -272,3 +274,42 @@ def test_a_static_cache_is_not_recorded(monkeypatch: pytest.MonkeyPatch, replays
     run_uncompiled(monkeypatch, model)
     model.generate(**inputs, max_new_tokens=12, do_sample=False, cache_implementation="static")
     assert not replays
+
+
+@torch.library.custom_op("dsvl_test::attend", mutates_args=())
+def attend(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As torch's attention on a GPU: the state of the random numbers of its dropout is in main memory."""
+    return states.clone(), torch.empty((), dtype=torch.long)
+
+
+@attend.register_fake
+def _(states):
+    return torch.empty_like(states), torch.empty((), dtype=torch.long, device="cpu")
+
+
+WAITING = {
+    "a number": lambda x: x.sum().item(),
+    "a decision": lambda x: bool((x > 0).all()),
+    "a mask": lambda x: x[x > 0],
+    "positions": lambda x: x.nonzero(),
+    "a copy to main memory": lambda x: x.cpu(),
+    "a copy into main memory": lambda x: torch.empty(x.shape).copy_(x),
+    "a copy from main memory": lambda x: x.copy_(torch.ones(x.shape)),
+    "a new copy of main memory": lambda x: torch.ones(x.shape).to(x),
+}
+GOING_ON = {
+    "a sum": lambda x: x + 1,
+    "an index": lambda x: x[torch.zeros(3, dtype=torch.long, device=x.device)],
+    "a product with a number in main memory": lambda x: x * torch.ones(()),
+    "copies on the device": lambda x: torch.empty_like(x).copy_(x).to(torch.float16),
+    "attention": attend,
+}
+
+
+@pytest.mark.parametrize("what", [*WAITING, *GOING_ON])
+def test_what_waits_for_a_device_is_found(what):
+    """Here the device is one without values, on which some operations that would wait fail."""
+    states = torch.empty(4, 4, device="meta")
+    with suppress(RuntimeError) if what in WAITING else nullcontext(), WaitsForDevice() as waits:
+        (WAITING | GOING_ON)[what](states)
+    assert waits.found == (what in WAITING)
