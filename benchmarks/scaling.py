@@ -317,9 +317,10 @@ def by_accelerate(
     shard_with_accelerate(accelerator, plugin)
     if name not in BIG:
         return accelerator.prepare(model, optimizer)
-    # accelerate finds an optimizer's parameters by their addresses, which these do not have yet.
+    # accelerate finds an optimizer's parameters by their addresses, which these do not have yet: all of them are 0, as is
+    # that of a parameter without elements. It shards no model without an optimizer.
     groups = optimizer.param_groups
-    model, _ = accelerator.prepare(model, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+    model, _ = accelerator.prepare(model, torch.optim.SGD([torch.nn.Parameter(torch.empty(0))]))
     fill(model, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model, type(optimizer)(trained, lr=groups[0]["lr"], fused=device.type == "cuda")

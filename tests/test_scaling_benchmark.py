@@ -122,6 +122,35 @@ def test_a_model_built_without_values_gets_random_ones_of_about_the_same_size(sc
     assert loss.isfinite() and model.get_input_embeddings().weight.grad is not None
 
 
+BIG_BUT_TINY = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import scaling
+scaling.BIG = ("tiny",)
+scaling.main()
+"""
+
+
+def test_two_processes_shard_a_model_built_without_values(tmp_path):
+    (tmp_path / "big.py").write_text(BIG_BUT_TINY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "big.py")]
+    command += [
+        str(BENCHMARKS),
+        "--shape",
+        "tiny",
+        "--row",
+        "fsdp+fp8",
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path / "row.json"),
+    ]
+    own = environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "row.json").read_text())["processes"] == 2
+
+
 @pytest.mark.slow
 def test_it_runs_with_one_and_two_processes(tmp_path):
     pytest.importorskip("deepspeed")
