@@ -133,7 +133,7 @@ scaling.main()
 
 def test_two_processes_shard_a_model_built_without_values(tmp_path):
     (tmp_path / "big.py").write_text(BIG_BUT_TINY)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "big.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [
         str(BENCHMARKS),
         "--shape",
