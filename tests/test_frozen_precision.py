@@ -18,7 +18,7 @@ from dsvl import DSVLForConditionalGeneration
 from dsvl.acceleration.decoder_layers import compile_8_bit_tower
 from dsvl.acceleration.memory import frozen_linear
 from dsvl.acceleration.memory.activation_offloading import offload_activations
-from dsvl.acceleration.memory.frozen_linear import PRECISIONS, FrozenLinear
+from dsvl.acceleration.memory.frozen_linear import PRECISIONS, FrozenLinear, quantize_weight
 from dsvl.cli import main
 from dsvl.training import freeze_in_8_bits, lora_config, measure_errors, merge_adapters
 from dsvl.training.frozen_precision import describe_frozen_weights, describe_products, frozen_linears, saved_name
@@ -513,19 +513,37 @@ def test_a_sharded_weight_computes_what_a_whole_one_does(single_group, precision
         sharded.half()
 
 
-def test_two_processes_hold_half_of_a_weight_each():
-    from torch.distributed.fsdp import fully_shard
+@pytest.fixture
+def processes(request):
+    """A process of several, as (rank, number), without the others."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        layer = FrozenLinear(layers_of_two_widths()[0], "fp8", sharded=True)
-        numbers = layer.numbers.clone()
-        fully_shard(layer)
-        part = layer.weight.to_local()
-        assert part.nbytes == 16 * 48 and torch.equal(part.view(torch.uint8), numbers[:16])
-    finally:
-        torch.distributed.destroy_process_group()
+    rank, number = request.param
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=number)
+    yield request.param
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [(0, 2), (1, 2), (1, 3), (2, 3), (10, 12), (11, 12)], indirect=True)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_each_process_makes_and_holds_its_share_of_a_weight(processes, precision):
+    from torch.distributed.fsdp import fully_shard
+
+    rank, number = processes
+    plain = layers_of_two_widths()[0]
+    numbers, scales = quantize_weight(plain.weight, precision)
+    layer = FrozenLinear(plain, precision, sharded=True)
+    own = numbers.new_zeros(numbers.shape)
+    rows = -(-32 // number) * torch.tensor([rank, rank + 1])
+    own[rows[0] : rows[1]] = numbers[rows[0] : rows[1]]  # none of the last of twelve
+    assert torch.equal(layer.numbers, own) and torch.equal(layer.weight_scale, scales)
+    fully_shard(layer)
+    layer.check_share()
+    part = layer.weight.to_local()
+    assert torch.equal(part.view(numbers.dtype), numbers[rows[0] : rows[1]])
+    layer.share = (0, 1)
+    with pytest.raises(RuntimeError, match="this process made the share"):
+        layer.check_share()
 
 
 def test_casts_of_a_model_leave_sharded_numbers_alone():

@@ -24,7 +24,7 @@ from .adapters import base_model
 from .checkpoints import send_checkpoint
 from .deepspeed_states import loading_what_is_trained, saving_what_is_trained
 from .evaluation import exact_match
-from .frozen_precision import frozen_linears
+from .frozen_precision import check_shares, frozen_linears
 from .fsdp import full_state, layer_classes, load_full_state, shard_with_accelerate
 from .hosts import Hosts
 from .image_groups import ImageGroups
@@ -328,7 +328,10 @@ class DSVLTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """As in `Trainer`, which cannot load a DeepSpeed checkpoint of another number of processes."""
         with self._loadable(resume_from_checkpoint):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            check_shares(self.model)
+        return prepared
 
     def _load_best_model(self) -> None:
         """As in `Trainer`; the best checkpoint may be of another number of processes, and on another host."""

@@ -20,10 +20,13 @@ are not rounded. (`torch._int_mm` returns int32 numbers, which a second pass ove
 """
 
 import functools
+import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from ..int8 import dequantize
@@ -92,6 +95,23 @@ def quantize_weight(weight: torch.Tensor, precision: str) -> tuple[torch.Tensor,
         return numbers[0], scales[0].float()
     rounded, scales = round_rows(weight)
     return rounded.view(torch.uint8), scales[:, 0]
+
+
+def _quantize_share(weight: torch.Tensor, precision: str, rank: int, processes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_weight`, but on a CPU the numbers are zeros outside of the rows of one of several processes, in pages that
+    take no memory."""
+    if processes == 1 or weight.device.type != "cpu":
+        return quantize_weight(weight, precision)
+    pages = mmap.mmap(-1, weight.numel())
+    numbers = torch.frombuffer(pages, dtype=NUMBERS[precision]).view(weight.shape)
+    parts = weight.split(math.ceil(len(weight) / processes)), numbers.split(math.ceil(len(weight) / processes))
+    scales = []
+    for number, (part, own) in enumerate(zip(*parts, strict=True)):
+        rounded, part_scales = quantize_weight(part, precision)
+        scales.append(part_scales)
+        if number == rank:
+            own.copy_(rounded)
+    return numbers, torch.cat(scales)
 
 
 def multiply(states: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, in_fp8: bool) -> torch.Tensor:
@@ -253,7 +273,8 @@ class FrozenLinear(nn.Linear):
         in_fp8: whether products run on FP8 tensor cores, *optional*, defaults to where they can (`why_not_in_fp8`). Layers
             with a size that is no multiple of 16 do not.
         sharded: whether the weight is a parameter, for FSDP, *optional*, defaults to False. Two numbers are then one element
-            of bfloat16, as FSDP rounds other dtypes to its own, and takes no integers before torch 2.13.
+            of bfloat16, as FSDP rounds other dtypes to its own, and takes no integers before torch 2.13. On a CPU only the
+            rows that FSDP will leave to this process have numbers, and take memory (see `check_share`).
 
     Raises:
         ValueError: for another precision, a layer that is trained, or an odd number of inputs of a sharded one.
@@ -261,6 +282,7 @@ class FrozenLinear(nn.Linear):
 
     weight: Any
     weight_scale: torch.Tensor
+    share: tuple[int, int] | None = None  # of which of how many processes the rows are that have numbers
 
     def __init__(
         self,
@@ -276,10 +298,12 @@ class FrozenLinear(nn.Linear):
         self.in_features, self.out_features, self.precision = linear.in_features, linear.out_features, precision
         if sharded and linear.in_features % 2:
             raise ValueError(f"A layer of {linear.in_features} inputs cannot be sharded in 8 bits; keep its precision.")
-        numbers, scales = quantize_weight(linear.weight, precision)
         if sharded:
+            self.share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            numbers, scales = _quantize_share(linear.weight.detach(), precision, *self.share)
             self.weight = nn.Parameter(numbers.view(STORAGE), requires_grad=False)
         else:
+            numbers, scales = quantize_weight(linear.weight, precision)
             self.register_buffer("weight", numbers)
         self.register_buffer("weight_scale", scales, persistent=False)
         self.bias = linear.bias
@@ -306,6 +330,20 @@ class FrozenLinear(nn.Linear):
     def is_sharded(self) -> bool:
         """Whether this process holds a part of the weight, a DTensor; during a forward pass it is whole."""
         return hasattr(self.weight, "to_local")
+
+    def check_share(self) -> None:
+        """Check that FSDP has left to this process the rows that have numbers.
+
+        Raises:
+            RuntimeError: if not.
+        """
+        mesh, placements = self.weight.device_mesh, self.weight.placements
+        given = mesh.get_local_rank() if mesh.ndim == 1 else None, mesh.size()
+        if given != self.share or not (len(placements) == 1 and placements[0].is_shard(0)):
+            raise RuntimeError(
+                f"Of the rows of an 8-bit weight this process made the share {self.share}, but FSDP has left it {given}, by "
+                f"{placements}; shard over all processes."
+            )
 
     @property
     def numbers(self) -> torch.Tensor:
