@@ -133,18 +133,9 @@ scaling.main()
 
 def test_two_processes_shard_a_model_built_without_values(tmp_path):
     (tmp_path / "big.py").write_text(BIG_BUT_TINY)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [
-        str(BENCHMARKS),
-        "--shape",
-        "tiny",
-        "--row",
-        "fsdp+fp8",
-        "--rounds",
-        "1",
-        "--out",
-        str(tmp_path / "row.json"),
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(tmp_path / "big.py"), str(BENCHMARKS), "--out", str(tmp_path / "row.json")]
+    command += ["--shape", "tiny", "--row", "fsdp+fp8", "--rounds", "1"]
     own = environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
