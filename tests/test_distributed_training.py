@@ -25,7 +25,7 @@ from training_runs import (
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dsvl.training
-from dsvl.training import model_loading, zero3
+from dsvl.training import deepspeed_config, model_loading, zero3
 from dsvl.training.adapters import base_model
 from dsvl.training.arguments import parse
 from dsvl.training.deepspeed_config import zero_configuration
@@ -282,14 +282,19 @@ def test_zero3_gathers_two_layers_in_advance(own, folder, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-rank", "2"]], ids=["", "lora"])
-@pytest.mark.parametrize("train", [["projector"], ["projector", "vision"]], ids="+".join)
-def test_zero3_gathers_a_frozen_tower_at_once(train, lora, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("train", "most", "at_once"),
+    [(["projector"], 10**9, True), (["projector"], 10, False), (["projector", "vision"], 10**9, False)],
+    ids=["frozen", "large", "trained"],
+)
+def test_zero3_gathers_a_frozen_tower_at_once(train, most, at_once, lora, folder, tmp_path, monkeypatch):
     from deepspeed.utils import z3_leaf_module
 
+    monkeypatch.setattr(deepspeed_config, "MAX_LIVE_PARAMETERS", most)
     monkeypatch.setattr(model_loading, "is_deepspeed_zero3_enabled", lambda: True)
     argv = ["--model", str(folder / "model"), "--data", "x", "--output", str(tmp_path / "x"), "--use-cpu"]
     model_arguments, _, arguments = parse([*argv, "--train", *train, *lora])
     monkeypatch.setattr(zero3, "_zero3_configuration", lambda: None)
     model = base_model(load_model(model_arguments, arguments)).model
-    assert z3_leaf_module(model.vision_tower) == ("vision" not in train)
+    assert z3_leaf_module(model.vision_tower) == at_once
     assert all(map(z3_leaf_module, [*model.vision_tower.encoder.layers, *model.language_model.layers]))

@@ -460,11 +460,11 @@ def test_zero_3_gathers_a_layer_and_copies_it_out_of_one_tensor():
     assert buffers(largest_layer=5 * 10**8) - buffers(largest_layer=0) == 2 * (2 * 5 * 10**8 - SIZES.largest_module)
 
 
-def test_zero_3_gathers_a_frozen_tower_at_once():
+def test_zero_3_gathers_a_tower_at_once_before_the_decoder():
     sizes = replace(SIZES, parameters=(10**9, 10**9), largest_layer=10**8)
     alone = model_states(sizes, TRACE, "zero3", world_size=4)[0]
     small, large = (
-        model_states(replace(sizes, frozen_tower=numel), TRACE, "zero3", world_size=4)[0] for numel in (10**8, 5 * 10**8)
+        model_states(replace(sizes, tower_at_once=numel), TRACE, "zero3", world_size=4)[0] for numel in (10**8, 5 * 10**8)
     )
     assert small == alone  # before the decoder's layers keep anything
     assert large == replace(alone, activations=0, buffers=2 * (2 * 5 * 10**8 + 2 * 2 * 10**8) + 600)

@@ -8,6 +8,15 @@ ZERO = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}  # NAME.json in 
 
 
 PREFETCHED_LAYERS = 2  # that ZeRO-3 gathers in advance, see zero3.py
+MAX_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of stage3_max_live_parameters (deepspeed/runtime/zero/config.py)
+
+
+def weights_at_once(tower: Any) -> int:
+    """How many weights of a vision tower ZeRO-3 gathers at once: all of a frozen one, unless they are more than DeepSpeed
+    gathers in advance; else 0, as they are gathered layer by layer."""
+    parameters = list(tower.parameters())
+    weights = sum(getattr(one, "ds_numel", one.numel()) for one in parameters)
+    return weights if weights <= MAX_LIVE_PARAMETERS and not any(one.requires_grad for one in parameters) else 0
 
 
 def zero_configuration(name: str) -> Path:

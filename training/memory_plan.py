@@ -17,7 +17,7 @@ from ..configuration_dsvl import DSVLConfig
 from ..transformers_dsvl import GradientCheckpointingLayer
 from .activation_memory import StepTracer
 from .adapters import LABELS
-from .deepspeed_config import ZERO
+from .deepspeed_config import ZERO, weights_at_once
 from .frozen_precision import frozen_linears
 from .model_states import (
     DTYPES,
@@ -165,7 +165,6 @@ class Planner:
         )
         modules, parameters = self.tracer.model.modules(), list(self.tracer.model.parameters())
         blocks = [one for one in self.tracer.model.modules() if isinstance(one, GradientCheckpointingLayer)]
-        tower = list(self.tracer.model.model.vision_tower.parameters())
         layers, in_blocks = list(map(_count, blocks)), list(map(_bytes_in_8_bits, blocks))
         in_8_bits = _bytes_in_8_bits(self.tracer.model)
         embeddings = _count(self.tracer.model.get_input_embeddings())
@@ -183,7 +182,7 @@ class Planner:
                 (torch_dtype.itemsize * numel + nbytes for numel, nbytes in zip(layers, in_blocks, strict=True)), default=0
             ),
             unlayered_in_8_bits=in_8_bits - sum(in_blocks),
-            frozen_tower=0 if any(p.requires_grad for p in tower) else sum(p.numel() for p in tower),
+            tower_at_once=weights_at_once(self.tracer.model.model.vision_tower),
         )
 
     def changed(self, **options: Any) -> "Planner":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..acceleration.attention.kernel_choice import Heads
-from .deepspeed_config import PREFETCHED_LAYERS, ZERO
+from .deepspeed_config import MAX_LIVE_PARAMETERS, PREFETCHED_LAYERS, ZERO
 
 if TYPE_CHECKING:
     from .activation_memory import ActivationMemory
@@ -18,7 +18,7 @@ GIB, MIB = 2**30, 2**20
 DTYPES = ("bfloat16", "float16", "float32")  # of weights and activations
 
 # DeepSpeed's defaults of stage3_max_reuse_distance and sub_group_size, in elements (deepspeed/runtime/zero/config.py).
-MAX_LIVE_PARAMETERS = MAX_REUSE_DISTANCE = SUB_GROUP_SIZE = 10**9
+MAX_REUSE_DISTANCE = SUB_GROUP_SIZE = 10**9
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ModelSizes:
         in_8_bits: bytes of frozen weights in 8 bits and of their scales, which are not among `parameters`.
         largest_layer_bytes: of the largest layer, weights in 8 bits included, for FSDP; 0: computed from `largest_layer`.
         unlayered_in_8_bits: those of `in_8_bits` outside of the layers, for FSDP.
-        frozen_tower: parameters of a frozen tower, for ZeRO-3.
+        tower_at_once: parameters of a tower that are gathered at once, for ZeRO-3.
     """
 
     parameters: tuple[int, ...]
@@ -65,7 +65,7 @@ class ModelSizes:
     in_8_bits: int = 0
     largest_layer_bytes: int = 0
     unlayered_in_8_bits: int = 0
-    frozen_tower: int = 0
+    tower_at_once: int = 0
 
 
 def model_states(
@@ -188,8 +188,8 @@ def _zero_3(
     prefetch = max(0, min(PREFETCHED_LAYERS * sizes.largest_layer, prefetch))
     gathered = MAX_REUSE_DISTANCE // 2 + max(sizes.largest_module, 2 * sizes.largest_layer) + 2 * prefetch
     gathered = element * min(gathered, sum(sizes.parameters))
-    # A frozen tower is gathered at once (zero3.py), and runs before the decoder. (Its own activations are neglected.)
-    tower = element * (2 * sizes.frozen_tower + 2 * prefetch)
+    # A tower that is gathered at once runs before the decoder. (Its own activations are neglected.)
+    tower = element * (2 * sizes.tower_at_once + 2 * prefetch)
     # The bucket (_setup_for_real_optimizer) and flattened copies for two concurrent reductions (reduce_scatter_coalesced);
     # reduce_bucket_size "auto": transformers/integrations/deepspeed.py.
     buckets = 3 * element * sizes.hidden**2

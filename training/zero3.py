@@ -11,7 +11,7 @@ from torch import nn
 from ..transformers_dsvl import is_deepspeed_zero3_enabled
 from ..utils.transformers_names import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from .adapters import base_model
-from .deepspeed_config import PREFETCHED_LAYERS
+from .deepspeed_config import PREFETCHED_LAYERS, weights_at_once
 from .fsdp import layer_classes, layers
 
 
@@ -34,7 +34,8 @@ def prefetch_layers(model: nn.Module) -> None:
 
 
 def gather_layer_by_layer(model: nn.Module) -> None:
-    """Have ZeRO-3 gather the weights of a layer before the layer is entered, all at once; and those of a frozen tower.
+    """Have ZeRO-3 gather the weights of a layer before the layer is entered, all at once; and those of a tower, where
+    `weights_at_once` says so.
 
     By itself it gathers linear layer by linear layer, for each of which the host runs hooks and waits for earlier gathers;
     and a layer that gathers within cannot be compiled. A tower's layers are small: the GPU would wait for the host at each.
@@ -48,7 +49,7 @@ def gather_layer_by_layer(model: nn.Module) -> None:
     for layer in deepspeed.utils.set_z3_leaf_modules(model, layer_classes(model)):
         layer.register_forward_pre_hook(_let_inputs_have_gradients)
     tower = base_model(model).model.vision_tower
-    if not any(parameter.requires_grad for parameter in tower.parameters()):
+    if weights_at_once(tower):
         deepspeed.utils.set_z3_leaf_module(tower, True)
     # torch's attention, in the pooling head of SigLIP's towers, reads weights of its child. In a forward pass of its engine
     # DeepSpeed notices this by itself, but not in `generate`.
