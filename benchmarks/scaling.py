@@ -61,6 +61,7 @@ from steps import TINY
 
 from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLQwenVisionConfig
 from dsvl.acceleration.memory.frozen_linear import NUMBERS, PRECISIONS
+from dsvl.training.adapters import base_model
 from dsvl.training.deepspeed_config import PREFETCHED_LAYERS, zero_configuration
 from dsvl.training.distributed import destroy_process_groups
 from dsvl.training.frozen_precision import freeze_in_8_bits, frozen_linears
@@ -220,12 +221,15 @@ def build(name: str, row: Row, shape: Shape, checkpointing: bool, device: torch.
         model = with_adapters(model)
     if row.precision is not None:
         freeze_in_8_bits(model, row.precision, sharded=row.method == "fsdp")
+    base = base_model(model)
     if row.method == "zero3" and "single" not in row.variants:
         gather_layer_by_layer(model)
         if "layers" in row.variants:
-            (model.get_base_model() if row.lora else model).model.vision_tower._z3_leaf = False
+            from deepspeed.utils import set_z3_leaf_module
+
+            set_z3_leaf_module(base.model.vision_tower, False)
     if "compiled" in row.variants:
-        (model.get_base_model() if row.lora else model).compile_decoder_layers()
+        base.compile_decoder_layers()
     return model
 
 

@@ -11,11 +11,16 @@ PREFETCHED_LAYERS = 2  # that ZeRO-3 gathers in advance, see zero3.py
 MAX_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of stage3_max_live_parameters (deepspeed/runtime/zero/config.py)
 
 
+def whole_size(parameter: Any) -> int:
+    """The number of elements of a parameter, also where ZeRO-3 has partitioned it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def weights_at_once(tower: Any) -> int:
     """How many weights of a vision tower ZeRO-3 gathers at once: all of a frozen one, unless they are more than DeepSpeed
     gathers in advance; else 0, as they are gathered layer by layer."""
     parameters = list(tower.parameters())
-    weights = sum(getattr(one, "ds_numel", one.numel()) for one in parameters)
+    weights = sum(map(whole_size, parameters))
     return weights if weights <= MAX_LIVE_PARAMETERS and not any(one.requires_grad for one in parameters) else 0
 
 

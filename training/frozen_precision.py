@@ -84,12 +84,6 @@ def frozen_linears(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:
             yield name, module
 
 
-def check_shares(model: nn.Module) -> None:
-    """Check that FSDP has left to each process the rows of 8-bit weights that it made, see `FrozenLinear.check_share`."""
-    for _, layer in frozen_linears(model):
-        layer.check_share()
-
-
 def describe_frozen_weights(model: nn.Module) -> str | None:
     """Which linear layers of decoder and tower are in 8 bits, and which frozen ones are not; None if none is.
 

@@ -22,9 +22,10 @@ from ..transformers_dsvl import installed_release
 from ..utils.transformers_names import SCHEDULER_NAME, EvalLoopOutput, get_parameter_names
 from .adapters import base_model
 from .checkpoints import send_checkpoint
+from .deepspeed_config import whole_size
 from .deepspeed_states import loading_what_is_trained, saving_what_is_trained
 from .evaluation import exact_match
-from .frozen_precision import check_shares, frozen_linears
+from .frozen_precision import frozen_linears
 from .fsdp import full_state, layer_classes, load_full_state, shard_with_accelerate
 from .hosts import Hosts
 from .image_groups import ImageGroups
@@ -330,7 +331,8 @@ class DSVLTrainer(Trainer):
         with self._loadable(resume_from_checkpoint):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_fsdp_enabled:
-            check_shares(self.model)
+            for _, layer in frozen_linears(self.model):
+                layer.check_share()
         return prepared
 
     def _load_best_model(self) -> None:
@@ -488,12 +490,8 @@ def parameter_groups(
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """The numbers of trainable parameters and of all parameters; partitioned ones (ZeRO-3) and 8-bit ones count in full."""
-
-    def size(parameter: torch.Tensor) -> int:
-        return int(getattr(parameter, "ds_numel", parameter.numel()))
-
     in_8_bits = [layer for _, layer in frozen_linears(model)]
     numbers = {id(layer.weight) for layer in in_8_bits}  # parameters where they are sharded, else buffers
     parameters = [parameter for parameter in model.parameters() if id(parameter) not in numbers]
-    trained = sum(size(parameter) for parameter in parameters if parameter.requires_grad)
-    return trained, sum(map(size, parameters)) + sum(layer.out_features * layer.in_features for layer in in_8_bits)
+    trained = sum(whole_size(parameter) for parameter in parameters if parameter.requires_grad)
+    return trained, sum(map(whole_size, parameters)) + sum(layer.out_features * layer.in_features for layer in in_8_bits)

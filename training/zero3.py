@@ -11,7 +11,7 @@ from torch import nn
 from ..transformers_dsvl import is_deepspeed_zero3_enabled
 from ..utils.transformers_names import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from .adapters import base_model
-from .deepspeed_config import PREFETCHED_LAYERS, weights_at_once
+from .deepspeed_config import PREFETCHED_LAYERS, weights_at_once, whole_size
 from .fsdp import layer_classes, layers
 
 
@@ -22,7 +22,7 @@ def weights_to_prefetch(model: nn.Module) -> int:
     Args:
         model: partitioned or not.
     """
-    return PREFETCHED_LAYERS * max(sum(getattr(p, "ds_numel", p.numel()) for p in one.parameters()) for one in layers(model))
+    return PREFETCHED_LAYERS * max(sum(map(whole_size, one.parameters())) for one in layers(model))
 
 
 def prefetch_layers(model: nn.Module) -> None:

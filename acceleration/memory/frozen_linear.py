@@ -20,7 +20,6 @@ are not rounded. (`torch._int_mm` returns int32 numbers, which a second pass ove
 """
 
 import functools
-import math
 import mmap
 from collections.abc import Callable
 from typing import Any
@@ -104,9 +103,9 @@ def _quantize_share(weight: torch.Tensor, precision: str, rank: int, processes: 
         return quantize_weight(weight, precision)
     pages = mmap.mmap(-1, weight.numel())
     numbers = torch.frombuffer(pages, dtype=NUMBERS[precision]).view(weight.shape)
-    parts = weight.split(math.ceil(len(weight) / processes)), numbers.split(math.ceil(len(weight) / processes))
     scales = []
-    for number, (part, own) in enumerate(zip(*parts, strict=True)):
+    # As FSDP divides rows (torch/distributed/fsdp/_fully_shard/_fsdp_common.py).
+    for number, (part, own) in enumerate(zip(weight.chunk(processes), numbers.chunk(processes), strict=True)):
         rounded, part_scales = quantize_weight(part, precision)
         scales.append(part_scales)
         if number == rank:
