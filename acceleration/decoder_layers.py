@@ -1,5 +1,6 @@
 """Decoder layers compiled for training: one graph for all of them, which serves the next batch too."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ class CompiledDecoderLayers:
     def __init__(self, decoder: PreTrainedModel, options: dict[str, Any]) -> None:
         layers_of(decoder)
         torch._dynamo.config.optimize_ddp = False
+        _checkpoint_autograd_functions()
         self.decoder, self.options = decoder, options
         self.others: list[nn.Module] = []  # modules that are not the decoder's
 
@@ -56,6 +58,36 @@ class CompiledDecoderLayers:
                 _compile(module, self.options)
             else:
                 _use_as_written(module)
+
+
+@functools.cache
+def _checkpoint_autograd_functions() -> None:
+    """Let checkpoints in graphs hold for autograd functions, as of attention and of 8-bit layers, with torch before 2.12.
+
+    There the operations of a checkpoint are marked to be computed again, but not those of autograd functions in it, whose
+    results are kept from forward to backward. `TagActivationCheckpoint.tag_nodes` (torch/_higher_order_ops/wrap.py) is made
+    to mark these as well. Later releases have no such function, and mark what runs.
+    """
+    from torch._functorch.autograd_function import autograd_function_apply
+    from torch._higher_order_ops.wrap import TagActivationCheckpoint
+
+    tag_nodes = getattr(TagActivationCheckpoint, "tag_nodes", None)
+    if tag_nodes is None:
+        return
+
+    def tag_inner(graph: torch.fx.GraphModule) -> None:
+        for node in graph.graph.nodes:
+            if node.target is autograd_function_apply:
+                forward = graph.get_submodule(node.args[0].target)
+                for inner in forward.graph.nodes:
+                    inner.meta |= {name: node.meta[name] for name in ("ac_graph_id", "recompute") if name in node.meta}
+                tag_inner(forward)
+
+    def tag_all(graph: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> torch.fx.GraphModule:
+        tag_inner(tag_nodes(graph, *args, **kwargs))
+        return graph
+
+    TagActivationCheckpoint.tag_nodes = staticmethod(tag_all)
 
 
 def _compile(module: nn.Module, options: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, Siglip2Visi
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dsvl
-from dsvl import DSVLConfig, DSVLForConditionalGeneration
+from dsvl import DSVLConfig, DSVLForConditionalGeneration, DSVLQwenVisionConfig
 from dsvl.acceleration.parallel.split_batch import LONG_TEXT
 from dsvl.cli import main
 from dsvl.configuration_dsvl import PROJECTOR_TYPES
@@ -217,6 +217,17 @@ def test_compiled_layers_are_planned_with_other_savings(options):
     totals = [planner.plan(micro_batch).total for micro_batch in range(1, 13)]
     steps = [later - earlier for earlier, later in pairwise(totals)]
     assert max(steps) == pytest.approx(min(steps), rel=0.05)
+
+
+@pytest.mark.parametrize("tower", [CLIPVisionConfig, SiglipVisionConfig, DSVLQwenVisionConfig])
+def test_a_compiled_tower_in_8_bits_is_planned(tower):
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=2, image_size=28, patch_size=7)
+    qwen = dict(num_positions=16, output_dim=128, num_queries=16) if tower is DSVLQwenVisionConfig else {}
+    config = DSVLConfig(tower(num_hidden_layers=8, **sizes, **qwen), small_config().text_config, image_token_id=511)
+    step = dict(sequence_length=64, dtype="bfloat16", compile_decoder_layers=True)
+    whole, rounded = plan(config, **step), plan(config, frozen_precision="fp8", frozen_keep=["none"], **step)
+    saved = 8 * (4 * 64 * 64 + 2 * 64 * 128) + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256)  # a byte of each weight
+    assert whole.total - rounded.total == pytest.approx(saved, rel=0.1)
 
 
 def assert_real_as_traced(tracer):

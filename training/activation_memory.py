@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -166,22 +165,24 @@ def _attention(
     return flash_memory(query, key, value)[0].transpose(1, 2), None
 
 
-class _FlashSdpa(TorchFunctionMode):
-    """Replaces `scaled_dot_product_attention` where it is called directly, as in the perceiver projector."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
-            return flash_memory(*args[:3])[0]
-        return func(*args, **(kwargs or {}))
+def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return flash_memory(query, key, value)[0]
 
 
 @contextmanager
 def planning_attention() -> Iterator[None]:
-    """Register `_ATTENTION` with transformers. It has no mask function, so that no masks are built for it."""
+    """Register `_ATTENTION` with transformers. It has no mask function, so that no masks are built for it.
+
+    `scaled_dot_product_attention` is replaced as well, which the perceiver projector calls directly. By an attribute: a
+    `TorchFunctionMode` would be compiled into the layers, where torch 2.13 cannot follow `Tensor.unflatten` in it.
+    """
+    sdpa = nn.functional.scaled_dot_product_attention
     ALL_ATTENTION_FUNCTIONS[_ATTENTION] = _attention
+    nn.functional.scaled_dot_product_attention = _sdpa  # type: ignore[assignment]
     try:
         yield
     finally:
+        nn.functional.scaled_dot_product_attention = sdpa
         del ALL_ATTENTION_FUNCTIONS[_ATTENTION]
 
 
@@ -311,7 +312,7 @@ class StepTracer:
             limits = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
         hooks = []
         try:
-            with planning_attention(), limits, _FlashSdpa():
+            with planning_attention(), limits:
                 if self.is_compiled:  # what the compiler itself allocates does not count
                     self.forward(input_ids, placeholders, rows, images).backward()
                     model.zero_grad(set_to_none=True)
