@@ -1,7 +1,7 @@
 """Training steps over several GPUs: DDP, ZeRO-1, 2 and 3, and FSDP2, with compiled layers, Liger's kernels and LoRA.
 
     python benchmarks/scaling.py --processes 1 2 4 [--shape 7b] [--rows ddp+compiled zero3 fsdp] [--out scaling.json]
-    python benchmarks/scaling.py --processes 2 --shape 70b --rows zero3 fsdp fsdp+fp8+compiled --checkpointing
+    python benchmarks/scaling.py --processes 2 --shape 70b --rows zero3 fsdp fsdp+fp8+compiled+offload --checkpointing
     python benchmarks/scaling.py --processes 2 --rows zero2 zero3 --profile profiles    # what bounds a step
     python benchmarks/scaling.py --processes 1 2 --shape tiny    # without GPUs: gloo, float32
 
@@ -13,6 +13,7 @@ each number of processes in processes of its own, started by torchrun. A row is 
     +compiled     compiled decoder layers
     +liger        Liger's kernels in the decoder
     +kept         fsdp: weights stay gathered between forward and backward
+    +offload      the inputs of the decoder's layers wait for their backward in main memory (with --checkpointing)
     +fp8, +int8   frozen linear layers in 8 bits, but for the decoder's first and last layer; not zero3
 
 What ZeRO-3 gathers when, as variants of `zero3` (DeepSpeed 0.19: runtime/zero/partitioned_param_coordinator.py):
@@ -109,7 +110,7 @@ ZERO3_VARIANTS: dict[str, dict[str, Any]] = {
     "serial": {"overlap_comm": False},
     "hpz": {},
 }
-VARIANTS = ("compiled", "liger", "kept", *PRECISIONS, *ZERO3_VARIANTS)
+VARIANTS = ("compiled", "liger", "kept", "offload", *PRECISIONS, *ZERO3_VARIANTS)
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,8 @@ def build(name: str, row: Row, shape: Shape, checkpointing: bool, device: torch.
         use_liger(model)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if "offload" in row.variants:
+        model.reduce_memory(offload=True)
     if row.lora:
         model = with_adapters(model)
     if row.precision is not None:
@@ -352,6 +355,7 @@ def planned_gib(name: str, row: Row, shape: Shape, checkpointing: bool, supervis
         images=shape.images,
         lora_rank=LORA_RANK if row.lora else 0,
         activation_checkpointing=checkpointing,
+        offload_activations="offload" in row.variants,
         frozen_precision=row.precision,
         compile_decoder_layers="compiled" in row.variants,
         supervised_share=supervised / (shape.batch * (shape.tokens - shape.images * shape.per_image)),
@@ -654,7 +658,8 @@ def main() -> None:
         destroy_process_groups()
         return
     for name in options.rows:
-        Row.parse(name)
+        if "offload" in Row.parse(name).variants and not options.checkpointing:
+            parser.error(f"{name}: +offload needs --checkpointing.")
     sys.exit(0 if measure_all(options, shape) else 1)
 
 

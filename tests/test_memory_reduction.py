@@ -189,6 +189,34 @@ def test_offloaded_inputs_of_layers_leave_the_device(monkeypatch):
     assert not offloading.running
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_weights_that_fsdp_gathers_are_not_moved(single_group, monkeypatch, is_compiled, every):
+    """Not those of layers that are not checkpointed either, and those that a compiled layer keeps for its backward."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=4).set_trainable().train()
+    model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    reduce(model, {"offload": True})
+    if is_compiled:
+        model.compile_decoder_layers(backend="aot_eager")
+    decoder = model.model.language_model
+    weights = {shape for one in decoder.layers[0].parameters() for shape in (tuple(one.shape), tuple(one.T.shape))}
+    for layer in decoder.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    moved = []
+    stored = activation_offloading.SavedOnHost.__init__
+    monkeypatch.setattr(
+        activation_offloading.SavedOnHost,
+        "__init__",
+        lambda self, tensor, *args: moved.append(tuple(tensor.shape)) or stored(self, tensor, *args),
+    )
+    inputs = {name: one.float() if one.is_floating_point() else one for name, one in labelled(IMAGE_STARTS[0], 0).items()}
+    model(**inputs, use_cache=False).loss.backward()
+    assert moved and not weights.intersection(moved)
+
+
 @pytest.mark.parametrize("count", [1, 3, 200])
 def test_tiles_that_processes_agreed_on_are_exact(count):
     """As under ZeRO-3; also more tiles than tokens, of which some are empty."""

@@ -119,7 +119,9 @@ class OffloadedPass(AbstractContextManager):
             tensor.device.type not in self.devices
             or tensor.nbytes < MIN_BYTES
             or not tensor.is_contiguous()
-            or type(tensor) not in (torch.Tensor, nn.Parameter)
+            or type(tensor) is not torch.Tensor
+            # FSDP and ZeRO-3 gather weights after the pass has begun.
+            or isinstance(tensor._base, nn.Parameter)
             or tensor.untyped_storage()._cdata in self.fixed
         ):
             return tensor
