@@ -157,6 +157,7 @@ class ImageReuse:
         """Tower and projector: for each tile (tokens, hidden)."""
         if self.compiled is None or spatial_shapes is not None or len(pixel_values) > TILES_ALONE:
             return list(self.model.encode(pixel_values, pixel_attention_mask, spatial_shapes).pooler_output)
+        let_compiled_functions_record(pixel_values.device)
         # Copies, as the next run of a CUDA graph overwrites its outputs.
         return [self.compiled.tile(self.model, tile).clone() for tile in pixel_values.split(1)]
 

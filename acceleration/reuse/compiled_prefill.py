@@ -270,11 +270,14 @@ class CompiledPrefill:
 
     def __init__(self, model: Any, options: dict[str, Any]) -> None:
         options = {"dynamic": True} | options
-        self.images, self.tile = _Compiled(run_images, options), _Compiled(encode_tile, options | {"dynamic": False})
+        self.images = _Compiled(run_images, options)
         self._text, self._place = _Compiled(run_text, options), _Compiled(place_images, options)
-        # A GPU records a CUDA graph for each length of a text, a multiple of TEXT_MULTIPLE; its outputs are copied.
-        recorded = {} if options.keys() & {"mode", "options"} else {"mode": "reduce-overhead"}
-        self._text_by_address = _Compiled(run_text_by_address, options | recorded)
+        # A GPU records CUDA graphs of what the host would start more slowly than it runs: a tile, and a text of each length,
+        # a multiple of TEXT_MULTIPLE. Their outputs are copied.
+        is_recorded = model.language_model.device.type == "cuda" and not options.keys() & {"mode", "options"}
+        recorded = options | ({"mode": "reduce-overhead"} if is_recorded else {})
+        self.tile = _Compiled(encode_tile, recorded | {"dynamic": False})
+        self._text_by_address = _Compiled(run_text_by_address, recorded)
         config = model.config.text_config
         seen = visibilities(config, torch.empty((1, 2, 0), dtype=model.dtype, device=model.device), None, None)
         self.is_causal = all(one.is_causal and one.local_size is None for one in seen.values())
