@@ -117,6 +117,7 @@ def test_compiled_static_decoding_gives_the_tokens_of_the_dynamic_cache(family, 
     inputs = on_gpu(batch("ttItttIIttttttIttt", "tttItt", dtype=torch.float32))
     torch._dynamo.reset()
     expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    static_steps.clear()  # those that were recorded
     got = model.generate(**inputs, max_new_tokens=12, do_sample=False, cache_implementation="static")
     assert bool(static_steps) == (family == "llama") == ("_compiled_call" not in model.__dict__)
     assert got.equal(expected)
@@ -130,6 +131,7 @@ def test_compiled_speculative_decoding_gives_the_tokens_of_greedy_search(drafts,
     inputs = on_gpu(batch("ttItttIIttttttIttt", dtype=torch.float32))
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
     expected = model.generate(**inputs, **options)
+    static_steps.clear()  # those that were recorded
     how = {"prompt_lookup_num_tokens": 4}
     if drafts == "draft model":
         assistant = tiny_model(dtype=torch.float32).cuda()
@@ -187,6 +189,7 @@ def test_a_decoder_in_8_bits_decodes_by_a_compiled_step(tmp_path, kind, static_s
     inputs = on_gpu(batch("ttItttIIttttttIttt", "tttItt", dtype=torch.float32))
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(**inputs, **options)
+    static_steps.clear()  # those that were recorded
     assert model.generate(**inputs, **options, cache_implementation="static").equal(expected)
     assert static_steps == [1] * 11
 
