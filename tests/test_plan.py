@@ -489,17 +489,19 @@ def test_offloading_moves_everything_but_the_work_to_main_memory():
 
 def test_fsdp_shards_everything_in_float32_where_it_is_trained():
     # Layers of 400 elements; 300 outside of layers and embeddings.
-    sizes = replace(SIZES, largest_layer=400, unlayered=300)
+    sizes = replace(SIZES, largest_layer=400, layers=(600, 800), unlayered=300)
     forward, step = fsdp_states(sizes, TRACE, world_size=4)
     assert forward.weights == step.weights == 2 * 250 + 4 * (10 + 38 + 13)
     assert forward.gradients == step.gradients == 4 * 61
     assert forward.optimizer == step.optimizer == 8 * 61
     # Of frozen weights in 8 bits a share, and those outside of layers gathered too.
-    in_8_bits = replace(sizes, in_8_bits=1001, largest_layer_bytes=900, unlayered_in_8_bits=70)
+    in_8_bits = replace(sizes, in_8_bits=1001, layers=(900, 500, 500, 700), unlayered_in_8_bits=70)
     assert fsdp_states(in_8_bits, TRACE, world_size=4)[0].weights == forward.weights + 251
-    assert fsdp_states(in_8_bits, TRACE, world_size=4)[0].buffers == 2 * 300 + 70 + 3 * 900 + 4 * 240
-    # Three layers and what stays gathered, in 16 bits; whole gradients of at most what is trained, in float32.
-    assert forward.buffers == 2 * (300 + 3 * 400) + 4 * 240
+    assert fsdp_states(in_8_bits, TRACE, world_size=4)[0].buffers == 2 * 300 + 70 + (900 + 500 + 900) + 4 * 240
+    # A layer, the next twice, and what stays gathered, in 16 bits; whole gradients of at most what is trained, in float32.
+    assert forward.buffers == 2 * 300 + (600 + 800 + 800) + 4 * 240
+    alone = replace(sizes, layers=(800,)), replace(sizes, layers=())
+    assert [fsdp_states(one, TRACE, world_size=4)[0].buffers for one in alone] == [600 + 3 * 800 + 4 * 240, 600 + 4 * 240]
     assert (step.buffers, forward.activations, step.activations) == (0, 5000, 0)
 
 

@@ -178,9 +178,7 @@ class Planner:
             hidden=config.text_config.hidden_size,
             element=torch_dtype.itemsize,
             in_8_bits=in_8_bits,
-            largest_layer_bytes=max(
-                (torch_dtype.itemsize * numel + nbytes for numel, nbytes in zip(layers, in_blocks, strict=True)), default=0
-            ),
+            layers=tuple(torch_dtype.itemsize * numel + nbytes for numel, nbytes in zip(layers, in_blocks, strict=True)),
             unlayered_in_8_bits=in_8_bits - sum(in_blocks),
             tower_at_once=weights_at_once(self.tracer.model.model.vision_tower),
         )

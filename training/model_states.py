@@ -6,6 +6,7 @@ Each formula names its source in torch 2.13, transformers 5.23 or DeepSpeed 0.19
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..acceleration.attention.kernel_choice import Heads
@@ -50,7 +51,7 @@ class ModelSizes:
         largest_layer: parameters of the largest layer of decoder or tower, for ZeRO-3 and FSDP.
         unlayered: parameters outside of these layers and of the embeddings, for FSDP.
         in_8_bits: bytes of frozen weights in 8 bits and of their scales, which are not among `parameters`.
-        largest_layer_bytes: of the largest layer, weights in 8 bits included, for FSDP; 0: computed from `largest_layer`.
+        layers: bytes of each of these layers, weights in 8 bits included, for FSDP.
         unlayered_in_8_bits: those of `in_8_bits` outside of the layers, for FSDP.
         tower_at_once: parameters of a tower that are gathered at once, for ZeRO-3.
     """
@@ -63,7 +64,7 @@ class ModelSizes:
     largest_layer: int = 0
     unlayered: int = 0
     in_8_bits: int = 0
-    largest_layer_bytes: int = 0
+    layers: tuple[int, ...] = ()
     unlayered_in_8_bits: int = 0
     tower_at_once: int = 0
 
@@ -238,11 +239,9 @@ def fsdp_states(sizes: ModelSizes, trace: "ActivationMemory", world_size: int) -
     weights += math.ceil(sizes.in_8_bits / world_size)  # neglecting that scales are whole on every GPU
     # The root and the head stay gathered (reshard_after_forward=False); of the layers, the current one, the next, and the
     # output of the next one's all-gather, from which it is copied (foreach_all_gather_copy_out).
-    gathered = (
-        element * sizes.unlayered
-        + sizes.unlayered_in_8_bits
-        + 3 * (sizes.largest_layer_bytes or element * sizes.largest_layer)
-    )
+    neighbours = [*pairwise(sizes.layers)] or [sizes.layers * 2]
+    gathered = element * sizes.unlayered + sizes.unlayered_in_8_bits
+    gathered += max(sum(both) + max(both, default=0) for both in neighbours)
     # The whole gradients of the largest unit that is trained, as they are reduced (foreach_reduce): copied, in float32.
     reduced = own * min(max(sizes.largest_layer, sizes.unlayered, max(sizes.trained)), sum(sizes.trained))
     states = 2 * own * trained
