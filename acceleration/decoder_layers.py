@@ -69,13 +69,14 @@ def _checkpoint_autograd_functions() -> None:
     to mark these as well. Later releases have no such function, and mark what runs.
     """
     from torch._functorch.autograd_function import autograd_function_apply
-    from torch._higher_order_ops.wrap import TagActivationCheckpoint
+    from torch._higher_order_ops import wrap
 
-    tag_nodes = getattr(TagActivationCheckpoint, "tag_nodes", None)
+    tags: Any = wrap.TagActivationCheckpoint
+    tag_nodes = getattr(tags, "tag_nodes", None)
     if tag_nodes is None:
         return
 
-    def tag_inner(graph: torch.fx.GraphModule) -> None:
+    def tag_inner(graph: Any) -> None:
         for node in graph.graph.nodes:
             if node.target is autograd_function_apply:
                 forward = graph.get_submodule(node.args[0].target)
@@ -83,11 +84,11 @@ def _checkpoint_autograd_functions() -> None:
                     inner.meta |= {name: node.meta[name] for name in ("ac_graph_id", "recompute") if name in node.meta}
                 tag_inner(forward)
 
-    def tag_all(graph: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> torch.fx.GraphModule:
+    def tag_all(graph: Any, *args: Any, **kwargs: Any) -> Any:
         tag_inner(tag_nodes(graph, *args, **kwargs))
         return graph
 
-    TagActivationCheckpoint.tag_nodes = staticmethod(tag_all)
+    tags.tag_nodes = staticmethod(tag_all)
 
 
 def _compile(module: nn.Module, options: dict[str, Any]) -> None:

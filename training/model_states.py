@@ -239,7 +239,7 @@ def fsdp_states(sizes: ModelSizes, trace: "ActivationMemory", world_size: int) -
     weights += math.ceil(sizes.in_8_bits / world_size)  # neglecting that scales are whole on every GPU
     # The root and the head stay gathered (reshard_after_forward=False); of the layers, the current one, the next, and the
     # output of the next one's all-gather, from which it is copied (foreach_all_gather_copy_out).
-    neighbours = [*pairwise(sizes.layers)] or [sizes.layers * 2]
+    neighbours: list[tuple[int, ...]] = [*pairwise(sizes.layers)] or [sizes.layers * 2]
     gathered = element * sizes.unlayered + sizes.unlayered_in_8_bits
     gathered += max(sum(both) + max(both, default=0) for both in neighbours)
     # The whole gradients of the largest unit that is trained, as they are reduced (foreach_reduce): copied, in float32.
