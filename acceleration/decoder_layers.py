@@ -62,18 +62,19 @@ class CompiledDecoderLayers:
 
 @functools.cache
 def _checkpoint_autograd_functions() -> None:
-    """Let checkpoints in graphs hold for autograd functions, as of attention and of 8-bit layers, with torch before 2.12.
+    """Let checkpoints in graphs hold for autograd functions, as of attention and of 8-bit layers, with torch 2.10 and 2.11.
 
     There the operations of a checkpoint are marked to be computed again, but not those of autograd functions in it, whose
     results are kept from forward to backward. `TagActivationCheckpoint.tag_nodes` (torch/_higher_order_ops/wrap.py) is made
-    to mark these as well. Later releases have no such function, and mark what runs.
+    to mark these as well. It is a method in earlier releases, which mark all, and not there in later ones, which mark what
+    runs.
     """
     from torch._functorch.autograd_function import autograd_function_apply
     from torch._higher_order_ops import wrap
 
     tags: Any = wrap.TagActivationCheckpoint
-    tag_nodes = getattr(tags, "tag_nodes", None)
-    if tag_nodes is None:
+    tag_nodes = vars(tags).get("tag_nodes")
+    if not isinstance(tag_nodes, staticmethod):
         return
 
     def tag_inner(graph: Any) -> None:
@@ -85,7 +86,7 @@ def _checkpoint_autograd_functions() -> None:
                 tag_inner(forward)
 
     def tag_all(graph: Any, *args: Any, **kwargs: Any) -> Any:
-        tag_inner(tag_nodes(graph, *args, **kwargs))
+        tag_inner(tag_nodes.__func__(graph, *args, **kwargs))
         return graph
 
     tags.tag_nodes = staticmethod(tag_all)
