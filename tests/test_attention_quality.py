@@ -504,6 +504,26 @@ def test_an_answer_is_right_if_greedy_decoding_gives_all_of_it(load):
     assert language.answers_right(lambda **kept: logits((1, 2), **kept), ids, answers) == [True, False], "its end counts"
 
 
+@pytest.mark.slow
+def test_an_arm_is_trained_with_frozen_weights_in_8_bits(load, scenes, small, tmp_path, monkeypatch):
+    parts, plan = load("parts"), load("plan")
+    sizes = dict(language_steps=1, language_tokens=256, tower_steps=1, tower_images=4, items=3, distractor_items=2)
+    size = replace(small, **sizes, distractors=(2,))
+    for name in ("parts", "runs"):
+        monkeypatch.setattr(load(name), "SIZES_OF_EXPERIMENT", {"tiny": size})
+    load("runs").held_out_items.cache_clear()
+    parts.make_parts("tiny", tmp_path / "parts", 0, 0)
+    flags = ["--parts", str(tmp_path / "parts"), "--seeds", "1", "--steps", "2", "--conversations", "16", "--keep", "none"]
+    importlib.import_module("frozen_accuracy").main([*flags, "--out", str(tmp_path / "figures.json")])
+    load("runs").held_out_items.cache_clear()
+    found = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert list(found) == ["float32, seed 1", "fp8, seed 1", "int8, seed 1"]
+    whole, fp8, _ = found.values()
+    assert whole["held_out"] == whole["saved"] and fp8["layers"].startswith("fp8 in ")
+    assert whole["losses"] != fp8["losses"]
+    assert set(fp8["held_out"]) == {*plan.TASKS, "overall"}
+
+
 def test_parts_are_refused_that_are_weak_or_of_other_data(load, scenes, tmp_path, monkeypatch):
     parts = load("parts")
     with pytest.raises(ValueError, match="holds no parts.json; make the parts first"):
