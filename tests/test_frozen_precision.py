@@ -652,7 +652,8 @@ def test_the_plan_shards_8_bit_weights():
     layer = 4 * 4096**2 + 3 * 4096 * 11008
     for precision in PRECISIONS:
         assert sharded[None].weights - sharded[precision].weights == pytest.approx(linear / 4, rel=0.001)
-        assert sharded[precision].buffers == sharded[None].buffers, "the largest layer is the first, in 16 bits"
+        # Of the first layer, in 16 bits, what is gathered and what it is copied from; of its neighbour what is gathered.
+        assert sharded[None].buffers - sharded[precision].buffers == pytest.approx(layer, rel=0.001)
         options |= dict(frozen_keep=["none"])
         every = plan(llama_7b(), fsdp=True, world_size=4, frozen_precision=precision, **options).forward_backward
         assert sharded[None].buffers - every.buffers == pytest.approx(3 * layer, rel=0.001)
