@@ -25,7 +25,7 @@ from .attention.key_rotation import KeyRotation, probe_rotation, rotate_keys
 from .decoder_run import head_size, run_decoder
 from .parallel.split_images import SplitImageKVCache, SplitPrefillMask
 from .recording import let_compiled_functions_record
-from .reuse.compiled_prefill import TEXT_MULTIPLE, TILES_ALONE, CompiledPrefill, own_options, run_images
+from .reuse.compiled_prefill import TEXT_MULTIPLE, TILES_ALONE, CompiledPrefill, own_options, recording_options, run_images
 from .reuse.fingerprint import fingerprint_of
 from .reuse.image_cache import ImageKVCache, changing_ropes, lengths_by_image
 from .reuse.shared_images import SharedImages, SharedPrompt, shares_images
@@ -331,8 +331,7 @@ class ImageReuse:
         """
         self.rotation(self.model.get_input_embeddings().weight.device)
         self.compiled = CompiledPrefill(self.model, options)
-        if self.model.language_model.device.type == "cuda" and not options.keys() & {"mode", "options"}:
-            options["mode"] = "reduce-overhead"
+        options = recording_options(self.model, options)
         self.run_decoder = torch.compile(run_decoder, **own_options(options))
         if options.get("mode") in ("reduce-overhead", "max-autotune"):  # a graph may not read what another one overwrites
             options["mode"] = "default"

@@ -123,14 +123,12 @@ def measure_arm(precision: str, seed: int, options: argparse.Namespace) -> dict[
         run.learning_rate,
         f"{precision} {run.name}",
     )
-    size_name = parts.record["size"]
-    items = measure_items(model, batches, size_name)
-    figures = {"layers": describe_frozen_weights(model), "losses": [training["loss"]], "items": items}
-    figures["held_out"] = accuracies(items) | {"overall": mean_accuracy(items)}
     saved, _ = compose_arm(load_parts(Path(options.parts)), options.arm, seed)
     saved.load_state_dict(model.state_dict())
-    items = measure_items(saved.eval(), batches, size_name)
-    figures["saved"] = accuracies(items) | {"overall": mean_accuracy(items)}
+    figures: dict[str, Any] = {"layers": describe_frozen_weights(model), "losses": [training["loss"]]}
+    for name, one in (("held_out", model), ("saved", saved)):
+        items = measure_items(one.eval(), batches, parts.record["size"])
+        figures[name] = accuracies(items) | {"overall": mean_accuracy(items)}
     return figures
 
 

@@ -222,6 +222,18 @@ def own_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
 
 
+def recording_options(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `torch.compile` with which a GPU records CUDA graphs, unless they say how to compile already.
+
+    Args:
+        model: a `DSVLModel`.
+        options: those that the user passed.
+    """
+    is_asked = bool(options.keys() & {"mode", "options"})
+    is_recorded = model.language_model.device.type == "cuda" and not is_asked
+    return options | ({"mode": "reduce-overhead"} if is_recorded else {})
+
+
 class _Compiled:
     """A compiled function, in whose graph lengths are symbols, and nothing else.
 
@@ -274,8 +286,7 @@ class CompiledPrefill:
         self._text, self._place = _Compiled(run_text, options), _Compiled(place_images, options)
         # A GPU records CUDA graphs of what the host would start more slowly than it runs: a tile, and a text of each length,
         # a multiple of TEXT_MULTIPLE. Their outputs are copied.
-        is_recorded = model.language_model.device.type == "cuda" and not options.keys() & {"mode", "options"}
-        recorded = options | ({"mode": "reduce-overhead"} if is_recorded else {})
+        recorded = recording_options(model, options)
         self.tile = _Compiled(encode_tile, recorded | {"dynamic": False})
         self._text_by_address = _Compiled(run_text_by_address, recorded)
         config = model.config.text_config
@@ -379,4 +390,12 @@ class CompiledPrefill:
         return self._text(decoder, *text, kinds, keys, values, form=form, states=(*keys, *values), lengths=(0, 2))
 
 
-__all__ = ["TEXT_MULTIPLE", "TILES_ALONE", "CompiledPrefill", "TextOverCacheMask", "own_options", "run_text"]
+__all__ = [
+    "TEXT_MULTIPLE",
+    "TILES_ALONE",
+    "CompiledPrefill",
+    "TextOverCacheMask",
+    "own_options",
+    "recording_options",
+    "run_text",
+]
