@@ -199,6 +199,18 @@ def test_all_other_lengths_share_one_more_graph(precision, in_fp8):
     assert len(graphs) == 2
 
 
+@pytest.mark.parametrize(("precision", "in_fp8"), [("fp8", True), ("fp8", False), ("int8", False)])
+def test_layers_are_compiled_for_all_lengths_at_once(precision, in_fp8):
+    """As decoder layers are by `compile_decoder_layers(dynamic=True)`, where the compiler takes numbers for sizes."""
+    layers = [linear(dtype=torch.bfloat16), linear(64, 96, dtype=torch.bfloat16)]
+    layers = nn.Sequential(*(FrozenLinear(layer, precision, in_fp8=in_fp8) for layer in layers))
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (28, 40):
+        states, gradient = torch.randn(2, rows, 64).bfloat16(), torch.randn(2, rows, 64).bfloat16()
+        for one, other in zip(*(output_and_gradient(a, states, gradient) for a in (compiled, layers)), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_under_autocast_it_computes_in_its_dtype():
     layer = linear(dtype=torch.bfloat16)
     states = torch.randn(5, 64)

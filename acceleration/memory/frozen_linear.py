@@ -37,11 +37,7 @@ NUMBERS = {"fp8": torch.uint8, "int8": torch.int8}  # dtypes of 8-bit numbers, E
 STORAGE = torch.bfloat16  # of a sharded weight, whose elements are two numbers each
 
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-SMALLEST_SCALE = 2.0**-100  # of rows of zeros
 TENSOR_CORE_MULTIPLE = 16  # both sizes of a weight, for `torch._scaled_mm`
-# float32 as an integer: adding the mask of the mantissa and clearing it rounds up to a power of two.
-MANTISSA, EXPONENT = 0x007FFFFF, 0x7F800000
 
 
 def round_rows(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,8 +51,10 @@ def round_rows(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     # Not of `abs()`, which would be a tensor as large as the states where nothing is compiled.
     largest = torch.maximum(states.amax(-1, keepdim=True), -states.amin(-1, keepdim=True)).float()
-    least = (largest / E4M3_MAX).clamp(min=SMALLEST_SCALE)
-    scales = ((least.view(torch.int32) + MANTISSA) & EXPONENT).view(torch.float32)
+    # No number here is a global: with `dynamic=True` the compiler would take it for a size that only the first layer has.
+    least = (largest / torch.finfo(E4M3).max).clamp(min=2.0**-100)  # of rows of zeros
+    # Adding the mask of the mantissa and clearing it rounds up to a power of two.
+    scales = ((least.view(torch.int32) + 0x007FFFFF) & 0x7F800000).view(torch.float32)
     wide = _wide(states.dtype)
     return (states.to(wide) * scales.reciprocal().to(wide)).to(E4M3), scales
 
