@@ -41,16 +41,14 @@ class CacheSlots:
     """The slots of all layers.
 
     Attributes:
-        keys, values: for each layer, (batch, key-value heads, slots, head_dim).
+        keys, values: (layers, batch, key-value heads, slots, head_dim), in one tensor, or for each layer one.
         past, tokens: how many tokens the cache held, and how many are new.
-        whole: the keys and values of all layers, (layers, batch, key-value heads, slots, head_dim), where they are one.
     """
 
-    keys: Sequence[torch.Tensor]
-    values: Sequence[torch.Tensor]
+    keys: Sequence[torch.Tensor] | torch.Tensor
+    values: Sequence[torch.Tensor] | torch.Tensor
     past: int
     tokens: int
-    whole: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def extend(
@@ -72,15 +70,14 @@ class CacheSlots:
                 for kept, new in zip((layer.keys, layer.values), new_states, strict=False):
                     kept[:, :, past:slots].copy_(new)
                 layer.cumulative_length.fill_(total)
-            keys, values = ([_own_tensor(getattr(layer, name)[:, :, :slots]) for layer in cache.layers] for name in _PARTS)
+            keys, values = ([getattr(layer, name)[:, :, :slots] for layer in cache.layers] for name in _PARTS)
             return cls(keys, values, past, tokens)
+        if past == 0:
+            assert images is not None
+            return cls(*images, past, tokens)
         own: list[list[torch.Tensor]] = []
         for part, name in enumerate(_PARTS):
             states = None if images is None else images[part].unbind()
-            if past == 0:
-                assert states is not None
-                own.append([_own_tensor(new) for new in states])
-                continue
             own.append([])
             # Layer by layer, so that the old states and the new ones are in memory for one layer only.
             for number, layer in enumerate(cache.layers):
@@ -89,7 +86,7 @@ class CacheSlots:
                 grown = torch.cat([kept, kept.new_zeros(empty) if states is None else states[number]], 2)
                 own[part].append(grown)
                 setattr(layer, name, grown[:, :, :total])
-        return cls(own[0], own[1], past, tokens, images if past == 0 else None)
+        return cls(own[0], own[1], past, tokens)
 
     def write(self, cache: Any, index: torch.Tensor, filled: torch.Tensor | None, count: int, *states: torch.Tensor) -> None:
         """Write the keys and values of the text, (layers, batch, text, key-value heads, head_dim); an empty dynamic cache
@@ -106,31 +103,31 @@ class CacheSlots:
             index = index[0, -count:]
         elif filled is not None:
             index = torch.where(filled, index, self.past + self.tokens)
-        for number, (part, new) in enumerate(zip((self.keys, self.values), states, strict=True)):
+        for part, new in zip((self.keys, self.values), states, strict=True):
             new = new.transpose(2, 3)
-            if rows == 1 and self.whole is not None:
-                self.whole[number].index_copy_(3, index, new[..., -count:, :])
+            if rows == 1 and isinstance(part, torch.Tensor):
+                part.index_copy_(3, index, new[..., -count:, :])
                 continue
             for kept, own in zip(part, new, strict=True):
                 if rows == 1:
                     kept.index_copy_(2, index, own[..., -count:, :])
                 else:
                     kept.scatter_(2, index[:, None, :, None].expand(own.shape), own)
-        if self.whole is None:
+        if not isinstance(self.keys, torch.Tensor):
             return
         while len(cache.layers) < len(self.keys):
             cache.layers.append(cache.layer_class_to_replicate())
-        for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
-            total = self.past + self.tokens
+        total = self.past + self.tokens
+        for layer, keys, values in zip(cache.layers, own_tensors(self.keys), own_tensors(self.values), strict=True):
             layer.keys, layer.values = keys[:, :, :total], values[:, :, :total]
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
 
 
-def _own_tensor(view: torch.Tensor) -> torch.Tensor:
-    """The same memory as a tensor that is no part of another one: a compiled graph would be tied to where it begins."""
-    return from_dlpack(to_dlpack(view))
+def own_tensors(views: Sequence[torch.Tensor] | torch.Tensor) -> list[torch.Tensor]:
+    """The same memory as tensors that are no parts of others: a compiled graph would be tied to where they begin."""
+    return [from_dlpack(to_dlpack(view)) for view in views]
 
 
 _PARTS = "keys", "values"
 
-__all__ = ["CacheSlots", "slots_of"]
+__all__ = ["CacheSlots", "own_tensors", "slots_of"]

@@ -21,7 +21,7 @@ from ..attention.kernel_choice import has_step_kernels
 from ..attention.key_rotation import KeyRotation
 from ..decoder_run import OwnValueMask, layer_types, layers_of, run_decoder
 from ..recording import let_compiled_functions_record
-from .cache_slots import CacheSlots, slots_of
+from .cache_slots import CacheSlots, own_tensors, slots_of
 from .image_cache import ImageKVCache
 
 TEXT_MULTIPLE = 32  # the text of a prompt is padded to a multiple of it
@@ -363,7 +363,7 @@ class CompiledPrefill:
         index, filled = text.index + past, text.filled
         of_text = input_ids.gather(1, text.index), position_ids.gather(1, text.index)
         is_text = torch.ones_like(index, dtype=torch.bool) if filled is None else filled
-        hidden, *states = self._run_text(decoder, (*of_text, index, is_text), kinds, own.keys, own.values)
+        hidden, *states = self._run_text(decoder, (*of_text, index, is_text), kinds, own)
         own.write(cache, index, filled, text_counts[0], *states)
         return hidden
 
@@ -372,20 +372,20 @@ class CompiledPrefill:
         decoder: PreTrainedModel,
         text: tuple[torch.Tensor, ...],
         kinds: torch.Tensor,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
+        own: CacheSlots,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As the function `run_text`."""
         is_single, is_long = len(kinds) == 1, text[0].shape[1] > FEW_QUERIES
-        device, dtype = keys[0].device, keys[0].dtype
+        device, dtype = own.keys[0].device, own.keys[0].dtype
         # The decoder's own keys and queries, which the kernels get beside these, are of its dtype.
         is_plain = dtype == decoder.dtype and not torch.is_autocast_enabled(device.type)
         if is_plain and not is_long and has_step_kernels(device, dtype):
             bias = branch_bias(kinds == TEXT, kinds == IMAGE)
-            table = address_table(keys, values, bias)
+            table = address_table(own.keys, own.values, bias)
             if table is not None:
                 let_compiled_functions_record(device)
                 return self._text_by_address(decoder, *text, table, form=is_single, states=(table,))
+        keys, values = own_tensors(own.keys), own_tensors(own.values)
         form = is_single, keys[0].is_contiguous(), is_long
         return self._text(decoder, *text, kinds, keys, values, form=form, states=(*keys, *values), lengths=(0, 2))
 
