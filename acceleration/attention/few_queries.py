@@ -288,7 +288,7 @@ def address_table(
     """Where a KV cache is, for a graph that is recorded once for caches at any place and of any length.
 
     Args:
-        keys, values: of each layer, (batch, key-value heads, keys, head_dim); of all layers in one tensor takes the host less
+        keys, values: of each layer, (batch, key-value heads, keys, head_dim), one by one or in one tensor, which takes less
             time. They must exist until the graph has run.
         bias: of all layers, see `launch_few_queries`; likewise.
 
